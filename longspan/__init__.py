@@ -1,0 +1,46 @@
+"""longspan: sequence parallelism for linear-attention and hybrid transformers."""
+
+from typing import TYPE_CHECKING, Any
+
+from longspan.errors import CheckpointError, ConfigError, DataError, InputError, LayoutError, LongspanError
+from longspan.exchange import record_traffic
+from longspan.layout import SequenceLayout
+from longspan.operators import linear_attention, retention, simple_gla, write
+
+if TYPE_CHECKING:
+    from longspan.attention.softmax import softmax_attention
+    from longspan.parallelize import parallelize, sum_gradients
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "InputError",
+    "LayoutError",
+    "LongspanError",
+    "SequenceLayout",
+    "linear_attention",
+    "parallelize",
+    "record_traffic",
+    "retention",
+    "simple_gla",
+    "softmax_attention",
+    "sum_gradients",
+    "write",
+]
+
+_LAZY = {
+    "parallelize": "longspan.parallelize",
+    "softmax_attention": "longspan.attention.softmax",
+    "sum_gradients": "longspan.parallelize",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        from importlib import import_module
+
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'longspan' has no attribute {name!r}")

@@ -1,0 +1,330 @@
+"""Linear attention over the ranks of a layout: operators, exchange and layout joined.
+
+Shapes: B batch rows, T this rank's tokens (all tokens without a layout), H heads of v, H_k heads of q and k (H a multiple of
+H_k), K key size, V value size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from longspan.errors import InputError
+from longspan.exchange import PendingExchange, Topology, resolve_topology, start_exchange
+from longspan.exchange.traffic import note_collective, waiting
+from longspan.layout import SequenceLayout
+from longspan.ops import VARIANTS, Variant
+from longspan.ops.variant import ChunkForm, Gate, Written, state_dtype
+from longspan.state import Pair, Transition
+
+BACKENDS = ("torch",)
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16)
+
+
+@dataclass
+class LinearMemory:
+    """What `write` has written: read it with queries, once or several times."""
+
+    _form: ChunkForm
+    _written: Written
+    _layout: SequenceLayout
+    _k: Tensor
+    _v: Tensor
+    _pending: PendingExchange | None
+    _ends: _EndRows
+    _incoming: Tensor | None = None
+
+    def read(self, q: Tensor, scale: float | None = None) -> Tensor:
+        """What the tokens read: ``o_t = scale · S_tᵀ q_t``.
+
+        Args:
+            q: ``[B, T, H_k, K]``, the shape and dtype of k.
+            scale: a number; None is K^-½.
+
+        Returns:
+            o ``[B, T, H, V]``.
+
+        The first read waits for the exchange.
+        """
+        scale = self._check_query(q, scale)
+        return self._form.read(q, self._k, self._v, self._written, self.incoming(), scale)
+
+    def read_overlapped(self, q: Tensor, scale: float | None = None) -> Tensor:
+        """`read`, in LASP-2's own schedule: what tokens read inside their chunks is computed before the exchange is waited for."""
+        scale = self._check_query(q, scale)
+        inside = self._form.read_inside(q, self._k, self._v, scale)
+        return self._form.read_before(q, self._written, self.incoming(), scale, inside)
+
+    def incoming(self) -> Tensor | None:
+        """The state that enters each of this rank's segments ``[num_segments, B, H, K, V]``, or None on one rank; waits for it."""
+        if self._pending is not None:
+            self._incoming = self._pending.wait()
+            self._pending = None
+        return self._incoming
+
+    def final_state(self) -> Tensor:
+        """The state after the last token, ``[B, H, K, V]``, or of each document, ``[num_documents, H, K, V]``, on every rank.
+
+        Its gradient is the sum of what every rank sends back. float32 (float64 for float64 inputs). A collective where the layout
+        has several ranks, forward and backward: call it on all of them, and let it enter the loss of all of them or of none.
+        """
+        layout, ends = self._layout, self._ends
+        if not ends.with_final_states:
+            raise InputError("final_state() needs write(..., output_final_state=True)")
+        # Where no document ends on this rank these are no rows, but still a node: its backward is a collective of all ranks.
+        states = self._written.ends[list(ends.final_rows)]
+        incoming = self.incoming()
+        if incoming is not None and ends.final_rows:
+            states = states + self._carried_to_ends(incoming)
+        if layout.num_ranks > 1:
+            states = _gather_documents(states, ends.final_documents, layout)
+        return states.squeeze(1) if layout.documents is not None else states.squeeze(0)
+
+    def _carried_to_ends(self, incoming: Tensor) -> Tensor:
+        """What the incoming states add to the final state of each document that ends here, ``[n, B, H, K, V]``."""
+        pieces = self._layout.pieces
+        carried = []
+        for number in self._ends.final_pieces:
+            piece = pieces[number]
+            state = incoming[piece.segment : piece.segment + 1]
+            if piece.starts_document:
+                carried.append(torch.zeros_like(state))
+            else:
+                carried.append(self._form.transition([(piece.start, piece.stop)]).apply(state))
+        return torch.cat(carried)
+
+    def _check_query(self, q: Tensor, scale: float | None) -> float:
+        if q.shape != self._k.shape or q.dtype != self._k.dtype:
+            raise InputError(
+                f"q must have the shape and dtype of k, {tuple(self._k.shape)} and {self._k.dtype}; "
+                f"got {tuple(q.shape)} and {q.dtype}"
+            )
+        return q.shape[-1] ** -0.5 if scale is None else float(scale)
+
+
+@dataclass(frozen=True)
+class _EndRows:
+    """Which end states a call asks of the write phase, and what they are for.
+
+    pieces: piece numbers asked for, in order. segment_rows: for each segment the row of its last piece, or None if it is empty.
+    final_pieces, final_rows, final_documents: pieces that end a document, their rows, their documents.
+    """
+
+    with_final_states: bool
+    pieces: tuple[int, ...]
+    segment_rows: tuple[int | None, ...]
+    final_pieces: tuple[int, ...]
+    final_rows: tuple[int, ...]
+    final_documents: tuple[int, ...]
+
+
+def _end_rows(layout: SequenceLayout, with_final_states: bool) -> _EndRows:
+    last_of_segment: list[int | None] = [None] * layout.num_segments
+    final = []
+    for number, piece in enumerate(layout.pieces):
+        last_of_segment[piece.segment] = number
+        if with_final_states and piece.ends_document:
+            final.append(number)
+    asked = set(final)
+    if layout.num_ranks > 1:
+        asked.update(number for number in last_of_segment if number is not None)
+    pieces = tuple(sorted(asked))
+    row = {number: index for index, number in enumerate(pieces)}
+    return _EndRows(
+        with_final_states=with_final_states,
+        pieces=pieces,
+        segment_rows=tuple(None if number is None else row.get(number) for number in last_of_segment),
+        final_pieces=tuple(final),
+        final_rows=tuple(row[number] for number in final),
+        final_documents=tuple(layout.pieces[number].document for number in final),
+    )
+
+
+def write(
+    operator: str,
+    k: Tensor,
+    v: Tensor,
+    gates: Mapping[str, Tensor],
+    *,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    layout: SequenceLayout | None = None,
+    exchange: str = "auto",
+    backend: str | None = None,
+    chunk_size: int | None = None,
+) -> LinearMemory:
+    """Compute the states that this rank's tokens write and start their exchange, without waiting for it; see `longspan.write`."""
+    variant = VARIANTS[operator]
+    topology = resolve_topology(exchange)
+    layout = SequenceLayout.local(k.shape[1]) if layout is None else layout
+    _check_inputs(variant, k, v, gates, initial_state, layout, backend, chunk_size)
+    ends = layout.cached(("end_rows", output_final_state), lambda: _end_rows(layout, output_final_state))
+    form = variant.prepare(k, v, gates, layout, chunk_size)
+    written = form.write(k, v, _start_states(initial_state, layout), ends.pieces)
+    pending = None
+    if layout.num_ranks > 1:
+        pending = _start(topology, variant, form, written, ends, k, v, layout)
+    return LinearMemory(form, written, layout, k, v, pending, ends)
+
+
+def _start_states(initial_state: Tensor | None, layout: SequenceLayout) -> Tensor | None:
+    """Rows of the initial state for the pieces of this rank that start a document, ``[n, B, H, K, V]``."""
+    if initial_state is None:
+        return None
+    by_document = initial_state.unsqueeze(1) if layout.documents is not None else initial_state.unsqueeze(0)
+    return by_document[[piece.document for piece in layout.pieces if piece.starts_document]]
+
+
+def _start(
+    topology: Topology,
+    variant: Variant,
+    form: ChunkForm,
+    written: Written,
+    ends: _EndRows,
+    k: Tensor,
+    v: Tensor,
+    layout: SequenceLayout,
+) -> PendingExchange:
+    """Launch the exchange of this rank's segments' pairs."""
+    if all(row is not None for row in ends.segment_rows):
+        states = written.ends[list(ends.segment_rows)]
+    else:
+        nothing = written.ends.new_zeros(k.shape[0], v.shape[2], k.shape[3], v.shape[3])
+        states = torch.stack([nothing if row is None else written.ends[row] for row in ends.segment_rows])
+    return start_exchange(topology, Pair(_segment_transitions(variant, form, layout), states), layout)
+
+
+def _segment_transitions(variant: Variant, form: ChunkForm, layout: SequenceLayout) -> Transition:
+    """Transitions of this rank's segments, or of all segments where every rank knows them; zero where a document starts."""
+    if variant.transition.is_known:
+        ranges = [(segment.start, segment.stop) for segment in layout.all_segments]
+        cut = [segment.starts_document for segment in layout.all_segments]
+    else:
+        ranges, local = [], 0
+        for start, stop in layout.segments:
+            ranges.append((local, local + stop - start))
+            local += stop - start
+        own = sorted((s for s in layout.all_segments if s.rank == layout.rank), key=lambda s: s.slot)
+        cut = [segment.starts_document for segment in own]
+    transition = form.transition(ranges)
+    return transition.cut(cut)
+
+
+def _check_inputs(
+    variant: Variant,
+    k: Tensor,
+    v: Tensor,
+    gates: Mapping[str, Tensor],
+    initial_state: Tensor | None,
+    layout: SequenceLayout,
+    backend: str | None,
+    chunk_size: int | None,
+) -> None:
+    name = variant.name
+    if backend is not None and backend not in BACKENDS:
+        raise InputError(f"backend must be None or one of {', '.join(map(repr, BACKENDS))}; got {backend!r}")
+    if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
+        raise InputError(f"chunk_size must be a positive int or None; got {chunk_size!r}")
+    if k.dim() != 4 or v.dim() != 4 or k.shape[:2] != v.shape[:2]:
+        raise InputError(
+            f"{name} takes k [B, T, H_k, K] and v [B, T, H, V] with the same B and T; "
+            f"got {tuple(k.shape)} and {tuple(v.shape)}"
+        )
+    if k.dtype != v.dtype or k.dtype not in _FLOATS:
+        raise InputError(
+            f"{name} takes q, k and v of one dtype out of float64, float32, bfloat16; got k {k.dtype} and v {v.dtype}. "
+            "Convert them before the call"
+        )
+    layout.check_local_length(k.shape[1], name)
+    batch, num_tokens, num_key_heads, key_size = k.shape
+    num_heads, value_size = v.shape[2:]
+    if num_heads % num_key_heads:
+        raise InputError(
+            f"{name}: the {num_heads} heads of v must be a multiple of the {num_key_heads} heads of q and k"
+        )
+    if layout.documents is not None and batch != 1:
+        raise InputError(f"with documents the batch has one row, B = 1, the packed sequence; got B = {batch}")
+    sizes = {"B": batch, "T": num_tokens, "H": num_heads, "K": key_size}
+    _check_gates(variant, gates, sizes, layout)
+    if initial_state is not None:
+        rows = batch if layout.documents is None else layout.num_documents
+        expected = (rows, num_heads, key_size, value_size)
+        if tuple(initial_state.shape) != expected or initial_state.dtype != state_dtype(k.dtype):
+            first = "B" if layout.documents is None else "num_documents"
+            raise InputError(
+                f"initial_state must be [{first}, H, K, V] = {expected} in {state_dtype(k.dtype)}; "
+                f"got {tuple(initial_state.shape)} in {initial_state.dtype}"
+            )
+
+
+def _check_gates(
+    variant: Variant, gates: Mapping[str, Tensor], sizes: Mapping[str, int], layout: SequenceLayout
+) -> None:
+    expected_names = [gate.name for gate in variant.gates]
+    if sorted(gates) != sorted(expected_names):
+        raise InputError(
+            f"{variant.name} takes {', '.join(expected_names) or 'no gates'} beside q, k and v; got {sorted(gates)}"
+        )
+    for gate in variant.gates:
+        _check_gate(variant, gate, gates[gate.name], sizes, layout)
+
+
+def _check_gate(variant: Variant, gate: Gate, x: Tensor, sizes: Mapping[str, int], layout: SequenceLayout) -> None:
+    expected = tuple(sizes[dim] for dim in gate.dims)
+    if tuple(x.shape) != expected or not x.is_floating_point():
+        raise InputError(
+            f"{variant.name}: {gate.name} must be a floating-point tensor [{', '.join(gate.dims)}] = {expected}; "
+            f"got {x.dtype} of shape {tuple(x.shape)}"
+        )
+    if not gate.differentiable and x.requires_grad:
+        raise InputError(
+            f"{variant.name}: {gate.name} is a constant and takes no gradient; pass {gate.name}.detach(), or use an operator "
+            "whose decay is learned, such as simple_gla"
+        )
+    # On other devices the check would make the host wait.
+    if gate.is_log_decay and x.device.type == "cpu" and x.numel() and not bool(x.detach().amax() <= 0):
+        raise InputError(
+            f"{variant.name}: {gate.name} holds logarithms of decays and must not exceed 0 or be NaN; its largest value on rank "
+            f"{layout.rank} is {float(x.detach().amax()):g}. Use for example torch.nn.functional.logsigmoid"
+        )
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """y = sum of x over the ranks, on every rank. Backward: ∂x = sum of ∂y over the ranks.
+
+    | | shape |
+    |---|---|
+    | x, y | any |
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return _summed(x, group, "forward")
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return _summed(grads[0], ctx.group, "backward"), None
+
+
+def _summed(x: Tensor, group: dist.ProcessGroup, phase: str) -> Tensor:
+    total = x.clone(memory_format=torch.contiguous_format)
+    num_ranks = dist.get_world_size(group)
+    note_collective("all_reduce", phase, 2 * (num_ranks - 1) * total.numel() * total.element_size() // num_ranks)
+    with waiting():
+        dist.all_reduce(total, group=group)
+    return total
+
+
+def _gather_documents(states: Tensor, documents: Sequence[int], layout: SequenceLayout) -> Tensor:
+    """Final states of all documents ``[num_documents, B, H, K, V]`` on every rank, from those that end on each."""
+    index = torch.tensor(documents, dtype=torch.int64, device=states.device)
+    everyone = states.new_zeros(layout.num_documents, *states.shape[1:]).index_copy(0, index, states)
+    assert layout.group is not None
+    summed: Tensor = _SumOverRanks.apply(everyone, layout.group)
+    return summed

@@ -1,0 +1,25 @@
+"""Errors for what a user can cause: each message gives the value, what was expected, and the way out."""
+
+
+class LongspanError(ValueError):
+    """Base class of every error that longspan raises for something the caller can mend."""
+
+
+class LayoutError(LongspanError):
+    """A sequence layout, a process group or a document list does not fit."""
+
+
+class InputError(LongspanError):
+    """A tensor's shape, dtype, device or value, or an operator's option, does not fit."""
+
+
+class ConfigError(LongspanError):
+    """A configuration key or value does not fit."""
+
+
+class DataError(LongspanError):
+    """A corpus, token file or tokenizer does not fit."""
+
+
+class CheckpointError(LongspanError):
+    """A checkpoint is incomplete, damaged, or belongs to something else."""

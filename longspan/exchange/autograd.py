@@ -1,0 +1,128 @@
+"""The exchange as two autograd nodes, so that it overlaps with computation in both directions.
+
+`start_exchange` makes the first node and launches the forward collective; `PendingExchange.wait` makes the second. The engine runs
+nodes in the reverse order of their creation: backward, the second node launches the reverse collective, then everything that
+was computed between start and wait runs, then the first node waits for what arrives. The two nodes share nothing but the
+launched collective.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longspan.exchange.base import Handle, ReverseHandle, Topology
+from longspan.layout import SequenceLayout
+from longspan.state import Pair, Transition
+
+
+@dataclass
+class _Link:
+    """What the two nodes of one exchange hand to each other."""
+
+    topology: Topology
+    kind: type[Transition]
+    layout: SequenceLayout
+    keeps_incoming: bool
+    forward: Handle | None = None
+    reverse: ReverseHandle | None = None
+    own_transition: Tensor | None = field(default=None, repr=False)
+    incoming: Tensor | None = field(default=None, repr=False)
+
+
+class _Start(torch.autograd.Function):
+    """Launches the exchange; in backward, waits for the reverse one.
+
+    | | shape | |
+    |---|---|---|
+    | state | [num_segments, B, H, K, V] | U of this rank's segments |
+    | parameter | see longspan.state | A of the same segments (of all segments where it is known everywhere) |
+    | ticket | [] | ties the two nodes together; carries no value |
+
+    Backward: ∂U = λ; ∂A = λ S_inᵀ projected on A's form.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, state: Tensor, parameter: Tensor, link: _Link) -> Tensor:
+        ctx.link = link
+        link.forward = link.topology.start(Pair(link.kind(parameter), state), link.layout)
+        if link.keeps_incoming:
+            ctx.save_for_backward(parameter)
+        return state.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        link: _Link = ctx.link
+        assert link.reverse is not None
+        grad_state = link.reverse.wait()
+        link.reverse = None
+        grad_parameter = None
+        if link.keeps_incoming:
+            (parameter,) = ctx.saved_tensors
+            assert link.incoming is not None
+            grad_parameter = link.kind(parameter).outer(grad_state, link.incoming)
+            link.incoming = None
+        return grad_state, grad_parameter, None
+
+
+class _Wait(torch.autograd.Function):
+    """Waits for the exchange; in backward, launches the reverse one.
+
+    | | shape | |
+    |---|---|---|
+    | ticket | [] | from the start node |
+    | incoming | [num_segments, B, H, K, V] | S_in of this rank's segments |
+
+    Backward: sends G = ∂L/∂S_in and does not wait for what comes back.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, ticket: Tensor, link: _Link) -> Tensor:
+        assert link.forward is not None
+        arrived = link.forward.wait()
+        link.forward = None
+        ctx.link = link
+        ctx.save_for_backward(arrived.context, arrived.incoming if link.keeps_incoming else None)
+        return arrived.incoming
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (grad_incoming,) = grads
+        link: _Link = ctx.link
+        context, link.incoming = ctx.saved_tensors
+        link.reverse = link.topology.start_reverse(link.kind, context, grad_incoming, link.layout)
+        return grad_incoming.new_zeros(()), None
+
+
+@dataclass(frozen=True)
+class PendingExchange:
+    """An exchange that has been started and not yet waited for."""
+
+    _ticket: Tensor
+    _link: _Link
+
+    def wait(self) -> Tensor:
+        """S_in ``[num_segments, B, H, K, V]`` of this rank's segments; differentiable; to be called once."""
+        incoming: Tensor = _Wait.apply(self._ticket, self._link)
+        return incoming
+
+
+def start_exchange(topology: Topology, pair: Pair, layout: SequenceLayout) -> PendingExchange:
+    """Start exchanging the states of this rank's segments, without waiting.
+
+    Args:
+        topology: how to exchange.
+        pair: U ``[num_segments, B, H, K, V]`` of this rank's segments, and their transitions, or those of all segments in global
+            order where `Transition.is_known`. A segment in which a document starts has a zero transition.
+        layout: of two ranks or more.
+
+    Gradients reach U, and the transitions where they require one and are not known everywhere.
+    """
+    parameter = pair.transition.parameter
+    keeps_incoming = parameter.requires_grad and not pair.transition.is_known
+    link = _Link(topology, type(pair.transition), layout, keeps_incoming)
+    ticket: Tensor = _Start.apply(pair.state, parameter, link)
+    return PendingExchange(ticket, link)

@@ -1,0 +1,78 @@
+"""Counting what exchanges send: a recorder that is on inside a ``with`` block.
+
+A collective counts the bytes that the rank hands to the network for other ranks, as the topology's formula says; not what a
+particular backend does with them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Event:
+    """One collective: its name, phase, bytes sent by this rank, and when it was started (seconds, `time.perf_counter`)."""
+
+    name: str
+    phase: str
+    bytes_sent: int
+    started: float
+
+
+@dataclass
+class Traffic:
+    """What this rank sent, and how long it waited, while recording."""
+
+    events: list[Event] = field(default_factory=list)
+    wait_seconds: float = 0.0
+
+    @property
+    def num_collectives(self) -> int:
+        """Number of collectives started."""
+        return len(self.events)
+
+    @property
+    def bytes_sent(self) -> int:
+        """Bytes that this rank sent to other ranks."""
+        return sum(event.bytes_sent for event in self.events)
+
+    def count(self, phase: str) -> int:
+        """Number of collectives of a phase, ``"forward"`` or ``"backward"``."""
+        return sum(event.phase == phase for event in self.events)
+
+
+# Recorders are observers of a process, like a profiler: a collective may be started by autograd's own threads, which see no
+# context of the caller.
+_recorders: list[Traffic] = []
+
+
+@contextmanager
+def record_traffic() -> Iterator[Traffic]:
+    """Record the collectives of longspan on this rank inside the block; blocks may nest."""
+    traffic = Traffic()
+    _recorders.append(traffic)
+    try:
+        yield traffic
+    finally:
+        _recorders.remove(traffic)
+
+
+def note_collective(name: str, phase: str, bytes_sent: int) -> None:
+    """Tell the recorders of a collective that is about to start."""
+    for traffic in _recorders:
+        traffic.events.append(Event(name, phase, bytes_sent, time.perf_counter()))
+
+
+@contextmanager
+def waiting() -> Iterator[None]:
+    """Count the time of the block as waiting for other ranks."""
+    begun = time.perf_counter()
+    try:
+        yield
+    finally:
+        elapsed = time.perf_counter() - begun
+        for traffic in _recorders:
+            traffic.wait_seconds += elapsed

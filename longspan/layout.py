@@ -1,0 +1,490 @@
+"""Which tokens of a sequence a rank holds: `SequenceLayout` is the only object that knows.
+
+Shapes: N is the global length, P the number of ranks, T_local the number of tokens that this rank holds.
+
+A sequence is cut into P (contiguous) or 2P (zigzag) *segments* of nearly equal length; the first ``N mod S`` of S segments
+are one token longer. Rank r holds segment r, and with zigzag also segment 2P-1-r, which balances causal softmax attention.
+A *piece* is the part of a segment that belongs to one packed document.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from longspan.collectives import all_gather_single
+from longspan.errors import LayoutError
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+T = TypeVar("T")
+Order = Literal["contiguous", "zigzag"]
+ORDERS: tuple[Order, ...] = ("contiguous", "zigzag")
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A contiguous run of global positions ``[start, stop)`` held by `rank` as its `slot`-th run."""
+
+    start: int
+    stop: int
+    rank: int
+    slot: int
+    starts_document: bool
+    """True if a document starts at or after `start` and before `stop`: nothing passes from before to behind the segment."""
+
+    @property
+    def num_tokens(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A maximal run of this rank's tokens inside one segment and one document.
+
+    ``start`` and ``stop`` are local positions, `global_start` is the global position of the first token; `segment` counts this
+    rank's segments, `document` all documents.
+    """
+
+    start: int
+    stop: int
+    global_start: int
+    segment: int
+    document: int
+    starts_document: bool
+    ends_document: bool
+
+    @property
+    def num_tokens(self) -> int:
+        return self.stop - self.start
+
+
+class SequenceLayout:
+    """How one sequence of `seq_len` tokens is split over the ranks of `group`.
+
+    Args:
+        seq_len: global number of tokens N, at least one a rank; no multiple of anything.
+        group: ProcessGroup or one-dimensional DeviceMesh. None is the default group, or one rank where none is initialised.
+        order: ``"contiguous"`` (rank r holds the r-th of P runs) or ``"zigzag"`` (runs r and 2P-1-r of 2P).
+        documents: global cu_seqlens of packed documents, ``[0, ..., seq_len]`` strictly increasing, as a list or an integer
+            tensor; None is one document. Read here, once: later changes of a tensor have no effect.
+
+    Raises:
+        LayoutError: for a length, group, order or documents that do not fit.
+
+    A layout is immutable and holds no tensors of the caller. Build one a batch and hand it to every layer.
+    """
+
+    def __init__(
+        self,
+        seq_len: int,
+        group: dist.ProcessGroup | DeviceMesh | None = None,
+        order: Order = "contiguous",
+        documents: Sequence[int] | Tensor | None = None,
+    ) -> None:
+        process_group, num_ranks, rank = _resolve_group(group)
+        self._init(seq_len, process_group, num_ranks, rank, order, documents)
+
+    def _init(
+        self,
+        seq_len: int,
+        group: dist.ProcessGroup | None,
+        num_ranks: int,
+        rank: int,
+        order: Order,
+        documents: Sequence[int] | Tensor | None,
+    ) -> None:
+        if isinstance(seq_len, bool) or not isinstance(seq_len, int):
+            raise LayoutError(f"seq_len must be an int, the global number of tokens; got {seq_len!r}")
+        if order not in ORDERS:
+            raise LayoutError(f"order must be one of {', '.join(ORDERS)}; got {order!r}")
+        if seq_len < num_ranks:
+            raise LayoutError(
+                f"seq_len {seq_len} is shorter than the number of ranks {num_ranks}: every rank needs at least one token. "
+                "Use a longer sequence or a smaller sequence-parallel group"
+            )
+        self.seq_len = seq_len
+        self.order: Order = order
+        self.group = group
+        self.num_ranks = num_ranks
+        self.rank = rank
+        self.documents = _check_documents(documents, seq_len, num_ranks)
+        self._cache: dict[Hashable, Any] = {}
+
+    @classmethod
+    def local(cls, seq_len: int, documents: Sequence[int] | Tensor | None = None) -> SequenceLayout:
+        """A layout of one rank that holds all `seq_len` tokens, whatever process group is initialised."""
+        layout = cls.__new__(cls)
+        layout._init(seq_len, None, 1, 0, "contiguous", documents)
+        return layout
+
+    @classmethod
+    def for_rank(
+        cls,
+        seq_len: int,
+        num_ranks: int,
+        rank: int,
+        order: Order = "contiguous",
+        documents: Sequence[int] | Tensor | None = None,
+    ) -> SequenceLayout:
+        """The layout that `rank` of `num_ranks` would have, without a process group: for planning and data loading."""
+        if not 0 <= rank < num_ranks:
+            raise LayoutError(f"rank {rank} is not one of {num_ranks} ranks (0 to {num_ranks - 1})")
+        layout = cls.__new__(cls)
+        layout._init(seq_len, None, num_ranks, rank, order, documents)
+        return layout
+
+    def __repr__(self) -> str:
+        documents = "" if self.documents is None else f", num_documents={self.num_documents}"
+        return (
+            f"SequenceLayout(seq_len={self.seq_len}, order={self.order!r}, rank={self.rank} of {self.num_ranks}, "
+            f"segments={list(self.segments)}{documents})"
+        )
+
+    # ---------------------------------------------------------------------------------------------------- who holds what
+
+    @property
+    def num_documents(self) -> int:
+        """Number of packed documents; 1 without documents."""
+        return 1 if self.documents is None else len(self.documents) - 1
+
+    @property
+    def document_bounds(self) -> tuple[int, ...]:
+        """Global cu_seqlens, ``(0, seq_len)`` without documents."""
+        return self.documents if self.documents is not None else (0, self.seq_len)
+
+    @cached_property
+    def all_segments(self) -> tuple[Segment, ...]:
+        """Every rank's segments, in global order."""
+        num_segments = self.num_ranks * self.num_segments
+        base, longer = divmod(self.seq_len, num_segments)
+        bounds = [index * base + min(index, longer) for index in range(num_segments + 1)]
+        starts = self.document_bounds[:-1]
+        segments = []
+        next_start = 0
+        for index in range(num_segments):
+            start, stop = bounds[index], bounds[index + 1]
+            first = next_start
+            while next_start < len(starts) and starts[next_start] < stop:
+                next_start += 1
+            in_first_half = index < self.num_ranks
+            rank = index if in_first_half else num_segments - 1 - index
+            segments.append(Segment(start, stop, rank, 0 if in_first_half else 1, next_start > first))
+        return tuple(segments)
+
+    def segments_of(self, rank: int) -> tuple[tuple[int, int], ...]:
+        """Global ``[start, stop)`` ranges that `rank` holds, in the order of its local tokens."""
+        own = sorted((s for s in self.all_segments if s.rank == rank), key=lambda s: s.slot)
+        return tuple((s.start, s.stop) for s in own)
+
+    @cached_property
+    def segments(self) -> tuple[tuple[int, int], ...]:
+        """Global ``[start, stop)`` ranges that this rank holds, in the order of its local tokens."""
+        return self.segments_of(self.rank)
+
+    @property
+    def num_segments(self) -> int:
+        """Number of segments a rank holds: 1 if contiguous, 2 if zigzag (1 where a single rank holds everything)."""
+        return 2 if self.order == "zigzag" and self.num_ranks > 1 else 1
+
+    @cached_property
+    def tokens_of(self) -> tuple[int, ...]:
+        """Number of tokens that each rank holds."""
+        counts = [0] * self.num_ranks
+        for segment in self.all_segments:
+            counts[segment.rank] += segment.num_tokens
+        return tuple(counts)
+
+    @property
+    def num_local_tokens(self) -> int:
+        """Number of tokens T_local that this rank holds."""
+        return self.tokens_of[self.rank]
+
+    @cached_property
+    def pieces(self) -> tuple[Piece, ...]:
+        """This rank's tokens cut at segment and document boundaries, in local order."""
+        bounds = self.document_bounds
+        pieces = []
+        local = 0
+        for index, (start, stop) in enumerate(self.segments):
+            document = _last_at_or_before(bounds, start) if start < stop else 0
+            while start < stop:
+                end = min(stop, bounds[document + 1])
+                pieces.append(
+                    Piece(
+                        start=local,
+                        stop=local + end - start,
+                        global_start=start,
+                        segment=index,
+                        document=document,
+                        starts_document=start == bounds[document],
+                        ends_document=end == bounds[document + 1],
+                    )
+                )
+                local += end - start
+                start = end
+                document += 1
+        return tuple(pieces)
+
+    # --------------------------------------------------------------------------------------------------------- positions
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """Global position of each local token, int64 ``[T_local]`` on the CPU."""
+        return torch.cat([torch.arange(start, stop) for start, stop in self.segments])
+
+    def positions_on(self, device: torch.device | str) -> Tensor:
+        """`positions` on `device`, copied once."""
+        return self._on_device("positions", device, lambda: self.positions)
+
+    def document_positions_on(self, device: torch.device | str) -> Tensor:
+        """Position of each local token inside its document, int64 ``[T_local]`` on `device`: what rotary embeddings take."""
+
+        def build() -> Tensor:
+            bounds = self.document_bounds
+            starts = [piece.global_start - bounds[piece.document] for piece in self.pieces]
+            return torch.cat(
+                [torch.arange(s, s + piece.num_tokens) for s, piece in zip(starts, self.pieces, strict=True)]
+            )
+
+        return self._on_device("document_positions", device, build)
+
+    def _on_device(self, name: str, device: torch.device | str, build: Callable[[], Tensor]) -> Tensor:
+        target = torch.device(device)
+        return self.cached((name, target), lambda: build().to(target))
+
+    def cached(self, key: Hashable, build: Callable[[], T]) -> T:
+        """What `build` returns, built once for this layout and `key`: layers keep per-batch metadata here."""
+        if key not in self._cache:
+            self._cache[key] = build()
+        value: T = self._cache[key]
+        return value
+
+    # --------------------------------------------------------------------------------------------------- shard and gather
+
+    def shard(self, x: Tensor, dim: int = 1) -> Tensor:
+        """This rank's tokens of a global tensor.
+
+        Args:
+            x: ``[..., seq_len, ...]``, the same on every rank.
+            dim: the dimension of the tokens.
+
+        Returns:
+            ``[..., T_local, ...]``. Its gradient reaches the rank's own tokens of `x` alone: sum it over the ranks, like a
+            replicated parameter's.
+
+        Raises:
+            LayoutError: if `x` does not have `seq_len` tokens, for instance because it is sharded already.
+        """
+        length = x.shape[dim]
+        if length != self.seq_len:
+            hint = (
+                " It has this rank's number of tokens: it looks sharded already, and would be split twice"
+                if length == self.num_local_tokens
+                else ""
+            )
+            raise LayoutError(
+                f"shard() takes the global sequence of {self.seq_len} tokens; dimension {dim} of shape {tuple(x.shape)} "
+                f"has {length}.{hint}"
+            )
+        if self.num_ranks == 1:
+            return x
+        return torch.cat([x.narrow(dim, start, stop - start) for start, stop in self.segments], dim=dim)
+
+    def gather(self, x: Tensor, dim: int = 1) -> Tensor:
+        """All ranks' tokens in global order, on every rank: the inverse of `shard`.
+
+        Args:
+            x: ``[..., T_local, ...]``, this rank's tokens; the same shape otherwise and dtype on every rank.
+            dim: the dimension of the tokens.
+
+        Returns:
+            ``[..., seq_len, ...]``. Backward sums over the ranks what each of them sends back for this rank's tokens, which is
+            right where a rank's loss is its own share of the loss; a loss that every rank computes whole from the gathered
+            tensor must be divided by the number of ranks.
+
+        Raises:
+            LayoutError: if `x` does not have this rank's number of tokens.
+        """
+        self.check_local_length(x.shape[dim], "gather()")
+        if self.num_ranks == 1:
+            return x
+        if self.group is None:
+            raise LayoutError("a layout made by for_rank() has no process group and cannot gather")
+        gathered: Tensor = _Gather.apply(x.movedim(dim, 0), self)
+        return gathered.movedim(0, dim)
+
+    def check_local_length(self, length: int, what: str) -> None:
+        """Raise LayoutError unless `length` is this rank's number of tokens; `what` names the caller."""
+        if length != self.num_local_tokens:
+            hint = " It has the global number of tokens: take layout.shard(x) first" if length == self.seq_len else ""
+            raise LayoutError(
+                f"{what} takes the {self.num_local_tokens} tokens that rank {self.rank} of {self.num_ranks} holds of "
+                f"{self.seq_len} ({self.order}); got {length}.{hint}"
+            )
+
+    def _global_order_on(self, device: torch.device) -> Tensor:
+        """Index of each global token in the ranks' tokens laid one after another, each rank padded to the longest."""
+
+        def build() -> Tensor:
+            longest = max(self.tokens_of)
+            index = torch.empty(self.seq_len, dtype=torch.int64)
+            for rank in range(self.num_ranks):
+                local = rank * longest
+                for start, stop in self.segments_of(rank):
+                    index[start:stop] = torch.arange(local, local + stop - start)
+                    local += stop - start
+            return index
+
+        return self._on_device("global_order", device, build)
+
+    # ------------------------------------------------------------------------------------------------------------- labels
+
+    def shard_labels(self, tokens: Tensor, ignore_index: int = -100) -> Tensor:
+        """Next-token labels of this rank's tokens, shifted before the split.
+
+        Args:
+            tokens: int64 ``[B, seq_len]``, or ``[B, seq_len + 1]`` where the token that follows the sequence is known.
+            ignore_index: label of a token that has no next one: the last of each document, and of a sequence of `seq_len`.
+
+        Returns:
+            int64 ``[B, T_local]``.
+
+        Raises:
+            LayoutError: for another number of tokens, such as labels that were split before the shift.
+        """
+        if tokens.dim() != 2 or tokens.shape[1] not in (self.seq_len, self.seq_len + 1):
+            raise LayoutError(
+                f"shard_labels() takes global tokens [B, {self.seq_len}] or [B, {self.seq_len + 1}], because labels must be "
+                f"shifted before the split; got shape {tuple(tokens.shape)}"
+            )
+        labels = torch.full((tokens.shape[0], self.seq_len), ignore_index, dtype=torch.int64, device=tokens.device)
+        num_known = tokens.shape[1] - 1
+        labels[:, :num_known] = tokens[:, 1:]
+        if self.documents is not None:
+            labels[:, [stop - 1 for stop in self.documents[1:]]] = ignore_index
+        return self.shard(labels)
+
+    # ---------------------------------------------------------------------------------------------------------- agreement
+
+    def verify(self) -> None:
+        """Compare this layout over the ranks of its group; raise LayoutError on all of them where they differ.
+
+        One small collective and a host synchronisation: for the start of a run or for debugging, not for every batch.
+        """
+        if self.num_ranks == 1 or self.group is None:
+            return
+        mine = {"seq_len": self.seq_len, "order": self.order, "documents": self.documents}
+        everyone: list[Any] = [None] * self.num_ranks
+        dist.all_gather_object(everyone, mine, group=self.group)
+        rows = [
+            f"{key}: " + ", ".join(f"rank {rank} has {_short(other[key])}" for rank, other in enumerate(everyone))
+            for key in mine
+            if any(other[key] != mine[key] for other in everyone)
+        ]
+        if rows:
+            raise LayoutError("the ranks disagree on the layout: " + "; ".join(rows))
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _resolve_group(group: Any) -> tuple[dist.ProcessGroup | None, int, int]:
+    """(process group, its size, this rank in it); one rank where nothing is initialised and no group is given."""
+    if group is None:
+        if not (dist.is_available() and dist.is_initialized()):
+            return None, 1, 0
+        group = dist.group.WORLD
+    elif hasattr(group, "get_group") and hasattr(group, "ndim"):
+        if group.ndim != 1:
+            raise LayoutError(
+                f"group must be a one-dimensional DeviceMesh; got one with dimensions {group.mesh_dim_names or group.ndim}. "
+                'Take its sequence-parallel dimension, as in mesh["sp"]'
+            )
+        group = group.get_group()
+    if not isinstance(group, dist.ProcessGroup):
+        if group == dist.GroupMember.NON_GROUP_MEMBER:
+            raise LayoutError("this rank is not in the given group: give each rank the group that it belongs to")
+        raise LayoutError(f"group must be a ProcessGroup or a one-dimensional DeviceMesh; got {type(group).__name__}")
+    rank = dist.get_rank(group)
+    if rank < 0:
+        raise LayoutError("this rank is not in the given group: give each rank the group that it belongs to")
+    return group, dist.get_world_size(group), rank
+
+
+def _check_documents(documents: Any, seq_len: int, num_ranks: int) -> tuple[int, ...] | None:
+    if documents is None:
+        return None
+    if isinstance(documents, Tensor):
+        if documents.dim() != 1 or documents.dtype.is_floating_point or documents.dtype == torch.bool:
+            raise LayoutError(
+                "documents must be a one-dimensional integer tensor of global cu_seqlens; "
+                f"got {documents.dtype} of shape {tuple(documents.shape)}"
+            )
+        documents = documents.tolist()
+    bounds = tuple(int(bound) for bound in documents)
+    if len(bounds) < 2 or bounds[0] != 0:
+        raise LayoutError(f"documents must be global cu_seqlens [0, ..., {seq_len}]; got {_short(list(bounds))}")
+    for index, (left, right) in enumerate(pairwise(bounds)):
+        if right <= left:
+            raise LayoutError(
+                f"documents must be strictly increasing; entry {index + 1} is {right} after {left}. Sort them, and leave out "
+                "documents of no tokens"
+            )
+    if bounds[-1] != seq_len:
+        hint = (
+            f" It ends at seq_len / {num_ranks}: these look like one rank's local cu_seqlens; give the global ones"
+            if num_ranks > 1 and bounds[-1] in (seq_len // num_ranks, -(-seq_len // num_ranks))
+            else ""
+        )
+        raise LayoutError(f"documents must end at seq_len {seq_len}; they end at {bounds[-1]}.{hint}")
+    return bounds
+
+
+def _last_at_or_before(bounds: tuple[int, ...], position: int) -> int:
+    return bisect_right(bounds, position) - 1
+
+
+class _Gather(torch.autograd.Function):
+    """Gather tokens of all ranks in global order.
+
+    | | shape | |
+    |---|---|---|
+    | x | [T_local, ...] | this rank's tokens |
+    | y | [seq_len, ...] | y[position] = x_owner[local position] |
+
+    Backward: dx = sum over ranks of their dy at this rank's positions, by one all-to-all and a local sum.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layout: SequenceLayout) -> Tensor:
+        ctx.layout = layout
+        longest = max(layout.tokens_of)
+        padded = x.new_zeros((longest, *x.shape[1:]))
+        padded[: x.shape[0]] = x
+        out = x.new_empty((layout.num_ranks * longest, *x.shape[1:]))
+        all_gather_single(out, padded, layout.group)
+        return out.index_select(0, layout._global_order_on(x.device))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (dy,) = grads
+        layout: SequenceLayout = ctx.layout
+        longest = max(layout.tokens_of)
+        sent = dy.new_zeros((layout.num_ranks * longest, *dy.shape[1:]))
+        sent[layout._global_order_on(dy.device)] = dy
+        received = torch.empty_like(sent)
+        dist.all_to_all_single(received, sent, group=layout.group)
+        summed = received.view(layout.num_ranks, longest, *dy.shape[1:]).sum(0)
+        return summed[: layout.num_local_tokens], None

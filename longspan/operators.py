@@ -1,0 +1,216 @@
+"""The public operators, one a piece of mathematics, and the two-phase form that serves them all.
+
+Shapes: B batch rows, T tokens (this rank's tokens where a layout is given), H heads of v, H_k heads of q and k (H a multiple of
+H_k), K key size, V value size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from longspan.attention import linear
+from longspan.errors import InputError
+from longspan.layout import SequenceLayout
+from longspan.ops import VARIANTS
+
+_GATE_NAMES = sorted({gate.name for variant in VARIANTS.values() for gate in variant.gates})
+
+
+def write(
+    operator: str,
+    k: Tensor,
+    v: Tensor,
+    *,
+    layout: SequenceLayout | None = None,
+    **options: Any,
+) -> Any:
+    """Write what later tokens need and start its exchange, without waiting; read it with ``.read(q)`` when the queries are there.
+
+    Args:
+        operator: ``"linear_attention"``, ``"retention"``, ``"simple_gla"`` or ``"softmax"``.
+        k: ``[B, T, H_k, K]``.
+        v: ``[B, T, H, V]``, the dtype of k.
+        layout: which tokens this rank holds; None is one device.
+        options: the operator's gates by name (`g`, `log_decay`), and its options: for linear attention `initial_state`,
+            `output_final_state`, `exchange`, `backend`, `chunk_size` as in the one-call operators; for softmax `causal`, `method`.
+
+    Returns:
+        An object with ``.read(q, scale=None) -> o [B, T, H, V]``; for linear attention also ``.final_state()``, if it was
+        written with ``output_final_state=True``.
+
+    Everything computed between `write` and `read` that needs no other rank hides the exchange, forward and backward:
+
+        memory = longspan.write("simple_gla", k, v, g=g, layout=layout)
+        q = q_proj(x)
+        o = memory.read(q)
+
+    Raises:
+        InputError: for shapes, dtypes, gates or options that do not fit.
+        LayoutError: for another number of tokens than the layout's.
+    """
+    if operator == "softmax":
+        from longspan.attention.softmax import write_softmax
+
+        return write_softmax(k, v, layout=layout, **options)
+    if operator not in VARIANTS:
+        raise InputError(f"operator must be 'softmax' or one of {', '.join(map(repr, VARIANTS))}; got {operator!r}")
+    gates = {name: options.pop(name) for name in _GATE_NAMES if name in options}
+    return linear.write(operator, k, v, gates, layout=layout, **options)
+
+
+def _one_call(
+    operator: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gates: dict[str, Tensor],
+    scale: float | None,
+    output_final_state: bool,
+    **options: Any,
+) -> Tensor | tuple[Tensor, Tensor]:
+    if q.shape != k.shape or q.dtype != k.dtype:
+        raise InputError(
+            f"{operator}: q must have the shape and dtype of k, {tuple(k.shape)} and {k.dtype}; "
+            f"got {tuple(q.shape)} and {q.dtype}"
+        )
+    memory = linear.write(operator, k, v, gates, output_final_state=output_final_state, **options)
+    o = memory.read(q, scale)
+    return (o, memory.final_state()) if output_final_state else o
+
+
+def linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    layout: SequenceLayout | None = None,
+    exchange: str = "auto",
+    backend: str | None = None,
+    chunk_size: int | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Basic linear attention: ``S_t = S_{t-1} + k_t v_tᵀ``, ``o_t = scale · S_tᵀ q_t`` (arXiv 2006.16236).
+
+    Args:
+        q, k: ``[B, T, H_k, K]``, float64, float32 or bfloat16.
+        v: ``[B, T, H, V]``, the same dtype.
+        scale: a number; None is K^-½.
+        initial_state: state before the first global token, ``[B, H, K, V]``, or before each document,
+            ``[num_documents, H, K, V]``; float32 (float64 for float64 inputs); the same on every rank. Its gradient on a rank is
+            that rank's share: sum it over the ranks, like a parameter's.
+        output_final_state: also return the state after the last global token (of each document), on every rank.
+        layout: which tokens this rank holds; None is one device. With documents, B is 1.
+        exchange: how states travel between ranks: ``"auto"`` or ``"all_gather"``.
+        backend: which code computes: None picks by device; ``"torch"``.
+        chunk_size: tokens computed together inside a device; None picks by dtype.
+
+    Returns:
+        o ``[B, T, H, V]`` in the dtype of q; with `output_final_state`, the pair (o, final_state).
+
+    Raises:
+        InputError: for shapes, dtypes or options that do not fit. LayoutError: for another number of tokens than the layout's.
+    """
+    return _one_call(
+        "linear_attention",
+        q,
+        k,
+        v,
+        {},
+        scale,
+        output_final_state,
+        initial_state=initial_state,
+        layout=layout,
+        exchange=exchange,
+        backend=backend,
+        chunk_size=chunk_size,
+    )
+
+
+def retention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    *,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    layout: SequenceLayout | None = None,
+    exchange: str = "auto",
+    backend: str | None = None,
+    chunk_size: int | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Retention: ``S_t = e^{log_decay_h} S_{t-1} + k_t v_tᵀ``, ``o_t = scale · S_tᵀ q_t`` (arXiv 2307.08621, 2401.04658).
+
+    Args:
+        log_decay: ``[H]``, at most 0: a constant, which takes no gradient.
+        q, k, v and the rest: as in `linear_attention`.
+
+    Returns:
+        o ``[B, T, H, V]`` in the dtype of q; with `output_final_state`, the pair (o, final_state).
+
+    Raises:
+        InputError, LayoutError: as in `linear_attention`; and InputError for a log_decay above 0, or one that requires a gradient.
+    """
+    return _one_call(
+        "retention",
+        q,
+        k,
+        v,
+        {"log_decay": log_decay},
+        scale,
+        output_final_state,
+        initial_state=initial_state,
+        layout=layout,
+        exchange=exchange,
+        backend=backend,
+        chunk_size=chunk_size,
+    )
+
+
+def simple_gla(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    *,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    layout: SequenceLayout | None = None,
+    exchange: str = "auto",
+    backend: str | None = None,
+    chunk_size: int | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Simple gated linear attention: ``S_t = e^{g_t} S_{t-1} + k_t v_tᵀ``, ``o_t = scale · S_tᵀ q_t``.
+
+    It is Mamba-2's SSD (arXiv 2405.21060).
+
+    Args:
+        g: log decays ``[B, T, H]``, at most 0; float32 or float64 (bfloat16 is accepted, at the price of its own rounding).
+        q, k, v and the rest: as in `linear_attention`.
+
+    Returns:
+        o ``[B, T, H, V]`` in the dtype of q; with `output_final_state`, the pair (o, final_state).
+
+    Raises:
+        InputError, LayoutError: as in `linear_attention`; and InputError for a g above 0 or NaN (looked at on the CPU only).
+    """
+    return _one_call(
+        "simple_gla",
+        q,
+        k,
+        v,
+        {"g": g},
+        scale,
+        output_final_state,
+        initial_state=initial_state,
+        layout=layout,
+        exchange=exchange,
+        backend=backend,
+        chunk_size=chunk_size,
+    )

@@ -1,0 +1,17 @@
+"""The variants of linear attention, one a file. A new one is a file and a line here."""
+
+from longspan.ops.linear_attention import LINEAR_ATTENTION
+from longspan.ops.retention import RETENTION
+from longspan.ops.simple_gla import SIMPLE_GLA
+from longspan.ops.variant import Variant
+
+VARIANTS: dict[str, Variant] = {
+    variant.name: variant
+    for variant in (
+        LINEAR_ATTENTION,
+        RETENTION,
+        SIMPLE_GLA,
+    )
+}
+
+__all__ = ["VARIANTS", "Variant"]

@@ -1,0 +1,238 @@
+"""The algebra of memory states: transitions, pairs, and their exclusive scan.
+
+To a memory state S every stretch of tokens does ``S_out = A · S_in + U``. The pairs (A, U) compose associatively,
+
+    (A2, U2) ∘ (A1, U1) = (A2 A1, A2 U1 + U2),
+
+so the state that enters each stretch is an exclusive scan of pairs (LASP-2, arXiv 2502.07563, section 3; GLA, arXiv 2312.06635,
+section 4). Variants of linear attention differ in the form of A alone.
+
+Shapes: n stretches, B batch rows, H heads, K key size, V value size. States are ``[n, B, H, K, V]``. A transition object holds
+the transitions of n stretches in one parameter tensor:
+
+| class        | parameter         | A                         | numbers sent a stretch |
+|--------------|-------------------|---------------------------|------------------------|
+| Identity     | log A, [n]        | 1                         | 0                      |
+| HeadDecay    | log A, [n, H]     | γ_h^length                | 0                      |
+| ScalarDecay  | log A, [n, B, H]  | one number a head         | B·H                    |
+| ChannelDecay | log A, [n, B, H, K] | one number a key channel | B·H·K                  |
+| Dense        | A, [n, B, H, K, K] | a matrix                 | B·H·K·K                |
+
+A stretch in which a packed document starts has a zero transition: log A = −inf (Dense: a zero matrix), and needs no special
+case anywhere. Decays are kept as logarithms in the dtype of the states: float32, or float64 for float64 inputs.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Transition(ABC):
+    """The transitions A of n stretches of tokens, in one parameter tensor whose first dimension counts the stretches."""
+
+    parameter: Tensor
+
+    is_known: ClassVar[bool]
+    """True where every rank can compute every stretch's A by itself, so that it is never sent."""
+
+    @property
+    def num_stretches(self) -> int:
+        return self.parameter.shape[0]
+
+    def __getitem__(self, index: int) -> Self:
+        """The transition of one stretch, still with a first dimension (of size 1)."""
+        return type(self)(self.parameter[index : index + 1])
+
+    @classmethod
+    @abstractmethod
+    def parameter_shape(cls, state_shape: Sequence[int]) -> tuple[int, ...]:
+        """Shape of the parameter for states of shape ``[n, B, H, K, V]``."""
+
+    @abstractmethod
+    def apply(self, state: Tensor) -> Tensor:
+        """A · S for states ``[n, B, H, K, V]``."""
+
+    @abstractmethod
+    def adjoint(self) -> Self:
+        """Aᵀ: what carries gradients of states backwards."""
+
+    @abstractmethod
+    def after(self, earlier: Self) -> Self:
+        """The transition of `earlier` followed by this one: A_self · A_earlier."""
+
+    @abstractmethod
+    def cut(self, stretches: Sequence[bool]) -> Self:
+        """The same transitions, zero for the stretches that are True: those in which a document starts."""
+
+    @abstractmethod
+    def outer(self, grad_out: Tensor, state_in: Tensor) -> Tensor:
+        """Gradient of the parameter, given λ = ∂L/∂S_out and S_in ``[n, B, H, K, V]``: λ S_inᵀ projected on A's form.
+
+        For decays it is the gradient of the logarithm, ``A ⊙ Σ λ ⊙ S_in``.
+        """
+
+
+class _LogDecay(Transition):
+    """Transitions that multiply a state by exp(parameter), broadcast over the dimensions that the parameter lacks."""
+
+    state_dims: ClassVar[tuple[int, ...]]
+    """Which of the state's dimensions n, B, H, K, V (0 to 4) the parameter has."""
+
+    @classmethod
+    def parameter_shape(cls, state_shape: Sequence[int]) -> tuple[int, ...]:
+        return tuple(state_shape[dim] for dim in cls.state_dims)
+
+    def _factor(self) -> Tensor:
+        shape = [1] * 5
+        for size, dim in zip(self.parameter.shape, self.state_dims, strict=True):
+            shape[dim] = size
+        return self.parameter.exp().view(shape)
+
+    def apply(self, state: Tensor) -> Tensor:
+        return state * self._factor()
+
+    def adjoint(self) -> Self:
+        return self
+
+    def after(self, earlier: Self) -> Self:
+        return type(self)(self.parameter + earlier.parameter)
+
+    def cut(self, stretches: Sequence[bool]) -> Self:
+        if not any(stretches):
+            return self
+        return type(self)(_replace_rows(self.parameter, stretches, -torch.inf))
+
+    def outer(self, grad_out: Tensor, state_in: Tensor) -> Tensor:
+        summed_dims = [dim for dim in range(5) if dim not in self.state_dims]
+        return (grad_out * state_in).sum(summed_dims) * self.parameter.exp()
+
+
+class Identity(_LogDecay):
+    """A = 1 (basic linear attention), or 0 where a document starts. parameter: ``[n]``, 0 or −inf."""
+
+    is_known = True
+    state_dims = (0,)
+
+
+class HeadDecay(_LogDecay):
+    """A = γ_h^length (Lightning Attention, RetNet). parameter: ``[n, H]``, length · log γ_h, or −inf."""
+
+    is_known = True
+    state_dims = (0, 2)
+
+
+class ScalarDecay(_LogDecay):
+    """A = one number a head (Mamba-2, simple GLA). parameter: ``[n, B, H]``, the sum of the stretch's log decays, or −inf."""
+
+    is_known = False
+    state_dims = (0, 1, 2)
+
+
+class ChannelDecay(_LogDecay):
+    """A = one number a key channel (GLA, HGRN2). parameter: ``[n, B, H, K]``, sums of log decays, or −inf."""
+
+    is_known = False
+    state_dims = (0, 1, 2, 3)
+
+
+class Dense(Transition):
+    """A = a K×K matrix (DeltaNet, Gated DeltaNet, KDA). parameter: ``[n, B, H, K, K]``, the matrix itself."""
+
+    is_known = False
+
+    @classmethod
+    def parameter_shape(cls, state_shape: Sequence[int]) -> tuple[int, ...]:
+        return (*state_shape[:4], state_shape[3])
+
+    def apply(self, state: Tensor) -> Tensor:
+        return self.parameter @ state
+
+    def adjoint(self) -> Self:
+        return type(self)(self.parameter.mT)
+
+    def after(self, earlier: Self) -> Self:
+        return type(self)(self.parameter @ earlier.parameter)
+
+    def cut(self, stretches: Sequence[bool]) -> Self:
+        if not any(stretches):
+            return self
+        return type(self)(_replace_rows(self.parameter, stretches, 0.0))
+
+    def outer(self, grad_out: Tensor, state_in: Tensor) -> Tensor:
+        return grad_out @ state_in.mT
+
+
+def _replace_rows(parameter: Tensor, rows: Sequence[bool], value: float) -> Tensor:
+    constant = torch.full_like(parameter[0], value)
+    return torch.stack([constant if replaced else parameter[row] for row, replaced in enumerate(rows)])
+
+
+@dataclass(frozen=True)
+class Pair:
+    """What n stretches of tokens do to a memory state: ``S_out = A · S_in + U``.
+
+    transition: the n transitions A. state: U ``[n, B, H, K, V]``, the state that each stretch writes starting from zero.
+    """
+
+    transition: Transition
+    state: Tensor
+
+    def apply(self, state_in: Tensor) -> Tensor:
+        """A · S_in + U."""
+        return self.transition.apply(state_in) + self.state
+
+    def after(self, earlier: Pair) -> Pair:
+        """`earlier` followed by this pair, as one pair."""
+        return Pair(self.transition.after(earlier.transition), self.apply(earlier.state))
+
+    @property
+    def num_numbers_sent(self) -> int:
+        """How many numbers an exchange sends for one stretch of this pair."""
+        of_transition = 0 if self.transition.is_known else prod(self.transition.parameter.shape[1:])
+        return of_transition + prod(self.state.shape[1:])
+
+
+def exclusive_scan(pair: Pair, initial_state: Tensor | None = None) -> Tensor:
+    """The state that enters each of n stretches, given their pairs in order.
+
+    Args:
+        pair: (A, U) of n stretches.
+        initial_state: state before the first stretch, ``[B, H, K, V]``; None is zero.
+
+    Returns:
+        ``[n, B, H, K, V]``; ``S_in,0 = initial_state``, ``S_in,i+1 = A_i · S_in,i + U_i``.
+    """
+    state = torch.zeros_like(pair.state[:1]) if initial_state is None else initial_state.unsqueeze(0)
+    incoming = [state]
+    for index in range(pair.state.shape[0] - 1):
+        state = pair.transition[index].apply(state) + pair.state[index : index + 1]
+        incoming.append(state)
+    return torch.cat(incoming)
+
+
+def exclusive_scan_adjoint(transition: Transition, grad_in: Tensor) -> Tensor:
+    """Gradient of the state that leaves each of n stretches: the same scan from the last to the first, on (Aᵀ, G).
+
+    Args:
+        transition: A of n stretches.
+        grad_in: G ``[n, B, H, K, V]``, gradient of the state that enters each stretch, from that stretch's own output.
+
+    Returns:
+        λ ``[n, B, H, K, V]``; ``λ_{n-1} = 0``, ``λ_i = G_{i+1} + A_{i+1}ᵀ λ_{i+1}``. It is also the gradient of U.
+    """
+    adjoint = transition.adjoint()
+    grad = torch.zeros_like(grad_in[:1])
+    outgoing = [grad]
+    for index in range(grad_in.shape[0] - 1, 0, -1):
+        grad = adjoint[index].apply(grad) + grad_in[index : index + 1]
+        outgoing.append(grad)
+    outgoing.reverse()
+    return torch.cat(outgoing)

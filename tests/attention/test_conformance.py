@@ -1,0 +1,95 @@
+"""Every variant × topology × layout × number of ranks equals the recurrent form: outputs, states and every gradient, on every rank."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import longspan
+from longspan.exchange import TOPOLOGIES
+from longspan.ops import VARIANTS
+from tests.ranks import run_on_ranks
+from tests.variants import make_inputs, reference, relative_error, shard_gates
+
+LENGTHS = (4, 23, 64, 101)
+DOCUMENTS: dict[str, list[float] | None] = {
+    "one document": None,
+    # Fractions of the length: one-token documents, boundaries inside shards and on them, documents over 0, 1 and 2 cuts.
+    "packed": [0.0, 0.02, 0.04, 0.1, 0.25, 0.5, 0.52, 1.0],
+}
+
+
+def documents_of(fractions: list[float] | None, seq_len: int) -> list[int] | None:
+    return None if fractions is None else sorted({round(fraction * seq_len) for fraction in fractions})
+
+
+def errors_on_rank(
+    name: str, exchange: str, order: str, documents: list[int] | None, seq_len: int, form: str, options: dict[str, Any]
+) -> dict[str, float]:
+    """Errors of this rank's outputs and gradients against the recurrent form of the whole sequence."""
+    inputs = make_inputs(name, seq_len, documents=documents, **options)
+    o_reference, final_reference = reference(name, inputs)
+    num_ranks = dist.get_world_size()
+    loss = (o_reference * inputs.grad_o).sum()
+    # Every rank weighs the final state its own way; its gradient is the sum over ranks.
+    loss = loss + sum((rank + 1) * (final_reference * inputs.grad_final).sum() for rank in range(num_ranks))
+    grads_reference = torch.autograd.grad(loss, inputs.leaves())
+
+    layout = longspan.SequenceLayout(seq_len, order=order, documents=documents)
+    q, k, v = (layout.shard(x.detach()).requires_grad_() for x in (inputs.q, inputs.k, inputs.v))
+    gates = shard_gates(name, {key: x.detach() for key, x in inputs.gates.items()}, layout)
+    for key in inputs.differentiable:
+        gates[key].requires_grad_()
+    initial = inputs.initial_state.detach().requires_grad_()
+    memory = longspan.write(
+        name, k, v, **gates, initial_state=initial, output_final_state=True, layout=layout, exchange=exchange, chunk_size=8
+    )
+    o = memory.read_overlapped(q, inputs.scale) if form == "overlapped" else memory.read(q, inputs.scale)
+    final = memory.final_state()
+    loss = (o * layout.shard(inputs.grad_o)).sum() + (dist.get_rank() + 1) * (final * inputs.grad_final).sum()
+    grads = torch.autograd.grad(loss, [q, k, v, initial, *(gates[key] for key in inputs.differentiable)])
+
+    errors = {"o": relative_error(o, layout.shard(o_reference)), "final_state": relative_error(final, final_reference)}
+    for leaf, got, expected in zip(inputs.leaf_names(), grads, grads_reference, strict=True):
+        if leaf == "initial_state":
+            got = got.clone()
+            dist.all_reduce(got)
+        else:
+            expected = layout.shard(expected)
+        errors["d" + leaf] = relative_error(got, expected)
+    return errors
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize("packing", DOCUMENTS)
+@pytest.mark.parametrize("order", ["contiguous", "zigzag"])
+@pytest.mark.parametrize("exchange", TOPOLOGIES)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_sequence_parallel_equals_the_recurrent_form_on_every_rank(
+    name: str, exchange: str, order: str, packing: str, num_ranks: int
+) -> None:
+    for seq_len, form in itertools.product(LENGTHS, ("fused", "overlapped")):
+        documents = documents_of(DOCUMENTS[packing], seq_len)
+        options = {"batch": 2 if documents is None else 1, "heads": 2, "key_heads": 1, "seed": seq_len}
+        results = run_on_ranks(num_ranks, errors_on_rank, name, exchange, order, documents, seq_len, form, options)
+        for rank, errors in enumerate(results):
+            worst = max(errors, key=errors.__getitem__)
+            assert errors[worst] < 1e-10, f"rank {rank} of {num_ranks}, length {seq_len}, {form}: {errors}"
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_random_packings_and_strong_decays(name: str) -> None:
+    """Random document lengths that cross 0, 1 and 2 cuts, with decays from none to beyond what a float32 holds."""
+    rng = random.Random(0)
+    for trial, decay in enumerate((0.0, 1.0, 30.0, 900.0)):
+        seq_len = rng.randint(20, 70)
+        documents = [0, *sorted(rng.sample(range(1, seq_len), rng.randint(1, 12))), seq_len]
+        order = rng.choice(["contiguous", "zigzag"])
+        options = {"decay": decay, "seed": trial}
+        for errors in run_on_ranks(3, errors_on_rank, name, "auto", order, documents, seq_len, "fused", options):
+            assert max(errors.values()) < 1e-10, (decay, errors)

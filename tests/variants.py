@@ -1,0 +1,120 @@
+"""Inputs and references for tests that run over every variant of linear attention."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from longspan.layout import SequenceLayout
+from longspan.ops import VARIANTS
+from longspan.ops.variant import Gate, Gates, state_dtype
+
+
+@dataclass
+class Inputs:
+    """Global inputs of one call, and random gradients for what it returns."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    gates: dict[str, Tensor]
+    initial_state: Tensor
+    grad_o: Tensor
+    grad_final: Tensor
+    documents: list[int] | None
+    scale: float = 0.7
+    differentiable: list[str] = field(default_factory=list)
+
+    def leaves(self) -> list[Tensor]:
+        """What takes a gradient: q, k, v, the initial state, gates."""
+        return [self.q, self.k, self.v, self.initial_state, *(self.gates[name] for name in self.differentiable)]
+
+    def leaf_names(self) -> list[str]:
+        return ["q", "k", "v", "initial_state", *self.differentiable]
+
+
+def make_inputs(
+    name: str,
+    seq_len: int,
+    *,
+    documents: list[int] | None = None,
+    batch: int = 1,
+    heads: int = 2,
+    key_heads: int | None = None,
+    key_size: int = 3,
+    value_size: int = 5,
+    dtype: torch.dtype = torch.float64,
+    decay: float = 0.3,
+    seed: int = 0,
+) -> Inputs:
+    """Random inputs; log decays are uniform in (−decay, 0], other gates in (0, 1), keys have unit length."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+
+    key_heads = heads if key_heads is None else key_heads
+    sizes = {"B": batch, "T": seq_len, "H": heads, "K": key_size}
+
+    def gate_values(gate: Gate) -> Tensor:
+        shape = [sizes[dim] for dim in gate.dims]
+        uniform = torch.rand(shape, generator=generator, dtype=torch.float64)
+        values = -decay * uniform if gate.is_log_decay else uniform
+        return values.to(state_dtype(dtype)).requires_grad_(gate.differentiable)
+
+    num_states = batch if documents is None else len(documents) - 1
+    keys = normal(batch, seq_len, key_heads, key_size).detach()
+    return Inputs(
+        q=normal(batch, seq_len, key_heads, key_size),
+        k=(keys / keys.norm(dim=-1, keepdim=True)).requires_grad_(),
+        v=normal(batch, seq_len, heads, value_size),
+        gates={gate.name: gate_values(gate) for gate in VARIANTS[name].gates},
+        initial_state=normal(num_states, heads, key_size, value_size, dtype=state_dtype(dtype)),
+        grad_o=normal(batch, seq_len, heads, value_size).detach(),
+        grad_final=normal(num_states, heads, key_size, value_size, dtype=state_dtype(dtype)).detach(),
+        documents=documents,
+        differentiable=[gate.name for gate in VARIANTS[name].gates if gate.differentiable],
+    )
+
+
+def reference(name: str, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """o and final state by the recurrent form, document by document, in float64 whatever the inputs are."""
+    variant = VARIANTS[name]
+    repeats = inputs.v.shape[2] // inputs.k.shape[2]
+    q, k = (x.double().repeat_interleave(repeats, dim=2) for x in (inputs.q, inputs.k))
+    v, initial = inputs.v.double(), inputs.initial_state.double()
+    bounds = inputs.documents or [0, v.shape[1]]
+    outputs, finals = [], []
+    for number, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        gates = {
+            gate.name: _rows(inputs.gates[gate.name].double(), gate, start, stop) for gate in variant.gates
+        }
+        state = initial if inputs.documents is None else initial[number : number + 1]
+        o, final = variant.recurrent(
+            q[:, start:stop], k[:, start:stop], v[:, start:stop], gates, inputs.scale, state
+        )
+        outputs.append(o)
+        finals.append(final)
+    return torch.cat(outputs, dim=1), torch.cat(finals)
+
+
+def _rows(x: Tensor, gate: Gate, start: int, stop: int) -> Tensor:
+    return x[:, start:stop] if "T" in gate.dims else x
+
+
+def shard_gates(name: str, gates: Gates, layout: SequenceLayout) -> dict[str, Tensor]:
+    """Gates as the rank of `layout` holds them."""
+    return {
+        gate.name: layout.shard(gates[gate.name]) if "T" in gate.dims else gates[gate.name]
+        for gate in VARIANTS[name].gates
+    }
+
+
+def relative_error(got: Tensor, expected: Tensor) -> float:
+    """Largest difference, in units of the largest expected value (at least 1)."""
+    if expected.numel() == 0:
+        return 0.0
+    got, expected = got.detach().double(), expected.detach().double()
+    return float((got - expected).abs().max() / expected.abs().max().clamp(min=1.0))
