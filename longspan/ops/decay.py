@@ -189,11 +189,13 @@ def _put_scaled(target: Tensor, block: Block, values: Tensor, factor: Tensor | N
     """Write ``values [B, H, n, c, K] · factor``, summed over the heads that share a head of `target [B, T, H_k, K]`."""
     num_key_heads, num_heads = target.shape[2], values.shape[1]
     if num_key_heads == num_heads and block.tokens is None:
-        place = block.place(target)
+        place = block.take(target)
         if factor is not None:
             torch.mul(values, factor, out=place)
-        else:
+        elif scale != 1.0:
             torch.mul(values, scale, out=place)
+        else:
+            place.copy_(values)
         return
     scaled = values * factor if factor is not None else values * scale
     if num_key_heads != num_heads:
@@ -267,11 +269,19 @@ def write_states(call: Call, k: Tensor, v: Tensor, start_states: Tensor | None) 
         key = _scaled(block.take(k), factors.key, call.num_heads)
         value = _scaled(block.take(v), None, call.num_heads)
         written = torch.bmm(_flat(key).mT, _flat(value)).view(batch, call.num_heads, block.num_chunks, key_size, -1)
-        if factors.leave is not None:
-            written = written * factors.leave
-        states[block.next_slots] = written.permute(2, 0, 1, 3, 4).to(call.state_dtype)
+        _put_states(states, block.next_slots, written, factors.leave)
     _scan(call, states, start_states)
     return states
+
+
+def _put_states(states: Tensor, slots: slice | Tensor, values: Tensor, factor: Tensor | None) -> None:
+    """Write ``values [B, H, n, K, V] · factor`` to the slots of ``states [num_slots, B, H, K, V]``."""
+    if isinstance(slots, slice) and factor is not None:
+        # bfloat16 products are widened first: an operation on two dtypes at once is slow on the CPU.
+        torch.mul(values.to(states.dtype), factor, out=states[slots].permute(1, 2, 0, 3, 4))
+        return
+    scaled = values if factor is None else values * factor
+    states[slots] = scaled.permute(2, 0, 1, 3, 4).to(states.dtype)
 
 
 def _scan(call: Call, states: Tensor, start_states: Tensor | None) -> None:
@@ -367,7 +377,7 @@ class DecayWrite(torch.autograd.Function):
             _put_scaled(dv, block, torch.bmm(_flat(key), grad).view_as(value), None)
             if gate is not None:
                 gate.subtract(block, key, grad_key)
-                gate.add_chunks(block, grad_next, states[block.next_slots].permute(1, 2, 0, 3, 4))
+                gate.add_chunks(block, total[block.next_slots], states[block.next_slots])
         grad_start = None
         if ctx.has_start:
             grad_start = total[[entry.first_slot for entry in call.tiling.pieces if entry.piece.starts_document]]
@@ -395,8 +405,10 @@ class _GateGradient:
         self.add(block, x, grad, sign=-1.0)
 
     def add_chunks(self, block: Block, grad: Tensor, state: Tensor) -> None:
-        """Add ⟨∂S, S⟩ of the states that leave the block's chunks, ``[B, H, n, K, V]``."""
-        self.of_chunks[:, :, block.chunks] += (grad * state).sum((-1, -2))
+        """Add ⟨∂S, S⟩ of the states that leave the block's chunks, ``[n, B, H, K, V]``."""
+        # As a batch of vector products it reads each state once.
+        products = torch.bmm(grad.reshape(-1, 1, grad[0, 0, 0].numel()), state.reshape(-1, grad[0, 0, 0].numel(), 1))
+        self.of_chunks[:, :, block.chunks] += products.view(grad.shape[:3]).permute(1, 2, 0)
 
     def add_prefix(self, chunks: slice | Tensor, grad_log_prefix: Tensor) -> None:
         """Add the gradient of the decay from the start of the piece to each of `chunks`, ``[B, H, n]``."""
@@ -497,10 +509,8 @@ class DecayRead(torch.autograd.Function):
                 grad_state = torch.bmm(_flat(query).mT, _flat(grad_out)).view(
                     *query.shape[:3], q.shape[-1], do.shape[-1]
                 )
-                grad_state = grad_state.to(call.state_dtype)
-                if factors.enter is not None:
-                    grad_state = grad_state * factors.enter
-                grad_states[block.slots] = grad_state.permute(2, 0, 1, 3, 4)
+                _put_states(grad_states, block.slots, grad_state, factors.enter)
+                grad_state = grad_states[block.slots].permute(1, 2, 0, 3, 4)
                 if incoming is not None and grad_incoming is not None:
                     _incoming_gradient(block, factors, grad_state, incoming, grad_incoming, gate)
             if k is not None and v is not None and dk is not None and dv is not None:

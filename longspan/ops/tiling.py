@@ -48,11 +48,6 @@ class Block:
             x = x.index_select(1, self.tokens)
         return x.unflatten(1, (self.num_chunks, self.chunk_size)).permute(0, 3, 1, 2, 4)
 
-    def place(self, x: Tensor) -> Tensor:
-        """The view of ``x [B, T, H, D]`` into which a block of full chunks writes, as `take` shapes it."""
-        assert self.tokens is None
-        return self.take(x)
-
     def put(self, x: Tensor, values: Tensor) -> None:
         """Write ``values [B, H, num_chunks, chunk_size, D]`` to the block's tokens of ``x [B, T, H, D]``."""
         if self.tokens is None:

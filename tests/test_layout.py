@@ -1,0 +1,182 @@
+"""The layout: who holds what, in any order, length and packing; what it refuses and how it says so."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import longspan
+from longspan.errors import LayoutError
+from longspan.layout import ORDERS, SequenceLayout
+from tests.ranks import run_on_ranks
+
+GRID = list(itertools.product((1, 2, 3, 4, 8), (8, 9, 15, 16, 31, 100), ORDERS))
+
+
+@pytest.mark.parametrize(("num_ranks", "seq_len", "order"), GRID)
+def test_every_token_has_one_owner_and_shards_differ_by_little(num_ranks: int, seq_len: int, order: Any) -> None:
+    layouts = [SequenceLayout.for_rank(seq_len, num_ranks, rank, order) for rank in range(num_ranks)]
+    positions = torch.cat([layout.positions for layout in layouts])
+    assert sorted(positions.tolist()) == list(range(seq_len))
+    sizes = [layout.num_local_tokens for layout in layouts]
+    assert min(sizes) >= 1
+    assert max(sizes) - min(sizes) <= layouts[0].num_segments
+    assert sizes == list(layouts[0].tokens_of)
+
+
+def test_zigzag_gives_rank_r_the_segments_r_and_2p_minus_1_minus_r() -> None:
+    assert SequenceLayout.for_rank(16, 4, 1, "zigzag").segments == ((2, 4), (12, 14))
+    assert SequenceLayout.for_rank(16, 4, 1, "contiguous").segments == ((4, 8),)
+
+
+@pytest.mark.parametrize(("num_ranks", "seq_len", "order"), GRID)
+def test_pieces_cover_the_local_tokens_and_cross_no_boundary(num_ranks: int, seq_len: int, order: Any) -> None:
+    documents = [0, 1, 2, 5, seq_len - 1, seq_len]
+    for rank in range(num_ranks):
+        layout = SequenceLayout.for_rank(seq_len, num_ranks, rank, order, documents)
+        local = 0
+        for piece in layout.pieces:
+            assert piece.start == local < piece.stop
+            local = piece.stop
+            start, stop = piece.global_start, piece.global_start + piece.num_tokens
+            assert layout.positions[piece.start : piece.stop].tolist() == list(range(start, stop))
+            left, right = documents[piece.document : piece.document + 2]
+            assert left <= start < stop <= right
+            assert piece.starts_document == (start == left)
+            assert piece.ends_document == (stop == right)
+        assert local == layout.num_local_tokens
+        in_document = torch.tensor([p - max(d for d in documents if d <= p) for p in layout.positions.tolist()])
+        assert torch.equal(layout.document_positions_on("cpu"), in_document)
+
+
+def test_segments_say_where_documents_start() -> None:
+    layout = SequenceLayout.for_rank(12, 3, 0, documents=[0, 4, 10, 12])
+    assert [segment.starts_document for segment in layout.all_segments] == [True, True, True]
+    layout = SequenceLayout.for_rank(12, 3, 0, documents=[0, 9, 12])
+    assert [segment.starts_document for segment in layout.all_segments] == [True, False, True]
+
+
+def shard_and_gather(seq_len: int, order: Any) -> dict[str, Any]:
+    layout = SequenceLayout(seq_len, order=order)
+    x = torch.arange(seq_len * 3, dtype=torch.float64).view(1, seq_len, 3).requires_grad_()
+    local = layout.shard(x)
+    assert torch.equal(local[0, :, 0] / 3, layout.positions.double())
+    gathered = layout.gather(local)
+    assert torch.equal(gathered, x)
+    # Every rank weighs the gathered tokens its own way: the gradient of a shard is the sum over ranks.
+    weight = torch.randn(seq_len, 3, generator=torch.Generator().manual_seed(dist.get_rank()), dtype=torch.float64)
+    (grad,) = torch.autograd.grad((gathered * weight).sum(), x)
+    dist.all_reduce(weight)
+    dist.all_reduce(grad)
+    assert torch.allclose(grad[0], weight)
+    heads_first = layout.gather(local.transpose(1, 2), dim=2)
+    assert torch.equal(heads_first, x.transpose(1, 2))
+    return {"tokens": layout.num_local_tokens}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize(("num_ranks", "seq_len"), [(1, 5), (2, 2), (2, 9), (3, 10), (4, 4), (4, 37)])
+def test_gather_inverts_shard_with_gradients_summed_over_ranks(num_ranks: int, seq_len: int, order: Any) -> None:
+    results = run_on_ranks(num_ranks, shard_and_gather, seq_len, order)
+    assert sum(result["tokens"] for result in results) == seq_len
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_labels_are_shifted_before_the_split(order: Any) -> None:
+    tokens = torch.arange(100, 113).view(1, 13)
+    for rank in range(3):
+        layout = SequenceLayout.for_rank(12, 3, rank, order)
+        assert torch.equal(layout.shard_labels(tokens)[0], layout.positions + 101)
+        last = layout.shard_labels(tokens[:, :12])[0]
+        expected = torch.where(layout.positions == 11, -100, layout.positions + 101)
+        assert torch.equal(last, expected)
+        packed = SequenceLayout.for_rank(12, 3, rank, order, documents=[0, 5, 12]).shard_labels(tokens, -1)[0]
+        expected = torch.where((layout.positions == 4) | (layout.positions == 11), -1, layout.positions + 101)
+        assert torch.equal(packed, expected)
+
+
+def test_documents_are_copied_and_may_be_a_tensor() -> None:
+    documents = torch.tensor([0, 3, 8])
+    layout = SequenceLayout.local(8, documents)
+    documents[1] = 5
+    assert layout.documents == (0, 3, 8)
+    assert layout.num_documents == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"seq_len": 3}, "shorter than the number of ranks 4"),
+        ({"seq_len": 8.0}, "must be an int"),
+        ({"order": "diagonal"}, "contiguous, zigzag"),
+        ({"documents": [1, 16]}, r"\[0, ..., 16\]"),
+        ({"documents": [0, 9, 4, 16]}, "entry 2 is 4 after 9"),
+        ({"documents": [0, 4, 4, 16]}, "leave out documents of no tokens"),
+        ({"documents": [0, 2, 4]}, "look like one rank's local cu_seqlens"),
+        ({"documents": [0, 2, 15]}, "must end at seq_len 16"),
+        ({"documents": torch.tensor([0.0, 16.0])}, "integer tensor"),
+        ({"rank": 4}, "rank 4 is not one of 4 ranks"),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_the_way_out(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(LayoutError, match=message):
+        SequenceLayout.for_rank(**{"seq_len": 16, "num_ranks": 4, "rank": 1, **arguments})
+
+
+def test_a_sequence_that_is_sharded_already_is_not_split_twice() -> None:
+    layout = SequenceLayout.for_rank(16, 4, 1)
+    with pytest.raises(LayoutError, match="sharded already"):
+        layout.shard(torch.zeros(1, 4))
+    with pytest.raises(LayoutError, match=r"take layout.shard\(x\) first"):
+        layout.gather(torch.zeros(1, 16))
+    with pytest.raises(LayoutError, match="shifted before the split"):
+        layout.shard_labels(torch.zeros(1, 4, dtype=torch.int64))
+
+
+def messages_of_wrong_groups() -> list[str]:
+    pair = dist.new_group([0, 1])
+    mesh = dist.device_mesh.init_device_mesh("cpu", (1, 3), mesh_dim_names=("dp", "sp"))
+    messages = []
+    for group in (pair if dist.get_rank() == 2 else mesh, "sp"):
+        try:
+            SequenceLayout(16, group)
+        except LayoutError as error:
+            messages.append(str(error))
+    sub = SequenceLayout(16, mesh["sp"])
+    messages.append(f"{sub.rank} of {sub.num_ranks}")
+    return messages
+
+
+def test_groups_and_meshes() -> None:
+    results = run_on_ranks(3, messages_of_wrong_groups)
+    assert "not in the given group" in results[2][0]
+    assert "one-dimensional DeviceMesh" in results[0][0]
+    assert "got str" in results[0][1]
+    assert [result[2] for result in results] == ["0 of 3", "1 of 3", "2 of 3"]
+
+
+def disagreeing_layouts() -> str:
+    rank = dist.get_rank()
+    try:
+        SequenceLayout(16, documents=[0, 8 + rank, 16]).verify()
+    except LayoutError as error:
+        return str(error)
+    return ""
+
+
+def test_ranks_that_disagree_are_told_apart_on_all_ranks() -> None:
+    results = run_on_ranks(2, disagreeing_layouts)
+    assert results[0] == results[1]
+    assert "documents: rank 0 has (0, 8, 16), rank 1 has (0, 9, 16)" in results[0]
+
+
+def test_without_a_process_group_a_layout_has_one_rank() -> None:
+    layout = longspan.SequenceLayout(10, order="zigzag")
+    assert (layout.num_ranks, layout.segments) == (1, ((0, 10),))
+    x = torch.randn(1, 10)
+    assert layout.shard(x) is x
+    assert layout.gather(x) is x
