@@ -9,7 +9,7 @@ from longspan.operators import linear_attention, retention, simple_gla, write
 
 if TYPE_CHECKING:
     from longspan.attention.softmax import softmax_attention
-    from longspan.parallelize import parallelize, sum_gradients
+    from longspan.parallel import parallelize, sum_gradients
 
 __version__ = "0.1.0"
 
@@ -32,9 +32,9 @@ __all__ = [
 ]
 
 _LAZY = {
-    "parallelize": "longspan.parallelize",
+    "parallelize": "longspan.parallel",
     "softmax_attention": "longspan.attention.softmax",
-    "sum_gradients": "longspan.parallelize",
+    "sum_gradients": "longspan.parallel",
 }
 
 

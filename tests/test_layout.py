@@ -141,6 +141,7 @@ def messages_of_wrong_groups() -> list[str]:
     pair = dist.new_group([0, 1])
     mesh = dist.device_mesh.init_device_mesh("cpu", (1, 3), mesh_dim_names=("dp", "sp"))
     messages = []
+    group: Any
     for group in (pair if dist.get_rank() == 2 else mesh, "sp"):
         try:
             SequenceLayout(16, group)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +21,7 @@ class Inputs:
     q: Tensor
     k: Tensor
     v: Tensor
-    gates: dict[str, Tensor]
+    gates: dict[str, Any]
     initial_state: Tensor
     grad_o: Tensor
     grad_final: Tensor
@@ -87,14 +89,10 @@ def reference(name: str, inputs: Inputs) -> tuple[Tensor, Tensor]:
     v, initial = inputs.v.double(), inputs.initial_state.double()
     bounds = inputs.documents or [0, v.shape[1]]
     outputs, finals = [], []
-    for number, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
-        gates = {
-            gate.name: _rows(inputs.gates[gate.name].double(), gate, start, stop) for gate in variant.gates
-        }
+    for number, (start, stop) in enumerate(pairwise(bounds)):
+        gates = {gate.name: _rows(inputs.gates[gate.name].double(), gate, start, stop) for gate in variant.gates}
         state = initial if inputs.documents is None else initial[number : number + 1]
-        o, final = variant.recurrent(
-            q[:, start:stop], k[:, start:stop], v[:, start:stop], gates, inputs.scale, state
-        )
+        o, final = variant.recurrent(q[:, start:stop], k[:, start:stop], v[:, start:stop], gates, inputs.scale, state)
         outputs.append(o)
         finals.append(final)
     return torch.cat(outputs, dim=1), torch.cat(finals)
@@ -104,7 +102,7 @@ def _rows(x: Tensor, gate: Gate, start: int, stop: int) -> Tensor:
     return x[:, start:stop] if "T" in gate.dims else x
 
 
-def shard_gates(name: str, gates: Gates, layout: SequenceLayout) -> dict[str, Tensor]:
+def shard_gates(name: str, gates: Gates, layout: SequenceLayout) -> dict[str, Any]:
     """Gates as the rank of `layout` holds them."""
     return {
         gate.name: layout.shard(gates[gate.name]) if "T" in gate.dims else gates[gate.name]

@@ -228,7 +228,7 @@ def _check_inputs(
     name = variant.name
     if backend is not None and backend not in BACKENDS:
         raise InputError(f"backend must be None or one of {', '.join(map(repr, BACKENDS))}; got {backend!r}")
-    if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
+    if chunk_size is not None and chunk_size < 1:
         raise InputError(f"chunk_size must be a positive int or None; got {chunk_size!r}")
     if k.dim() != 4 or v.dim() != 4 or k.shape[:2] != v.shape[:2]:
         raise InputError(

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -89,9 +89,9 @@ class ChunkForm(ABC):
 class Variant(ABC):
     """A variant of linear attention."""
 
-    name: ClassVar[str] | str
-    transition: ClassVar[type[Transition]] | type[Transition]
-    gates: ClassVar[tuple[Gate, ...]] | tuple[Gate, ...]
+    name: str
+    transition: type[Transition]
+    gates: tuple[Gate, ...]
 
     @abstractmethod
     def recurrent(

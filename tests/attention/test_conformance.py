@@ -1,4 +1,4 @@
-"""Every variant × topology × layout × number of ranks equals the recurrent form: outputs, states and every gradient, on every rank."""
+"""Every variant × topology × layout × number of ranks equals the recurrent form: outputs, states, gradients, on every rank."""
 
 from __future__ import annotations
 
@@ -47,7 +47,15 @@ def errors_on_rank(
         gates[key].requires_grad_()
     initial = inputs.initial_state.detach().requires_grad_()
     memory = longspan.write(
-        name, k, v, **gates, initial_state=initial, output_final_state=True, layout=layout, exchange=exchange, chunk_size=8
+        name,
+        k,
+        v,
+        **gates,
+        initial_state=initial,
+        output_final_state=True,
+        layout=layout,
+        exchange=exchange,
+        chunk_size=8,
     )
     o = memory.read_overlapped(q, inputs.scale) if form == "overlapped" else memory.read(q, inputs.scale)
     final = memory.final_state()

@@ -1,4 +1,4 @@
-"""Exchanges: equal to the scan with every gradient, one collective each way, bytes by the formula, overlapped in both directions."""
+"""Exchanges: equal to the scan with every gradient, one collective each way, bytes by the formula, overlapped both ways."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ def order_of_events(overlapped: bool) -> list[str]:
     layout = SequenceLayout(64)
     x = torch.randn(1, layout.num_local_tokens, 8, dtype=torch.float64, requires_grad=True)
     g = -torch.rand(1, layout.num_local_tokens, 2, dtype=torch.float64)
-    all_gather._gather = noted_gather  # type: ignore[assignment]
+    all_gather._gather = noted_gather
     try:
         kv = Noted.apply(x, "keys and values", log).view(1, -1, 2, 4)
         memory = longspan.write("simple_gla", kv, kv * 2, g=g, layout=layout, exchange="all_gather")

@@ -20,7 +20,8 @@ pytestmark = pytest.mark.parametrize("name", VARIANTS)
 def unwritten_memory_is_nan() -> Iterator[None]:
     """Fill `torch.empty` with NaN, so that memory which is read before it is written shows."""
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    deterministic: Any = torch.utils.deterministic
+    deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
 
@@ -68,9 +69,7 @@ def test_chunk_form_equals_recurrent_form(name: str, seq_len: int, form: str) ->
 def test_heads_may_share_keys_and_sizes_need_be_no_power_of_two(
     name: str, heads: int, key_heads: int, key_size: int, value_size: int
 ) -> None:
-    inputs = make_inputs(
-        name, 37, batch=2, heads=heads, key_heads=key_heads, key_size=key_size, value_size=value_size
-    )
+    inputs = make_inputs(name, 37, batch=2, heads=heads, key_heads=key_heads, key_size=key_size, value_size=value_size)
     for form in ("fused", "overlapped"):
         assert worst_error(*run(name, inputs, form)) < 1e-10
 
@@ -112,9 +111,7 @@ def test_a_decay_to_nothing_cuts_the_sequence_without_nan(name: str) -> None:
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 3e-2)])
 @pytest.mark.parametrize("decay", [0.02, 0.5, 5.0])
-def test_lower_precision_stays_close_to_float64(
-    name: str, dtype: torch.dtype, tolerance: float, decay: float
-) -> None:
+def test_lower_precision_stays_close_to_float64(name: str, dtype: torch.dtype, tolerance: float, decay: float) -> None:
     inputs = make_inputs(name, 200, heads=3, key_size=32, value_size=16, dtype=dtype, decay=decay)
     got, expected = run(name, inputs, chunk_size=None)
     for key in expected:
@@ -129,7 +126,7 @@ def test_two_halves_through_the_state_equal_the_whole(name: str) -> None:
     o_reference, final_reference = reference(name, inputs)
 
     def half(start: int, stop: int, state: Tensor) -> tuple[Tensor, Tensor]:
-        gates = {
+        gates: dict[str, Any] = {
             gate.name: inputs.gates[gate.name][:, start:stop] if "T" in gate.dims else inputs.gates[gate.name]
             for gate in VARIANTS[name].gates
         }
@@ -231,7 +228,9 @@ def test_inputs_that_do_not_fit_are_refused_with_value_expectation_and_remedy(na
     for gate in VARIANTS[name].gates:
         refuses(f"{gate.name} must be a floating-point tensor", k, v, **{gate.name: gates[gate.name][..., :1]})
         if gate.is_log_decay:
-            refuses("must not exceed 0 or be NaN; its largest value on rank 0", k, v, **{gate.name: -gates[gate.name] + 1})
+            refuses(
+                "must not exceed 0 or be NaN; its largest value on rank 0", k, v, **{gate.name: -gates[gate.name] + 1}
+            )
             refuses("must not exceed 0 or be NaN", k, v, **{gate.name: gates[gate.name] * torch.nan})
         if not gate.differentiable:
             refuses("takes no gradient", k, v, **{gate.name: gates[gate.name].clone().requires_grad_()})

@@ -1,0 +1,195 @@
+"""Timing in pairs, in one run, with the spread; peak memory; local ranks; tables."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Ratios of two sides timed in turn: median, and the range of the pairs."""
+
+    median: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.median:.2f} ({self.low:.2f}-{self.high:.2f})"
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Seconds of two sides (medians), and the ratio first / second pair by pair."""
+
+    first: float
+    second: float
+    ratio: Ratio
+
+
+@dataclass
+class Table:
+    """One table of figures, with what was asked of them."""
+
+    name: str
+    title: str
+    target: str
+    columns: list[str]
+    rows: list[list[str]] = field(default_factory=list)
+
+    def add(self, *cells: object) -> None:
+        self.rows.append([str(cell) for cell in cells])
+
+    def markdown(self) -> str:
+        lines = [f"### {self.title}", "", f"Asked for: {self.target}", ""]
+        lines += ["| " + " | ".join(self.columns) + " |", "|" + "---|" * len(self.columns)]
+        lines += ["| " + " | ".join(row) + " |" for row in self.rows]
+        return "\n".join(lines) + "\n"
+
+
+def seconds(function: Callable[[], Any]) -> float:
+    """Wall time of one call."""
+    begun = time.perf_counter()
+    function()
+    return time.perf_counter() - begun
+
+
+def timed_pairs(first: Callable[[], Any], second: Callable[[], Any], pairs: int) -> Paired:
+    """Time two sides in turn, after one untimed call of each; the order within a pair alternates."""
+    first()
+    second()
+    firsts, seconds_ = [], []
+    for index in range(pairs):
+        if index % 2:
+            seconds_.append(seconds(second))
+            firsts.append(seconds(first))
+        else:
+            firsts.append(seconds(first))
+            seconds_.append(seconds(second))
+    return paired(firsts, seconds_)
+
+
+def paired(firsts: Sequence[float], seconds_: Sequence[float]) -> Paired:
+    """Medians of two sides and of their ratios, from times taken in turn."""
+    ratios = sorted(a / b for a, b in zip(firsts, seconds_, strict=True))
+    ratio = Ratio(statistics.median(ratios), ratios[0], ratios[-1])
+    return Paired(statistics.median(firsts), statistics.median(seconds_), ratio)
+
+
+def require_close(what: str, got: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
+    """Refuse to report a side whose result is wrong: error relative to the largest expected value."""
+    error = float(
+        (got.detach().double() - expected.detach().double()).abs().max() / expected.detach().double().abs().max()
+    )
+    if not error <= tolerance:
+        raise SystemExit(f"{what}: relative error {error:.2e} exceeds {tolerance:.0e}; no figure is reported")
+
+
+def peak_bytes(function: Callable[[], Any]) -> int:
+    """Growth of the process's peak resident memory over its resident memory now, while `function` runs (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status_bytes("VmRSS")
+    function()
+    return _status_bytes("VmHWM") - before
+
+
+def _status_bytes(key: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key + ":"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"{key} is not in /proc/self/status")
+
+
+def in_subprocess(function: Callable[..., Any], *args: Any) -> Any:
+    """Run a module-level function in a fresh process with one thread; its memory starts clean."""
+    return run_ranks(1, _without_group, function, args, with_group=False)[0]
+
+
+def _without_group(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    return function(*args)
+
+
+def run_ranks(num_ranks: int, function: Callable[..., Any], *args: Any, with_group: bool = True) -> list[Any]:
+    """Run a module-level function on `num_ranks` gloo ranks of one thread each, on loopback; values by rank."""
+    context = mp.get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder:
+        results: Any = context.SimpleQueue()
+        arguments = (num_ranks, folder, results, with_group, function, args)
+        processes = [context.Process(target=_rank_main, args=(rank, *arguments)) for rank in range(num_ranks)]
+        for process in processes:
+            process.start()
+        values: list[Any] = [None] * num_ranks
+        waiting = num_ranks
+        while waiting:
+            if results.empty():
+                failed = [p for p in processes if p.exitcode not in (None, 0)]
+                if failed:
+                    for process in processes:
+                        process.terminate()
+                    raise SystemExit(f"a rank of {function.__name__} ended with code {failed[0].exitcode}")
+                time.sleep(0.01)
+                continue
+            rank, value = results.get()
+            values[rank] = value
+            waiting -= 1
+        for process in processes:
+            process.join()
+    return values
+
+
+def _rank_main(
+    rank: int, num_ranks: int, folder: str, results: Any, with_group: bool, function: Callable[..., Any], args: Any
+) -> None:
+    torch.set_num_threads(1)
+    if with_group:
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+        store = dist.FileStore(f"{folder}/store", num_ranks)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks)
+    results.put((rank, function(*args)))
+    if with_group:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def machine() -> dict[str, str]:
+    """What was measured on, by what."""
+    model = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [
+            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
+        ]
+        model = names[0] if names else model
+    try:
+        commit = subprocess.run(
+            ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = "unknown"
+    return {
+        "processor": model,
+        "cores": str(os.cpu_count()),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "commit": commit,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def save(tables: Sequence[Table], path: Path) -> None:
+    """Write the tables and the machine as JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"machine": machine(), "tables": [asdict(table) for table in tables]}, indent=2) + "\n")

@@ -1,0 +1,261 @@
+"""Linear attention on the CPU: rate, cost of length, cost of a layout, gain of ranks, memory, and against softmax attention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+import longspan
+from benchmarks.harness import Table, in_subprocess, paired, peak_bytes, require_close, run_ranks, seconds, timed_pairs
+from longspan.ops.decay import default_chunk_size
+
+HEADS = 8
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def make_tensors(seq_len: int, size: int, dtype: torch.dtype, seed: int = 0) -> dict[str, Tensor]:
+    """q, k, v, g, log_decay and a gradient of o: B1, `HEADS` heads, K = V = `size`."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal() -> Tensor:
+        return torch.randn(1, seq_len, HEADS, size, generator=generator).to(dtype)
+
+    return {
+        "q": normal().requires_grad_(),
+        "k": (normal() / size**0.5).requires_grad_(),
+        "v": normal().requires_grad_(),
+        "g": (-0.1 * torch.rand(1, seq_len, HEADS, generator=generator)).requires_grad_(),
+        "log_decay": torch.log1p(-(2.0 ** -torch.arange(5.0, 5.0 + HEADS))),
+        "grad": normal(),
+    }
+
+
+def step(operator: str, tensors: dict[str, Tensor], **options: Any) -> Callable[[], Tensor]:
+    """A function that runs the operator forward and backward and returns o."""
+    leaves = [tensors["q"], tensors["k"], tensors["v"]]
+    if operator == "simple_gla":
+        leaves.append(tensors["g"])
+
+    def run() -> Tensor:
+        q, k, v = leaves[:3]
+        if operator == "simple_gla":
+            o = longspan.simple_gla(q, k, v, tensors["g"], **options)
+        elif operator == "retention":
+            o = longspan.retention(q, k, v, tensors["log_decay"], **options)
+        else:
+            o = longspan.linear_attention(q, k, v, **options)
+        assert isinstance(o, Tensor)
+        torch.autograd.grad(o, leaves, tensors["grad"])
+        return o
+
+    return run
+
+
+def operations(seq_len: int, size: int, chunk: int) -> int:
+    """Multiplications and additions of the chunk form's matrix products; squares of scores count whole.
+
+    Forward: two products of scores (2 · 2 · C · D a token and head), two of states (2 · 2 · D²). Backward: five and four.
+    """
+    return seq_len * HEADS * ((4 + 10) * chunk * size + (4 + 8) * size * size)
+
+
+def check_against_float64(operator: str) -> None:
+    """The operator must be right before its speed means anything."""
+    tensors = make_tensors(256, 64, torch.float32)
+    double = {key: x.detach().double().requires_grad_(x.requires_grad) for key, x in tensors.items()}
+    require_close(operator, step(operator, tensors)(), step(operator, double, chunk_size=16)(), 1e-4)
+
+
+def _products(a: Tensor) -> None:
+    for _ in range(10):
+        torch.bmm(a, a)
+
+
+def _repeated(function: Callable[[], Any], times: int) -> None:
+    for _ in range(times):
+        function()
+
+
+def rate(quick: bool) -> Table:
+    table = Table(
+        "rate",
+        "Rate of one thread, forward + backward, B1 H8",
+        "at least 0.5 of the rate of a batched 256×256 matrix product of the same dtype",
+        ["operator", "dtype", "K = V", "chunk", "tokens/s", "Gop/s", "of the matrix product's rate"],
+    )
+    seq_len = 2048 if quick else 8192
+    torch.set_num_threads(1)
+    for operator in ("simple_gla", "retention"):
+        check_against_float64(operator)
+        for name, dtype in DTYPES.items():
+            a = torch.randn(16, 256, 256).to(dtype)
+            for size in (64, 128):
+                chunk = default_chunk_size(dtype)
+                result = timed_pairs(
+                    step(operator, make_tensors(seq_len, size, dtype)),
+                    partial(_products, a),
+                    3 if quick else 9,
+                )
+                ours = operations(seq_len, size, chunk)
+                theirs = 10 * 16 * 2 * 256**3
+                shares = [ours / theirs / r for r in (result.ratio.median, result.ratio.high, result.ratio.low)]
+                table.add(
+                    operator,
+                    name,
+                    size,
+                    chunk,
+                    f"{seq_len / result.first:,.0f}",
+                    f"{ours / result.first / 1e9:.0f}",
+                    f"{shares[0]:.2f} ({shares[1]:.2f}-{shares[2]:.2f})",
+                )
+    return table
+
+
+def length(quick: bool) -> Table:
+    long, short = (32768, 4096) if quick else (262144, 16384)
+    table = Table(
+        "length",
+        f"Time per token at {long:,} tokens over that at {short:,}, forward + backward, B1 H8 K = V = 64, one thread",
+        "at most 1.10",
+        ["operator", "dtype", f"µs/token at {short:,}", f"µs/token at {long:,}", "ratio"],
+    )
+    torch.set_num_threads(1)
+    for operator in ("simple_gla", "retention"):
+        for name, dtype in DTYPES.items():
+            few = step(operator, make_tensors(short, 64, dtype))
+            many = step(operator, make_tensors(long, 64, dtype))
+            repeats = long // short
+            result = timed_pairs(many, partial(_repeated, few, repeats), 3)
+            table.add(
+                operator, name, f"{result.second / long * 1e6:.2f}", f"{result.first / long * 1e6:.2f}", result.ratio
+            )
+    return table
+
+
+def layout(quick: bool) -> Table:
+    seq_len = 2048 if quick else 8192
+    table = Table(
+        "layout",
+        f"A layout of one rank over no layout, forward + backward, {seq_len:,} tokens, B1 H8 K = V = 64, one thread",
+        "at most 1.03",
+        ["operator", "dtype", "ms without", "ms with", "with / without"],
+    )
+    torch.set_num_threads(1)
+    for operator in ("linear_attention", "retention", "simple_gla"):
+        for name, dtype in DTYPES.items():
+            tensors = make_tensors(seq_len, 64, dtype)
+            one_rank = longspan.SequenceLayout(seq_len)
+            result = timed_pairs(step(operator, tensors, layout=one_rank), step(operator, tensors), 5 if quick else 21)
+            table.add(
+                operator,
+                name,
+                f"{result.second * 1e3:.0f}",
+                f"{result.first * 1e3:.0f}",
+                f"{result.ratio.median:.3f} ({result.ratio.low:.3f}-{result.ratio.high:.3f})",
+            )
+    return table
+
+
+def _two_rank_times(operator: str, dtype: torch.dtype, seq_len: int, pairs: int) -> tuple[list[float], list[float]]:
+    """Times of rank 0 alone on the whole sequence, and of all ranks on their shares, in turn."""
+    whole = make_tensors(seq_len, 64, dtype)
+    split = longspan.SequenceLayout(seq_len)
+    local = {
+        key: x if key == "log_decay" else split.shard(x.detach()).requires_grad_(x.requires_grad)
+        for key, x in whole.items()
+    }
+    alone, together = step(operator, whole), step(operator, local, layout=split)
+    # Rank 0's shard shows only what needs no other rank; gather, so that the rest is looked at as well.
+    o = split.gather(together())
+    if dist.get_rank() == 0:
+        require_close(f"{operator} over ranks", o, alone(), 2e-2 if dtype == torch.bfloat16 else 1e-4)
+    alones, togethers = [], []
+    for _ in range(pairs):
+        dist.barrier()
+        if dist.get_rank() == 0:
+            alones.append(seconds(alone))
+        dist.barrier()
+        elapsed = torch.tensor([seconds(together)])
+        dist.all_reduce(elapsed, dist.ReduceOp.MAX)
+        togethers.append(float(elapsed))
+    return alones, togethers
+
+
+def ranks(quick: bool) -> Table:
+    seq_len = 8192 if quick else 32768
+    table = Table(
+        "ranks",
+        f"Two ranks of one thread over one rank of one thread, forward + backward, {seq_len:,} tokens, B1 H8 K = V = 64",
+        "at least 1.9 times as fast",
+        ["operator", "dtype", "ms, one rank", "ms, two ranks", "times as fast"],
+    )
+    for operator in ("linear_attention", "retention", "simple_gla"):
+        for name, dtype in DTYPES.items():
+            alone, together = run_ranks(2, _two_rank_times, operator, dtype, seq_len, 3 if quick else 9)[0]
+            result = paired(alone, together)
+            table.add(operator, name, f"{result.first * 1e3:.0f}", f"{result.second * 1e3:.0f}", result.ratio)
+    return table
+
+
+def _peak_of_step(operator: str, dtype: torch.dtype, seq_len: int, size: int) -> float:
+    """Peak memory of forward + backward, inputs and gradients included, over the bytes of q, k, v, o and their gradients."""
+    step(operator, make_tensors(512, size, dtype))()
+    tokens_bytes = seq_len * HEADS * size * torch.empty((), dtype=dtype).element_size()
+    # Random numbers are drawn in float32: for bfloat16 that would be the peak, so the inputs are made before.
+    tensors = make_tensors(seq_len, size, dtype)
+    inputs = 4 * tokens_bytes
+    return (peak_bytes(step(operator, tensors)) + inputs) / (8 * tokens_bytes)
+
+
+def memory(quick: bool) -> Table:
+    seq_len = 16384 if quick else 65536
+    table = Table(
+        "memory",
+        f"Peak memory of forward + backward at {seq_len:,} tokens, B1 H8, over the bytes of q, k, v, o and their gradients",
+        "at most 2.5",
+        ["operator", "dtype", "K = V", "ratio"],
+    )
+    for operator in ("simple_gla", "retention"):
+        for name, dtype in DTYPES.items():
+            for size in (64, 128):
+                table.add(operator, name, size, f"{in_subprocess(_peak_of_step, operator, dtype, seq_len, size):.2f}")
+    return table
+
+
+def _sdpa_step(tensors: dict[str, Tensor]) -> Callable[[], Tensor]:
+    leaves = [tensors["q"], tensors["k"], tensors["v"]]
+
+    def run() -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in leaves)
+        o = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+        torch.autograd.grad(o, leaves, tensors["grad"])
+        return o
+
+    return run
+
+
+def softmax(quick: bool) -> Table:
+    lengths = (256, 512, 1024, 2048) if quick else (128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
+    table = Table(
+        "softmax",
+        "simple_gla against causal scaled_dot_product_attention, forward + backward, B1 H8 K = V = 64, one thread",
+        "the crossover length, and the ratio at 8,192 and 32,768 tokens",
+        ["tokens", "dtype", "ms, simple_gla", "ms, softmax", "softmax / simple_gla"],
+    )
+    torch.set_num_threads(1)
+    for name, dtype in DTYPES.items():
+        for seq_len in lengths:
+            tensors = make_tensors(seq_len, 64, dtype)
+            pairs = 9 if seq_len <= 4096 else 3 if seq_len <= 8192 else 1
+            result = timed_pairs(_sdpa_step(tensors), step("simple_gla", tensors), pairs)
+            table.add(f"{seq_len:,}", name, f"{result.second * 1e3:.1f}", f"{result.first * 1e3:.1f}", result.ratio)
+    return table
+
+
+TABLES = {"rate": rate, "length": length, "layout": layout, "ranks": ranks, "memory": memory, "softmax": softmax}
