@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 from longspan.errors import CheckpointError, ConfigError, DataError, InputError, LayoutError, LongspanError
 from longspan.exchange import record_traffic
 from longspan.layout import SequenceLayout
-from longspan.operators import linear_attention, retention, simple_gla, write
+from longspan.operators import gla, linear_attention, retention, simple_gla, write
 
 if TYPE_CHECKING:
     from longspan.attention.softmax import softmax_attention
@@ -21,6 +21,7 @@ __all__ = [
     "LayoutError",
     "LongspanError",
     "SequenceLayout",
+    "gla",
     "linear_attention",
     "parallelize",
     "record_traffic",

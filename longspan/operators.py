@@ -29,7 +29,7 @@ def write(
     """Write what later tokens need and start its exchange, without waiting; read it with ``.read(q)`` when the queries are there.
 
     Args:
-        operator: ``"linear_attention"``, ``"retention"``, ``"simple_gla"`` or ``"softmax"``.
+        operator: ``"linear_attention"``, ``"retention"``, ``"simple_gla"``, ``"gla"`` or ``"softmax"``.
         k: ``[B, T, H_k, K]``.
         v: ``[B, T, H, V]``, the dtype of k.
         layout: which tokens this rank holds; None is one device.
@@ -202,6 +202,48 @@ def simple_gla(
     """
     return _one_call(
         "simple_gla",
+        q,
+        k,
+        v,
+        {"g": g},
+        scale,
+        output_final_state,
+        initial_state=initial_state,
+        layout=layout,
+        exchange=exchange,
+        backend=backend,
+        chunk_size=chunk_size,
+    )
+
+
+def gla(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    *,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    layout: SequenceLayout | None = None,
+    exchange: str = "auto",
+    backend: str | None = None,
+    chunk_size: int | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Gated linear attention: ``S_t = Diag(e^{g_t}) S_{t-1} + k_t v_tᵀ``, ``o_t = scale · S_tᵀ q_t`` (arXiv 2312.06635).
+
+    Args:
+        g: log decays ``[B, T, H, K]``, at most 0; float32 or float64 (bfloat16 is accepted, at the price of its own rounding).
+        q, k, v and the rest: as in `linear_attention`.
+
+    Returns:
+        o ``[B, T, H, V]`` in the dtype of q; with `output_final_state`, the pair (o, final_state).
+
+    Raises:
+        InputError, LayoutError: as in `linear_attention`; and InputError for a g above 0 or NaN (looked at on the CPU only).
+    """
+    return _one_call(
+        "gla",
         q,
         k,
         v,

@@ -1,5 +1,6 @@
 """The variants of linear attention, one a file. A new one is a file and a line here."""
 
+from longspan.ops.gla import GLA
 from longspan.ops.linear_attention import LINEAR_ATTENTION
 from longspan.ops.retention import RETENTION
 from longspan.ops.simple_gla import SIMPLE_GLA
@@ -11,6 +12,7 @@ VARIANTS: dict[str, Variant] = {
         LINEAR_ATTENTION,
         RETENTION,
         SIMPLE_GLA,
+        GLA,
     )
 }
 

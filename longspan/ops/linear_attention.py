@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from longspan.ops.decay import DecayFactors, DecayVariant, no_decay_factors
+from longspan.ops.decay import DecayVariant
+from longspan.ops.factors import Factors, NoDecay
 from longspan.ops.tiling import Tiling
 from longspan.ops.variant import Gates
 from longspan.state import Identity
@@ -25,10 +26,8 @@ def recurrent(
     return torch.stack(outputs, dim=1), state
 
 
-def _factors(
-    gates: Gates, tiling: Tiling, num_heads: int, dtype: torch.dtype, state_dtype: torch.dtype
-) -> DecayFactors:
-    return no_decay_factors(tiling, num_heads, dtype)
+def _factors(gates: Gates, tiling: Tiling, num_heads: int, dtype: torch.dtype, state_dtype: torch.dtype) -> Factors:
+    return NoDecay(tiling, num_heads, dtype)
 
 
 LINEAR_ATTENTION = DecayVariant(

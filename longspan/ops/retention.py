@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from longspan.ops.decay import DecayFactors, DecayVariant, head_decay_factors
+from longspan.ops.decay import DecayVariant
+from longspan.ops.factors import Factors, constant_factors
 from longspan.ops.tiling import Tiling
 from longspan.ops.variant import Gate, Gates
 from longspan.state import HeadDecay
@@ -26,10 +27,8 @@ def recurrent(
     return torch.stack(outputs, dim=1), state
 
 
-def _factors(
-    gates: Gates, tiling: Tiling, num_heads: int, dtype: torch.dtype, state_dtype: torch.dtype
-) -> DecayFactors:
-    return head_decay_factors(gates["log_decay"], tiling, dtype, state_dtype)
+def _factors(gates: Gates, tiling: Tiling, num_heads: int, dtype: torch.dtype, state_dtype: torch.dtype) -> Factors:
+    return constant_factors(gates["log_decay"], tiling, dtype, state_dtype)
 
 
 RETENTION = DecayVariant(

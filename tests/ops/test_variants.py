@@ -91,8 +91,8 @@ def test_packed_documents_equal_separate_ones(name: str, documents: list[int]) -
 
 @pytest.mark.parametrize("decay", [0.0, 5.0, 30.0, 1000.0])
 def test_no_decay_is_too_strong_or_too_weak(name: str, decay: float) -> None:
-    for seq_len in (100, 103):
-        inputs = make_inputs(name, seq_len, decay=decay)
+    for seq_len, documents in ((100, None), (103, None), (103, [0, 5, 8, 33, 103])):
+        inputs = make_inputs(name, seq_len, decay=decay, documents=documents)
         assert worst_error(*run(name, inputs, chunk_size=64)) < 1e-10
         assert worst_error(*run(name, inputs, "overlapped", chunk_size=64)) < 1e-10
 

@@ -1,0 +1,41 @@
+"""Gated linear attention: one log decay a token and key channel (GLA, arXiv 2312.06635; HGRN2, arXiv 2404.07904).
+
+    S_t = Diag(e^{g_t}) S_{t-1} + k_t v_tᵀ,      o_t = scale · S_tᵀ q_t
+
+HGRN2 is this operator with k = 1 − f and g = log f, f the forget gate of a key channel.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from longspan.ops.decay import DecayVariant
+from longspan.ops.factors import ChannelFactors, Factors
+from longspan.ops.tiling import Tiling
+from longspan.ops.variant import Gate, Gates
+from longspan.state import ChannelDecay
+
+
+def recurrent(
+    q: Tensor, k: Tensor, v: Tensor, gates: Gates, scale: float, initial_state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The definition; gates: g ``[B, T, H, K]``, log decays."""
+    state, outputs = initial_state, []
+    for t in range(q.shape[1]):
+        state = gates["g"][:, t, :, :, None].exp() * state + k[:, t, :, :, None] * v[:, t, :, None, :]
+        outputs.append(scale * (q[:, t, :, None, :] @ state).squeeze(-2))
+    return torch.stack(outputs, dim=1), state
+
+
+def _factors(gates: Gates, tiling: Tiling, num_heads: int, dtype: torch.dtype, state_dtype: torch.dtype) -> Factors:
+    return ChannelFactors(gates["g"], tiling, dtype, state_dtype)
+
+
+GLA = DecayVariant(
+    name="gla",
+    transition=ChannelDecay,
+    gates=(Gate("g", "BTHK", is_log_decay=True),),
+    recurrent_form=recurrent,
+    factors=_factors,
+)
