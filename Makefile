@@ -1,0 +1,71 @@
+# `make train` and `make test` need Python 3.11 or newer and nothing else: each makes its own environment in .venv.
+#   PYTHON=/path/to/python3.12   the Python that makes the environment
+#   ARGS="--optim.lr 1e-3"       passed on to the command of train, test, test-all and bench
+
+PYTHON ?= python3
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+REQUIREMENTS := pyproject.toml constraints.txt
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.PHONY: help train test test-all lint typecheck bench format clean
+
+help: ## show this list
+	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+train: $(VENV)/.installed ## train the example model on this machine's CPU (about three minutes)
+	$(BIN)/python -m longspan train $(ARGS)
+
+test: $(VENV)/.installed-dev ## run the tests, but for the slow ones
+	$(BIN)/python -m pytest $(ARGS)
+
+test-all: $(VENV)/.installed-dev ## run all tests
+	$(BIN)/python -m pytest -m "" $(ARGS)
+
+lint: $(VENV)/.installed-dev ## check style and formatting
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+
+typecheck: $(VENV)/.installed-dev ## check types
+	$(BIN)/python -m mypy
+
+bench: $(VENV)/.installed ## measure speed and memory and print the table
+	$(BIN)/python -m benchmarks $(ARGS)
+
+format: $(VENV)/.installed-dev ## format the code and apply safe lint fixes
+	$(BIN)/python -m ruff check --fix .
+	$(BIN)/python -m ruff format .
+
+clean: ## remove the environment and all caches (runs/ stays)
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Commands run as `python -m`, so that a checkout may be moved together with its environment.
+
+# An environment counts as made when its stamp is younger than the requirements. The stamp is written last. `.installing`
+# stays behind only when an installation was cut off, and what that left cannot be trusted: the environment is made anew.
+define install
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	    echo "longspan needs Python 3.11 or newer, but '$(PYTHON)' is: $$($(PYTHON) --version 2>&1 || true)"; \
+	    echo "Name another one: make $(firstword $(MAKECMDGOALS)) PYTHON=/path/to/python3.11"; exit 1; } >&2
+	@if [ -e $(VENV)/.installing ] || ! $(BIN)/python -m pip --version >/dev/null 2>&1 \
+	    || ! $(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then \
+	    echo "making $(VENV)"; $(PYTHON) -m venv --clear $(VENV); fi
+	@touch $(VENV)/.installing
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e $(1) \
+	    || { rm -f $(VENV)/.installing; exit 1; }
+	@$(BIN)/python -c 'import torch; from importlib.metadata import version; version("longspan")'
+	@rm -f $(VENV)/.installing
+	@touch $@
+endef
+
+$(VENV)/.installed: $(REQUIREMENTS)
+	$(call install,.)
+
+$(VENV)/.installed-dev: $(REQUIREMENTS)
+	$(call install,".[dev]")
+	@touch $(VENV)/.installed

@@ -1,0 +1,11 @@
+"""Softmax attention over a sequence that is split over ranks (LASP-2H)."""
+
+from longspan.attention.softmax.attention import (
+    SOFTMAX_METHODS,
+    SoftmaxMemory,
+    SoftmaxMethod,
+    softmax_attention,
+    write_softmax,
+)
+
+__all__ = ["SOFTMAX_METHODS", "SoftmaxMemory", "SoftmaxMethod", "softmax_attention", "write_softmax"]

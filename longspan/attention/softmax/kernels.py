@@ -1,0 +1,211 @@
+"""Softmax attention of one block of queries on one block of keys, with its log-sum-exp.
+
+Shapes: B batch, Tq queries, Tk keys, H heads, H_kv key and value heads (H a multiple of H_kv), D head dimension.
+
+PyTorch's flash operators return the log-sum-exp that merging blocks needs and take it back in backward, but have no
+public name: this is the only file that calls private operators. `flash_operator` says which of them runs a tensor:
+the CPU's for every floating dtype, CUDA's for float16 and bfloat16 with a head dimension that is a multiple of 8 and at
+most 256. Anything else runs `plain_forward` and `plain_backward`, written here with public operators, a chunk of
+queries at a time.
+
+Backward of a block with the *merged* output and log-sum-exp of all its query's blocks is exact: with
+P = exp(scale·q·kᵀ − lse) and delta = rowsum(do ⊙ o), the block's share is dv = Pᵀ·do, dS = P ⊙ (do·vᵀ − delta),
+dq = scale·dS·k, dk = scale·dSᵀ·q, and only lse and o know about the other blocks.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+PLAIN_CHUNK = 128
+"""Queries at a time in the plain form: its scores are [B, H, PLAIN_CHUNK, Tk]."""
+
+SCHEMAS = {
+    "_scaled_dot_product_flash_attention_for_cpu": (
+        "(Tensor query, Tensor key, Tensor value, float dropout_p=0., bool is_causal=False, *, Tensor? attn_mask=None, "
+        "float? scale=None) -> (Tensor output, Tensor logsumexp)"
+    ),
+    "_scaled_dot_product_flash_attention_for_cpu_backward": (
+        "(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor out, Tensor logsumexp, float dropout_p, "
+        "bool is_causal, *, Tensor? attn_mask=None, float? scale=None) "
+        "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value)"
+    ),
+    "_scaled_dot_product_flash_attention": (
+        "(Tensor query, Tensor key, Tensor value, float dropout_p=0., bool is_causal=False, "
+        "bool return_debug_mask=False, *, float? scale=None) -> (Tensor output, Tensor logsumexp, "
+        "Tensor cum_seq_q, Tensor cum_seq_k, SymInt max_q, "
+        "SymInt max_k, Tensor rng_state, Tensor unused, Tensor debug_attn_mask)"
+    ),
+    "_scaled_dot_product_flash_attention_backward": (
+        "(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor out, Tensor logsumexp, Tensor cum_seq_q, "
+        "Tensor cum_seq_k, SymInt max_q, SymInt max_k, float dropout_p, bool is_causal, Tensor philox_seed, "
+        "Tensor philox_offset, *, float? scale=None) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)"
+    ),
+}
+"""The private operators called here, as PyTorch 2.13 declares them. A test compares them with the installed release."""
+
+FlashOperator = Literal["cpu", "cuda", "plain"]
+
+
+def flash_operator(q: Tensor) -> FlashOperator:
+    """Which code runs a block of queries like `q`, [B, Tq, H, D]."""
+    if q.device.type == "cpu" and hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu"):
+        return "cpu"
+    if (
+        q.device.type == "cuda"
+        and torch.version.hip is None
+        and q.dtype in (torch.float16, torch.bfloat16)
+        and q.shape[-1] % 8 == 0
+        and q.shape[-1] <= 256
+        and torch.cuda.get_device_capability(q.device) >= (8, 0)
+    ):
+        return "cuda"
+    return "plain"
+
+
+def block_forward(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    """Attention of a block of queries on a block of keys.
+
+    Args:
+        q: ``[B, Tq, H, D]``, Tq at least 1.
+        k, v: ``[B, Tk, H_kv, D]``, Tk at least 1, any strides.
+        causal: query i sees keys 0 to i of the block; else all of them.
+
+    Returns:
+        out ``[B, Tq, H, D]`` in q's dtype, normalised over the block's keys, and the log-sum-exp of the scaled scores,
+        ``[B, H, Tq]``, float32 (float64 for float64).
+    """
+    operator = flash_operator(q)
+    if operator == "plain":
+        return plain_forward(q, k, v, causal=causal, scale=scale)
+    heads_first = [_rows(x).transpose(1, 2) for x in (q, k, v)]
+    if operator == "cpu":
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*heads_first, 0.0, causal, scale=scale)
+    else:
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention(*heads_first, 0.0, causal, scale=scale)[:2]
+    return out.transpose(1, 2), lse
+
+
+def block_backward(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, causal: bool, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of one block, given what its queries got from all of their blocks together.
+
+    Args:
+        grad_out, out: ``[B, Tq, H, D]``; `out` merged over all blocks of these queries.
+        lse: ``[B, H, Tq]``, merged too.
+        q, k, v, causal, scale: as in `block_forward`.
+
+    Returns:
+        dq ``[B, Tq, H, D]`` and dk, dv ``[B, Tk, H_kv, D]``: this block's share, in q's dtype.
+    """
+    operator = flash_operator(q)
+    if operator == "plain":
+        return plain_backward(grad_out, q, k, v, out, lse, causal=causal, scale=scale)
+    grad_out, q, k, v, out = (_rows(x).transpose(1, 2) for x in (grad_out, q, k, v, out))
+    if operator == "cpu":
+        grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad_out, q, k, v, out, lse, 0.0, causal, scale=scale
+        )
+    else:
+        # Without dropout the random state is not read, but it must be there.
+        seed = torch.empty(2, dtype=torch.uint64, device=q.device)
+        offset = torch.empty((), dtype=torch.uint64, device=q.device)
+        grads = torch.ops.aten._scaled_dot_product_flash_attention_backward(
+            grad_out,
+            q,
+            k,
+            v,
+            out,
+            lse.contiguous(),
+            None,
+            None,
+            q.shape[2],
+            k.shape[2],
+            0.0,
+            causal,
+            seed,
+            offset,
+            scale=scale,
+        )
+    dq, dk, dv = (x.transpose(1, 2) for x in grads)
+    return dq, dk, dv
+
+
+def plain_forward(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    """`block_forward` with public operators."""
+    groups = q.shape[2] // k.shape[2]
+    keys, values = (_accumulation(x).permute(0, 2, 3, 1) for x in (k, v))
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = keys.new_empty((q.shape[0], q.shape[2], q.shape[1]))
+    for start in range(0, q.shape[1], PLAIN_CHUNK):
+        chunk = slice(start, start + PLAIN_CHUNK)
+        visible = min(start + PLAIN_CHUNK, k.shape[1]) if causal else k.shape[1]
+        scores = _scores(_grouped(q[:, chunk], groups), keys[..., :visible], start, causal, scale)
+        chunk_lse = scores.logsumexp(-1)
+        probabilities = (scores - chunk_lse.unsqueeze(-1)).exp()
+        chunk_out = probabilities.flatten(2, 3) @ values[..., :visible].mT
+        out[:, chunk] = _ungrouped(chunk_out.unflatten(2, (groups, -1)))
+        lse[..., chunk] = chunk_lse.flatten(1, 2)
+    return out, lse
+
+
+def plain_backward(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, causal: bool, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`block_backward` with public operators."""
+    groups = q.shape[2] // k.shape[2]
+    keys, values = (_accumulation(x).permute(0, 2, 3, 1) for x in (k, v))
+    dq = torch.empty_like(q, memory_format=torch.contiguous_format)
+    dk, dv = torch.zeros_like(keys.mT), torch.zeros_like(values.mT)
+    for start in range(0, q.shape[1], PLAIN_CHUNK):
+        chunk = slice(start, start + PLAIN_CHUNK)
+        visible = min(start + PLAIN_CHUNK, k.shape[1]) if causal else k.shape[1]
+        queries, grads, outs = (_grouped(x[:, chunk], groups) for x in (q, grad_out, out))
+        chunk_lse = lse[..., chunk].unflatten(1, (-1, groups)).unsqueeze(-1)
+        probabilities = (_scores(queries, keys[..., :visible], start, causal, scale) - chunk_lse).exp().flatten(2, 3)
+        delta = (grads * outs).sum(-1, keepdim=True).flatten(2, 3)
+        flat_grads = grads.flatten(2, 3)
+        dscores = probabilities * (flat_grads @ values[..., :visible] - delta) * scale
+        dq[:, chunk] = _ungrouped((dscores @ keys[..., :visible].mT).unflatten(2, (groups, -1)))
+        dk[:, :, :visible] += dscores.mT @ queries.flatten(2, 3)
+        dv[:, :, :visible] += probabilities.mT @ flat_grads
+    return dq, dk.transpose(1, 2).to(k.dtype), dv.transpose(1, 2).to(v.dtype)
+
+
+def _scores(queries: Tensor, keys: Tensor, start: int, causal: bool, scale: float) -> Tensor:
+    """Scaled scores [B, H_kv, H / H_kv, Tq, Tk] of queries [B, H_kv, H / H_kv, Tq, D] on keys [B, H_kv, D, Tk]."""
+    groups, num_queries = queries.shape[2:4]
+    scores = (queries.flatten(2, 3) @ keys).mul_(scale).unflatten(2, (groups, num_queries))
+    if causal:
+        rows = torch.arange(start, start + num_queries, device=keys.device).unsqueeze(-1)
+        scores.masked_fill_(torch.arange(keys.shape[-1], device=keys.device) > rows, float("-inf"))
+    return scores
+
+
+def _grouped(x: Tensor, groups: int) -> Tensor:
+    """[B, T, H, D] as [B, H / groups, groups, T, D] in the dtype that sums are taken in."""
+    return _accumulation(x).transpose(1, 2).unflatten(1, (-1, groups))
+
+
+def _ungrouped(x: Tensor) -> Tensor:
+    """[B, H_kv, groups, T, D] as [B, T, H, D]."""
+    return x.flatten(1, 2).transpose(1, 2)
+
+
+def _accumulation(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _rows(x: Tensor) -> Tensor:
+    """`x` [B, T, H, D] with each head's row contiguous and rows that do not overlap, as the matrix products expect.
+
+    An upstream gradient may be an expanded scalar. `clone`, since `contiguous` keeps the strides of dimensions of size
+    one.
+    """
+    if x.stride(3) == 1 and x.stride(1) >= x.shape[3]:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)

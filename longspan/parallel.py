@@ -1,0 +1,129 @@
+"""Sequence parallelism applied to a model from outside, and the sum of its gradients over ranks.
+
+The one gradient convention: a rank's loss is its local sum over valid tokens, divided by the number of valid tokens of
+all ranks (data × sequence). Parameter gradients are then *summed* over data × sequence, and equal those of one process.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from longspan.attention.softmax import SOFTMAX_METHODS, SoftmaxMethod
+from longspan.errors import InputError
+from longspan.exchange import resolve_topology
+from longspan.exchange.traffic import note_collective, waiting
+from longspan.layout import SequenceLayout
+from longspan.models.linear_llama3 import LinearLlama3, SequenceParallel
+from longspan.models.mixers import LinearMixer, SoftmaxMixer
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+BUCKET_BYTES = 32 * 2**20
+"""Gradients are summed this many bytes at a time: enough to hide latency, little beside the model."""
+
+Model = TypeVar("Model", bound=LinearLlama3)
+
+
+def parallelize(
+    model: Model,
+    mesh_or_group: dist.ProcessGroup | DeviceMesh | None,
+    *,
+    exchange: str = "auto",
+    softmax_method: SoftmaxMethod = "auto",
+) -> Model:
+    """Let `model` run on sequences that are split over the ranks of a group; changed in place and returned.
+
+    Args:
+        model: with the same weights on every rank.
+        mesh_or_group: process group or one-dimensional DeviceMesh (such as ``mesh["sp"]``); None is the default group.
+        exchange: how linear layers exchange their states, as in the operators.
+        softmax_method: how softmax layers exchange keys and values, as in `softmax_attention`.
+
+    Afterwards ``model(layout.shard(tokens), layout=layout)`` takes a layout of this very group, and no call without
+    one where the group has several ranks. Sum the gradients with `sum_gradients`.
+
+    Raises:
+        InputError: for a model of another kind, or a name that is not an exchange or a method.
+        LayoutError: for a group that this rank is not in, or a mesh of several dimensions.
+    """
+    if not isinstance(model, LinearLlama3):
+        raise InputError(
+            f"parallelize() takes a longspan.models.LinearLlama3; got {type(model).__name__}. In a model of your own, "
+            "give the layout to the operators"
+        )
+    resolve_topology(exchange)
+    if softmax_method not in SOFTMAX_METHODS:
+        raise InputError(f"softmax_method must be one of {', '.join(SOFTMAX_METHODS)}; got {softmax_method!r}")
+    group, num_ranks = _resolve(mesh_or_group)
+    for module in model.modules():
+        if isinstance(module, LinearMixer):
+            module.exchange = exchange
+        elif isinstance(module, SoftmaxMixer):
+            module.method = softmax_method
+    model.sequence_parallel = SequenceParallel(group, num_ranks)
+    return model
+
+
+@torch.no_grad()
+def sum_gradients(
+    module_or_parameters: nn.Module | Iterable[nn.Parameter], group: dist.ProcessGroup | DeviceMesh | None = None
+) -> None:
+    """Sum every parameter's gradient over the ranks of a group, in place.
+
+    Args:
+        module_or_parameters: the same on every rank, in the same order. A parameter without a gradient on a rank
+        counts as
+            zero there, and has the sum afterwards; those that require no gradient are left alone.
+        group: all ranks that share the parameters, data × sequence; None is the default group.
+
+    Few collectives of at most about 32 MiB; none in a group of one. Sums are in the gradients' dtype.
+    """
+    parameters = (
+        module_or_parameters.parameters() if isinstance(module_or_parameters, nn.Module) else module_or_parameters
+    )
+    process_group, num_ranks = _resolve(group)
+    if num_ranks == 1:
+        return
+    for bucket in _buckets([parameter for parameter in parameters if parameter.requires_grad]):
+        flat = torch.cat([_gradient(parameter).flatten() for parameter in bucket])
+        note_collective("all_reduce", "backward", 2 * (num_ranks - 1) * flat.nbytes // num_ranks)
+        with waiting():
+            dist.all_reduce(flat, group=process_group)
+        for parameter, summed in zip(bucket, flat.split([parameter.numel() for parameter in bucket]), strict=True):
+            if parameter.grad is None:
+                parameter.grad = torch.empty_like(parameter)
+            parameter.grad.copy_(summed.view_as(parameter))
+
+
+def _buckets(parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """Parameters of one dtype and device, at most about `BUCKET_BYTES` together, in the order given."""
+    kinds: dict[tuple[torch.dtype, torch.device], list[nn.Parameter]] = defaultdict(list)
+    for parameter in parameters:
+        kinds[parameter.dtype, parameter.device].append(parameter)
+    for same_kind in kinds.values():
+        bucket: list[nn.Parameter] = []
+        num_bytes = 0
+        for parameter in same_kind:
+            if bucket and num_bytes + parameter.nbytes > BUCKET_BYTES:
+                yield bucket
+                bucket, num_bytes = [], 0
+            bucket.append(parameter)
+            num_bytes += parameter.nbytes
+        yield bucket
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+
+
+def _resolve(mesh_or_group: dist.ProcessGroup | DeviceMesh | None) -> tuple[dist.ProcessGroup | None, int]:
+    """The process group and its size: a layout resolves and checks a group, whatever its length."""
+    layout = SequenceLayout(2**40, mesh_or_group)
+    return layout.group, layout.num_ranks

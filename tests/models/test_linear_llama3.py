@@ -1,0 +1,215 @@
+"""The model on one device: what it computes, how it starts, decodes and learns."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from longspan.errors import InputError, LayoutError
+from longspan.layout import SequenceLayout
+from longspan.models import LinearLlama3, LinearLlama3Config
+from longspan.models.decays import DECAYS, FixedDecay, ScalarDecay
+from longspan.models.layers import rotate, rotation
+from longspan.models.mixers import LinearCache, SoftmaxCache
+from tests.models.tiny import random_tokens, tiny_model
+
+HYBRIDS: list[dict[str, Any]] = [
+    *({"operator": operator} for operator in DECAYS),
+    {"pattern": "NL", "operator": ("retention", "simple_gla"), "num_kv_heads": None, "tie_embeddings": True},
+    {"pattern": "N", "num_kv_heads": 1, "head_dim": 6},
+]
+
+
+@pytest.mark.parametrize("changes", HYBRIDS, ids=str)
+def test_decoding_step_by_step_gives_the_logits_of_forward(changes: dict[str, Any]) -> None:
+    model, tokens = tiny_model(**changes), random_tokens(2, 140)
+    cache = model.init_cache(2)
+    with torch.no_grad():
+        want = model(tokens)
+        got = torch.cat([model.step(tokens[:, [position]], cache) for position in range(tokens.shape[1])], dim=1)
+    assert want.abs().max() > 0.1
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-11)
+
+
+def test_a_linear_layers_cache_does_not_grow() -> None:
+    model, tokens = tiny_model(pattern="LN"), random_tokens(1, 100)
+    cache = model.init_cache(1)
+    sizes = []
+    with torch.no_grad():
+        for position in range(100):
+            model.step(tokens[:, [position]], cache)
+            states = [layer.state for layer in cache.layers if isinstance(layer, LinearCache)]
+            sizes.append(sum(state.numel() for state in states if state is not None))
+    assert set(sizes) == {2 * 4 * 4 * 4}
+    assert [layer.num_tokens for layer in cache.layers if isinstance(layer, SoftmaxCache)] == [100, 100]
+
+
+@pytest.mark.parametrize("changes", HYBRIDS, ids=str)
+def test_no_token_sees_a_later_one(changes: dict[str, Any]) -> None:
+    model, tokens = tiny_model(**changes), random_tokens(1, 80)
+    changed = tokens.clone()
+    changed[0, 50] = (changed[0, 50] + 1) % 29
+    with torch.no_grad():
+        before, after = model(tokens), model(changed)
+    difference = (before - after).abs().amax(dim=(0, 2))
+    # A chunk form may scale by decays that come later in the chunk: its roundings differ, nothing else.
+    assert difference[:50].max() < 1e-13
+    assert difference[50:].min() > 1e-9
+
+
+@pytest.mark.parametrize("changes", HYBRIDS, ids=str)
+def test_packed_documents_are_as_if_each_were_alone(changes: dict[str, Any]) -> None:
+    model, tokens = tiny_model(**changes), random_tokens(1, 90)
+    documents = (0, 1, 30, 90)
+    with torch.no_grad():
+        packed = model(tokens, layout=SequenceLayout.local(90, documents))
+        alone = [model(tokens[:, start:stop]) for start, stop in pairwise(documents)]
+    torch.testing.assert_close(packed, torch.cat(alone, dim=1), rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("operator", DECAYS)
+def test_initial_weights_depend_on_the_seed_alone(operator: str) -> None:
+    config = LinearLlama3Config(vocab_size=50, dim=32, hidden_dim=48, operator=operator)
+    model, other = LinearLlama3(config), LinearLlama3(config)
+    for parameter in model.parameters():
+        torch.nn.init.constant_(parameter, float("nan"))
+    torch.manual_seed(99)
+    model.init_weights(3)
+    torch.manual_seed(1)
+    other.init_weights(3)
+    for one, two in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(one, two)
+    model.init_weights(4)
+    assert not torch.equal(model.embedding.weight, other.embedding.weight)
+
+
+def test_tied_embeddings_share_one_matrix() -> None:
+    tied, untied = (
+        LinearLlama3(LinearLlama3Config(vocab_size=50, dim=32, hidden_dim=48, tie_embeddings=tie))
+        for tie in (True, False)
+    )
+    assert tied.head.weight is tied.embedding.weight
+    assert untied.num_parameters() - tied.num_parameters() == 50 * 32
+    assert 0.015 < tied.head.weight.std() < 0.025
+
+
+def test_number_of_parameters_and_operations() -> None:
+    config = LinearLlama3Config(
+        vocab_size=50,
+        dim=32,
+        num_layers=2,
+        pattern="LN",
+        num_heads=4,
+        num_kv_heads=2,
+        hidden_dim=48,
+        operator="retention",
+    )
+    model = LinearLlama3(config)
+    feed_forward, head = 3 * 32 * 48, 50 * 32
+    linear_matrices, softmax_matrices = 5 * 32 * 32, 2 * 32 * 32 + 2 * 32 * 16
+    matrices = linear_matrices + softmax_matrices + 2 * feed_forward + head
+    assert model.num_parameters() == matrices + 50 * 32 + 5 * 32 + 8
+    # For each of 32 inner channels: one state row of 8 in the linear layer, 100 keys on average in the softmax layer.
+    assert model.flops_per_token(200) == 6 * matrices + 12 * 32 * 8 + 12 * 32 * 100
+
+
+@pytest.mark.parametrize("operator", DECAYS)
+def test_a_bfloat16_model_stays_close_to_float32(operator: str) -> None:
+    """Norms, decays and angles of a bfloat16 model are computed in float32, so a long sequence does not drift."""
+    config = LinearLlama3Config(vocab_size=29, dim=32, hidden_dim=48, operator=operator)
+    model = LinearLlama3(config)
+    tokens = random_tokens(1, 700)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.bfloat16())
+        want = model(tokens)
+        got = model.bfloat16()(tokens)
+    assert got.dtype == torch.float32
+    assert (got - want).abs().max() < 0.04 * want.abs().max()
+
+
+def test_decays_are_float32_in_a_bfloat16_model() -> None:
+    fixed, scalar = FixedDecay(8).bfloat16(), ScalarDecay(16, 4).bfloat16()
+    log_decay = fixed(torch.zeros(1, 1, 16, dtype=torch.bfloat16))["log_decay"]
+    assert log_decay.dtype == torch.float32
+    torch.testing.assert_close(log_decay.exp(), 1 - 2.0 ** -torch.arange(5.0, 13.0))
+    g = scalar(torch.randn(2, 300, 16, dtype=torch.bfloat16))["g"]
+    assert g.dtype == torch.float32
+    assert (g <= 0).all()
+
+
+def test_scalar_decay_starts_with_mamba_2s_steps() -> None:
+    decay = ScalarDecay(16, 3).double()
+    g = decay(torch.zeros(1, 1, 16, dtype=torch.float64))["g"]
+    torch.testing.assert_close(g[0, 0], -torch.tensor([0.001, 8.5 * 0.01, 1.6], dtype=torch.float64), rtol=1e-5, atol=0)
+
+
+def test_rotary_embedding_keeps_relative_positions_exact_a_million_tokens_on() -> None:
+    q, k = (torch.randn(1, 1, 1, 64, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    scores = []
+    for start in (0, 1_000_000):
+        at = rotation(torch.tensor([start + 5]), 64, 10_000.0, torch.float32)
+        before = rotation(torch.tensor([start]), 64, 10_000.0, torch.float32)
+        scores.append((rotate(q, at) * rotate(k, before)).sum())
+    torch.testing.assert_close(scores[0], scores[1], rtol=0, atol=2e-5)
+    assert not torch.allclose(scores[0], (q * k).sum(), atol=1e-2)
+
+
+@pytest.mark.parametrize("operator", DECAYS)
+def test_the_loss_falls_on_a_text_that_repeats(operator: str) -> None:
+    config = LinearLlama3Config(vocab_size=29, dim=32, num_layers=2, pattern="LN", hidden_dim=64, operator=operator)
+    model = LinearLlama3(config)
+    tokens = random_tokens(1, 16).repeat(1, 8)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(20):
+        loss = F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert abs(losses[0] - torch.tensor(29.0).log()) < 0.2
+    assert losses[-1] < 0.3 * losses[0]
+
+
+def test_a_first_call_in_inference_mode_does_not_spoil_training() -> None:
+    model, tokens = tiny_model(operator="retention"), random_tokens(1, 20)
+    with torch.inference_mode():
+        model(tokens)
+    model(tokens).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        (torch.zeros(5, dtype=torch.int64), r"tokens must be int64 \[B, T\]; got torch.int64 of shape \(5,\)"),
+        (torch.zeros(1, 5), r"tokens must be int64 \[B, T\]; got torch.float32"),
+    ],
+)
+def test_tokens_of_another_form_are_refused(tokens: torch.Tensor, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        tiny_model()(tokens)
+
+
+def test_a_step_takes_one_token_of_each_row() -> None:
+    model = tiny_model()
+    with pytest.raises(InputError, match=r"int64 \[2, 1\]; got torch.int64 of shape \(1, 1\)"):
+        model.step(random_tokens(1, 1), model.init_cache(2))
+
+
+def test_a_layout_of_another_length_is_refused() -> None:
+    with pytest.raises(LayoutError, match="the model takes the 8 tokens"):
+        tiny_model()(random_tokens(1, 7), layout=SequenceLayout.local(8))
+
+
+def test_a_layout_of_several_ranks_needs_a_parallelized_model() -> None:
+    layout = SequenceLayout.for_rank(8, 2, 0)
+    with pytest.raises(
+        LayoutError, match=r"over 2 ranks, and the model is not parallelized. Call longspan.parallelize"
+    ):
+        tiny_model()(random_tokens(1, 4), layout=layout)

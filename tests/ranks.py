@@ -1,0 +1,287 @@
+"""Run a function on several local ranks and get the values back.
+
+    def sum_of_ranks():                       # at module level of a test module, so that it can be pickled
+        total = torch.tensor([float(dist.get_rank())])
+        dist.all_reduce(total)
+        return total
+
+    def test_sum():
+        assert [t.item() for t in run_on_ranks(3, sum_of_ranks)] == [3.0, 3.0, 3.0]
+
+Starting a rank costs most of a second (importing torch), so ranks are forked from one process that has imported it, and
+the ranks of each world size serve every test of the session. A call that fails or runs out of time leaves its ranks out
+of step with each other: they are killed, and the next call starts fresh ones. Use `raised` for errors that a test
+expects: it catches them on the rank, and the ranks stay.
+
+The ranks run gloo with one thread each, listen on loopback alone, use the warning filters of the calling test, and
+have torch.distributed's debug level DETAIL, which turns collectives that do not match into Python errors.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import faulthandler
+import multiprocessing
+import os
+import pickle
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+START_TIMEOUT = 180.0
+# After one rank has failed, the others get this long to report their own errors before they are stopped.
+GRACE_AFTER_FAILURE = 1.0
+LOG_TAIL_CHARACTERS = 6000
+
+
+@dataclass(frozen=True)
+class RankFailure:
+    """What went wrong on one rank: the exception's type name and message, and where."""
+
+    type_name: str
+    message: str
+    traceback: str
+
+
+class RankError(Exception):
+    """At least one rank raised, died or did not answer in time; `errors` maps the rank to its `RankFailure`."""
+
+    def __init__(self, summary: str, errors: dict[int, RankFailure]) -> None:
+        self.errors = errors
+        parts = [summary]
+        for rank, failure in sorted(errors.items()):
+            parts.append(f"rank {rank}: {failure.type_name}: {failure.message}\n{failure.traceback.rstrip()}")
+        super().__init__("\n\n".join(parts))
+
+
+def run_on_ranks(num_ranks: int, function: Callable[..., Any], *args: Any, timeout: float = 60.0) -> list[Any]:
+    """Call `function(*args)` on every one of `num_ranks` gloo ranks and return the values by rank.
+
+    The default group is initialised; a function asks `dist.get_rank()` for its rank. Function, arguments and return
+    values are pickled: tensors are copied, whatever their dtype.
+
+    Args:
+        num_ranks: number of processes, 1 or more; one rank is a process with a group of one, too.
+        function: defined at module level of an importable module.
+        timeout: seconds until the call is given up (not counting the start of the ranks).
+
+    Raises:
+        RankError: a rank raised, died, or did not answer in time.
+    """
+    if function.__module__ == "__main__":
+        raise ValueError(f"{function.__qualname__} is defined in __main__; ranks can only import it from a module")
+    pool = _pools.get(num_ranks)
+    if pool is None:
+        pool = _pools[num_ranks] = _Pool(num_ranks)
+    try:
+        return pool.call(function, args, timeout)
+    except BaseException:
+        # Also on an interrupt: the ranks are inside a call whose answers nobody will collect.
+        del _pools[num_ranks]
+        pool.kill()
+        raise
+
+
+def raised(function: Callable[..., Any], *args: Any) -> tuple[str, str]:
+    """Call `function(*args)`, which must raise; return the type name and the message of what it raised.
+
+    `run_on_ranks(2, raised, function)` checks an expected error on every rank without losing the ranks, as long as all
+    of them raise before they meet in a collective.
+    """
+    try:
+        function(*args)
+    except Exception as error:
+        return type(error).__name__, str(error)
+    raise AssertionError(f"{function.__qualname__} raised nothing")
+
+
+def stop_ranks() -> None:
+    """Kill the ranks of every world size; the next call starts new ones."""
+    while _pools:
+        _, pool = _pools.popitem()
+        pool.kill()
+
+
+_pools: dict[int, _Pool] = {}
+atexit.register(stop_ranks)
+
+
+class _Pool:
+    """The processes of one world size and the pipes to them."""
+
+    def __init__(self, num_ranks: int) -> None:
+        self.num_ranks = num_ranks
+        self.folder = Path(tempfile.mkdtemp(prefix=f"longspan-ranks-{num_ranks}-"))
+        self.processes: list[BaseProcess] = []
+        self.connections: list[Connection] = []
+        try:
+            for rank in range(num_ranks):
+                self._start(rank)
+            self._collect("start", START_TIMEOUT)
+        except BaseException:
+            self.kill()
+            raise
+
+    def _start(self, rank: int) -> None:
+        # A fork server and not a fork of this process, which may have threads and a process group of its own.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch.distributed"])
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_serve, args=(rank, self.num_ranks, theirs, self.folder), daemon=True)
+        with theirs:
+            process.start()
+        self.processes.append(process)
+        self.connections.append(ours)
+
+    def call(self, function: Callable[..., Any], args: tuple[Any, ...], timeout: float) -> list[Any]:
+        request = pickle.dumps((list(sys.path), _warning_filters(), pickle.dumps((function, args))))
+        for connection in self.connections:
+            # A rank that died since the last call shows in `_collect`, with its log.
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                connection.send_bytes(request)
+        return self._collect(f"{function.__module__}.{function.__qualname__}", timeout)
+
+    def _collect(self, what: str, timeout: float) -> list[Any]:
+        """Wait for one answer of every rank."""
+        values: dict[int, Any] = {}
+        errors: dict[int, RankFailure] = {}
+        waiting = {connection: rank for rank, connection in enumerate(self.connections)}
+        deadline = time.monotonic() + timeout
+        while waiting:
+            ready = wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
+            if not ready:
+                break
+            for connection in ready:
+                assert isinstance(connection, Connection)
+                rank = waiting.pop(connection)
+                try:
+                    answer = pickle.loads(connection.recv_bytes())
+                except (EOFError, ConnectionResetError):
+                    errors[rank] = self._died(rank)
+                else:
+                    if isinstance(answer, RankFailure):
+                        errors[rank] = answer
+                    else:
+                        values[rank] = answer[0]
+            if errors:
+                deadline = min(deadline, time.monotonic() + GRACE_AFTER_FAILURE)
+        if errors:
+            stopped = f"; ranks {sorted(waiting.values())} had not answered and were stopped" if waiting else ""
+            raise RankError(f"{what} failed on ranks {sorted(errors)} of {self.num_ranks}{stopped}", errors)
+        if waiting:
+            late = sorted(waiting.values())
+            stacks = self._stacks(late)
+            timeouts = {r: RankFailure("TimeoutError", f"no answer after {timeout} s", stacks[r]) for r in late}
+            raise RankError(f"{what} ran out of time on ranks {late} of {self.num_ranks}", timeouts)
+        return [values[rank] for rank in range(self.num_ranks)]
+
+    def _died(self, rank: int) -> RankFailure:
+        self.processes[rank].join(timeout=5)
+        return RankFailure("ProcessDied", f"exit code {self.processes[rank].exitcode}", self._log_tail(rank))
+
+    def _stacks(self, ranks: list[int]) -> dict[int, str]:
+        """What the ranks are doing now: each dumps the stacks of its threads into its log."""
+        for rank in ranks:
+            process_id = self.processes[rank].pid
+            if process_id is not None and self.processes[rank].is_alive():
+                os.kill(process_id, signal.SIGUSR1)
+        time.sleep(0.3)
+        return {rank: self._log_tail(rank) for rank in ranks}
+
+    def _log_tail(self, rank: int) -> str:
+        log = _log_path(self.folder, rank)
+        return log.read_text(errors="replace")[-LOG_TAIL_CHARACTERS:] if log.exists() else ""
+
+    def kill(self) -> None:
+        for process in self.processes:
+            process.kill()
+        for process in self.processes:
+            process.join()
+        for connection in self.connections:
+            connection.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _log_path(folder: Path, rank: int) -> Path:
+    return folder / f"rank-{rank}.log"
+
+
+def _warning_filters() -> list[tuple[Any, ...]]:
+    """The warning filters in force here, as arguments of `warnings.filterwarnings`."""
+
+    def pattern(value: Any) -> str:
+        return value if isinstance(value, str) else getattr(value, "pattern", "")
+
+    return [
+        (action, pattern(message), category, pattern(module), lineno)
+        for action, message, category, module, lineno in warnings.filters
+        # pytest's own categories would make every rank import pytest, and no rank emits them.
+        if isinstance(category, type) and not category.__module__.startswith(("pytest", "_pytest"))
+    ]
+
+
+def _serve(rank: int, num_ranks: int, connection: Connection, folder: Path) -> None:
+    """A rank's life: join the group, then answer calls until the pipe closes."""
+    import torch
+    import torch.distributed as dist
+
+    log = os.open(_log_path(folder, rank), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    faulthandler.register(signal.SIGUSR1, file=log, all_threads=True)
+    # An interrupt at the terminal reaches the whole process group; the test run decides what becomes of its ranks.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_exit_with_parent, args=(os.getppid(),), daemon=True).start()
+    for _, name in socket.if_nameindex():
+        if name in ("lo", "lo0"):
+            os.environ["GLOO_SOCKET_IFNAME"] = name
+    torch.set_num_threads(1)
+    dist.set_debug_level(dist.DebugLevel.DETAIL)
+    store = dist.FileStore(str(folder / "store"), num_ranks)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks)
+    connection.send_bytes(pickle.dumps((None,)))
+    while True:
+        try:
+            request = connection.recv_bytes()
+        except EOFError:
+            os._exit(0)
+        connection.send_bytes(_answer(request))
+
+
+def _answer(request: bytes) -> bytes:
+    """The pickled one-tuple of the call's value, or the pickled `RankFailure`."""
+    try:
+        path, filters, call = pickle.loads(request)
+        sys.path.extend(entry for entry in path if entry not in sys.path)
+        function, args = pickle.loads(call)
+        with warnings.catch_warnings():
+            warnings.resetwarnings()
+            for arguments in reversed(filters):
+                warnings.filterwarnings(*arguments)
+            return pickle.dumps((function(*args),))
+    except BaseException as error:
+        # Everything, SystemExit included: the parent decides what becomes of this process.
+        return pickle.dumps(RankFailure(type(error).__name__, str(error), traceback.format_exc()))
+
+
+def _exit_with_parent(parent: int) -> None:
+    """A rank that waits in a collective cannot see the pipe close, and must not outlive a killed test run.
+
+    The parent is the fork server, which ends with the test run.
+    """
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(1)
