@@ -5,7 +5,16 @@ from typing import TYPE_CHECKING, Any
 from longspan.errors import CheckpointError, ConfigError, DataError, InputError, LayoutError, LongspanError
 from longspan.exchange import record_traffic
 from longspan.layout import SequenceLayout
-from longspan.operators import gla, linear_attention, retention, simple_gla, write
+from longspan.operators import (
+    delta_rule,
+    gated_delta_rule,
+    gla,
+    kda,
+    linear_attention,
+    retention,
+    simple_gla,
+    write,
+)
 
 if TYPE_CHECKING:
     from longspan.attention.softmax import softmax_attention
@@ -21,7 +30,10 @@ __all__ = [
     "LayoutError",
     "LongspanError",
     "SequenceLayout",
+    "delta_rule",
+    "gated_delta_rule",
     "gla",
+    "kda",
     "linear_attention",
     "parallelize",
     "record_traffic",

@@ -143,6 +143,31 @@ class SequenceLayout:
         layout._init(seq_len, None, num_ranks, rank, order, documents)
         return layout
 
+    @cached_property
+    def mirrored(self) -> SequenceLayout:
+        """The layout of the reversed sequence, each rank holding the tokens that it holds here, in reverse order.
+
+        A rank's tokens ``x.flip(1)`` are its tokens of the mirrored sequence; what comes later here comes earlier there.
+        """
+        other = type(self).__new__(type(self))
+        bounds = None if self.documents is None else [self.seq_len - bound for bound in reversed(self.documents)]
+        other._init(self.seq_len, self.group, self.num_ranks, self.rank, self.order, bounds)
+        starts = other.document_bounds[:-1]
+        # Set before it is first computed: a mirrored layout differs in nothing but who holds which segment.
+        other.__dict__["all_segments"] = tuple(
+            Segment(
+                start=self.seq_len - segment.stop,
+                stop=self.seq_len - segment.start,
+                rank=segment.rank,
+                slot=self.num_segments - 1 - segment.slot,
+                starts_document=any(
+                    self.seq_len - segment.stop <= start < self.seq_len - segment.start for start in starts
+                ),
+            )
+            for segment in reversed(self.all_segments)
+        )
+        return other
+
     def __repr__(self) -> str:
         documents = "" if self.documents is None else f", num_documents={self.num_documents}"
         return (

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from longspan.attention import linear
+from longspan.attention.bidirectional import write_bidirectional
 from longspan.errors import InputError
 from longspan.layout import SequenceLayout
 from longspan.ops import VARIANTS
@@ -29,12 +30,14 @@ def write(
     """Write what later tokens need and start its exchange, without waiting; read it with ``.read(q)`` when the queries are there.
 
     Args:
-        operator: ``"linear_attention"``, ``"retention"``, ``"simple_gla"``, ``"gla"`` or ``"softmax"``.
+        operator: the name of an operator (``"linear_attention"``, ``"retention"``, ``"simple_gla"``, ``"gla"``, ``"delta_rule"``,
+            ``"gated_delta_rule"``, ``"kda"``), or ``"softmax"``.
         k: ``[B, T, H_k, K]``.
         v: ``[B, T, H, V]``, the dtype of k.
         layout: which tokens this rank holds; None is one device.
-        options: the operator's gates by name (`g`, `log_decay`), and its options: for linear attention `initial_state`,
-            `output_final_state`, `exchange`, `backend`, `chunk_size` as in the one-call operators; for softmax `causal`, `method`.
+        options: the operator's gates by name (`g`, `beta`, `log_decay`), and its options: for linear attention `causal`,
+            `initial_state`, `output_final_state`, `exchange`, `backend`, `chunk_size` as in the one-call operators; for softmax
+            `causal`, `method`.
 
     Returns:
         An object with ``.read(q, scale=None) -> o [B, T, H, V]``; for linear attention also ``.final_state()``, if it was
@@ -57,7 +60,26 @@ def write(
     if operator not in VARIANTS:
         raise InputError(f"operator must be 'softmax' or one of {', '.join(map(repr, VARIANTS))}; got {operator!r}")
     gates = {name: options.pop(name) for name in _GATE_NAMES if name in options}
+    if not options.pop("causal", True):
+        return _write_bidirectional(operator, k, v, gates, layout=layout, **options)
     return linear.write(operator, k, v, gates, layout=layout, **options)
+
+
+def _write_bidirectional(
+    operator: str,
+    k: Tensor,
+    v: Tensor,
+    gates: dict[str, Tensor],
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    **options: Any,
+) -> Any:
+    if initial_state is not None or output_final_state:
+        raise InputError(
+            f"{operator}: with causal=False there is no state before or after the sequence; leave out initial_state and "
+            "output_final_state"
+        )
+    return write_bidirectional(operator, k, v, gates, **options)
 
 
 def _one_call(
@@ -65,7 +87,7 @@ def _one_call(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    gates: dict[str, Tensor],
+    gates: dict[str, Any],
     scale: float | None,
     output_final_state: bool,
     **options: Any,
@@ -75,8 +97,8 @@ def _one_call(
             f"{operator}: q must have the shape and dtype of k, {tuple(k.shape)} and {k.dtype}; "
             f"got {tuple(q.shape)} and {q.dtype}"
         )
-    memory = linear.write(operator, k, v, gates, output_final_state=output_final_state, **options)
-    o = memory.read(q, scale)
+    memory = write(operator, k, v, **gates, output_final_state=output_final_state, **options)
+    o: Tensor = memory.read(q, scale)
     return (o, memory.final_state()) if output_final_state else o
 
 
@@ -86,6 +108,7 @@ def linear_attention(
     v: Tensor,
     *,
     scale: float | None = None,
+    causal: bool = True,
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     layout: SequenceLayout | None = None,
@@ -99,12 +122,14 @@ def linear_attention(
         q, k: ``[B, T, H_k, K]``, float64, float32 or bfloat16.
         v: ``[B, T, H, V]``, the same dtype.
         scale: a number; None is K^-½.
+        causal: False lets every token read all tokens of its document: ``o_t = scale · Σ_s (q_t·k_s) v_s``.
         initial_state: state before the first global token, ``[B, H, K, V]``, or before each document,
             ``[num_documents, H, K, V]``; float32 (float64 for float64 inputs); the same on every rank. Its gradient on a rank is
             that rank's share: sum it over the ranks, like a parameter's.
         output_final_state: also return the state after the last global token (of each document), on every rank.
         layout: which tokens this rank holds; None is one device. With documents, B is 1.
-        exchange: how states travel between ranks: ``"auto"`` or ``"all_gather"``.
+        exchange: how states travel between ranks: ``"auto"`` or ``"all_gather"``. With ``causal=False`` the sum of all states is
+            wanted, not a prefix: it is an all-reduce in any case.
         backend: which code computes: None picks by device; ``"torch"``.
         chunk_size: tokens computed together inside a device; None picks by dtype.
 
@@ -112,7 +137,8 @@ def linear_attention(
         o ``[B, T, H, V]`` in the dtype of q; with `output_final_state`, the pair (o, final_state).
 
     Raises:
-        InputError: for shapes, dtypes or options that do not fit. LayoutError: for another number of tokens than the layout's.
+        InputError: for shapes, dtypes or options that do not fit.
+        LayoutError: for another number of tokens than the layout's.
     """
     return _one_call(
         "linear_attention",
@@ -122,6 +148,7 @@ def linear_attention(
         {},
         scale,
         output_final_state,
+        causal=causal,
         initial_state=initial_state,
         layout=layout,
         exchange=exchange,
@@ -137,6 +164,7 @@ def retention(
     log_decay: Tensor,
     *,
     scale: float | None = None,
+    causal: bool = True,
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     layout: SequenceLayout | None = None,
@@ -148,6 +176,7 @@ def retention(
 
     Args:
         log_decay: ``[H]``, at most 0: a constant, which takes no gradient.
+        causal: False lets every token read all tokens of its document: ``o_t = scale · Σ_s e^{|t−s| log_decay} (q_t·k_s) v_s``.
         q, k, v and the rest: as in `linear_attention`.
 
     Returns:
@@ -164,6 +193,7 @@ def retention(
         {"log_decay": log_decay},
         scale,
         output_final_state,
+        causal=causal,
         initial_state=initial_state,
         layout=layout,
         exchange=exchange,
@@ -248,6 +278,142 @@ def gla(
         k,
         v,
         {"g": g},
+        scale,
+        output_final_state,
+        initial_state=initial_state,
+        layout=layout,
+        exchange=exchange,
+        backend=backend,
+        chunk_size=chunk_size,
+    )
+
+
+def delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    *,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    layout: SequenceLayout | None = None,
+    exchange: str = "auto",
+    backend: str | None = None,
+    chunk_size: int | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The delta rule: ``S_t = (I − β_t k_t k_tᵀ) S_{t-1} + β_t k_t v_tᵀ``, ``o_t = scale · S_tᵀ q_t``.
+
+    DeltaNet (arXiv 2102.11174, 2406.06484). Keys should have length 1, or the recurrence may grow.
+
+    Args:
+        beta: how much of what its key reads a token replaces, ``[B, T, H]``; in (0, 1), or up to 2 for keys of length 1.
+        q, k, v and the rest: as in `linear_attention`.
+
+    Returns:
+        o ``[B, T, H, V]`` in the dtype of q; with `output_final_state`, the pair (o, final_state).
+
+    Raises:
+        InputError, LayoutError: as in `linear_attention`.
+    """
+    return _one_call(
+        "delta_rule",
+        q,
+        k,
+        v,
+        {"beta": beta},
+        scale,
+        output_final_state,
+        initial_state=initial_state,
+        layout=layout,
+        exchange=exchange,
+        backend=backend,
+        chunk_size=chunk_size,
+    )
+
+
+def gated_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    *,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    layout: SequenceLayout | None = None,
+    exchange: str = "auto",
+    backend: str | None = None,
+    chunk_size: int | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The gated delta rule: ``S_t = e^{g_t} (I − β_t k_t k_tᵀ) S_{t-1} + β_t k_t v_tᵀ``, ``o_t = scale · S_tᵀ q_t``.
+
+    Gated DeltaNet (arXiv 2412.06464). Keys should have length 1, or the recurrence may grow.
+
+    Args:
+        g: log decays ``[B, T, H]``, at most 0; float32 or float64 (bfloat16 is accepted, at the price of its own rounding).
+        beta: how much of what its key reads a token replaces, ``[B, T, H]``; in (0, 1), or up to 2 for keys of length 1.
+        q, k, v and the rest: as in `linear_attention`.
+
+    Returns:
+        o ``[B, T, H, V]`` in the dtype of q; with `output_final_state`, the pair (o, final_state).
+
+    Raises:
+        InputError, LayoutError: as in `linear_attention`; and InputError for a g above 0 or NaN (looked at on the CPU only).
+    """
+    return _one_call(
+        "gated_delta_rule",
+        q,
+        k,
+        v,
+        {"g": g, "beta": beta},
+        scale,
+        output_final_state,
+        initial_state=initial_state,
+        layout=layout,
+        exchange=exchange,
+        backend=backend,
+        chunk_size=chunk_size,
+    )
+
+
+def kda(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    *,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    layout: SequenceLayout | None = None,
+    exchange: str = "auto",
+    backend: str | None = None,
+    chunk_size: int | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Kimi Delta Attention: ``S_t = (I − β_t k_t k_tᵀ) Diag(e^{g_t}) S_{t-1} + β_t k_t v_tᵀ``, ``o_t = scale · S_tᵀ q_t``.
+
+    arXiv 2510.26692. Keys should have length 1, or the recurrence may grow.
+
+    Args:
+        g: log decays ``[B, T, H, K]``, at most 0; float32 or float64 (bfloat16 is accepted, at the price of its own rounding).
+        beta: how much of what its key reads a token replaces, ``[B, T, H]``; in (0, 1), or up to 2 for keys of length 1.
+        q, k, v and the rest: as in `linear_attention`.
+
+    Returns:
+        o ``[B, T, H, V]`` in the dtype of q; with `output_final_state`, the pair (o, final_state).
+
+    Raises:
+        InputError, LayoutError: as in `linear_attention`; and InputError for a g above 0 or NaN (looked at on the CPU only).
+    """
+    return _one_call(
+        "kda",
+        q,
+        k,
+        v,
+        {"g": g, "beta": beta},
         scale,
         output_final_state,
         initial_state=initial_state,

@@ -1,10 +1,16 @@
-"""What every test shares: the ranks end with the session."""
+"""What every test shares: one thread a process, as on the ranks; and the ranks end with the session."""
 
 from __future__ import annotations
 
 import pytest
+import torch
 
 from tests.ranks import stop_ranks
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Tests are small: a second thread costs more than it brings, and takes the core from the ranks.
+    torch.set_num_threads(1)
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:

@@ -19,7 +19,7 @@ from longspan.exchange import PendingExchange, Topology, resolve_topology, start
 from longspan.exchange.traffic import note_collective, waiting
 from longspan.layout import SequenceLayout
 from longspan.ops import VARIANTS, Variant
-from longspan.ops.variant import ChunkForm, Gate, Written, state_dtype
+from longspan.ops.variant import ChunkForm, Gate, state_dtype
 from longspan.state import Pair, Transition
 
 BACKENDS = ("torch",)
@@ -31,7 +31,6 @@ class LinearMemory:
     """What `write` has written: read it with queries, once or several times."""
 
     _form: ChunkForm
-    _written: Written
     _layout: SequenceLayout
     _k: Tensor
     _v: Tensor
@@ -51,14 +50,11 @@ class LinearMemory:
 
         The first read waits for the exchange.
         """
-        scale = self._check_query(q, scale)
-        return self._form.read(q, self._k, self._v, self._written, self.incoming(), scale)
+        return self._form.read(q, self._k, self._v, self.incoming, check_query(q, self._k, scale), overlapped=False)
 
     def read_overlapped(self, q: Tensor, scale: float | None = None) -> Tensor:
         """`read`, in LASP-2's own schedule: what tokens read inside their chunks is computed before the exchange is waited for."""
-        scale = self._check_query(q, scale)
-        inside = self._form.read_inside(q, self._k, self._v, scale)
-        return self._form.read_before(q, self._written, self.incoming(), scale, inside)
+        return self._form.read(q, self._k, self._v, self.incoming, check_query(q, self._k, scale), overlapped=True)
 
     def incoming(self) -> Tensor | None:
         """The state that enters each of this rank's segments ``[num_segments, B, H, K, V]``, or None on one rank; waits for it."""
@@ -76,47 +72,33 @@ class LinearMemory:
         layout, ends = self._layout, self._ends
         if not ends.with_final_states:
             raise InputError("final_state() needs write(..., output_final_state=True)")
-        # Where no document ends on this rank these are no rows, but still a node: its backward is a collective of all ranks.
-        states = self._written.ends[list(ends.final_rows)]
-        incoming = self.incoming()
-        if incoming is not None and ends.final_rows:
-            states = states + self._carried_to_ends(incoming)
+        states = self._form.final_states(ends.final_pieces, ends.final_rows, self.incoming())
         if layout.num_ranks > 1:
             states = _gather_documents(states, ends.final_documents, layout)
         return states.squeeze(1) if layout.documents is not None else states.squeeze(0)
 
-    def _carried_to_ends(self, incoming: Tensor) -> Tensor:
-        """What the incoming states add to the final state of each document that ends here, ``[n, B, H, K, V]``."""
-        pieces = self._layout.pieces
-        carried = []
-        for number in self._ends.final_pieces:
-            piece = pieces[number]
-            state = incoming[piece.segment : piece.segment + 1]
-            if piece.starts_document:
-                carried.append(torch.zeros_like(state))
-            else:
-                carried.append(self._form.transition([(piece.start, piece.stop)]).apply(state))
-        return torch.cat(carried)
 
-    def _check_query(self, q: Tensor, scale: float | None) -> float:
-        if q.shape != self._k.shape or q.dtype != self._k.dtype:
-            raise InputError(
-                f"q must have the shape and dtype of k, {tuple(self._k.shape)} and {self._k.dtype}; "
-                f"got {tuple(q.shape)} and {q.dtype}"
-            )
-        return q.shape[-1] ** -0.5 if scale is None else float(scale)
+def check_query(q: Tensor, k: Tensor, scale: float | None) -> float:
+    """Raise InputError unless q has the shape and dtype of k; returns the scale, K^-½ for None."""
+    if q.shape != k.shape or q.dtype != k.dtype:
+        raise InputError(
+            f"q must have the shape and dtype of k, {tuple(k.shape)} and {k.dtype}; got {tuple(q.shape)} and {q.dtype}"
+        )
+    return q.shape[-1] ** -0.5 if scale is None else float(scale)
 
 
 @dataclass(frozen=True)
 class _EndRows:
     """Which end states a call asks of the write phase, and what they are for.
 
-    pieces: piece numbers asked for, in order. segment_rows: for each segment the row of its last piece, or None if it is empty.
-    final_pieces, final_rows, final_documents: pieces that end a document, their rows, their documents.
+    pieces: piece numbers asked for, in order. sent_pieces: those whose end state another segment receives. segment_rows: for each
+    segment the row of its last piece, or None if it is empty. final_pieces, final_rows, final_documents: pieces that end a
+    document, their rows, their documents.
     """
 
     with_final_states: bool
     pieces: tuple[int, ...]
+    sent_pieces: tuple[int, ...]
     segment_rows: tuple[int | None, ...]
     final_pieces: tuple[int, ...]
     final_rows: tuple[int, ...]
@@ -138,11 +120,23 @@ def _end_rows(layout: SequenceLayout, with_final_states: bool) -> _EndRows:
     return _EndRows(
         with_final_states=with_final_states,
         pieces=pieces,
+        sent_pieces=_sent_pieces(layout, last_of_segment),
         segment_rows=tuple(None if number is None else row.get(number) for number in last_of_segment),
         final_pieces=tuple(final),
         final_rows=tuple(row[number] for number in final),
         final_documents=tuple(layout.pieces[number].document for number in final),
     )
+
+
+def _sent_pieces(layout: SequenceLayout, last_of_segment: list[int | None]) -> tuple[int, ...]:
+    """The last pieces of this rank's segments, but of the sequence's last segment: nothing comes after it."""
+    if layout.num_ranks == 1:
+        return ()
+    sent = []
+    for (_, stop), number in zip(layout.segments, last_of_segment, strict=True):
+        if number is not None and stop < layout.seq_len:
+            sent.append(number)
+    return tuple(sent)
 
 
 def write(
@@ -162,14 +156,14 @@ def write(
     variant = VARIANTS[operator]
     topology = resolve_topology(exchange)
     layout = SequenceLayout.local(k.shape[1]) if layout is None else layout
-    _check_inputs(variant, k, v, gates, initial_state, layout, backend, chunk_size)
+    check_inputs(variant, k, v, gates, initial_state, layout, backend, chunk_size)
     ends = layout.cached(("end_rows", output_final_state), lambda: _end_rows(layout, output_final_state))
     form = variant.prepare(k, v, gates, layout, chunk_size)
-    written = form.write(k, v, _start_states(initial_state, layout), ends.pieces)
+    end_states = form.write(k, v, _start_states(initial_state, layout), ends.pieces, ends.sent_pieces)
     pending = None
     if layout.num_ranks > 1:
-        pending = _start(topology, variant, form, written, ends, k, v, layout)
-    return LinearMemory(form, written, layout, k, v, pending, ends)
+        pending = _start(topology, variant, form, end_states, ends, layout)
+    return LinearMemory(form, layout, k, v, pending, ends)
 
 
 def _start_states(initial_state: Tensor | None, layout: SequenceLayout) -> Tensor | None:
@@ -184,18 +178,16 @@ def _start(
     topology: Topology,
     variant: Variant,
     form: ChunkForm,
-    written: Written,
+    end_states: Tensor,
     ends: _EndRows,
-    k: Tensor,
-    v: Tensor,
     layout: SequenceLayout,
 ) -> PendingExchange:
     """Launch the exchange of this rank's segments' pairs."""
     if all(row is not None for row in ends.segment_rows):
-        states = written.ends[list(ends.segment_rows)]
+        states = end_states[list(ends.segment_rows)]
     else:
-        nothing = written.ends.new_zeros(k.shape[0], v.shape[2], k.shape[3], v.shape[3])
-        states = torch.stack([nothing if row is None else written.ends[row] for row in ends.segment_rows])
+        nothing = torch.zeros_like(end_states[0])
+        states = torch.stack([nothing if row is None else end_states[row] for row in ends.segment_rows])
     return start_exchange(topology, Pair(_segment_transitions(variant, form, layout), states), layout)
 
 
@@ -215,7 +207,7 @@ def _segment_transitions(variant: Variant, form: ChunkForm, layout: SequenceLayo
     return transition.cut(cut)
 
 
-def _check_inputs(
+def check_inputs(
     variant: Variant,
     k: Tensor,
     v: Tensor,
@@ -225,6 +217,7 @@ def _check_inputs(
     backend: str | None,
     chunk_size: int | None,
 ) -> None:
+    """Refuse what does not fit, before the first collective."""
     name = variant.name
     if backend is not None and backend not in BACKENDS:
         raise InputError(f"backend must be None or one of {', '.join(map(repr, BACKENDS))}; got {backend!r}")
@@ -325,6 +318,11 @@ def _gather_documents(states: Tensor, documents: Sequence[int], layout: Sequence
     """Final states of all documents ``[num_documents, B, H, K, V]`` on every rank, from those that end on each."""
     index = torch.tensor(documents, dtype=torch.int64, device=states.device)
     everyone = states.new_zeros(layout.num_documents, *states.shape[1:]).index_copy(0, index, states)
+    return sum_over_ranks(everyone, layout)
+
+
+def sum_over_ranks(x: Tensor, layout: SequenceLayout) -> Tensor:
+    """The sum of `x` over the layout's ranks, on every rank; its gradient is summed over them too."""
     assert layout.group is not None
-    summed: Tensor = _SumOverRanks.apply(everyone, layout.group)
+    summed: Tensor = _SumOverRanks.apply(x, layout.group)
     return summed

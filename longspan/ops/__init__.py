@@ -1,6 +1,9 @@
 """The variants of linear attention, one a file. A new one is a file and a line here."""
 
+from longspan.ops.delta_rule import DELTA_RULE
+from longspan.ops.gated_delta_rule import GATED_DELTA_RULE
 from longspan.ops.gla import GLA
+from longspan.ops.kda import KDA
 from longspan.ops.linear_attention import LINEAR_ATTENTION
 from longspan.ops.retention import RETENTION
 from longspan.ops.simple_gla import SIMPLE_GLA
@@ -13,6 +16,9 @@ VARIANTS: dict[str, Variant] = {
         RETENTION,
         SIMPLE_GLA,
         GLA,
+        DELTA_RULE,
+        GATED_DELTA_RULE,
+        KDA,
     )
 }
 

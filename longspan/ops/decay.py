@@ -24,7 +24,7 @@ Only inputs and the states between chunks are kept for backward. The gradient of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -34,7 +34,7 @@ from torch import Tensor
 from longspan.layout import SequenceLayout
 from longspan.ops.factors import LOWEST_LOG_DECAY, BlockFactors, Factors, WideScores
 from longspan.ops.tiling import Block, Tiling, tile
-from longspan.ops.variant import ChunkForm, Gate, Gates, RecurrentForm, Variant, Written, state_dtype
+from longspan.ops.variant import ChunkForm, Gate, Gates, RecurrentForm, Variant, state_dtype
 from longspan.state import Transition
 
 
@@ -526,46 +526,56 @@ def default_chunk_size(dtype: torch.dtype) -> int:
     return 128 if dtype == torch.bfloat16 else 64
 
 
-@dataclass(frozen=True)
+@dataclass
 class DecayChunkForm(ChunkForm):
     """The chunk form of a diagonal transition."""
 
     transition_type: type[Transition]
     call: Call
     gates: Gates
+    _states: Tensor | None = None
+    _ends: Tensor | None = None
 
     @property
     def _g(self) -> Tensor | None:
         return self.gates.get("g")
 
-    def write(self, k: Tensor, v: Tensor, start_states: Tensor | None, end_pieces: Sequence[int]) -> Written:
-        end_slots = tuple(self.call.tiling.pieces[index].last_slot for index in end_pieces)
-        return Written(*DecayWrite.apply(k, v, self._g, start_states, self.call, end_slots))
-
-    def _read(
-        self,
-        q: Tensor,
-        inside: tuple[Tensor, Tensor] | None,
-        written: Written | None,
-        incoming: Tensor | None,
-        scale: float,
-        base: Tensor | None,
-        value_size: int,
+    def write(
+        self, k: Tensor, v: Tensor, start_states: Tensor | None, end_pieces: Sequence[int], sent_pieces: Sequence[int]
     ) -> Tensor:
-        k, v = inside if inside is not None else (None, None)
-        states = None if written is None else written.states
-        call = replace(self.call, scale=scale)
-        o: Tensor = DecayRead.apply(q, k, v, self._g, states, incoming, base, call, value_size)
+        end_slots = tuple(self.call.tiling.pieces[number].last_slot for number in end_pieces)
+        states, ends = DecayWrite.apply(k, v, self._g, start_states, self.call, end_slots)
+        self._states, self._ends = states, ends
+        result: Tensor = ends
+        return result
+
+    def read(
+        self, q: Tensor, k: Tensor, v: Tensor, wait: Callable[[], Tensor | None], scale: float, overlapped: bool
+    ) -> Tensor:
+        call, size = replace(self.call, scale=scale), v.shape[-1]
+        o: Tensor
+        if not overlapped:
+            o = DecayRead.apply(q, k, v, self._g, self._states, wait(), None, call, size)
+            return o
+        inside = DecayRead.apply(q, k, v, self._g, None, None, None, call, size)
+        o = DecayRead.apply(q, None, None, self._g, self._states, wait(), inside, call, size)
         return o
 
-    def read(self, q: Tensor, k: Tensor, v: Tensor, written: Written, incoming: Tensor | None, scale: float) -> Tensor:
-        return self._read(q, (k, v), written, incoming, scale, None, v.shape[-1])
-
-    def read_inside(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        return self._read(q, (k, v), None, None, scale, None, v.shape[-1])
-
-    def read_before(self, q: Tensor, written: Written, incoming: Tensor | None, scale: float, inside: Tensor) -> Tensor:
-        return self._read(q, None, written, incoming, scale, inside, inside.shape[-1])
+    def final_states(self, pieces: Sequence[int], rows: Sequence[int], incoming: Tensor | None) -> Tensor:
+        assert self._ends is not None
+        # Where no document ends on this rank these are no rows, but still a node: its backward is a collective of all ranks.
+        states = self._ends[list(rows)]
+        if incoming is None or not rows:
+            return states
+        carried = []
+        for number in pieces:
+            piece = self.call.tiling.pieces[number].piece
+            state = incoming[piece.segment : piece.segment + 1]
+            if piece.starts_document:
+                carried.append(torch.zeros_like(state))
+            else:
+                carried.append(self.transition([(piece.start, piece.stop)]).apply(state))
+        return states + torch.cat(carried)
 
     def transition(self, ranges: Sequence[tuple[int, int]]) -> Transition:
         g = self._g

@@ -7,7 +7,7 @@ one rank's tokens: it knows pieces and documents, and nothing of ranks, groups o
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -46,44 +46,39 @@ class RecurrentForm(Protocol):
     ) -> tuple[Tensor, Tensor]: ...
 
 
-@dataclass(frozen=True)
-class Written:
-    """What the write phase leaves on a rank.
-
-    states: opaque to all but the read phase. ends: ``[len(pieces asked for), B, H, K, V]``, the state that leaves each of those
-    pieces, every piece starting from zero or from its document's start state.
-    """
-
-    states: Tensor
-    ends: Tensor
-
-
 class ChunkForm(ABC):
-    """The chunk form of one call on one rank's tokens; made by `Variant.prepare`."""
+    """The chunk form of one call on one rank's tokens; made by `Variant.prepare`, written once, then read."""
 
     @abstractmethod
-    def write(self, k: Tensor, v: Tensor, start_states: Tensor | None, end_pieces: Sequence[int]) -> Written:
-        """States between chunks, before anything arrives from elsewhere.
+    def write(
+        self, k: Tensor, v: Tensor, start_states: Tensor | None, end_pieces: Sequence[int], sent_pieces: Sequence[int]
+    ) -> Tensor:
+        """Compute what the tokens write, before anything arrives from elsewhere.
 
         start_states: ``[number of pieces that start a document, B, H, K, V]``, or None for zeros. end_pieces: numbers of the
-        pieces whose end state is asked for.
+        pieces whose end state is asked for. sent_pieces: those among them whose end state another rank receives.
+
+        Returns ``[len(end_pieces), B, H, K, V]``: the states that leave those pieces, every piece starting from zero or from its
+        document's start state. Only the rows of `sent_pieces` need hold them; the others may be anything that is finite.
         """
 
     @abstractmethod
-    def read(self, q: Tensor, k: Tensor, v: Tensor, written: Written, incoming: Tensor | None, scale: float) -> Tensor:
-        """o ``[B, T, H, V]`` in one pass; incoming ``[num_segments, B, H, K, V]``, the state that enters each segment."""
+    def read(
+        self, q: Tensor, k: Tensor, v: Tensor, wait: Callable[[], Tensor | None], scale: float, overlapped: bool
+    ) -> Tensor:
+        """o ``[B, T, H, V]``.
+
+        wait: returns the state that enters each segment, ``[num_segments, B, H, K, V]``, or None where nothing arrives; to be
+        called once. overlapped: compute all that needs no state before waiting, at the price of a second pass.
+        """
 
     @abstractmethod
-    def read_inside(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """The part of `read` that depends on no state: what tokens read inside their own chunk."""
-
-    @abstractmethod
-    def read_before(self, q: Tensor, written: Written, incoming: Tensor | None, scale: float, inside: Tensor) -> Tensor:
-        """`inside` plus the rest of `read`: what tokens read from before their chunk. Overwrites `inside`."""
+    def final_states(self, pieces: Sequence[int], rows: Sequence[int], incoming: Tensor | None) -> Tensor:
+        """The true states that leave `pieces`, ``[len(pieces), B, H, K, V]``; rows: where they stand in `write`'s result."""
 
     @abstractmethod
     def transition(self, ranges: Sequence[tuple[int, int]]) -> Transition:
-        """The transitions of runs of local tokens ``[start, stop)``, none of which crosses the start of a document."""
+        """The transitions of runs of local tokens ``[start, stop)``; anything for a run in which a document starts."""
 
 
 class Variant(ABC):

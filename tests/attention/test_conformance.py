@@ -29,7 +29,7 @@ def documents_of(fractions: list[float] | None, seq_len: int) -> list[int] | Non
 
 
 def errors_on_rank(
-    name: str, exchange: str, order: str, documents: list[int] | None, seq_len: int, form: str, options: dict[str, Any]
+    name: str, exchange: str, order: Any, documents: list[int] | None, seq_len: int, form: str, options: dict[str, Any]
 ) -> dict[str, float]:
     """Errors of this rank's outputs and gradients against the recurrent form of the whole sequence."""
     inputs = make_inputs(name, seq_len, documents=documents, **options)

@@ -1,0 +1,99 @@
+"""Linear attention in which every token reads all tokens of its document, before and after it.
+
+    o_t = scale · Σ_s γ_h^{|t−s|} (q_t·k_s) v_s        (γ = 1: LASP-2, arXiv 2502.07563, Algorithms 1 and 3)
+
+Without decay all tokens read one state, the sum of what the ranks wrote. With a constant decay the sequence is read from both ends:
+the causal form on the layout, and on the mirrored layout for the tokens after; a token's own part is in both, and taken out of one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longspan.attention.linear import LinearMemory, check_inputs, check_query, sum_over_ranks, write
+from longspan.errors import InputError
+from longspan.exchange import resolve_topology
+from longspan.layout import SequenceLayout
+from longspan.ops import VARIANTS
+
+
+@dataclass
+class SummedMemory:
+    """What all tokens wrote, without decay: one state a document."""
+
+    _k: Tensor
+    _states: Tensor
+    _layout: SequenceLayout
+
+    def read(self, q: Tensor, scale: float | None = None) -> Tensor:
+        """``o_t = scale · Sᵀ q_t``, S the state of t's document; q ``[B, T, H_k, K]``, o ``[B, T, H, V]``."""
+        factor = check_query(q, self._k, scale)
+        heads = self._states.shape[2]
+        states = self._states.to(q.dtype)
+        outputs = []
+        for piece in self._layout.pieces:
+            queries = q[:, piece.start : piece.stop].transpose(1, 2)
+            if queries.shape[1] != heads:
+                queries = queries.repeat_interleave(heads // queries.shape[1], dim=1)
+            outputs.append((factor * queries @ states[piece.document]).transpose(1, 2))
+        return torch.cat(outputs, dim=1)
+
+
+@dataclass
+class TwoSidedMemory:
+    """What tokens wrote for those after them, and, mirrored, for those before them."""
+
+    _k: Tensor
+    _v: Tensor
+    _after: LinearMemory
+    _before: LinearMemory
+
+    def read(self, q: Tensor, scale: float | None = None) -> Tensor:
+        """``o_t = scale · Σ_s γ^{|t−s|} (q_t·k_s) v_s``; q ``[B, T, H_k, K]``, o ``[B, T, H, V]``."""
+        factor = check_query(q, self._k, scale)
+        own = factor * (q * self._k).sum(-1, keepdim=True)
+        if own.shape[2] != self._v.shape[2]:
+            own = own.repeat_interleave(self._v.shape[2] // own.shape[2], dim=2)
+        return self._after.read(q, scale) + self._before.read(q.flip(1), scale).flip(1) - own * self._v
+
+
+def write_bidirectional(
+    operator: str,
+    k: Tensor,
+    v: Tensor,
+    gates: Mapping[str, Tensor],
+    *,
+    layout: SequenceLayout | None = None,
+    exchange: str = "auto",
+    backend: str | None = None,
+    chunk_size: int | None = None,
+) -> SummedMemory | TwoSidedMemory:
+    """The write phase of `linear_attention` and `retention` with ``causal=False``; see `longspan.write`."""
+    if operator not in ("linear_attention", "retention"):
+        raise InputError(
+            f"causal=False is for 'linear_attention' and 'retention', whose decays do not depend on the token; got {operator!r}"
+        )
+    layout = SequenceLayout.local(k.shape[1]) if layout is None else layout
+    if operator == "linear_attention":
+        resolve_topology(exchange)
+        return SummedMemory(k, _summed_states(k, v, layout, backend, chunk_size), layout)
+    options: dict[str, Any] = {"exchange": exchange, "backend": backend, "chunk_size": chunk_size}
+    after = write(operator, k, v, gates, layout=layout, **options)
+    before = write(operator, k.flip(1), v.flip(1), gates, layout=layout.mirrored, **options)
+    return TwoSidedMemory(k, v, after, before)
+
+
+def _summed_states(k: Tensor, v: Tensor, layout: SequenceLayout, backend: str | None, chunk_size: int | None) -> Tensor:
+    """What each document's tokens wrote, on every rank: ``[num_documents, B, H, K, V]``, by one all-reduce."""
+    variant = VARIANTS["linear_attention"]
+    check_inputs(variant, k, v, {}, None, layout, backend, chunk_size)
+    pieces = range(len(layout.pieces))
+    ends = variant.prepare(k, v, {}, layout, chunk_size).write(k, v, None, pieces, pieces)
+    documents = torch.tensor([piece.document for piece in layout.pieces], device=k.device)
+    states = ends.new_zeros(layout.num_documents, *ends.shape[1:]).index_add(0, documents, ends)
+    return sum_over_ranks(states, layout) if layout.num_ranks > 1 else states

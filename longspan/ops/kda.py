@@ -1,0 +1,39 @@
+"""The delta rule with a decay a token and key channel (Kimi Delta Attention, arXiv 2510.26692).
+
+S_t = (I − β_t k_t k_tᵀ) Diag(e^{g_t}) S_{t-1} + β_t k_t v_tᵀ,      o_t = scale · S_tᵀ q_t
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from longspan.ops.delta import DeltaVariant
+from longspan.ops.factors import ChannelFactors, Factors
+from longspan.ops.tiling import Tiling
+from longspan.ops.variant import Gate, Gates
+
+
+def recurrent(
+    q: Tensor, k: Tensor, v: Tensor, gates: Gates, scale: float, initial_state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The definition; gates: g ``[B, T, H, K]``, log decays; beta ``[B, T, H]``."""
+    state, outputs = initial_state, []
+    for t in range(q.shape[1]):
+        key, value = k[:, t, :, :, None], v[:, t, :, None, :]
+        state = gates["g"][:, t, :, :, None].exp() * state
+        state = state + gates["beta"][:, t, :, None, None] * key * (value - key.mT @ state)
+        outputs.append(scale * (q[:, t, :, None, :] @ state).squeeze(-2))
+    return torch.stack(outputs, dim=1), state
+
+
+def _factors(gates: Gates, tiling: Tiling, num_heads: int, dtype: torch.dtype, state_dtype: torch.dtype) -> Factors:
+    return ChannelFactors(gates["g"], tiling, dtype, state_dtype)
+
+
+KDA = DeltaVariant(
+    name="kda",
+    gates=(Gate("g", "BTHK", is_log_decay=True), Gate("beta", "BTH")),
+    recurrent_form=recurrent,
+    factors=_factors,
+)
