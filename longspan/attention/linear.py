@@ -33,7 +33,6 @@ class LinearMemory:
     _form: ChunkForm
     _layout: SequenceLayout
     _k: Tensor
-    _v: Tensor
     _pending: PendingExchange | None
     _ends: _EndRows
     _incoming: Tensor | None = None
@@ -50,11 +49,11 @@ class LinearMemory:
 
         The first read waits for the exchange.
         """
-        return self._form.read(q, self._k, self._v, self.incoming, check_query(q, self._k, scale), overlapped=False)
+        return self._form.read(q, self.incoming, check_query(q, self._k, scale), overlapped=False)
 
     def read_overlapped(self, q: Tensor, scale: float | None = None) -> Tensor:
         """`read`, in LASP-2's own schedule: what tokens read inside their chunks is computed before the exchange is waited for."""
-        return self._form.read(q, self._k, self._v, self.incoming, check_query(q, self._k, scale), overlapped=True)
+        return self._form.read(q, self.incoming, check_query(q, self._k, scale), overlapped=True)
 
     def incoming(self) -> Tensor | None:
         """The state that enters each of this rank's segments ``[num_segments, B, H, K, V]``, or None on one rank; waits for it."""
@@ -163,7 +162,7 @@ def write(
     pending = None
     if layout.num_ranks > 1:
         pending = _start(topology, variant, form, end_states, ends, layout)
-    return LinearMemory(form, layout, k, v, pending, ends)
+    return LinearMemory(form, layout, k, pending, ends)
 
 
 def _start_states(initial_state: Tensor | None, layout: SequenceLayout) -> Tensor | None:

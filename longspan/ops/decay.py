@@ -69,13 +69,17 @@ def _scaled(x: Tensor, factor: Tensor | None, num_heads: int, scale: float = 1.0
     return out
 
 
-def _put_scaled(target: Tensor, block: Block, values: Tensor, factor: Tensor | None, scale: float = 1.0) -> None:
-    """Write ``values [B, H, n, c, K] · factor``, summed over the heads that share a head of `target [B, T, H_k, K]`."""
+def _put_scaled(
+    target: Tensor, block: Block, values: Tensor, factor: Tensor | None, scale: float = 1.0, add: bool = False
+) -> None:
+    """Write or add ``values [B, H, n, c, K] · factor`` (`scale` without one) to ``target [B, T, H_k, K]``, summed over shared heads."""
     num_key_heads, num_heads = target.shape[2], values.shape[1]
     if num_key_heads == num_heads and block.tokens is None:
         place = block.take(target)
         if factor is not None:
-            torch.mul(values, factor, out=place)
+            place.addcmul_(values, factor) if add else torch.mul(values, factor, out=place)
+        elif add:
+            place.add_(values, alpha=scale)
         elif scale != 1.0:
             torch.mul(values, scale, out=place)
         else:
@@ -84,7 +88,7 @@ def _put_scaled(target: Tensor, block: Block, values: Tensor, factor: Tensor | N
     scaled = values * factor if factor is not None else values * scale
     if num_key_heads != num_heads:
         scaled = scaled.unflatten(1, (num_key_heads, -1)).sum(2)
-    block.put(target, scaled)
+    block.put(target, scaled + block.take(target) if add else scaled)
 
 
 def _times(factor: Tensor | None, scale: float) -> Tensor | None:
@@ -122,14 +126,27 @@ def write_states(call: Call, k: Tensor, v: Tensor, g: Tensor | None, start_state
     states = torch.empty(
         tiling.num_slots, batch, call.num_heads, key_size, v.shape[-1], dtype=call.state_dtype, device=k.device
     )
+    _start_pieces(call, states, start_states)
+    slots = states.unbind(0)
     for block in tiling.blocks:
         factors = call.factors.block(block, g)
         key = _scaled(block.take(k), factors.key, call.num_heads)
         value = _scaled(block.take(v), None, call.num_heads)
         written = torch.bmm(_flat(key).mT, _flat(value)).view(batch, call.num_heads, block.num_chunks, key_size, -1)
         _put_states(states, block.next_slots, written, factors.leave)
-    _scan(call, states, start_states)
+        _scan(call, block, slots)
     return states
+
+
+def _start_pieces(call: Call, states: Tensor, start_states: Tensor | None) -> None:
+    """Set the state that each piece starts from."""
+    num_starts = 0
+    for entry in call.tiling.pieces:
+        if entry.piece.starts_document and start_states is not None:
+            states[entry.first_slot] = start_states[num_starts]
+            num_starts += 1
+        else:
+            states[entry.first_slot] = 0.0
 
 
 def _put_states(states: Tensor, slots: slice | Tensor, values: Tensor, factor: Tensor | None) -> None:
@@ -142,37 +159,27 @@ def _put_states(states: Tensor, slots: slice | Tensor, values: Tensor, factor: T
     states[slots] = scaled.permute(2, 0, 1, 3, 4).to(states.dtype)
 
 
-def _scan(call: Call, states: Tensor, start_states: Tensor | None) -> None:
-    """Turn what each chunk writes into running states, in place: ``S_{n+1} = e^{b_C} S_n + U_n``."""
-    slots = states.unbind(0)
+def _scan(call: Call, block: Block, slots: Sequence[Tensor]) -> None:
+    """Turn what a block's chunks wrote into running states, in place, while they are in cache: ``S_{n+1} = e^{b_C} S_n + U_n``.
+
+    The blocks of a piece come in its order, its tail last, so that the state before a block is final.
+    """
     totals = call.factors.totals
-    num_starts = 0
-    for entry in call.tiling.pieces:
-        if entry.piece.starts_document and start_states is not None:
-            slots[entry.first_slot].copy_(start_states[num_starts])
-            num_starts += 1
+    for chunk, slot in block.chunks_and_slots:
+        if totals is None:
+            slots[slot + 1].add_(slots[slot])
         else:
-            slots[entry.first_slot].zero_()
-        for chunk, slot in zip(
-            range(entry.first_chunk, entry.last_chunk), range(entry.first_slot, entry.last_slot), strict=True
-        ):
-            if totals is None:
-                slots[slot + 1].add_(slots[slot])
-            else:
-                slots[slot + 1].addcmul_(slots[slot], totals[chunk])
+            slots[slot + 1].addcmul_(slots[slot], totals[chunk])
 
 
-def _scan_adjoint(call: Call, grad_states: Tensor) -> None:
-    """The scan's adjoint, in place: ``∂S_n += e^{b_C} ∂S_{n+1}``, from each piece's last slot to its first."""
-    slots = grad_states.unbind(0)
+def _scan_adjoint(call: Call, block: Block, slots: Sequence[Tensor]) -> None:
+    """The scan's adjoint for a block's chunks, in place: ``∂S_n += e^{b_C} ∂S_{n+1}``; blocks are taken in reverse."""
     totals = call.factors.totals
-    for entry in call.tiling.pieces:
-        for offset in range(entry.last_chunk - entry.first_chunk - 1, -1, -1):
-            slot = entry.first_slot + offset
-            if totals is None:
-                slots[slot].add_(slots[slot + 1])
-            else:
-                slots[slot].addcmul_(slots[slot + 1], totals[entry.first_chunk + offset])
+    for chunk, slot in reversed(block.chunks_and_slots):
+        if totals is None:
+            slots[slot].add_(slots[slot + 1])
+        else:
+            slots[slot].addcmul_(slots[slot + 1], totals[chunk])
 
 
 class DecayWrite(torch.autograd.Function):
@@ -185,6 +192,7 @@ class DecayWrite(torch.autograd.Function):
     | start_states | [num_starting_pieces, B, H, K, V] or None | |
     | states | [num_slots, B, H, K, V] | S between chunks, pieces starting from zero or their start state |
     | ends | [len(end_slots), B, H, K, V] | the states of `end_slots` once more, to be sent or returned |
+    | k, v | as they came | for the read phase: it sends its gradients through here, where this phase's are added in place |
 
     Forward: S_{n+1} = e^{b_C} S_n + Σ_s e^{b_C − b_s} k_s v_sᵀ. Backward: ∂S_n += e^{b_C} ∂S_{n+1};
     ∂k_s = e^{b_C − b_s} ∂S_{n+1} v_s; ∂v_s = e^{b_C − b_s} ∂S_{n+1}ᵀ k_s; ∂g by the module's formula.
@@ -199,35 +207,37 @@ class DecayWrite(torch.autograd.Function):
         start_states: Tensor | None,
         call: Call,
         end_slots: tuple[int, ...],
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         states = write_states(call, k, v, g, start_states)
         ctx.call, ctx.end_slots, ctx.has_start = call, end_slots, start_states is not None
         ctx.save_for_backward(k, v, g, states)
         ctx.set_materialize_grads(False)
-        return states, states[list(end_slots)]
+        return states, states[list(end_slots)], k.detach(), v.detach()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        grad_states, grad_ends = grads
+        grad_states, grad_ends, dk, dv = grads
         call: Call = ctx.call
         k, v, g, states = ctx.saved_tensors
-        # The read phase made this gradient for this node alone, so that the scan may run in place.
+        # The read phase made these gradients for this node alone, so that the scan and the sums may run in place.
         total = torch.zeros_like(states) if grad_states is None else grad_states
         if grad_ends is not None:
             for row, slot in enumerate(ctx.end_slots):
                 total[slot] += grad_ends[row]
-        _scan_adjoint(call, total)
-        dk, dv = torch.empty_like(k), torch.empty_like(v)
+        dk = torch.zeros_like(k) if dk is None else dk
+        dv = torch.zeros_like(v) if dv is None else dv
         gate = _GateGradient(call, g) if ctx.needs_input_grad[2] else None
-        for block in call.tiling.blocks:
+        slots = total.unbind(0)
+        for block in reversed(call.tiling.blocks):
+            _scan_adjoint(call, block, slots)
             factors = call.factors.block(block, g)
             key = _scaled(block.take(k), factors.key, call.num_heads)
             value = _scaled(block.take(v), None, call.num_heads)
             grad_next = total[block.next_slots].permute(1, 2, 0, 3, 4)
             grad = _flat((grad_next if factors.leave is None else grad_next * factors.leave).to(k.dtype))
             grad_key = torch.bmm(_flat(value), grad.mT).view_as(key)
-            _put_scaled(dk, block, grad_key, factors.key)
-            _put_scaled(dv, block, torch.bmm(_flat(key), grad).view_as(value), None)
+            _put_scaled(dk, block, grad_key, factors.key, add=True)
+            _put_scaled(dv, block, torch.bmm(_flat(key), grad).view_as(value), None, add=True)
             if gate is not None:
                 gate.add(block, key, grad_key, -1.0)
                 gate.add_chunks(block, total[block.next_slots], states[block.next_slots])
@@ -535,6 +545,7 @@ class DecayChunkForm(ChunkForm):
     gates: Gates
     _states: Tensor | None = None
     _ends: Tensor | None = None
+    _inputs: tuple[Tensor, Tensor] | None = None
 
     @property
     def _g(self) -> Tensor | None:
@@ -544,14 +555,14 @@ class DecayChunkForm(ChunkForm):
         self, k: Tensor, v: Tensor, start_states: Tensor | None, end_pieces: Sequence[int], sent_pieces: Sequence[int]
     ) -> Tensor:
         end_slots = tuple(self.call.tiling.pieces[number].last_slot for number in end_pieces)
-        states, ends = DecayWrite.apply(k, v, self._g, start_states, self.call, end_slots)
-        self._states, self._ends = states, ends
-        result: Tensor = ends
-        return result
+        outputs = DecayWrite.apply(k, v, self._g, start_states, self.call, end_slots)
+        self._states, self._ends, *inputs = outputs
+        self._inputs = (inputs[0], inputs[1])
+        return self._ends
 
-    def read(
-        self, q: Tensor, k: Tensor, v: Tensor, wait: Callable[[], Tensor | None], scale: float, overlapped: bool
-    ) -> Tensor:
+    def read(self, q: Tensor, wait: Callable[[], Tensor | None], scale: float, overlapped: bool) -> Tensor:
+        assert self._inputs is not None
+        k, v = self._inputs
         call, size = replace(self.call, scale=scale), v.shape[-1]
         o: Tensor
         if not overlapped:

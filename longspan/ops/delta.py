@@ -733,6 +733,7 @@ class DeltaChunkForm(ChunkForm):
 
     call: DeltaCall
     gates: Gates
+    _k: Tensor | None = None
     _solved: tuple[Tensor, Tensor] | None = None
     _summary: tuple[Tensor, Tensor] | None = None
     _start_states: Tensor | None = None
@@ -749,6 +750,7 @@ class DeltaChunkForm(ChunkForm):
     ) -> Tensor:
         updates, weights = DeltaSolve.apply(k, v, self.gates["beta"], self._g, self.call)
         transitions, written = DeltaSummarize.apply(k, updates, weights, self._g, self.call)
+        self._k = k
         self._solved, self._summary, self._start_states = (updates, weights), (transitions, written), start_states
         self._link = _Link(frozenset(sent_pieces))
         ends, products = DeltaFold.apply(transitions, written, start_states, self.call, tuple(end_pieces), self._link)
@@ -763,18 +765,10 @@ class DeltaChunkForm(ChunkForm):
             self._states = DeltaRun.apply(*self._summary, self._start_states, incoming, self.call, self._link)
         return self._states
 
-    def read(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        wait: Callable[[], Tensor | None],
-        scale: float,
-        overlapped: bool,
-    ) -> Tensor:
+    def read(self, q: Tensor, wait: Callable[[], Tensor | None], scale: float, overlapped: bool) -> Tensor:
         # What is read inside chunks is a node of its own in any case, so it always goes before the wait.
-        assert self._solved is not None
-        inside, queries = DeltaInside.apply(q, k, *self._solved, self._g, self.call, scale)
+        assert self._solved is not None and self._k is not None
+        inside, queries = DeltaInside.apply(q, self._k, *self._solved, self._g, self.call, scale)
         o: Tensor = DeltaBefore.apply(inside, queries, self.states(wait()), self._g, self.call, q.dtype)
         return o
 

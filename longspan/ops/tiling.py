@@ -61,6 +61,15 @@ class Block:
         x.index_copy_(1, tokens, flat.to(x.dtype))
 
     @cached_property
+    def chunks_and_slots(self) -> list[tuple[int, int]]:
+        """The numbers of the block's chunks and of the slots that they read."""
+        if isinstance(self.chunks, slice) and isinstance(self.slots, slice):
+            chunks, slots = self.chunks, self.slots
+            return list(zip(range(chunks.start, chunks.stop), range(slots.start, slots.stop), strict=True))
+        assert isinstance(self.chunks, Tensor) and isinstance(self.slots, Tensor)
+        return list(zip(self.chunks.tolist(), self.slots.tolist(), strict=True))
+
+    @cached_property
     def next_slots(self) -> slice | Tensor:
         """The slots that the chunks of this block write."""
         if isinstance(self.slots, slice):

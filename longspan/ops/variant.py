@@ -63,9 +63,7 @@ class ChunkForm(ABC):
         """
 
     @abstractmethod
-    def read(
-        self, q: Tensor, k: Tensor, v: Tensor, wait: Callable[[], Tensor | None], scale: float, overlapped: bool
-    ) -> Tensor:
+    def read(self, q: Tensor, wait: Callable[[], Tensor | None], scale: float, overlapped: bool) -> Tensor:
         """o ``[B, T, H, V]``.
 
         wait: returns the state that enters each segment, ``[num_segments, B, H, K, V]``, or None where nothing arrives; to be
