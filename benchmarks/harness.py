@@ -7,6 +7,7 @@ import os
 import platform
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -111,6 +112,17 @@ def _status_bytes(key: str) -> int:
         if line.startswith(key + ":"):
             return int(line.split()[1]) * 1024
     raise RuntimeError(f"{key} is not in /proc/self/status")
+
+
+def reexecute_with_huge_pages() -> None:
+    """Start this program again with PyTorch's large CPU allocations in huge pages, as `longspan train` runs them.
+
+    Without, the first touch of every new 4 KiB page counts as time of whoever allocates most. The variable is read when torch is
+    loaded, so that it cannot be set later.
+    """
+    if os.environ.get("THP_MEM_ALLOC_ENABLE") != "1":
+        os.environ["THP_MEM_ALLOC_ENABLE"] = "1"
+        os.execv(sys.executable, [sys.executable, "-m", "benchmarks", *sys.argv[1:]])
 
 
 def in_subprocess(function: Callable[..., Any], *args: Any) -> Any:

@@ -13,44 +13,42 @@ from torch import Tensor
 
 import longspan
 from benchmarks.harness import Table, in_subprocess, paired, peak_bytes, require_close, run_ranks, seconds, timed_pairs
+from longspan.ops import VARIANTS
 from longspan.ops.decay import default_chunk_size
 
 HEADS = 8
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def make_tensors(seq_len: int, size: int, dtype: torch.dtype, seed: int = 0) -> dict[str, Tensor]:
-    """q, k, v, g, log_decay and a gradient of o: B1, `HEADS` heads, K = V = `size`."""
-    generator = torch.Generator().manual_seed(seed)
+def make_tensors(seq_len: int, size: int, dtype: torch.dtype, operator: str = "simple_gla") -> dict[str, Tensor]:
+    """q, k, v, the operator's gates and a gradient of o: B1, `HEADS` heads, K = V = `size`, keys of length 1."""
+    generator = torch.Generator().manual_seed(0)
 
     def normal() -> Tensor:
-        return torch.randn(1, seq_len, HEADS, size, generator=generator).to(dtype)
+        return torch.randn(1, seq_len, HEADS, size, generator=generator)
 
-    return {
-        "q": normal().requires_grad_(),
-        "k": (normal() / size**0.5).requires_grad_(),
-        "v": normal().requires_grad_(),
-        "g": (-0.1 * torch.rand(1, seq_len, HEADS, generator=generator)).requires_grad_(),
-        "log_decay": torch.log1p(-(2.0 ** -torch.arange(5.0, 5.0 + HEADS))),
-        "grad": normal(),
+    tensors = {
+        "q": normal().to(dtype).requires_grad_(),
+        "k": F.normalize(normal(), dim=-1).to(dtype).requires_grad_(),
+        "v": normal().to(dtype).requires_grad_(),
+        "grad": normal().to(dtype),
     }
+    sizes = {"B": 1, "T": seq_len, "H": HEADS, "K": size}
+    for gate in VARIANTS[operator].gates:
+        uniform = torch.rand([sizes[dim] for dim in gate.dims], generator=generator)
+        values = -0.1 * uniform if gate.is_log_decay else uniform
+        tensors[gate.name] = values.requires_grad_(gate.differentiable)
+    return tensors
 
 
 def step(operator: str, tensors: dict[str, Tensor], **options: Any) -> Callable[[], Tensor]:
     """A function that runs the operator forward and backward and returns o."""
-    leaves = [tensors["q"], tensors["k"], tensors["v"]]
-    if operator == "simple_gla":
-        leaves.append(tensors["g"])
+    gates = {gate.name: tensors[gate.name] for gate in VARIANTS[operator].gates}
+    q, k, v = (tensors[name] for name in "qkv")
+    leaves = [q, k, v, *(x for x in gates.values() if x.requires_grad)]
 
     def run() -> Tensor:
-        q, k, v = leaves[:3]
-        if operator == "simple_gla":
-            o = longspan.simple_gla(q, k, v, tensors["g"], **options)
-        elif operator == "retention":
-            o = longspan.retention(q, k, v, tensors["log_decay"], **options)
-        else:
-            o = longspan.linear_attention(q, k, v, **options)
-        assert isinstance(o, Tensor)
+        o: Tensor = getattr(longspan, operator)(q, k, v, *gates.values(), **options)
         torch.autograd.grad(o, leaves, tensors["grad"])
         return o
 
@@ -67,7 +65,7 @@ def operations(seq_len: int, size: int, chunk: int) -> int:
 
 def check_against_float64(operator: str) -> None:
     """The operator must be right before its speed means anything."""
-    tensors = make_tensors(256, 64, torch.float32)
+    tensors = make_tensors(256, 64, torch.float32, operator)
     double = {key: x.detach().double().requires_grad_(x.requires_grad) for key, x in tensors.items()}
     require_close(operator, step(operator, tensors)(), step(operator, double, chunk_size=16)(), 1e-4)
 
@@ -98,7 +96,7 @@ def rate(quick: bool) -> Table:
             for size in (64, 128):
                 chunk = default_chunk_size(dtype)
                 result = timed_pairs(
-                    step(operator, make_tensors(seq_len, size, dtype)),
+                    step(operator, make_tensors(seq_len, size, dtype, operator)),
                     partial(_products, a),
                     3 if quick else 9,
                 )
@@ -128,8 +126,8 @@ def length(quick: bool) -> Table:
     torch.set_num_threads(1)
     for operator in ("simple_gla", "retention"):
         for name, dtype in DTYPES.items():
-            few = step(operator, make_tensors(short, 64, dtype))
-            many = step(operator, make_tensors(long, 64, dtype))
+            few = step(operator, make_tensors(short, 64, dtype, operator))
+            many = step(operator, make_tensors(long, 64, dtype, operator))
             repeats = long // short
             result = timed_pairs(many, partial(_repeated, few, repeats), 3)
             table.add(
@@ -149,7 +147,7 @@ def layout(quick: bool) -> Table:
     torch.set_num_threads(1)
     for operator in ("linear_attention", "retention", "simple_gla"):
         for name, dtype in DTYPES.items():
-            tensors = make_tensors(seq_len, 64, dtype)
+            tensors = make_tensors(seq_len, 64, dtype, operator)
             one_rank = longspan.SequenceLayout(seq_len)
             result = timed_pairs(step(operator, tensors, layout=one_rank), step(operator, tensors), 5 if quick else 21)
             table.add(
@@ -164,7 +162,7 @@ def layout(quick: bool) -> Table:
 
 def _two_rank_times(operator: str, dtype: torch.dtype, seq_len: int, pairs: int) -> tuple[list[float], list[float]]:
     """Times of rank 0 alone on the whole sequence, and of all ranks on their shares, in turn."""
-    whole = make_tensors(seq_len, 64, dtype)
+    whole = make_tensors(seq_len, 64, dtype, operator)
     split = longspan.SequenceLayout(seq_len)
     local = {
         key: x if key == "log_decay" else split.shard(x.detach()).requires_grad_(x.requires_grad)
@@ -192,10 +190,10 @@ def ranks(quick: bool) -> Table:
     table = Table(
         "ranks",
         f"Two ranks of one thread over one rank of one thread, forward + backward, {seq_len:,} tokens, B1 H8 K = V = 64",
-        "at least 1.9 times as fast",
+        "at least 1.9 times as fast for the first three, 1.8 for the others",
         ["operator", "dtype", "ms, one rank", "ms, two ranks", "times as fast"],
     )
-    for operator in ("linear_attention", "retention", "simple_gla"):
+    for operator in VARIANTS:
         for name, dtype in DTYPES.items():
             alone, together = run_ranks(2, _two_rank_times, operator, dtype, seq_len, 3 if quick else 9)[0]
             result = paired(alone, together)
@@ -205,10 +203,10 @@ def ranks(quick: bool) -> Table:
 
 def _peak_of_step(operator: str, dtype: torch.dtype, seq_len: int, size: int) -> float:
     """Peak memory of forward + backward, inputs and gradients included, over the bytes of q, k, v, o and their gradients."""
-    step(operator, make_tensors(512, size, dtype))()
+    step(operator, make_tensors(512, size, dtype, operator))()
     tokens_bytes = seq_len * HEADS * size * torch.empty((), dtype=dtype).element_size()
     # Random numbers are drawn in float32: for bfloat16 that would be the peak, so the inputs are made before.
-    tensors = make_tensors(seq_len, size, dtype)
+    tensors = make_tensors(seq_len, size, dtype, operator)
     inputs = 4 * tokens_bytes
     return (peak_bytes(step(operator, tensors)) + inputs) / (8 * tokens_bytes)
 
@@ -240,6 +238,27 @@ def _sdpa_step(tensors: dict[str, Tensor]) -> Callable[[], Tensor]:
     return run
 
 
+def variants(quick: bool) -> Table:
+    seq_len = 2048 if quick else 8192
+    table = Table(
+        "variants",
+        f"Every variant over simple_gla, forward + backward, {seq_len:,} tokens, B1 H8, one thread, float32",
+        "gla at most 2, the delta family at most 3",
+        ["operator", "K = V", "ms", "ms, simple_gla", "ratio"],
+    )
+    torch.set_num_threads(1)
+    for size in (64, 128):
+        reference = step("simple_gla", make_tensors(seq_len, size, torch.float32, "simple_gla"))
+        for operator in VARIANTS:
+            if operator == "simple_gla":
+                continue
+            check_against_float64(operator)
+            ours = step(operator, make_tensors(seq_len, size, torch.float32, operator))
+            result = timed_pairs(ours, reference, 3 if quick else 7)
+            table.add(operator, size, f"{result.first * 1e3:.0f}", f"{result.second * 1e3:.0f}", result.ratio)
+    return table
+
+
 def softmax(quick: bool) -> Table:
     lengths = (256, 512, 1024, 2048) if quick else (128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
     table = Table(
@@ -258,4 +277,12 @@ def softmax(quick: bool) -> Table:
     return table
 
 
-TABLES = {"rate": rate, "length": length, "layout": layout, "ranks": ranks, "memory": memory, "softmax": softmax}
+TABLES = {
+    "rate": rate,
+    "length": length,
+    "layout": layout,
+    "ranks": ranks,
+    "memory": memory,
+    "softmax": softmax,
+    "variants": variants,
+}
