@@ -72,7 +72,7 @@ def _scaled(x: Tensor, factor: Tensor | None, num_heads: int, scale: float = 1.0
 def _put_scaled(
     target: Tensor, block: Block, values: Tensor, factor: Tensor | None, scale: float = 1.0, add: bool = False
 ) -> None:
-    """Write or add ``values [B, H, n, c, K] · factor`` (`scale` without one) to ``target [B, T, H_k, K]``, summed over shared heads."""
+    """Write or add ``values [B, H, n, c, K] · factor`` (`scale` without one) to ``target [B, T, H_k, K]``, shared heads summed."""
     num_key_heads, num_heads = target.shape[2], values.shape[1]
     if num_key_heads == num_heads and block.tokens is None:
         place = block.take(target)

@@ -59,7 +59,8 @@ def _take(call: DeltaCall, block: Block, x: Tensor) -> Tensor:
     taken = block.take(x).movedim(2, 0)
     if taken.shape[2] != call.num_heads:
         taken = taken.repeat_interleave(call.num_heads // taken.shape[2], dim=2)
-    return taken.to(call.dtype)
+    # Every use below is a matrix product, which would copy a permuted view each time.
+    return taken.to(call.dtype).contiguous()
 
 
 def _put(target: Tensor, block: Block, values: Tensor) -> None:
@@ -71,7 +72,9 @@ def _put(target: Tensor, block: Block, values: Tensor) -> None:
 
 
 def _scaled(x: Tensor, factor: Tensor | None) -> Tensor:
-    return x if factor is None else x * factor
+    if factor is None:
+        return x
+    return torch.mul(x, factor, out=torch.empty_like(x, memory_format=torch.contiguous_format))
 
 
 def _inverse(lower: Tensor) -> Tensor:
@@ -656,24 +659,23 @@ class DeltaBefore(torch.autograd.Function):
         inside: Tensor,
         queries: Tensor,
         states: Tensor,
-        g: Tensor | None,
         call: DeltaCall,
         dtype: torch.dtype,
     ) -> Tensor:
         o = inside.new_empty(inside.shape[1], call.tiling.num_tokens, call.num_heads, inside.shape[-1], dtype=dtype)
         for block in call.tiling.blocks:
             rows = (block.chunks, slice(None), slice(None), slice(0, block.chunk_size))
-            state = _scaled(states[block.slots], _by_chunks(call.factors.block(block, g).enter))
+            state = _scaled(states[block.slots], _by_chunks(call.factors.enter(block)))
             _put(o, block, inside[rows] + queries[rows] @ state)
         ctx.call, ctx.like = call, (inside.shape, queries.shape)
-        ctx.save_for_backward(queries, states, g)
+        ctx.save_for_backward(queries, states)
         return o
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (do,) = grads
         call: DeltaCall = ctx.call
-        queries, states, g = ctx.saved_tensors
+        queries, states = ctx.saved_tensors
         shape_inside, shape_queries = ctx.like
         allocate = torch.empty if call.tiling.valid is None else torch.zeros
         grad_inside = allocate(shape_inside, dtype=call.dtype, device=do.device)
@@ -682,12 +684,12 @@ class DeltaBefore(torch.autograd.Function):
         grad_states[[entry.last_slot for entry in call.tiling.pieces]] = 0.0
         for block in call.tiling.blocks:
             rows = (block.chunks, slice(None), slice(None), slice(0, block.chunk_size))
-            enter = _by_chunks(call.factors.block(block, g).enter)
+            enter = _by_chunks(call.factors.enter(block))
             grad_out = _masked(_take(call, block, do), block)
             grad_inside[rows] = grad_out
             grad_queries[rows] = grad_out @ _scaled(states[block.slots], enter).mT
             grad_states[block.slots] = _scaled(queries[rows].mT @ grad_out, enter)
-        return grad_inside, grad_queries, grad_states, None, None, None
+        return grad_inside, grad_queries, grad_states, None, None
 
 
 class BuildFactors(Protocol):
@@ -769,7 +771,7 @@ class DeltaChunkForm(ChunkForm):
         # What is read inside chunks is a node of its own in any case, so it always goes before the wait.
         assert self._solved is not None and self._k is not None
         inside, queries = DeltaInside.apply(q, self._k, *self._solved, self._g, self.call, scale)
-        o: Tensor = DeltaBefore.apply(inside, queries, self.states(wait()), self._g, self.call, q.dtype)
+        o: Tensor = DeltaBefore.apply(inside, queries, self.states(wait()), self.call, q.dtype)
         return o
 
     def final_states(self, pieces: Sequence[int], rows: Sequence[int], incoming: Tensor | None) -> Tensor:

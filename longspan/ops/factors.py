@@ -51,6 +51,10 @@ class Factors(ABC):
     def block(self, block: Block, g: Tensor | None) -> BlockFactors:
         """The factors of one block; `g` are the call's log decays, where they differ from token to token."""
 
+    @abstractmethod
+    def enter(self, block: Block) -> Tensor | None:
+        """`BlockFactors.enter` of one block, alone."""
+
     @property
     @abstractmethod
     def totals(self) -> tuple[Tensor, ...] | None:
@@ -84,6 +88,9 @@ class NoDecay(Factors):
     def block(self, block: Block, g: Tensor | None) -> BlockFactors:
         mask = None if self._mask is None else self._mask[:, :, block.chunks, : block.chunk_size]
         return BlockFactors(mask, mask, None, None, None)
+
+    def enter(self, block: Block) -> None:
+        return None
 
     @property
     def totals(self) -> None:
@@ -141,6 +148,9 @@ class HeadFactors(Factors):
             leave=self._leave[:, :, chunks],
             prefix=self._prefix[:, :, chunks],
         )
+
+    def enter(self, block: Block) -> Tensor:
+        return self._enter[:, :, block.chunks]
 
     @cached_property
     def totals(self) -> tuple[Tensor, ...]:
@@ -205,7 +215,11 @@ class ChannelFactors(Factors):
             spread = spread * tiling.valid[..., None]
         total = spread.to(state_dtype).clamp(min=LOWEST_LOG_DECAY).sum(3)
         self._total = total.exp().unsqueeze(-1)
-        self._wide = wide_chunks(((first - total) / 2 > MAX_HALF_RANGE[dtype]).any(-1))
+        middle, wide = (first + total) / 2, (first - total) / 2 > MAX_HALF_RANGE[dtype]
+        self._query_reference, self._key_reference = torch.where(wide, 0.0, middle), torch.where(wide, total, middle)
+        self._enter = self._query_reference.exp().unsqueeze(-1)
+        self._leave = (total - self._key_reference).exp().unsqueeze(-1)
+        self._wide = wide_chunks(wide.any(-1))
         self._prefix = prefix_of_chunks(total, tiling, state_dtype).unsqueeze(-1)
 
     @cached_property
@@ -215,27 +229,26 @@ class ChannelFactors(Factors):
     def _decays(self, block: Block, g: Tensor | None) -> Tensor:
         """g of the block, ``[B, H, n, c, K]`` in the dtype of the states; zero at padding."""
         assert g is not None
-        decays = block.take(g).to(self._state_dtype).clamp(min=LOWEST_LOG_DECAY)
+        decays = block.take(g).to(self._state_dtype, memory_format=torch.contiguous_format, copy=True)
+        decays.clamp_(min=LOWEST_LOG_DECAY)
         return decays if block.valid is None else decays * block.valid[..., None]
 
     def block(self, block: Block, g: Tensor | None) -> BlockFactors:
         b = self._decays(block, g).cumsum(3)
-        first, last = b[:, :, :, :1], b[:, :, :, -1:]
-        middle = (first + last) / 2
-        query_reference = key_reference = middle
-        if self.is_wide(block):
-            wide = (first - last) / 2 > MAX_HALF_RANGE[self._dtype]
-            query_reference, key_reference = torch.where(wide, 0.0, middle), torch.where(wide, last, middle)
-        query, key = (b - query_reference).exp_(), (key_reference - b).exp_()
+        query = (b - self._query_reference[:, :, block.chunks].unsqueeze(3)).exp_()
+        key = (self._key_reference[:, :, block.chunks].unsqueeze(3) - b).exp_()
         if block.valid is not None:
             query, key = query * block.valid[..., None], key * block.valid[..., None]
         return BlockFactors(
             query=query.to(self._dtype),
             key=key.to(self._dtype),
-            enter=query_reference.squeeze(3).exp().unsqueeze(-1),
-            leave=(last - key_reference).squeeze(3).exp().unsqueeze(-1),
+            enter=self._enter[:, :, block.chunks],
+            leave=self._leave[:, :, block.chunks],
             prefix=self._prefix[:, :, block.chunks],
         )
+
+    def enter(self, block: Block) -> Tensor:
+        return self._enter[:, :, block.chunks]
 
     def is_wide(self, block: Block) -> bool:
         return any_chunk(self._wide, block)
