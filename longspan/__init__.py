@@ -15,6 +15,7 @@ from longspan.operators import (
     simple_gla,
     write,
 )
+from longspan.recipes import hgrn2, mamba2, normalized_linear_attention, write_normalized
 
 if TYPE_CHECKING:
     from longspan.attention.softmax import softmax_attention
@@ -33,8 +34,11 @@ __all__ = [
     "delta_rule",
     "gated_delta_rule",
     "gla",
+    "hgrn2",
     "kda",
     "linear_attention",
+    "mamba2",
+    "normalized_linear_attention",
     "parallelize",
     "record_traffic",
     "retention",
@@ -42,6 +46,7 @@ __all__ = [
     "softmax_attention",
     "sum_gradients",
     "write",
+    "write_normalized",
 ]
 
 _LAZY = {

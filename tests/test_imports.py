@@ -20,7 +20,7 @@ PROJECT_ROOT = Path(__file__).resolve().parent.parent
 # "longspan" itself is the facade, `longspan/__init__.py`.
 FOUNDATION = {"errors", "state", "layout"}
 # What works on this rank's tokens alone, and so has no use for `collectives`.
-SINGLE_DEVICE = FOUNDATION | {"ops", "exchange", "attention", "operators"}
+SINGLE_DEVICE = FOUNDATION | {"ops", "exchange", "attention", "operators", "features", "recipes"}
 MODELS = SINGLE_DEVICE | {"collectives", "models", "integrations", "parallel"}
 ALLOWED = {
     "errors": set(),
@@ -31,6 +31,8 @@ ALLOWED = {
     "exchange": FOUNDATION | {"collectives"},
     "attention": FOUNDATION | {"collectives", "ops", "exchange"},
     "operators": FOUNDATION | {"ops", "exchange", "attention"},
+    "features": {"errors"},
+    "recipes": FOUNDATION | {"ops", "operators", "features"},
     "models": SINGLE_DEVICE,
     "parallel": SINGLE_DEVICE | {"collectives", "models"},
     "integrations": SINGLE_DEVICE | {"collectives", "models", "parallel"},

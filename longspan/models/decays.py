@@ -1,25 +1,32 @@
-"""How an L layer forgets: what each operator needs beside q, k and v.
+"""How an L layer forgets and overwrites: the gates that each operator needs beside q, k and v.
 
-Shapes: B batch rows, T tokens, C channels, H heads.
+Shapes: B batch rows, T tokens, C channels, H heads, D head dimension.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longspan.models.layers import at_least_float32
+from longspan.features import at_least_float32, gla_log_decay, mamba2_log_decay
+from longspan.ops import VARIANTS, Variant
+
+LOW_RANK = 16
+"""Rank of the projection that makes a gate for every channel (GLA, arXiv 2312.06635)."""
 
 
-class NoDecay(nn.Module):
-    """Basic linear attention: nothing is forgotten."""
+class Gates(nn.ModuleDict):
+    """The gates of an operator that has none or several, by name."""
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        return {}
+        made: dict[str, Tensor] = {}
+        for gate in self.values():
+            made.update(gate(x))
+        return made
 
 
 class FixedDecay(nn.Module):
@@ -47,7 +54,7 @@ class FixedDecay(nn.Module):
 
 
 class ScalarDecay(nn.Module):
-    """Simple GLA: log decay g = −e^A_log · softplus(x·W + dt_bias), one a token and head (Mamba-2, arXiv 2405.21060).
+    """One log decay a token and head, g = −e^A_log · softplus(x·W + dt_bias) (Mamba-2, arXiv 2405.21060).
 
     Never above zero, computed in float32 or wider. It starts with one time constant a head, from less than a token
     (head H − 1) to a thousand tokens (head 0).
@@ -71,14 +78,65 @@ class ScalarDecay(nn.Module):
             self.dt_bias.copy_(steps + torch.log(-torch.expm1(-steps)))
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        steps = at_least_float32(self.dt_proj(x)) + at_least_float32(self.dt_bias)
-        return {"g": -at_least_float32(self.A_log).exp() * F.softplus(steps)}
+        return {"g": mamba2_log_decay(self.dt_proj(x), self.A_log, self.dt_bias)}
 
 
-DECAYS: dict[str, Callable[[int, int], nn.Module]] = {
-    "linear_attention": lambda dim, num_heads: NoDecay(),
-    "retention": lambda dim, num_heads: FixedDecay(num_heads),
-    "simple_gla": ScalarDecay,
+class ChannelDecay(nn.Module):
+    """One log decay a token and key channel, g = log σ(x·W₁·W₂ + bias) / 16 (GLA, arXiv 2312.06635).
+
+    Never above zero, computed in float32 or wider. It starts at a time constant of 23 tokens in every channel.
+    """
+
+    def __init__(self, dim: int, num_heads: int, head_dim: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.to_rank_proj = nn.Linear(dim, LOW_RANK, bias=False)
+        self.from_rank_proj = nn.Linear(LOW_RANK, num_heads * head_dim, bias=False)
+        self.bias = nn.Parameter(torch.empty(num_heads * head_dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set the bias to zero."""
+        with torch.no_grad():
+            self.bias.zero_()
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        logits = at_least_float32(self.from_rank_proj(self.to_rank_proj(x))) + at_least_float32(self.bias)
+        return {"g": gla_log_decay(logits).unflatten(-1, (self.num_heads, -1))}
+
+
+class WriteStrength(nn.Module):
+    """The delta rules' beta = σ(x·W), one a token and head: how much of what its key reads a token replaces.
+
+    Between zero and one, computed in float32 or wider (DeltaNet, arXiv 2406.06484).
+    """
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.beta_proj = nn.Linear(dim, num_heads, bias=False)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"beta": at_least_float32(self.beta_proj(x)).sigmoid()}
+
+
+# What makes a gate, by the gate's name and dimensions: (dim, num_heads, head_dim) -> module.
+_MAKERS: dict[tuple[str, str], Callable[[int, int, int], nn.Module]] = {
+    ("log_decay", "H"): lambda dim, num_heads, head_dim: FixedDecay(num_heads),
+    ("g", "BTH"): lambda dim, num_heads, head_dim: ScalarDecay(dim, num_heads),
+    ("g", "BTHK"): ChannelDecay,
+    ("beta", "BTH"): lambda dim, num_heads, head_dim: WriteStrength(dim, num_heads),
 }
-"""For each operator that an L layer can be, what makes its gates by name from the layer's input: (dim, num_heads) ->
-module."""
+
+
+def _make_gates(variant: Variant, dim: int, num_heads: int, head_dim: int) -> nn.Module:
+    made = {gate.name: _MAKERS[gate.name, gate.dims](dim, num_heads, head_dim) for gate in variant.gates}
+    return next(iter(made.values())) if len(made) == 1 else Gates(made)
+
+
+DECAYS: dict[str, Callable[[int, int, int], nn.Module]] = {
+    name: partial(_make_gates, variant)
+    for name, variant in VARIANTS.items()
+    if all((gate.name, gate.dims) in _MAKERS for gate in variant.gates)
+}
+"""For each operator that an L layer can be, what makes its gates by name from the layer's input: (dim, num_heads,
+head_dim) -> module."""

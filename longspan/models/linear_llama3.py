@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from longspan.errors import InputError, LayoutError
 from longspan.layout import SequenceLayout
 from longspan.models.config import LinearLlama3Config
-from longspan.models.decays import ScalarDecay
+from longspan.models.decays import ChannelDecay, ScalarDecay
 from longspan.models.layers import RMSNorm, Rotation, SwiGLU, at_least_float32, rotation
 from longspan.models.mixers import LinearCache, LinearMixer, SoftmaxCache, SoftmaxMixer
 
@@ -164,7 +164,7 @@ class LinearLlama3(nn.Module):
                 module.weight.copy_(drawn)
             elif isinstance(module, RMSNorm):
                 module.weight.fill_(1.0)
-            elif isinstance(module, ScalarDecay):
+            elif isinstance(module, ScalarDecay | ChannelDecay):
                 module.reset_parameters()
 
     def num_parameters(self) -> int:

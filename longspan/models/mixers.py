@@ -16,10 +16,13 @@ from torch import Tensor, nn
 
 from longspan.attention import linear
 from longspan.attention.softmax import SoftmaxMethod, write_softmax
+from longspan.features import elu_plus_one, unit_length
 from longspan.layout import SequenceLayout
 from longspan.models.config import LinearLlama3Config
 from longspan.models.decays import DECAYS
 from longspan.models.layers import RMSNorm, Rotation, rotate
+from longspan.ops import VARIANTS
+from longspan.state import Dense
 
 
 @dataclass
@@ -57,8 +60,9 @@ class SoftmaxCache:
 class LinearMixer(nn.Module):
     """Linear attention: o = out(norm_per_head(read(φ(q), write(φ(k), v))) ⊙ silu(gate)).
 
-    φ is elu + 1 (arXiv 2006.16236): in short runs on source code it gave a lower loss than silu and than none, with every
-    operator. The norm after reading makes the output's size independent of how much a state has gathered.
+    φ is elu + 1 (arXiv 2006.16236) where states only decay: in short runs on source code it gave a lower loss than silu and
+    than none, with each of those operators. The delta rules need keys of unit length: there φ is silu, then a length of 1
+    (arXiv 2406.06484). The norm after reading makes the output's size independent of how much a state has gathered.
     """
 
     def __init__(self, config: LinearLlama3Config, operator: str) -> None:
@@ -70,7 +74,8 @@ class LinearMixer(nn.Module):
         self.q_proj, self.k_proj, self.v_proj, self.gate_proj = (
             nn.Linear(config.dim, inner, bias=False) for _ in range(4)
         )
-        self.decay = DECAYS[operator](config.dim, self.num_heads)
+        self.decay = DECAYS[operator](config.dim, self.num_heads, self.head_dim)
+        self.has_unit_keys = VARIANTS[operator].transition is Dense
         self.norm = RMSNorm(self.head_dim, config.norm_eps)
         self.out_proj = nn.Linear(inner, config.dim, bias=False)
 
@@ -99,7 +104,7 @@ class LinearMixer(nn.Module):
         return out
 
     def _features(self, x: Tensor) -> Tensor:
-        return self._heads(F.elu(x) + 1)
+        return unit_length(F.silu(self._heads(x))) if self.has_unit_keys else elu_plus_one(self._heads(x))
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.num_heads, self.head_dim))

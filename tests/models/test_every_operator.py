@@ -1,0 +1,105 @@
+"""Every operator of the library can be the L layers of a model, over ranks and token by token."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from longspan import SequenceLayout, parallelize, sum_gradients
+from longspan.errors import ConfigError
+from longspan.models import LinearLlama3, LinearLlama3Config
+from longspan.models.decays import DECAYS, ChannelDecay, WriteStrength
+from longspan.models.mixers import LinearMixer
+from longspan.ops import VARIANTS
+from longspan.state import Dense
+from tests.models.tiny import random_tokens, tiny_model
+from tests.ranks import run_on_ranks
+
+
+def test_every_operator_makes_a_layer() -> None:
+    assert list(DECAYS) == list(VARIANTS)
+
+
+def test_an_unknown_operator_is_refused_with_the_names_of_all() -> None:
+    with pytest.raises(ConfigError) as caught:
+        LinearLlama3Config(vocab_size=50, operator="delta")
+    assert all(name in str(caught.value) for name in (*VARIANTS, "'delta'"))
+
+
+def model_of(operator: str) -> LinearLlama3:
+    """A head size of its own, larger than dim / num_heads, so that a gate of another size would show."""
+    return tiny_model(operator=operator, pattern="LN", num_layers=2, num_heads=2, num_kv_heads=1, head_dim=10)
+
+
+def gradients_and_logits(
+    model: LinearLlama3, tokens: Tensor, layout: SequenceLayout, upstream: Tensor
+) -> dict[str, Tensor]:
+    logits = model(layout.shard(tokens), layout=layout)
+    logits.backward(layout.shard(upstream))
+    found = {"logits": logits.detach()}
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        found[name] = parameter.grad
+    return found
+
+
+def differences_on_rank(operator: str, order: Any, documents: tuple[int, ...] | None) -> dict[str, float]:
+    tokens = random_tokens(1 if documents else 2, 75)
+    generator = torch.Generator().manual_seed(dist.get_world_size())
+    upstream = torch.randn(*tokens.shape, 29, generator=generator, dtype=torch.float64)
+    want = gradients_and_logits(model_of(operator), tokens, SequenceLayout.local(75, documents), upstream)
+
+    model = parallelize(model_of(operator), None)
+    layout = SequenceLayout(75, order=order, documents=documents)
+    got = gradients_and_logits(model, tokens, layout, upstream)
+    sum_gradients(model)
+    want["logits"] = layout.shard(want["logits"])
+    assert all(bool(value.abs().max() > 0) for value in want.values())
+    return {name: float((got[name] - want[name]).abs().max() / want[name].abs().max()) for name in want}
+
+
+@pytest.mark.parametrize("operator", VARIANTS)
+def test_two_ranks_equal_one_process(operator: str) -> None:
+    for order, documents in (("contiguous", None), ("zigzag", None), ("zigzag", (0, 1, 30, 52, 75))):
+        for differences in run_on_ranks(2, differences_on_rank, operator, order, documents):
+            assert max(differences.values()) < 1e-10, (order, documents, differences)
+
+
+@pytest.mark.parametrize("operator", VARIANTS)
+def test_a_step_gives_the_logits_of_forward(operator: str) -> None:
+    model, tokens = model_of(operator), random_tokens(2, 70)
+    cache = model.init_cache(2)
+    with torch.no_grad():
+        want = model(tokens)
+        got = torch.cat([model.step(tokens[:, [position]], cache) for position in range(70)], dim=1)
+    assert want.abs().max() > 0.1
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("operator", [name for name, variant in VARIANTS.items() if variant.transition is Dense])
+def test_keys_of_a_delta_rule_have_unit_length(operator: str) -> None:
+    """With longer ones, and beta near 1, a state may grow without bound."""
+    (mixer,) = (module for module in model_of(operator).modules() if isinstance(module, LinearMixer))
+    generator = torch.Generator().manual_seed(0)
+    keys, _, gates = mixer._written(10 * torch.randn(1, 40, 16, generator=generator, dtype=torch.float64))
+    torch.testing.assert_close(keys.norm(dim=-1), torch.ones(1, 40, 2).double(), rtol=1e-3, atol=0)
+    assert 0 < gates["beta"].min() < gates["beta"].max() < 1
+
+
+def test_gates_of_a_bfloat16_layer_are_float32() -> None:
+    x = torch.randn(2, 30, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
+    decay, strength = ChannelDecay(16, 4, 6).bfloat16(), WriteStrength(16, 4).bfloat16()
+    g, beta = decay(x)["g"], strength(x)["beta"]
+    assert g.shape == (2, 30, 4, 6)
+    assert beta.shape == (2, 30, 4)
+    assert g.dtype == beta.dtype == torch.float32
+    assert (g < 0).all()
+
+
+def test_channel_decays_start_at_the_stated_time_constant() -> None:
+    g = ChannelDecay(16, 4, 6)(torch.zeros(1, 1, 16))["g"]
+    torch.testing.assert_close(-1 / g, torch.full_like(g, 23.08), rtol=1e-3, atol=0)

@@ -1,0 +1,108 @@
+"""The variant that docs/adding_a_variant.md adds passes the conformance checks, and the page shows the files as they are."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from longspan.ops import VARIANTS, Variant
+from tests.attention.test_conformance import errors_on_rank
+from tests.ops.test_variants import run, worst_error
+from tests.ranks import run_on_ranks
+from tests.variants import make_inputs
+
+PROJECT_ROOT = Path(__file__).resolve().parent.parent
+PAGE = (PROJECT_ROOT / "docs" / "adding_a_variant.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", PAGE, flags=re.MULTILINE | re.DOTALL)
+
+
+THE_FILE, ITS_USE = blocks("python")
+
+
+@contextmanager
+def listed(source: str) -> Iterator[str]:
+    """The name of the variant that `source` makes, which is in VARIANTS meanwhile."""
+    namespace: dict[str, Any] = {"__name__": "the page's file"}
+    exec(compile(source, "<adding_a_variant.md>", "exec"), namespace)
+    known = list(VARIANTS.values())
+    (made,) = (value for value in namespace.values() if isinstance(value, Variant) and value not in known)
+    assert made.name not in VARIANTS
+    VARIANTS[made.name] = made
+    try:
+        yield made.name
+    finally:
+        del VARIANTS[made.name]
+
+
+@pytest.mark.parametrize("form", ["fused", "overlapped"])
+@pytest.mark.parametrize("documents", [None, [0, 1, 9, 30, 100]], ids=str)
+def test_the_chunk_form_equals_the_recurrent_form(documents: list[int] | None, form: str) -> None:
+    with listed(THE_FILE) as name:
+        inputs = make_inputs(name, 100, documents=documents, heads=4, key_heads=2)
+        assert "g" in inputs.leaf_names()
+        assert worst_error(*run(name, inputs, form)) < 1e-10
+
+
+def errors_of_the_pages_variant(source: str, *arguments: Any) -> dict[str, float]:
+    with listed(source) as name:
+        return errors_on_rank(name, *arguments)
+
+
+@pytest.mark.parametrize("documents", [None, [0, 1, 2, 20, 51, 64]], ids=str)
+@pytest.mark.parametrize("order", ["contiguous", "zigzag"])
+def test_two_ranks_equal_the_recurrent_form(order: str, documents: list[int] | None) -> None:
+    options = {"heads": 2, "batch": 2 if documents is None else 1}
+    arguments = ("auto", order, documents, 64, "fused", options)
+    for errors in run_on_ranks(2, errors_of_the_pages_variant, THE_FILE, *arguments):
+        assert "dg" in errors
+        assert max(errors.values()) < 1e-10, errors
+
+
+def test_a_wrong_file_would_fail() -> None:
+    wrong = THE_FILE.replace('GLA.prepare(k, v, {"g": g}', 'GLA.prepare(k, v, {"g": 2 * g}')
+    assert wrong != THE_FILE
+    with listed(wrong) as name:
+        assert worst_error(*run(name, make_inputs(name, 40))) > 1e-3
+    for errors in run_on_ranks(2, errors_of_the_pages_variant, wrong, "auto", "contiguous", None, 40, "fused", {}):
+        assert errors["o"] > 1e-3
+
+
+def test_it_is_used_as_the_page_says() -> None:
+    with listed(THE_FILE):
+        exec(compile(ITS_USE, "<adding_a_variant.md>", "exec"), {})
+
+
+def test_the_page_changes_lines_that_are_there() -> None:
+    listing = (PROJECT_ROOT / "longspan" / "ops" / "__init__.py").read_text(encoding="utf-8")
+    added = []
+    for diff in blocks("diff"):
+        added += [line[1:] for line in diff.splitlines() if line.startswith("+")]
+        assert "\n".join(line[1:] for line in diff.splitlines() if line.startswith(" ")) in listing
+    with listed(THE_FILE) as name:
+        constant = name.upper()
+        assert added == [f"from longspan.ops.{name} import {constant}", f"        {constant},"]
+        assert f"longspan/ops/{name}.py" in PAGE
+
+
+def test_what_the_page_points_to_is_there() -> None:
+    for path in re.findall(r"`((?:longspan/|ops/)?[a-z_/]+\.py)`", PAGE):
+        if path != "longspan/ops/shared_gla.py":
+            found = path if path.startswith("longspan/") else f"longspan/{path}"
+            assert (PROJECT_ROOT / found).exists(), path
+    for word in ("DecayVariant", "DeltaVariant", "ChunkForm"):
+        assert re.search(rf"^class {word}\(", "".join(_sources()), flags=re.MULTILINE), word
+    (command,) = blocks("bash")
+    assert all((PROJECT_ROOT / folder).is_dir() for folder in re.findall(r"tests/\w+", command))
+
+
+def _sources() -> Iterator[str]:
+    for path in (PROJECT_ROOT / "longspan" / "ops").glob("*.py"):
+        yield path.read_text(encoding="utf-8")
