@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from benchmarks import linear, peers
+from benchmarks import convolution, linear, peers
 from benchmarks.harness import machine, reexecute_with_huge_pages, save
 
 
 def main() -> None:
     reexecute_with_huge_pages()
-    all_tables = {**linear.TABLES, **peers.TABLES}
+    all_tables = {**linear.TABLES, **peers.TABLES, **convolution.TABLES}
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("tables", nargs="*", metavar="TABLE", help=f"of {', '.join(all_tables)}; all without one")
     parser.add_argument("--quick", action="store_true", help="short sequences and few repeats, to see that it runs")

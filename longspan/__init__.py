@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from longspan.attention.convolution import causal_conv1d, token_shift
 from longspan.errors import CheckpointError, ConfigError, DataError, InputError, LayoutError, LongspanError
 from longspan.exchange import record_traffic
 from longspan.layout import SequenceLayout
@@ -31,6 +32,7 @@ __all__ = [
     "LayoutError",
     "LongspanError",
     "SequenceLayout",
+    "causal_conv1d",
     "delta_rule",
     "gated_delta_rule",
     "gla",
@@ -45,6 +47,7 @@ __all__ = [
     "simple_gla",
     "softmax_attention",
     "sum_gradients",
+    "token_shift",
     "write",
     "write_normalized",
 ]

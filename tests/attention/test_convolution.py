@@ -1,0 +1,589 @@
+"""Short convolutions over ranks equal their definition on each, with every gradient, and cost no more than they must."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from longspan.attention import convolution
+from longspan.attention.convolution import causal_conv1d, token_shift
+from longspan.errors import InputError, LayoutError
+from longspan.exchange import halo, record_traffic
+from longspan.layout import Order, SequenceLayout
+from tests.exchange.test_exchange import Noted, NotedWork
+from tests.ranks import raised, run_on_ranks
+from tests.variants import relative_error
+
+ORDERS: list[Order] = ["contiguous", "zigzag"]
+Documents = list[int] | None
+LENGTHS = (4, 9, 37)
+NUM_CHANNELS = 3
+
+
+def documents_of(seq_len: int) -> list[Documents]:
+    """None, and boundaries on shards and inside them with one-token documents and some shorter than a halo."""
+    return [None, sorted({0, 1, 2, seq_len // 4, seq_len // 2, seq_len // 2 + 2, seq_len - 1, seq_len})]
+
+
+def inputs(
+    seq_len: int, taps: int, documents: Documents, *, batch: int = 1, dtype: torch.dtype = torch.float64
+) -> dict[str, Tensor]:
+    """Global x, parameters, initial state, and random gradients of y and of the final state."""
+    generator = torch.Generator().manual_seed(seq_len * 10 + taps)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    num_states = batch if documents is None else len(documents) - 1
+    return {
+        "x": normal(batch, seq_len, NUM_CHANNELS),
+        "weight": normal(NUM_CHANNELS, taps),
+        "bias": normal(NUM_CHANNELS),
+        "initial_state": normal(num_states, taps - 1, NUM_CHANNELS),
+        "grad_y": normal(batch, seq_len, NUM_CHANNELS),
+        "grad_final": normal(num_states, taps - 1, NUM_CHANNELS),
+    }
+
+
+def definition(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, documents: Documents, initial: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """y and the final state, tap by tap and document by document."""
+    width = weight.shape[1] - 1
+    outputs, finals = [], []
+    for number, (start, stop) in enumerate(pairwise(documents or [0, x.shape[1]])):
+        if initial is None:
+            before = x.new_zeros(x.shape[0], width, x.shape[2])
+        else:
+            before = initial if documents is None else initial[number : number + 1]
+        tokens = torch.cat([before, x[:, start:stop]], dim=1)
+        z = torch.stack([tokens[:, tap : tap + stop - start] * weight[:, tap] for tap in range(width + 1)]).sum(0)
+        outputs.append(z if bias is None else z + bias)
+        finals.append(tokens[:, stop - start :])
+    y = torch.cat(outputs, dim=1)
+    return y if activation is None else y * torch.sigmoid(y), torch.cat(finals)
+
+
+def errors_on_rank(
+    seq_len: int,
+    taps: int,
+    documents: Documents,
+    order: Order,
+    *,
+    with_bias: bool = True,
+    with_states: bool = False,
+    activation: str | None = "silu",
+    batch: int = 1,
+    dtype: torch.dtype = torch.float64,
+) -> dict[str, float]:
+    """Errors of this rank's outputs and gradients; those of replicated inputs are summed over the ranks."""
+    given = inputs(seq_len, taps, documents, batch=batch, dtype=dtype)
+    names = ["x", "weight", *(["bias"] if with_bias else []), *(["initial_state"] if with_states else [])]
+    num_ranks = dist.get_world_size()
+
+    whole = {name: given[name].double().requires_grad_() for name in names}
+    expected, expected_final = definition(
+        whole["x"], whole["weight"], whole.get("bias"), activation, documents, whole.get("initial_state")
+    )
+    loss = (expected * given["grad_y"].double()).sum()
+    if with_states:
+        # Every rank weighs the final state its own way; its gradient is the sum over ranks.
+        loss = loss + sum(range(1, num_ranks + 1)) * (expected_final * given["grad_final"].double()).sum()
+    expected_grads = dict(zip(names, torch.autograd.grad(loss, list(whole.values())), strict=True))
+
+    layout = SequenceLayout(seq_len, order=order, documents=documents)
+    own = {name: (layout.shard(given[name]) if name == "x" else given[name]).clone().requires_grad_() for name in names}
+    result = causal_conv1d(
+        own["x"],
+        own["weight"],
+        own.get("bias"),
+        activation,
+        layout,
+        initial_state=own.get("initial_state"),
+        output_final_state=with_states,
+    )
+    outputs = [result] if isinstance(result, Tensor) else list(result)
+    grad_outputs = [layout.shard(given["grad_y"])]
+    if with_states:
+        grad_outputs.append((layout.rank + 1) * given["grad_final"])
+    grads = dict(zip(names, torch.autograd.grad(outputs, list(own.values()), grad_outputs), strict=True))
+
+    assert all(got.dtype == dtype for got in [*outputs, *grads.values()])
+    errors = {"y": relative_error(outputs[0], layout.shard(expected))}
+    if with_states:
+        errors["final_state"] = relative_error(outputs[1], expected_final)
+    for name, grad in grads.items():
+        want = expected_grads[name]
+        if name == "x":
+            want = layout.shard(want)
+        else:
+            grad = grad.double()
+            dist.all_reduce(grad)
+        errors[f"d{name}"] = relative_error(grad, want)
+    return errors
+
+
+def worst_error(order: Order, documents_number: int, options: dict[str, Any]) -> tuple[float, str]:
+    """The largest error over lengths and numbers of taps, and what it is of."""
+    worst = (0.0, "nothing")
+    for seq_len in LENGTHS:
+        documents = documents_of(seq_len)[documents_number]
+        for taps in (1, 2, 4, 7):
+            for name, error in errors_on_rank(seq_len, taps, documents, order, **options).items():
+                worst = max(worst, (error, f"{name} of {seq_len} tokens, {taps} taps"))
+    return worst
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {"with_bias": False, "activation": None},
+    "bias and activation": {},
+    "states": {"with_states": True},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("documents_number", [0, 1], ids=["one document", "packed"])
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
+def test_every_rank_equals_the_definition_with_every_gradient(
+    num_ranks: int, order: Order, documents_number: int, options: str
+) -> None:
+    for worst in run_on_ranks(num_ranks, worst_error, order, documents_number, OPTIONS[options]):
+        assert worst[0] < 1e-12, worst
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_rows_of_a_batch_are_independent(order: Order) -> None:
+    for options in ({"batch": 3}, {"batch": 3, "with_states": True}):
+        for worst in run_on_ranks(3, worst_error, order, 0, options):
+            assert worst[0] < 1e-12, worst
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("order", ORDERS)
+def test_single_and_half_precision_stay_close_to_float64(order: Order, dtype: torch.dtype, tolerance: float) -> None:
+    for options in ({"dtype": dtype}, {"dtype": dtype, "with_states": True}):
+        for documents_number in (0, 1):
+            for worst in run_on_ranks(3, worst_error, order, documents_number, options):
+                assert worst[0] < tolerance, worst
+
+
+def worst_error_in_nan_filled_memory(order: Order, documents_number: int, options: dict[str, Any]) -> tuple[float, str]:
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(1).isnan()
+    try:
+        return worst_error(order, documents_number, options)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_no_result_depends_on_memory_that_was_not_written() -> None:
+    for order in ORDERS:
+        for documents_number in (0, 1):
+            for options in OPTIONS.values():
+                for worst in run_on_ranks(2, worst_error_in_nan_filled_memory, order, documents_number, options):
+                    assert worst[0] < 1e-12, worst
+
+
+def test_it_is_the_depthwise_convolution_of_torch() -> None:
+    given = inputs(20, 4, None, batch=2)
+    padded = F.pad(given["x"].transpose(1, 2), (3, 0))
+    expected = F.silu(F.conv1d(padded, given["weight"].unsqueeze(1), given["bias"], groups=NUM_CHANNELS)).transpose(
+        1, 2
+    )
+    for activation in ("silu", "swish"):
+        got = causal_conv1d(given["x"], given["weight"], given["bias"], activation)
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
+# ------------------------------------------------------------------------------------------------------------- token shift
+
+
+def shift_errors(order: Order, batch: int) -> float:
+    errors = [0.0]
+    for seq_len in LENGTHS:
+        for documents in documents_of(seq_len) if batch == 1 else [None]:
+            for dtype in (torch.float64, torch.bfloat16):
+                given = inputs(seq_len, 2, documents, batch=batch, dtype=dtype)
+                whole = given["x"].clone().requires_grad_()
+                shift = torch.tensor([1.0, 0.0], dtype=dtype).expand(NUM_CHANNELS, 2)
+                expected, _ = definition(whole, shift, None, None, documents, None)
+                (expected_grad,) = torch.autograd.grad(expected, whole, given["grad_y"])
+                layout = SequenceLayout(seq_len, order=order, documents=documents)
+                x = layout.shard(given["x"]).clone().requires_grad_()
+                got = token_shift(x, layout)
+                (grad,) = torch.autograd.grad(got, x, layout.shard(given["grad_y"]))
+                assert got.dtype == grad.dtype == dtype
+                errors.append(float((got - layout.shard(expected)).detach().abs().max()))
+                errors.append(float((grad - layout.shard(expected_grad)).abs().max()))
+    return max(errors)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
+def test_a_token_shift_gives_each_token_the_one_before_it(num_ranks: int, order: Order) -> None:
+    for batch in (1, 2):
+        assert run_on_ranks(num_ranks, shift_errors, order, batch) == [0.0] * num_ranks
+
+
+def shift_in_nan_filled_memory(order: Order) -> float:
+    torch.use_deterministic_algorithms(True)
+    try:
+        return shift_errors(order, 1)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_a_token_shift_leaves_no_memory_unwritten() -> None:
+    for order in ORDERS:
+        assert run_on_ranks(2, shift_in_nan_filled_memory, order) == [0.0] * 2
+
+
+def test_a_token_shift_needs_no_layout() -> None:
+    x = torch.arange(6.0).view(1, 3, 2)
+    assert token_shift(x).tolist() == [[[0.0, 0.0], [0.0, 1.0], [2.0, 3.0]]]
+
+
+# ------------------------------------------------------------------------------------------------------------ on one device
+
+
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of a few rows, as they would be for very many channels."""
+    monkeypatch.setattr(convolution, "_TILE_NUMBERS_CPU", 1)
+
+
+def one_device(
+    given: dict[str, Tensor], documents: Documents, initial: bool, activation: str | None = "silu"
+) -> tuple[list[Tensor], list[Tensor]]:
+    """(y and gradients by causal_conv1d, the same by the definition)."""
+    names = ["x", "weight", "bias", *(["initial_state"] if initial else [])]
+    both = []
+    for side in (0, 1):
+        leaves = {name: given[name].clone().requires_grad_() for name in names}
+        layout = SequenceLayout.local(given["x"].shape[1], documents)
+        state = leaves.get("initial_state")
+        x, weight, bias = leaves["x"], leaves["weight"], leaves["bias"]
+        if side == 0:
+            y = causal_conv1d(x, weight, bias, activation, layout, initial_state=state)
+            assert isinstance(y, Tensor)
+        else:
+            y, _ = definition(x, weight, bias, activation, documents, state)
+        both.append([y, *torch.autograd.grad(y, list(leaves.values()), given["grad_y"])])
+    return both[0], both[1]
+
+
+@pytest.mark.parametrize(("taps", "initial"), [(1, False), (2, False), (4, False), (7, False), (2, True), (7, True)])
+@pytest.mark.parametrize("activation", [None, "silu"])
+def test_tiles_of_any_cut_give_the_same(small_tiles: None, taps: int, activation: str | None, initial: bool) -> None:
+    """Long documents over many tiles, many documents in one tile, and documents that start anywhere in them."""
+    generator = torch.Generator().manual_seed(taps)
+    for seq_len in (3, 16 * taps, 16 * taps + 1, 300):
+        for count in (0, 1, 5, 40, seq_len - 1):
+            cuts = torch.randperm(seq_len - 1, generator=generator)[: min(count, seq_len - 1)] + 1
+            documents = [0, *sorted(cuts.tolist()), seq_len]
+            for got, want in zip(
+                *one_device(inputs(seq_len, taps, documents), documents, initial, activation), strict=True
+            ):
+                assert relative_error(got, want) < 1e-12, (seq_len, documents)
+
+
+def test_a_batch_is_cut_into_tiles_by_rows_too(small_tiles: None) -> None:
+    for got, want in zip(*one_device(inputs(100, 4, None, batch=5), None, True), strict=True):
+        assert relative_error(got, want) < 1e-12
+
+
+def test_many_documents_share_a_tile_and_long_ones_are_not_copied() -> None:
+    layout = SequenceLayout.local(4000, [*range(0, 1000, 2), 4000])
+    x = torch.zeros(1, 4000, 1 << 9)
+    plan = convolution._conv_plan(layout, 3, False, x)
+    assert next((tile.start, tile.stop) for tile in plan.tiles if tile.slots is not None) == (0, 52)
+    assert all(tile.slots is None for tile in plan.tiles if tile.start >= 1000)
+    assert len(plan.tiles) < 40
+
+
+def test_gradients_are_those_of_finite_differences() -> None:
+    for documents in (None, [0, 1, 4, 9]):
+        given = inputs(9, 3, documents)
+        layout = SequenceLayout.local(9, documents)
+        leaves = [given[name].requires_grad_() for name in ("x", "weight", "bias", "initial_state")]
+
+        def convolve(x: Tensor, weight: Tensor, bias: Tensor, state: Tensor, layout: SequenceLayout = layout) -> Any:
+            return causal_conv1d(x, weight, bias, "silu", layout, initial_state=state, output_final_state=True)
+
+        assert torch.autograd.gradcheck(convolve, leaves)
+        assert torch.autograd.gradcheck(lambda x, layout=layout: token_shift(x, layout), leaves[:1])
+
+
+def test_tensors_need_not_be_contiguous() -> None:
+    given = inputs(30, 4, None, batch=2)
+    plain, _ = one_device(given, None, True)
+    strided = {
+        name: torch.stack([x, x], dim=-1)[..., 0] if name in ("weight", "bias") else x.mT.contiguous().mT
+        for name, x in given.items()
+    }
+    for got, want in zip(one_device(strided, None, True)[0], plain, strict=True):
+        assert torch.equal(got, want)
+
+
+def test_backward_keeps_the_inputs_and_nothing_else() -> None:
+    given = inputs(64, 4, None)
+    leaves = [given[name].requires_grad_() for name in ("x", "weight", "bias")]
+    kept: list[Tensor] = []
+
+    def keep(x: Tensor) -> Tensor:
+        kept.append(x)
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        causal_conv1d(leaves[0], leaves[1], leaves[2], "silu")
+    assert sorted(x.data_ptr() for x in kept) == sorted(x.data_ptr() for x in leaves)
+
+
+def test_a_graph_can_be_walked_twice() -> None:
+    given = inputs(20, 4, None)
+    x = given["x"].requires_grad_()
+    y = causal_conv1d(x, given["weight"])
+    assert isinstance(y, Tensor)
+    first, second = (torch.autograd.grad(y, x, given["grad_y"], retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_a_document_with_an_infinity_harms_no_other(value: float) -> None:
+    documents = [0, 4, 5, 6, 20]
+    given = inputs(20, 4, documents)
+    given["x"][:, 5] = value
+    x = given["x"].requires_grad_()
+    layout = SequenceLayout.local(20, documents)
+    y = causal_conv1d(x, given["weight"], given["bias"], "silu", layout)
+    assert isinstance(y, Tensor)
+    y.backward(given["grad_y"])
+    assert x.grad is not None
+    others = torch.arange(20) != 5
+    assert y[:, others].isfinite().all() and x.grad[:, others].isfinite().all()
+
+
+def test_decoding_token_by_token_equals_one_call() -> None:
+    given = inputs(12, 4, None, batch=2)
+    weight, bias, state = given["weight"], given["bias"], given["initial_state"]
+    whole = causal_conv1d(given["x"], weight, bias, "silu", initial_state=state, output_final_state=True)
+    tokens = []
+    for token in given["x"].split(1, dim=1):
+        y, state = causal_conv1d(token, weight, bias, "silu", initial_state=state, output_final_state=True)
+        tokens.append(y)
+    torch.testing.assert_close(torch.cat(tokens, dim=1), whole[0], rtol=1e-12, atol=1e-12)
+    assert torch.equal(state, whole[1])
+
+
+# --------------------------------------------------------------------------------------------------------------- over ranks
+
+
+def prefill_then_decode() -> float:
+    """A prompt over the ranks, the rest on one device."""
+    given = inputs(40, 4, None)
+    weight, bias = given["weight"], given["bias"]
+    layout = SequenceLayout(30, order="zigzag")
+    _, state = causal_conv1d(layout.shard(given["x"][:, :30]), weight, bias, "silu", layout, output_final_state=True)
+    got = causal_conv1d(given["x"][:, 30:], weight, bias, "silu", initial_state=state)
+    assert isinstance(got, Tensor)
+    expected, _ = definition(given["x"], weight, bias, "silu", None, None)
+    return relative_error(got, expected[:, 30:])
+
+
+def test_a_prompt_is_read_over_ranks_and_continued_on_one() -> None:
+    assert max(run_on_ranks(3, prefill_then_decode)) < 1e-12
+
+
+def gradients_of_some(order: Order) -> list[float]:
+    """Errors where only some inputs take a gradient, and where the graph is walked twice."""
+    given = inputs(23, 4, None)
+    layout = SequenceLayout(23, order=order)
+    errors = []
+    for wanted in (["x"], ["weight"], ["bias"], ["x", "bias"], ["weight", "bias"]):
+        whole = {name: given[name].clone().requires_grad_(name in wanted) for name in ("x", "weight", "bias")}
+        expected, _ = definition(whole["x"], whole["weight"], whole["bias"], "silu", None, None)
+        expected_grads = torch.autograd.grad(expected, [whole[name] for name in wanted], given["grad_y"])
+        own = {name: layout.shard(given[name]) if name == "x" else given[name] for name in whole}
+        own = {name: tensor.clone().requires_grad_(name in wanted) for name, tensor in own.items()}
+        y = causal_conv1d(own["x"], own["weight"], own["bias"], "silu", layout)
+        assert isinstance(y, Tensor)
+        for retain_graph in (True, False):
+            leaves = [own[name] for name in wanted]
+            grads = torch.autograd.grad(y, leaves, layout.shard(given["grad_y"]), retain_graph=retain_graph)
+            for name, grad, want in zip(wanted, grads, expected_grads, strict=True):
+                if name == "x":
+                    want = layout.shard(want)
+                else:
+                    grad = grad.clone()
+                    dist.all_reduce(grad)
+                errors.append(relative_error(grad, want))
+    return errors
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_inputs_may_be_frozen_and_graphs_walked_twice_over_ranks(order: Order) -> None:
+    for errors in run_on_ranks(3, gradients_of_some, order):
+        assert max(errors) < 1e-12
+
+
+def several_layers() -> float:
+    """Convolutions of q, k and v side by side, then one of their sum: many messages between the same ranks."""
+    given = inputs(40, 4, [0, 7, 19, 40])
+    layout = SequenceLayout(40, order="zigzag", documents=[0, 7, 19, 40])
+
+    def network(x: Tensor, weight: Tensor, on_ranks: bool) -> Tensor:
+        def convolve(x: Tensor, weight: Tensor) -> Tensor:
+            if not on_ranks:
+                return definition(x, weight, None, "silu", [0, 7, 19, 40], None)[0]
+            y = causal_conv1d(x, weight, None, "silu", layout)
+            assert isinstance(y, Tensor)
+            return y
+
+        q, k, v = convolve(x, weight), convolve(2 * x, weight[:, :2]), convolve(-x, weight[:, 1:])
+        return convolve(q * k + v, weight)
+
+    whole, x = given["x"].clone().requires_grad_(), layout.shard(given["x"]).requires_grad_()
+    expected, got = network(whole, given["weight"], False), network(x, given["weight"], True)
+    (expected_grad,) = torch.autograd.grad(expected, whole, given["grad_y"])
+    (grad,) = torch.autograd.grad(got, x, layout.shard(given["grad_y"]))
+    errors = relative_error(got, layout.shard(expected)), relative_error(grad, layout.shard(expected_grad))
+    return max(errors)
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_layers_side_by_side_and_on_top_of_each_other_do_not_mix(num_ranks: int) -> None:
+    assert max(run_on_ranks(num_ranks, several_layers)) < 1e-12
+
+
+def order_of_events(name: str) -> list[str]:
+    log: list[str] = []
+    original, inside = halo._launch, getattr(convolution, name)
+    forward, backward = inside.forward, inside.backward
+
+    def noted_launch(*args: Any, **options: Any) -> NotedWork:
+        log.append(f"{args[-1]} halo launched")
+        return NotedWork(original(*args, **options), f"{args[-1]} halo", log)
+
+    def noted(function: Any, direction: str) -> Any:
+        def run(*args: Any) -> Any:
+            log.append(f"inside {direction}")
+            return function(*args)
+
+        return staticmethod(run)
+
+    layout = SequenceLayout(64)
+    x = torch.randn(1, layout.num_local_tokens, 8, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(8, 4, dtype=torch.float64, requires_grad=True)
+    halo._launch, inside.forward, inside.backward = noted_launch, noted(forward, "forward"), noted(backward, "backward")
+    try:
+        tokens = Noted.apply(x, "tokens", log)
+        y = token_shift(tokens, layout) if name == "_Shift" else causal_conv1d(tokens, weight, None, "silu", layout)
+        Noted.apply(y, "output", log).sum().backward()
+    finally:
+        halo._launch, inside.forward, inside.backward = original, staticmethod(forward), staticmethod(backward)
+    return log
+
+
+@pytest.mark.parametrize("name", ["_Inside", "_Shift"])
+def test_the_pass_over_all_tokens_hides_the_halo_in_both_directions(name: str) -> None:
+    for log in run_on_ranks(4, order_of_events, name):
+        assert log == [
+            "tokens forward",
+            "forward halo launched",
+            "inside forward",
+            "forward halo waited for",
+            "output forward",
+            "output backward",
+            "backward halo launched",
+            "inside backward",
+            "backward halo waited for",
+            "tokens backward",
+        ]
+
+
+def bytes_sent(seq_len: int, order: Order, taps: int, batch: int) -> list[int]:
+    layout = SequenceLayout(seq_len, order=order)
+    x = torch.randn(batch, layout.num_local_tokens, 8, requires_grad=True)
+    with record_traffic() as traffic:
+        y = token_shift(x, layout) if taps == 0 else causal_conv1d(x, torch.randn(8, taps), None, "silu", layout)
+        assert isinstance(y, Tensor)
+        y.sum().backward()
+    return [event.bytes_sent for event in traffic.events]
+
+
+def test_bytes_do_not_grow_with_the_sequence() -> None:
+    for taps, width in ((4, 3), (2, 1), (0, 1)):
+        halo_bytes = 2 * width * 8 * 4
+        for seq_len in (64, 6400):
+            sent = run_on_ranks(4, bytes_sent, seq_len, "contiguous", taps, 2)
+            assert sent == [[halo_bytes, 0], [halo_bytes] * 2, [halo_bytes] * 2, [0, halo_bytes]]
+            sent = run_on_ranks(4, bytes_sent, seq_len, "zigzag", taps, 2)
+            assert sent == [[halo_bytes] * 2, [2 * halo_bytes] * 2, [2 * halo_bytes] * 2, [halo_bytes] * 2]
+    assert run_on_ranks(4, bytes_sent, 64, "zigzag", 1, 2) == [[]] * 4
+    assert run_on_ranks(1, bytes_sent, 64, "zigzag", 4, 2) == [[]]
+
+
+# ------------------------------------------------------------------------------------------------------------------- errors
+
+
+def test_inputs_that_do_not_fit_are_refused_with_the_way_out() -> None:
+    x, weight, bias = torch.zeros(2, 8, 3), torch.zeros(3, 4), torch.zeros(3)
+    cases: Iterator[tuple[str, type[Exception], tuple[Any, ...], dict[str, Any]]] = iter(
+        [
+            (r"takes x \[B, T, C\].*got shape \(2, 8\)", InputError, (x[..., 0], weight), {}),
+            (r"at least one row, token and channel; got shape \(0, 8, 3\)", InputError, (x[:0], weight), {}),
+            (r"got x of torch\.int64\. Convert", InputError, (x.long(), weight), {}),
+            (r"weight \[C, W\] with C = 3.*got \(5, 4\)", InputError, (x, torch.zeros(5, 4)), {}),
+            (r"looks like \[W, C\]: transpose", InputError, (x, weight.t()), {}),
+            (r"take weight\.squeeze\(1\)", InputError, (x, weight.unsqueeze(1)), {}),
+            (r"W at least 1; got \(3, 0\)", InputError, (x, weight[:, :0]), {}),
+            (r"bias \[C\] = \(3,\) or None; got \(4,\)", InputError, (x, weight, torch.zeros(4)), {}),
+            (r"weight torch\.float64 on cpu\. Convert weight with weight\.to", InputError, (x, weight.double()), {}),
+            (r"bias torch\.bfloat16 on cpu\. Convert bias", InputError, (x, weight, bias.bfloat16()), {}),
+            (r"None or one of 'silu', 'swish'; got 'relu'", InputError, (x, weight, bias, "relu"), {}),
+            (r"global number of tokens", LayoutError, (x, weight), {"layout": SequenceLayout.for_rank(8, 2, 0)}),
+            (r"takes the 9 tokens.*got 8", LayoutError, (x, weight), {"layout": SequenceLayout.local(9)}),
+            (r"made by for_rank", LayoutError, (x, weight), {"layout": SequenceLayout.for_rank(16, 2, 0)}),
+            (r"B = 1, the packed", InputError, (x, weight), {"layout": SequenceLayout.local(8, [0, 3, 8])}),
+            (
+                r"\[B, W-1, C\] = \(2, 3, 3\).*got \(2, 4, 3\)",
+                InputError,
+                (x, weight),
+                {"initial_state": torch.zeros(2, 4, 3)},
+            ),
+            (
+                r"\[num_documents, W-1, C\] = \(2, 3, 3\).*got \(1, 3, 3\)",
+                InputError,
+                (x[:1], weight),
+                {"initial_state": torch.zeros(1, 3, 3), "layout": SequenceLayout.local(8, [0, 3, 8])},
+            ),
+            (r"in torch\.float64", InputError, (x, weight), {"initial_state": torch.zeros(2, 3, 3).double()}),
+        ]
+    )
+    for message, kind, args, options in cases:
+        with pytest.raises(kind, match=message):
+            causal_conv1d(*args, **options)
+
+
+def test_a_token_shift_refuses_what_does_not_fit() -> None:
+    with pytest.raises(InputError, match=r"token_shift takes x \[B, T, C\]"):
+        token_shift(torch.zeros(3, 4))
+    with pytest.raises(LayoutError, match="token_shift takes the 5 tokens"):
+        token_shift(torch.zeros(1, 4, 2), SequenceLayout.local(5))
+
+
+def global_tokens_on_ranks() -> None:
+    causal_conv1d(torch.zeros(1, 8, 2), torch.zeros(2, 4), layout=SequenceLayout(8))
+
+
+def test_tokens_that_were_not_sharded_are_refused_on_every_rank() -> None:
+    for kind, message in run_on_ranks(2, raised, global_tokens_on_ranks):
+        assert kind == "LayoutError" and "take layout.shard(x) first" in message
