@@ -201,6 +201,48 @@ def ranks(quick: bool) -> Table:
     return table
 
 
+def _schedule_times(operator: str, dtype: torch.dtype, seq_len: int, pairs: int) -> tuple[list[float], list[float]]:
+    """Times on all ranks of the schedule with a pass of its own for what needs no state, and of the fused pass, in turn."""
+    split = longspan.SequenceLayout(seq_len)
+    local = {
+        key: split.shard(x.detach()).requires_grad_(x.requires_grad) if x.dim() > 2 else x
+        for key, x in make_tensors(seq_len, 64, dtype, operator).items()
+    }
+    gates = {gate.name: local[gate.name] for gate in VARIANTS[operator].gates}
+    leaves = [local["q"], local["k"], local["v"], *(x for x in gates.values() if x.requires_grad)]
+
+    def run(overlapped: bool) -> None:
+        memory = longspan.write(operator, local["k"], local["v"], layout=split, **gates)
+        o = memory.read_overlapped(local["q"]) if overlapped else memory.read(local["q"])
+        torch.autograd.grad(o, leaves, local["grad"])
+
+    times: tuple[list[float], list[float]] = ([], [])
+    for index in range(pairs + 1):
+        for side in (0, 1) if index % 2 else (1, 0):
+            dist.barrier()
+            elapsed = torch.tensor([seconds(partial(run, side == 0))])
+            dist.all_reduce(elapsed, dist.ReduceOp.MAX)
+            if index:
+                times[side].append(float(elapsed))
+    return times
+
+
+def schedule(quick: bool) -> Table:
+    seq_len = 8192 if quick else 32768
+    table = Table(
+        "schedule",
+        f"One call on two ranks: a pass of its own for what needs no state, over one fused pass; {seq_len:,} tokens, B1 H8 D64",
+        "which one the one-call operators use: the fused pass where this exceeds 1",
+        ["operator", "dtype", "ms, own pass", "ms, fused", "ratio"],
+    )
+    for operator in ("retention", "simple_gla"):
+        for name, dtype in DTYPES.items():
+            own, fused = run_ranks(2, _schedule_times, operator, dtype, seq_len, 3 if quick else 7)[0]
+            result = paired(own, fused)
+            table.add(operator, name, f"{result.first * 1e3:.0f}", f"{result.second * 1e3:.0f}", result.ratio)
+    return table
+
+
 def _peak_of_step(operator: str, dtype: torch.dtype, seq_len: int, size: int) -> float:
     """Peak memory of forward + backward, inputs and gradients included, over the bytes of q, k, v, o and their gradients."""
     step(operator, make_tensors(512, size, dtype, operator))()
@@ -282,6 +324,7 @@ TABLES = {
     "length": length,
     "layout": layout,
     "ranks": ranks,
+    "schedule": schedule,
     "memory": memory,
     "softmax": softmax,
     "variants": variants,

@@ -1,0 +1,308 @@
+"""Start local ranks, watch them, and pass on how they end. The only place that reads or sets environment variables.
+
+A local run needs no port: the ranks meet in a file, and gloo connects them over loopback alone. The command that
+started them holds a pipe to each; ranks whose pipe closes end, so that none outlives a killed command.
+
+Exit codes of a run: see `EXIT_DONE` and the following.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from longspan.errors import LongspanError
+
+EXIT_DONE = 0
+EXIT_FAILED = 1
+"""An unexpected failure, or a rank that died."""
+EXIT_REFUSED = 2
+"""An error that the user can mend: its message says how."""
+EXIT_STOPPED = 75
+"""Stopped by SIGTERM or SIGINT after a last checkpoint: ``--resume`` goes on from there. A second signal exits with 128
+and its number, without a checkpoint."""
+
+_RENDEZVOUS = "LONGSPAN_RENDEZVOUS"
+# After the first rank has failed, the others get this long to say what they saw.
+_SECONDS_TO_REPORT = 1.5
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where this process stands among the ranks of a run.
+
+    `rendezvous` is the folder where ranks of a local run meet and report; None under torchrun, or for a single rank.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+    rendezvous: Path | None = None
+
+
+def place_of_this_process() -> Place | None:
+    """This process's place if torchrun or `run_local_ranks` started it, else None."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    if not all(name in os.environ for name in names):
+        return None
+    rank, world_size, local_rank = (int(os.environ[name]) for name in names)
+    rendezvous = os.environ.get(_RENDEZVOUS)
+    return Place(
+        rank=rank,
+        world_size=world_size,
+        local_rank=local_rank,
+        local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", world_size)),
+        rendezvous=None if rendezvous is None else Path(rendezvous),
+    )
+
+
+# ------------------------------------------------------------------------------------------------- the starting command
+
+
+def run_local_ranks(command: Sequence[str], num_ranks: int, threads: int) -> int:
+    """Run `command`, which calls `run_rank`, on `num_ranks` local ranks of `threads` threads; return the exit code.
+
+    When a rank fails, the others are killed and the first cause is printed.
+    """
+    with tempfile.TemporaryDirectory(prefix="longspan-") as folder:
+        ranks: list[subprocess.Popen[bytes]] = []
+        try:
+            with _forwarded_signals(ranks):
+                for rank in range(num_ranks):
+                    ranks.append(_start_rank(command, rank, num_ranks, threads, Path(folder)))
+                return _watch(ranks, Path(folder))
+        finally:
+            for process in ranks:
+                process.kill()
+                process.wait()
+                assert process.stdin is not None
+                process.stdin.close()
+
+
+def _start_rank(
+    command: Sequence[str], rank: int, num_ranks: int, threads: int, folder: Path
+) -> subprocess.Popen[bytes]:
+    environment = os.environ | {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(num_ranks),
+        "LOCAL_RANK": str(rank),
+        "LOCAL_WORLD_SIZE": str(num_ranks),
+        "OMP_NUM_THREADS": str(threads),
+        _RENDEZVOUS: folder.as_posix(),
+    }
+    for _, interface in socket.if_nameindex():
+        if interface in ("lo", "lo0"):
+            environment["GLOO_SOCKET_IFNAME"] = interface
+    return subprocess.Popen(
+        list(command),
+        env=environment,
+        stdin=subprocess.PIPE,
+        # Signals of the terminal reach this command alone, which passes them on once.
+        start_new_session=True,
+    )
+
+
+@contextlib.contextmanager
+def _forwarded_signals(ranks: list[subprocess.Popen[bytes]]) -> Iterator[None]:
+    """The first SIGTERM or SIGINT asks the ranks to stop after a checkpoint; the second kills them."""
+    received: list[int] = []
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        if len(received) > 1:
+            for process in ranks:
+                process.kill()
+            os._exit(128 + number)
+        for process in ranks:
+            process.send_signal(signal.SIGTERM)
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _watch(ranks: list[subprocess.Popen[bytes]], folder: Path) -> int:
+    """Wait until all ranks have ended well, or one has not."""
+    while True:
+        codes = [process.poll() for process in ranks]
+        if any(code not in (None, EXIT_DONE, EXIT_STOPPED) for code in codes):
+            return _report_failure(ranks, folder)
+        if all(code is not None for code in codes):
+            return EXIT_STOPPED if EXIT_STOPPED in codes else EXIT_DONE
+        time.sleep(0.05)
+
+
+def _report_failure(ranks: list[subprocess.Popen[bytes]], folder: Path) -> int:
+    """Print the first cause and return the exit code."""
+    deadline = time.monotonic() + _SECONDS_TO_REPORT
+    while time.monotonic() < deadline and any(process.poll() is None for process in ranks):
+        time.sleep(0.05)
+    codes = [process.poll() for process in ranks]
+    reports = {
+        rank: json.loads(path.read_text()) for rank in range(len(ranks)) if (path := _report(folder, rank)).exists()
+    }
+    for rank, code in enumerate(codes):
+        if code not in (None, EXIT_DONE, EXIT_STOPPED) and rank not in reports:
+            # It ended without a word: whatever the others report is a consequence.
+            _print_error(f"rank {rank} of {len(ranks)} {_ending(code)}; the other ranks were stopped")
+            return EXIT_FAILED
+    first = min(reports.values(), key=lambda report: report["time"])
+    if first["refused"]:
+        _print_error(first["message"])
+        return EXIT_REFUSED
+    sys.stderr.write(first["traceback"])
+    _print_error(f"rank {first['rank']} of {len(ranks)} failed; the other ranks were stopped. {first['message']}")
+    _print_stacks([rank for rank, code in enumerate(codes) if code is None], ranks, folder)
+    return EXIT_FAILED
+
+
+def _ending(code: int | None) -> str:
+    """How a process with this exit code ended."""
+    if code is None or code >= 0:
+        return f"ended with exit code {code}"
+    name = signal.Signals(-code).name if -code in {known.value for known in signal.Signals} else f"signal {-code}"
+    hint = " (the system does this when memory runs out)" if name == "SIGKILL" else ""
+    return f"was killed by {name}{hint}"
+
+
+def _print_stacks(late: list[int], ranks: list[subprocess.Popen[bytes]], folder: Path) -> None:
+    """Say what the ranks that had not ended were doing: where a deadline has passed, one of them is why."""
+    for rank in late:
+        ranks[rank].send_signal(signal.SIGUSR1)
+    time.sleep(0.3 if late else 0.0)
+    for rank in late:
+        path = _stacks_path(folder, rank)
+        stacks = path.read_text(errors="replace").rstrip() if path.exists() else ""
+        sys.stderr.write(f"rank {rank} had not ended, and was here:\n{stacks or '(no answer)'}\n")
+
+
+def _print_error(message: str) -> None:
+    sys.stderr.write(f"longspan: error: {message}\n")
+    sys.stderr.flush()
+
+
+def _report(folder: Path, rank: int) -> Path:
+    return folder / f"failure-{rank}.json"
+
+
+def _stacks_path(folder: Path, rank: int) -> Path:
+    return folder / f"stacks-{rank}.txt"
+
+
+# -------------------------------------------------------------------------------------------------------- inside a rank
+
+
+class StopRequest:
+    """Whether a signal has asked this process to stop: set by the first SIGTERM or SIGINT; the second exits at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            os._exit(128 + number)
+        self.requested = True
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Handle the signals inside this context."""
+        before = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def run_rank(place: Place, function: Callable[[Place, StopRequest], int]) -> int:
+    """Call `function` as one rank and return the exit code; a failure is printed, or left for the starting command."""
+    if place.rendezvous is not None:
+        _end_with_starting_command()
+        faulthandler.register(signal.SIGUSR1, file=_stacks_path(place.rendezvous, place.rank).open("w"))
+    stop = StopRequest()
+    with stop.listening():
+        try:
+            return function(place, stop)
+        except Exception as error:
+            code = _leave_report(place, error)
+    if place.world_size > 1:
+        # Other ranks may be in a collective that never ends; leaving the interpreter would wait for its threads.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+def _leave_report(place: Place, error: Exception) -> int:
+    refused = isinstance(error, LongspanError)
+    where = "; ".join(getattr(error, "__notes__", []))
+    message = str(error) if refused else f"{type(error).__name__}: {error}" + (f" [{where}]" if where else "")
+    if place.rendezvous is not None:
+        report: dict[str, Any] = {
+            "time": time.time(),
+            "rank": place.rank,
+            "refused": refused,
+            "message": message,
+            "traceback": "".join(traceback.format_exception(error)),
+        }
+        path = _report(place.rendezvous, place.rank)
+        path.with_suffix(".tmp").write_text(json.dumps(report))
+        path.with_suffix(".tmp").replace(path)
+    else:
+        if not refused:
+            traceback.print_exception(error)
+        _print_error(message if place.world_size == 1 else f"rank {place.rank} of {place.world_size}: {message}")
+    return EXIT_REFUSED if refused else EXIT_FAILED
+
+
+def _end_with_starting_command() -> None:
+    """End this process when the pipe from the command that started it closes."""
+
+    def wait_for_end() -> None:
+        # Not through sys.stdin, whose lock a thread must not hold when the interpreter ends.
+        while os.read(0, 1024):
+            pass
+        os._exit(EXIT_FAILED)
+
+    threading.Thread(target=wait_for_end, daemon=True).start()
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def start_process_group(place: Place, backend: str, timeout_seconds: float) -> None:
+    """Join the default process group of a run with several ranks."""
+    from datetime import timedelta
+
+    import torch.distributed as dist
+
+    dist.init_process_group(
+        backend,
+        init_method="env://" if place.rendezvous is None else f"file://{place.rendezvous.as_posix()}/store",
+        rank=place.rank,
+        world_size=place.world_size,
+        timeout=timedelta(seconds=timeout_seconds),
+    )

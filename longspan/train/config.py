@@ -1,0 +1,460 @@
+"""What a training run is told: dataclasses, one a section; a TOML file; ``--section.key value`` on the command line.
+
+Later sources override earlier ones: defaults; the TOML file (or, on resume, the run's own ``config.toml``); the command
+line.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib.util
+import json
+import math
+import tomllib
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from longspan.attention.softmax import SoftmaxMethod
+from longspan.errors import ConfigError, InputError
+from longspan.exchange import resolve_topology
+from longspan.models import LinearLlama3Config
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the text comes from and how it becomes tokens."""
+
+    source: str = "python-stdlib"
+    """The sources of this Python's standard library (python-stdlib), or a folder, a .txt file or a .jsonl file."""
+    suffixes: tuple[str, ...] = (".txt", ".jsonl", ".md", ".py")
+    """Endings of the files to read in a folder."""
+    text_key: str = "text"
+    """Key of the text in a line of a .jsonl file."""
+    max_bytes: int = 12_000_000
+    """Read about this many bytes of text, of files chosen at random."""
+    validation_fraction: float = 0.05
+    """Share of the documents that is held out."""
+    tokenizer: Literal["bpe", "bytes"] = "bpe"
+    """A byte-level BPE trained on the training text, or bytes as they are."""
+    vocab_size: int = 2048
+    """Size of the BPE's vocabulary."""
+    folder: str | None = None
+    """Keep prepared data here, for several runs; None keeps it in the run folder."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The Linear-Llama3 to train; its vocabulary is the data's."""
+
+    dim: int = 128
+    """Width of the residual stream."""
+    num_layers: int = 4
+    """Number of blocks."""
+    pattern: str = "LLLN"
+    """Kind of each layer, repeated over the layers: L linear attention, N softmax attention."""
+    operator: tuple[str, ...] = ("simple_gla",)
+    """What the L layers are (simple_gla, gla, gated_delta_rule, kda, ...): one name for all of them, or one for each."""
+    num_heads: int = 2
+    """Query heads of a layer."""
+    num_kv_heads: int | None = 1
+    """Key and value heads of a softmax layer (grouped queries); None is num_heads."""
+    head_dim: int | None = None
+    """Size of a head; None is dim / num_heads."""
+    hidden_dim: int = 352
+    """Width of the feed-forward layers."""
+    rope_theta: float = 500_000.0
+    """Base of the rotary embedding in softmax layers."""
+    norm_eps: float = 1e-5
+    """Added to the mean square in RMSNorm."""
+    tie_embeddings: bool = False
+    """Use the embedding's matrix for the output, too."""
+
+    def build(self, vocab_size: int) -> LinearLlama3Config:
+        """What the model itself is told.
+
+        Raises:
+            ConfigError: for values that make no model.
+        """
+        values = vars(self) | {"operator": self.operator[0] if len(self.operator) == 1 else self.operator}
+        try:
+            return LinearLlama3Config(vocab_size, **values)
+        except ConfigError as error:
+            raise ConfigError(f"[model] {error}") from error
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How many ranks, and what each of them holds."""
+
+    sp: int = 2
+    """Sequence-parallel degree: ranks that share one sequence."""
+    dp: int | None = None
+    """Data-parallel degree; None takes 1, or under torchrun the ranks that sp leaves."""
+    order: Literal["contiguous", "zigzag"] = "zigzag"
+    """Which tokens of a sequence a rank holds: one run of them, or two that balance causal softmax layers (zigzag)."""
+    exchange: str = "auto"
+    """How linear layers exchange their states."""
+    softmax_method: SoftmaxMethod = "auto"
+    """How softmax layers exchange their keys and values."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute; auto takes GPUs if there is one for each local rank."""
+    threads: int | None = None
+    """CPU threads of a rank; None divides the cores between the local ranks."""
+    timeout_seconds: float = 600.0
+    """Give up when a collective has waited this long for another rank."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW, warm-up and cosine."""
+
+    lr: float = 3e-3
+    """Highest learning rate."""
+    warmup_steps: int = 15
+    """Steps until the highest learning rate."""
+    final_lr_fraction: float = 0.1
+    """Learning rate of the last step, as a fraction of the highest."""
+    beta1: float = 0.9
+    """Decay of the mean of gradients."""
+    beta2: float = 0.95
+    """Decay of the mean of squared gradients."""
+    eps: float = 1e-8
+    """Added to the root of the mean of squared gradients."""
+    weight_decay: float = 0.1
+    """Decoupled decay, of matrices alone."""
+    clip_norm: float = 1.0
+    """Scale gradients down to this norm."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Length of the run and of its sequences."""
+
+    seed: int = 0
+    """Decides the initial weights, the data's split and order, and the sampled text."""
+    steps: int = 150
+    """Optimizer steps."""
+    seq_len: int = 8192
+    """Tokens of a sequence, before it is split over the ranks."""
+    batch_tokens: int = 8192
+    """Tokens of a global batch, whatever the number of ranks."""
+    micro_batch_sequences: int | None = None
+    """Sequences that a rank computes at once; None takes all of its part of the batch."""
+    check_tokens: int = 65_536
+    """Compare this much of the first batch with a single process before the first step."""
+    max_skipped_steps: int = 10
+    """Stop after this many steps in a row whose loss or gradient is not finite."""
+
+
+@dataclass(frozen=True)
+class ValidationConfig:
+    """The loss on held-out text."""
+
+    every: int = 50
+    """Steps between two validations; 0 validates at the end alone."""
+    sequences: int = 8
+    """Sequences of a validation."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """What a run can go on from."""
+
+    every: int = 50
+    """Steps between two checkpoints; 0 writes one at the end alone."""
+    keep: int = 2
+    """Keep this many of the newest complete checkpoints."""
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """The text that is generated at the end."""
+
+    prompt: str = "def "
+    """Text to go on from."""
+    tokens: int = 200
+    """Tokens to generate; 0 generates none."""
+    temperature: float = 0.8
+    """Divides the logits; 0 takes the likeliest token."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where a run's files go, and what it prints."""
+
+    dir: str | None = None
+    """The run folder; None takes runs/ and the time of the start."""
+    print_every: int = 10
+    """Steps between two printed lines where there is no terminal for a progress bar."""
+    tensorboard: bool = False
+    """Write the metrics for TensorBoard, too (needs the extra longspan[tensorboard])."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that a training run is told."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    @property
+    def batch_sequences(self) -> int:
+        """Sequences of a global batch."""
+        return self.train.batch_tokens // self.train.seq_len
+
+
+def known_keys() -> list[str]:
+    """Every key as ``section.key``."""
+    return list(flatten(Config()))
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """The values by ``section.key``."""
+    return {
+        f"{section.name}.{entry.name}": getattr(getattr(config, section.name), entry.name)
+        for section in dataclasses.fields(config)
+        for entry in dataclasses.fields(getattr(config, section.name))
+    }
+
+
+def read_toml(path: Path) -> Config:
+    """The defaults, overridden by a TOML file.
+
+    Raises:
+        ConfigError: if the file cannot be read, or has an unknown key or a value of a wrong type.
+    """
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} cannot be read as a config: {error}. Give a TOML file") from error
+    try:
+        return from_mapping(values)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def from_mapping(values: dict[str, Any]) -> Config:
+    """The defaults, overridden by ``{section: {key: value}}``, as TOML and JSON give it.
+
+    Raises:
+        ConfigError: for an unknown key or a value of a wrong type.
+    """
+    config = Config()
+    for section, entries in values.items():
+        if not isinstance(entries, dict) or section not in _section_names():
+            raise unknown_key(section)
+        current = getattr(config, section)
+        kinds = typing.get_type_hints(type(current))
+        for key in entries:
+            if key not in kinds:
+                raise unknown_key(f"{section}.{key}")
+        checked = {key: _check_type(f"{section}.{key}", value, kinds[key]) for key, value in entries.items()}
+        config = dataclasses.replace(config, **{section: dataclasses.replace(current, **checked)})
+    return config
+
+
+def to_mapping(config: Config) -> dict[str, Any]:
+    """``{section: {key: value}}`` with lists for tuples: what `from_mapping` takes; a value of None is left out."""
+    mapping: dict[str, Any] = {name: {} for name in _section_names()}
+    for key, value in flatten(config).items():
+        section, name = key.split(".")
+        if value is not None:
+            mapping[section][name] = list(value) if isinstance(value, tuple) else value
+    return mapping
+
+
+def to_toml(config: Config) -> str:
+    """The config as TOML that `read_toml` gives back."""
+    lines = []
+    for section, entries in to_mapping(config).items():
+        lines += [f"[{section}]", *(f"{key} = {_toml_value(value)}" for key, value in entries.items()), ""]
+    return "\n".join(lines)
+
+
+def check_arguments(arguments: Sequence[str], others: Sequence[str] = ()) -> None:
+    """Raise ConfigError for an option that is neither a key nor one of `others`."""
+    for argument in arguments:
+        if not argument.startswith("--") or argument == "--":
+            continue
+        name = argument[2:].split("=", 1)[0].replace("-", "_")
+        if name not in {*known_keys(), *others}:
+            raise unknown_key(name, others, option=True)
+
+
+def unknown_key(key: str, others: Sequence[str] = (), option: bool = False) -> ConfigError:
+    """The error for a key that does not exist; it names the nearest one that does."""
+    keys = known_keys()
+    sections = _section_names()
+    dash = "--" if option else ""
+    near = difflib.get_close_matches(key, [*keys, *others], n=1, cutoff=0.6)
+    if not near:
+        # A right name in a wrong section, or without one.
+        last = key.rsplit(".", 1)[-1]
+        last_names = {name.split(".")[1]: name for name in reversed(keys)}
+        near = [last_names[name] for name in difflib.get_close_matches(last, list(last_names), n=1, cutoff=0.7)]
+    hint = f"did you mean {dash}{near[0]}?" if near else f"the sections are {', '.join(sections)}"
+    return ConfigError(f"unknown {'option' if option else 'key'} {dash}{key}: {hint} (longspan train --help lists all)")
+
+
+def differences(old: Config, new: Config) -> list[str]:
+    """One line for each key whose values differ."""
+    before, after = flatten(old), flatten(new)
+    return [f"{key}: {before[key]!r} -> {after[key]!r}" for key in before if before[key] != after[key]]
+
+
+_FIXED_SECTIONS = ("data", "model")
+_FIXED_KEYS = ("train.seed", "train.seq_len", "train.batch_tokens")
+
+
+def changes_what_is_trained(old: Config, new: Config) -> list[str]:
+    """One line for each difference that a resumed run cannot have: of the model, the data, or their order."""
+    return [
+        line
+        for line in differences(old, new)
+        if line.split(":")[0] != "data.folder"
+        and (line.split(".")[0] in _FIXED_SECTIONS or line.split(":")[0] in _FIXED_KEYS)
+    ]
+
+
+def check(config: Config) -> None:
+    """Check what can be checked before any rank starts.
+
+    Raises:
+        ConfigError: for a value out of its range, or values that do not fit each other.
+    """
+    for key, least in _LEAST.items():
+        value = flatten(config)[key]
+        if value is not None and not value >= least:
+            raise ConfigError(f"{key} is {value}; it must be at least {least}")
+    for key, value in flatten(config).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{key} is {value}; it must be a finite number")
+    for key in ("data.validation_fraction", "optim.beta1", "optim.beta2"):
+        value = flatten(config)[key]
+        if not 0.0 < value < 1.0:
+            raise ConfigError(f"{key} is {value}; it must lie between 0 and 1")
+    for key in ("optim.lr", "optim.clip_norm", "optim.eps", "parallel.timeout_seconds"):
+        value = flatten(config)[key]
+        if not value > 0.0:
+            raise ConfigError(f"{key} is {value}; it must be greater than 0")
+    config.model.build(vocab_size=257)
+    if config.run.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise ConfigError(
+            "run.tensorboard is True, but the package tensorboard is not installed. Install it with "
+            "pip install 'longspan[tensorboard]', or leave the key out: metrics.jsonl has the same numbers"
+        )
+    try:
+        resolve_topology(config.parallel.exchange)
+    except InputError as error:
+        raise ConfigError(f"parallel.{error}") from error
+    if config.train.batch_tokens % config.train.seq_len:
+        near = max(1, round(config.train.batch_tokens / config.train.seq_len)) * config.train.seq_len
+        raise ConfigError(
+            f"train.batch_tokens {config.train.batch_tokens} is no multiple of train.seq_len {config.train.seq_len}: a "
+            f"global batch holds whole sequences. The nearest multiple is {near}"
+        )
+    if config.train.seq_len < config.parallel.sp:
+        raise ConfigError(
+            f"train.seq_len {config.train.seq_len} is shorter than parallel.sp {config.parallel.sp}: each rank needs a "
+            "token. Use a longer sequence or fewer ranks"
+        )
+
+
+def check_degrees(config: Config, world_size: int) -> int:
+    """The data-parallel degree in a world of `world_size` ranks.
+
+    Raises:
+        ConfigError: if data- and sequence-parallel degree do not make up the world, or the batch does not divide.
+    """
+    sp = config.parallel.sp
+    dp = config.parallel.dp if config.parallel.dp is not None else max(1, world_size // sp)
+    if dp * sp != world_size:
+        legal = [degree for degree in range(1, world_size + 1) if world_size % degree == 0]
+        raise ConfigError(
+            f"{world_size} ranks are not parallel.dp {dp} x parallel.sp {sp} = {dp * sp}. With {world_size} ranks, "
+            f"parallel.sp can be {', '.join(map(str, legal))}, and parallel.dp is then what remains (leave it out)"
+        )
+    if config.batch_sequences % dp:
+        raise ConfigError(
+            f"train.batch_tokens {config.train.batch_tokens} is {config.batch_sequences} sequences of train.seq_len "
+            f"{config.train.seq_len}, which parallel.dp {dp} does not divide. Use a multiple of "
+            f"{dp * config.train.seq_len} tokens"
+        )
+    return dp
+
+
+_LEAST: dict[str, float] = {
+    "data.max_bytes": 1,
+    "data.vocab_size": 257,
+    "parallel.sp": 1,
+    "parallel.dp": 1,
+    "parallel.threads": 1,
+    "optim.warmup_steps": 0,
+    "optim.final_lr_fraction": 0,
+    "optim.weight_decay": 0,
+    "train.seed": 0,
+    "train.steps": 1,
+    "train.seq_len": 1,
+    "train.batch_tokens": 1,
+    "train.micro_batch_sequences": 1,
+    "train.check_tokens": 1,
+    "train.max_skipped_steps": 1,
+    "validation.every": 0,
+    "validation.sequences": 1,
+    "checkpoint.every": 0,
+    "checkpoint.keep": 1,
+    "sample.tokens": 0,
+    "sample.temperature": 0,
+    "run.print_every": 1,
+}
+
+
+def _section_names() -> list[str]:
+    return [section.name for section in dataclasses.fields(Config)]
+
+
+def _check_type(key: str, value: Any, kind: Any) -> Any:
+    """`value` as TOML gives it, as the type that the dataclass declares."""
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):
+        (kind,) = (part for part in typing.get_args(kind) if part is not type(None))
+    if typing.get_origin(kind) is Literal:
+        if value in typing.get_args(kind):
+            return value
+        raise ConfigError(f"{key} is {value!r}; it must be one of {', '.join(map(repr, typing.get_args(kind)))}")
+    if typing.get_origin(kind) is tuple:
+        value = [value] if isinstance(value, str) else value
+        if isinstance(value, list) and all(isinstance(entry, str) for entry in value):
+            return tuple(value)
+        raise ConfigError(f"{key} is {value!r}; it must be a string or a list of strings")
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        raise ConfigError(f"{key} is {value!r}, {_article(type(value).__name__)}; it must be {_article(kind.__name__)}")
+    return value
+
+
+def _article(name: str) -> str:
+    return f"an {name}" if name[0] in "aeiou" else f"a {name}"
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, list):
+        return "[" + ", ".join(_toml_value(entry) for entry in value) + "]"
+    if isinstance(value, str):
+        # JSON's escapes are TOML's, but for DEL, which TOML wants escaped.
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return repr(value)

@@ -1,0 +1,103 @@
+"""The end of a run: weights, plot, sample, summary."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+from longspan.train.metrics import plot_losses
+from longspan.train.sample import generate
+from longspan.train.trainer import Trainer
+
+
+def finish(trainer: Trainer, started: float) -> None:
+    """Write what the run leaves, and print its results.
+
+    Args:
+        started: `time.perf_counter` at the run's start.
+    """
+    if trainer.validation is None:
+        trainer.validate()
+    trainer.phase.name = "writing the results"
+    if not trainer.ranks.is_first:
+        return
+    _write_weights(trainer)
+    plot_losses(trainer.metrics.read(), trainer.baseline.nats_per_token, trainer.folder.plot)
+    text = _sample(trainer)
+    summary = _summary(trainer, time.perf_counter() - started)
+    trainer.folder.summary_json.write_text(json.dumps(summary | {"sample": text}, indent=1) + "\n", encoding="utf-8")
+    trainer.folder.summary_text.write_text(_as_markdown(trainer, summary, text), encoding="utf-8")
+    _print(trainer, summary, text)
+
+
+def _write_weights(trainer: Trainer) -> None:
+    from safetensors.torch import save_file
+
+    weights = {name: p.detach().cpu().contiguous() for name, p in trainer.model.named_parameters()}
+    # One entry: safetensors writes several in an order that changes from run to run.
+    metadata = {"LinearLlama3Config": json.dumps(trainer.model.config.to_dict())}
+    save_file(weights, trainer.folder.weights, metadata=metadata)
+
+
+def _sample(trainer: Trainer) -> str:
+    sample = trainer.config.sample
+    if not sample.tokens:
+        return ""
+    model = trainer.model_for_one_process()
+    seed = trainer.config.train.seed
+    return generate(model, trainer.data.tokenizer, sample.prompt, sample.tokens, sample.temperature, seed)
+
+
+def _summary(trainer: Trainer, seconds: float) -> dict[str, Any]:
+    assert trainer.validation is not None
+    steps = [record for record in trainer.metrics.read() if "loss" in record]
+    timed = sum(record["seconds"] for record in steps)
+    return {
+        "steps": trainer.step,
+        "tokens": trainer.step * trainer.config.train.batch_tokens,
+        "ranks": f"data {trainer.ranks.dp} x sequence {trainer.ranks.sp}",
+        "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
+        "training_loss": steps[-1]["loss"],
+        "validation_loss": trainer.validation.nats_per_token,
+        "validation_bits_per_byte": trainer.validation.bits_per_byte,
+        "unigram_loss": trainer.baseline.nats_per_token,
+        "unigram_bits_per_byte": trainer.baseline.bits_per_byte,
+        "tokens_per_second": trainer.step * trainer.config.train.batch_tokens / timed,
+        "wait_share": sum(record["wait_share"] * record["seconds"] for record in steps) / timed,
+        "memory_bytes": max(record["memory_bytes"] for record in steps),
+        "seconds_in_steps": timed,
+        "seconds_of_this_process": seconds,
+    }
+
+
+def _as_markdown(trainer: Trainer, summary: dict[str, Any], text: str) -> str:
+    rows = "\n".join(f"| {key.replace('_', ' ')} | {_short(value)} |" for key, value in summary.items())
+    sample = f"\n## Sample\n\n~~~~\n{trainer.config.sample.prompt}{text}\n~~~~\n" if text else ""
+    return f"# {trainer.folder.path.name}\n\n| | |\n|---|---|\n{rows}\n\n![Loss](loss.png)\n{sample}"
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:,.4f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _print(trainer: Trainer, summary: dict[str, Any], text: str) -> None:
+    report = trainer.report
+    if text:
+        # A model may write what a terminal would obey.
+        shown = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in trainer.config.sample.prompt + text)
+        report.line(f"\nA sample, from {trainer.config.sample.prompt!r}:\n\n{shown}\n")
+    report.heading("validation", str(trainer.validation))
+    report.heading("unigram", f"{trainer.baseline} (predicting each token by its frequency)")
+    report.heading(
+        "speed",
+        f"{summary['tokens']:,} tokens in {summary['seconds_in_steps']:.0f} s: "
+        f"{summary['tokens_per_second']:,.0f} tokens/s, {summary['wait_share']:.1%} of the time waiting for other "
+        f"ranks; {summary['memory_bytes'] / 2**30:.2f} GiB a rank at most",
+    )
+    folder = trainer.folder
+    report.heading(
+        "written", f"{folder.path}/: {folder.weights.name}, {folder.plot.name}, {folder.summary_text.name}, ..."
+    )

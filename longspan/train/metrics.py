@@ -1,0 +1,106 @@
+"""What a step took and gave: memory, the metrics file, the loss plot."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from longspan.errors import CheckpointError
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory that this process has held: allocated on its GPU, or resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+class MetricsFile:
+    """``metrics.jsonl``: one JSON object a line, each with its ``step``.
+
+    With a folder for `events`, the numbers go to TensorBoard, too.
+    """
+
+    def __init__(self, path: Path, events: Path | None = None) -> None:
+        self.path = path
+        self._events = events
+        self._writer: Any = None
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Add a line; a number that is not finite is written as null, which JSON has."""
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(finite) + "\n")
+        if self._events is not None:
+            self._append_events(finite)
+
+    def close(self) -> None:
+        """Flush what TensorBoard has not written yet."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def _append_events(self, record: dict[str, Any]) -> None:
+        if self._writer is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            # What a resumed run makes again replaces what was there.
+            self._writer = SummaryWriter(str(self._events), purge_step=record["step"])
+        for key, value in record.items():
+            if key != "step" and value is not None:
+                self._writer.add_scalar(key, value, record["step"])
+
+    def read(self) -> list[dict[str, Any]]:
+        """All records; a last line that a crash cut off is left out."""
+        if not self.path.exists():
+            return []
+        lines = self.path.read_text(encoding="utf-8").split("\n")
+        records = []
+        for number, line in enumerate(lines, start=1):
+            if not line:
+                continue
+            try:
+                records.append(json.loads(line))
+            except ValueError as error:
+                if number == len(lines):
+                    break
+                raise CheckpointError(
+                    f"{self.path}, line {number}, is not JSON: {error}. Remove the line, or the whole file, to go on"
+                ) from error
+        return records
+
+    def cut_after(self, step: int) -> None:
+        """Drop the records of later steps, which a resumed run makes again."""
+        kept = [record for record in self.read() if record["step"] <= step]
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+        os.replace(temporary, self.path)
+
+
+def plot_losses(records: list[dict[str, Any]], baseline: float, path: Path) -> None:
+    """Draw training and validation loss over the steps, and the unigram baseline, as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    training = [(r["step"], r["loss"]) for r in records if r.get("loss") is not None]
+    validation = [(r["step"], r["validation_loss"]) for r in records if r.get("validation_loss") is not None]
+    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    axes.plot([step for step, _ in training], [loss for _, loss in training], label="training", linewidth=1.2)
+    axes.plot([step for step, _ in validation], [loss for _, loss in validation], "o-", label="validation")
+    axes.axhline(baseline, color="grey", linestyle="--", label="unigram baseline (validation)")
+    axes.set(xlabel="step", ylabel="loss (nats per token)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)

@@ -1,0 +1,176 @@
+"""The ranks of a run: who they are, on which device, and how they agree before anything irreversible.
+
+What travels here is JSON and float64: nothing that is received is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from longspan import errors
+from longspan.collectives import all_gather_single
+from longspan.errors import ConfigError, LongspanError
+from longspan.launch import Place, start_process_group
+
+Value = TypeVar("Value")
+
+
+class Ranks:
+    """All ranks of a run.
+
+    `mesh` has the dimensions ``("dp", "sp")``, and is None for a single rank, which has no process group. `rank` counts
+    the whole world; ranks with the same `dp_rank` share sequences.
+    """
+
+    def __init__(self, place: Place, device: torch.device) -> None:
+        self.rank = place.rank
+        self.world_size = place.world_size
+        self.device = device
+        self.mesh: DeviceMesh | None = None
+        self.dp = 1
+        self.sp = place.world_size
+
+    @classmethod
+    def start(cls, place: Place, device: str, timeout_seconds: float) -> Ranks:
+        """Choose the device and join the process group, where there is more than one rank.
+
+        Raises:
+            ConfigError: if GPUs are asked for and there is not one for each local rank.
+        """
+        chosen = choose_device(device, place)
+        if chosen.type == "cuda":
+            torch.cuda.set_device(chosen)
+        if place.world_size > 1:
+            start_process_group(place, "nccl" if chosen.type == "cuda" else "gloo", timeout_seconds)
+        return cls(place, chosen)
+
+    def arrange(self, dp: int, sp: int) -> None:
+        """Make the mesh: neighbouring ranks share a sequence."""
+        self.dp, self.sp = dp, sp
+        if self.world_size > 1:
+            self.mesh = init_device_mesh(self.device.type, (dp, sp), mesh_dim_names=("dp", "sp"))
+
+    def close(self) -> None:
+        """Leave the process group, after all ranks have come here."""
+        if self.world_size > 1:
+            self.gather_numbers([0.0])
+            dist.destroy_process_group()
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def dp_rank(self) -> int:
+        return self.rank // self.sp
+
+    def gather_numbers(self, numbers: Sequence[float]) -> Tensor:
+        """Every rank's numbers, float64 ``[world_size, len(numbers)]`` on the CPU."""
+        own = torch.tensor(list(numbers), dtype=torch.float64, device=self.device)
+        if self.world_size == 1:
+            return own[None].cpu()
+        return self._gather(own).cpu()
+
+    def gather_json(self, value: Any) -> list[Any]:
+        """Every rank's value, by rank; the values may differ in length."""
+        if self.world_size == 1:
+            return [value]
+        content = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        lengths = [int(n) for n in self.gather_numbers([len(content)])[:, 0]]
+        padded = torch.zeros(max(lengths), dtype=torch.uint8, device=self.device)
+        padded[: len(content)] = content.to(self.device)
+        rows = self._gather(padded).cpu()
+        return [json.loads(bytes(row[:n].tolist())) for row, n in zip(rows, lengths, strict=True)]
+
+    def _gather(self, own: Tensor) -> Tensor:
+        """Every rank's `own` ``[n]``, ``[world_size, n]``."""
+        out = own.new_empty(self.world_size * len(own))
+        all_gather_single(out, own, group=None)
+        return out.view(self.world_size, len(own))
+
+    def from_first(self, function: Callable[[], Value]) -> Value:
+        """Call `function` on rank 0 and give its value, which must be JSON, or the error that it raised, to every
+        rank."""
+        outcome: dict[str, Any] = {}
+        failure: LongspanError | None = None
+        if self.is_first:
+            try:
+                outcome = {"value": function()}
+            except LongspanError as error:
+                failure = error
+                outcome = _as_json(error)
+        outcome = self.gather_json(outcome)[0]
+        if failure is not None:
+            raise failure
+        if "error" in outcome:
+            raise _from_json(outcome)
+        value: Value = outcome["value"]
+        return value
+
+    def together(self, function: Callable[[], Value]) -> Value:
+        """Call `function` on every rank; if it raised a LongspanError on any of them, all raise the first one."""
+        outcome: dict[str, Any] = {}
+        value: Value | None = None
+        failure: LongspanError | None = None
+        try:
+            value = function()
+        except LongspanError as error:
+            failure = error
+            outcome = _as_json(error)
+        for rank, other in enumerate(self.gather_json(outcome)):
+            if "error" in other:
+                raise failure if failure is not None and rank == self.rank else _from_json(other)
+        return value  # type: ignore[return-value]
+
+    def agree(self, facts: dict[str, Any]) -> None:
+        """Check that every rank was told the same.
+
+        Raises:
+            ConfigError: on every rank, with a table of the facts that differ.
+        """
+        everyone = self.gather_json(facts)
+        keys = sorted({key for told in everyone for key in told})
+        rows = [
+            f"  {key}: " + ", ".join(f"rank {rank} {told.get(key)!r}" for rank, told in enumerate(everyone))
+            for key in keys
+            if any(told.get(key) != everyone[0].get(key) for told in everyone)
+        ]
+        if rows:
+            raise ConfigError(
+                "the ranks were started differently:\n" + "\n".join(rows) + "\nStart all of them with the same command"
+            )
+
+
+def choose_device(device: str, place: Place) -> torch.device:
+    """The device of a local rank.
+
+    Raises:
+        ConfigError: if GPUs are asked for and there is not one for each local rank.
+    """
+    if device == "cpu":
+        return torch.device("cpu")
+    num_devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if num_devices >= place.local_world_size:
+        return torch.device("cuda", place.local_rank)
+    if device == "cuda":
+        raise ConfigError(
+            f"parallel.device is 'cuda', but there are {num_devices} usable GPUs for {place.local_world_size} local "
+            "ranks. Start fewer ranks, or use parallel.device 'cpu'"
+        )
+    return torch.device("cpu")
+
+
+def _as_json(error: LongspanError) -> dict[str, str]:
+    return {"error": type(error).__name__, "message": str(error)}
+
+
+def _from_json(outcome: dict[str, str]) -> LongspanError:
+    kind: type[LongspanError] = getattr(errors, outcome["error"], LongspanError)
+    return kind(outcome["message"])

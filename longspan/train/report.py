@@ -1,0 +1,68 @@
+"""What a run says on the terminal: a progress bar, or a line now and then where there is no terminal."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+class Report:
+    """Prints on rank 0, and nothing on the others.
+
+    With a terminal the steps are a progress bar; without one, every `print_every`-th step is a line.
+    """
+
+    def __init__(self, num_steps: int, print_every: int, silent: bool) -> None:
+        self._console = Console(quiet=silent, highlight=False, soft_wrap=True)
+        self._num_steps = num_steps
+        self._print_every = print_every
+        self._bar: Progress | None = None
+        if self._console.is_terminal:
+            self._bar = Progress(
+                BarColumn(bar_width=20),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[numbers]}"),
+                TimeRemainingColumn(compact=True),
+                console=self._console,
+            )
+        self._task: Any = None
+        self._start = time.perf_counter()
+
+    def heading(self, name: str, text: str) -> None:
+        """A line of what the run consists of."""
+        self._console.print(f"[bold]{name:<11}[/bold]", end="")
+        self._console.print(text, markup=False)
+
+    def line(self, text: str) -> None:
+        """A line of text as it is."""
+        self._console.print(text, markup=False)
+
+    def __enter__(self) -> Report:
+        self._start = time.perf_counter()
+        if self._bar is not None:
+            self._bar.start()
+            self._task = self._bar.add_task("", total=self._num_steps, numbers="")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def step(self, record: dict[str, Any]) -> None:
+        """Show a step: loss, tokens a second, share of time waiting for other ranks, peak memory of a rank."""
+        numbers = (
+            f"loss {record['loss']:.3f}  {record['tokens_per_second']:,.0f} tokens/s  "
+            f"waiting {record['wait_share']:.0%}  {record['memory_bytes'] / 2**30:.2f} GiB"
+        )
+        step = record["step"]
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, numbers=numbers)
+        elif step % self._print_every == 0 or step in (1, self._num_steps):
+            elapsed = time.perf_counter() - self._start
+            self.line(f"step {step:>{len(str(self._num_steps))}}/{self._num_steps}  {numbers}  {elapsed:.0f} s")

@@ -1,0 +1,199 @@
+"""The main job, from the first line it prints to the last."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+import time
+from pathlib import Path
+
+import torch
+
+import longspan
+from longspan.data.prepare import PreparedData, Recipe, open_prepared, prepare
+from longspan.errors import CheckpointError
+from longspan.launch import EXIT_DONE, EXIT_STOPPED, Place, StopRequest, num_cores
+from longspan.train import config as configs
+from longspan.train.checkpoint import Checkpoint, load_checkpoint, newest_checkpoint, remove_leftovers
+from longspan.train.config import Config
+from longspan.train.finish import finish
+from longspan.train.phase import Phase
+from longspan.train.ranks import Ranks
+from longspan.train.report import Report
+from longspan.train.run_folder import RunFolder, create_run_folder
+from longspan.train.selfcheck import SelfCheck
+from longspan.train.trainer import Trainer
+
+
+def train(config: Config, place: Place, stop: StopRequest, resume: RunFolder | None = None) -> int:
+    """Run the main job as one rank and return the exit code.
+
+    Args:
+        config: checked already by `longspan.train.config.check`.
+        place: this rank.
+        stop: asked for after every step.
+        resume: the run to go on with; None starts a new one.
+
+    Raises:
+        LongspanError: for what the user can mend, on every rank.
+    """
+    phase = Phase()
+    with phase.noted(place):
+        torch.set_num_threads(config.parallel.threads or max(1, num_cores() // place.local_world_size))
+        phase.name = "meeting the other ranks"
+        ranks = Ranks.start(place, config.parallel.device, config.parallel.timeout_seconds)
+        code = train_on(ranks, config, stop, resume, phase)
+        phase.name = "ending"
+        ranks.close()
+        return code
+
+
+def train_on(
+    ranks: Ranks, config: Config, stop: StopRequest, resume: RunFolder | None = None, phase: Phase | None = None
+) -> int:
+    """`train` on ranks that have met."""
+    start = time.perf_counter()
+    phase = phase or Phase()
+    torch.manual_seed(config.train.seed)
+    ranks.agree(_facts(config, resume))
+    ranks.arrange(configs.check_degrees(config, ranks.world_size), config.parallel.sp)
+    report = Report(config.train.steps, config.run.print_every, silent=not ranks.is_first)
+    report.heading("longspan", _describe_ranks(ranks, config))
+
+    phase.name = "opening the run folder"
+    folder, saved = _open_run(config, resume, ranks)
+    report.heading("run", f"{folder.path}" + (f", going on from step {saved.step}" if saved else ""))
+
+    phase.name = "preparing the data"
+    data = _prepare_data(config, folder, ranks)
+    phase.name = "building the model"
+    trainer = ranks.together(lambda: _build(config, ranks, folder, data, report, phase, saved))
+    report.heading("data", _describe_data(trainer))
+    report.heading("model", _describe_model(trainer))
+
+    if ranks.world_size > 1:
+        phase.name = "checking the first batch"
+        check = trainer.check(threads_alone=num_cores())
+        report.heading("check", _describe_check(check, ranks.world_size))
+        check.raise_unless_agrees()
+
+    if ranks.is_first:
+        _write_start(trainer)
+    stopped = trainer.run(stop)
+    trainer.metrics.close()
+    if stopped:
+        report.line(f"Stopped after step {trainer.step}, with a checkpoint: longspan train --resume {folder.path}")
+        return EXIT_STOPPED
+    finish(trainer, start)
+    return EXIT_DONE
+
+
+def _facts(config: Config, resume: RunFolder | None) -> dict[str, str]:
+    """What must be the same on every rank, as text."""
+    facts = {key: repr(value) for key, value in configs.flatten(config).items()}
+    versions = {"longspan": longspan.__version__, "torch": torch.__version__, "python": platform.python_version()}
+    return facts | versions | {"--resume": str(resume.path) if resume else "not given"}
+
+
+def _open_run(config: Config, resume: RunFolder | None, ranks: Ranks) -> tuple[RunFolder, Checkpoint | None]:
+    """A new run's folder, or that of a run to go on with and its newest checkpoint."""
+    if resume is None:
+        return RunFolder(Path(ranks.from_first(lambda: str(create_run_folder(config.run.dir).path)))), None
+    return resume, ranks.together(lambda: _newest_fitting_checkpoint(resume, config))
+
+
+def _newest_fitting_checkpoint(folder: RunFolder, config: Config) -> Checkpoint:
+    saved = load_checkpoint(newest_checkpoint(folder.checkpoints))
+    changes = configs.changes_what_is_trained(configs.from_mapping(saved.state["config"]), config)
+    if changes:
+        raise CheckpointError(
+            f"{folder.path} was trained with another config, and cannot go on with this one:\n"
+            + "\n".join(f"  {line}" for line in changes)
+            + "\nLeave these keys out to resume, or start a new run"
+        )
+    return saved
+
+
+def _prepare_data(config: Config, folder: RunFolder, ranks: Ranks) -> PreparedData:
+    """Rank 0 prepares; every rank then checks what it reads, and that all read the same."""
+    data = config.data
+    path = Path(data.folder) if data.folder else folder.data
+    recipe = Recipe(
+        source=data.source,
+        suffixes=data.suffixes,
+        text_key=data.text_key,
+        max_bytes=data.max_bytes,
+        validation_fraction=data.validation_fraction,
+        tokenizer=data.tokenizer,
+        vocab_size=data.vocab_size,
+        seed=config.train.seed,
+    )
+    ranks.from_first(lambda: prepare(recipe, path))
+    prepared = ranks.together(lambda: open_prepared(path))
+    ranks.agree(prepared.fingerprint)
+    return prepared
+
+
+def _build(
+    config: Config,
+    ranks: Ranks,
+    folder: RunFolder,
+    data: PreparedData,
+    report: Report,
+    phase: Phase,
+    saved: Checkpoint | None,
+) -> Trainer:
+    trainer = Trainer(config, ranks, folder, data, report, phase)
+    if saved is not None:
+        trainer.restore(saved)
+    return trainer
+
+
+def _write_start(trainer: Trainer) -> None:
+    """Only now, when nothing can refuse to run any more, change what an earlier part of the run has left."""
+    remove_leftovers(trainer.folder.checkpoints)
+    trainer.metrics.cut_after(trainer.step)
+    # Without its folder, the config is that of another run as well.
+    config = dataclasses.replace(trainer.config, run=dataclasses.replace(trainer.config.run, dir=None))
+    trainer.folder.config.write_text(configs.to_toml(config), encoding="utf-8")
+
+
+def _describe_ranks(ranks: Ranks, config: Config) -> str:
+    version = f"{longspan.__version__}, torch {torch.__version__}"
+    if ranks.world_size == 1:
+        return f"{version}; 1 process on {ranks.device.type}, {torch.get_num_threads()} threads"
+    return (
+        f"{version}; {ranks.world_size} ranks on {ranks.device.type}: data {ranks.dp} x sequence {ranks.sp} "
+        f"({config.parallel.order}), {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)} each"
+    )
+
+
+def _describe_data(trainer: Trainer) -> str:
+    data = trainer.data
+    train, validation = data.train.info, data.validation.info
+    num_bytes = train.num_text_bytes + validation.num_text_bytes
+    return (
+        f"{trainer.config.data.source}: {len(train.documents) + len(validation.documents) - 2:,} documents, "
+        f"{num_bytes / 1e6:.1f} MB; {train.num_tokens:,} tokens to train on, {validation.num_tokens:,} held out; "
+        f"{trainer.config.data.tokenizer}, vocabulary {train.vocab_size:,}"
+    )
+
+
+def _describe_model(trainer: Trainer) -> str:
+    model, train = trainer.model.config, trainer.config.train
+    layers = "".join(model.layer_kinds)
+    linear = ", ".join(dict.fromkeys(name for name in model.layer_operators if name != "softmax"))
+    return (
+        f"{trainer.model.num_parameters() / 1e6:.1f} M parameters, width {model.dim}, layers {layers} "
+        f"(L {linear or 'none'}, N softmax attention); {train.steps} steps of {trainer.config.batch_sequences} x "
+        f"{train.seq_len:,} tokens"
+    )
+
+
+def _describe_check(check: SelfCheck, world_size: int) -> str:
+    loss, norm, gradients = check.differences
+    return (
+        f"first batch on {world_size} ranks | on one: loss {check.loss:.6f} | {check.loss_alone:.6f} ({loss:.0e}), "
+        f"gradient norm {check.norm:.6f} | {check.norm_alone:.6f} ({norm:.0e}), gradients differ by {gradients:.0e}: "
+        + ("equal" if check.agrees else "NOT EQUAL")
+    )

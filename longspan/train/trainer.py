@@ -1,0 +1,268 @@
+"""The steps of a run: forward, backward, sum over ranks, update; validation; saving and going on."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longspan.data.batches import TrainingBatches, validation_sequences
+from longspan.data.prepare import PreparedData
+from longspan.errors import CheckpointError, DataError, LongspanError
+from longspan.exchange.traffic import Traffic, record_traffic
+from longspan.launch import StopRequest
+from longspan.layout import SequenceLayout
+from longspan.models import LinearLlama3
+from longspan.parallel import sum_gradients
+from longspan.train import config as configs
+from longspan.train.checkpoint import Checkpoint, save_checkpoint
+from longspan.train.config import Config
+from longspan.train.loss import Evaluation, evaluate, loss_sum, unigram_baseline
+from longspan.train.metrics import MetricsFile, peak_memory_bytes
+from longspan.train.model import build_model, copy_weights, make_parallel
+from longspan.train.optimizer import (
+    build_optimizer,
+    clip_gradients,
+    gradient_norm,
+    learning_rate,
+    load_optimizer_tensors,
+    optimizer_tensors,
+    set_learning_rate,
+)
+from longspan.train.phase import Phase
+from longspan.train.ranks import Ranks
+from longspan.train.report import Report
+from longspan.train.run_folder import RunFolder
+from longspan.train.selfcheck import SelfCheck, self_check
+
+
+class TrainingError(LongspanError):
+    """Training cannot go on: too many steps in a row were not finite."""
+
+
+class Trainer:
+    """Model, optimizer, data and counters of a run; `step` is the number of optimizer steps that are behind it."""
+
+    def __init__(
+        self, config: Config, ranks: Ranks, folder: RunFolder, data: PreparedData, report: Report, phase: Phase
+    ) -> None:
+        self.config = config
+        self.ranks = ranks
+        self.folder = folder
+        self.data = data
+        self.report = report
+        self.phase = phase
+        self.metrics = MetricsFile(folder.metrics, folder.events if config.run.tensorboard else None)
+        train = config.train
+        self.batches = TrainingBatches(data.train, train.seq_len, config.batch_sequences, train.seed)
+        self.held_out = validation_sequences(data.validation, train.seq_len, config.validation.sequences, ranks.sp)
+        self.layout = self._layout(train.seq_len)
+        self.token_bytes = data.tokenizer.token_bytes
+        self.baseline = unigram_baseline(data.train.tokens, data.tokenizer.vocab_size, self.held_out, self.token_bytes)
+        self.model = make_parallel(self._build_model(), config, ranks)
+        self.optimizer = build_optimizer(self.model, config.optim)
+        self.step = 0
+        self.skipped_in_a_row = 0
+        self.seconds = 0.0
+        self.seconds_waiting = 0.0
+        self.validation: Evaluation | None = None
+
+    def _build_model(self) -> LinearLlama3:
+        return build_model(self.config, self.data.tokenizer.vocab_size, self.ranks.device)
+
+    def model_for_one_process(self) -> LinearLlama3:
+        """The model with its present weights, without sequence parallelism."""
+        return copy_weights(self.model, self._build_model())
+
+    def _layout(self, seq_len: int) -> SequenceLayout:
+        if self.ranks.mesh is None:
+            return SequenceLayout.local(seq_len)
+        return SequenceLayout(seq_len, self.ranks.mesh["sp"], order=self.config.parallel.order)
+
+    def check(self, threads_alone: int) -> SelfCheck:
+        """Compare the next batch, or as much of it as one process is asked to compute, with one process."""
+        tokens = self.batches.batch(self.step)
+        wanted = self.config.train.check_tokens
+        rows = min(len(tokens), max(1, wanted // self.config.train.seq_len))
+        rows = max(self.ranks.dp, rows - rows % self.ranks.dp)
+        length = max(self.ranks.sp, min(self.config.train.seq_len, wanted // rows))
+        return self_check(
+            self.model,
+            self.model_for_one_process,
+            tokens[:rows, : length + 1],
+            self._layout(length),
+            self.ranks,
+            threads_alone,
+        )
+
+    # ----------------------------------------------------------------------------------------------------- the loop
+
+    def run(self, stop: StopRequest) -> bool:
+        """Train up to the last step; True if a signal stopped the run before, with a checkpoint."""
+        config = self.config
+        self.phase.name = "starting to train"
+        stopping = bool(self.ranks.gather_numbers([stop.requested]).any())
+        with self.report:
+            while self.step < config.train.steps and not stopping:
+                stopping = self._train_step(stop)
+                last = self.step == config.train.steps
+                if last or _is_due(self.step, config.validation.every):
+                    self.validate()
+                if last or _is_due(self.step, config.checkpoint.every):
+                    self._save()
+            if stopping:
+                self._save()
+        return stopping and self.step < config.train.steps
+
+    def _train_step(self, stop: StopRequest) -> bool:
+        """One optimizer step; True if a signal has reached any rank."""
+        start = time.perf_counter()
+        self.phase.step = self.step + 1
+        with record_traffic() as traffic:
+            loss = self._forward_backward()
+            self.phase.name = "summing gradients"
+            sum_gradients(self.model)
+        norm = gradient_norm(self.model)
+        # One exchange for all that the ranks must know of each other, so that all of them decide alike.
+        memory = peak_memory_bytes(self.ranks.device)
+        own = [float(loss), float(norm), stop.requested, traffic.wait_seconds, memory]
+        everyone = self.ranks.gather_numbers(own)
+        finite = bool(everyone[:, :2].isfinite().all())
+        lr = learning_rate(self.config.optim, self.step + 1, self.config.train.steps)
+        self.phase.name = "updating the weights"
+        if finite:
+            set_learning_rate(self.optimizer, lr)
+            clip_gradients(self.model, norm, self.config.optim.clip_norm)
+            self.optimizer.step()
+        self.model.zero_grad(set_to_none=True)
+        self.step += 1
+        self._record(everyone, float(norm), lr, finite, time.perf_counter() - start, traffic)
+        return bool(everyone[:, 2].any())
+
+    def _forward_backward(self) -> Tensor:
+        """Make the gradients of this rank's part of the next batch; return its part of the loss, a scalar."""
+        rows = self.config.batch_sequences // self.ranks.dp
+        at_once = self.config.train.micro_batch_sequences or rows
+        total = torch.zeros((), device=self.ranks.device)
+        for first in range(0, rows, at_once):
+            self.phase.name = "reading a batch"
+            count = min(at_once, rows - first)
+            tokens = self.batches.batch(self.step, self.ranks.dp_rank * rows + first, count).to(self.ranks.device)
+            self.phase.name = "computing forward"
+            # Every token of a batch has a next one, so its tokens are its valid tokens.
+            loss = loss_sum(self.model, tokens, self.layout) / self.config.train.batch_tokens
+            self.phase.name = "computing backward"
+            loss.backward()
+            total += loss.detach()
+        return total
+
+    def _record(self, everyone: Tensor, norm: float, lr: float, finite: bool, seconds: float, traffic: Traffic) -> None:
+        waited = float(everyone[:, 3].mean())
+        self.seconds += seconds
+        self.seconds_waiting += waited
+        record: dict[str, Any] = {
+            "step": self.step,
+            "loss": float(everyone[:, 0].sum()),
+            "gradient_norm": norm,
+            "lr": lr,
+            "skipped": not finite,
+            "tokens": self.step * self.config.train.batch_tokens,
+            "tokens_per_second": self.config.train.batch_tokens / seconds,
+            "wait_share": waited / seconds,
+            "exchanges": traffic.num_collectives,
+            "exchanged_bytes": traffic.bytes_sent,
+            "memory_bytes": int(everyone[:, 4].max()),
+            "seconds": seconds,
+        }
+        if self.ranks.is_first:
+            self.metrics.append(record)
+        self.report.step(record)
+        self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
+        if finite:
+            return
+        what = f"loss {record['loss']}, gradient norm {norm}"
+        self.report.line(f"step {self.step}: {what}; the weights stay as they are")
+        if self.skipped_in_a_row >= self.config.train.max_skipped_steps:
+            raise TrainingError(
+                f"{self.skipped_in_a_row} steps in a row were not finite, the last one step {self.step} ({what}). "
+                f"The last checkpoint is in {self.folder.checkpoints}. Lower optim.lr or optim.clip_norm, and go on "
+                "with --resume"
+            )
+
+    def validate(self) -> None:
+        """Compute the loss on the held-out sequences, write it down and say it."""
+        self.phase.name = "validating"
+        layout = self._layout(self.held_out.shape[1] - 1)
+        self.validation = evaluate(self.model, self.held_out, self.token_bytes, layout, self.ranks)
+        if self.ranks.is_first:
+            self.metrics.append(
+                {
+                    "step": self.step,
+                    "validation_loss": self.validation.nats_per_token,
+                    "validation_bits_per_byte": self.validation.bits_per_byte,
+                }
+            )
+        self.report.line(f"step {self.step}: validation {self.validation} (unigram baseline {self.baseline})")
+
+    # --------------------------------------------------------------------------------------------- saving and going on
+
+    def _save(self) -> None:
+        self.phase.name = "saving a checkpoint"
+        keep = self.config.checkpoint.keep
+        self.ranks.from_first(lambda: str(save_checkpoint(self.folder.checkpoints, self._checkpoint(), keep)))
+
+    def _checkpoint(self) -> Checkpoint:
+        return Checkpoint(
+            step=self.step,
+            tensors={
+                "model": dict(self.model.named_parameters()),
+                "optimizer": optimizer_tensors(self.model, self.optimizer),
+                "random": {"torch": torch.get_rng_state()},
+            },
+            state={
+                "step": self.step,
+                "skipped_in_a_row": self.skipped_in_a_row,
+                "next_sequence": self.step * self.config.batch_sequences,
+                "data": self.data.fingerprint,
+                "config": configs.to_mapping(self.config),
+            },
+        )
+
+    def restore(self, saved: Checkpoint) -> None:
+        """Go on from `saved`.
+
+        Raises:
+            DataError: if the prepared data is not what the checkpoint was trained on.
+            CheckpointError: if the weights are not this model's.
+        """
+        trained_on = saved.state["data"]
+        changed = [name for name, checksum in self.data.fingerprint.items() if trained_on.get(name) != checksum]
+        if changed:
+            raise DataError(
+                f"the prepared data is not what the checkpoint of step {saved.step} was trained on: "
+                f"{', '.join(changed)} changed. Restore the data folder, or start a new run"
+            )
+        parameters = dict(self.model.named_parameters())
+        weights = saved.tensors["model"]
+        shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+        found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+        odd = sorted(name for name in {*shapes, *found} if shapes.get(name) != found.get(name))
+        if odd:
+            raise CheckpointError(
+                f"the weights of step {saved.step} are not those of this model: {odd[0]} is "
+                f"{found.get(odd[0], 'missing')} in the checkpoint and {shapes.get(odd[0], 'missing')} here "
+                f"({len(odd)} differ). Use the version of longspan that wrote them, or start a new run"
+            )
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(weights[name])
+        load_optimizer_tensors(self.model, self.optimizer, saved.tensors["optimizer"])
+        torch.set_rng_state(saved.tensors["random"]["torch"])
+        self.step = saved.step
+        self.skipped_in_a_row = saved.state["skipped_in_a_row"]
+
+
+def _is_due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0

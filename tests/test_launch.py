@@ -1,0 +1,110 @@
+"""Local ranks are started, watched and ended; the first cause of a failure is what is printed."""
+
+from __future__ import annotations
+
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from longspan.launch import Place, StopRequest, place_of_this_process, run_local_ranks, run_rank
+
+PROLOGUE = """
+import os, sys, time
+from longspan.errors import DataError
+from longspan.launch import place_of_this_process, run_rank
+
+"""
+
+
+def run(body: str, num_ranks: int = 2) -> int:
+    """Run the body of ``function(place, stop)`` on local ranks."""
+    function = "def function(place, stop):\n" + textwrap.indent(textwrap.dedent(body), "    ")
+    script = f"{PROLOGUE}\n{function}\nsys.exit(run_rank(place_of_this_process(), function))"
+    return run_local_ranks([sys.executable, "-c", script], num_ranks, threads=1)
+
+
+def test_ranks_know_their_place_and_end_well(tmp_path: Path) -> None:
+    body = f"""
+        with open(f"{tmp_path}/{{place.rank}}", "w") as file:
+            interface = os.environ["GLOO_SOCKET_IFNAME"]
+            file.write(f"{{place.world_size}} {{place.local_rank}} {{interface}} {{os.environ['OMP_NUM_THREADS']}}")
+        return 0
+    """
+    assert run(body, num_ranks=3) == 0
+    assert [(tmp_path / str(rank)).read_text() for rank in range(3)] == [f"3 {rank} lo 1" for rank in range(3)]
+
+
+def test_the_first_cause_is_printed_and_not_its_consequences(capfd: pytest.CaptureFixture[str]) -> None:
+    body = """
+        if place.rank == 0:
+            time.sleep(0.5)
+            raise ConnectionError("rank 1 has gone")
+        error = RuntimeError("the cause")
+        error.add_note("while testing")
+        raise error
+    """
+    assert run(body) == 1
+    errors = capfd.readouterr().err
+    assert "rank 1 of 2 failed; the other ranks were stopped. RuntimeError: the cause [while testing]" in errors
+    assert "in function" in errors
+    assert "has gone" not in errors
+
+
+def test_what_the_user_can_mend_is_one_line(capfd: pytest.CaptureFixture[str]) -> None:
+    assert run("raise DataError('no text. Give more')") == 2
+    assert capfd.readouterr().err == "longspan: error: no text. Give more\n"
+
+
+def test_a_rank_that_never_ends_shows_where_it_is_and_is_killed(capfd: pytest.CaptureFixture[str]) -> None:
+    body = """
+        if place.rank == 1:
+            def waits_for_ever():
+                time.sleep(1000)
+            waits_for_ever()
+        raise RuntimeError("timed out")
+    """
+    assert run(body) == 1
+    errors = capfd.readouterr().err
+    assert "rank 1 had not ended, and was here:" in errors
+    assert "in waits_for_ever" in errors
+
+
+@pytest.mark.parametrize(
+    ("ending", "message"),
+    [
+        ("os._exit(7)", "rank 1 of 2 ended with exit code 7"),
+        ("os.kill(os.getpid(), 9)", "rank 1 of 2 was killed by SIGKILL (the system does this when memory runs out)"),
+    ],
+)
+def test_a_rank_that_dies_without_a_word_is_named(capfd: pytest.CaptureFixture[str], ending: str, message: str) -> None:
+    body = f"""
+        if place.rank == 1:
+            {ending}
+        time.sleep(0.3)
+        raise ConnectionError("a consequence")
+    """
+    assert run(body) == 1
+    assert message in capfd.readouterr().err
+
+
+def test_a_process_that_no_launcher_started_has_no_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RANK", "3")
+    assert place_of_this_process() is None
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert place_of_this_process() == Place(3, 8, 1, 2)
+
+
+def test_a_failure_of_a_single_process_is_printed_by_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    def function(place: Place, stop: StopRequest) -> int:
+        raise RuntimeError("the cause")
+
+    assert run_rank(Place(), function) == 1
+    errors = capsys.readouterr().err
+    assert errors.startswith("Traceback")
+    assert errors.endswith("longspan: error: RuntimeError: the cause\n")

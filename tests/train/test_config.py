@@ -1,0 +1,189 @@
+"""A config comes from defaults, a TOML file and the command line; what does not fit is named with the way out."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from longspan.cli import parse_train
+from longspan.errors import CheckpointError, ConfigError
+from longspan.train import config as configs
+from longspan.train.config import Config, check, check_degrees, flatten, from_mapping, read_toml, to_mapping, to_toml
+
+ROOT = Path(__file__).parents[2]
+
+
+def with_values(**values: Any) -> Config:
+    """The defaults with ``section__key=value``."""
+    mapping: dict[str, Any] = {}
+    for key, value in values.items():
+        section, name = key.split("__")
+        mapping.setdefault(section, {})[name] = value
+    return from_mapping(mapping)
+
+
+def parse(*arguments: str) -> Config:
+    return parse_train(arguments)[0]
+
+
+def test_the_command_line_overrides_the_file_and_the_file_the_defaults(tmp_path: Path) -> None:
+    file = tmp_path / "c.toml"
+    file.write_text('[train]\nsteps = 7\nseed = 5\n[optim]\nlr = 1\n[model]\npattern = "LN"\n')
+    config = parse("--config", str(file), "--train.steps", "9", "--parallel.dp=3", "--data.suffixes", ".md", ".rst")
+    assert (config.train.steps, config.train.seed, config.optim.lr, config.model.pattern) == (9, 5, 1.0, "LN")
+    assert config.parallel.dp == 3
+    assert config.data.suffixes == (".md", ".rst")
+    assert parse() == Config()
+    assert parse(f"--config={file}").train.steps == 7
+
+
+def test_a_config_comes_back_from_toml(tmp_path: Path) -> None:
+    config = with_values(
+        sample__prompt='a "quoted" \\ line\n\ttab \x7f \x01 é',
+        optim__lr=1e-5,
+        parallel__dp=2,
+        data__suffixes=[".a", ".b"],
+        run__dir="some where",
+    )
+    path = tmp_path / "c.toml"
+    path.write_text(to_toml(config), encoding="utf-8")
+    assert read_toml(path) == config
+    assert from_mapping(to_mapping(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--train.step", "3"], r"unknown option --train.step: did you mean --train.steps\?"),
+        (["--steps=3"], r"unknown option --steps: did you mean --train.steps\?"),
+        (["--optim.seq_len", "3"], r"did you mean --train.seq_len\?"),
+        (["--resum"], r"did you mean --resume\?"),
+        (["--xyz"], r"unknown option --xyz: the sections are data, model, parallel"),
+        (["--config"], r"--config needs a file"),
+    ],
+)
+def test_an_unknown_option_names_the_nearest(arguments: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("toml", "message"),
+    [
+        ("[train]\nstep = 3", r"c.toml: unknown key train.step: did you mean train.steps\?"),
+        ("steps = 3", r"unknown key steps: did you mean train.steps\?"),
+        ("[trian]\nsteps = 3", r"unknown key trian: .*the sections are data"),
+        ("[train]\nsteps = 'x'", r"train.steps is 'x', a str; it must be an int"),
+        ("[train]\nsteps = true", r"train.steps is True, a bool; it must be an int"),
+        ("[model]\ntie_embeddings = 1", r"model.tie_embeddings is 1, an int; it must be a bool"),
+        ("[parallel]\norder = 'zag'", r"parallel.order is 'zag'; it must be one of 'contiguous', 'zigzag'"),
+        ("[data]\nsuffixes = 3", r"data.suffixes is 3; it must be a string or a list of strings"),
+        ("[train", r"c.toml cannot be read as a config: .*Give a TOML file"),
+    ],
+)
+def test_a_bad_toml_file_is_refused(tmp_path: Path, toml: str, message: str) -> None:
+    path = tmp_path / "c.toml"
+    path.write_text(toml)
+    with pytest.raises(ConfigError, match=message):
+        parse("--config", str(path))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"train__steps": 0}, r"train.steps is 0; it must be at least 1"),
+        ({"parallel__sp": 0}, r"parallel.sp is 0; it must be at least 1"),
+        ({"train__seed": -1}, r"train.seed is -1"),
+        ({"optim__lr": 0.0}, r"optim.lr is 0.0; it must be greater than 0"),
+        ({"optim__lr": float("nan")}, r"optim.lr is nan; it must be a finite number"),
+        ({"optim__beta1": 1.0}, r"optim.beta1 is 1.0; it must lie between 0 and 1"),
+        ({"data__validation_fraction": 0.0}, r"data.validation_fraction is 0.0; it must lie between"),
+        ({"data__vocab_size": 100}, r"data.vocab_size is 100; it must be at least 257"),
+        ({"train__batch_tokens": 12_000}, r"batch_tokens 12000 is no multiple of train.seq_len 8192.*multiple is 8192"),
+        ({"train__seq_len": 1, "train__batch_tokens": 1}, r"train.seq_len 1 is shorter than parallel.sp 2"),
+    ],
+)
+def test_values_out_of_range_are_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check(with_values(**values))
+
+
+def test_tensorboard_is_asked_for_only_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"tensorboard is not installed. Install it with pip install 'longspan\["):
+        check(with_values(run__tensorboard=True))
+
+
+def test_the_defaults_are_in_range() -> None:
+    check(Config())
+    assert check_degrees(Config(), 2) == 1
+
+
+def test_a_world_that_is_not_dp_times_sp_is_refused_with_the_legal_degrees() -> None:
+    with pytest.raises(ConfigError, match=r"6 ranks are not parallel.dp 1 x parallel.sp 4 = 4.* can be 1, 2, 3, 6,"):
+        check_degrees(with_values(parallel__sp=4), 6)
+    with pytest.raises(ConfigError, match=r"8 ranks are not parallel.dp 2 x parallel.sp 2 = 4"):
+        check_degrees(with_values(parallel__sp=2, parallel__dp=2), 8)
+    with pytest.raises(
+        ConfigError, match=r"8192 is 1 sequences .*parallel.dp 4 does not divide. Use a multiple of 32768"
+    ):
+        check_degrees(with_values(parallel__sp=2), 8)
+    assert check_degrees(with_values(parallel__sp=2, train__batch_tokens=32_768), 8) == 4
+
+
+def test_only_what_is_trained_must_stay_on_resume() -> None:
+    old = Config()
+    harmless = with_values(train__steps=5, parallel__sp=4, optim__lr=1e-4, data__folder="x", checkpoint__every=3)
+    assert configs.changes_what_is_trained(old, harmless) == []
+    changed = with_values(model__dim=64, data__vocab_size=300, train__seed=1, train__steps=5)
+    assert configs.changes_what_is_trained(old, changed) == [
+        "data.vocab_size: 2048 -> 300",
+        f"model.dim: {old.model.dim} -> 64",
+        "train.seed: 0 -> 1",
+    ]
+
+
+def test_resume_reads_the_runs_own_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("first", "second"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "config.toml").write_text(f"[sample]\nprompt = '{name}'\n")
+    config, folder = parse_train(["--resume", "runs/first", "--train.steps", "5"])
+    assert folder is not None
+    assert (config.sample.prompt, config.train.steps, config.run.dir) == ("first", 5, "runs/first")
+    assert str(folder.path) == "runs/first"
+    assert parse_train(["--train.steps", "5", "--resume"])[0].sample.prompt == "second"
+    with pytest.raises(ConfigError, match="--config and --resume exclude each other"):
+        parse_train(["--resume", "--config", "c.toml"])
+
+
+def test_resuming_where_there_is_no_run_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match=r"there is no run in runs/ to go on with"):
+        parse_train(["--resume"])
+    with pytest.raises(CheckpointError, match=r"'elsewhere' is no run folder: it has no config.toml"):
+        parse_train(["--resume", "elsewhere"])
+
+
+def test_every_key_is_documented_with_its_default() -> None:
+    documentation = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    for key, value in flatten(Config()).items():
+        shown = " ".join(value) if isinstance(value, tuple) else value
+        assert f"\n| `{key}` | `{shown}` | " in documentation
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.toml")), ids=lambda path: path.name)
+def test_the_examples_are_configs(path: Path) -> None:
+    config = read_toml(path)
+    check(config)
+    assert check_degrees(config, config.parallel.sp * (config.parallel.dp or 1)) == (config.parallel.dp or 1)
+    assert path.name in path.read_text()
+
+
+def test_sections_hold_plain_values_alone() -> None:
+    for value in flatten(Config()).values():
+        assert value is None or isinstance(value, bool | int | float | str | tuple)
+    assert dataclasses.is_dataclass(Config)

@@ -1,0 +1,311 @@
+"""What a run promises: the same training on any ranks, exact resumption, no step with bad numbers, equal refusals."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from longspan.attention.linear import LinearMemory
+from longspan.launch import EXIT_DONE, EXIT_STOPPED
+from longspan.layout import SequenceLayout
+from longspan.train.config import Config
+from longspan.train.loss import loss_sum
+from tests.ranks import raised, run_on_ranks
+from tests.train.tiny import COMPUTED, metrics, newest_tensors, tiny_config, train_here, write_corpus
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "text")
+
+
+@pytest.fixture(scope="module")
+def finished(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run of six steps on two ranks."""
+    run = tmp_path_factory.mktemp("finished") / "run"
+    assert run_on_ranks(2, train_here, tiny_config(corpus, run)) == [EXIT_DONE] * 2
+    return run
+
+
+# --------------------------------------------------------------------------------------------------------- any ranks
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "values"),
+    [
+        (1, {"parallel__sp": 1}),
+        (2, {"parallel__sp": 2, "parallel__order": "contiguous"}),
+        (2, {"parallel__sp": 1}),
+        (3, {"parallel__sp": 3, "train__micro_batch_sequences": 3}),
+        (4, {"parallel__sp": 2, "train__micro_batch_sequences": 1}),
+    ],
+)
+def test_the_same_run_on_any_ranks(
+    corpus: Path, finished: Path, tmp_path: Path, num_ranks: int, values: dict[str, Any]
+) -> None:
+    run = tmp_path / "run"
+    run_on_ranks(num_ranks, train_here, tiny_config(corpus, run, **values))
+    expected = metrics(finished, *COMPUTED)
+    found = metrics(run, *COMPUTED)
+    assert [record["step"] for record in found] == [1, 2, 3, 3, 4, 5, 6, 6]
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+def test_a_run_leaves_its_folder(finished: Path) -> None:
+    names = {path.name for path in finished.iterdir()}
+    assert names == {
+        "checkpoints",
+        "config.toml",
+        "data",
+        "loss.png",
+        "metrics.jsonl",
+        "summary.json",
+        "summary.md",
+        "weights.safetensors",
+    }
+    assert sorted(path.name for path in (finished / "checkpoints").iterdir()) == ["step-00000003", "step-00000006"]
+
+
+# ------------------------------------------------------------------------------------------------------ going on
+
+
+def interrupted(finished: Path, run: Path, after: int) -> Path:
+    """The run as it would be if it had been killed some time after the checkpoint of step `after`."""
+    shutil.copytree(finished, run)
+    for path in (run / "checkpoints").iterdir():
+        if int(path.name.split("-")[1]) > after:
+            shutil.rmtree(path)
+    for name in ("loss.png", "summary.json", "summary.md", "weights.safetensors"):
+        (run / name).unlink()
+    (run / "checkpoints" / ".writing-step-00000006").mkdir()
+    return run
+
+
+def test_a_resumed_run_is_bit_equal_to_one_that_was_never_interrupted(
+    corpus: Path, finished: Path, tmp_path: Path
+) -> None:
+    run = interrupted(finished, tmp_path / "run", after=3)
+    run_on_ranks(2, train_here, tiny_config(corpus, run), True)
+    assert metrics(run, *COMPUTED) == metrics(finished, *COMPUTED)
+    expected = newest_tensors(finished)
+    found = newest_tensors(run)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert (run / "weights.safetensors").read_bytes() == (finished / "weights.safetensors").read_bytes()
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-00000003", "step-00000006"]
+
+
+def test_a_run_may_go_on_with_other_ranks(corpus: Path, finished: Path, tmp_path: Path) -> None:
+    run = interrupted(finished, tmp_path / "run", after=3)
+    run_on_ranks(1, train_here, tiny_config(corpus, run, parallel__sp=1), True)
+    for ours, theirs in zip(metrics(run, *COMPUTED), metrics(finished, *COMPUTED), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+def test_a_finished_run_can_be_made_longer(corpus: Path, finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    run_on_ranks(2, train_here, tiny_config(corpus, run, train__steps=8), True)
+    assert [record["step"] for record in metrics(run)] == [1, 2, 3, 3, 4, 5, 6, 6, 7, 8, 8]
+
+
+def _stop_on_rank_1(config: Config) -> int:
+    return train_here(config, stop_at_once=dist.get_rank() == 1)
+
+
+def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(corpus: Path, finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    config = tiny_config(corpus, run)
+    assert run_on_ranks(2, _stop_on_rank_1, config) == [EXIT_STOPPED] * 2
+    assert not (run / "summary.json").exists()
+    assert run_on_ranks(2, train_here, config, True) == [EXIT_DONE] * 2
+    assert metrics(run, *COMPUTED) == metrics(finished, *COMPUTED)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"model__dim": 32, "train__seed": 1}, ["model.dim: 16 -> 32", "train.seed: 0 -> 1", "Leave these keys out"]),
+        ({"data__tokenizer": "bpe"}, ["data.tokenizer: 'bytes' -> 'bpe'"]),
+    ],
+)
+def test_a_resume_with_another_model_lists_the_differences(
+    corpus: Path, finished: Path, values: dict[str, Any], message: list[str]
+) -> None:
+    before = (finished / "config.toml").read_bytes()
+    for kind, text in run_on_ranks(2, raised, train_here, tiny_config(corpus, finished, **values), True):
+        assert kind == "CheckpointError"
+        assert all(part in text for part in message)
+    assert (finished / "config.toml").read_bytes() == before
+
+
+def test_a_resume_from_a_damaged_checkpoint_names_the_file(corpus: Path, finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    path = run / "checkpoints" / "step-00000006" / "optimizer.safetensors"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    for kind, text in run_on_ranks(2, raised, train_here, tiny_config(corpus, run), True):
+        assert kind == "CheckpointError"
+        assert "step-00000006/optimizer.safetensors has changed since it was written" in text
+
+
+def test_a_resume_on_changed_data_is_refused(corpus: Path, finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    path = run / "data" / "train.bin"
+    content = bytearray(path.read_bytes())
+    content[0] ^= 1
+    path.write_bytes(content)
+    for kind, text in run_on_ranks(2, raised, train_here, tiny_config(corpus, run), True):
+        assert kind == "DataError"
+        assert "train.bin is not what was prepared" in text
+    shutil.rmtree(run / "data")
+    write_corpus(tmp_path / "other")
+    (tmp_path / "other" / "0.txt").write_text("something else " * 50)
+    config = tiny_config(corpus, run)
+    other = dataclasses.replace(config, data=dataclasses.replace(config.data, source=str(tmp_path / "other")))
+    for kind, text in run_on_ranks(2, raised, train_here, other, True):
+        assert kind == "CheckpointError"
+        assert "data.source" in text
+
+
+# ------------------------------------------------------------------------------------------------------ bad numbers
+
+
+def _with_nan_on_rank_1(config: Config, bad_steps: tuple[int, ...]) -> int:
+    calls = 0
+
+    def sabotaged(*arguments: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        loss = loss_sum(*arguments)
+        return loss * float("nan") if dist.get_rank() == 1 and calls in bad_steps else loss
+
+    with mock.patch("longspan.train.trainer.loss_sum", sabotaged):
+        return train_here(config)
+
+
+def test_a_step_with_a_nan_on_one_rank_is_skipped_by_all(corpus: Path, finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    config = tiny_config(corpus, run, train__steps=4, checkpoint__every=1, checkpoint__keep=9)
+    assert run_on_ranks(2, _with_nan_on_rank_1, config, (3,)) == [EXIT_DONE] * 2
+    records = [record for record in metrics(run) if "loss" in record]
+    assert [record["skipped"] for record in records] == [False, False, True, False]
+    assert records[2]["loss"] is None
+    steps = sorted((run / "checkpoints").iterdir())
+    second, third, fourth = ((path / "model.safetensors").read_bytes() for path in steps[1:])
+    assert second == third
+    assert third != fourth
+
+
+def test_many_bad_steps_in_a_row_stop_the_run_with_its_checkpoint(corpus: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    config = tiny_config(corpus, run, train__max_skipped_steps=2, checkpoint__every=1)
+    for kind, text in run_on_ranks(2, raised, _with_nan_on_rank_1, config, (2, 4, 5)):
+        assert kind == "TrainingError"
+        assert "2 steps in a row were not finite, the last one step 5" in text
+    assert [path.name for path in sorted((run / "checkpoints").iterdir())] == ["step-00000003", "step-00000004"]
+
+
+# -------------------------------------------------------------------------------------------------------- refusals
+
+
+def _labels_shifted_after_the_split(layout: SequenceLayout, tokens: torch.Tensor, ignore_index: int) -> torch.Tensor:
+    labels = layout.shard(tokens[:, : layout.seq_len]).roll(-1, dims=1)
+    labels[:, -1] = ignore_index
+    return labels
+
+
+def _averaged_gradients(model: torch.nn.Module) -> None:
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            dist.all_reduce(parameter.grad)
+            parameter.grad /= dist.get_world_size()
+
+
+def _gradients_of_own_tokens(model: torch.nn.Module) -> None:
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            # As long as rank 0's, but not the sum.
+            dist.broadcast(parameter.grad, src=0)
+
+
+_SABOTAGES: dict[str, Any] = {
+    "labels": lambda: mock.patch.object(SequenceLayout, "shard_labels", _labels_shifted_after_the_split),
+    "averaged gradients": lambda: mock.patch("longspan.train.selfcheck.sum_gradients", _averaged_gradients),
+    "own gradients": lambda: mock.patch("longspan.train.selfcheck.sum_gradients", _gradients_of_own_tokens),
+    "no exchange": lambda: mock.patch.object(LinearMemory, "incoming", lambda memory: None),
+}
+
+
+def _sabotaged(config: Config, sabotage: str) -> int:
+    with _SABOTAGES[sabotage]():
+        return train_here(config)
+
+
+@pytest.mark.parametrize("sabotage", list(_SABOTAGES))
+def test_a_run_whose_ranks_disagree_with_one_process_is_refused(corpus: Path, tmp_path: Path, sabotage: str) -> None:
+    config = tiny_config(corpus, tmp_path / "run")
+    for kind, text in run_on_ranks(2, raised, _sabotaged, config, sabotage):
+        assert kind == "SelfCheckError"
+        assert "the ranks together do not compute what one process computes" in text
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def _different_seeds(config: Config) -> int:
+    train = dataclasses.replace(config.train, seed=dist.get_rank())
+    return train_here(dataclasses.replace(config, train=train))
+
+
+def test_ranks_that_were_started_differently_all_say_how(corpus: Path, tmp_path: Path) -> None:
+    for kind, text in run_on_ranks(3, raised, _different_seeds, tiny_config(corpus, tmp_path / "run")):
+        assert kind == "ConfigError"
+        assert "train.seed: rank 0 '0', rank 1 '1', rank 2 '2'" in text
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("values", "kind", "message"),
+    [
+        ({"parallel__sp": 4}, "ConfigError", "2 ranks are not parallel.dp 1 x parallel.sp 4"),
+        ({"data__source": "/nowhere"}, "DataError", "data.source '/nowhere' does not exist"),
+        ({"train__batch_tokens": 61_000}, "DataError", "fewer than one global batch of 1000 sequences of 61"),
+        ({"parallel__device": "cuda"}, "ConfigError", "parallel.device is 'cuda', but there are 0 usable GPUs"),
+    ],
+)
+def test_refusals_are_the_same_on_every_rank(
+    corpus: Path, tmp_path: Path, values: dict[str, Any], kind: str, message: str
+) -> None:
+    if "parallel__device" in values and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    config = tiny_config(corpus, tmp_path / "run", **values)
+    for found in run_on_ranks(2, raised, _train_on_chosen_device, config):
+        assert found[0] == kind
+        assert message in found[1]
+
+
+def _train_on_chosen_device(config: Config) -> int:
+    from longspan.launch import Place
+    from longspan.train.ranks import choose_device
+
+    choose_device(config.parallel.device, Place(dist.get_rank(), 2, dist.get_rank(), 2))
+    return train_here(config)
+
+
+def test_the_folder_of_another_run_is_never_overwritten(corpus: Path, finished: Path) -> None:
+    before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+    for kind, text in run_on_ranks(2, raised, train_here, tiny_config(corpus, finished)):
+        assert kind == "ConfigError"
+        assert f"run.dir '{finished}' is not empty" in text
+        assert f"--resume {finished}" in text
+    assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == before
