@@ -18,8 +18,7 @@ Three phases, each linear in what it passes on, so that autograd composes them i
     read (inter)   (q, g, states, incoming states) -> what the tokens read from before their chunk
     read (intra)   (q, k, v, g) -> what they read inside their chunk
 
-Only inputs and the states between chunks are kept for backward. The gradient of g needs no sum longer than a chunk:
-∂g_t = Σ_{s ≥ t} (q_s·∂q_s − k_s·∂k_s) over the rest of the chunk, plus ⟨S_out, ∂S_out⟩ of the chunk.
+Only inputs and the states between chunks are kept for backward; `longspan.ops.gate_gradient` has the gradient of g.
 """
 
 from __future__ import annotations
@@ -33,6 +32,7 @@ from torch import Tensor
 
 from longspan.layout import SequenceLayout
 from longspan.ops.factors import LOWEST_LOG_DECAY, BlockFactors, Factors, WideScores
+from longspan.ops.gate_gradient import GateGradient
 from longspan.ops.tiling import Block, Tiling, tile
 from longspan.ops.variant import ChunkForm, Gate, Gates, RecurrentForm, Variant, state_dtype
 from longspan.state import Transition
@@ -182,6 +182,10 @@ def _scan_adjoint(call: Call, block: Block, slots: Sequence[Tensor]) -> None:
             slots[slot].addcmul_(slots[slot + 1], totals[chunk])
 
 
+def _gate_gradient(call: Call, g: Tensor) -> GateGradient:
+    return GateGradient(call.tiling, g, call.num_heads, call.state_dtype)
+
+
 class DecayWrite(torch.autograd.Function):
     """The write phase.
 
@@ -195,7 +199,7 @@ class DecayWrite(torch.autograd.Function):
     | k, v | as they came | for the read phase: it sends its gradients through here, where this phase's are added in place |
 
     Forward: S_{n+1} = e^{b_C} S_n + Σ_s e^{b_C − b_s} k_s v_sᵀ. Backward: ∂S_n += e^{b_C} ∂S_{n+1};
-    ∂k_s = e^{b_C − b_s} ∂S_{n+1} v_s; ∂v_s = e^{b_C − b_s} ∂S_{n+1}ᵀ k_s; ∂g by the module's formula.
+    ∂k_s = e^{b_C − b_s} ∂S_{n+1} v_s; ∂v_s = e^{b_C − b_s} ∂S_{n+1}ᵀ k_s; ∂g as in `longspan.ops.gate_gradient`.
     """
 
     @staticmethod
@@ -226,7 +230,7 @@ class DecayWrite(torch.autograd.Function):
                 total[slot] += grad_ends[row]
         dk = torch.zeros_like(k) if dk is None else dk
         dv = torch.zeros_like(v) if dv is None else dv
-        gate = _GateGradient(call, g) if ctx.needs_input_grad[2] else None
+        gate = _gate_gradient(call, g) if ctx.needs_input_grad[2] else None
         slots = total.unbind(0)
         for block in reversed(call.tiling.blocks):
             _scan_adjoint(call, block, slots)
@@ -239,74 +243,13 @@ class DecayWrite(torch.autograd.Function):
             _put_scaled(dk, block, grad_key, factors.key, add=True)
             _put_scaled(dv, block, torch.bmm(_flat(key), grad).view_as(value), None, add=True)
             if gate is not None:
-                gate.add(block, key, grad_key, -1.0)
-                gate.add_chunks(block, total[block.next_slots], states[block.next_slots])
+                gate.add(key, grad_key, -1.0)
+                gate.add_end(grad_next, states[block.next_slots].permute(1, 2, 0, 3, 4))
+                gate.close(block)
         grad_start = None
         if ctx.has_start:
             grad_start = total[[entry.first_slot for entry in call.tiling.pieces if entry.piece.starts_document]]
         return dk, dv, None if gate is None else gate.finish(), grad_start, None, None
-
-
-class _GateGradient:
-    """Collects ∂b of each token and what each chunk adds to all its tokens, and turns them into ∂g.
-
-    D is 1 for g ``[B, T, H]`` and K for g ``[B, T, H, K]``.
-    """
-
-    def __init__(self, call: Call, g: Tensor) -> None:
-        tiling = call.tiling
-        self.call, self.g = call, g
-        self.per_channel = g.dim() == 4
-        shape = (g.shape[0], call.num_heads, tiling.num_chunks)
-        channels = (g.shape[3],) if self.per_channel else (1,)
-        # Padding is never written and must be zero: it is summed.
-        self.of_tokens = torch.zeros(*shape, tiling.chunk_size, *channels, dtype=call.state_dtype, device=g.device)
-        self.of_chunks = torch.zeros(*shape, *channels, dtype=call.state_dtype, device=g.device)
-        self.of_prefix: Tensor | None = None
-
-    def add(self, block: Block, x: Tensor, grad: Tensor, sign: float = 1.0) -> None:
-        """Add ``sign · x ⊙ ∂x`` of the block's tokens, ``[B, H, n, c, K]``, summed over K if D is 1."""
-        product = x * grad
-        if not self.per_channel:
-            product = product.sum(-1, keepdim=True, dtype=self.call.state_dtype)
-        place = self.of_tokens[:, :, block.chunks, : block.chunk_size]
-        if isinstance(block.chunks, slice):
-            place.add_(product, alpha=sign)
-        else:
-            self.of_tokens[:, :, block.chunks, : block.chunk_size] = place.add(product, alpha=sign)
-
-    def _over_states(self, grad: Tensor, state: Tensor) -> Tensor:
-        """⟨∂S, S⟩ over V, and over K if D is 1: ``[..., K, V]`` to ``[..., D]``."""
-        # As a batch of vector products it reads each state once.
-        size = grad.shape[-1] if self.per_channel else grad.shape[-1] * grad.shape[-2]
-        products = torch.bmm(grad.reshape(-1, 1, size), state.reshape(-1, size, 1))
-        return products.view(*grad.shape[:-2], -1)
-
-    def add_chunks(self, block: Block, grad: Tensor, state: Tensor) -> None:
-        """Add ⟨∂S, S⟩ of the states that leave the block's chunks, ``[n, B, H, K, V]``."""
-        self.of_chunks[:, :, block.chunks] += self._over_states(grad, state).permute(1, 2, 0, 3)
-
-    def add_prefix(self, chunks: slice | Tensor, grad: Tensor, incoming: Tensor) -> None:
-        """Add what the decay from the piece's start to each of `chunks` gets.
-
-        grad: ``[B, H, n, K, V]``, of what arrives at the chunks. incoming: ``[B, H, K, V]``.
-        """
-        if self.of_prefix is None:
-            self.of_prefix = torch.zeros_like(self.of_chunks)
-        self.of_prefix[:, :, chunks] += self._over_states(grad, incoming.unsqueeze(2).expand_as(grad))
-
-    def finish(self) -> Tensor:
-        """∂g, in the shape and dtype of g."""
-        tiling = self.call.tiling
-        of_chunks = self.of_chunks
-        if self.of_prefix is not None:
-            for entry in tiling.pieces:
-                later = self.of_prefix[:, :, entry.first_chunk : entry.last_chunk]
-                of_chunks[:, :, entry.first_chunk : entry.last_chunk] += later.flip(2).cumsum(2).flip(2) - later
-        of_tokens = self.of_tokens.flip(3).cumsum(3).flip(3) + of_chunks.unsqueeze(3)
-        grad: Tensor = tiling.collect(of_tokens.permute(0, 2, 3, 1, 4)).to(self.g.dtype)
-        grad = grad if self.per_channel else grad.squeeze(-1)
-        return grad.masked_fill(self.g < LOWEST_LOG_DECAY, 0.0)
 
 
 class DecayRead(torch.autograd.Function):
@@ -372,7 +315,7 @@ class DecayRead(torch.autograd.Function):
         dq = torch.empty_like(q)
         dk = None if k is None else torch.empty_like(k)
         dv = None if v is None else torch.empty_like(v)
-        gate = _GateGradient(call, g) if ctx.needs_input_grad[3] else None
+        gate = _gate_gradient(call, g) if ctx.needs_input_grad[3] else None
         grad_states = None
         if states is not None:
             grad_states = torch.empty_like(states)
@@ -399,6 +342,8 @@ class DecayRead(torch.autograd.Function):
             else:
                 assert grad_query is not None
                 _put_query(call, block, factors, query, grad_query.view_as(query), dq, gate)
+            if gate is not None:
+                gate.close(block)
         grad_base = do if ctx.has_base else None
         return dq, dk, dv, None if gate is None else gate.finish(), grad_states, grad_incoming, grad_base, None, None
 
@@ -425,7 +370,7 @@ def _backward_inside(
     grad_out: Tensor,
     grad_query: Tensor | None,
     grads: tuple[Tensor, Tensor, Tensor],
-    gate: _GateGradient | None,
+    gate: GateGradient | None,
 ) -> None:
     """Write the block's gradients of the part inside chunks, and of q also through the states (∂(scaled q) in `grad_query`)."""
     q, k, v, g = inputs
@@ -443,18 +388,18 @@ def _backward_inside(
             grad_query.baddbmm_(grad_scores, _flat(key))
         _put_query(call, block, factors, query, grad_query.view_as(query), dq, gate)
         if gate is not None:
-            gate.add(block, key, grad_key, -1.0)
+            gate.add(key, grad_key, -1.0)
         return
     grad_plain, grad_key = wide.backward(grad_scores.view(*query.shape[:3], block.chunk_size, block.chunk_size))
     _put_scaled(dk, block, grad_key, None)
     if gate is not None:
         plain_query = _scaled(block.take(q), None, call.num_heads, call.scale)
-        gate.add(block, plain_query, grad_plain)
-        gate.add(block, key, grad_key, -1.0)
+        gate.add(plain_query, grad_plain)
+        gate.add(key, grad_key, -1.0)
     if grad_query is not None:
         grad_query = grad_query.view_as(query)
         if gate is not None:
-            gate.add(block, query, grad_query)
+            gate.add(query, grad_query)
         # Bring the part from before the chunk to the same scale as the part inside it.
         grad_plain = grad_plain + (grad_query if factors.query is None else grad_query * factors.query)
     _put_scaled(dq, block, grad_plain, None, call.scale)
@@ -467,11 +412,11 @@ def _put_query(
     query: Tensor,
     grad_query: Tensor,
     dq: Tensor,
-    gate: _GateGradient | None,
+    gate: GateGradient | None,
 ) -> None:
     """Write ∂q of the block, given that of the scaled q."""
     if gate is not None:
-        gate.add(block, query, grad_query)
+        gate.add(query, grad_query)
     _put_scaled(dq, block, grad_query, _times(factors.query, call.scale), call.scale)
 
 
@@ -481,7 +426,7 @@ def _incoming_gradient(
     grad_state: Tensor,
     incoming: Tensor,
     grad_incoming: Tensor,
-    gate: _GateGradient | None,
+    gate: GateGradient | None,
 ) -> None:
     """Add the block's share of ∂S_in of its segments, and of the decay between the segment's start and each chunk."""
     for chunks, segment in block.continuing:

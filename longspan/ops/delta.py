@@ -32,7 +32,8 @@ import torch
 from torch import Tensor
 
 from longspan.layout import SequenceLayout
-from longspan.ops.factors import LOWEST_LOG_DECAY, BlockFactors, Factors, WideScores
+from longspan.ops.factors import BlockFactors, Factors, WideScores
+from longspan.ops.gate_gradient import GateGradient
 from longspan.ops.tiling import Block, PieceSlots, Tiling, tile
 from longspan.ops.variant import ChunkForm, Gate, Gates, RecurrentForm, Variant, state_dtype
 from longspan.state import Dense, Transition
@@ -142,49 +143,31 @@ def _scores_backward(grad: Tensor, wide: WideScores | None, ahead: Tensor, behin
 
 
 class _GateGradient:
-    """Collects ∂b of each token and what each chunk adds to all its tokens, and turns them into ∂g (or nothing, without g)."""
+    """`GateGradient` for tensors laid out by chunks, ``[n, B, H, ...]``; does nothing where no gradient is wanted."""
 
     def __init__(self, call: DeltaCall, g: Tensor | None, wanted: bool) -> None:
-        self.wanted = wanted and g is not None
-        if not self.wanted or g is None:
-            return
-        self.call, self.g = call, g
-        self.per_channel = g.dim() == 4
-        tiling = call.tiling
-        channels = g.shape[3] if self.per_channel else 1
-        shape = (tiling.num_chunks, g.shape[0], call.num_heads)
-        self.of_tokens = torch.zeros(*shape, tiling.chunk_size, channels, dtype=call.dtype, device=g.device)
-        self.of_chunks = torch.zeros(*shape, channels, dtype=call.dtype, device=g.device)
+        self._gradient: GateGradient | None = None
+        if wanted and g is not None:
+            self._gradient = GateGradient(call.tiling, g, call.num_heads, call.dtype)
 
-    def add(self, block: Block, x: Tensor, grad: Tensor, sign: float = 1.0) -> None:
+    def add(self, x: Tensor, grad: Tensor, sign: float = 1.0) -> None:
         """Add ``sign · x ⊙ ∂x`` of the block's tokens, ``[n, B, H, c, K]``."""
-        if not self.wanted:
-            return
-        product = x * grad
-        if block.valid is not None:
-            product = product * block.valid[:, None, None, :, None]
-        if not self.per_channel:
-            product = product.sum(-1, keepdim=True)
-        if isinstance(block.chunks, slice):
-            self.of_tokens[block.chunks, :, :, : block.chunk_size].add_(product, alpha=sign)
-        else:
-            self.of_tokens[block.chunks, :, :, : block.chunk_size] += sign * product
+        if self._gradient is not None:
+            self._gradient.add(x.movedim(0, 2), grad.movedim(0, 2), sign)
 
-    def add_chunks(self, chunks: slice | Tensor, x: Tensor, grad: Tensor) -> None:
-        """Add ``x ⊙ ∂x``, summed over its last dimension, of what leaves `chunks`: ``[n, B, H, K, ·]``."""
-        if not self.wanted:
-            return
-        product = (x * grad).sum(-1)
-        self.of_chunks[chunks] += product if self.per_channel else product.sum(-1, keepdim=True)
+    def add_end(self, grad: Tensor, x: Tensor) -> None:
+        """Add ⟨∂x, x⟩ of what leaves the block's chunks, ``[n, B, H, K, ·]``."""
+        if self._gradient is not None:
+            self._gradient.add_end(grad.movedim(0, 2), x.movedim(0, 2))
+
+    def close(self, block: Block) -> None:
+        """Turn what was added for `block` into ∂g of its tokens."""
+        if self._gradient is not None:
+            self._gradient.close(block)
 
     def finish(self) -> Tensor | None:
-        """∂g, in the shape and dtype of g."""
-        if not self.wanted:
-            return None
-        of_tokens = self.of_tokens.flip(3).cumsum(3).flip(3) + self.of_chunks.unsqueeze(3)
-        grad = self.call.tiling.collect(of_tokens.permute(1, 0, 3, 2, 4)).to(self.g.dtype)
-        grad = grad if self.per_channel else grad.squeeze(-1)
-        return grad.masked_fill(self.g < LOWEST_LOG_DECAY, 0.0)
+        """∂g, in the shape and dtype of g, or None."""
+        return None if self._gradient is None else self._gradient.finish()
 
 
 def _masked(x: Tensor, block: Block) -> Tensor:
@@ -242,14 +225,15 @@ class DeltaSolve(torch.autograd.Function):
             if wide is None:
                 grad_ahead, grad_plain = grad_ahead + first, None
                 grad_behind = second
-                gate.add(block, keys.behind, grad_behind, -1.0)
+                gate.add(keys.behind, grad_behind, -1.0)
                 grad_key = _scaled(grad_behind, _by_chunks(keys.factors.key))
             else:
-                gate.add(block, keys.plain, first)
-                gate.add(block, keys.plain, second, -1.0)
+                gate.add(keys.plain, first)
+                gate.add(keys.plain, second, -1.0)
                 grad_plain = first + second
                 grad_key = grad_plain
-            gate.add(block, keys.ahead, grad_ahead)
+            gate.add(keys.ahead, grad_ahead)
+            gate.close(block)
             grad_key = grad_key + _scaled(grad_ahead, _by_chunks(keys.factors.query))
             _put(dk, block, grad_key)
             _put(dv, block, strength * grad_value)
@@ -326,8 +310,8 @@ class DeltaSummarize(torch.autograd.Function):
             rows = (block.chunks, slice(None), slice(None), slice(0, block.chunk_size))
             leave, enter = _by_chunks(keys.factors.leave), _by_chunks(keys.factors.enter)
             of_transitions, of_written = grad_transitions[block.chunks], grad_written[block.chunks]
-            gate.add_chunks(block.chunks, transitions[block.chunks], of_transitions)
-            gate.add_chunks(block.chunks, written[block.chunks], of_written)
+            gate.add_end(of_transitions, transitions[block.chunks])
+            gate.add_end(of_written, written[block.chunks])
             from_state = _scaled(of_transitions, leave)
             if enter is not None:
                 from_state = from_state * enter.mT
@@ -335,7 +319,8 @@ class DeltaSummarize(torch.autograd.Function):
             grad_behind = updates[rows] @ from_updates.mT - weights[rows] @ from_state.mT
             grad_updates[rows] = keys.behind @ from_updates
             grad_weights[rows] = -keys.behind @ from_state
-            gate.add(block, keys.behind, grad_behind, -1.0)
+            gate.add(keys.behind, grad_behind, -1.0)
+            gate.close(block)
             _put(dk, block, _scaled(grad_behind, _by_chunks(keys.factors.key)))
         return dk, grad_updates, grad_weights, gate.finish(), None
 
@@ -615,16 +600,17 @@ class DeltaInside(torch.autograd.Function):
             first, second = _scores_backward(grad_scores, wide, query, keys.behind)
             if wide is None:
                 grad_query = of_queries + first
-                gate.add(block, query, grad_query)
-                gate.add(block, keys.behind, second, -1.0)
+                gate.add(query, grad_query)
+                gate.add(keys.behind, second, -1.0)
                 grad_query = _scaled(grad_query, _by_chunks(keys.factors.query))
                 grad_key = _scaled(second, _by_chunks(keys.factors.key))
             else:
-                gate.add(block, query, of_queries)
-                gate.add(block, plain_query, first)
-                gate.add(block, keys.plain, second, -1.0)
+                gate.add(query, of_queries)
+                gate.add(plain_query, first)
+                gate.add(keys.plain, second, -1.0)
                 grad_query = first + _scaled(of_queries, _by_chunks(keys.factors.query))
                 grad_key = second
+            gate.close(block)
             _put(dq, block, ctx.scale * grad_query)
             _put(dk, block, grad_key)
         return dq, dk, grad_updates, grad_weights, gate.finish(), None, None
