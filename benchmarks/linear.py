@@ -195,7 +195,7 @@ def ranks(quick: bool) -> Table:
     )
     for operator in VARIANTS:
         for name, dtype in DTYPES.items():
-            alone, together = run_ranks(2, _two_rank_times, operator, dtype, seq_len, 3 if quick else 9)[0]
+            alone, together = run_ranks(2, _two_rank_times, operator, dtype, seq_len, 3 if quick else 5)[0]
             result = paired(alone, together)
             table.add(operator, name, f"{result.first * 1e3:.0f}", f"{result.second * 1e3:.0f}", result.ratio)
     return table
