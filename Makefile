@@ -33,7 +33,7 @@ lint: $(VENV)/.installed-dev ## check style and formatting
 typecheck: $(VENV)/.installed-dev ## check types
 	$(BIN)/python -m mypy
 
-bench: $(VENV)/.installed ## measure speed and memory and print the table
+bench: $(VENV)/.installed-bench ## measure speed and memory and print the tables
 	$(BIN)/python -m benchmarks $(ARGS)
 
 format: $(VENV)/.installed-dev ## format the code and apply safe lint fixes
@@ -65,6 +65,11 @@ endef
 
 $(VENV)/.installed: $(REQUIREMENTS)
 	$(call install,.)
+
+# With the code that the tables compare with.
+$(VENV)/.installed-bench: $(REQUIREMENTS)
+	$(call install,".[bench]")
+	@touch $(VENV)/.installed
 
 $(VENV)/.installed-dev: $(REQUIREMENTS)
 	$(call install,".[dev]")

@@ -6,11 +6,11 @@ import argparse
 from pathlib import Path
 
 from benchmarks import convolution, linear, peers
-from benchmarks.harness import machine, reexecute_with_huge_pages, save
+from benchmarks.harness import machine, reexecute_with_memory_settings, save
 
 
 def main() -> None:
-    reexecute_with_huge_pages()
+    reexecute_with_memory_settings()
     all_tables = {**linear.TABLES, **peers.TABLES, **convolution.TABLES}
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("tables", nargs="*", metavar="TABLE", help=f"of {', '.join(all_tables)}; all without one")

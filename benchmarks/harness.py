@@ -114,14 +114,17 @@ def _status_bytes(key: str) -> int:
     raise RuntimeError(f"{key} is not in /proc/self/status")
 
 
-def reexecute_with_huge_pages() -> None:
-    """Start this program again with PyTorch's large CPU allocations in huge pages, as `longspan train` runs them.
+MEMORY_SETTINGS = {"THP_MEM_ALLOC_ENABLE": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 
-    Without, the first touch of every new 4 KiB page counts as time of whoever allocates most. The variable is read when torch is
-    loaded, so that it cannot be set later.
+
+def reexecute_with_memory_settings() -> None:
+    """Start this program again with large CPU tensors in huge pages, and freed memory kept, as `longspan train` runs its ranks.
+
+    Without, a process gives every large block back and takes it anew, page by page, and whoever allocates most is timed for that.
+    The variables are read when a process starts, so that they cannot be set later.
     """
-    if os.environ.get("THP_MEM_ALLOC_ENABLE") != "1":
-        os.environ["THP_MEM_ALLOC_ENABLE"] = "1"
+    if any(os.environ.get(name) != value for name, value in MEMORY_SETTINGS.items()):
+        os.environ.update(MEMORY_SETTINGS)
         os.execv(sys.executable, [sys.executable, "-m", "benchmarks", *sys.argv[1:]])
 
 

@@ -38,6 +38,9 @@ EXIT_STOPPED = 75
 and its number, without a checkpoint."""
 
 _RENDEZVOUS = "LONGSPAN_RENDEZVOUS"
+# Large CPU tensors in huge pages, and freed memory kept: a step allocates what the step before it freed, and to take that from
+# the system page by page costs long sequences a good part of their time. What the user has set stays.
+_MEMORY_SETTINGS = {"THP_MEM_ALLOC_ENABLE": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 # After the first rank has failed, the others get this long to say what they saw.
 _SECONDS_TO_REPORT = 1.5
 
@@ -98,7 +101,7 @@ def run_local_ranks(command: Sequence[str], num_ranks: int, threads: int) -> int
 def _start_rank(
     command: Sequence[str], rank: int, num_ranks: int, threads: int, folder: Path
 ) -> subprocess.Popen[bytes]:
-    environment = os.environ | {
+    place = {
         "RANK": str(rank),
         "WORLD_SIZE": str(num_ranks),
         "LOCAL_RANK": str(rank),
@@ -106,6 +109,7 @@ def _start_rank(
         "OMP_NUM_THREADS": str(threads),
         _RENDEZVOUS: folder.as_posix(),
     }
+    environment = _MEMORY_SETTINGS | os.environ | place
     for _, interface in socket.if_nameindex():
         if interface in ("lo", "lo0"):
             environment["GLOO_SOCKET_IFNAME"] = interface
