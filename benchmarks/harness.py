@@ -118,7 +118,7 @@ MEMORY_SETTINGS = {"THP_MEM_ALLOC_ENABLE": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC
 
 
 def reexecute_with_memory_settings() -> None:
-    """Start this program again with large CPU tensors in huge pages, and freed memory kept, as `longspan train` runs its ranks.
+    """Start this program again with large CPU tensors in huge pages, and freed memory kept.
 
     Without, a process gives every large block back and takes it anew, page by page, and whoever allocates most is timed for that.
     The variables are read when a process starts, so that they cannot be set later.

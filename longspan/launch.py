@@ -38,11 +38,9 @@ EXIT_STOPPED = 75
 and its number, without a checkpoint."""
 
 _RENDEZVOUS = "LONGSPAN_RENDEZVOUS"
-# Large CPU tensors in huge pages, and freed memory kept: a step allocates what the step before it freed, and to take that from
-# the system page by page costs long sequences a good part of their time. What the user has set stays.
-_MEMORY_SETTINGS = {"THP_MEM_ALLOC_ENABLE": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
-# After the first rank has failed, the others get this long to say what they saw.
-_SECONDS_TO_REPORT = 1.5
+# Large CPU tensors in huge pages: else the first touch of every 4 KiB costs long sequences a good part of their time. What the
+# user has set stays.
+_MEMORY_SETTINGS = {"THP_MEM_ALLOC_ENABLE": "1"}
 
 
 @dataclass(frozen=True)
