@@ -41,6 +41,8 @@ _RENDEZVOUS = "LONGSPAN_RENDEZVOUS"
 # Large CPU tensors in huge pages: else the first touch of every 4 KiB costs long sequences a good part of their time. What the
 # user has set stays.
 _MEMORY_SETTINGS = {"THP_MEM_ALLOC_ENABLE": "1"}
+# After the first rank has failed, the others get this long to say what they saw.
+_SECONDS_TO_REPORT = 1.5
 
 
 @dataclass(frozen=True)
