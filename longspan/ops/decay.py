@@ -35,7 +35,7 @@ from longspan.ops.factors import LOWEST_LOG_DECAY, BlockFactors, Factors, WideSc
 from longspan.ops.gate_gradient import GateGradient
 from longspan.ops.tiling import Block, Tiling, tile
 from longspan.ops.variant import ChunkForm, Gate, Gates, RecurrentForm, Variant, state_dtype
-from longspan.state import Transition
+from longspan.state import HeadDecay, Transition
 
 
 @dataclass(frozen=True)
@@ -542,5 +542,6 @@ class DecayChunkForm(ChunkForm):
         log_decay = self.gates.get("log_decay")
         if log_decay is None:
             return self.transition_type(lengths * 0.0)
-        log_decay = log_decay.to(self.call.state_dtype).clamp(min=LOWEST_LOG_DECAY)
-        return self.transition_type(lengths.to(log_decay.device)[:, None] * log_decay)
+        assert issubclass(self.transition_type, HeadDecay)
+        clamped = log_decay.to(self.call.state_dtype).clamp(min=LOWEST_LOG_DECAY)
+        return self.transition_type(lengths.to(log_decay.device)[:, None] * clamped, log_decay)

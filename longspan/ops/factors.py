@@ -51,6 +51,19 @@ class Factors(ABC):
     def block(self, block: Block, g: Tensor | None) -> BlockFactors:
         """The factors of one block; `g` are the call's log decays, where they differ from token to token."""
 
+    @property
+    @abstractmethod
+    def are_large(self) -> bool:
+        """Whether the factors of tokens are as large as q, so that forming them again costs more than keeping them."""
+
+    @abstractmethod
+    def restore(self, block: Block, g: Tensor | None, query: Tensor) -> BlockFactors:
+        """The factors of one block, given `BlockFactors.query` as `block` made it; only where they are large."""
+
+    @abstractmethod
+    def query(self, block: Block, g: Tensor | None) -> Tensor | None:
+        """`BlockFactors.query` of one block, alone."""
+
     @abstractmethod
     def enter(self, block: Block) -> Tensor | None:
         """`BlockFactors.enter` of one block, alone."""
@@ -86,8 +99,16 @@ class NoDecay(Factors):
             self._mask = tiling.valid.to(dtype)[None, None, :, :, None].expand(-1, num_heads, -1, -1, -1)
 
     def block(self, block: Block, g: Tensor | None) -> BlockFactors:
-        mask = None if self._mask is None else self._mask[:, :, block.chunks, : block.chunk_size]
+        mask = self.query(block, g)
         return BlockFactors(mask, mask, None, None, None)
+
+    are_large = False
+
+    def restore(self, block: Block, g: Tensor | None, query: Tensor) -> BlockFactors:
+        raise AssertionError("there is nothing large to restore")
+
+    def query(self, block: Block, g: Tensor | None) -> Tensor | None:
+        return None if self._mask is None else self._mask[:, :, block.chunks, : block.chunk_size]
 
     def enter(self, block: Block) -> None:
         return None
@@ -148,6 +169,14 @@ class HeadFactors(Factors):
             leave=self._leave[:, :, chunks],
             prefix=self._prefix[:, :, chunks],
         )
+
+    are_large = False
+
+    def restore(self, block: Block, g: Tensor | None, query: Tensor) -> BlockFactors:
+        raise AssertionError("there is nothing large to restore")
+
+    def query(self, block: Block, g: Tensor | None) -> Tensor:
+        return self._query[:, :, block.chunks, : block.chunk_size]
 
     def enter(self, block: Block) -> Tensor:
         return self._enter[:, :, block.chunks]
@@ -233,12 +262,33 @@ class ChannelFactors(Factors):
         decays.clamp_(min=LOWEST_LOG_DECAY)
         return decays if block.valid is None else decays * block.valid[..., None]
 
+    are_large = True
+
     def block(self, block: Block, g: Tensor | None) -> BlockFactors:
         b = self._decays(block, g).cumsum(3)
-        query = (b - self._query_reference[:, :, block.chunks].unsqueeze(3)).exp_()
         key = (self._key_reference[:, :, block.chunks].unsqueeze(3) - b).exp_()
-        if block.valid is not None:
-            query, key = query * block.valid[..., None], key * block.valid[..., None]
+        query = b.sub_(self._query_reference[:, :, block.chunks].unsqueeze(3)).exp_()
+        return self._factors(block, self._masked(block, query), self._masked(block, key))
+
+    def restore(self, block: Block, g: Tensor | None, query: Tensor) -> BlockFactors:
+        # Both are about one reference unless a chunk is wide.
+        if self.is_wide(block):
+            return self.block(block, g)
+        key = query.reciprocal()
+        return self._factors(
+            block, query, key if block.valid is None else key.masked_fill(~block.valid[..., None], 0.0)
+        )
+
+    def query(self, block: Block, g: Tensor | None) -> Tensor:
+        b = self._decays(block, g).cumsum(3)
+        query = b.sub_(self._query_reference[:, :, block.chunks].unsqueeze(3)).exp_()
+        return self._masked(block, query).to(self._dtype)
+
+    @staticmethod
+    def _masked(block: Block, factor: Tensor) -> Tensor:
+        return factor if block.valid is None else factor * block.valid[..., None]
+
+    def _factors(self, block: Block, query: Tensor, key: Tensor) -> BlockFactors:
         return BlockFactors(
             query=query.to(self._dtype),
             key=key.to(self._dtype),

@@ -40,6 +40,10 @@ class GateGradient:
         else:
             self._of_tokens.add_(product, alpha=sign)
 
+    def add_sums(self, sums: Tensor) -> None:
+        """Add sums of x ⊙ ∂x of the block's tokens that other nodes found, ``[B, H, n, c, D]``."""
+        self._of_tokens = sums if self._of_tokens is None else self._of_tokens.add_(sums)
+
     def add_end(self, grad: Tensor, state: Tensor) -> None:
         """Add ⟨∂S, S⟩ of what leaves the block's chunks, ``[B, H, n, K, ·]``, summed over the last dimension, over K if D is 1."""
         products = self._over_states(grad, state)

@@ -11,6 +11,7 @@ state that leaves its last. Chunk c of piece p reads slot c + p and writes slot 
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -104,6 +105,14 @@ class Tiling:
     """bool ``[num_chunks, C]``, False where `table` is padding; None if every chunk is full."""
     token_places: Tensor | None
     """Place of each token in the flattened table, int64 ``[T]``; None if every chunk is full."""
+
+    @cached_property
+    def _last_chunks(self) -> list[int]:
+        return [entry.last_chunk for entry in self.pieces]
+
+    def piece_of_chunk(self, chunk: int) -> int:
+        """The number of the piece that a chunk belongs to."""
+        return bisect_right(self._last_chunks, chunk)
 
     def spread(self, x: Tensor) -> Tensor:
         """``x [B, T, ...]`` laid out by chunks, ``[B, num_chunks, C, ...]``; padding repeats a chunk's first token."""

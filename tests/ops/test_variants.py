@@ -200,12 +200,15 @@ def test_backward_keeps_inputs_and_states_alone(name: str) -> None:
     of_inputs = 3 * seq_len * heads * size * 4 + sum(x.numel() * 4 for x in inputs.gates.values())
     of_states = (seq_len // chunk + 1) * heads * size * size * 4
     of_tokens = seq_len * heads * size * 4
-    # The delta rule also keeps its solved updates and weights, its corrected queries, and each chunk's transition.
-    kept = 3 * of_tokens + 4 * of_states if VARIANTS[name].transition is Dense else 2 * of_states
     scores = seq_len * chunk * heads * 4
+    kept = 2 * of_states
+    if VARIANTS[name].transition is Dense:
+        # The delta rule also keeps its weights, updates and factors, its triangles and their inverses.
+        kept += 3 * of_tokens + 2 * scores
+        assert max(saved.values()) <= scores
+    else:
+        assert max(saved.values()) < scores
     assert sum(saved.values()) <= of_inputs + kept
-    assert kept <= scores + 4 * of_states
-    assert max(saved.values()) < scores
 
 
 def test_inputs_that_do_not_fit_are_refused_with_value_expectation_and_remedy(name: str) -> None:

@@ -1,0 +1,249 @@
+"""What the phases of one call of the delta rule share: its tiling, factors and blocks of tokens laid out by chunks.
+
+Shapes: as in `longspan.ops.delta`; n chunks of c tokens in a block. Tensors of a block are ``[n, B, H, c, ·]``, those of a call
+``[N, B, H, C, ·]``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from longspan.ops.factors import BlockFactors, Factors, WideScores
+from longspan.ops.gate_gradient import GateGradient
+from longspan.ops.tiling import Block, Tiling
+
+
+@dataclass(frozen=True)
+class DeltaCall:
+    """What the phases of one call share beside tensors."""
+
+    tiling: Tiling
+    factors: Factors
+    num_heads: int
+    dtype: torch.dtype
+    """Of everything inside: the dtype of the states."""
+
+    def allocate(self, like: Tensor, rows: int, columns: int) -> Tensor:
+        """A tensor ``[N, B, H, rows, columns]`` for `like [B, T, ...]`; zero where chunks are padded, else not set."""
+        make = torch.empty if self.tiling.valid is None else torch.zeros
+        shape = (self.tiling.num_chunks, like.shape[0], self.num_heads, rows, columns)
+        return make(shape, dtype=self.dtype, device=like.device)
+
+    def totals(self, batch: int) -> tuple[Tensor, ...] | None:
+        """For each chunk e^{b_C}, ``[B·H, D, 1]``; None is 1."""
+        totals = self.factors.totals
+        if totals is None:
+            return None
+        return tuple(total.expand(batch, -1, -1, -1).flatten(0, 1) for total in totals)
+
+
+def _by_chunks(x: Tensor | None) -> Tensor | None:
+    """``[B, H, n, ...]`` as ``[n, B, H, ...]``, a view."""
+    return None if x is None else x.movedim(2, 0)
+
+
+def _row(x: Tensor | None) -> Tensor | None:
+    """A factor of states ``[B, H, n, D, 1]`` as one of the columns of q and k, ``[n, B, H, 1, D]``, a view."""
+    return None if x is None else x.movedim(2, 0).mT
+
+
+def flat(x: Tensor) -> Tensor:
+    """``[n, B, H, a, b]`` as a batch of matrices ``[n·B·H, a, b]``."""
+    return x.reshape(-1, *x.shape[-2:])
+
+
+def product(first: Tensor, second: Tensor) -> Tensor:
+    """Matrix products of ``[n, B, H, a, b]`` and ``[n, B, H, b, c]``."""
+    return torch.bmm(flat(first), flat(second)).view(*first.shape[:-1], second.shape[-1])
+
+
+def rows_of(x: Tensor, block: Block, columns: int | None = None) -> Tensor:
+    """The block's rows of ``x [N, B, H, C, D]`` (and the first `columns` of its columns): a view, or a copy of gathered chunks."""
+    taken = x[block.chunks, :, :, : block.chunk_size]
+    return taken if columns is None else taken[..., :columns]
+
+
+def put_rows(target: Tensor, block: Block, values: Tensor) -> None:
+    """Write ``values [n, B, H, c, D]`` to the block's rows of ``target [N, B, H, C, D or more]``."""
+    target[block.chunks, :, :, : block.chunk_size, : values.shape[-1]] = values
+
+
+def put_product(target: Tensor, block: Block, first: Tensor, second: Tensor) -> None:
+    """Write the matrix products of ``first`` and ``second`` to the block's rows of ``target [N, B, H, C, D]``."""
+    if isinstance(block.chunks, slice):
+        out = target[block.chunks, :, :, : block.chunk_size]
+        torch.bmm(flat(first), flat(second), out=out.view(-1, *out.shape[-2:]))
+    else:
+        put_rows(target, block, product(first, second))
+
+
+def take(call: DeltaCall, block: Block, x: Tensor) -> Tensor:
+    """The block's tokens of ``x [B, T, H or H_k, D]`` as ``[n, B, H, c, D]`` in the call's dtype, heads repeated; may be a view."""
+    taken = block.take(x).movedim(2, 0)
+    if taken.dtype != call.dtype:
+        taken = taken.to(call.dtype, memory_format=torch.contiguous_format)
+    if taken.shape[2] != call.num_heads:
+        taken = taken.repeat_interleave(call.num_heads // taken.shape[2], dim=2)
+    return taken
+
+
+def put(target: Tensor, block: Block, values: Tensor, add: bool = False) -> None:
+    """Write or add ``values [n, B, H, c, D]`` to the block's tokens of ``target [B, T, H or H_k, D]``, summed over shared heads."""
+    values = values.movedim(0, 2)
+    if target.shape[2] != values.shape[1]:
+        values = values.unflatten(1, (target.shape[2], -1)).sum(2)
+    if add and block.tokens is None:
+        block.take(target).add_(values)
+        return
+    block.put(target, values + block.take(target) if add else values)
+
+
+def scaled(x: Tensor, factor: Tensor | float | None) -> Tensor:
+    """``x · factor``, contiguous: a matrix product would copy a permuted view each time."""
+    if factor is None:
+        return x.contiguous()
+    return torch.mul(x, factor, out=torch.empty_like(x, memory_format=torch.contiguous_format))
+
+
+def times(x: Tensor, factor: Tensor | None) -> Tensor:
+    """``x · factor``; None is 1."""
+    return x if factor is None else x * factor
+
+
+def masked(x: Tensor, block: Block) -> Tensor:
+    """``x [n, B, H, c, D]`` with zeros at padding."""
+    return x if block.valid is None else x * block.valid[:, None, None, :, None]
+
+
+@dataclass(frozen=True)
+class Keys:
+    """Of one block: factors laid out by chunks, k as it came, k̂ and k̃, ``[n, B, H, c, K]``.
+
+    query, key: e^{b−m}, e^{m−b}. enter, leave: e^m and e^{b_C−m} as rows, ``[n, B or 1, H, 1, D]``. None is 1.
+    """
+
+    query: Tensor | None
+    key: Tensor | None
+    enter: Tensor | None
+    leave: Tensor | None
+    plain: Tensor
+    ahead: Tensor
+    behind: Tensor
+
+    @property
+    def leaving(self) -> Tensor:
+        """What each token adds to the state that leaves its chunk, for a unit update: e^{b_C−m} k̃."""
+        return times(self.behind, self.leave)
+
+
+def block_factors(call: DeltaCall, block: Block, g: Tensor | None, decays: Tensor | None) -> BlockFactors:
+    """The factors of a block, from what the write phase kept of them where it did."""
+    if decays is None:
+        return call.factors.block(block, g)
+    return call.factors.restore(block, g, rows_of(decays, block).movedim(0, 2))
+
+
+def block_keys(call: DeltaCall, block: Block, k: Tensor, g: Tensor | None, decays: Tensor | None) -> Keys:
+    """The keys of a block."""
+    factors = block_factors(call, block, g, decays)
+    query, key = _by_chunks(factors.query), _by_chunks(factors.key)
+    enter, leave = _row(factors.enter), _row(factors.leave)
+    plain = take(call, block, k)
+    behind = scaled(plain, key)
+    # Without a decay the two are one tensor, and without padding all three.
+    ahead = behind if factors.query is factors.key else scaled(plain, query)
+    return Keys(query, key, enter, leave, behind if key is None else plain, ahead, behind)
+
+
+def leaving_keys(call: DeltaCall, block: Block, k: Tensor, g: Tensor | None, decays: Tensor | None) -> Tensor:
+    """`Keys.leaving` of a block, alone."""
+    factors = block_factors(call, block, g, decays)
+    return times(scaled(take(call, block, k), _by_chunks(factors.key)), _row(factors.leave))
+
+
+@dataclass(frozen=True)
+class Queries:
+    """Of one block: factors laid out by chunks, scale · q and q̂, ``[n, B, H, c, K]``."""
+
+    query: Tensor | None
+    plain: Tensor
+    ahead: Tensor
+
+
+def block_queries(
+    call: DeltaCall, block: Block, q: Tensor, scale: float, g: Tensor | None, decays: Tensor | None
+) -> Queries:
+    """The queries of a block for the keys of their chunk."""
+    query = _by_chunks(call.factors.query(block, g) if decays is None else rows_of(decays, block).movedim(0, 2))
+    plain = take(call, block, q) * scale
+    return Queries(query, plain, scaled(plain, query))
+
+
+def state_factor(
+    call: DeltaCall, block: Block, scale: float, g: Tensor | None, decays: Tensor | None
+) -> Tensor | float:
+    """What turns a block's q into queries for the state before their chunk: scale · e^b, ``[n, B or 1, H, c, D]``."""
+    query = _by_chunks(call.factors.query(block, g) if decays is None else rows_of(decays, block).movedim(0, 2))
+    enter = _row(call.factors.enter(block))
+    if query is None:
+        return scale
+    return query * scale if enter is None else query * (enter * scale)
+
+
+def scores(
+    call: DeltaCall, block: Block, g: Tensor | None, rows: Tensor, columns: Tensor, ahead: Tensor, behind: Tensor
+) -> tuple[Tensor, WideScores | None]:
+    """Decayed products of rows (queries or keys) with keys, ``[n, B, H, c, c]``; what a wide block needs for its backward.
+
+    rows, columns: without factors, for wide blocks; ahead, behind: with them.
+    """
+    if not call.factors.is_wide(block):
+        return product(ahead, behind.mT), None
+    decayed, wide = call.factors.wide_scores(block, g, rows.movedim(0, 2), columns.movedim(0, 2))
+    return decayed.movedim(2, 0), wide
+
+
+def wide_backward(wide: WideScores, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of the rows and columns of `scores` of a wide block."""
+    grad_rows, grad_columns = wide.backward(grad.movedim(0, 2))
+    return grad_rows.movedim(2, 0), grad_columns.movedim(2, 0)
+
+
+class TokenSums:
+    """Collects Σ x ⊙ ∂x of tokens, which `GateGradient` turns into ∂g, and hands it on as the gradient of a ticket.
+
+    A ticket is a tensor of the shape of g, in the call's dtype, that carries no value: `longspan.ops.delta.write` hands it out,
+    and what the later phases find for it is added up on its way back.
+    """
+
+    def __init__(self, call: DeltaCall, ticket: Tensor | None, total: Tensor | None) -> None:
+        """ticket: None where no gradient is wanted; total: what later phases found, to which this one adds."""
+        self._per_channel = ticket is not None and ticket.dim() == 4
+        self.total = total
+        if ticket is not None and total is None:
+            self.total = torch.zeros(ticket.shape, dtype=call.dtype, device=ticket.device)
+
+    def add(self, block: Block, x: Tensor, grad: Tensor, sign: float = 1.0) -> None:
+        """Add ``sign · x ⊙ ∂x``, ``[n, B, H, c, K]``, summed over K for a decay a head."""
+        if self.total is None:
+            return
+        if self._per_channel:
+            put(self.total, block, sign * x * grad, add=True)
+        else:
+            sums = torch.linalg.vecdot(x, grad).unsqueeze(-1)
+            put(self.total.unsqueeze(-1), block, sums if sign == 1.0 else -sums, add=True)
+
+
+def ticket_like(call: DeltaCall, g: Tensor | None, wanted: bool) -> Tensor | None:
+    """A ticket for the gradient of g, or None where none is wanted."""
+    if g is None or not wanted:
+        return None
+    return torch.zeros((), dtype=call.dtype, device=g.device).expand(g.shape)
+
+
+def gate_gradient(call: DeltaCall, g: Tensor | None, wanted: bool) -> GateGradient | None:
+    """What collects ∂g, or None where none is wanted."""
+    return GateGradient(call.tiling, g, call.num_heads, call.dtype) if g is not None and wanted else None

@@ -1,0 +1,143 @@
+"""Going through the chunks of a call one after another, forward with states and backward with their gradients.
+
+    u_n = Ũ_n − W_n S_n        S_{n+1} = e^{b_C} S_n + E_nᵀ u_n              E_n = e^{b_C − m} k̃
+    ∂u_n += E_n λ_{n+1}        λ_n = ∂S_n + e^{b_C} λ_{n+1} − W_nᵀ ∂u_n
+
+The chunks of a block of full chunks follow one another in one piece; those of a block of tails belong to different pieces, and
+are computed at once. A block may be gone through for some pieces alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from longspan.ops.delta.call import DeltaCall
+from longspan.ops.tiling import Block
+
+
+@dataclass(frozen=True)
+class Step:
+    """One chunk, or the tails of several pieces: chunk numbers, slots that they read, places in the block, tokens a chunk."""
+
+    chunks: int | Tensor
+    slots: int | Tensor
+    places: int | Tensor
+    size: int
+
+    @property
+    def next_slots(self) -> int | Tensor:
+        """The slots that they write."""
+        return self.slots + 1
+
+
+def steps(call: DeltaCall, block: Block, pieces: Collection[int] | None) -> Sequence[Step]:
+    """What to go through of a block, in order, for the chunks of `pieces` (None: all)."""
+    if pieces is not None and not pieces:
+        return ()
+    if isinstance(block.chunks, slice):
+        if pieces is not None and call.tiling.piece_of_chunk(block.chunks.start) not in pieces:
+            return ()
+        numbered = enumerate(block.chunks_and_slots)
+        return [Step(chunk, slot, place, block.chunk_size) for place, (chunk, slot) in numbered]
+    assert isinstance(block.slots, Tensor)
+    if pieces is None:
+        return [Step(block.chunks, block.slots, torch.arange(block.num_chunks), block.chunk_size)]
+    places = [i for i, (chunk, _) in enumerate(block.chunks_and_slots) if call.tiling.piece_of_chunk(chunk) in pieces]
+    if not places:
+        return ()
+    chosen = torch.tensor(places, device=block.chunks.device)
+    return [Step(block.chunks[chosen], block.slots[chosen], chosen, block.chunk_size)]
+
+
+class Chain:
+    """The tensors of a call by chunk or slot, as batches of B·H matrices.
+
+    weights W, updates Ũ ``[N, B, H, C, ·]``; totals as `DeltaCall.totals`.
+    """
+
+    def __init__(self, call: DeltaCall, weights: Tensor, updates: Tensor | None) -> None:
+        self._weights, self._updates = weights, updates
+        self._totals = call.totals(weights.shape[1])
+
+    def _matrices(self, x: Tensor, step: Step) -> Tensor:
+        """The step's rows of ``x [N, B, H, C, D]``, a batch of matrices."""
+        return x[step.chunks][..., : step.size, :].flatten(0, -3)
+
+    def _leaving(self, leaving: Tensor, step: Step) -> Tensor:
+        return leaving[step.places].flatten(0, -3)
+
+    def _times_total(self, state: Tensor, step: Step) -> Tensor:
+        """e^{b_C} S for a batch of matrices."""
+        if self._totals is None:
+            return state
+        if isinstance(step.chunks, int):
+            return state * self._totals[step.chunks]
+        return state * torch.cat([self._totals[chunk] for chunk in step.chunks.tolist()])
+
+    def advance(self, step: Step, leaving: Tensor, states: Tensor, corrected: Tensor) -> None:
+        """Compute u of a step's chunks and the states after them, in their places.
+
+        leaving: E of the block, ``[n, B, H, c, K]``. states: ``[num_slots, B, H, K, V]``; corrected: ``[N, B, H, C, V]``.
+        """
+        assert self._updates is not None
+        before = states[step.slots].flatten(0, -3)
+        weights, updates = self._matrices(self._weights, step), self._matrices(self._updates, step)
+        leaving = self._leaving(leaving, step)
+        if not isinstance(step.chunks, int):
+            found = torch.baddbmm(updates, weights, before, alpha=-1)
+            after = torch.baddbmm(self._times_total(before, step), leaving.mT, found)
+            shape = (-1, *corrected.shape[1:3])
+            corrected[step.chunks, :, :, : step.size] = found.unflatten(0, shape)
+            states[step.next_slots] = after.unflatten(0, shape)
+            return
+        found = self._matrices(corrected, step)
+        after = states[step.next_slots].flatten(0, -3)
+        torch.baddbmm(updates, weights, before, alpha=-1, out=found)
+        if self._totals is None:
+            torch.baddbmm(before, leaving.mT, found, out=after)
+        else:
+            torch.bmm(leaving.mT, found, out=after)
+            after.addcmul_(before, self._totals[step.chunks])
+
+    def carried(self, step: Step, leaving: Tensor, state: Tensor, writes: bool) -> Tensor:
+        """The state after a step of one chunk, ``[B·H, K, ·]``, given the one before it; without Ũ where it does not write."""
+        weights, leaving = self._matrices(self._weights, step), self._leaving(leaving, step)
+        if writes:
+            assert self._updates is not None
+            found = torch.baddbmm(self._matrices(self._updates, step), weights, state, alpha=-1)
+        else:
+            found = torch.bmm(weights, state).neg_()
+        return torch.baddbmm(self._times_total(state, step), leaving.mT, found)
+
+    def retreat(self, step: Step, leaving: Tensor, grad_states: Tensor, grad_corrected: Tensor) -> None:
+        """Turn ∂S of a step's chunks into λ and complete their ∂u, in place, given λ after them."""
+        after = grad_states[step.next_slots].flatten(0, -3)
+        weights, leaving = self._matrices(self._weights, step), self._leaving(leaving, step)
+        if not isinstance(step.chunks, int):
+            found = torch.baddbmm(self._matrices(grad_corrected, step), leaving, after)
+            own = grad_states[step.slots].flatten(0, -3) + self._times_total(after, step)
+            shape = (-1, *grad_corrected.shape[1:3])
+            grad_corrected[step.chunks, :, :, : step.size] = found.unflatten(0, shape)
+            grad_states[step.slots] = torch.baddbmm(own, weights.mT, found, alpha=-1).unflatten(0, shape)
+            return
+        found = self._matrices(grad_corrected, step)
+        found.baddbmm_(leaving, after)
+        own = grad_states[step.slots].flatten(0, -3)
+        own.baddbmm_(weights.mT, found, alpha=-1)
+        if self._totals is None:
+            own.add_(after)
+        else:
+            own.addcmul_(after, self._totals[step.chunks])
+
+    def carried_back(
+        self, step: Step, leaving: Tensor, grad: Tensor, grad_states: Tensor, grad_corrected: Tensor
+    ) -> Tensor:
+        """λ before a step of one chunk, ``[B·H, K, V]``, given the one after it; nothing else is changed."""
+        weights, leaving = self._matrices(self._weights, step), self._leaving(leaving, step)
+        found = torch.baddbmm(self._matrices(grad_corrected, step), leaving, grad)
+        own = grad_states[step.slots].flatten(0, -3) + self._times_total(grad, step)
+        return torch.baddbmm(own, weights.mT, found, alpha=-1)

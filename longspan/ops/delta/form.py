@@ -1,0 +1,132 @@
+"""The chunk form of the delta rule, from its phases."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from longspan.layout import SequenceLayout
+from longspan.ops.delta.call import DeltaCall
+from longspan.ops.delta.read import DeltaRead, DeltaScores
+from longspan.ops.delta.run import DeltaRun
+from longspan.ops.delta.write import DeltaWrite, Link
+from longspan.ops.factors import Factors
+from longspan.ops.tiling import Tiling, tile
+from longspan.ops.variant import ChunkForm, Gate, Gates, RecurrentForm, Variant, state_dtype
+from longspan.state import Dense, Transition
+
+DEFAULT_CHUNK_SIZE = 64
+BLOCK_NUMBERS = 2**18
+"""How many scores a block computes at a time."""
+
+
+class BuildFactors(Protocol):
+    """Makes the factors of a call from its gates; the only part of the chunk form in which delta variants differ."""
+
+    def __call__(
+        self, gates: Gates, tiling: Tiling, num_heads: int, dtype: torch.dtype, state_dtype: torch.dtype
+    ) -> Factors: ...
+
+
+@dataclass(frozen=True)
+class DeltaVariant(Variant):
+    """A variant of the delta rule, described by its recurrent form and its factors; one gate is beta, another may be g."""
+
+    name: str
+    gates: tuple[Gate, ...]
+    recurrent_form: RecurrentForm
+    factors: BuildFactors
+    transition: type[Transition] = Dense
+
+    def recurrent(
+        self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, scale: float, initial_state: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return self.recurrent_form(q, k, v, gates, scale, initial_state)
+
+    def prepare(self, k: Tensor, v: Tensor, gates: Gates, layout: SequenceLayout, chunk_size: int | None) -> ChunkForm:
+        num_heads, size = v.shape[2], chunk_size or DEFAULT_CHUNK_SIZE
+        block_chunks = max(1, BLOCK_NUMBERS // (k.shape[0] * num_heads * size * size))
+        tiling = tile(layout, size, block_chunks, k.device)
+        dtype = state_dtype(k.dtype)
+        factors = self.factors(gates, tiling, num_heads, dtype, dtype)
+        return DeltaChunkForm(DeltaCall(tiling, factors, num_heads, dtype), gates)
+
+
+@dataclass(frozen=True)
+class _Written:
+    """What `DeltaWrite` returned, for the later phases."""
+
+    updates: Tensor
+    weights: Tensor
+    k: Tensor
+    decays: Tensor | None
+    ticket: Tensor | None
+
+
+@dataclass
+class DeltaChunkForm(ChunkForm):
+    """The chunk form of the delta rule."""
+
+    call: DeltaCall
+    gates: Gates
+    _written: _Written | None = None
+    _start_states: Tensor | None = None
+    _link: Link = field(default_factory=lambda: Link(frozenset()))
+    _products: dict[int, Tensor] = field(default_factory=dict)
+    _run: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def _g(self) -> Tensor | None:
+        return self.gates.get("g")
+
+    def write(
+        self, k: Tensor, v: Tensor, start_states: Tensor | None, end_pieces: Sequence[int], sent_pieces: Sequence[int]
+    ) -> Tensor:
+        self._link = Link(frozenset(sent_pieces))
+        updates, weights, ends, products, *rest = DeltaWrite.apply(
+            k, v, self.gates["beta"], self._g, start_states, self.call, tuple(end_pieces), self._link
+        )
+        self._written, self._start_states = _Written(updates, weights, *rest), start_states
+        self._products = dict(zip(end_pieces, products.unbind(0), strict=True))
+        result: Tensor = ends
+        return result
+
+    def _states(self, incoming: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The state that enters every chunk and leaves every piece, and what the tokens write; see `DeltaRun`."""
+        if self._run is None:
+            written = self._written
+            assert written is not None
+            own = (written.updates, written.weights, written.decays, written.k, self._g)
+            self._run = DeltaRun.apply(*own, self._start_states, incoming, self.call, self._link)
+        return self._run
+
+    def read(self, q: Tensor, wait: Callable[[], Tensor | None], scale: float, overlapped: bool) -> Tensor:
+        # The scores are a node of their own in any case, so they always go before the wait.
+        written, call = self._written, self.call
+        assert written is not None
+        scores, q, ticket = DeltaScores.apply(q, written.k, written.ticket, self._g, written.decays, call, scale)
+        states = self._states(wait())
+        o: Tensor = DeltaRead.apply(scores, q, ticket, *states, self._g, written.decays, call, scale)
+        return o
+
+    def final_states(self, pieces: Sequence[int], rows: Sequence[int], incoming: Tensor | None) -> Tensor:
+        states, _ = self._states(incoming)
+        return states[[self.call.tiling.pieces[number].last_slot for number in pieces]]
+
+    def transition(self, ranges: Sequence[tuple[int, int]]) -> Transition:
+        assert self._written is not None
+        like = self._written.weights
+        identity = torch.eye(like.shape[-1], dtype=like.dtype, device=like.device).expand(*like.shape[1:3], -1, -1)
+        products = []
+        for start, stop in ranges:
+            # A range of several pieces starts a document, and a range of none changes nothing.
+            product = identity
+            for number, entry in enumerate(self.call.tiling.pieces):
+                if (entry.piece.start, entry.piece.stop) == (start, stop) and number in self._products:
+                    product = self._products[number]
+            products.append(product)
+        return Dense(torch.stack(products))

@@ -1,0 +1,152 @@
+"""The read phase of the delta rule: scores of queries and keys, before anything has arrived; then the output."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longspan.ops.delta.call import (
+    DeltaCall,
+    TokenSums,
+    block_keys,
+    block_queries,
+    flat,
+    masked,
+    product,
+    put,
+    put_product,
+    put_rows,
+    rows_of,
+    scaled,
+    scores,
+    state_factor,
+    take,
+    times,
+    wide_backward,
+)
+
+
+class DeltaScores(torch.autograd.Function):
+    """What the queries make of the keys of their own chunk.
+
+    | | shape | |
+    |---|---|---|
+    | q, k | [B, T, H_k, K] | |
+    | ticket, g, decays | as in DeltaWrite | |
+    | scores P | [N, B, H, C, C] | tril(q̂ k̃ᵀ) |
+    | q, ticket | as they came | their gradients from DeltaRead arrive here, where this phase's are added in place |
+
+    Backward: ∂q̂ = ∂P k̃; ∂k̃ = ∂Pᵀ q̂.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        ticket: Tensor | None,
+        g: Tensor | None,
+        decays: Tensor | None,
+        call: DeltaCall,
+        scale: float,
+    ) -> tuple[Tensor | None, ...]:
+        found = call.allocate(q, call.tiling.chunk_size, call.tiling.chunk_size)
+        for block in call.tiling.blocks:
+            keys = block_keys(call, block, k, g, decays)
+            queries = block_queries(call, block, q, scale, g, decays)
+            block_scores, _ = scores(call, block, g, queries.plain, keys.plain, queries.ahead, keys.behind)
+            put_rows(found, block, block_scores.tril_())
+        ctx.call, ctx.scale = call, scale
+        ctx.save_for_backward(q, k, ticket, g, decays)
+        ctx.set_materialize_grads(False)
+        return found, q.detach(), None if ticket is None else ticket.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        grad_scores, dq, total = grads
+        call: DeltaCall = ctx.call
+        q, k, ticket, g, decays = ctx.saved_tensors
+        assert grad_scores is not None and dq is not None
+        dk = torch.empty_like(k)
+        sums = TokenSums(call, ticket, total)
+        for block in call.tiling.blocks:
+            keys = block_keys(call, block, k, g, decays)
+            queries = block_queries(call, block, q, ctx.scale, g, decays)
+            grad = rows_of(grad_scores, block, block.chunk_size).tril()
+            if call.factors.is_wide(block):
+                _, wide = scores(call, block, g, queries.plain, keys.plain, queries.ahead, keys.behind)
+                assert wide is not None
+                grad_query, grad_key = wide_backward(wide, grad)
+            else:
+                grad_query = times(product(grad, keys.behind), queries.query)
+                grad_key = times(product(grad.mT, queries.ahead), keys.key)
+            sums.add(block, queries.plain, grad_query)
+            sums.add(block, keys.plain, grad_key, -1.0)
+            put(dq, block, ctx.scale * grad_query, add=True)
+            put(dk, block, grad_key)
+        return dq, dk, sums.total, None, None, None, None
+
+
+class DeltaRead(torch.autograd.Function):
+    """The output.
+
+    | | shape | |
+    |---|---|---|
+    | scores P, q, ticket | as in DeltaScores | |
+    | states S, corrected u | as in DeltaRun | |
+    | g, decays | as in DeltaWrite | |
+    | o | [B, T, H, V] | P u + scale · e^b q S |
+
+    Backward: ∂P = ∂o uᵀ; ∂u = Pᵀ ∂o; ∂q = scale · e^b ∂o Sᵀ; ∂S = (scale · e^b q)ᵀ ∂o.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        found: Tensor,
+        q: Tensor,
+        ticket: Tensor | None,
+        states: Tensor,
+        corrected: Tensor,
+        g: Tensor | None,
+        decays: Tensor | None,
+        call: DeltaCall,
+        scale: float,
+    ) -> Tensor:
+        o = q.new_empty(*q.shape[:2], call.num_heads, corrected.shape[-1])
+        for block in call.tiling.blocks:
+            query = scaled(take(call, block, q), state_factor(call, block, scale, g, decays))
+            out = product(query, states[block.slots])
+            flat(out).baddbmm_(flat(rows_of(found, block, block.chunk_size)), flat(rows_of(corrected, block)))
+            put(o, block, out)
+        ctx.call, ctx.scale = call, scale
+        ctx.save_for_backward(found, q, ticket, states, corrected, g, decays)
+        return o
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (do,) = grads
+        call: DeltaCall = ctx.call
+        found, q, ticket, states, corrected, g, decays = ctx.saved_tensors
+        dq = torch.empty_like(q)
+        sums = TokenSums(call, ticket, None)
+        allocate = torch.empty_like if call.tiling.valid is None else torch.zeros_like
+        grad_found, grad_corrected, grad_states = allocate(found), allocate(corrected), torch.empty_like(states)
+        grad_states[[entry.last_slot for entry in call.tiling.pieces]] = 0.0
+        for block in call.tiling.blocks:
+            factor = state_factor(call, block, ctx.scale, g, decays)
+            query = scaled(take(call, block, q), factor)
+            grad_out = masked(take(call, block, do), block).contiguous()
+            update, score = rows_of(corrected, block), rows_of(found, block, block.chunk_size)
+            if isinstance(block.chunks, slice) and block.chunk_size == call.tiling.chunk_size:
+                put_product(grad_found, block, grad_out, update.mT)
+            else:
+                put_rows(grad_found, block, product(grad_out, update.mT))
+            put_product(grad_corrected, block, score.mT, grad_out)
+            grad_states[block.slots] = product(query.mT, grad_out)
+            grad_query = product(grad_out, states[block.slots].mT)
+            sums.add(block, query, grad_query)
+            put(dq, block, grad_query * factor)
+        return grad_found, dq, sums.total, grad_states, grad_corrected, None, None, None, None

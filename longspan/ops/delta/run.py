@@ -1,0 +1,115 @@
+"""The states between the chunks of a call of the delta rule, once it is known what enters every segment."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longspan.ops.delta.call import DeltaCall, leaving_keys
+from longspan.ops.delta.chain import Chain, steps
+from longspan.ops.delta.write import Link, start_rows
+
+
+class DeltaRun(torch.autograd.Function):
+    """The state that enters every chunk, and what each token truly writes.
+
+    | | shape | |
+    |---|---|---|
+    | updates Ũ, weights W, decays | as in DeltaWrite | |
+    | k, g, start_states | as in DeltaWrite | their gradients are found there |
+    | incoming | [num_segments, B, H, K, V] or None | |
+    | states S | [num_slots, B, H, K, V] | |
+    | corrected u | [N, B, H, C, V] | Ũ − W S |
+
+    Forward: as in `longspan.ops.delta.chain`. Backward: pieces whose end no other rank receives are gone through here, as the
+    gradient of their end is known; of the others only what enters them is found, so that it can be sent, and DeltaWrite goes
+    through them when the gradient of their end has arrived.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        updates: Tensor,
+        weights: Tensor,
+        decays: Tensor | None,
+        k: Tensor,
+        g: Tensor | None,
+        start_states: Tensor | None,
+        incoming: Tensor | None,
+        call: DeltaCall,
+        link: Link,
+    ) -> tuple[Tensor, Tensor]:
+        states, corrected = link.states, link.corrected
+        link.states = link.corrected = None
+        if states is None or corrected is None:
+            states = updates.new_empty(call.tiling.num_slots, *updates.shape[1:3], k.shape[-1], updates.shape[-1])
+            corrected = torch.zeros_like(updates) if call.tiling.valid is not None else torch.empty_like(updates)
+        starts = start_rows(call)
+        left = frozenset(range(len(call.tiling.pieces))) - link.done
+        for number in left:
+            entry = call.tiling.pieces[number]
+            if not entry.piece.starts_document and incoming is not None:
+                states[entry.first_slot] = incoming[entry.piece.segment]
+            elif entry.piece.starts_document and start_states is not None:
+                states[entry.first_slot] = start_states[starts[number]]
+            else:
+                states[entry.first_slot] = 0.0
+        chain = Chain(call, weights, updates)
+        for block in call.tiling.blocks:
+            if of_block := steps(call, block, left):
+                leaving = leaving_keys(call, block, k, g, decays)
+                for step in of_block:
+                    chain.advance(step, leaving, states, corrected)
+        ctx.call, ctx.link = call, link
+        ctx.num_incoming = None if incoming is None else incoming.shape[0]
+        ctx.save_for_backward(weights, decays, k, g, states, corrected)
+        return states, corrected
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad_states, grad_corrected = grads
+        call: DeltaCall = ctx.call
+        link: Link = ctx.link
+        weights, decays, k, g, states, corrected = ctx.saved_tensors
+        chain = Chain(call, weights, None)
+        here = frozenset(range(len(call.tiling.pieces))) - link.sent
+        for block in reversed(call.tiling.blocks):
+            if of_block := steps(call, block, here):
+                leaving = leaving_keys(call, block, k, g, decays)
+                for step in reversed(of_block):
+                    chain.retreat(step, leaving, grad_states, grad_corrected)
+        grad_incoming = None
+        if ctx.num_incoming is not None:
+            grad_incoming = states.new_zeros(ctx.num_incoming, *states.shape[1:])
+            for number, entry in enumerate(call.tiling.pieces):
+                if entry.piece.starts_document:
+                    continue
+                if number in here:
+                    grad_incoming[entry.piece.segment] += grad_states[entry.first_slot]
+                else:
+                    way = (call, chain, k, g, decays)
+                    grad_incoming[entry.piece.segment] += _carried_back(number, way, grad_states, grad_corrected)
+        link.states, link.corrected = states, corrected
+        link.grad_states, link.grad_corrected = grad_states, grad_corrected
+        # The gradient of Ũ is ∂u, which DeltaWrite takes from the link once it is complete; this one orders the nodes.
+        return grad_corrected, None, None, None, None, None, grad_incoming, None, None
+
+
+def _carried_back(
+    piece: int,
+    way: tuple[DeltaCall, Chain, Tensor, Tensor | None, Tensor | None],
+    grad_states: Tensor,
+    grad_corrected: Tensor,
+) -> Tensor:
+    """The gradient of the state that a piece starts from ``[B, H, K, V]``, as far as this rank knows it."""
+    call, chain, k, g, decays = way
+    end = grad_states[call.tiling.pieces[piece].last_slot]
+    grad = end.flatten(0, 1)
+    for block in reversed(call.tiling.blocks):
+        if of_piece := steps(call, block, {piece}):
+            leaving = leaving_keys(call, block, k, g, decays)
+            for step in reversed(of_piece):
+                grad = chain.carried_back(step, leaving, grad, grad_states, grad_corrected)
+    return grad.view_as(end)

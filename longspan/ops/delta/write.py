@@ -1,0 +1,253 @@
+"""The write phase of the delta rule: what each token writes, and what leaves the pieces that other ranks wait for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longspan.ops.delta.call import (
+    DeltaCall,
+    Keys,
+    block_keys,
+    flat,
+    gate_gradient,
+    leaving_keys,
+    masked,
+    product,
+    put,
+    put_product,
+    put_rows,
+    rows_of,
+    scores,
+    take,
+    ticket_like,
+    times,
+    wide_backward,
+)
+from longspan.ops.delta.chain import Chain, Step, steps
+from longspan.ops.delta.inverse import inverse
+from longspan.ops.gate_gradient import GateGradient
+from longspan.ops.tiling import Block
+
+
+@dataclass
+class Link:
+    """What the write and run nodes of one call hand to each other.
+
+    sent: numbers of the pieces whose end another rank receives. states, corrected: in forward what write has gone through already
+    (`done` pieces), in backward what run kept. grad_states, grad_corrected: what run's backward leaves for write's; `retreated`
+    says that the pieces that are not sent have been gone through.
+    """
+
+    sent: frozenset[int]
+    done: frozenset[int] = frozenset()
+    states: Tensor | None = None
+    corrected: Tensor | None = None
+    grad_states: Tensor | None = None
+    grad_corrected: Tensor | None = None
+
+
+def start_rows(call: DeltaCall) -> dict[int, int]:
+    """For each piece that starts a document, its row among them."""
+    starting = [number for number, entry in enumerate(call.tiling.pieces) if entry.piece.starts_document]
+    return {number: row for row, number in enumerate(starting)}
+
+
+class DeltaWrite(torch.autograd.Function):
+    """The write phase.
+
+    | | shape | |
+    |---|---|---|
+    | k, v, beta | [B, T, H_k, K], [B, T, H, V], [B, T, H] | |
+    | g | [B, T, H], [B, T, H, K] or None | |
+    | start_states | [num_starting_pieces, B, H, K, V] or None | |
+    | updates Ũ, weights W | [N, B, H, C, V], [N, B, H, C, K] | T (β v), T (β k̂) e^m; zero at padding |
+    | ends | [len(end_pieces), B, H, K, V] | of sent pieces, from zero or their document's start state; else zero |
+    | products | [len(end_pieces), B, H, K, K] | A of the sent pieces that continue a document; no gradient |
+    | k | as it came | for the read phase: its gradient of k arrives here, where this phase's is added in place |
+    | decays | [N, B, H, C, K] or None | e^{b − m}, kept for later phases where it is as large as k; no gradient |
+    | ticket | the shape of g, or None | see `TokenSums` |
+
+    Backward, with λ as in `longspan.ops.delta.chain` and ∂u complete: ∂r = Tᵀ ∂u; ∂L = −tril(∂r uᵀ, −1); z = ∂L k̃ − ∂r (e^m S)ᵀ;
+    ∂v = β ∂r; ∂k̂ = β z; ∂k̃ = ∂Lᵀ β k̂ + e^{b_C−m} u λᵀ; ∂β = ⟨∂r, v⟩ + ⟨z, k̂⟩; b_C gets ⟨S_out, λ⟩.
+
+    The products take no gradient: ∂ above is formed with the true states, what arrived included, and holds it already.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        k: Tensor,
+        v: Tensor,
+        beta: Tensor,
+        g: Tensor | None,
+        start_states: Tensor | None,
+        call: DeltaCall,
+        end_pieces: tuple[int, ...],
+        link: Link,
+    ) -> tuple[Tensor | None, ...]:
+        key_size, value_size, chunk_size = k.shape[-1], v.shape[-1], call.tiling.chunk_size
+        updates = call.allocate(k, chunk_size, value_size)
+        weights = call.allocate(k, chunk_size, key_size)
+        inverses = call.allocate(k, chunk_size, chunk_size)
+        decays = call.allocate(k, chunk_size, key_size) if call.factors.are_large else None
+        for block in call.tiling.blocks:
+            keys, strength, inverted = _solve(call, block, k, beta, g)
+            if decays is not None and keys.query is not None:
+                put_rows(decays, block, keys.query)
+            put_rows(inverses, block, inverted)
+            weighted = inverted * strength.mT
+            put_product(updates, block, weighted, take(call, block, v))
+            put_product(weights, block, weighted, times(keys.ahead, keys.enter))
+        ends, products = _fold(call, k, g, decays, updates, weights, start_states, end_pieces, link)
+        ctx.call, ctx.end_pieces, ctx.link, ctx.has_start = call, end_pieces, link, start_states is not None
+        ctx.save_for_backward(k, v, beta, g, weights, inverses, decays)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*(x for x in (products, decays) if x is not None))
+        return updates, weights, ends, products, k.detach(), decays, ticket_like(call, g, ctx.needs_input_grad[3])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        _, _, grad_ends, _, dk, _, sums = grads
+        call: DeltaCall = ctx.call
+        link: Link = ctx.link
+        states, corrected, grad_states, grad_corrected = (
+            link.states,
+            link.corrected,
+            link.grad_states,
+            link.grad_corrected,
+        )
+        link.states = link.corrected = link.grad_states = link.grad_corrected = None
+        if states is None or corrected is None or grad_states is None or grad_corrected is None:
+            raise RuntimeError("the output of every rank must enter the loss: this rank's has not been read")
+        k, v, beta, g, weights, inverses, decays = ctx.saved_tensors
+        if grad_ends is not None:
+            for row, number in enumerate(ctx.end_pieces):
+                if number in link.sent:
+                    grad_states[call.tiling.pieces[number].last_slot] += grad_ends[row]
+        dk = torch.zeros_like(k) if dk is None else dk
+        dv, dbeta = torch.empty_like(v), torch.empty_like(beta)
+        gate = gate_gradient(call, g, ctx.needs_input_grad[3])
+        chain = Chain(call, weights, None)
+        for block in reversed(call.tiling.blocks):
+            keys = block_keys(call, block, k, g, decays)
+            for step in reversed(steps(call, block, link.sent)):
+                chain.retreat(step, keys.leaving, grad_states, grad_corrected)
+            strength = masked(take(call, block, beta.unsqueeze(-1)), block)
+            value = take(call, block, v)
+            update = rows_of(corrected, block)
+            state, grad_next = states[block.slots], grad_states[block.next_slots]
+            grad_right = product(rows_of(inverses, block, block.chunk_size).mT, rows_of(grad_corrected, block))
+            grad_lower = product(grad_right, update.mT).tril_(-1).neg_()
+            from_before = times(product(grad_right, state.mT), keys.enter)
+            grad_strength = torch.linalg.vecdot(grad_right, value)
+            grad_leaving = times(product(update, grad_next.mT), keys.leave)
+            if call.factors.is_wide(block):
+                # The rows of L are k with its β, so that both gradients come from one call.
+                _, wide = scores(call, block, g, strength * keys.plain, keys.plain, keys.ahead, keys.behind)
+                assert wide is not None
+                first, second = wide_backward(wide, grad_lower)
+                grad_strength += torch.linalg.vecdot(keys.plain, first) - torch.linalg.vecdot(keys.ahead, from_before)
+                plus = strength * (first - times(from_before, keys.query))
+                minus = second + times(grad_leaving, keys.key)
+            else:
+                grad_ahead = product(grad_lower, keys.behind).sub_(from_before)
+                grad_strength += torch.linalg.vecdot(keys.ahead, grad_ahead)
+                grad_leaving += product(grad_lower.mT, strength * keys.ahead)
+                plus = times(strength * grad_ahead, keys.query)
+                minus = times(grad_leaving, keys.key)
+            put(dk, block, plus + minus, add=True)
+            put(dv, block, strength * grad_right)
+            put(dbeta.unsqueeze(-1), block, grad_strength.unsqueeze(-1))
+            if gate is not None:
+                _close_gate(gate, call, block, keys.plain, plus - minus, sums, grad_next, states[block.next_slots])
+        grad_starts = None
+        if ctx.has_start:
+            grad_starts = grad_states[[call.tiling.pieces[number].first_slot for number in start_rows(call)]]
+        return dk, dv, dbeta, None if gate is None else gate.finish(), grad_starts, None, None, None
+
+
+def _close_gate(
+    gate: GateGradient,
+    call: DeltaCall,
+    block: Block,
+    key: Tensor,
+    grad_key: Tensor,
+    sums: Tensor | None,
+    grad_next: Tensor,
+    after: Tensor,
+) -> None:
+    """Turn what this phase and (in `sums`) the later ones found into ∂g of the block's tokens."""
+    gate.add(key.movedim(0, 2), grad_key.movedim(0, 2))
+    gate.add_end(grad_next.movedim(0, 2), after.movedim(0, 2))
+    if sums is not None:
+        gate.add_sums(block.take(sums if sums.dim() == 4 else sums.unsqueeze(-1)))
+    gate.close(block)
+
+
+def _solve(call: DeltaCall, block: Block, k: Tensor, beta: Tensor, g: Tensor | None) -> tuple[Keys, Tensor, Tensor]:
+    """Keys, β ``[n, B, H, c, 1]`` and T of one block."""
+    keys = block_keys(call, block, k, g, None)
+    strength = masked(take(call, block, beta.unsqueeze(-1)), block)
+    products, _ = scores(call, block, g, keys.plain, keys.plain, keys.ahead, keys.behind)
+    # Above the diagonal, factors about the middle of a chunk may overflow; nothing there may be multiplied.
+    return keys, strength, inverse(products.tril_(-1).mul_(strength))
+
+
+def _fold(
+    call: DeltaCall,
+    k: Tensor,
+    g: Tensor | None,
+    decays: Tensor | None,
+    updates: Tensor,
+    weights: Tensor,
+    start_states: Tensor | None,
+    end_pieces: tuple[int, ...],
+    link: Link,
+) -> tuple[Tensor, Tensor]:
+    """What leaves the sent pieces: their end states and, where they continue a document, the product of their transitions."""
+    batch, heads, _, key_size = weights.shape[1:]
+    value_size = updates.shape[-1]
+    ends = weights.new_zeros(len(end_pieces), batch, heads, key_size, value_size)
+    products = weights.new_zeros(len(end_pieces), batch, heads, key_size, key_size)
+    chain, starts = Chain(call, weights, updates), start_rows(call)
+    link.done = link.sent & starts.keys()
+    if link.done:
+        # From its document's start a piece's states are the true ones, whatever arrives.
+        link.states = weights.new_empty(call.tiling.num_slots, batch, heads, key_size, value_size)
+        link.corrected = call.allocate(k, *updates.shape[-2:])
+    for row, number in enumerate(end_pieces):
+        if number not in link.sent:
+            continue
+        entry = call.tiling.pieces[number]
+        way = _steps_of_piece(call, number, k, g, decays)
+        if number in link.done:
+            assert link.states is not None and link.corrected is not None
+            start = 0.0 if start_states is None else start_states[starts[number]]
+            link.states[entry.first_slot] = start
+            for step, leaving in way:
+                chain.advance(step, leaving, link.states, link.corrected)
+            ends[row] = link.states[entry.last_slot]
+            continue
+        state = flat(ends[row])
+        passed = torch.eye(key_size, dtype=call.dtype, device=k.device).expand(state.shape[0], -1, -1)
+        for step, leaving in way:
+            state = chain.carried(step, leaving, state, writes=True)
+            passed = chain.carried(step, leaving, passed, writes=False)
+        ends[row], products[row] = state.view_as(ends[row]), passed.view_as(products[row])
+    return ends, products
+
+
+def _steps_of_piece(
+    call: DeltaCall, piece: int, k: Tensor, g: Tensor | None, decays: Tensor | None
+) -> Iterator[tuple[Step, Tensor]]:
+    """The steps of one piece in order, with E of their block."""
+    for block in call.tiling.blocks:
+        if of_piece := steps(call, block, {piece}):
+            leaving = leaving_keys(call, block, k, g, decays)
+            for step in of_piece:
+                yield step, leaving
