@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from longspan.attention.convolution import causal_conv1d, token_shift
 from longspan.errors import CheckpointError, ConfigError, DataError, InputError, LayoutError, LongspanError
-from longspan.exchange import record_traffic
+from longspan.exchange import Exchange, record_traffic
 from longspan.layout import SequenceLayout
 from longspan.operators import (
     delta_rule,
@@ -28,6 +28,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "DataError",
+    "Exchange",
     "InputError",
     "LayoutError",
     "LongspanError",

@@ -73,13 +73,16 @@ class SequenceLayout:
 
     Args:
         seq_len: global number of tokens N, at least one a rank; no multiple of anything.
-        group: ProcessGroup or one-dimensional DeviceMesh. None is the default group, or one rank where none is initialised.
+        group: ProcessGroup; DeviceMesh of one dimension; or DeviceMesh of nodes × ranks of a node, whose first dimension is named
+            ``"node"``. None is the default group, or one rank where none is initialised.
         order: ``"contiguous"`` (rank r holds the r-th of P runs) or ``"zigzag"`` (runs r and 2P-1-r of 2P).
         documents: global cu_seqlens of packed documents, ``[0, ..., seq_len]`` strictly increasing, as a list or an integer
             tensor; None is one document. Read here, once: later changes of a tensor have no effect.
+        ranks_per_node: how many consecutive ranks share a node, for exchanges that care; a two-dimensional mesh says so itself.
+            None leaves it to the names of the ranks' hosts.
 
     Raises:
-        LayoutError: for a length, group, order or documents that do not fit.
+        LayoutError: for a length, group, order, documents or ranks_per_node that do not fit.
 
     A layout is immutable and holds no tensors of the caller. Build one a batch and hand it to every layer.
     """
@@ -90,9 +93,18 @@ class SequenceLayout:
         group: dist.ProcessGroup | DeviceMesh | None = None,
         order: Order = "contiguous",
         documents: Sequence[int] | Tensor | None = None,
+        *,
+        ranks_per_node: int | None = None,
     ) -> None:
-        process_group, num_ranks, rank = _resolve_group(group)
-        self._init(seq_len, process_group, num_ranks, rank, order, documents)
+        process_group, num_ranks, rank, mesh_ranks_per_node = _resolve_group(group)
+        if None not in (ranks_per_node, mesh_ranks_per_node) and ranks_per_node != mesh_ranks_per_node:
+            raise LayoutError(
+                f"ranks_per_node is {ranks_per_node!r}, but the mesh has {mesh_ranks_per_node} ranks in each node, its second "
+                "dimension. Leave ranks_per_node out"
+            )
+        if ranks_per_node is None:
+            ranks_per_node = mesh_ranks_per_node
+        self._init(seq_len, process_group, num_ranks, rank, order, documents, ranks_per_node)
 
     def _init(
         self,
@@ -102,6 +114,7 @@ class SequenceLayout:
         rank: int,
         order: Order,
         documents: Sequence[int] | Tensor | None,
+        ranks_per_node: int | None,
     ) -> None:
         if isinstance(seq_len, bool) or not isinstance(seq_len, int):
             raise LayoutError(f"seq_len must be an int, the global number of tokens; got {seq_len!r}")
@@ -118,13 +131,14 @@ class SequenceLayout:
         self.num_ranks = num_ranks
         self.rank = rank
         self.documents = _check_documents(documents, seq_len, num_ranks)
+        self.ranks_per_node = _check_ranks_per_node(ranks_per_node, num_ranks)
         self._cache: dict[Hashable, Any] = {}
 
     @classmethod
     def local(cls, seq_len: int, documents: Sequence[int] | Tensor | None = None) -> SequenceLayout:
         """A layout of one rank that holds all `seq_len` tokens, whatever process group is initialised."""
         layout = cls.__new__(cls)
-        layout._init(seq_len, None, 1, 0, "contiguous", documents)
+        layout._init(seq_len, None, 1, 0, "contiguous", documents, None)
         return layout
 
     @classmethod
@@ -135,12 +149,14 @@ class SequenceLayout:
         rank: int,
         order: Order = "contiguous",
         documents: Sequence[int] | Tensor | None = None,
+        *,
+        ranks_per_node: int | None = None,
     ) -> SequenceLayout:
         """The layout that `rank` of `num_ranks` would have, without a process group: for planning and data loading."""
         if not 0 <= rank < num_ranks:
             raise LayoutError(f"rank {rank} is not one of {num_ranks} ranks (0 to {num_ranks - 1})")
         layout = cls.__new__(cls)
-        layout._init(seq_len, None, num_ranks, rank, order, documents)
+        layout._init(seq_len, None, num_ranks, rank, order, documents, ranks_per_node)
         return layout
 
     @cached_property
@@ -151,7 +167,7 @@ class SequenceLayout:
         """
         other = type(self).__new__(type(self))
         bounds = None if self.documents is None else [self.seq_len - bound for bound in reversed(self.documents)]
-        other._init(self.seq_len, self.group, self.num_ranks, self.rank, self.order, bounds)
+        other._init(self.seq_len, self.group, self.num_ranks, self.rank, self.order, bounds, self.ranks_per_node)
         starts = other.document_bounds[:-1]
         # Set before it is first computed: a mirrored layout differs in nothing but who holds which segment.
         other.__dict__["all_segments"] = tuple(
@@ -408,7 +424,8 @@ class SequenceLayout:
         """
         if self.num_ranks == 1 or self.group is None:
             return
-        mine = {"seq_len": self.seq_len, "order": self.order, "documents": self.documents}
+        names = ("seq_len", "order", "documents", "ranks_per_node")
+        mine = {name: getattr(self, name) for name in names}
         everyone: list[Any] = [None] * self.num_ranks
         dist.all_gather_object(everyone, mine, group=self.group)
         rows = [
@@ -425,19 +442,20 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def _resolve_group(group: Any) -> tuple[dist.ProcessGroup | None, int, int]:
-    """(process group, its size, this rank in it); one rank where nothing is initialised and no group is given."""
+def _resolve_group(group: Any) -> tuple[dist.ProcessGroup | None, int, int, int | None]:
+    """(process group, its size, this rank in it, ranks a node where a mesh says so).
+
+    One rank where nothing is initialised and no group is given.
+    """
+    ranks_per_node = None
     if group is None:
         if not (dist.is_available() and dist.is_initialized()):
-            return None, 1, 0
+            return None, 1, 0, None
         group = dist.group.WORLD
     elif hasattr(group, "get_group") and hasattr(group, "ndim"):
-        if group.ndim != 1:
-            raise LayoutError(
-                f"group must be a one-dimensional DeviceMesh; got one with dimensions {group.mesh_dim_names or group.ndim}. "
-                'Take its sequence-parallel dimension, as in mesh["sp"]'
-            )
-        group = group.get_group()
+        if group.ndim == 2:
+            ranks_per_node = group.size(1)
+        group = _group_of_mesh(group)
     if not isinstance(group, dist.ProcessGroup):
         if group == dist.GroupMember.NON_GROUP_MEMBER:
             raise LayoutError("this rank is not in the given group: give each rank the group that it belongs to")
@@ -445,7 +463,38 @@ def _resolve_group(group: Any) -> tuple[dist.ProcessGroup | None, int, int]:
     rank = dist.get_rank(group)
     if rank < 0:
         raise LayoutError("this rank is not in the given group: give each rank the group that it belongs to")
-    return group, dist.get_world_size(group), rank
+    return group, dist.get_world_size(group), rank, ranks_per_node
+
+
+def _group_of_mesh(mesh: DeviceMesh) -> Any:
+    """The process group of all ranks of a mesh of one dimension, or of nodes × ranks, node by node."""
+    if mesh.ndim == 1:
+        return mesh.get_group()
+    names = mesh.mesh_dim_names or ()
+    # The name is asked for because a mesh of data × sequence parallelism, given whole by mistake, looks the same.
+    if mesh.ndim != 2 or not names or names[0] != "node":
+        raise LayoutError(
+            "group must be a one-dimensional DeviceMesh, or one of nodes x ranks of a node whose first dimension is named "
+            f'"node"; got one with dimensions {names or mesh.ndim}. Take its sequence-parallel part, as in mesh["sp"] or '
+            'mesh["node", "sp"]'
+        )
+    ranks = mesh.mesh.flatten().tolist()
+    if ranks != sorted(ranks):
+        raise LayoutError(f"a mesh of nodes x ranks must hold its ranks in rising order; got {_short(ranks)}")
+    return dist.group.WORLD if len(ranks) == dist.get_world_size() else mesh._flatten().get_group()
+
+
+def _check_ranks_per_node(ranks_per_node: Any, num_ranks: int) -> int | None:
+    if ranks_per_node is None:
+        return None
+    if isinstance(ranks_per_node, bool) or not isinstance(ranks_per_node, int) or ranks_per_node < 1:
+        raise LayoutError(f"ranks_per_node must be None or an int of at least 1; got {ranks_per_node!r}")
+    if num_ranks % ranks_per_node:
+        raise LayoutError(
+            f"ranks_per_node {ranks_per_node} does not divide the {num_ranks} ranks of the group: nodes must have equally many "
+            "ranks. Use a divisor, or leave it out where no exchange needs it"
+        )
+    return ranks_per_node
 
 
 def _check_documents(documents: Any, seq_len: int, num_ranks: int) -> tuple[int, ...] | None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from longspan.attention import linear
 from longspan.attention.bidirectional import write_bidirectional
 from longspan.errors import InputError
+from longspan.exchange import Exchange
 from longspan.layout import SequenceLayout
 from longspan.ops import VARIANTS
 
@@ -37,7 +38,7 @@ def write(
         layout: which tokens this rank holds; None is one device.
         options: the operator's gates by name (`g`, `beta`, `log_decay`), and its options: for linear attention `causal`,
             `initial_state`, `output_final_state`, `exchange`, `backend`, `chunk_size` as in the one-call operators; for softmax
-            `causal`, `method`.
+            `causal`, `window`, `method`, `num_heads`.
 
     Returns:
         An object with ``.read(q, scale=None) -> o [B, T, H, V]``; for linear attention also ``.final_state()``, if it was
@@ -112,7 +113,7 @@ def linear_attention(
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     layout: SequenceLayout | None = None,
-    exchange: str = "auto",
+    exchange: str | Exchange = "auto",
     backend: str | None = None,
     chunk_size: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -128,8 +129,10 @@ def linear_attention(
             that rank's share: sum it over the ranks, like a parameter's.
         output_final_state: also return the state after the last global token (of each document), on every rank.
         layout: which tokens this rank holds; None is one device. With documents, B is 1.
-        exchange: how states travel between ranks: ``"auto"`` or ``"all_gather"``. With ``causal=False`` the sum of all states is
-            wanted, not a prefix: it is an all-reduce in any case.
+        exchange: how states travel between ranks: ``"auto"``, the cheapest by a cost model; the name of a topology
+            (``"all_gather"``, ``"ring"``, ``"pipelined"``, ``"all_to_all"``, ``"two_level"``, ``"neighbour"``: docs/exchange.md);
+            or a `longspan.Exchange` with options, such as bfloat16 states. With ``causal=False`` the sum of all states is wanted,
+            not a prefix: it is an all-reduce, of states in their own dtype, in any case.
         backend: which code computes: None picks by device; ``"torch"``.
         chunk_size: tokens computed together inside a device; None picks by dtype.
 
@@ -168,7 +171,7 @@ def retention(
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     layout: SequenceLayout | None = None,
-    exchange: str = "auto",
+    exchange: str | Exchange = "auto",
     backend: str | None = None,
     chunk_size: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -212,7 +215,7 @@ def simple_gla(
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     layout: SequenceLayout | None = None,
-    exchange: str = "auto",
+    exchange: str | Exchange = "auto",
     backend: str | None = None,
     chunk_size: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -256,7 +259,7 @@ def gla(
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     layout: SequenceLayout | None = None,
-    exchange: str = "auto",
+    exchange: str | Exchange = "auto",
     backend: str | None = None,
     chunk_size: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -298,7 +301,7 @@ def delta_rule(
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     layout: SequenceLayout | None = None,
-    exchange: str = "auto",
+    exchange: str | Exchange = "auto",
     backend: str | None = None,
     chunk_size: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -343,7 +346,7 @@ def gated_delta_rule(
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     layout: SequenceLayout | None = None,
-    exchange: str = "auto",
+    exchange: str | Exchange = "auto",
     backend: str | None = None,
     chunk_size: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -389,7 +392,7 @@ def kda(
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     layout: SequenceLayout | None = None,
-    exchange: str = "auto",
+    exchange: str | Exchange = "auto",
     backend: str | None = None,
     chunk_size: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:

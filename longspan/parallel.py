@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from longspan.attention.softmax import SOFTMAX_METHODS, SoftmaxMethod
 from longspan.errors import InputError
-from longspan.exchange import resolve_topology
+from longspan.exchange import Exchange, resolve_topology
 from longspan.exchange.traffic import note_collective, waiting
 from longspan.layout import SequenceLayout
 from longspan.models.linear_llama3 import LinearLlama3, SequenceParallel
@@ -35,14 +35,14 @@ def parallelize(
     model: Model,
     mesh_or_group: dist.ProcessGroup | DeviceMesh | None,
     *,
-    exchange: str = "auto",
+    exchange: str | Exchange = "auto",
     softmax_method: SoftmaxMethod = "auto",
 ) -> Model:
     """Let `model` run on sequences that are split over the ranks of a group; changed in place and returned.
 
     Args:
         model: with the same weights on every rank.
-        mesh_or_group: process group or one-dimensional DeviceMesh (such as ``mesh["sp"]``); None is the default group.
+        mesh_or_group: process group or DeviceMesh (such as ``mesh["sp"]``), as in `SequenceLayout`; None is the default group.
         exchange: how linear layers exchange their states, as in the operators.
         softmax_method: how softmax layers exchange keys and values, as in `softmax_attention`.
 
@@ -51,7 +51,7 @@ def parallelize(
 
     Raises:
         InputError: for a model of another kind, or a name that is not an exchange or a method.
-        LayoutError: for a group that this rank is not in, or a mesh of several dimensions.
+        LayoutError: for a group that this rank is not in, or a mesh that is not one of sequence-parallel ranks.
     """
     if not isinstance(model, LinearLlama3):
         raise InputError(

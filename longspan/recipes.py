@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longspan.errors import InputError
+from longspan.exchange import Exchange
 from longspan.features import at_least_float32, hgrn2_log_decay
 from longspan.layout import SequenceLayout
 from longspan.operators import gla, simple_gla, write
@@ -121,7 +122,7 @@ def mamba2(
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     layout: SequenceLayout | None = None,
-    exchange: str = "auto",
+    exchange: str | Exchange = "auto",
     backend: str | None = None,
     chunk_size: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -237,7 +238,7 @@ def hgrn2(
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     layout: SequenceLayout | None = None,
-    exchange: str = "auto",
+    exchange: str | Exchange = "auto",
     backend: str | None = None,
     chunk_size: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import ClassVar, Self
 
@@ -108,7 +108,7 @@ class _LogDecay(Transition):
     def cut(self, stretches: Sequence[bool]) -> Self:
         if not any(stretches):
             return self
-        return type(self)(_replace_rows(self.parameter, stretches, -torch.inf))
+        return replace(self, parameter=_replace_rows(self.parameter, stretches, -torch.inf))
 
     def outer(self, grad_out: Tensor, state_in: Tensor) -> Tensor:
         summed_dims = [dim for dim in range(5) if dim not in self.state_dims]
@@ -122,8 +122,15 @@ class Identity(_LogDecay):
     state_dims = (0,)
 
 
+@dataclass(frozen=True)
 class HeadDecay(_LogDecay):
-    """A = γ_h^length (Lightning Attention, RetNet). parameter: ``[n, H]``, length · log γ_h, or −inf."""
+    """A = γ_h^length (Lightning Attention, RetNet). parameter: ``[n, H]``, length · log γ_h, or −inf.
+
+    log_decay: log γ ``[H]``, the tensor that the parameter was made from, where it is at hand. It outlives a call, so that what the
+    host learns of it need not be asked of the device each time.
+    """
+
+    log_decay: Tensor | None = None
 
     is_known = True
     state_dims = (0, 2)

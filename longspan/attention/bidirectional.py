@@ -17,7 +17,7 @@ from torch import Tensor
 
 from longspan.attention.linear import LinearMemory, check_inputs, check_query, sum_over_ranks, write
 from longspan.errors import InputError
-from longspan.exchange import resolve_topology
+from longspan.exchange import Exchange, resolve_topology
 from longspan.layout import SequenceLayout
 from longspan.ops import VARIANTS
 
@@ -69,7 +69,7 @@ def write_bidirectional(
     gates: Mapping[str, Tensor],
     *,
     layout: SequenceLayout | None = None,
-    exchange: str = "auto",
+    exchange: str | Exchange = "auto",
     backend: str | None = None,
     chunk_size: int | None = None,
 ) -> SummedMemory | TwoSidedMemory:

@@ -15,7 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from longspan.errors import InputError
-from longspan.exchange import PendingExchange, Topology, resolve_topology, start_exchange
+from longspan.exchange import Exchange, PendingExchange, Topology, resolve_topology, start_exchange
+from longspan.exchange.ranges import named_range
 from longspan.exchange.traffic import note_collective, waiting
 from longspan.layout import SequenceLayout
 from longspan.ops import VARIANTS, Variant
@@ -49,11 +50,13 @@ class LinearMemory:
 
         The first read waits for the exchange.
         """
-        return self._form.read(q, self.incoming, check_query(q, self._k, scale), overlapped=False)
+        with named_range("longspan.read"):
+            return self._form.read(q, self.incoming, check_query(q, self._k, scale), overlapped=False)
 
     def read_overlapped(self, q: Tensor, scale: float | None = None) -> Tensor:
         """`read`, in LASP-2's own schedule: what tokens read inside their chunks is computed before the exchange is waited for."""
-        return self._form.read(q, self.incoming, check_query(q, self._k, scale), overlapped=True)
+        with named_range("longspan.read"):
+            return self._form.read(q, self.incoming, check_query(q, self._k, scale), overlapped=True)
 
     def incoming(self) -> Tensor | None:
         """The state that enters each of this rank's segments ``[num_segments, B, H, K, V]``, or None on one rank; waits for it."""
@@ -147,7 +150,7 @@ def write(
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     layout: SequenceLayout | None = None,
-    exchange: str = "auto",
+    exchange: str | Exchange = "auto",
     backend: str | None = None,
     chunk_size: int | None = None,
 ) -> LinearMemory:
@@ -157,11 +160,12 @@ def write(
     layout = SequenceLayout.local(k.shape[1]) if layout is None else layout
     check_inputs(variant, k, v, gates, initial_state, layout, backend, chunk_size)
     ends = layout.cached(("end_rows", output_final_state), lambda: _end_rows(layout, output_final_state))
-    form = variant.prepare(k, v, gates, layout, chunk_size)
-    end_states = form.write(k, v, _start_states(initial_state, layout), ends.pieces, ends.sent_pieces)
     pending = None
-    if layout.num_ranks > 1:
-        pending = _start(topology, variant, form, end_states, ends, layout)
+    with named_range("longspan.write"):
+        form = variant.prepare(k, v, gates, layout, chunk_size)
+        end_states = form.write(k, v, _start_states(initial_state, layout), ends.pieces, ends.sent_pieces)
+        if layout.num_ranks > 1:
+            pending = _start(topology, variant, form, end_states, ends, layout)
     return LinearMemory(form, layout, k, pending, ends)
 
 

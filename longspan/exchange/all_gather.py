@@ -1,7 +1,15 @@
 """LASP-2 (arXiv 2502.07563, Algorithms 2 and 4): one AllGather of (A, U), after which every rank folds its own prefix.
 
-Backward is one AllGather of the gradients G, folded from the last segment on with the transitions that forward kept. A rank
-sends (P − 1) · n · (|A| + |U|) numbers forward and (P − 1) · n · |U| backward, n segments a rank, whatever the sequence length.
+Backward is one AllGather of the gradients G, folded from the last segment on with the transitions that forward kept. With n
+segments a rank, a rank sends
+
+    forward    (P − 1) · n · (|U| + |A|) numbers in P − 1 messages
+    backward   (P − 1) · n · |U|         numbers in P − 1 messages
+
+whatever the sequence length, |A| = 0 where every rank knows the transitions. It folds up to n · P − 1 pairs.
+
+A rank that needs nothing from others does not wait for it: the last one backward, and forward the first one, where every rank
+knows the transitions that backward will take.
 """
 
 from __future__ import annotations
@@ -14,28 +22,18 @@ from torch import Tensor
 
 from longspan.collectives import all_gather_single
 from longspan.exchange.base import Arrived, Handle, ReverseHandle, Topology
+from longspan.exchange.segments import gathered_rows, own_segments, take
 from longspan.exchange.traffic import note_collective, waiting
+from longspan.exchange.wire import pack, unpack_parameter, unpack_states
 from longspan.layout import SequenceLayout
 from longspan.state import Pair, Transition, exclusive_scan, exclusive_scan_adjoint
 
 
-def _global_order(layout: SequenceLayout, device: torch.device) -> Tensor:
-    """For each segment in global order, its row in the gathered ``[P · num_segments, ...]``."""
-    rows = [segment.rank * layout.num_segments + segment.slot for segment in layout.all_segments]
-    order: Tensor = layout.cached(("segment_rows", device), lambda: torch.tensor(rows).to(device))
-    return order
-
-
-def _own_segments(layout: SequenceLayout) -> list[int]:
-    """Global numbers of this rank's segments, in local order."""
-    own = [(segment.slot, index) for index, segment in enumerate(layout.all_segments) if segment.rank == layout.rank]
-    return [index for _, index in sorted(own)]
-
-
 def _gather(local: Tensor, layout: SequenceLayout, phase: str) -> tuple[Tensor, Any]:
     """Start gathering ``local [num_segments, numbers]`` of every rank; returns the buffer and the work."""
+    others = layout.num_ranks - 1
     out = local.new_empty(layout.num_ranks * local.shape[0], local.shape[1])
-    note_collective("all_gather", phase, (layout.num_ranks - 1) * local.numel() * local.element_size())
+    note_collective("all_gather", phase, others * local.nbytes, others)
     return out, all_gather_single(out, local, layout.group, async_op=True)
 
 
@@ -47,22 +45,21 @@ class _Forward(Handle):
     layout: SequenceLayout
 
     def wait(self) -> Arrived:
+        layout, transition, state = self.layout, self.pair.transition, self.pair.state
+        own = own_segments(layout)
+        if transition.is_known and max(own) == 0:
+            return Arrived(torch.zeros_like(state), transition.parameter)
         with waiting():
             self.work.wait()
-        layout, transition, state = self.layout, self.pair.transition, self.pair.state
-        numbers = self.gathered[_global_order(layout, state.device)]
-        own = _own_segments(layout)
-        num_segments = len(layout.all_segments)
-        state_numbers = state[0].numel()
-        states = numbers[:, :state_numbers].view(num_segments, *state.shape[1:])
-        if transition.is_known:
-            parameter = transition.parameter
-        else:
-            # A copy, or the whole buffer with every rank's states would live until backward.
-            parameter = numbers[:, state_numbers:].reshape(num_segments, *transition.parameter.shape[1:]).clone()
+        rows = take(self.gathered, gathered_rows(layout), layout)
+        shape = state.shape[1:]
+        parameter = transition.parameter
+        if not transition.is_known:
+            parameter = unpack_parameter(rows, shape, parameter.shape[1:], parameter.dtype)
         needed = max(own) + 1
-        prefix = exclusive_scan(Pair(type(transition)(parameter[:needed]), states[:needed]))
-        return Arrived(prefix[own], parameter)
+        states = unpack_states(rows[:needed], shape, state.dtype)
+        prefix = exclusive_scan(Pair(type(transition)(parameter[:needed]), states))
+        return Arrived(take(prefix, own, layout), parameter)
 
 
 @dataclass
@@ -71,33 +68,39 @@ class _Reverse(ReverseHandle):
     work: Any
     transition: Transition
     layout: SequenceLayout
-    state_shape: torch.Size
+    grad_incoming: Tensor
 
     def wait(self) -> Tensor:
+        layout, like = self.layout, self.grad_incoming
+        own = own_segments(layout)
+        first = min(own)
+        if first == len(layout.all_segments) - 1:
+            return torch.zeros_like(like)
         with waiting():
             self.work.wait()
-        own = _own_segments(self.layout)
-        first = min(own)
-        grads = self.gathered[_global_order(self.layout, self.gathered.device)].view(-1, *self.state_shape[1:])
-        kind = type(self.transition)
-        outgoing = exclusive_scan_adjoint(kind(self.transition.parameter[first:]), grads[first:])
-        return outgoing[[index - first for index in own]]
+        rows = take(self.gathered, gathered_rows(layout), layout)
+        grads = unpack_states(rows[first:], like.shape[1:], like.dtype)
+        outgoing = exclusive_scan_adjoint(type(self.transition)(self.transition.parameter[first:]), grads)
+        return take(outgoing, [index - first for index in own], layout)
 
 
+@dataclass(frozen=True)
 class AllGather(Topology):
-    """LASP-2's exchange: the default; best for few ranks and small states."""
+    """LASP-2's exchange: best for few ranks and small states.
+
+    state_dtype: states and their gradients are rounded to it for the wire; None sends them as they are.
+    """
 
     name = "all_gather"
+    state_dtype: torch.dtype | None = None
 
     def start(self, pair: Pair, layout: SequenceLayout) -> Handle:
-        parts = [pair.state.flatten(1)]
-        if not pair.transition.is_known:
-            parts.append(pair.transition.parameter.flatten(1))
-        gathered, work = _gather(torch.cat(parts, dim=1), layout, "forward")
+        sent = None if pair.transition.is_known else pair.transition.parameter
+        gathered, work = _gather(pack(pair.state, sent, self.state_dtype), layout, "forward")
         return _Forward(gathered, work, pair, layout)
 
     def start_reverse(
         self, kind: type[Transition], context: Tensor, grad_incoming: Tensor, layout: SequenceLayout
     ) -> ReverseHandle:
-        gathered, work = _gather(grad_incoming.flatten(1).contiguous(), layout, "backward")
-        return _Reverse(gathered, work, kind(context), layout, grad_incoming.shape)
+        gathered, work = _gather(pack(grad_incoming, None, self.state_dtype), layout, "backward")
+        return _Reverse(gathered, work, kind(context), layout, grad_incoming)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from longspan.exchange.base import Handle, ReverseHandle, Topology
+from longspan.exchange.ranges import named_range
 from longspan.layout import SequenceLayout
 from longspan.state import Pair, Transition
 
@@ -48,7 +49,8 @@ class _Start(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, state: Tensor, parameter: Tensor, link: _Link) -> Tensor:
         ctx.link = link
-        link.forward = link.topology.start(Pair(link.kind(parameter), state), link.layout)
+        with named_range("longspan.exchange.start"):
+            link.forward = link.topology.start(Pair(link.kind(parameter), state), link.layout)
         if link.keeps_incoming:
             ctx.save_for_backward(parameter)
         return state.new_zeros(())
@@ -57,7 +59,8 @@ class _Start(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         link: _Link = ctx.link
         assert link.reverse is not None
-        grad_state = link.reverse.wait()
+        with named_range("longspan.exchange.wait.backward"):
+            grad_state = link.reverse.wait()
         link.reverse = None
         grad_parameter = None
         if link.keeps_incoming:
@@ -82,7 +85,8 @@ class _Wait(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, ticket: Tensor, link: _Link) -> Tensor:
         assert link.forward is not None
-        arrived = link.forward.wait()
+        with named_range("longspan.exchange.wait"):
+            arrived = link.forward.wait()
         link.forward = None
         ctx.link = link
         ctx.save_for_backward(arrived.context, arrived.incoming if link.keeps_incoming else None)
@@ -93,7 +97,8 @@ class _Wait(torch.autograd.Function):
         (grad_incoming,) = grads
         link: _Link = ctx.link
         context, link.incoming = ctx.saved_tensors
-        link.reverse = link.topology.start_reverse(link.kind, context, grad_incoming, link.layout)
+        with named_range("longspan.exchange.start.backward"):
+            link.reverse = link.topology.start_reverse(link.kind, context, grad_incoming, link.layout)
         return grad_incoming.new_zeros(()), None
 
 
@@ -123,6 +128,6 @@ def start_exchange(topology: Topology, pair: Pair, layout: SequenceLayout) -> Pe
     """
     parameter = pair.transition.parameter
     keeps_incoming = parameter.requires_grad and not pair.transition.is_known
-    link = _Link(topology, type(pair.transition), layout, keeps_incoming)
+    link = _Link(topology.resolve(pair, layout), type(pair.transition), layout, keeps_incoming)
     ticket: Tensor = _Start.apply(pair.state, parameter, link)
     return PendingExchange(ticket, link)

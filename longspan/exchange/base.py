@@ -44,6 +44,13 @@ class Topology(ABC):
 
     name: str
 
+    def resolve(self, pair: Pair, layout: SequenceLayout) -> Topology:
+        """The topology that carries this exchange out, forward and backward; called once, before `start`.
+
+        Raises LongspanError, on every rank alike and before any communication, where it cannot.
+        """
+        return self
+
     @abstractmethod
     def start(self, pair: Pair, layout: SequenceLayout) -> Handle:
         """Begin the forward exchange.
@@ -57,3 +64,18 @@ class Topology(ABC):
         self, kind: type[Transition], context: Tensor, grad_incoming: Tensor, layout: SequenceLayout
     ) -> ReverseHandle:
         """Begin the backward exchange of G ``[num_segments, B, H, K, V]``, with the context that the forward one returned."""
+
+
+class Unresolved(Topology):
+    """A topology that must see the problem first: `resolve` returns the one that carries the exchange out."""
+
+    @abstractmethod
+    def resolve(self, pair: Pair, layout: SequenceLayout) -> Topology: ...
+
+    def start(self, pair: Pair, layout: SequenceLayout) -> Handle:
+        return self.resolve(pair, layout).start(pair, layout)
+
+    def start_reverse(
+        self, kind: type[Transition], context: Tensor, grad_incoming: Tensor, layout: SequenceLayout
+    ) -> ReverseHandle:
+        raise AssertionError(f"the topology that {type(self).__name__}.resolve returned does this")

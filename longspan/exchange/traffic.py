@@ -1,7 +1,7 @@
 """Counting what exchanges send: a recorder that is on inside a ``with`` block.
 
 A collective counts the bytes that the rank hands to the network for other ranks, as the topology's formula says; not what a
-particular backend does with them.
+particular backend does with them. Its messages are the parts that go to other ranks, without empty ones.
 """
 
 from __future__ import annotations
@@ -14,12 +14,16 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Event:
-    """One collective: its name, phase, bytes sent by this rank, and when it was started (seconds, `time.perf_counter`)."""
+    """One collective or message: name, phase, bytes sent by this rank, when it was started (seconds, `time.perf_counter`).
+
+    num_messages: how many messages to other ranks it stands for.
+    """
 
     name: str
     phase: str
     bytes_sent: int
     started: float
+    num_messages: int = 1
 
 
 @dataclass
@@ -31,8 +35,13 @@ class Traffic:
 
     @property
     def num_collectives(self) -> int:
-        """Number of collectives started."""
+        """Number of collectives, and of messages sent outside one, that were started."""
         return len(self.events)
+
+    @property
+    def num_messages(self) -> int:
+        """Number of messages that this rank sent to other ranks."""
+        return sum(event.num_messages for event in self.events)
 
     @property
     def bytes_sent(self) -> int:
@@ -43,9 +52,13 @@ class Traffic:
         """Number of collectives of a phase, ``"forward"`` or ``"backward"``."""
         return sum(event.phase == phase for event in self.events)
 
+    def of_phase(self, phase: str) -> Traffic:
+        """The events of one phase, ``"forward"`` or ``"backward"``; waiting is not counted by phase."""
+        return Traffic([event for event in self.events if event.phase == phase])
 
-# Recorders are observers of a process, like a profiler: a collective may be started by autograd's own threads, which see no
-# context of the caller.
+
+# Recorders are observers of a process, like a profiler: a collective may be started by autograd's own threads, or by the thread
+# that works beside the main one, which see no context of the caller.
 _recorders: list[Traffic] = []
 
 
@@ -57,13 +70,15 @@ def record_traffic() -> Iterator[Traffic]:
     try:
         yield traffic
     finally:
-        _recorders.remove(traffic)
+        # By identity: two recorders that saw the same are equal.
+        _recorders[:] = [recorder for recorder in _recorders if recorder is not traffic]
 
 
-def note_collective(name: str, phase: str, bytes_sent: int) -> None:
-    """Tell the recorders of a collective that is about to start."""
+def note_collective(name: str, phase: str, bytes_sent: int, num_messages: int = 1) -> None:
+    """Tell the recorders of a collective or a message that is about to start."""
+    event = Event(name, phase, bytes_sent, time.perf_counter(), num_messages)
     for traffic in _recorders:
-        traffic.events.append(Event(name, phase, bytes_sent, time.perf_counter()))
+        traffic.events.append(event)
 
 
 @contextmanager

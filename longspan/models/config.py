@@ -36,6 +36,8 @@ class LinearLlama3Config:
     """Key and value heads of a softmax layer (grouped queries); None is `num_heads`. Linear layers have `num_heads`."""
     head_dim: int | None = None
     """Size of a head; None is ``dim / num_heads``."""
+    window: int | None = None
+    """How many tokens a softmax layer sees, the token itself included; None is all before it."""
     hidden_dim: int = 704
     """Width of the feed-forward layers."""
     rope_theta: float = 500_000.0
@@ -51,7 +53,7 @@ class LinearLlama3Config:
             object.__setattr__(self, "operator", tuple(self.operator))
         for name in ("vocab_size", "dim", "num_layers", "num_heads", "hidden_dim"):
             _check_positive(name, getattr(self, name))
-        for name in ("num_kv_heads", "head_dim"):
+        for name in ("num_kv_heads", "head_dim", "window"):
             if getattr(self, name) is not None:
                 _check_positive(name, getattr(self, name))
         for name in ("rope_theta", "norm_eps"):

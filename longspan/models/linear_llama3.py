@@ -28,7 +28,7 @@ INIT_STD = 0.02
 class Cache:
     """What the model remembers while it decodes.
 
-    A linear layer takes constant memory, a softmax layer a key and a value a token.
+    A linear layer takes constant memory, a softmax layer a key and a value a token that is still seen.
     """
 
     batch_size: int
@@ -117,7 +117,7 @@ class LinearLlama3(nn.Module):
         """An empty cache for decoding `batch_size` rows on one device."""
         layers: list[LinearCache | SoftmaxCache] = []
         for operator in self.config.layer_operators:
-            layers.append(SoftmaxCache() if operator == "softmax" else LinearCache())
+            layers.append(SoftmaxCache(self.config.window) if operator == "softmax" else LinearCache())
         return Cache(batch_size, layers)
 
     def step(self, tokens: Tensor, cache: Cache) -> Tensor:
@@ -175,13 +175,15 @@ class LinearLlama3(nn.Module):
         """Floating-point operations of forward and backward for one token of a sequence of `seq_len`.
 
         Six for each number of a matrix; in a softmax layer, the two products of forward and four of backward with the
-        seq_len / 2 tokens that a token sees on average; in a linear layer, the same products with one state a head (the
-        recurrent form: what a chunk form computes inside its chunks comes on top). Recomputation is not counted.
+        tokens that a token sees on average, seq_len / 2 without a window; in a linear layer, the same products with one
+        state a head (the recurrent form: what a chunk form computes inside its chunks comes on top). Recomputation is not
+        counted.
         """
         config = self.config
         matrices = sum(module.weight.numel() for module in self.modules() if isinstance(module, nn.Linear))
         inner = config.num_heads * config.size_of_head
-        seen = {"L": config.size_of_head, "N": seq_len / 2}
+        window = seq_len if config.window is None else min(config.window, seq_len)
+        seen = {"L": config.size_of_head, "N": window - window**2 / (2 * seq_len)}
         mixing = sum(12 * inner * seen[kind] for kind in config.layer_kinds)
         return 6 * matrices + mixing
 

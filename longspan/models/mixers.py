@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from longspan.attention import linear
 from longspan.attention.softmax import SoftmaxMethod, write_softmax
+from longspan.exchange import Exchange
 from longspan.features import elu_plus_one, unit_length
 from longspan.layout import SequenceLayout
 from longspan.models.config import LinearLlama3Config
@@ -34,26 +35,39 @@ class LinearCache:
 
 @dataclass
 class SoftmaxCache:
-    """Keys and values of the tokens so far, in buffers [B, capacity, H_kv, D] that double when they are full."""
+    """Keys and values of the tokens so far, of the last `window` at least, in buffers [B, capacity, H_kv, D].
 
+    When the buffers are full, they are made twice as large as the tokens that are still seen.
+    """
+
+    window: int | None = None
     keys: Tensor | None = None
     values: Tensor | None = None
     num_tokens: int = 0
+    """Number of tokens in the buffers."""
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Add one token's k and v [B, 1, H_kv, D]; return those of all tokens, [B, n, H_kv, D]."""
+        """Add one token's k and v [B, 1, H_kv, D]; return those of the tokens that it sees, [B, n, H_kv, D]."""
         if self.keys is None or self.values is None or self.num_tokens == self.keys.shape[1]:
+            seen = slice(self._first_seen_by(self.num_tokens), self.num_tokens)
+            self.num_tokens = seen.stop - seen.start
             capacity = max(64, 2 * self.num_tokens)
-            self.keys, self.values = (self._grown(old, x, capacity) for old, x in ((self.keys, k), (self.values, v)))
+            self.keys, self.values = (
+                self._grown(old, x, seen, capacity) for old, x in ((self.keys, k), (self.values, v))
+            )
         position = self.num_tokens
         self.keys[:, position], self.values[:, position] = k[:, 0], v[:, 0]
         self.num_tokens += 1
-        return self.keys[:, : self.num_tokens], self.values[:, : self.num_tokens]
+        seen = slice(self._first_seen_by(position), self.num_tokens)
+        return self.keys[:, seen], self.values[:, seen]
 
-    def _grown(self, old: Tensor | None, x: Tensor, capacity: int) -> Tensor:
+    def _first_seen_by(self, position: int) -> int:
+        return 0 if self.window is None else max(0, position + 1 - self.window)
+
+    def _grown(self, old: Tensor | None, x: Tensor, seen: slice, capacity: int) -> Tensor:
         new = x.new_empty((x.shape[0], capacity, *x.shape[2:]))
         if old is not None:
-            new[:, : self.num_tokens] = old
+            new[:, : self.num_tokens] = old[:, seen]
         return new
 
 
@@ -68,7 +82,7 @@ class LinearMixer(nn.Module):
     def __init__(self, config: LinearLlama3Config, operator: str) -> None:
         super().__init__()
         self.operator = operator
-        self.exchange = "auto"
+        self.exchange: str | Exchange = "auto"
         self.num_heads, self.head_dim = config.num_heads, config.size_of_head
         inner = self.num_heads * self.head_dim
         self.q_proj, self.k_proj, self.v_proj, self.gate_proj = (
@@ -116,7 +130,8 @@ class SoftmaxMixer(nn.Module):
     def __init__(self, config: LinearLlama3Config) -> None:
         super().__init__()
         self.method: SoftmaxMethod = "auto"
-        self.head_dim = config.size_of_head
+        self.window = config.window
+        self.num_heads, self.head_dim = config.num_heads, config.size_of_head
         inner, kv_inner = config.num_heads * self.head_dim, config.kv_heads * self.head_dim
         self.q_proj = nn.Linear(config.dim, inner, bias=False)
         self.k_proj = nn.Linear(config.dim, kv_inner, bias=False)
@@ -127,7 +142,7 @@ class SoftmaxMixer(nn.Module):
         """x and the result are [B, T, C]; `by` turns each token's queries and keys."""
         assert by is not None
         k, v = rotate(self._heads(self.k_proj(x)), by), self._heads(self.v_proj(x))
-        memory = write_softmax(k, v, layout=layout, method=self.method)
+        memory = write_softmax(k, v, layout=layout, method=self.method, window=self.window, num_heads=self.num_heads)
         q = rotate(self._heads(self.q_proj(x)), by)
         out: Tensor = self.out_proj(memory.read(q).flatten(2))
         return out

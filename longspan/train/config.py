@@ -19,9 +19,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from longspan.attention.softmax import SoftmaxMethod
 from longspan.errors import ConfigError, InputError
-from longspan.exchange import resolve_topology
+from longspan.exchange import Exchange
 from longspan.models import LinearLlama3Config
 
 
@@ -65,6 +67,8 @@ class ModelConfig:
     """Key and value heads of a softmax layer (grouped queries); None is num_heads."""
     head_dim: int | None = None
     """Size of a head; None is dim / num_heads."""
+    window: int | None = None
+    """How many tokens a softmax layer sees, the token itself included; None is all before it."""
     hidden_dim: int = 352
     """Width of the feed-forward layers."""
     rope_theta: float = 500_000.0
@@ -98,7 +102,9 @@ class ParallelConfig:
     order: Literal["contiguous", "zigzag"] = "zigzag"
     """Which tokens of a sequence a rank holds: one run of them, or two that balance causal softmax layers (zigzag)."""
     exchange: str = "auto"
-    """How linear layers exchange their states."""
+    """How linear layers exchange their states: a topology of docs/exchange.md, or the cheapest by the cost model (auto)."""
+    exchange_dtype: Literal["float32", "bfloat16"] = "float32"
+    """What states travel in; sums stay float32."""
     softmax_method: SoftmaxMethod = "auto"
     """How softmax layers exchange their keys and values."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -107,6 +113,17 @@ class ParallelConfig:
     """CPU threads of a rank; None divides the cores between the local ranks."""
     timeout_seconds: float = 600.0
     """Give up when a collective has waited this long for another rank."""
+
+    def build_exchange(self) -> Exchange:
+        """How linear layers are told to exchange their states.
+
+        Raises:
+            ConfigError: for a topology that does not exist.
+        """
+        try:
+            return Exchange(self.exchange, torch.bfloat16 if self.exchange_dtype == "bfloat16" else None)
+        except InputError as error:
+            raise ConfigError(f"parallel.{error}") from error
 
 
 @dataclass(frozen=True)
@@ -193,6 +210,8 @@ class RunConfig:
     """Steps between two printed lines where there is no terminal for a progress bar."""
     tensorboard: bool = False
     """Write the metrics for TensorBoard, too (needs the extra longspan[tensorboard])."""
+    trace_step: int | None = None
+    """Write a Chrome trace of this optimizer step, counted from 1, into traces/ in the run folder, one file a rank."""
 
 
 @dataclass(frozen=True)
@@ -355,10 +374,12 @@ def check(config: Config) -> None:
             "run.tensorboard is True, but the package tensorboard is not installed. Install it with "
             "pip install 'longspan[tensorboard]', or leave the key out: metrics.jsonl has the same numbers"
         )
-    try:
-        resolve_topology(config.parallel.exchange)
-    except InputError as error:
-        raise ConfigError(f"parallel.{error}") from error
+    config.parallel.build_exchange()
+    if config.run.trace_step is not None and config.run.trace_step > config.train.steps:
+        raise ConfigError(
+            f"run.trace_step {config.run.trace_step} comes after the last step, train.steps {config.train.steps}. Trace an "
+            "earlier one"
+        )
     if config.train.batch_tokens % config.train.seq_len:
         near = max(1, round(config.train.batch_tokens / config.train.seq_len)) * config.train.seq_len
         raise ConfigError(
@@ -418,6 +439,7 @@ _LEAST: dict[str, float] = {
     "sample.tokens": 0,
     "sample.temperature": 0,
     "run.print_every": 1,
+    "run.trace_step": 1,
 }
 
 

@@ -28,7 +28,7 @@ def make_parallel(model: LinearLlama3, config: Config, ranks: Ranks) -> LinearLl
     return parallelize(
         model,
         ranks.mesh["sp"],
-        exchange=config.parallel.exchange,
+        exchange=config.parallel.build_exchange(),
         softmax_method=config.parallel.softmax_method,
     )
 

@@ -77,6 +77,9 @@ def train_on(
         report.heading("check", _describe_check(check, ranks.world_size))
         check.raise_unless_agrees()
 
+    traced = config.run.trace_step
+    if traced is not None and traced > trainer.step:
+        report.heading("trace", f"of step {traced}: {folder.traces}, one file a rank")
     if ranks.is_first:
         _write_start(trainer)
     stopped = trainer.run(stop)

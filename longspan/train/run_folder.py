@@ -20,6 +20,7 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.metrics = path / "metrics.jsonl"
         self.events = path / "tensorboard"
+        self.traces = path / "traces"
         self.weights = path / "weights.safetensors"
         self.plot = path / "loss.png"
         self.summary_json = path / "summary.json"

@@ -11,6 +11,7 @@ from torch import Tensor
 from longspan.data.batches import TrainingBatches, validation_sequences
 from longspan.data.prepare import PreparedData
 from longspan.errors import CheckpointError, DataError, LongspanError
+from longspan.exchange.ranges import named_range
 from longspan.exchange.traffic import Traffic, record_traffic
 from longspan.launch import StopRequest
 from longspan.layout import SequenceLayout
@@ -36,6 +37,7 @@ from longspan.train.ranks import Ranks
 from longspan.train.report import Report
 from longspan.train.run_folder import RunFolder
 from longspan.train.selfcheck import SelfCheck, self_check
+from longspan.train.trace import StepTrace
 
 
 class TrainingError(LongspanError):
@@ -55,6 +57,7 @@ class Trainer:
         self.report = report
         self.phase = phase
         self.metrics = MetricsFile(folder.metrics, folder.events if config.run.tensorboard else None)
+        self.trace = StepTrace(folder.traces, config.run.trace_step, ranks.rank, ranks.device)
         train = config.train
         self.batches = TrainingBatches(data.train, train.seq_len, config.batch_sequences, train.seed)
         self.held_out = validation_sequences(data.validation, train.seq_len, config.validation.sequences, ranks.sp)
@@ -106,7 +109,8 @@ class Trainer:
         stopping = bool(self.ranks.gather_numbers([stop.requested]).any())
         with self.report:
             while self.step < config.train.steps and not stopping:
-                stopping = self._train_step(stop)
+                with self.trace.of(self.step + 1):
+                    stopping = self._train_step(stop)
                 last = self.step == config.train.steps
                 if last or _is_due(self.step, config.validation.every):
                     self.validate()
@@ -123,7 +127,8 @@ class Trainer:
         with record_traffic() as traffic:
             loss = self._forward_backward()
             self.phase.name = "summing gradients"
-            sum_gradients(self.model)
+            with named_range("longspan.train.sum_gradients"):
+                sum_gradients(self.model)
         norm = gradient_norm(self.model)
         # One exchange for all that the ranks must know of each other, so that all of them decide alike.
         memory = peak_memory_bytes(self.ranks.device)
@@ -134,8 +139,9 @@ class Trainer:
         self.phase.name = "updating the weights"
         if finite:
             set_learning_rate(self.optimizer, lr)
-            clip_gradients(self.model, norm, self.config.optim.clip_norm)
-            self.optimizer.step()
+            with named_range("longspan.train.update"):
+                clip_gradients(self.model, norm, self.config.optim.clip_norm)
+                self.optimizer.step()
         self.model.zero_grad(set_to_none=True)
         self.step += 1
         self._record(everyone, float(norm), lr, finite, time.perf_counter() - start, traffic)
@@ -152,9 +158,11 @@ class Trainer:
             tokens = self.batches.batch(self.step, self.ranks.dp_rank * rows + first, count).to(self.ranks.device)
             self.phase.name = "computing forward"
             # Every token of a batch has a next one, so its tokens are its valid tokens.
-            loss = loss_sum(self.model, tokens, self.layout) / self.config.train.batch_tokens
+            with named_range("longspan.train.forward"):
+                loss = loss_sum(self.model, tokens, self.layout) / self.config.train.batch_tokens
             self.phase.name = "computing backward"
-            loss.backward()
+            with named_range("longspan.train.backward"):
+                loss.backward()
             total += loss.detach()
         return total
 

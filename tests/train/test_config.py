@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from longspan.cli import parse_train
 from longspan.errors import CheckpointError, ConfigError
+from longspan.exchange import Exchange
 from longspan.train import config as configs
 from longspan.train.config import Config, check, check_degrees, flatten, from_mapping, read_toml, to_mapping, to_toml
 
@@ -104,6 +106,7 @@ def test_a_bad_toml_file_is_refused(tmp_path: Path, toml: str, message: str) -> 
         ({"data__vocab_size": 100}, r"data.vocab_size is 100; it must be at least 257"),
         ({"train__batch_tokens": 12_000}, r"batch_tokens 12000 is no multiple of train.seq_len 8192.*multiple is 8192"),
         ({"train__seq_len": 1, "train__batch_tokens": 1}, r"train.seq_len 1 is shorter than parallel.sp 2"),
+        ({"parallel__exchange": "telepathy"}, r"parallel.exchange must be 'auto' or one of .*got 'telepathy'"),
     ],
 )
 def test_values_out_of_range_are_refused(values: dict[str, Any], message: str) -> None:
@@ -115,6 +118,12 @@ def test_tensorboard_is_asked_for_only_where_it_is(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"tensorboard is not installed. Install it with pip install 'longspan\["):
         check(with_values(run__tensorboard=True))
+
+
+def test_the_exchange_is_told_what_states_travel_in() -> None:
+    assert Config().parallel.build_exchange() == Exchange("auto")
+    parallel = with_values(parallel__exchange="ring", parallel__exchange_dtype="bfloat16").parallel
+    assert parallel.build_exchange() == Exchange("ring", state_dtype=torch.bfloat16)
 
 
 def test_the_defaults_are_in_range() -> None:

@@ -1,0 +1,85 @@
+"""All-to-all by rows: each rank scans all P · n segments for its share of the rows, so that bytes and folds stop growing with P.
+
+A row is one batch row and head, R = B · H of them, shared out as evenly as may be (`longspan.exchange.rows`); where R < P, some
+ranks take none. One all-to-all brings the pairs (A, U) of all segments to the owners of their rows, these scan them, and a second
+one brings the state that enters each segment back to its holder. Backward is the same on (Aᵀ, G), with the transitions that forward
+brought. With n segments a rank, and r rows on this rank, a rank sends
+
+    forward    n · ((R − r) · (|U| + |A|) + (P − 1) · r · |U|) / R numbers,  (P − 1) · n · (2 |U| + |A|) / P where P divides R
+    backward   n · ((R − r) · |U| + (P − 1) · r · |U|) / R numbers,          (P − 1) · n · 2 |U| / P         where P divides R
+
+each way in at most 2 (P − 1) messages: one to every other rank that has rows, and one to every other rank if it has rows itself.
+|A| = 0 where every rank knows the transitions. It folds P · n − 1 pairs of r rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from longspan.exchange.base import Arrived, Handle, ReverseHandle, Topology
+from longspan.exchange.progress import run_beside
+from longspan.exchange.rows import (
+    PendingScan,
+    PendingScanAdjoint,
+    RowExchange,
+    Shares,
+    as_rows,
+    known_rows,
+    pair_of_rows,
+    scan_by_rows,
+    scan_by_rows_adjoint,
+)
+from longspan.exchange.segments import gathered_rows
+from longspan.layout import SequenceLayout
+from longspan.state import Pair, Transition
+
+
+@dataclass(frozen=True)
+class AllToAll(Topology):
+    """Best for many ranks: what a rank sends does not grow with their number.
+
+    state_dtype: states and their gradients are rounded to it for the wire, each way; None sends them as they are.
+    """
+
+    name = "all_to_all"
+    state_dtype: torch.dtype | None = None
+
+    def start(self, pair: Pair, layout: SequenceLayout) -> Handle:
+        def work(group: dist.ProcessGroup) -> Arrived:
+            return self._scan(pair, layout, group)
+
+        return PendingScan(run_beside(layout, pair.state.device, work))
+
+    def start_reverse(
+        self, kind: type[Transition], context: Tensor, grad_incoming: Tensor, layout: SequenceLayout
+    ) -> ReverseHandle:
+        def work(group: dist.ProcessGroup) -> Tensor:
+            return self._scan_adjoint(kind, context, grad_incoming, layout, group)
+
+        return PendingScanAdjoint(run_beside(layout, grad_incoming.device, work))
+
+    def _scan(self, pair: Pair, layout: SequenceLayout, group: dist.ProcessGroup) -> Arrived:
+        incoming, transition = scan_by_rows(self._rows(pair.state, layout, group, "forward"), pair_of_rows(pair))
+        context = pair.transition if pair.transition.is_known else transition
+        return Arrived(incoming.view(pair.state.shape), context.parameter)
+
+    def _scan_adjoint(
+        self,
+        kind: type[Transition],
+        context: Tensor,
+        grad_incoming: Tensor,
+        layout: SequenceLayout,
+        group: dist.ProcessGroup,
+    ) -> Tensor:
+        rows = self._rows(grad_incoming, layout, group, "backward")
+        if kind.is_known:
+            context = rows.shares.of_known(known_rows(context, grad_incoming.shape[1]))
+        return scan_by_rows_adjoint(rows, kind(context), as_rows(grad_incoming)).view(grad_incoming.shape)
+
+    def _rows(self, states: Tensor, layout: SequenceLayout, group: dist.ProcessGroup, phase: str) -> RowExchange:
+        shares = Shares(group, layout.num_ranks, layout.rank, states.shape[1] * states.shape[2])
+        return RowExchange(shares, gathered_rows(layout), layout, self.state_dtype, phase)

@@ -1,0 +1,90 @@
+"""The cheapest topology for each exchange, by the cost model of `longspan.plan` with figures measured once per process group.
+
+The choice depends on the sizes of states and transitions, the number of ranks, the nodes they stand on, how far documents reach,
+and the measured links and folds, which are the same on every rank: all ranks choose alike. A run on other machines, or on
+busier ones, may choose otherwise; name a topology where that must not be.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import torch
+
+from longspan.errors import LayoutError
+from longspan.exchange.all_gather import AllGather
+from longspan.exchange.all_to_all import AllToAll
+from longspan.exchange.base import Topology, Unresolved
+from longspan.exchange.calibration import measured_cluster
+from longspan.exchange.groups import group_of, kept
+from longspan.exchange.neighbour import Neighbour, applies
+from longspan.exchange.nodes import nodes_of
+from longspan.exchange.pipelined import Pipelined
+from longspan.exchange.ring import Ring
+from longspan.exchange.two_level import TwoLevel
+from longspan.layout import SequenceLayout
+from longspan.plan import PLANNED, Cluster, Cost, Problem, rank
+from longspan.state import Pair
+
+_log = logging.getLogger("longspan")
+
+
+@dataclass(frozen=True)
+class Auto(Unresolved):
+    """Takes the topology that the cost model finds cheapest, forward and backward together.
+
+    state_dtype: states and their gradients are rounded to it for the wire; None sends them as they are.
+    cluster: figures of the machines; None measures them at the first exchange of a process group, in a fraction of a second.
+    """
+
+    name = "auto"
+    state_dtype: torch.dtype | None = None
+    cluster: Cluster | None = None
+
+    def resolve(self, pair: Pair, layout: SequenceLayout) -> Topology:
+        return self._topology(self.costs(pair, layout)[0]).resolve(pair, layout)
+
+    def costs(self, pair: Pair, layout: SequenceLayout) -> list[Cost]:
+        """What each topology that can carry the exchange out would cost, cheapest first; see `Topology.start` for the arguments.
+
+        Raises:
+            InputError: if the given cluster has another number of ranks than the layout.
+        """
+        dtype, device = pair.state.dtype, pair.state.device
+        problem = Problem.of_states(
+            type(pair.transition), pair.state.shape, layout, dtype.itemsize, (self.state_dtype or dtype).itemsize
+        )
+        reaches_no_further = applies(pair, layout)
+        key = ("costs", self.cluster, device.type, layout.ranks_per_node, problem, reaches_no_further)
+
+        def rank_topologies() -> list[Cost]:
+            cluster = self.cluster or measured_cluster(layout, device)
+            excluded = set() if reaches_no_further else {"neighbour"}
+            if not _has_two_levels(layout, cluster):
+                excluded.add("two_level")
+            costs = rank(problem, cluster, [name for name in PLANNED if name not in excluded])
+            if layout.rank == 0:
+                listed = ", ".join(f"{cost.topology} {cost.seconds * 1e3:.2f} ms" for cost in costs)
+                _log.info(
+                    "exchange of states %s of %s: %s", tuple(pair.state.shape), type(pair.transition).__name__, listed
+                )
+            return costs
+
+        return kept(group_of(layout), key, rank_topologies)
+
+    def _topology(self, cost: Cost) -> Topology:
+        if cost.topology == "pipelined":
+            return Pipelined(self.state_dtype, cost.num_blocks)
+        kinds = (AllGather, Ring, AllToAll, TwoLevel, Neighbour)
+        return next(kind(self.state_dtype) for kind in kinds if kind.name == cost.topology)
+
+
+def _has_two_levels(layout: SequenceLayout, cluster: Cluster) -> bool:
+    """Whether there are several nodes of several ranks, and the layout's nodes are the cluster's."""
+    if cluster.num_nodes == 1 or cluster.ranks_per_node == 1:
+        return False
+    try:
+        return nodes_of(layout).ranks_per_node == cluster.ranks_per_node
+    except LayoutError:
+        return False

@@ -1,0 +1,293 @@
+"""Measuring what the cost model needs to know of a process group: its links, and how fast its ranks fold states.
+
+Once per group and kind of device, in a fraction of a second (about one on links of 100 Mbit/s), on the process groups that
+exchanges use. One pair of ranks stands for all links of a kind: ranks 0 and 1 for those inside a node, the first ranks of the
+first two nodes for those between nodes. The figures are the same on every rank, so that all decide alike.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from longspan.collectives import all_gather_single
+from longspan.errors import LayoutError
+from longspan.exchange.groups import group_of, kept
+from longspan.exchange.nodes import nodes_of
+from longspan.exchange.progress import run_beside
+from longspan.layout import SequenceLayout
+from longspan.plan import Cluster, Link
+from longspan.state import ChannelDecay, Dense, Pair, Transition, exclusive_scan
+
+_log = logging.getLogger("longspan")
+
+# Payloads grow fourfold until one takes this long: long beside what a message costs whatever its size, and short for a start.
+_ENOUGH_SECONDS = 0.03
+_SMALLEST, _LARGEST = 2**16, 2**22
+# All ranks at once then send what takes about this long, up to a state of common size: networks that let a burst pass before they
+# slow down would show a rate that no exchange of states has.
+_AT_ONCE_SECONDS = 0.05
+_LARGEST_AT_ONCE = 2**20
+_WORD_REPEATS, _ROW_REPEATS, _PAYLOAD_REPEATS = 15, 3, 2
+_MESSAGES_IN_A_ROW = 16
+
+
+def measured_cluster(layout: SequenceLayout, device: torch.device) -> Cluster:
+    """The `Cluster` that the ranks of a layout make; measured at the first call for its group and nodes, equal on all ranks.
+
+    The first call is collective: every rank of the group makes it, in the same order among its exchanges.
+    """
+    ranks_per_node = _ranks_per_node(layout)
+    return kept(
+        group_of(layout),
+        ("cluster", device.type, ranks_per_node),
+        lambda: _measure(layout, device, ranks_per_node),
+    )
+
+
+def _ranks_per_node(layout: SequenceLayout) -> int:
+    """As in `nodes_of`; 1 where hosts make no equal nodes: then every link is taken for one between nodes."""
+    try:
+        return nodes_of(layout).ranks_per_node
+    except LayoutError:
+        return 1
+
+
+def _measure(layout: SequenceLayout, device: torch.device, ranks_per_node: int) -> Cluster:
+    begun = time.perf_counter()
+    ranks = _Ranks(layout, device)
+    num_ranks, rank = layout.num_ranks, layout.rank
+    links: list[Link] = []
+    if ranks_per_node > 1:
+        first = rank - rank % ranks_per_node
+        around_node = first + (rank + 1) % ranks_per_node, first + (rank - 1) % ranks_per_node
+        links.append(_measure_link(ranks, 1, *around_node))
+    if ranks_per_node < num_ranks:
+        along_rail = (rank + ranks_per_node) % num_ranks, (rank - ranks_per_node) % num_ranks
+        links.append(_measure_link(ranks, ranks_per_node, *along_rail))
+    gather, swap = _measure_collectives(ranks, links[-1])
+    folds = _measure_folds(ranks)
+    # A kind of link that the ranks do not have is never asked for.
+    cluster = Cluster(
+        num_ranks,
+        ranks_per_node,
+        intra=links[0],
+        inter=links[-1],
+        fold_latency=folds.latency,
+        fold_bandwidth=folds.bandwidth,
+        matmul_rate=folds.matmul_rate,
+        fold_sharing=folds.sharing,
+        gather=gather,
+        swap=swap,
+    )
+    if rank == 0:
+        _log.info("measured the ranks in %.2f s: %s", time.perf_counter() - begun, cluster)
+    return cluster
+
+
+@dataclass(frozen=True)
+class _Ranks:
+    """The ranks that measure together, seen from one of them."""
+
+    layout: SequenceLayout
+    device: torch.device
+
+    def messages(self, work: Callable[[dist.ProcessGroup], list[float]]) -> list[float]:
+        """The largest of all ranks' values, one by one; `work` sends messages."""
+        values = run_beside(self.layout, self.device, work, "messages").wait()
+        return self.collectives(lambda _: values)
+
+    def collectives(self, work: Callable[[dist.ProcessGroup], list[float]]) -> list[float]:
+        """The largest of all ranks' values, one by one; `work` may make collectives."""
+
+        def largest(group: dist.ProcessGroup) -> list[float]:
+            values = torch.tensor(work(group), dtype=torch.float64).to(self.device)
+            dist.all_reduce(values, dist.ReduceOp.MAX, group=group)
+            return [float(value) for value in values.tolist()]
+
+        return run_beside(self.layout, self.device, largest).wait()
+
+    def seconds(self, function: Callable[[], object], repeats: int) -> float:
+        """Shortest time of a call, after one that is not counted: what else runs on the machine only adds to it."""
+        function()
+        return min(self._one(function) for _ in range(repeats))
+
+    def _one(self, function: Callable[[], object]) -> float:
+        self._synchronize()
+        begun = time.perf_counter()
+        function()
+        self._synchronize()
+        return time.perf_counter() - begun
+
+    def _synchronize(self) -> None:
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
+
+
+# -------------------------------------------------------------------------------------------------------------------- links
+
+
+def _measure_link(ranks: _Ranks, distance: int, target: int, source: int) -> Link:
+    """The kind of link between ranks 0 and `distance`; `target`, `source`: whom this rank sends to and hears at once with all."""
+    rank = ranks.layout.rank
+
+    def alone(group: dist.ProcessGroup) -> list[float]:
+        if rank == 0:
+            return _lead(ranks, group, distance)
+        if rank == distance:
+            _follow(ranks, group)
+        return [0.0] * 4
+
+    latency, gap, payload, payload_seconds = ranks.messages(alone)
+    bandwidth = payload / _rest(payload_seconds, latency)
+    size = _size_at_once(bandwidth)
+
+    def at_once(group: dist.ProcessGroup) -> list[float]:
+        sent, received = _bytes(size, ranks.device), _bytes(size, ranks.device)
+
+        def pass_on() -> None:
+            operations = [
+                dist.P2POp(dist.irecv, received, group=group, group_peer=source),
+                dist.P2POp(dist.isend, sent, group=group, group_peer=target),
+            ]
+            for work in dist.batch_isend_irecv(operations):
+                work.wait()
+
+        return [ranks.seconds(pass_on, _PAYLOAD_REPEATS)]
+
+    (seconds,) = ranks.messages(at_once)
+    return Link(latency, bandwidth, gap, sharing=max(1.0, (seconds - latency) * bandwidth / size))
+
+
+def _lead(ranks: _Ranks, group: dist.ProcessGroup, other: int) -> list[float]:
+    """Latency, gap, and a payload with its seconds, as measured by the one of two ranks that starts; `_follow` is the other."""
+    word = _bytes(4, ranks.device)
+
+    def there_and_back(x: Tensor, times: int = 1) -> None:
+        for work in [dist.isend(x, group=group, group_dst=other) for _ in range(times)]:
+            _finish(work)
+        dist.recv(word, group=group, group_src=other)
+
+    latency = ranks.seconds(partial(there_and_back, word), _WORD_REPEATS) / 2
+    row = ranks.seconds(partial(there_and_back, word, _MESSAGES_IN_A_ROW), _ROW_REPEATS)
+    gap = min(max(0.0, row - 2 * latency) / (_MESSAGES_IN_A_ROW - 1), latency)
+    size = _SMALLEST
+    while True:
+        payload = _bytes(size, ranks.device)
+        seconds = ranks.seconds(partial(there_and_back, payload), _PAYLOAD_REPEATS) - latency
+        is_last = seconds >= _ENOUGH_SECONDS or size >= _LARGEST
+        dist.send(torch.tensor([float(not is_last)], device=ranks.device), group=group, group_dst=other)
+        if is_last:
+            return [latency, gap, float(size), seconds]
+        size *= 4
+
+
+def _follow(ranks: _Ranks, group: dist.ProcessGroup) -> None:
+    word = _bytes(4, ranks.device)
+
+    def answer(x: Tensor, exchanges: int, times: int = 1) -> None:
+        for _ in range(exchanges):
+            for work in [dist.irecv(torch.empty_like(x), group=group, group_src=0) for _ in range(times)]:
+                _finish(work)
+            dist.send(word, group=group, group_dst=0)
+
+    answer(word, 1 + _WORD_REPEATS)
+    answer(word, 1 + _ROW_REPEATS, _MESSAGES_IN_A_ROW)
+    size, goes_on = _SMALLEST, torch.ones(1, device=ranks.device)
+    while bool(goes_on):
+        answer(_bytes(size, ranks.device), 1 + _PAYLOAD_REPEATS)
+        dist.recv(goes_on, group=group, group_src=0)
+        size *= 4
+
+
+def _size_at_once(bandwidth: float) -> int:
+    return int(min(max(bandwidth * _AT_ONCE_SECONDS, _SMALLEST), _LARGEST_AT_ONCE))
+
+
+def _finish(work: dist.Work | None) -> None:
+    # None is what a rank outside the group gets.
+    assert work is not None
+    work.wait()
+
+
+def _bytes(size: int, device: torch.device) -> Tensor:
+    return torch.zeros(size // 4, device=device)
+
+
+# -------------------------------------------------------------------------------------------------------------- collectives
+
+
+def _measure_collectives(ranks: _Ranks, link: Link) -> tuple[Link, Link]:
+    """A step of an all-gather, and an all-to-all, of all ranks; `link` tells how large a payload takes long enough."""
+    num_ranks = ranks.layout.num_ranks
+    others = num_ranks - 1
+    # For each other rank, so that a rank sends as much in all.
+    size = max(4, _size_at_once(link.bandwidth) // others)
+
+    def both(group: dist.ProcessGroup) -> list[float]:
+        def gather(words: int) -> float:
+            own = torch.zeros(words, device=ranks.device)
+            all_of_them = own.new_empty(words * num_ranks)
+            return ranks.seconds(lambda: all_gather_single(all_of_them, own, group), _PAYLOAD_REPEATS)
+
+        def swap(words: int) -> float:
+            sent = torch.zeros(words * num_ranks, device=ranks.device)
+            received = torch.empty_like(sent)
+            return ranks.seconds(lambda: dist.all_to_all_single(received, sent, group=group), _PAYLOAD_REPEATS)
+
+        return [gather(1), gather(size // 4), swap(1), swap(size // 4)]
+
+    small_gather, large_gather, small_swap, large_swap = ranks.collectives(both)
+    return (
+        Link(small_gather / others, size * others / _rest(large_gather, small_gather)),
+        Link(small_swap, size * others / _rest(large_swap, small_swap)),
+    )
+
+
+# -------------------------------------------------------------------------------------------------------------------- folds
+
+
+@dataclass(frozen=True)
+class _Folds:
+    """As the fields of `Cluster`."""
+
+    latency: float
+    bandwidth: float
+    matmul_rate: float
+    sharing: float
+
+
+def _measure_folds(ranks: _Ranks) -> _Folds:
+    small, decay, dense = (4, 1, 1, 4, 4), (4, 1, 16, 128, 128), (4, 1, 4, 128, 128)
+
+    def alone(group: dist.ProcessGroup) -> list[float]:
+        if ranks.layout.rank != 0:
+            return [0.0] * 3
+        return [_fold_seconds(ranks, *fold) for fold in ((ChannelDecay, small), (ChannelDecay, decay), (Dense, dense))]
+
+    latency, decay_seconds, dense_seconds = ranks.collectives(alone)
+    (at_once,) = ranks.collectives(lambda _: [_fold_seconds(ranks, ChannelDecay, decay)])
+    bandwidth = 4 * prod(decay[1:]) / _rest(decay_seconds, latency)
+    flops = 2 * prod(dense[1:]) * dense[3]
+    products = _rest(dense_seconds, latency + 4 * prod(dense[1:]) / bandwidth)
+    return _Folds(latency, bandwidth, flops / products, max(1.0, at_once / decay_seconds))
+
+
+def _fold_seconds(ranks: _Ranks, kind: type[Transition], shape: tuple[int, ...]) -> float:
+    """Seconds of one fold of states ``[n, B, H, K, V]``, in a scan of n."""
+    states = torch.zeros(shape, device=ranks.device)
+    pair = Pair(kind(torch.zeros(kind.parameter_shape(shape), device=ranks.device)), states)
+    return ranks.seconds(lambda: exclusive_scan(pair), 5) / (shape[0] - 1)
+
+
+def _rest(seconds: float, part: float) -> float:
+    """What is left without a part that was measured at another moment, which may have been a worse one."""
+    return max(seconds - part, 0.1 * seconds)

@@ -1,0 +1,75 @@
+"""What is made once per process group and kept as long as the group: groups and threads beside it, host names, measurements."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Hashable, Sequence
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from longspan.layout import SequenceLayout
+
+T = TypeVar("T")
+
+# Process groups are registered for a whole process, by torch too, and their objects take no attributes. An entry goes with
+# its group, so that nothing of a destroyed group is found by a later one.
+_kept: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[Hashable, Any]] = weakref.WeakKeyDictionary()
+
+
+def kept(group: dist.ProcessGroup, key: Hashable, build: Callable[[], T]) -> T:
+    """What `build` returns, built once for this group and `key`. It must not hold on to `group` itself."""
+    entries = _kept.setdefault(group, {})
+    if key not in entries:
+        entries[key] = build()
+    value: T = entries[key]
+    return value
+
+
+def group_of(layout: SequenceLayout) -> dist.ProcessGroup:
+    """The layout's process group, of two ranks or more."""
+    assert layout.group is not None and layout.num_ranks > 1
+    return layout.group
+
+
+def new_group_beside(
+    group: dist.ProcessGroup, members: Sequence[int] | None = None, description: str | None = None
+) -> dist.ProcessGroup:
+    """A process group of its own with `members` of `group`, and its backend and timeout.
+
+    Args:
+        group: the group that it stands beside.
+        members: ranks in `group`, this rank among them; None is all of them. Their order is their order in the new group.
+        description: for torch's own messages.
+
+    Every member calls this, and no other rank; in the same order where several groups have the same members.
+    """
+    ranks = dist.get_process_group_ranks(group)
+    if members is not None:
+        ranks = [ranks[member] for member in members]
+    # Only torch releases with this option have groups whose ranks do not ascend.
+    order: dict[str, Any] = {} if ranks == sorted(ranks) else {"sort_ranks": False}
+    made = dist.new_group(
+        ranks,
+        timeout=_timeout(group),
+        backend=dist.get_backend_config(group),
+        use_local_synchronization=True,
+        group_desc=description,
+        **order,
+    )
+    assert isinstance(made, dist.ProcessGroup)
+    return made
+
+
+def _timeout(group: dist.ProcessGroup) -> timedelta | None:
+    """The group's own timeout where its backend tells; None is torch's default for the backend."""
+    options = getattr(group._get_backend(_device_of(group)), "options", None)
+    timeout = getattr(options, "_timeout", None)
+    return timeout if isinstance(timeout, timedelta) else None
+
+
+def _device_of(group: dist.ProcessGroup) -> torch.device:
+    devices = group._device_types
+    return torch.device("cpu") if torch.device("cpu") in devices else devices[0]

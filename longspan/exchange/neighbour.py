@@ -1,0 +1,101 @@
+"""Neighbours only: each state goes to the owner of the next segment and no further. One message, no scan, no waiting in a chain.
+
+That is the whole exchange where no state survives a second segment on another rank:
+
+- no document spans more than two ranks' segments; or
+- every head forgets: the decay over each segment on the way is exactly zero in the dtype of the states (`retention`, Lightning
+  Attention: ``exp(length · log γ) == 0``), which float32 reaches at ``length · log γ < −104``.
+
+A rank sends the bytes and messages of `ring`: |U| numbers in one message for each of its segments that another rank's segment
+follows, forward and backward, but all ranks at once. Where the exchange does not hold, it is refused before any message.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from longspan.errors import LayoutError
+from longspan.exchange.base import Topology, Unresolved
+from longspan.exchange.chain import Chain, chain_of
+from longspan.layout import SequenceLayout
+from longspan.state import HeadDecay, Pair, Transition
+
+
+@dataclass(frozen=True)
+class Neighbour(Unresolved):
+    """One send to the next segment's owner: for short documents, and for decays that forget within a segment.
+
+    state_dtype: states and their gradients are rounded to it for the wire; None sends them as they are.
+    """
+
+    name = "neighbour"
+    state_dtype: torch.dtype | None = None
+
+    def resolve(self, pair: Pair, layout: SequenceLayout) -> Topology:
+        if not applies(pair, layout):
+            raise LayoutError(
+                "the exchange 'neighbour' holds where no document spans more than two ranks' segments, or where every head's "
+                f"decay over a segment is zero in {pair.state.dtype}; neither is so for {type(pair.transition).__name__} "
+                f"transitions of {layout.seq_len} tokens on {layout.num_ranks} ranks ({layout.order}). Use exchange='auto', which "
+                "takes it where it holds, or 'all_to_all'"
+            )
+        return Chain(self.name, self.state_dtype, cuts=_cuts(pair.transition, layout))
+
+
+def applies(pair: Pair, layout: SequenceLayout) -> bool:
+    """Whether sending each state to the next segment alone is the whole exchange; the same answer on every rank.
+
+    Transitions are read where every rank knows them: at no cost on the CPU. On other devices the host waits once for the log decay
+    that they were made from, and again only after it has changed.
+    """
+    if _is_independent(layout, None):
+        return True
+    cuts = _cuts(pair.transition, layout)
+    return cuts is not None and _is_independent(layout, cuts)
+
+
+def _is_independent(layout: SequenceLayout, cuts: tuple[bool, ...] | None) -> bool:
+    def compute() -> bool:
+        return all(run.is_independent or run.target is None for run in chain_of(layout, reverse=False, cuts=cuts))
+
+    return layout.cached(("independent", cuts), compute)
+
+
+def _cuts(transition: Transition, layout: SequenceLayout) -> tuple[bool, ...] | None:
+    """For each segment in global order, whether nothing of what enters it leaves it; None: only where a document starts."""
+    if not isinstance(transition, HeadDecay):
+        return None
+    forgets = _is_zero(transition, layout)
+    segments = layout.all_segments
+    return tuple(zero or segment.starts_document for zero, segment in zip(forgets, segments, strict=True))
+
+
+def _is_zero(transition: HeadDecay, layout: SequenceLayout) -> list[bool]:
+    parameter = transition.parameter
+    if parameter.device.type != "cpu" and transition.log_decay is not None:
+        lengths = torch.tensor([segment.num_tokens for segment in layout.all_segments], dtype=parameter.dtype)
+        parameter = lengths[:, None] * _on_host(transition.log_decay).to(parameter.dtype)
+    zero: list[bool] = (parameter.exp() == 0).all(dim=1).tolist()
+    return zero
+
+
+# What the host has read of tensors on other devices, with their version at the time: an in-place change makes it void. A
+# process has one such memory, as it has one of each tensor.
+_read: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def _on_host(x: Tensor) -> Tensor:
+    if x.device.type == "cpu":
+        return x
+    if x.is_inference():
+        # Has no version.
+        return x.cpu()
+    version, copy = _read.get(x, (None, None))
+    if version != x._version:
+        copy = x.detach().cpu()
+        _read[x] = (x._version, copy)
+    return copy

@@ -1,0 +1,94 @@
+"""Which ranks share a node: what the layout says, or the names of the hosts, asked once per process group."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import torch.distributed as dist
+
+from longspan.errors import LayoutError
+from longspan.exchange.groups import group_of, kept, new_group_beside
+from longspan.layout import SequenceLayout
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """P ranks as nodes of equally many consecutive ranks, seen from one rank.
+
+    node: number of this rank's node. place: its number among the node's ranks.
+    """
+
+    num_nodes: int
+    ranks_per_node: int
+    node: int
+    place: int
+
+
+def nodes_of(layout: SequenceLayout) -> Nodes:
+    """The nodes of a layout's ranks.
+
+    From `SequenceLayout.ranks_per_node`; else from the hosts' names, one collective at the first call for a process group, in
+    which all ranks take part.
+
+    Raises:
+        LayoutError: on every rank, where a host's ranks are not consecutive, or hosts differ in their number of ranks.
+    """
+    ranks_per_node = layout.ranks_per_node
+    if ranks_per_node is None:
+        group = group_of(layout)
+        ranks_per_node = ranks_per_host(kept(group, "host names", lambda: _host_names(group)))
+    node, place = divmod(layout.rank, ranks_per_node)
+    return Nodes(layout.num_ranks // ranks_per_node, ranks_per_node, node, place)
+
+
+def ranks_per_host(hosts: Sequence[str]) -> int:
+    """How many ranks each host has, given the name of each rank's host.
+
+    Raises:
+        LayoutError: where a host's ranks are not consecutive, or hosts differ in their number of ranks.
+    """
+    runs = [(host, len(list(ranks))) for host, ranks in groupby(hosts)]
+    counts = {count for _, count in runs}
+    names = [host for host, _ in runs]
+    if len(set(names)) == len(names) and len(counts) == 1:
+        return counts.pop()
+    raise LayoutError(
+        "the topology 'two_level' needs nodes of equally many consecutive ranks; the hosts of the ranks are, in their order, "
+        f"{_listed(runs)}. Start equally many ranks on each host, numbered host by host; or build the layout with ranks_per_node, "
+        "or on a DeviceMesh of nodes x ranks; or use the topology 'all_to_all', which knows no nodes"
+    )
+
+
+def _listed(runs: Sequence[tuple[str, int]]) -> str:
+    listed = ", ".join(f"{host} ({count})" for host, count in runs[:8])
+    return listed if len(runs) <= 8 else f"{listed}, and {len(runs) - 8} more"
+
+
+def _host_names(group: dist.ProcessGroup) -> list[str]:
+    names: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(names, socket.gethostname(), group=group)
+    return names
+
+
+def node_group(layout: SequenceLayout, nodes: Nodes) -> dist.ProcessGroup | None:
+    """A process group of this rank's node, made at the first call; None for a node of one rank."""
+    if nodes.ranks_per_node == 1:
+        return None
+    first = nodes.node * nodes.ranks_per_node
+    return _kept_group(layout, ("node", nodes), range(first, first + nodes.ranks_per_node))
+
+
+def rail_group(layout: SequenceLayout, nodes: Nodes) -> dist.ProcessGroup | None:
+    """A process group of this rank's rail, the ranks of the same place in every node; None for a single node."""
+    if nodes.num_nodes == 1:
+        return None
+    return _kept_group(layout, ("rail", nodes), range(nodes.place, layout.num_ranks, nodes.ranks_per_node))
+
+
+def _kept_group(layout: SequenceLayout, key: tuple[str, Nodes], members: range) -> dist.ProcessGroup:
+    group = group_of(layout)
+    return kept(group, key, lambda: new_group_beside(group, members, f"longspan {key[0]}"))

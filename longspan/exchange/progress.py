@@ -1,0 +1,168 @@
+"""Progress beside the main thread: an exchange of several steps runs on while the caller computes.
+
+A topology of several steps (receive, fold, send; all-to-all, scan, all-to-all) is written as plain straight-line code and given to
+`run_beside`. What comes back is a `Task`, to be waited for where the result is needed.
+
+- On the CPU the work runs in a daemon thread, one per process group, in the order of the calls.
+- On CUDA the host only queues the work, at once, on a side stream, one per process group: nothing in it may make the host wait.
+
+The work is given process groups of its own, with the ranks of the layout's, made at the first use. Operations of a group are
+matched by their order, and the order between a thread and the main thread differs from rank to rank. Messages have a group apart
+from that of collectives: ranks send and receive unequal numbers of them, which a collective of the same group would take for a
+mismatch (gloo with TORCH_DISTRIBUTED_DEBUG=DETAIL).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from queue import SimpleQueue
+from typing import Any, Generic, Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from longspan.exchange.groups import group_of, kept, new_group_beside
+from longspan.exchange.ranges import named_range
+from longspan.exchange.traffic import waiting
+from longspan.layout import SequenceLayout
+
+T = TypeVar("T")
+Work = Callable[[dist.ProcessGroup], T]
+Operations = Literal["collectives", "messages"]
+
+
+class Task(ABC, Generic[T]):
+    """Work under way beside the main thread."""
+
+    @abstractmethod
+    def wait(self) -> T:
+        """What the work returned; raises what it raised. The time spent counts as waiting for other ranks."""
+
+
+def run_beside(
+    layout: SequenceLayout, device: torch.device, work: Work[T], operations: Operations = "collectives"
+) -> Task[T]:
+    """Run `work` beside the main thread.
+
+    Args:
+        layout: of two ranks or more.
+        device: where the tensors are. The work sees them as they are at the call.
+        work: called with the process group for its operations, without gradients and without autocast. It returns tensors, or
+            tuples, lists or dataclasses of them, that it has made or been given. It must not write into what it has been given.
+        operations: what the work does on its group, collectives or point-to-point messages, never both.
+
+    Every rank of the layout's group calls this for the same work, in the same order. Works of one group run one after another.
+    Once a work has failed, so do all later ones of its group: the ranks are out of step.
+    """
+    group = group_of(layout)
+    dedicated = kept(group, ("beside", operations, device.type), lambda: _dedicated(group, operations, device))
+    if device.type == "cpu":
+        worker = kept(group, "worker", lambda: _Worker(f"longspan-exchange-rank-{layout.rank}"))
+        return worker.submit(lambda: work(dedicated))
+    stream = kept(group, ("stream", device), lambda: torch.Stream(device))
+    return _StreamTask(stream, lambda: work(dedicated))
+
+
+def _dedicated(group: dist.ProcessGroup, operations: Operations, device: torch.device) -> dist.ProcessGroup:
+    made = new_group_beside(group, description=f"longspan {operations}")
+    if device.type != "cpu":
+        # NCCL makes its communicator at the first operation, which all ranks must join; a message has but two.
+        dist.all_reduce(torch.zeros(1, device=device), group=made)
+    return made
+
+
+@contextmanager
+def _plain(device_type: str) -> Iterator[None]:
+    """Without gradients and without autocast: states keep their dtype whatever the layer around them computes in."""
+    with torch.no_grad(), torch.autocast(device_type, enabled=False):
+        yield
+
+
+# ----------------------------------------------------------------------------------------------------------------------- CPU
+
+
+class _Worker:
+    """A daemon thread that runs works in order; it ends when the worker is no longer referred to."""
+
+    def __init__(self, name: str) -> None:
+        self._works: SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = SimpleQueue()
+        threading.Thread(target=_serve, args=(self._works,), name=name, daemon=True).start()
+        weakref.finalize(self, self._works.put, None)
+
+    def submit(self, work: Callable[[], T]) -> Task[T]:
+        done: Future[T] = Future()
+        self._works.put((work, done))
+        return _ThreadTask(done)
+
+
+def _serve(works: SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None]) -> None:
+    failure: BaseException | None = None
+    while (item := works.get()) is not None:
+        work, done = item
+        try:
+            if failure is not None:
+                raise RuntimeError("an earlier exchange of this process group failed") from failure
+            with named_range("longspan.exchange.work"), _plain("cpu"):
+                done.set_result(work())
+        except BaseException as error:
+            # Everything: whatever ends a work must reach the one who waits for it.
+            failure = failure or error
+            done.set_exception(error)
+        # Not kept while the thread waits for the next one.
+        del item, work, done
+
+
+class _ThreadTask(Task[T]):
+    def __init__(self, done: Future[T]) -> None:
+        self._done = done
+
+    def wait(self) -> T:
+        with waiting():
+            return self._done.result()
+
+
+# ---------------------------------------------------------------------------------------------------------------------- CUDA
+
+
+class _StreamTask(Task[T]):
+    """Work that has been queued on a side stream.
+
+    The work is kept until it has been waited for: its inputs then are not freed, and their memory not given to what the current
+    stream does next, while the side stream may still read them.
+    """
+
+    def __init__(self, stream: torch.Stream, work: Callable[[], T]) -> None:
+        self._stream = stream
+        self._work: Callable[[], T] | None = work
+        stream.wait_stream(torch.accelerator.current_stream(stream.device))
+        with stream, named_range("longspan.exchange.work"), _plain(stream.device.type):
+            self._result = work()
+        self._finished = stream.record_event()
+
+    def wait(self) -> T:
+        current = torch.accelerator.current_stream(self._stream.device)
+        with waiting():
+            current.wait_event(self._finished)
+        for tensor in _tensors(self._result):
+            # Made on the side stream, used on this one.
+            tensor.record_stream(current)
+        self._work = None
+        return self._result
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from _tensors(item)
+    elif dataclasses.is_dataclass(value):
+        for field in dataclasses.fields(value):
+            yield from _tensors(getattr(value, field.name))

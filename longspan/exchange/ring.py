@@ -1,0 +1,36 @@
+"""LASP (arXiv 2404.02882, Algorithms 2 and 3): the running state goes from rank to rank, each adding what its segment wrote.
+
+A rank receives S_in and sends ``A · S_in + U``; backward it receives λ and sends ``Aᵀ · λ + G`` (`longspan.exchange.chain`).
+Transitions never travel. For one document a rank sends
+
+    contiguous    |U| numbers in 1 message; none on the last rank (backward: on the first)
+    zigzag        2 · |U| numbers in 2 messages; half of it on the first rank, and on the last, where the chain turns
+
+forward, and as much backward: the least of all topologies. The messages follow one another, P − 1 of them (zigzag: 2P − 2). Where a
+document starts inside a segment a chain begins anew, at once; where one starts at its first token there is no message.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from longspan.exchange.base import Topology, Unresolved
+from longspan.exchange.chain import Chain
+from longspan.layout import SequenceLayout
+from longspan.state import Pair
+
+
+@dataclass(frozen=True)
+class Ring(Unresolved):
+    """LASP's exchange: least bytes, one rank after another; the baseline.
+
+    state_dtype: states and their gradients are rounded to it for the wire, at each hop; None sends them as they are.
+    """
+
+    name = "ring"
+    state_dtype: torch.dtype | None = None
+
+    def resolve(self, pair: Pair, layout: SequenceLayout) -> Topology:
+        return Chain(self.name, self.state_dtype)

@@ -1,0 +1,203 @@
+"""A scan by rows: an all-to-all that gives each member of a group some rows of every stretch, their scan, an all-to-all back.
+
+A row is one batch row and head of a state, R = B · H of them; no row depends on another. So the members of a group may share the
+rows out: each takes the pairs of *all* stretches for its rows, scans them, and returns what enters each stretch to its holder.
+The first R mod M of M members take one row more; where there are fewer rows than members, some take none.
+
+Shapes: M members, n stretches a member, R rows, r rows of this member, K key size, V value size. States are
+``[n, 1, R, K, V]``, so that the transitions of `longspan.state` apply with the rows as heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from longspan.exchange.base import Arrived, Handle, ReverseHandle
+from longspan.exchange.progress import Task
+from longspan.exchange.segments import take
+from longspan.exchange.traffic import note_collective
+from longspan.exchange.wire import pack, unpack_parameter, unpack_states
+from longspan.layout import SequenceLayout
+from longspan.state import Pair, Transition, exclusive_scan, exclusive_scan_adjoint
+
+
+def as_rows(states: Tensor) -> Tensor:
+    """``[n, B, H, K, V]`` as ``[n, 1, B · H, K, V]``."""
+    return states.flatten(1, 2).unsqueeze(1)
+
+
+def known_rows(parameter: Tensor, num_batch_rows: int) -> Tensor:
+    """The parameter of transitions that every rank knows, ``[n]`` or ``[n, H]``, with the rows as heads: ``[n]`` or ``[n, R]``."""
+    return parameter if parameter.dim() == 1 else parameter.repeat(1, num_batch_rows)
+
+
+def pair_of_rows(pair: Pair) -> Pair:
+    """A pair with states ``[n, B, H, K, V]`` as one with states ``[n, 1, B · H, K, V]``."""
+    states, transition = as_rows(pair.state), pair.transition
+    if transition.is_known:
+        return Pair(type(transition)(known_rows(transition.parameter, pair.state.shape[1])), states)
+    return Pair(type(transition)(transition.parameter.reshape(transition.parameter_shape(states.shape))), states)
+
+
+def _by_row(states: Tensor) -> Tensor:
+    """``[n, 1, R, ...]`` as ``[R · n, ...]``, a row's stretches one after another."""
+    return states.squeeze(1).transpose(0, 1).flatten(0, 1)
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Rows shared out over the members of a group, of which this rank is number `place`; a single member needs no group.
+
+    counts: how many rows each member takes. own: which ones this rank takes.
+    """
+
+    group: dist.ProcessGroup | None
+    num_members: int
+    place: int
+    num_rows: int
+
+    @property
+    def counts(self) -> list[int]:
+        base, longer = divmod(self.num_rows, self.num_members)
+        return [base + (member < longer) for member in range(self.num_members)]
+
+    @property
+    def own(self) -> slice:
+        counts = self.counts
+        start = sum(counts[: self.place])
+        return slice(start, start + counts[self.place])
+
+    def of_known(self, parameter: Tensor) -> Tensor:
+        """This rank's rows of a parameter that all ranks know: ``[n]`` as it is, ``[n, R]`` as ``[n, r]``."""
+        return parameter if parameter.dim() == 1 else parameter[:, self.own]
+
+
+@dataclass(frozen=True)
+class RowExchange:
+    """The two all-to-alls of a scan by rows.
+
+    order: for each of all M · n stretches in the order of the scan, its number in the members' stretches laid one after another.
+    layout: of the ranks, for what is made once for it.
+    state_dtype: what states are rounded to for the wire; None sends them as they are.
+    """
+
+    shares: Shares
+    order: Sequence[int]
+    layout: SequenceLayout
+    state_dtype: torch.dtype | None
+    phase: str
+
+    def deal(self, states: Tensor) -> Tensor:
+        """Give each member its rows of this rank's stretches, and take this rank's rows of all stretches.
+
+        ``[n, 1, R, K, V]`` in, ``[M · n, 1, r, K, V]`` in the order of the scan out.
+        """
+        received = self._deal(pack(_by_row(states), None, self.state_dtype), states.shape[0])
+        return unpack_states(received, states.shape[3:], states.dtype).view(self._dealt_shape(states))
+
+    def deal_pair(self, pair: Pair) -> tuple[Tensor, Tensor]:
+        """`deal` for states and their transitions; returns the states and the transitions' parameter."""
+        states, transition, shape = pair.state, pair.transition, self._dealt_shape(pair.state)
+        # A transition's numbers laid out by row, as a state's are.
+        width = prod(transition.parameter_shape((1, 1, 1, *states.shape[3:])))
+        numbers = _by_row(transition.parameter.reshape(*states.shape[:3], width))
+        received = self._deal(pack(_by_row(states), numbers, self.state_dtype), states.shape[0])
+        parameter = unpack_parameter(received, states.shape[3:], numbers.shape[1:], states.dtype)
+        dealt = unpack_states(received, states.shape[3:], states.dtype).reshape(shape)
+        return dealt, parameter.view(transition.parameter_shape(shape))
+
+    def _dealt_shape(self, states: Tensor) -> tuple[int, ...]:
+        shares = self.shares
+        return (shares.num_members * states.shape[0], 1, shares.counts[shares.place], *states.shape[3:])
+
+    def _deal(self, packed: Tensor, num_stretches: int) -> Tensor:
+        """``[R · n, numbers]`` in the order of rows to ``[M · n · r, numbers]`` in the order of the scan."""
+        shares, counts = self.shares, self.shares.counts
+        own, members = counts[shares.place], shares.num_members
+        numbers = packed.shape[1]
+        sent = packed.view(shares.num_rows, num_stretches * numbers)
+        received = sent.new_empty(members * own, num_stretches * numbers)
+        self._swap(received, sent, [own] * members, counts)
+        by_member = received.view(members, own, num_stretches, numbers).transpose(1, 2)
+        return take(by_member.flatten(0, 1), self.order, self.layout).flatten(0, 1)
+
+    def collect(self, states: Tensor) -> Tensor:
+        """The way back: ``[M · n, 1, r, K, V]`` in the order of the scan to this rank's stretches ``[n, 1, R, K, V]``."""
+        shares, (total, _, own, *state_shape) = self.shares, states.shape
+        num_stretches = total // shares.num_members
+        place = self.layout.cached(
+            ("places", tuple(self.order)), lambda: sorted(range(total), key=self.order.__getitem__)
+        )
+        numbers = prod(state_shape)
+        packed = pack(states.flatten(0, 2), None, self.state_dtype).view(total, own, numbers)
+        by_member = take(packed, place, self.layout).view(shares.num_members, num_stretches, own, numbers)
+        sent = by_member.transpose(1, 2).reshape(shares.num_members * own, num_stretches * numbers)
+        received = sent.new_empty(shares.num_rows, sent.shape[1])
+        self._swap(received, sent, shares.counts, [own] * shares.num_members)
+        rows = received.view(shares.num_rows * num_stretches, numbers)
+        collected = unpack_states(rows, state_shape, states.dtype)
+        return collected.unflatten(0, (shares.num_rows, num_stretches)).transpose(0, 1).unsqueeze(1).contiguous()
+
+    def _swap(self, received: Tensor, sent: Tensor, receive_rows: list[int], send_rows: list[int]) -> None:
+        if self.shares.num_members == 1:
+            received.copy_(sent)
+            return
+        if self.shares.num_rows == 0:
+            return
+        to_others = [count for member, count in enumerate(send_rows) if member != self.shares.place]
+        bytes_sent = sum(to_others) * sent.shape[1] * sent.element_size()
+        note_collective("all_to_all", self.phase, bytes_sent, sum(count > 0 for count in to_others))
+        dist.all_to_all_single(received, sent, receive_rows, send_rows, group=self.shares.group)
+
+
+def scan_by_rows(exchange: RowExchange, pair: Pair) -> tuple[Tensor, Transition]:
+    """The exclusive scan of all members' stretches.
+
+    Args:
+        exchange: how the members exchange.
+        pair: this rank's stretches, states ``[n, 1, R, K, V]``; where every rank knows the transitions, those of all M · n
+            stretches in the order of the scan.
+
+    Returns:
+        The state that enters each of this rank's stretches ``[n, 1, R, K, V]``, and the transitions of all stretches for this
+        rank's rows, which `scan_by_rows_adjoint` takes.
+    """
+    transition = pair.transition
+    if transition.is_known:
+        states = exchange.deal(pair.state)
+        parameter = exchange.shares.of_known(transition.parameter)
+    else:
+        states, parameter = exchange.deal_pair(pair)
+    own = type(transition)(parameter)
+    return exchange.collect(exclusive_scan(Pair(own, states))), own
+
+
+def scan_by_rows_adjoint(exchange: RowExchange, transition: Transition, grads: Tensor) -> Tensor:
+    """λ of this rank's stretches ``[n, 1, R, K, V]``, given their G and the transitions of all stretches for this rank's rows."""
+    return exchange.collect(exclusive_scan_adjoint(transition, exchange.deal(grads)))
+
+
+@dataclass(frozen=True)
+class PendingScan(Handle):
+    """A forward exchange that runs beside the main thread."""
+
+    task: Task[Arrived]
+
+    def wait(self) -> Arrived:
+        return self.task.wait()
+
+
+@dataclass(frozen=True)
+class PendingScanAdjoint(ReverseHandle):
+    """A backward exchange that runs beside the main thread."""
+
+    task: Task[Tensor]
+
+    def wait(self) -> Tensor:
+        return self.task.wait()

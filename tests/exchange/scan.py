@@ -1,0 +1,70 @@
+"""An exchange of random pairs against the scan of all of them on one process."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from longspan.exchange import Topology, start_exchange
+from longspan.exchange.segments import own_segments
+from longspan.layout import SequenceLayout
+from longspan.state import Dense, Identity, Pair, Transition, exclusive_scan
+
+
+def random_pair(kind: type[Transition], shape: Sequence[int], layout: SequenceLayout, dtype: torch.dtype) -> Pair:
+    """Pairs of all segments, the same on every rank; `shape` is [B, H, K, V]."""
+    generator = torch.Generator().manual_seed(0)
+    full = (len(layout.all_segments), *shape)
+    parameter = -torch.rand(kind.parameter_shape(full), generator=generator, dtype=dtype)
+    if kind is Identity:
+        parameter.zero_()
+    if kind is Dense:
+        # Of norm about 1, so that the products of many neither vanish nor grow.
+        parameter = torch.randn(parameter.shape, generator=generator, dtype=dtype) / shape[2] ** 0.5
+    cut = kind(parameter).cut([segment.starts_document for segment in layout.all_segments])
+    return Pair(cut, torch.randn(full, generator=generator, dtype=dtype))
+
+
+def errors_of_scan(
+    topology: Topology,
+    kind: type[Transition],
+    shape: Sequence[int],
+    layout: SequenceLayout,
+    dtype: torch.dtype = torch.float64,
+) -> list[float]:
+    """Largest errors, relative to the largest value: of S_in, of the gradient of U, and of A's where it is not known."""
+    pair = random_pair(kind, shape, layout, dtype)
+    grad_in = torch.randn(pair.state.shape, generator=torch.Generator().manual_seed(1), dtype=dtype)
+    exact = (pair.state.double().requires_grad_(), pair.transition.parameter.double().requires_grad_())
+    expected = exclusive_scan(Pair(kind(exact[1]), exact[0]))
+    expected_grads = torch.autograd.grad((expected * grad_in).sum(), exact)
+
+    own = own_segments(layout)
+    state, parameter = pair.state[own].requires_grad_(), pair.transition.parameter
+    leaves = [state]
+    if not kind.is_known:
+        parameter = parameter[own].requires_grad_()
+        leaves.append(parameter)
+    incoming = start_exchange(topology, Pair(kind(parameter), state), layout).wait()
+    assert incoming.dtype == dtype and incoming.shape == state.shape
+    # A gradient that is not contiguous, as they come from permuted products.
+    grad = grad_in[own].transpose(3, 4).contiguous().transpose(3, 4)
+    grads = torch.autograd.grad(incoming, leaves, grad)
+    errors = [_error(incoming.detach(), expected.detach(), own)]
+    return errors + [_error(got, want, own) for got, want in zip(grads, expected_grads, strict=False)]
+
+
+def _error(got: Tensor, expected: Tensor, own: list[int]) -> float:
+    return float((got - expected[own]).abs().max() / expected.abs().max())
+
+
+def layouts(order: Any, **options: Any) -> list[SequenceLayout]:
+    """One document, ragged and with empty segments (in zigzag order), and packed ones of many lengths."""
+    return [
+        SequenceLayout(dist.get_world_size() + 1, order=order, **options),
+        SequenceLayout(40, order=order, documents=[0, 1, 7, 25, 40], **options),
+    ]

@@ -1,0 +1,113 @@
+"""`longspan.Exchange`: a topology with its options; bfloat16 states; options that a topology does not have."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import longspan
+from longspan.errors import InputError
+from longspan.exchange import TOPOLOGIES, resolve_topology
+from longspan.exchange.wire import pack, unpack_parameter, unpack_states, wire_bytes
+from longspan.layout import SequenceLayout
+from longspan.state import Dense, ScalarDecay, Transition
+from tests.exchange.scan import errors_of_scan
+from tests.ranks import run_on_ranks
+
+NAMES = [name for name in TOPOLOGIES if name != "auto"]
+# Exchanges that hold for a single document.
+GENERAL = [name for name in NAMES if name != "neighbour"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name_and_an_exchange_of_that_name_are_the_same(name: str) -> None:
+    assert resolve_topology(name) == resolve_topology(longspan.Exchange(name)) == TOPOLOGIES[name]
+    assert resolve_topology(longspan.Exchange()) == resolve_topology("auto")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_topology_takes_a_dtype_for_its_states(name: str) -> None:
+    topology: Any = resolve_topology(longspan.Exchange(name, state_dtype=torch.bfloat16))
+    assert (topology.name, topology.state_dtype) == (name, torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"topology": "telepathy"}, "'auto' or one of 'all_gather'.*got 'telepathy'"),
+        ({"topology": 3}, "got 3"),
+        ({"state_dtype": torch.float16}, "state_dtype must be None .* or torch.bfloat16; got torch.float16"),
+        ({"state_dtype": "bfloat16"}, "got 'bfloat16'"),
+        ({"topology": "pipelined", "num_blocks": 0}, "num_blocks must be None or an int of at least 1; got 0"),
+        ({"topology": "pipelined", "num_blocks": 2.0}, "got 2.0"),
+        ({"topology": "all_gather", "num_blocks": 4}, "'all_gather' has no option num_blocks.*'pipelined'"),
+    ],
+)
+def test_what_does_not_fit_is_refused_when_it_is_written(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        longspan.Exchange(**options)
+
+
+@pytest.mark.parametrize("operator", ["linear_attention", "simple_gla", "gated_delta_rule"])
+def test_operators_take_an_exchange_and_refuse_a_wrong_one_on_one_device(operator: str) -> None:
+    q = torch.randn(1, 6, 2, 4)
+    gates = {"g": -torch.rand(1, 6, 2)} if operator != "linear_attention" else {}
+    if operator == "gated_delta_rule":
+        gates["beta"] = torch.rand(1, 6, 2)
+    run = getattr(longspan, operator)
+    assert torch.equal(run(q, q, q, **gates), run(q, q, q, **gates, exchange=longspan.Exchange("all_gather")))
+    with pytest.raises(InputError, match="telepathy"):
+        run(q, q, q, **gates, exchange="telepathy")
+
+
+# ------------------------------------------------------------------------------------------------------------------ the wire
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("state_dtype", [None, torch.bfloat16])
+def test_transitions_cross_the_wire_bit_for_bit_and_states_rounded_once(
+    dtype: torch.dtype, state_dtype: torch.dtype | None
+) -> None:
+    # An odd number of numbers a state, so that what follows it is not aligned.
+    states, parameter = torch.randn(3, 1, 5, 3, dtype=dtype), torch.randn(3, 2, 4, dtype=dtype)
+    parameter[0, 0] = torch.tensor([-torch.inf, torch.nan, 1e-40, -0.0], dtype=dtype)
+    rows = pack(states, parameter, state_dtype)
+    assert rows.nbytes == wire_bytes(states.numel(), parameter.numel(), dtype, state_dtype)
+    arrived = unpack_states(rows, states.shape[1:], dtype)
+    assert arrived.dtype == dtype
+    assert torch.equal(arrived, states.to(state_dtype or dtype).to(dtype))
+    bits = unpack_parameter(rows, states.shape[1:], parameter.shape[1:], dtype)
+    assert torch.equal(bits.view(torch.int32), parameter.view(torch.int32))
+
+
+def test_without_transitions_the_wire_holds_states_alone() -> None:
+    states = torch.randn(2, 3, 5).transpose(1, 2)
+    rows = pack(states)
+    assert rows.is_contiguous() and rows.shape == (2, 15)
+    assert torch.equal(unpack_states(rows, (5, 3), torch.float32), states)
+
+
+def bfloat16_errors(
+    name: str, kind: type[Transition], order: Any, dtype: torch.dtype
+) -> tuple[list[float], list[float]]:
+    layout = SequenceLayout(64, order=order, ranks_per_node=2)
+    rounded = resolve_topology(longspan.Exchange(name, state_dtype=torch.bfloat16))
+    return (
+        errors_of_scan(rounded, kind, (1, 5, 3, 3), layout, dtype),
+        errors_of_scan(TOPOLOGIES[name], kind, (1, 5, 3, 3), layout, dtype),
+    )
+
+
+@pytest.mark.parametrize("order", ["contiguous", "zigzag"])
+@pytest.mark.parametrize("kind", [ScalarDecay, Dense])
+@pytest.mark.parametrize("name", GENERAL)
+def test_bfloat16_states_cost_a_few_roundings_and_no_more(name: str, kind: type[Transition], order: str) -> None:
+    for dtype in (torch.float32, torch.float64):
+        results = run_on_ranks(4, bfloat16_errors, name, kind, order, dtype)
+        for rounded, exact in results:
+            assert max(exact) < 1e-5
+            assert max(rounded) < 8 * 2**-8
+        # Something was rounded.
+        assert max(error for rounded, _ in results for error in rounded) > 2**-12

@@ -1,0 +1,299 @@
+"""Work beside the main thread: it runs on while the caller computes, in order, and what goes wrong reaches the one who waits."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from longspan.exchange.groups import kept, new_group_beside
+from longspan.exchange.progress import run_beside
+from longspan.exchange.traffic import record_traffic
+from longspan.layout import SequenceLayout
+from tests.ranks import raised, run_on_ranks
+
+CPU = torch.device("cpu")
+PROJECT_ROOT = Path(__file__).resolve().parents[2]
+
+
+def sum_beside_sums() -> list[float]:
+    """Collectives of the work and of the main thread: rank 0 does the work's first, the others the main thread's."""
+    layout, rank = SequenceLayout(8), dist.get_rank()
+
+    def work(group: dist.ProcessGroup) -> Tensor:
+        total = torch.tensor([float(rank)])
+        dist.all_reduce(total, group=group)
+        return total
+
+    task = run_beside(layout, CPU, work)
+    if rank == 0:
+        task.wait()
+    own = torch.tensor([1.0])
+    dist.all_reduce(own)
+    return [task.wait().item(), own.item()]
+
+
+def test_collectives_of_the_work_and_of_the_main_thread_do_not_mix() -> None:
+    assert run_on_ranks(3, sum_beside_sums) == [[3.0, 3.0]] * 3
+
+
+def results_in_order() -> list[Any]:
+    layout, log = SequenceLayout(8), []
+
+    def work(number: int) -> Callable[[dist.ProcessGroup], int]:
+        def note(group: dist.ProcessGroup) -> int:
+            log.append(number)
+            return number
+
+        return note
+
+    tasks = [run_beside(layout, CPU, work(number)) for number in range(5)]
+    values = [task.wait() for task in reversed(tasks)]
+    return [log, values, threading.current_thread() is threading.main_thread()]
+
+
+def test_works_run_in_the_order_of_the_calls_and_may_be_waited_for_in_any() -> None:
+    assert run_on_ranks(2, results_in_order) == [[[0, 1, 2, 3, 4], [4, 3, 2, 1, 0], True]] * 2
+
+
+def progress_without_waiting() -> list[str]:
+    """What happens while the main thread does nothing for the exchange."""
+    layout, rank = SequenceLayout(8), dist.get_rank()
+    log: list[str] = []
+    arrived = threading.Event()
+
+    def work(group: dist.ProcessGroup) -> Tensor:
+        x = torch.ones(1)
+        if rank == 1:
+            dist.recv(x, group=group, group_src=0)
+            log.append("received")
+        if rank == 0:
+            log.append("sent")
+            dist.send(x, group=group, group_dst=1)
+        arrived.set()
+        return x
+
+    task = run_beside(layout, CPU, work, "messages")
+    assert arrived.wait(30)
+    log.append("waits")
+    task.wait()
+    return log
+
+
+def test_several_steps_are_done_before_anyone_waits() -> None:
+    assert run_on_ranks(2, progress_without_waiting) == [["sent", "waits"], ["received", "waits"]]
+
+
+def modes_of_the_work() -> tuple[bool, torch.dtype, str]:
+    layout = SequenceLayout(8)
+    x = torch.ones(4, 4, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        product = run_beside(layout, CPU, lambda group: x @ x).wait()
+        return product.requires_grad, product.dtype, str((x @ x).dtype)
+
+
+def test_the_work_keeps_no_graph_and_computes_in_the_dtype_of_the_states_under_autocast() -> None:
+    assert run_on_ranks(2, modes_of_the_work) == [(False, torch.float32, "torch.bfloat16")] * 2
+
+
+def groups_that_works_see() -> list[bool]:
+    layout = SequenceLayout(8)
+    seen = [run_beside(layout, CPU, lambda group: group).wait() for _ in range(2)]
+    seen += [run_beside(SequenceLayout(9), CPU, lambda group: group, "messages").wait() for _ in range(2)]
+    names = [group.group_name for group in seen]
+    assert layout.group is not None
+    return [names[0] == names[1], names[2] == names[3], len({names[0], names[2], layout.group.group_name}) == 3]
+
+
+def test_groups_are_made_once_apart_for_collectives_and_messages() -> None:
+    assert run_on_ranks(3, groups_that_works_see) == [[True] * 3] * 3
+
+
+def collectives_after_unequal_messages() -> float:
+    layout, rank = SequenceLayout(8), dist.get_rank()
+
+    def message(group: dist.ProcessGroup) -> None:
+        x = torch.ones(1)
+        if rank == 0:
+            dist.send(x, group=group, group_dst=1)
+        if rank == 1:
+            dist.recv(x, group=group, group_src=0)
+
+    def collective(group: dist.ProcessGroup) -> Tensor:
+        total = torch.ones(1)
+        dist.all_reduce(total, group=group)
+        return total
+
+    run_beside(layout, CPU, message, "messages").wait()
+    return run_beside(layout, CPU, collective).wait().item()
+
+
+def test_unequal_counts_of_messages_are_not_taken_for_a_mismatch_of_collectives() -> None:
+    assert run_on_ranks(3, collectives_after_unequal_messages) == [3.0] * 3
+
+
+def failures() -> list[Any]:
+    # A group of this test's own: a failed work leaves its group unusable.
+    group = dist.new_group(use_local_synchronization=True)
+    layout = SequenceLayout(8, group)
+
+    def fail(group: dist.ProcessGroup) -> None:
+        raise ValueError("the work went wrong")
+
+    first = run_beside(layout, CPU, fail)
+    second = run_beside(layout, CPU, lambda group: 1)
+    return [raised(first.wait), raised(first.wait), raised(second.wait)]
+
+
+def test_what_the_work_raises_is_raised_where_it_is_waited_for_and_by_all_later_works() -> None:
+    wrong = ("ValueError", "the work went wrong")
+    for errors in run_on_ranks(2, failures):
+        assert errors == [wrong, wrong, ("RuntimeError", "an earlier exchange of this process group failed")]
+
+
+def waiting_time() -> float:
+    layout = SequenceLayout(8)
+    with record_traffic() as traffic:
+        run_beside(layout, CPU, lambda group: time.sleep(0.05)).wait()
+    return traffic.wait_seconds
+
+
+def test_the_time_spent_in_wait_counts_as_waiting() -> None:
+    assert all(seconds > 0 for seconds in run_on_ranks(2, waiting_time))
+
+
+def things_kept() -> list[Any]:
+    made: list[str] = []
+    groups = [dist.new_group(use_local_synchronization=True) for _ in range(2)]
+
+    def build(name: str) -> Callable[[], str]:
+        def make() -> str:
+            made.append(name)
+            return name
+
+        return make
+
+    got = [kept(groups[0], "x", build("a")), kept(groups[0], "x", build("b")), kept(groups[1], "x", build("c"))]
+    return [made, got]
+
+
+def test_what_is_kept_is_built_once_a_group_and_key() -> None:
+    assert run_on_ranks(2, things_kept) == [[["a", "c"], ["a", "a", "c"]]] * 2
+
+
+def group_beside() -> list[Any]:
+    world = dist.group.WORLD
+    assert world is not None
+    if dist.get_rank() == 0:
+        return []
+    # Rank 0 does not take part, and is not waited for.
+    parent = dist.new_group([1, 2, 3], timeout=timedelta(seconds=77), use_local_synchronization=True)
+    made = new_group_beside(parent, [0, 2]) if dist.get_rank() != 2 else None
+    if made is None:
+        return []
+    total = torch.tensor([float(dist.get_rank())])
+    dist.all_reduce(total, group=made)
+    options = made._get_backend(CPU).options
+    return [dist.get_process_group_ranks(made), total.item(), options._timeout.total_seconds()]
+
+
+def test_a_group_beside_has_the_members_asked_for_and_the_timeout_of_its_group() -> None:
+    assert run_on_ranks(4, group_beside) == [[], [[1, 3], 4.0, 77.0], [], [[1, 3], 4.0, 77.0]]
+
+
+# A process that stands alone, because it ends or its peer does.
+TWO_PROCESSES = """
+    import os, sys, threading, time
+    import torch, torch.distributed as dist
+    from longspan.exchange.progress import run_beside
+    from longspan.layout import SequenceLayout
+
+    rank = int(sys.argv[1])
+    dist.init_process_group("gloo", store=dist.FileStore(sys.argv[2], 2), rank=rank, world_size=2)
+    layout = SequenceLayout(8)
+
+    def receive(group):
+        x = torch.zeros(1)
+        dist.recv(x, group=group, group_src=1 - rank)
+        return x
+
+    run_beside(layout, torch.device("cpu"), lambda group: None, "messages").wait()
+    dist.barrier()
+"""
+
+
+def run_two(tmp_path: Path, code: str) -> list[tuple[int, str]]:
+    script = tmp_path / "two.py"
+    script.write_text(textwrap.dedent(TWO_PROCESSES) + textwrap.dedent(code))
+    environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(PROJECT_ROOT), "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(script), str(rank), str(tmp_path / "store")],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        outputs = [process.communicate(timeout=60)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    return [(process.returncode, output) for process, output in zip(processes, outputs, strict=True)]
+
+
+def test_a_rank_that_dies_is_an_error_where_its_message_is_waited_for(tmp_path: Path) -> None:
+    code = """
+        if rank == 1:
+            os._exit(7)
+        try:
+            run_beside(layout, torch.device("cpu"), receive, "messages").wait()
+        except RuntimeError as error:
+            print("told:", type(error).__name__)
+            os._exit(0)
+    """
+    (survivor, output), (dead, _) = run_two(tmp_path, code)
+    assert dead == 7
+    assert survivor == 0, output
+    assert "told:" in output
+
+
+def test_a_process_ends_although_its_work_still_waits_for_a_message(tmp_path: Path) -> None:
+    code = """
+        task = run_beside(layout, torch.device("cpu"), receive, "messages")
+        time.sleep(0.2)
+        print("ends")
+    """
+    for code_, output in run_two(tmp_path, code):
+        assert code_ == 0, output
+        assert "ends" in output
+
+
+def test_the_thread_ends_with_its_group(tmp_path: Path) -> None:
+    code = """
+        def threads():
+            return [thread for thread in threading.enumerate() if thread.name.startswith("longspan")]
+
+        (thread,) = threads()
+        del layout
+        dist.destroy_process_group()
+        thread.join(20)
+        print("threads left:", len(threads()))
+    """
+    for code_, output in run_two(tmp_path, code):
+        assert code_ == 0, output
+        assert "threads left: 0" in output

@@ -1,0 +1,196 @@
+"""two_level: right for any shape of nodes, which come from the layout, a mesh or host names; little travels between nodes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import longspan
+from longspan.errors import LayoutError
+from longspan.exchange import TwoLevel, nodes, record_traffic
+from longspan.exchange.groups import kept
+from longspan.exchange.nodes import nodes_of, ranks_per_host
+from longspan.layout import SequenceLayout
+from longspan.state import ChannelDecay, Dense, HeadDecay, Identity, ScalarDecay, Transition
+from tests.exchange.scan import errors_of_scan, layouts
+from tests.ranks import raised, run_on_ranks
+
+KINDS: list[type[Transition]] = [Identity, HeadDecay, ScalarDecay, ChannelDecay, Dense]
+
+
+def errors_on_nodes(ranks_per_node: int, batch: int, num_heads: int, order: Any, is_mirrored: bool) -> list[float]:
+    errors = []
+    for layout in layouts(order, ranks_per_node=ranks_per_node):
+        layout = layout.mirrored if is_mirrored else layout
+        for kind in KINDS:
+            errors += errors_of_scan(TwoLevel(), kind, (batch, num_heads, 4, 5), layout)
+    return errors
+
+
+@pytest.mark.parametrize("order", ["contiguous", "zigzag"])
+@pytest.mark.parametrize(("num_ranks", "ranks_per_node"), [(4, 1), (4, 2), (4, 4), (3, 1), (8, 2), (8, 4)])
+def test_any_shape_of_nodes_is_the_scan(num_ranks: int, ranks_per_node: int, order: str) -> None:
+    for errors in run_on_ranks(num_ranks, errors_on_nodes, ranks_per_node, 2, 5, order, False):
+        assert max(errors) < 1e-12
+
+
+@pytest.mark.parametrize("order", ["contiguous", "zigzag"])
+def test_the_mirrored_layout_has_its_runs_in_the_other_order(order: str) -> None:
+    for errors in run_on_ranks(4, errors_on_nodes, 2, 2, 5, order, True):
+        assert max(errors) < 1e-12
+
+
+@pytest.mark.parametrize("order", ["contiguous", "zigzag"])
+@pytest.mark.parametrize(("batch", "num_heads"), [(1, 1), (1, 3)])
+def test_ranks_without_rows_take_part(batch: int, num_heads: int, order: str) -> None:
+    for errors in run_on_ranks(8, errors_on_nodes, 4, batch, num_heads, order, False):
+        assert max(errors) < 1e-12
+
+
+def traffic_of_exchange(ranks_per_node: int, order: Any) -> list[tuple[int, int]]:
+    layout = SequenceLayout(64, order=order, ranks_per_node=ranks_per_node)
+    with record_traffic() as traffic:
+        errors_of_scan(TwoLevel(), ChannelDecay, (1, 16, 4, 5), layout, torch.float32)
+    return [(event.bytes_sent, event.num_messages) for event in traffic.events]
+
+
+@pytest.mark.parametrize(("order", "segments"), [("contiguous", 1), ("zigzag", 2)])
+@pytest.mark.parametrize(("num_ranks", "ranks_per_node"), [(4, 2), (8, 2), (8, 4)])
+def test_all_ranks_of_a_node_send_out_of_it_no_more_than_one_pair_and_what_comes_back(
+    num_ranks: int, ranks_per_node: int, order: str, segments: int
+) -> None:
+    state, transition = 16 * 4 * 5 * 4, 16 * 4 * 4
+    num_nodes = num_ranks // ranks_per_node
+
+    def inside(numbers: int) -> tuple[int, int]:
+        return segments * numbers * (ranks_per_node - 1) // ranks_per_node, ranks_per_node - 1
+
+    def between(numbers: int) -> tuple[int, int]:
+        return segments * numbers * (num_nodes - 1) // num_ranks, num_nodes - 1
+
+    pair = state + transition
+    for events in run_on_ranks(num_ranks, traffic_of_exchange, ranks_per_node, order):
+        assert events[:4] == [inside(pair), between(pair), between(state), inside(state)]
+        assert events[4:] == [inside(state), between(state), between(state), inside(state)]
+        assert ranks_per_node * sum(event[0] for event in events[1:3]) < segments * (2 * state + transition)
+
+
+@pytest.mark.parametrize(
+    ("hosts", "size"), [(["a"], 1), (["a", "a"], 2), (["a", "b"], 1), (["b", "b", "a", "a"], 2), (["a"] * 3, 3)]
+)
+def test_hosts_with_equally_many_consecutive_ranks_are_nodes(hosts: list[str], size: int) -> None:
+    assert ranks_per_host(hosts) == size
+
+
+@pytest.mark.parametrize("hosts", [["a", "b", "a", "b"], ["a", "a", "b"], ["a", "b", "b", "a"]])
+def test_other_hosts_are_refused_with_the_way_out(hosts: list[str]) -> None:
+    with pytest.raises(LayoutError, match=r"(?s)a \(\d\), b \(\d\).*ranks_per_node.*'all_to_all'"):
+        ranks_per_host(hosts)
+
+
+def nodes_by_names(names: list[str]) -> Any:
+    """The nodes of ranks whose hosts would have these names."""
+    asked = []
+
+    def gethostname() -> str:
+        asked.append(1)
+        return names[dist.get_rank()]
+
+    group = dist.new_group(list(range(len(names))))
+    original = nodes.socket.gethostname
+    nodes.socket.gethostname = gethostname
+    try:
+        found = [nodes_of(SequenceLayout(64, group)) for _ in range(2)]
+    finally:
+        nodes.socket.gethostname = original
+    assert found[0] == found[1]
+    return found[0], len(asked)
+
+
+def test_nodes_are_hosts_unless_the_layout_says_otherwise_and_hosts_are_asked_once() -> None:
+    results = run_on_ranks(4, nodes_by_names, ["one", "one", "two", "two"])
+    assert [(found.node, found.place, found.num_nodes) for found, _ in results] == [
+        (0, 0, 2),
+        (0, 1, 2),
+        (1, 0, 2),
+        (1, 1, 2),
+    ]
+    assert [asked for _, asked in results] == [1, 1, 1, 1]
+
+
+def test_hosts_that_are_no_nodes_are_refused_on_every_rank_before_any_exchange() -> None:
+    for name, message in run_on_ranks(3, raised, nodes_by_names, ["one", "two", "one"]):
+        assert name == "LayoutError"
+        assert "one (1), two (1), one (1)" in message
+
+
+def layer_on_mesh(shape: tuple[int, ...], names: tuple[str, ...], part: Any) -> tuple[int | None, list[str], float]:
+    mesh: Any = dist.device_mesh.init_device_mesh("cpu", shape, mesh_dim_names=names)
+    layout = SequenceLayout(24, mesh[part] if part else mesh)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 24, 2, 4, generator=generator, dtype=torch.float64) for _ in range(3))
+    g = -torch.rand(1, 24, 2, generator=generator, dtype=torch.float64)
+    expected = longspan.write("simple_gla", k, v, g=g).read(q)
+    with record_traffic() as traffic:
+        own = [layout.shard(x) for x in (q, k, v, g)]
+        o = longspan.write("simple_gla", own[1], own[2], g=own[3], layout=layout, exchange="two_level").read(own[0])
+    error = float((layout.gather(o) - expected).abs().max())
+    assert SequenceLayout(24, mesh[part] if part else mesh).group is layout.group
+    return layout.ranks_per_node, [event.name for event in traffic.events], error
+
+
+def test_a_mesh_of_nodes_and_ranks_says_what_the_nodes_are() -> None:
+    for size, events, error in run_on_ranks(4, layer_on_mesh, (2, 2), ("node", "sp"), None):
+        assert (size, len(events)) == (2, 4)
+        assert error < 1e-12
+
+
+def test_a_mesh_of_nodes_and_ranks_may_be_a_part_of_a_larger_one() -> None:
+    for size, events, error in run_on_ranks(8, layer_on_mesh, (2, 2, 2), ("dp", "node", "sp"), ("node", "sp")):
+        assert (size, len(events)) == (2, 4)
+        assert error < 1e-12
+
+
+def layout_of_mesh(shape: tuple[int, ...], names: tuple[str, ...], ranks_per_node: int | None) -> None:
+    SequenceLayout(
+        24, dist.device_mesh.init_device_mesh("cpu", shape, mesh_dim_names=names), ranks_per_node=ranks_per_node
+    )
+
+
+@pytest.mark.parametrize(
+    ("shape", "names", "ranks_per_node", "message"),
+    [
+        ((2, 2), ("dp", "sp"), None, 'named "node"'),
+        ((2, 1, 2), ("node", "x", "sp"), None, 'mesh["node", "sp"]'),
+        ((2, 2), ("node", "sp"), 4, "the mesh has 2 ranks in each node"),
+    ],
+)
+def test_a_mesh_of_another_kind_is_refused(
+    shape: tuple[int, ...], names: tuple[str, ...], ranks_per_node: int | None, message: str
+) -> None:
+    for name, text in run_on_ranks(4, raised, layout_of_mesh, shape, names, ranks_per_node):
+        assert name == "LayoutError"
+        assert message in text
+
+
+@pytest.mark.parametrize("ranks_per_node", [0, 3, 8, True, 2.0])
+def test_nodes_must_have_equally_many_ranks(ranks_per_node: Any) -> None:
+    with pytest.raises(LayoutError, match="ranks_per_node"):
+        SequenceLayout.for_rank(64, 4, 1, ranks_per_node=ranks_per_node)
+
+
+def groups_made() -> list[int]:
+    group = dist.new_group(list(range(4)))
+    layout = SequenceLayout(64, group, ranks_per_node=2)
+    found = [[id(make(layout, nodes_of(layout))) for make in (nodes.node_group, nodes.rail_group)] for _ in range(2)]
+    assert found[0] == found[1]
+    sizes = [dist.get_world_size(make(layout, nodes_of(layout))) for make in (nodes.node_group, nodes.rail_group)]
+    assert kept(group, "host names", list) == []
+    return sizes
+
+
+def test_groups_of_nodes_and_rails_are_made_once_and_hosts_not_asked_where_the_layout_knows() -> None:
+    assert run_on_ranks(4, groups_made) == [[2, 2]] * 4
