@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
+from longspan.attention.softmax import SoftmaxMethod, softmax_attention, write_softmax
+from longspan.layout import Order, SequenceLayout
+
+Documents = tuple[int, ...] | None
+
 
 def dense_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, causal: bool, documents: tuple[int, ...], scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool,
+    documents: tuple[int, ...],
+    scale: float,
+    window: int | None = None,
 ) -> Tensor:
     """q [B, T, H, D]; k, v [B, T, H_kv, D]; documents are cu_seqlens. Any float dtype, masks and scores whole."""
     groups = q.shape[2] // k.shape[2]
@@ -15,8 +29,11 @@ def dense_attention(
     positions = torch.arange(q.shape[1])
     document = torch.bucketize(positions, torch.tensor(documents[1:]), right=True)
     visible = document[:, None] == document[None, :]
+    distance = positions[:, None] - positions[None, :]
     if causal:
-        visible &= positions[:, None] >= positions[None, :]
+        visible &= distance >= 0
+    if window is not None:
+        visible &= distance.abs() < window
     scores = torch.einsum("bihd,bjhd->bhij", q, k) * scale
     return torch.einsum("bhij,bjhd->bihd", scores.masked_fill(~visible, float("-inf")).softmax(-1), v)
 
@@ -28,3 +45,49 @@ def random_inputs(
     generator = torch.Generator().manual_seed(seed)
     sizes = [heads, kv_heads, kv_heads, heads]
     return [torch.randn(batch, tokens, h, dim, generator=generator, dtype=torch.float64).to(dtype) for h in sizes]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One setting of softmax attention over ranks."""
+
+    tokens: int
+    method: SoftmaxMethod = "auto"
+    order: Order = "contiguous"
+    causal: bool = True
+    window: int | None = None
+    documents: Documents = None
+    heads: tuple[int, int] = (4, 2)
+    dtype: torch.dtype = torch.float64
+    two_phases: bool = False
+    rows: int = 2
+    dim: int = 8
+
+
+def compare(cases: list[Case]) -> list[list[tuple[float, float]]]:
+    """For each case (largest error, largest value) of this rank's o, dq, dk and dv, for a random upstream gradient."""
+    return [_compare(case, seed) for seed, case in enumerate(cases)]
+
+
+def _compare(case: Case, seed: int) -> list[tuple[float, float]]:
+    everything = random_inputs(seed, case.rows, case.tokens, *case.heads, case.dim, case.dtype)
+    layout = SequenceLayout(case.tokens, order=case.order, documents=case.documents)
+    q, k, v = (layout.shard(x).clone().requires_grad_() for x in everything[:3])
+    if case.two_phases:
+        memory = write_softmax(k, v, layout=layout, causal=case.causal, window=case.window, method=case.method)
+        out = memory.read(q, 0.4)
+    else:
+        out = softmax_attention(
+            q, k, v, causal=case.causal, window=case.window, layout=layout, scale=0.4, method=case.method
+        )
+    grads = torch.autograd.grad(out, (q, k, v), layout.shard(everything[3]))
+
+    leaves = [x.double().requires_grad_() for x in everything[:3]]
+    documents = case.documents or (0, case.tokens)
+    want = dense_attention(*leaves, causal=case.causal, window=case.window, documents=documents, scale=0.4)
+    want_grads = torch.autograd.grad(want, leaves, everything[3].double())
+    errors = []
+    for got, whole in zip((out, *grads), (want, *want_grads), strict=True):
+        assert got.dtype == case.dtype
+        errors.append(((got.double() - layout.shard(whole)).abs().max().item(), whole.abs().max().item()))
+    return errors

@@ -56,6 +56,7 @@ def test_a_config_survives_json() -> None:
         ({"num_layers": 0}, r"num_layers must be an integer of at least 1; got 0"),
         ({"hidden_dim": 12.5}, r"hidden_dim must be an integer of at least 1; got 12.5"),
         ({"vocab_size": True}, r"vocab_size must be an integer of at least 1; got True"),
+        ({"window": 0}, r"window must be an integer of at least 1; got 0"),
         ({"num_kv_heads": 0}, r"num_kv_heads must be an integer of at least 1; got 0"),
         ({"rope_theta": 0.0}, r"rope_theta must be greater than 0; got 0.0"),
         ({"norm_eps": float("nan")}, r"norm_eps must be greater than 0; got nan"),

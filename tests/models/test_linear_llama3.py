@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from itertools import pairwise
 from typing import Any
 
@@ -21,6 +22,7 @@ HYBRIDS: list[dict[str, Any]] = [
     *({"operator": operator} for operator in DECAYS),
     {"pattern": "NL", "operator": ("retention", "simple_gla"), "num_kv_heads": None, "tie_embeddings": True},
     {"pattern": "N", "num_kv_heads": 1, "head_dim": 6},
+    {"pattern": "LN", "window": 20},
 ]
 
 
@@ -46,6 +48,18 @@ def test_a_linear_layers_cache_does_not_grow() -> None:
             sizes.append(sum(state.numel() for state in states if state is not None))
     assert set(sizes) == {2 * 4 * 4 * 4}
     assert [layer.num_tokens for layer in cache.layers if isinstance(layer, SoftmaxCache)] == [100, 100]
+
+
+def test_a_softmax_layers_cache_holds_no_more_than_its_window_needs() -> None:
+    model, tokens = tiny_model(pattern="N", window=20), random_tokens(1, 200)
+    cache = model.init_cache(1)
+    with torch.no_grad():
+        for position in range(200):
+            model.step(tokens[:, [position]], cache)
+    for layer in cache.layers:
+        assert isinstance(layer, SoftmaxCache)
+        assert layer.keys is not None
+        assert layer.keys.shape[1] == 64
 
 
 @pytest.mark.parametrize("changes", HYBRIDS, ids=str)
@@ -115,6 +129,9 @@ def test_number_of_parameters_and_operations() -> None:
     assert model.num_parameters() == matrices + 50 * 32 + 5 * 32 + 8
     # For each of 32 inner channels: one state row of 8 in the linear layer, 100 keys on average in the softmax layer.
     assert model.flops_per_token(200) == 6 * matrices + 12 * 32 * 8 + 12 * 32 * 100
+    windowed = LinearLlama3(dataclasses.replace(config, window=50))
+    # 50 keys, and on average 25 for the first 50 of 200 tokens.
+    assert windowed.flops_per_token(200) == 6 * matrices + 12 * 32 * 8 + 12 * 32 * (50 * 0.75 + 25 * 0.25)
 
 
 @pytest.mark.parametrize("operator", DECAYS)

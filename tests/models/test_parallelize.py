@@ -114,7 +114,7 @@ def test_gradients_are_summed_over_data_and_sequence() -> None:
 
 
 def traffic_of_a_step() -> tuple[int, int]:
-    model = parallelize(tiny_model(), None)
+    model = parallelize(tiny_model(), None, exchange="all_gather", softmax_method="all_gather")
     layout = SequenceLayout(40)
     with record_traffic() as traffic:
         model(layout.shard(random_tokens(1, 40)), layout=layout).sum().backward()
@@ -165,7 +165,7 @@ def test_names_that_do_not_exist_are_refused() -> None:
     with pytest.raises(InputError, match=r"exchange must be 'auto' or one of 'all_gather'.*; got 'rign'"):
         parallelize(tiny_model(), None, exchange="rign")
     wrong: Any = "ulises"
-    with pytest.raises(InputError, match="softmax_method must be one of auto, all_gather; got 'ulises'"):
+    with pytest.raises(InputError, match="softmax_method must be one of auto, all_gather, ring, ulysses; got 'ulises'"):
         parallelize(tiny_model(), None, softmax_method=wrong)
 
 

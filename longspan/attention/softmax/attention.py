@@ -7,13 +7,21 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from longspan.attention.softmax.all_gather import GatheredMemory
+from longspan.attention.softmax.all_gather import AllGather
+from longspan.attention.softmax.blocks import Visibility
+from longspan.attention.softmax.choice import Shapes, choose
+from longspan.attention.softmax.pair import Local, Reader
+from longspan.attention.softmax.ring import Ring
+from longspan.attention.softmax.ulysses import Ulysses
 from longspan.errors import InputError, LayoutError
 from longspan.layout import SequenceLayout
 
-SoftmaxMethod = Literal["auto", "all_gather"]
-SOFTMAX_METHODS: tuple[SoftmaxMethod, ...] = ("auto", "all_gather")
+SoftmaxMethod = Literal["auto", "all_gather", "ring", "ulysses"]
+SOFTMAX_METHODS: tuple[SoftmaxMethod, ...] = ("auto", "all_gather", "ring", "ulysses")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+EXCHANGES: dict[str, type[AllGather | Ring | Ulysses]] = {"all_gather": AllGather, "ring": Ring, "ulysses": Ulysses}
+"""The code of each method."""
 
 
 def softmax_attention(
@@ -22,6 +30,7 @@ def softmax_attention(
     v: Tensor,
     *,
     causal: bool = True,
+    window: int | None = None,
     scale: float | None = None,
     layout: SequenceLayout | None = None,
     method: SoftmaxMethod = "auto",
@@ -33,24 +42,31 @@ def softmax_attention(
             length without a layout.
         k, v: ``[B, T, H_kv, D]``, q's dtype; H a multiple of H_kv, query head h uses key head ``h // (H / H_kv)``.
         causal: token i sees tokens up to itself; False: all of its document.
+        window: a token sees the last `window` tokens, itself included; with ``causal=False`` also the next
+            ``window - 1``, those less than `window` away on either side. None is no limit.
         scale: None is ``D ** -0.5``.
         layout: who holds which tokens, and the documents, which never see each other; None is one device and one
             document.
-        method: how the ranks exchange; ``"all_gather"`` (LASP-2, arXiv 2502.07563) gathers keys and values once, and
-            ``"auto"`` chooses it.
+        method: how queries meet the keys of other ranks. ``"all_gather"`` (LASP-2, arXiv 2502.07563) brings the keys and
+            values to the queries at once; ``"ring"`` (arXiv 2310.01889) lets them travel from rank to rank, for the least
+            memory; ``"ulysses"`` (arXiv 2309.14509) gives each rank the whole sequence of some heads. ``"auto"`` chooses by
+            memory and a count of operations and bytes, the same on every rank (docs/softmax.md).
 
     Returns:
         ``[B, T, H, D]`` in q's dtype. Every rank must take the same calls in the same order, backward too. Gradients
         are those of the sum over ranks of what each rank backpropagates.
 
     Raises:
-        InputError: for shapes, dtypes, devices or a method that do not fit.
+        InputError: for shapes, dtypes, devices, a window or a method that do not fit; for ``"ulysses"`` with a number of query
+            heads that is no multiple of the number of ranks.
         LayoutError: if T is not the layout's number of local tokens.
 
-    No mask or score tensor is built, and blocks that the causal or document mask removes whole are not computed.
+    No mask or score tensor is built, and blocks that the causal, window or document mask removes whole are neither
+    computed nor sent.
     """
     _check_queries(q, k)
-    return write_softmax(k, v, layout=layout, method=method, causal=causal).read(q, scale)
+    memory = write_softmax(k, v, layout=layout, method=method, causal=causal, window=window, num_heads=q.shape[2])
+    return memory.read(q, scale)
 
 
 def write_softmax(
@@ -60,14 +76,25 @@ def write_softmax(
     layout: SequenceLayout | None = None,
     method: SoftmaxMethod = "auto",
     causal: bool = True,
+    window: int | None = None,
+    num_heads: int | None = None,
 ) -> SoftmaxMemory:
     """Start giving every rank the keys and values it needs, without waiting for them.
 
-    Arguments, errors and source as in `softmax_attention`. Whatever runs before ``read`` hides the exchange, and its
-    backward hides the backward exchange. One rank exchanges nothing.
+    Args:
+        num_heads: number of query heads H that will read, which ``"auto"`` and ``"ulysses"`` look at; None is H_kv.
+        the others, errors and source: as in `softmax_attention`.
+
+    Whatever runs before ``read`` hides the exchange, and its backward hides the backward exchange. One rank exchanges
+    nothing.
     """
     if method not in SOFTMAX_METHODS:
         raise InputError(f"method must be one of {', '.join(SOFTMAX_METHODS)}; got {method!r}")
+    if window is not None and not _is_positive(window):
+        raise InputError(
+            "window must be an integer of at least 1, the number of tokens that a token sees with itself included, or "
+            f"None for no limit; got {window!r}"
+        )
     _check_keys(k, v)
     if layout is None:
         layout = SequenceLayout.local(k.shape[1])
@@ -77,15 +104,40 @@ def write_softmax(
             "softmax attention needs a layout with a process group; this one was made by for_rank(), for planning. "
             "Build it as SequenceLayout(seq_len, group)"
         )
-    return SoftmaxMemory(k, v, layout, causal)
+    visibility = Visibility(
+        layout.document_bounds, causal, None if window is None or window >= layout.seq_len else window
+    )
+    return SoftmaxMemory(k, v, layout, visibility, method, num_heads)
 
 
 class SoftmaxMemory:
-    """Keys and values on their way to the ranks that need them; `read` attends to them."""
+    """Keys and values on their way to the ranks that need them; `read` attends to them.
 
-    def __init__(self, k: Tensor, v: Tensor, layout: SequenceLayout, causal: bool) -> None:
-        self._k = k
-        self._gathered = GatheredMemory(k, v, layout, causal)
+    method: how they are exchanged; what ``"auto"`` has chosen.
+    """
+
+    def __init__(
+        self,
+        k: Tensor,
+        v: Tensor,
+        layout: SequenceLayout,
+        visibility: Visibility,
+        method: SoftmaxMethod,
+        num_heads: int | None,
+    ) -> None:
+        if method == "auto":
+            rows, _, key_heads, dim = k.shape
+            shapes = Shapes(rows, num_heads or key_heads, key_heads, dim, k.element_size())
+            method = choose(layout, visibility, shapes, k.device.type) if layout.num_ranks > 1 else "all_gather"
+        self.method: SoftmaxMethod = method
+        self._k, self._num_ranks = k, layout.num_ranks
+        if num_heads is not None:
+            self._check_heads(num_heads)
+        exchange = EXCHANGES[method](layout, visibility) if layout.num_ranks > 1 else None
+        if exchange is None or not exchange.exchanges:
+            self._reader = Reader(k, v, Local(layout, visibility))
+        else:
+            self._reader = Reader(k, v, exchange)
 
     def read(self, q: Tensor, scale: float | None = None) -> Tensor:
         """Attention ``[B, T, H, D]`` of the queries ``[B, T, H, D]`` of this rank's tokens; see `softmax_attention`.
@@ -94,7 +146,20 @@ class SoftmaxMemory:
             InputError: if q does not fit the keys that were written.
         """
         _check_queries(q, self._k)
-        return self._gathered.attend(q, q.shape[-1] ** -0.5 if scale is None else scale)
+        self._check_heads(q.shape[2])
+        return self._reader.attend(q, q.shape[-1] ** -0.5 if scale is None else scale)
+
+    def _check_heads(self, num_heads: int) -> None:
+        if self.method == "ulysses" and num_heads % self._num_ranks:
+            raise InputError(
+                f"method 'ulysses' gives each rank an equal number of query heads; got {num_heads} heads for "
+                f"{self._num_ranks} ranks. Use method 'ring' or 'all_gather', which take any number of heads, or a number of "
+                "ranks that divides the heads"
+            )
+
+
+def _is_positive(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def _check_keys(k: Tensor, v: Tensor) -> None:

@@ -1,0 +1,169 @@
+"""A softmax layer over ranks as two autograd nodes, so that what stands between write and read hides the exchange.
+
+    write    keys and values are sent on their way: `KeyExchange.start`
+    read     the queries attend, and wait for keys as they need them: `KeyExchange.attend`
+
+    read's backward     everything is computed, and the last gradients are sent on their way: `KeyExchange.backward`
+    write's backward    waits for the gradients that other ranks owe this rank's keys: `KeyExchange.finish`
+
+A method of exchange is one class with these four functions. An object of it serves one `write_softmax` and any number of
+reads.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from longspan.attention.softmax.blocks import Block, Visibility, plan_blocks
+from longspan.attention.softmax.tiles import Merged, Queries
+from longspan.layout import SequenceLayout
+
+OwnGrads = tuple[Tensor, Tensor | None, Tensor | None]
+"""dq, and the dk and dv that a rank gives its own keys at once, None where all of them come with `KeyExchange.finish`."""
+
+
+class KeyExchange(ABC):
+    """How the queries of every rank meet the keys that they may see.
+
+    Shapes: q, o [B, T, H, D]; k, v [B, T, H_kv, D], this rank's tokens.
+    """
+
+    exchanges: bool
+    """Whether any two ranks exchange anything; the same on all of them."""
+
+    @abstractmethod
+    def start(self, k: Tensor, v: Tensor) -> None:
+        """Send this rank's keys and values on their way."""
+
+    @abstractmethod
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The output o, and what `backward` must be given."""
+
+    @abstractmethod
+    def backward(
+        self, grad_out: Tensor, saved: tuple[Tensor, ...], scale: float, read: int, returns_key_grads: bool
+    ) -> OwnGrads:
+        """Gradients of the read number `read`.
+
+        returns_key_grads: whether ranks owe each other gradients of keys, the same on all of them; `finish` is then called.
+        """
+
+    @abstractmethod
+    def finish(self, shape: torch.Size, like: Tensor) -> tuple[Tensor, Tensor]:
+        """dk and dv of a shape [B, T, H_kv, D] that came from other ranks, over all reads; in the dtype of `like`."""
+
+
+class Local(KeyExchange):
+    """No exchange: this rank's queries see keys of this rank alone."""
+
+    exchanges = False
+
+    def __init__(self, layout: SequenceLayout, visibility: Visibility) -> None:
+        self._blocks = own_blocks(layout, visibility)
+
+    def start(self, k: Tensor, v: Tensor) -> None:
+        raise AssertionError("nothing to send")
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, tuple[Tensor, ...]]:
+        merged = Merged(q)
+        merged.add(self._blocks, k, v, scale)
+        out = merged.out
+        return out, (q, k, v, out, merged.lse)
+
+    def backward(
+        self, grad_out: Tensor, saved: tuple[Tensor, ...], scale: float, read: int, returns_key_grads: bool
+    ) -> OwnGrads:
+        q, k, v, out, lse = saved
+        queries = Queries(q, out, lse, grad_out, scale)
+        dk, dv = queries.backward(self._blocks, k, v)
+        return queries.dq, dk.to(k.dtype), dv.to(v.dtype)
+
+    def finish(self, shape: torch.Size, like: Tensor) -> tuple[Tensor, Tensor]:
+        raise AssertionError("nothing to wait for")
+
+
+def own_blocks(layout: SequenceLayout, visibility: Visibility) -> tuple[Block, ...]:
+    """Blocks of this rank's queries on its own keys, planned once a layout."""
+    return layout.cached(
+        ("softmax_own_blocks", visibility),
+        lambda: plan_blocks(layout.segments, layout.segments, visibility, opening=True),
+    )
+
+
+class Reader:
+    """The pair of nodes around an exchange."""
+
+    def __init__(self, k: Tensor, v: Tensor, exchange: KeyExchange) -> None:
+        self._k, self._v, self._exchange = k, v, exchange
+        self._num_reads = 0
+        self._ticket: Tensor | None = _Start.apply(k, v, exchange) if exchange.exchanges else None
+
+    def attend(self, q: Tensor, scale: float) -> Tensor:
+        """Attention [B, T, H, D] of this rank's queries on every key that they may see."""
+        read = self._num_reads
+        self._num_reads += 1
+        out: Tensor = _Attend.apply(q, self._k, self._v, self._ticket, self._exchange, scale, read)
+        return out
+
+
+class _Start(torch.autograd.Function):
+    """First node: starts the exchange; its backward ends the exchange of gradients.
+
+    | | shape | |
+    |---|---|---|
+    | k, v | [B, T, H_kv, D] | this rank's keys and values |
+    | ticket | [1] | ties the node to `_Attend`; carries no numbers |
+
+    Backward: dk, dv = sum over the other ranks of their gradients of this rank's keys and values; `_Attend` returns what
+    this rank's own queries give.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, k: Tensor, v: Tensor, exchange: KeyExchange) -> Tensor:
+        ctx.exchange, ctx.shape = exchange, k.shape
+        exchange.start(k, v)
+        return k.new_zeros(1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_ticket: Tensor) -> tuple[Tensor, Tensor, None]:
+        exchange: KeyExchange = ctx.exchange
+        return *exchange.finish(ctx.shape, grad_ticket), None
+
+
+class _Attend(torch.autograd.Function):
+    """Second node: attends to what arrives; its backward sends the gradients of keys and values back.
+
+    | | shape | |
+    |---|---|---|
+    | q, o | [B, T, H, D] | this rank's queries and outputs |
+    | k, v | [B, T, H_kv, D] | this rank's keys and values |
+    | ticket | [1], or None | from `_Start`; None where no rank needs another's keys |
+    | lse | [B, H, T] | log-sum-exp over all keys that a query sees, saved for backward |
+
+    Forward: o_i = softmax_j(scale · q_i·K_j) V_j over the keys j that i sees, K and V those of all ranks. Backward:
+    P = exp(scale · q Kᵀ − lse) and delta = rowsum(do ⊙ o): dV = Pᵀ do, dS = P ⊙ (do Vᵀ − delta), dq = scale · dS K,
+    dK = scale · dSᵀ q.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, ticket: Tensor | None, exchange: KeyExchange, scale: float, read: int
+    ) -> Tensor:
+        out, saved = exchange.attend(q, k, v, scale)
+        ctx.save_for_backward(*saved)
+        ctx.exchange, ctx.scale, ctx.read = exchange, scale, read
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        exchange: KeyExchange = ctx.exchange
+        returns_key_grads: bool = ctx.needs_input_grad[3]
+        grads = exchange.backward(grad_out, ctx.saved_tensors, ctx.scale, ctx.read, returns_key_grads)
+        return *grads, grad_out.new_zeros(1) if returns_key_grads else None, None, None, None

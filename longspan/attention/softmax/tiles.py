@@ -1,0 +1,180 @@
+"""Runs blocks: their outputs merged by log-sum-exp, their gradients summed.
+
+Shapes: B batch, T queries of this rank, L keys in a buffer, H heads, H_kv key and value heads, D head dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from longspan.attention.softmax.blocks import Block
+from longspan.attention.softmax.kernels import block_backward, block_forward
+
+
+class Merged:
+    """Outputs and log-sum-exp of a rank's queries, as blocks of keys come in.
+
+    Where several blocks are merged, outputs gather in float32 (float64 for float64).
+    """
+
+    def __init__(self, q: Tensor) -> None:
+        self._q = q
+        self._out: Tensor | None = None
+        self._lse: Tensor | None = None
+
+    @property
+    def out(self) -> Tensor:
+        """[B, T, H, D] in q's dtype."""
+        assert self._out is not None
+        return self._out.to(self._q.dtype)
+
+    @property
+    def lse(self) -> Tensor:
+        """[B, H, T]"""
+        assert self._lse is not None
+        return self._lse
+
+    def add(self, blocks: Iterable[Block], k: Tensor, v: Tensor, scale: float) -> None:
+        """Let the queries attend to the keys [B, L, H_kv, D] of `blocks`, too."""
+        for block in blocks:
+            q = query_tile(self._q, block)
+            out, lse = block_forward(q, *key_tiles(block, k, v), causal=block.mask != "full", scale=scale)
+            if block.mask == "anticausal":
+                out, lse = out.flip(1), lse.flip(2)
+            self._merge(block, out, lse)
+
+    def _merge(self, block: Block, out: Tensor, lse: Tensor) -> None:
+        if self._out is None or self._lse is None:
+            if block.opens and block.count == 1 and block.num_queries == self._q.shape[1]:
+                # All queries, for the first time: nothing to copy.
+                self._out, self._lse = out, lse
+                return
+            self._allocate(empty=block.opens)
+        elif self._out.dtype != _accumulation(self._q.dtype):
+            self._out = self._out.float()
+        assert self._out is not None and self._lse is not None
+        start, size = block.query_start, block.num_queries
+        all_out = _strided(self._out, 1, start, size, block)
+        all_lse = _strided(self._lse, 2, start, size, block)
+        rows = self._q.shape[0]
+        out, lse = out.unflatten(0, (rows, block.count)), lse.unflatten(0, (rows, block.count)).transpose(1, 2)
+        if block.opens:
+            all_out.copy_(out)
+            all_lse.copy_(lse)
+            return
+        # The newcomer's share of the sum of exponentials.
+        share = (lse - all_lse).sigmoid_().permute(0, 2, 3, 1).unsqueeze(-1)
+        all_out.lerp_(out.to(all_out.dtype), share)
+        all_lse.copy_(torch.logaddexp(all_lse, lse))
+
+    def _allocate(self, empty: bool) -> None:
+        rows, num_queries, heads, _ = self._q.shape
+        dtype = _accumulation(self._q.dtype)
+        self._out = torch.empty_like(self._q, dtype=dtype, memory_format=torch.contiguous_format)
+        self._lse = self._q.new_empty((rows, heads, num_queries), dtype=dtype)
+        if not empty:
+            self._out.zero_()
+            self._lse.fill_(float("-inf"))
+
+
+class Total:
+    """A sum of blocks' gradients [B, tokens, heads, D], in float32 (float64 for float64) where there is more than one."""
+
+    def __init__(self, shape: torch.Size, like: Tensor) -> None:
+        self._shape, self._like = shape, like
+        self._sum: Tensor | None = None
+
+    def add(self, start: int, size: int, block: Block, grad: Tensor) -> None:
+        """Add grad [B · count, size, heads, D] to the tokens from `start` on, and its repetitions."""
+        if self._sum is None:
+            if block.count == 1 and size == self._shape[1]:
+                self._sum = grad
+                return
+            self._sum = self._like.new_zeros(self._shape, dtype=_accumulation(self._like.dtype))
+        elif self._sum.dtype != _accumulation(self._sum.dtype):
+            self._sum = self._sum.float()
+        grad = grad.unflatten(0, (self._shape[0], block.count))
+        if block.count > 1 and size > block.period:
+            # The repetitions share tokens.
+            for index in range(block.count):
+                first = start + index * block.period
+                self._sum[:, first : first + size] += grad[:, index]
+            return
+        tile = _strided(self._sum, 1, start, size, block)
+        tile += grad
+
+    @property
+    def sum(self) -> Tensor:
+        """[B, tokens, heads, D]: of no block, zeros."""
+        if self._sum is None:
+            self._sum = self._like.new_zeros(self._shape)
+        return self._sum
+
+
+class Queries:
+    """What backward knows of a rank's queries, and the sum of their gradients.
+
+    q, out, grad_out: [B, T, H, D]; out and lse [B, H, T] merged over all blocks of all keys.
+    """
+
+    def __init__(self, q: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor, scale: float) -> None:
+        self._q, self._out, self._lse, self._grad_out, self._scale = q, out, lse, grad_out, scale
+        self._dq = Total(q.shape, q)
+
+    @property
+    def dq(self) -> Tensor:
+        """The gradient of all queries that `backward` has gathered so far, [B, T, H, D] in q's dtype."""
+        return self._dq.sum.to(self._q.dtype)
+
+    def backward(self, blocks: Iterable[Block], k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients of `blocks`: dk and dv [B, L, H_kv, D], in float32 or float64 where several blocks have summed."""
+        dk, dv = Total(k.shape, k), Total(v.shape, v)
+        for block in blocks:
+            flips = block.mask == "anticausal"
+            lse = _strided(self._lse, 2, block.query_start, block.num_queries, block).transpose(1, 2).flatten(0, 1)
+            grads = block_backward(
+                query_tile(self._grad_out, block),
+                query_tile(self._q, block),
+                *key_tiles(block, k, v),
+                query_tile(self._out, block),
+                lse.flip(2) if flips else lse,
+                causal=block.mask != "full",
+                scale=self._scale,
+            )
+            block_dq, block_dk, block_dv = (x.flip(1) for x in grads) if flips else grads
+            self._dq.add(block.query_start, block.num_queries, block, block_dq)
+            dk.add(block.key_start, block.num_keys, block, block_dk)
+            dv.add(block.key_start, block.num_keys, block, block_dv)
+        return dk.sum, dv.sum
+
+
+def query_tile(x: Tensor, block: Block) -> Tensor:
+    """The block's queries of x [B, T, H, D], as [B · count, num_queries, H, D]; from the last to the first if anticausal."""
+    return _tile(x, block.query_start, block.num_queries, block)
+
+
+def key_tiles(block: Block, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """The block's keys and values of [B, L, H_kv, D], as [B · count, num_keys, H_kv, D]."""
+    start, size = block.key_start, block.num_keys
+    return _tile(k, start, size, block), _tile(v, start, size, block)
+
+
+def _tile(x: Tensor, start: int, size: int, block: Block) -> Tensor:
+    tile = _strided(x, 1, start, size, block).flatten(0, 1)
+    # A square in which query i sees key i and later ones is, read backwards, one in which it sees earlier ones.
+    return tile.flip(1) if block.mask == "anticausal" else tile
+
+
+def _strided(x: Tensor, dim: int, start: int, size: int, block: Block) -> Tensor:
+    """A view of the tokens of a block: dimension `dim` of x, of tokens, as two, [count, size]."""
+    if block.count == 1:
+        return x.narrow(dim, start, size).unsqueeze(dim)
+    span = (block.count - 1) * block.period + size
+    return x.narrow(dim, start, span).unfold(dim, size, block.period).movedim(-1, dim + 1)
+
+
+def _accumulation(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)

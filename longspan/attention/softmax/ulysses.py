@@ -1,0 +1,204 @@
+"""Ulysses (arXiv 2309.14509): an all-to-all gives each rank the whole sequence of some heads, and one gives the outputs back.
+
+Shapes: N global tokens, P ranks, T tokens of this rank, B batch, H query heads, h = H / P of them a rank, H_kv key and value
+heads, n of them at this rank, D head dimension.
+
+    write    all-to-all of keys and values: T tokens of all heads to N tokens of this rank's heads
+    read     all-to-all of queries, blocks on the whole sequence, all-to-all of outputs
+
+    read's backward     all-to-all of output gradients, blocks, all-to-alls of dK, dV (started) and dQ
+    write's backward    waits for dK and dV
+
+Rank r has the query heads r · h to (r + 1) · h, and the key and value heads that these read: H_kv / P of them; where there are
+fewer key heads than ranks, some ranks have the same ones and their gradients are summed. Every rank does the same work whatever
+the order of the layout, the mask and the documents.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from longspan.attention.softmax.all_gather import remote_keys
+from longspan.attention.softmax.blocks import Block, Run, Visibility, inverse, plan_blocks
+from longspan.attention.softmax.pair import KeyExchange, OwnGrads
+from longspan.attention.softmax.tiles import Merged, Queries
+from longspan.attention.softmax.wire import Flight, swap, take
+from longspan.layout import SequenceLayout
+
+
+def key_heads_of(rank: int, num_ranks: int, num_key_heads: int) -> Run:
+    """The key and value heads that the query heads of `rank` read, as [start, stop)."""
+    return rank * num_key_heads // num_ranks, -(-(rank + 1) * num_key_heads // num_ranks)
+
+
+@dataclass(frozen=True)
+class UlyssesPlan:
+    """What the ranks compute and how tokens are ordered; the same on every rank."""
+
+    exchanges: bool
+    """Whether any rank sees another's keys."""
+    blocks: tuple[Block, ...]
+    """Blocks of the whole sequence on itself."""
+    to_sequence: tuple[Run, ...]
+    """The runs of the ranks' tokens, laid rank by rank, that make the sequence."""
+    to_ranks: tuple[Run, ...]
+    """The runs of the sequence that make the ranks' tokens, rank by rank."""
+
+
+def ulysses_plan(layout: SequenceLayout, visibility: Visibility) -> UlyssesPlan:
+    """The plan, made once a layout."""
+    return layout.cached(("softmax_ulysses", visibility), lambda: _plan(layout, visibility))
+
+
+def _plan(layout: SequenceLayout, visibility: Visibility) -> UlyssesPlan:
+    by_rank = [run for rank in range(layout.num_ranks) for run in layout.segments_of(rank)]
+    sequence = [(0, layout.seq_len)]
+    return UlyssesPlan(
+        exchanges=any(remote_keys(layout, visibility)),
+        blocks=plan_blocks(sequence, sequence, visibility, opening=True),
+        to_sequence=tuple(inverse(by_rank)),
+        to_ranks=tuple(by_rank),
+    )
+
+
+class Ulysses(KeyExchange):
+    """The all-to-alls of one layer."""
+
+    def __init__(self, layout: SequenceLayout, visibility: Visibility) -> None:
+        self._layout = layout
+        self._plan = ulysses_plan(layout, visibility)
+        self.exchanges = self._plan.exchanges
+        self._arriving: Flight | None = None
+        self._keys: tuple[Tensor, Tensor] | None = None
+        self._returning: dict[int, Flight] = {}
+        self._num_key_heads = 0
+
+    def start(self, k: Tensor, v: Tensor) -> None:
+        rows, num_tokens, self._num_key_heads, dim = k.shape
+        heads = self._heads_of(k.shape[2])
+        sizes = [num_tokens * rows * 2 * (stop - start) * dim for start, stop in heads]
+        sent = k.new_empty(sum(sizes))
+        for part, (start, stop) in zip(sent.split(sizes), heads, strict=True):
+            packed = part.view(num_tokens, rows, 2, stop - start, dim)
+            for slot, x in enumerate((k, v)):
+                packed[:, :, slot] = x[:, :, start:stop].transpose(0, 1)
+        arriving = [num * sizes[self._layout.rank] // num_tokens for num in self._layout.tokens_of]
+        self._arriving = swap(sent, sizes, arriving, self._layout, "forward")
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, tuple[Tensor, ...]]:
+        queries = self._wait_heads(self._to_heads(q, "forward"))
+        keys, values = self._wait_keys(k.shape)
+        sources = self._key_heads(q.shape[2], k.shape[2], k.device)
+        merged = Merged(queries)
+        merged.add(self._plan.blocks, _spread(keys, sources), _spread(values, sources), scale)
+        out = merged.out
+        saved = queries, keys, values, out, merged.lse
+        return self._wait_tokens(self._to_tokens(out, "forward")), saved
+
+    def backward(
+        self, grad_out: Tensor, saved: tuple[Tensor, ...], scale: float, read: int, returns_key_grads: bool
+    ) -> OwnGrads:
+        q, keys, values, out, lse = saved
+        grad_heads = self._wait_heads(self._to_heads(grad_out, "backward"))
+        queries = Queries(q, out, lse, grad_heads, scale)
+        sources = self._key_heads(grad_out.shape[2], self._num_key_heads, q.device)
+        grads = queries.backward(self._plan.blocks, _spread(keys, sources), _spread(values, sources))
+        flight = self._to_tokens(queries.dq, "backward")
+        if returns_key_grads:
+            self._returning[read] = self._return([_summed(x, sources, keys) for x in grads], keys)
+        return self._wait_tokens(flight), None, None
+
+    def finish(self, shape: torch.Size, like: Tensor) -> tuple[Tensor, Tensor]:
+        rows, num_tokens, num_heads, dim = shape
+        heads = self._heads_of(num_heads)
+        total = like.new_zeros((2, *shape), dtype=torch.promote_types(like.dtype, torch.float32))
+        sizes = [num_tokens * rows * 2 * (stop - start) * dim for start, stop in heads]
+        while self._returning:
+            # In the order of the reads, the same on every rank.
+            arrived = self._returning.pop(min(self._returning)).wait()
+            for part, (start, stop) in zip(arrived.split(sizes), heads, strict=True):
+                packed = part.view(num_tokens, rows, 2, stop - start, dim)
+                total[:, :, :, start:stop] += packed.permute(2, 1, 0, 3, 4)
+        dk, dv = total.to(like.dtype)
+        return dk, dv
+
+    # ------------------------------------------------------------------------------------------------ keys and values
+
+    def _heads_of(self, num_heads: int) -> list[Run]:
+        num_ranks = self._layout.num_ranks
+        return [key_heads_of(rank, num_ranks, num_heads) for rank in range(num_ranks)]
+
+    def _wait_keys(self, shape: torch.Size) -> tuple[Tensor, Tensor]:
+        """Keys and values of the whole sequence, [B, N, n, D]."""
+        if self._arriving is not None:
+            start, stop = self._heads_of(shape[2])[self._layout.rank]
+            arrived = self._arriving.wait().view(self._layout.seq_len, shape[0], 2, stop - start, shape[3])
+            keys, values = take(arrived, self._plan.to_sequence).transpose(0, 1).unbind(2)
+            self._keys = keys, values
+            self._arriving = None
+        assert self._keys is not None
+        return self._keys
+
+    def _return(self, grads: list[Tensor], keys: Tensor) -> Flight:
+        """dk and dv [B, N, n, D] of the sequence on their way to the ranks that hold its tokens, in the dtype of `keys`."""
+        rows, num_tokens, num_heads, dim = keys.shape
+        packed = keys.new_empty((num_tokens, rows, 2, num_heads, dim))
+        for slot, grad in enumerate(grads):
+            packed[:, :, slot] = grad.transpose(0, 1)
+        sent = take(packed, self._plan.to_ranks).flatten()
+        numbers = packed[0].numel()
+        own = self._layout.num_local_tokens
+        arriving = [own * rows * 2 * (stop - start) * dim for start, stop in self._heads_of(self._num_key_heads)]
+        return swap(sent, [num * numbers for num in self._layout.tokens_of], arriving, self._layout, "backward")
+
+    def _key_heads(self, num_heads: int, num_key_heads: int, device: torch.device) -> Tensor | None:
+        """For each query head of this rank, its key head's number at this rank; None where the kernels' own grouping is that."""
+        rank, num_ranks = self._layout.rank, self._layout.num_ranks
+        here, group = num_heads // num_ranks, num_heads // num_key_heads
+        first, last = key_heads_of(rank, num_ranks, num_key_heads)
+        sources = [(rank * here + head) // group - first for head in range(here)]
+        if here % (last - first) == 0 and sources == [head // (here // (last - first)) for head in range(here)]:
+            return None
+        key = "softmax_key_heads", num_heads, num_key_heads, device
+        return self._layout.cached(key, lambda: torch.tensor(sources).to(device))
+
+    # ------------------------------------------------------------------------------------------------ queries and outputs
+
+    def _to_heads(self, x: Tensor, phase: str) -> Flight:
+        """[B, T, H, D] of this rank's tokens, to all tokens of the ranks' heads."""
+        num_ranks = self._layout.num_ranks
+        rows, num_tokens, num_heads, dim = x.shape
+        sent = x.new_empty((num_ranks, num_tokens, rows, num_heads // num_ranks, dim))
+        sent.copy_(x.unflatten(2, (num_ranks, -1)).permute(2, 1, 0, 3, 4))
+        return swap(sent.flatten(0, 1), [num_tokens] * num_ranks, self._layout.tokens_of, self._layout, phase)
+
+    def _wait_heads(self, flight: Flight) -> Tensor:
+        """[B, N, h, D]"""
+        return take(flight.wait(), self._plan.to_sequence).transpose(0, 1)
+
+    def _to_tokens(self, x: Tensor, phase: str) -> Flight:
+        """[B, N, h, D] of this rank's heads, to all heads of the ranks' tokens."""
+        num_ranks, num_tokens = self._layout.num_ranks, self._layout.num_local_tokens
+        sent = take(x.transpose(0, 1), self._plan.to_ranks).contiguous()
+        return swap(sent, self._layout.tokens_of, [num_tokens] * num_ranks, self._layout, phase)
+
+    def _wait_tokens(self, flight: Flight) -> Tensor:
+        """[B, T, H, D]"""
+        arrived = flight.wait().unflatten(0, (self._layout.num_ranks, -1))
+        return arrived.permute(2, 1, 0, 3, 4).flatten(2, 3)
+
+
+def _spread(x: Tensor, sources: Tensor | None) -> Tensor:
+    """Key heads [B, N, n, D] as one a query head, [B, N, h, D]; as they are without `sources`."""
+    return x if sources is None else x.index_select(2, sources)
+
+
+def _summed(grad: Tensor, sources: Tensor | None, keys: Tensor) -> Tensor:
+    """The gradient of what `_spread` took, [B, N, n, D]."""
+    if sources is None:
+        return grad
+    total = grad.new_zeros(keys.shape, dtype=torch.promote_types(grad.dtype, torch.float32))
+    return total.index_add_(2, sources, grad.to(total.dtype))

@@ -1,0 +1,76 @@
+"""`method="auto"`: the same on every rank, never out of memory's bounds, and the cheapest by the count."""
+
+from __future__ import annotations
+
+import pytest
+
+from longspan.attention.softmax.attention import write_softmax
+from longspan.attention.softmax.blocks import Visibility
+from longspan.attention.softmax.choice import LARGEST_SHARE, MACHINES, Shapes, choose, cost, gathered_share
+from longspan.layout import Order, SequenceLayout
+from tests.attention.softmax_reference import random_inputs
+from tests.ranks import run_on_ranks
+
+
+def chosen(
+    num_ranks: int,
+    tokens: int,
+    heads: tuple[int, int],
+    order: Order = "zigzag",
+    window: int | None = None,
+    device: str = "cuda",
+) -> str:
+    visibility = Visibility((0, tokens), True, window)
+    shapes = Shapes(1, *heads, 128, 2)
+    answers = {
+        choose(SequenceLayout.for_rank(tokens, num_ranks, rank, order), visibility, shapes, device)
+        for rank in range(num_ranks)
+    }
+    assert len(answers) == 1
+    return answers.pop()
+
+
+def test_every_rank_chooses_the_same() -> None:
+    for num_ranks in (2, 3, 8):
+        for order in ("contiguous", "zigzag"):
+            for device in ("cpu", "cuda"):
+                chosen(num_ranks, 1001, (6, 2), order, device=device)
+
+
+def test_a_window_shorter_than_a_segment_takes_all_gather() -> None:
+    assert chosen(8, 65536, (32, 8), window=512) == "all_gather"
+
+
+def test_ulysses_balances_a_causal_mask_over_contiguous_shards() -> None:
+    assert chosen(4, 65536, (32, 8), order="contiguous") == "ulysses"
+    assert chosen(4, 65536, (33, 11), order="contiguous") != "ulysses"
+
+
+def test_keys_that_would_fill_the_memory_are_not_gathered() -> None:
+    layout = SequenceLayout.for_rank(65536, 16, 0, "zigzag")
+    visibility = Visibility((0, 65536), True, None)
+    assert gathered_share(layout, visibility, Shapes(1, 6, 6, 128, 2)) > LARGEST_SHARE
+    assert chosen(16, 65536, (6, 6)) == "ring"
+
+
+@pytest.mark.parametrize("device", MACHINES)
+@pytest.mark.parametrize("method", ["all_gather", "ring", "ulysses"])
+def test_costs_grow_with_rows_and_tokens(method: str, device: str) -> None:
+    def of(tokens: int, rows: int) -> float:
+        layout = SequenceLayout.for_rank(tokens, 4, 0, "zigzag")
+        shapes = Shapes(rows, 8, 2, 64, 2)
+        return cost(method, layout, Visibility((0, tokens), True, None), shapes, MACHINES[device])  # type: ignore[arg-type]
+
+    assert of(1024, 1) < of(1024, 4) < of(4096, 4)
+
+
+def method_of_auto() -> str:
+    layout = SequenceLayout(64, order="zigzag")
+    _, k, v, _ = (layout.shard(x) for x in random_inputs(0, 1, 64, 4, 2, 8))
+    return write_softmax(k, v, layout=layout, num_heads=4).method
+
+
+def test_auto_says_what_it_has_chosen() -> None:
+    layout = SequenceLayout.for_rank(64, 2, 0, "zigzag")
+    want = choose(layout, Visibility((0, 64), True, None), Shapes(1, 4, 2, 8, 8), "cpu")
+    assert run_on_ranks(2, method_of_auto) == [want, want]
