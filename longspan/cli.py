@@ -1,4 +1,4 @@
-"""The command line: ``longspan train``."""
+"""The command line: ``longspan train``, ``longspan bench``, ``longspan plan``."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from longspan.errors import ConfigError, LongspanError
 from longspan.launch import (
+    EXIT_DONE,
     EXIT_REFUSED,
     Place,
     StopRequest,
@@ -23,11 +24,15 @@ if TYPE_CHECKING:
     from longspan.train.config import Config
     from longspan.train.run_folder import RunFolder
 
+Options = TypeVar("Options")
+
 _USAGE = """usage: longspan COMMAND
 
-  train      train a hybrid Linear-Llama3, sequence-parallel; without arguments a small one on this machine's CPU
+  train             train a hybrid Linear-Llama3, sequence-parallel; without arguments a small one on this machine's CPU
+  bench exchange    measure how long each topology takes to exchange states, on ranks of this machine or torchrun's
+  plan exchange     the same by the cost model alone, for a cluster given by numbers
 
-longspan train --help lists its options.
+longspan train --help lists its options, and so do the others.
 """
 
 _TRAIN_HELP = """Train a hybrid Linear-Llama3 sequence-parallel on real text.
@@ -39,6 +44,16 @@ Starts its own ranks on this machine, or uses those of torchrun. Besides the opt
 
 Exit codes: 0 done, 1 failed, 2 refused (the message says how to mend it), 75 stopped by SIGTERM or SIGINT with a
 checkpoint.
+"""
+
+_BENCH_HELP = """Measure each topology's exchange of states, forward and backward, beside what the cost model says.
+
+Starts its own ranks on this machine, or uses those of torchrun. Results are checked first; nothing hides the exchange.
+"""
+
+_PLAN_HELP = """What each topology's exchange of states would cost on a cluster given by numbers: nothing is measured.
+
+Rates have units, 400gbit or 45GB a second, and so have times: 15us, 0.2ms.
 """
 
 
@@ -53,10 +68,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         sys.stdout.write(f"longspan {longspan.__version__}\n")
         return 0
-    if arguments[0] != "train":
-        sys.stderr.write(f"longspan: error: unknown command {arguments[0]!r}: the command is train\n")
+    if arguments[0] == "train":
+        return _train(arguments)
+    commands = {"bench": _bench_exchange, "plan": _plan_exchange}
+    if arguments[0] not in commands:
+        sys.stderr.write(f"longspan: error: unknown command {arguments[0]!r}: the commands are train, bench and plan\n")
         return EXIT_REFUSED
-    return _train(arguments)
+    if arguments[1:2] != ["exchange"]:
+        what = arguments[1] if arguments[1:] else "nothing"
+        sys.stderr.write(f"longspan: error: {arguments[0]} takes what to look at, which is exchange; got {what}\n")
+        return EXIT_REFUSED
+    return commands[arguments[0]](arguments)
 
 
 def _train(arguments: list[str]) -> int:
@@ -70,9 +92,7 @@ def _train(arguments: list[str]) -> int:
             num_ranks = config.parallel.sp * (config.parallel.dp or 1)
             check_degrees(config, num_ranks)
     except LongspanError as error:
-        if place is None or place.rank == 0:
-            sys.stderr.write(f"longspan: error: {error}\n")
-        return EXIT_REFUSED
+        return _refuse(error, place)
     if place is None and num_ranks > 1:
         command = [sys.executable, "-m", "longspan", *arguments]
         return run_local_ranks(command, num_ranks, config.parallel.threads or max(1, num_cores() // num_ranks))
@@ -83,6 +103,53 @@ def _train(arguments: list[str]) -> int:
         return train(config, place, stop, resume)
 
     return run_rank(place or Place(), run)
+
+
+def _bench_exchange(arguments: list[str]) -> int:
+    from longspan.bench.options import BenchExchange
+
+    place = place_of_this_process()
+    options = _parse(BenchExchange, "longspan bench exchange", _BENCH_HELP, arguments[2:])
+    try:
+        options.check(options.ranks if place is None else place.world_size)
+    except LongspanError as error:
+        return _refuse(error, place)
+    if place is None:
+        return run_local_ranks([sys.executable, "-m", "longspan", *arguments], options.ranks, options.threads)
+
+    def run(place: Place, stop: StopRequest) -> int:
+        from longspan.bench.exchange import bench_exchange
+
+        return bench_exchange(options, place)
+
+    return run_rank(place, run)
+
+
+def _plan_exchange(arguments: list[str]) -> int:
+    from longspan.ops import VARIANTS
+    from longspan.plan.options import PlanExchange
+
+    options = _parse(PlanExchange, "longspan plan exchange", _PLAN_HELP, arguments[2:])
+    try:
+        if options.operator not in VARIANTS:
+            raise ConfigError(f"operator must be one of {', '.join(VARIANTS)}; got {options.operator!r}")
+        sys.stdout.write(options.report(VARIANTS[options.operator].transition))
+    except LongspanError as error:
+        return _refuse(error, None)
+    return EXIT_DONE
+
+
+def _parse(options: type[Options], command: str, description: str, arguments: list[str]) -> Options:
+    """The options that the arguments of a command ask for; ends the process where they ask for help, or do not fit."""
+    import tyro
+
+    return tyro.cli(options, prog=command, description=description, args=arguments)
+
+
+def _refuse(error: LongspanError, place: Place | None) -> int:
+    if place is None or place.rank == 0:
+        sys.stderr.write(f"longspan: error: {error}\n")
+    return EXIT_REFUSED
 
 
 def parse_train(arguments: Sequence[str]) -> tuple[Config, RunFolder | None]:

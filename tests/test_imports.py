@@ -38,7 +38,7 @@ ALLOWED = {
     "parallel": SINGLE_DEVICE | {"collectives", "models"},
     "integrations": SINGLE_DEVICE | {"collectives", "models", "parallel"},
     "longspan": MODELS,
-    "bench": MODELS | {"plan", "launch"},
+    "bench": MODELS | {"longspan", "plan", "launch"},
     "data": FOUNDATION,
     "launch": {"errors"},
     "train": MODELS | {"longspan", "data", "launch"},

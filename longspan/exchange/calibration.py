@@ -20,9 +20,11 @@ from torch import Tensor
 
 from longspan.collectives import all_gather_single
 from longspan.errors import LayoutError
+from longspan.exchange.chain import Chain
 from longspan.exchange.groups import group_of, kept
 from longspan.exchange.nodes import nodes_of
 from longspan.exchange.progress import run_beside
+from longspan.exchange.traffic import unrecorded
 from longspan.layout import SequenceLayout
 from longspan.plan import Cluster, Link
 from longspan.state import ChannelDecay, Dense, Pair, Transition, exclusive_scan
@@ -38,6 +40,7 @@ _AT_ONCE_SECONDS = 0.05
 _LARGEST_AT_ONCE = 2**20
 _WORD_REPEATS, _ROW_REPEATS, _PAYLOAD_REPEATS = 15, 3, 2
 _MESSAGES_IN_A_ROW = 16
+_BLOCKS = 8
 
 
 def measured_cluster(layout: SequenceLayout, device: torch.device) -> Cluster:
@@ -46,11 +49,14 @@ def measured_cluster(layout: SequenceLayout, device: torch.device) -> Cluster:
     The first call is collective: every rank of the group makes it, in the same order among its exchanges.
     """
     ranks_per_node = _ranks_per_node(layout)
-    return kept(
-        group_of(layout),
-        ("cluster", device.type, ranks_per_node),
-        lambda: _measure(layout, device, ranks_per_node),
-    )
+
+    def measure() -> Cluster:
+        # Exchanges that are still under way are counted.
+        run_beside(layout, device, lambda _: None).wait()
+        with unrecorded():
+            return _measure(layout, device, ranks_per_node)
+
+    return kept(group_of(layout), ("cluster", device.type, ranks_per_node), measure)
 
 
 def _ranks_per_node(layout: SequenceLayout) -> int:
@@ -74,6 +80,7 @@ def _measure(layout: SequenceLayout, device: torch.device, ranks_per_node: int) 
         along_rail = (rank + ranks_per_node) % num_ranks, (rank - ranks_per_node) % num_ranks
         links.append(_measure_link(ranks, ranks_per_node, *along_rail))
     gather, swap = _measure_collectives(ranks, links[-1])
+    hop, block = _measure_chain(ranks, ranks_per_node)
     folds = _measure_folds(ranks)
     # A kind of link that the ranks do not have is never asked for.
     cluster = Cluster(
@@ -87,6 +94,8 @@ def _measure(layout: SequenceLayout, device: torch.device, ranks_per_node: int) 
         fold_sharing=folds.sharing,
         gather=gather,
         swap=swap,
+        hop=hop,
+        block=block,
     )
     if rank == 0:
         _log.info("measured the ranks in %.2f s: %s", time.perf_counter() - begun, cluster)
@@ -118,9 +127,10 @@ class _Ranks:
     def seconds(self, function: Callable[[], object], repeats: int) -> float:
         """Shortest time of a call, after one that is not counted: what else runs on the machine only adds to it."""
         function()
-        return min(self._one(function) for _ in range(repeats))
+        return min(self.one(function) for _ in range(repeats))
 
-    def _one(self, function: Callable[[], object]) -> float:
+    def one(self, function: Callable[[], object]) -> float:
+        """Time of one call."""
         self._synchronize()
         begun = time.perf_counter()
         function()
@@ -250,6 +260,30 @@ def _measure_collectives(ranks: _Ranks, link: Link) -> tuple[Link, Link]:
         Link(small_gather / others, size * others / _rest(large_gather, small_gather)),
         Link(small_swap, size * others / _rest(large_swap, small_swap)),
     )
+
+
+# -------------------------------------------------------------------------------------------------------------------- chain
+
+
+def _measure_chain(ranks: _Ranks, ranks_per_node: int) -> tuple[float, float]:
+    """Seconds of a hop, and by which blocks follow each other, of states so small that their size does not matter."""
+    num_ranks = ranks.layout.num_ranks
+    layout = SequenceLayout(num_ranks, ranks.layout.group, ranks_per_node=ranks_per_node)
+    states = torch.zeros(1, 1, 1, 4, _BLOCKS, device=ranks.device)
+    pair = Pair(ChannelDecay(torch.zeros(1, 1, 1, 4, device=ranks.device)), states)
+
+    def seconds(num_blocks: int) -> float:
+        chain = Chain("measurement", None, num_blocks)
+        times = []
+        for _ in range(1 + _ROW_REPEATS):
+            # All begin together; the last rank is done when the chain is.
+            ranks.collectives(lambda _: [])
+            times.append(ranks.one(lambda: chain.start(pair, layout).wait()))
+        (slowest,) = ranks.collectives(lambda _: [min(times[1:])])
+        return slowest
+
+    whole, blocks = seconds(1), seconds(_BLOCKS)
+    return whole / (num_ranks - 1), max(0.0, blocks - whole) / (_BLOCKS - 1)
 
 
 # -------------------------------------------------------------------------------------------------------------------- folds

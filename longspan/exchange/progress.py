@@ -20,7 +20,8 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import timedelta
 from queue import SimpleQueue
 from typing import Any, Generic, Literal, TypeVar
 
@@ -36,6 +37,12 @@ from longspan.layout import SequenceLayout
 T = TypeVar("T")
 Work = Callable[[dist.ProcessGroup], T]
 Operations = Literal["collectives", "messages"]
+_Item = tuple[Callable[[dist.ProcessGroup], Any], dist.ProcessGroup, Future[Any]]
+
+# How long the end of a process waits for a work that may be about to finish.
+_SECONDS_TO_FINISH = 0.5
+# The tag of no message.
+_NO_TAG = 2**31 - 1
 
 
 class Task(ABC, Generic[T]):
@@ -65,7 +72,7 @@ def run_beside(
     dedicated = kept(group, ("beside", operations, device.type), lambda: _dedicated(group, operations, device))
     if device.type == "cpu":
         worker = kept(group, "worker", lambda: _Worker(f"longspan-exchange-rank-{layout.rank}"))
-        return worker.submit(lambda: work(dedicated))
+        return worker.submit(work, dedicated)
     stream = kept(group, ("stream", device), lambda: torch.Stream(device))
     return _StreamTask(stream, lambda: work(dedicated))
 
@@ -89,34 +96,60 @@ def _plain(device_type: str) -> Iterator[None]:
 
 
 class _Worker:
-    """A daemon thread that runs works in order; it ends when the worker is no longer referred to."""
+    """A daemon thread that runs works in order; it ends with the worker, or with the process.
+
+    What it waits for then will not come: an exchange that was never finished. Its group's connections are closed, so that the wait
+    ends with an error. A thread that stays in torch while Python shuts down would abort the process.
+    """
 
     def __init__(self, name: str) -> None:
-        self._works: SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = SimpleQueue()
-        threading.Thread(target=_serve, args=(self._works,), name=name, daemon=True).start()
-        weakref.finalize(self, self._works.put, None)
+        self._works: SimpleQueue[_Item | None] = SimpleQueue()
+        running: list[dist.ProcessGroup] = []
+        thread = threading.Thread(target=_serve, args=(self._works, running), name=name, daemon=True)
+        thread.start()
+        weakref.finalize(self, _end, self._works, running, thread)
 
-    def submit(self, work: Callable[[], T]) -> Task[T]:
+    def submit(self, work: Work[T], group: dist.ProcessGroup) -> Task[T]:
         done: Future[T] = Future()
-        self._works.put((work, done))
+        self._works.put((work, group, done))
         return _ThreadTask(done)
 
 
-def _serve(works: SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None]) -> None:
+def _serve(works: SimpleQueue[_Item | None], running: list[dist.ProcessGroup]) -> None:
     failure: BaseException | None = None
     while (item := works.get()) is not None:
-        work, done = item
+        work, group, done = item
+        running.append(group)
         try:
             if failure is not None:
                 raise RuntimeError("an earlier exchange of this process group failed") from failure
             with named_range("longspan.exchange.work"), _plain("cpu"):
-                done.set_result(work())
+                done.set_result(work(group))
         except BaseException as error:
             # Everything: whatever ends a work must reach the one who waits for it.
             failure = failure or error
             done.set_exception(error)
+        running.clear()
         # Not kept while the thread waits for the next one.
-        del item, work, done
+        del item, work, group, done
+
+
+def _end(works: SimpleQueue[_Item | None], running: list[dist.ProcessGroup], thread: threading.Thread) -> None:
+    works.put(None)
+    if thread is threading.current_thread():
+        return
+    thread.join(_SECONDS_TO_FINISH)
+    if thread.is_alive():
+        for group in list(running):
+            _close_connections(group)
+        thread.join(_SECONDS_TO_FINISH)
+
+
+def _close_connections(group: dist.ProcessGroup) -> None:
+    """Make all operations under way on a gloo group fail, here and on its other ranks, as a receive does that runs out of time."""
+    other = (group.rank() + 1) % group.size()
+    with suppress(RuntimeError):
+        group.recv([torch.empty(1)], other, _NO_TAG).wait(timedelta(milliseconds=1))
 
 
 class _ThreadTask(Task[T]):

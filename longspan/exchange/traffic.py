@@ -74,6 +74,17 @@ def record_traffic() -> Iterator[Traffic]:
         _recorders[:] = [recorder for recorder in _recorders if recorder is not traffic]
 
 
+@contextmanager
+def unrecorded() -> Iterator[None]:
+    """Hide what this process sends and waits for in the block from the recorders: measurements of the network, not exchanges."""
+    hidden = _recorders[:]
+    _recorders.clear()
+    try:
+        yield
+    finally:
+        _recorders[:] = hidden
+
+
 def note_collective(name: str, phase: str, bytes_sent: int, num_messages: int = 1) -> None:
     """Tell the recorders of a collective or a message that is about to start."""
     event = Event(name, phase, bytes_sent, time.perf_counter(), num_messages)

@@ -59,6 +59,8 @@ class Cluster:
         gloo: one).
     gather: a step of an all-gather of all ranks, as measured; None takes the links. swap: an all-to-all of all ranks, its latency
         that of the whole, its bandwidth that of a rank's bytes for others; None takes the links.
+    hop: seconds of one hop of a chain, message and fold, however small the state; block: by how much small blocks follow each other
+        at least. As measured; None takes the links and fold_latency.
 
     Raises:
         InputError: for numbers that make no cluster.
@@ -75,6 +77,8 @@ class Cluster:
     rings: int = 1
     gather: Link | None = None
     swap: Link | None = None
+    hop: float | None = None
+    block: float | None = None
 
     def __post_init__(self) -> None:
         if self.num_ranks < 1 or self.ranks_per_node < 1 or self.num_ranks % self.ranks_per_node:
@@ -96,12 +100,32 @@ class Cluster:
     def with_ranks(self, num_ranks: int) -> Cluster:
         """The same machines with another number of ranks; fewer than a node holds are one node."""
         ranks_per_node = min(self.ranks_per_node, num_ranks)
-        return replace(self, num_ranks=num_ranks, ranks_per_node=ranks_per_node, gather=None, swap=None)
+        return replace(
+            self, num_ranks=num_ranks, ranks_per_node=ranks_per_node, gather=None, swap=None, hop=None, block=None
+        )
 
-    def hops(self, num_messages: int, between_nodes: int, num_bytes: float) -> float:
-        """Seconds for messages from rank to next rank, one after the other, `between_nodes` of which leave their node."""
+    def hops(
+        self, num_messages: int, between_nodes: int, num_bytes: float, folds: int, size: tuple[float, float]
+    ) -> float:
+        """Seconds for a chain: messages from rank to next rank, one after the other, `between_nodes` of which leave their node.
+
+        folds: how many states of `size`, as `fold` takes it, are folded on the way.
+        """
         inside = num_messages - between_nodes
-        return inside * self.intra.seconds(num_bytes) + between_nodes * self.inter.seconds(num_bytes)
+        seconds = inside * self.intra.seconds(num_bytes) + between_nodes * self.inter.seconds(num_bytes)
+        seconds += folds * self.fold(size, at_once=False)
+        if self.hop is not None:
+            links = inside * self.intra.latency + between_nodes * self.inter.latency + folds * self.fold_latency
+            seconds += num_messages * self.hop - links
+        return seconds
+
+    def follow(self, num_bytes: float, size: tuple[float, float]) -> float:
+        """Seconds by which blocks of a chain follow each other, each sent on by all ranks at once and folded."""
+        fold = self.fold(size, at_once=True)
+        carried = self.to_next(num_bytes) - self.to_next(0.0)
+        if self.block is not None:
+            return self.block + carried + fold - self.fold((0.0, 0.0), at_once=True)
+        return (self.inter.gap if self.num_nodes > 1 else self.intra.gap) + carried + fold
 
     def to_next(self, num_bytes: float, num_messages: int = 1) -> float:
         """Seconds for all ranks to send to the next rank at once; one rank of each node sends out of it."""
@@ -140,6 +164,8 @@ class Cluster:
         links += [f"a step of an all-gather: {self.gather}"] if self.gather is not None else []
         links += [f"an all-to-all: {self.swap}"] if self.swap is not None else []
         sharing = f" ({self.fold_sharing:.1f} times as long with all at once)" if self.fold_sharing > 1 else ""
+        if self.hop is not None and self.block is not None:
+            links.append(f"a hop of a chain: {self.hop * 1e6:.0f} µs, a block behind it: {self.block * 1e6:.0f} µs")
         return (
             f"{self.num_ranks} ranks on {nodes}; {'; '.join([*links, ''])}"
             f"a fold: {self.fold_latency * 1e6:.0f} µs, {self.fold_bandwidth / 1e6:,.0f} MB/s, "

@@ -18,10 +18,10 @@ def ring(problem: Problem, cluster: Cluster) -> Phase:
     seconds = Σ_hops (latency + |U| / bandwidth) + folds · fold(R), with folds = h + n − 2 (n P − 2 for one document): the first
     segment has nothing to fold, the last one nothing to send. One rank works at a time.
     """
-    fold = cluster.fold(problem.fold_size(problem.num_rows), at_once=False)
-    seconds = cluster.hops(problem.chain, _between_nodes(problem, cluster), problem.state)
+    size = problem.fold_size(problem.num_rows)
+    seconds = cluster.hops(problem.chain, _between_nodes(problem, cluster), problem.state, _folds(problem), size)
     messages = _messages(problem)
-    return Phase(seconds + _folds(problem) * fold, 0.0, messages * problem.state, messages, problem.chain)
+    return Phase(seconds, 0.0, messages * problem.state, messages, problem.chain)
 
 
 def pipelined(problem: Problem, cluster: Cluster, num_blocks: int) -> Phase:
@@ -35,10 +35,8 @@ def pipelined(problem: Problem, cluster: Cluster, num_blocks: int) -> Phase:
     share = -(-problem.value_size // num_blocks) / problem.value_size
     block = problem.state * share
     size = problem.fold_size(problem.num_rows * share)
-    first = cluster.hops(problem.chain, _between_nodes(problem, cluster), block)
-    first += _folds(problem) * cluster.fold(size, at_once=False)
-    behind = _gap(cluster) + cluster.to_next(block) - cluster.to_next(0.0) + cluster.fold(size, at_once=True)
-    seconds = first + (num_blocks - 1) * problem.segments_per_rank * behind
+    first = cluster.hops(problem.chain, _between_nodes(problem, cluster), block, _folds(problem), size)
+    seconds = first + (num_blocks - 1) * problem.segments_per_rank * cluster.follow(block, size)
     messages = _messages(problem)
     return Phase(seconds, 0.0, messages * problem.state, messages * num_blocks, problem.chain - 1 + num_blocks)
 
@@ -46,10 +44,10 @@ def pipelined(problem: Problem, cluster: Cluster, num_blocks: int) -> Phase:
 def neighbour(problem: Problem, cluster: Cluster) -> Phase:
     """One message a segment to the owner of the next, all at once, and no fold: for states that reach no further.
 
-    seconds = latency + (n − 1) · gap + n · |U| / bandwidth, on the slower of the links inside and between nodes. Between two
-    ranks it is the ring.
+    seconds = latency + (n − 1) · gap + n · |U| / bandwidth, on the slower of the links inside and between nodes. For two
+    segments it is the ring.
     """
-    if problem.num_ranks == 2:
+    if problem.num_segments == 2:
         return ring(problem, cluster)
     messages = _messages(problem)
     seconds = cluster.to_next(messages * problem.state, messages)
@@ -69,7 +67,3 @@ def _between_nodes(problem: Problem, cluster: Cluster) -> int:
     """How many messages of the longest chain leave their node."""
     whole = problem.segments_per_rank * (cluster.num_nodes - 1)
     return min(whole, -(-problem.chain // cluster.ranks_per_node))
-
-
-def _gap(cluster: Cluster) -> float:
-    return cluster.inter.gap if cluster.num_nodes > 1 else cluster.intra.gap

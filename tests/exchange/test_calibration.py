@@ -62,6 +62,7 @@ def test_all_ranks_have_the_same_figures_measured_once_and_not_counted(
     # Without a word from the layout, the ranks of a test share a host.
     assert clusters[0].ranks_per_node == (ranks_per_node or num_ranks)
     assert clusters[0].gather is not None and clusters[0].swap is not None
+    assert clusters[0].hop is not None and clusters[0].block is not None
     for rank, (_, is_same, counted, logged_again, lines) in enumerate(by_rank):
         assert is_same and counted == 0 and logged_again == 0
         assert len(lines) == (rank == 0)
@@ -72,6 +73,7 @@ def test_all_ranks_have_the_same_figures_measured_once_and_not_counted(
 # A known network in place of the clock: how long a call takes follows from what it sends and folds.
 LATENCY, GAP, BANDWIDTH, SHARING = 0.25, 0.125, 2.0**20, 4.0
 STEP, STEP_BANDWIDTH = 0.5, 2.0**18
+HOP, BLOCK = 0.75, 0.375
 FOLD, FOLD_BANDWIDTH, MATMUL_RATE = 2.0**-12, 2.0**30, 2.0**34
 
 
@@ -122,6 +124,19 @@ class KnownNetwork:
         self.clock += folds * (FOLD + num_bytes / FOLD_BANDWIDTH + flops / MATMUL_RATE)
         return exclusive_scan(pair)
 
+    def chain(self, name: str, state_dtype: None, num_blocks: int) -> Any:
+        """Something to start and to wait for, in place of a chain of that many blocks."""
+        hops = dist.get_world_size() - 1
+
+        class Passing:
+            def start(_, pair: Pair, layout: SequenceLayout) -> Any:  # noqa: N805
+                return _
+
+            def wait(_) -> None:  # noqa: N805
+                self.clock += hops * HOP + (num_blocks - 1) * BLOCK
+
+        return Passing()
+
     def time(self, function: Callable[[], object]) -> float:
         begun = self.clock
         function()
@@ -135,7 +150,8 @@ def cluster_of_a_known_network() -> Cluster:
         patch.setattr(calibration, "dist", network)
         patch.setattr(calibration, "all_gather_single", network.all_gather)
         patch.setattr(calibration, "exclusive_scan", network.scan)
-        patch.setattr(calibration._Ranks, "_one", lambda _, function: network.time(function))
+        patch.setattr(calibration._Ranks, "one", lambda _, function: network.time(function))
+        patch.setattr(calibration, "Chain", network.chain)
         return measured_cluster(layout, CPU)
 
 
@@ -146,6 +162,7 @@ def test_a_network_of_known_speed_is_measured_as_it_is() -> None:
     assert cluster.gather is not None and cluster.swap is not None
     assert astuple(cluster.gather) == pytest.approx((STEP, STEP_BANDWIDTH, 0.0, 1.0), rel=1e-3)
     assert astuple(cluster.swap) == pytest.approx((2 * STEP, STEP_BANDWIDTH, 0.0, 1.0), rel=1e-3)
+    assert (cluster.hop, cluster.block) == pytest.approx((HOP, BLOCK))
     assert cluster.fold_latency == pytest.approx(FOLD)
     assert cluster.fold_bandwidth == pytest.approx(FOLD_BANDWIDTH)
     assert cluster.matmul_rate == pytest.approx(MATMUL_RATE)

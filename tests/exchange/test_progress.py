@@ -274,8 +274,9 @@ def test_a_rank_that_dies_is_an_error_where_its_message_is_waited_for(tmp_path: 
 
 def test_a_process_ends_although_its_work_still_waits_for_a_message(tmp_path: Path) -> None:
     code = """
-        task = run_beside(layout, torch.device("cpu"), receive, "messages")
-        time.sleep(0.2)
+        begun = threading.Event()
+        task = run_beside(layout, torch.device("cpu"), lambda group: (begun.set(), receive(group)), "messages")
+        begun.wait()
         print("ends")
     """
     for code_, output in run_two(tmp_path, code):

@@ -153,6 +153,14 @@ def test_measured_collectives_take_the_place_of_links() -> None:
     assert measured.with_ranks(8).swap is None
 
 
+def test_a_measured_chain_takes_the_place_of_latencies() -> None:
+    # Folds of a latency of 10 s are part of a hop, those of a block part of what it follows by.
+    measured = replace(SLOW, hop=50.0, block=20.0)
+    assert time_of("ring", LAYER, measured).forward.seconds == pytest.approx(3 * (50 + STATE), rel=1e-4)
+    expected = 3 * (50 + STATE / 3) + 2 * (20 + STATE / 3)
+    assert time_of("pipelined", LAYER, measured, 3).forward.seconds == pytest.approx(expected, rel=1e-4)
+
+
 def test_what_computation_hides_and_what_it_does_not() -> None:
     gathered = time_of("all_gather", LAYER, SLOW).forward
     # The folds come when the caller waits.

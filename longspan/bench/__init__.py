@@ -1,0 +1,1 @@
+"""Measuring on the ranks at hand: ``longspan bench exchange``."""

@@ -1,0 +1,221 @@
+"""``longspan bench exchange``: each topology's time on these ranks, beside what the cost model says.
+
+Every result is first compared with the scan of all pairs on one process; a topology whose result is wrong is not timed: the command
+ends with an error. A time runs from a moment when all ranks are ready until the last rank has what it waits for; nothing is
+computed meanwhile, so that nothing hides the exchange.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from longspan.bench.options import BenchExchange
+from longspan.bench.report import Figures, Measured, print_figures, write_json
+from longspan.errors import LongspanError
+from longspan.exchange import Auto, Exchange, Topology, record_traffic, resolve_topology
+from longspan.exchange.calibration import measured_cluster
+from longspan.exchange.progress import run_beside
+from longspan.exchange.segments import own_segments
+from longspan.launch import EXIT_DONE, Place, start_process_group
+from longspan.layout import SequenceLayout
+from longspan.ops import VARIANTS
+from longspan.plan import Problem, time_of
+from longspan.state import Dense, Pair, exclusive_scan, exclusive_scan_adjoint
+
+TOLERANCES = {False: 1e-5, True: 5e-2}
+"""Largest error of a state or gradient beside the largest value, in float32 and with states rounded to bfloat16 at every hop. A
+missing or doubled term shows as 0.1 or more."""
+
+_SEGMENT_TOKENS = 4
+
+
+class WrongResultError(LongspanError):
+    """A topology does not compute the scan."""
+
+
+def bench_exchange(options: BenchExchange, place: Place) -> int:
+    """Measure as one rank and return the exit code; the first rank prints.
+
+    Raises:
+        ConfigError: for options that do not fit, on every rank.
+        WrongResultError: on every rank, if a topology's result is wrong.
+    """
+    options.check(place.world_size)
+    torch.set_num_threads(options.threads)
+    device = torch.device("cpu")
+    if options.device == "cuda":
+        device = torch.device("cuda", place.local_rank)
+        torch.cuda.set_device(device)
+    start_process_group(place, "nccl" if options.device == "cuda" else "gloo", options.timeout_seconds)
+    figures = measure(options, device)
+    if place.rank == 0:
+        print_figures(figures)
+        if options.json is not None:
+            write_json(figures, options.json)
+    _meet(device)
+    dist.destroy_process_group()
+    return EXIT_DONE
+
+
+@dataclass(frozen=True)
+class _Case:
+    """What is exchanged: pairs of this rank's segments, the gradients sent back, and the right results of both."""
+
+    layout: SequenceLayout
+    pair: Pair
+    grad: Tensor
+    incoming: Tensor
+    outgoing: Tensor
+
+
+@dataclass(frozen=True)
+class _Sent:
+    """Of the rank that sends most forward, and of the one that sends most backward, together."""
+
+    bytes_sent: int
+    num_messages: int
+
+
+def measure(options: BenchExchange, device: torch.device) -> Figures:
+    """All figures, on the ranks of the default process group; see `bench_exchange`."""
+    case = _make_case(options, device)
+    state_dtype = torch.bfloat16 if options.bfloat16 else None
+    cluster = measured_cluster(case.layout, device)
+    choice = Auto(state_dtype).costs(case.pair, case.layout)[0]
+    problem = Problem.of_states(
+        type(case.pair.transition), case.pair.state.shape, case.layout, state_bytes=2 if options.bfloat16 else None
+    )
+    modelled = {
+        name: choice if name == "auto" else time_of(name, problem, cluster)
+        for name in dict.fromkeys(options.topologies)
+    }
+    topologies = {
+        name: resolve_topology(
+            Exchange(name, state_dtype, num_blocks=cost.num_blocks if name == "pipelined" else None)
+        ).resolve(case.pair, case.layout)
+        for name, cost in modelled.items()
+    }
+    sent = {name: _check(name, topology, case, options.bfloat16) for name, topology in topologies.items()}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in topologies}
+    names = list(topologies)
+    for repeat in range(options.repeats):
+        # In another order each time, so that none always follows the same one.
+        for name in names[repeat % len(names) :] + names[: repeat % len(names)]:
+            times[name].append(_time(topologies[name], case))
+    rows = [
+        Measured(
+            topology=name,
+            forward_seconds=statistics.median(forward for forward, _ in times[name]),
+            backward_seconds=statistics.median(backward for _, backward in times[name]),
+            seconds=statistics.median(map(sum, times[name])),
+            low_seconds=min(map(sum, times[name])),
+            high_seconds=max(map(sum, times[name])),
+            bytes_sent=sent[name].bytes_sent,
+            num_messages=sent[name].num_messages,
+            modelled=modelled[name],
+        )
+        for name in names
+    ]
+    return Figures(options, dist.get_world_size(), str(cluster), choice.topology, rows)
+
+
+def _make_case(options: BenchExchange, device: torch.device) -> _Case:
+    num_ranks = dist.get_world_size()
+    num_segments = num_ranks * (2 if options.order == "zigzag" else 1)
+    layout = SequenceLayout(_SEGMENT_TOKENS * num_segments, order=options.order, ranks_per_node=options.ranks_per_node)
+    kind = VARIANTS[options.operator].transition
+    shape = (num_segments, options.batch_size, options.heads, options.key_size, options.value_size)
+    # The same on every rank: each computes by itself what is right.
+    random = torch.Generator().manual_seed(0)
+    states, grads = (torch.randn(shape, generator=random) for _ in range(2))
+    if issubclass(kind, Dense):
+        # Of norm about 1, so that the products of many neither vanish nor grow.
+        parameter = torch.randn(kind.parameter_shape(shape), generator=random) / options.key_size**0.5
+    else:
+        parameter = -torch.rand(kind.parameter_shape(shape), generator=random)
+    transition = kind(parameter).cut([segment.starts_document for segment in layout.all_segments])
+    own = own_segments(layout)
+    incoming = exclusive_scan(Pair(transition, states))[own]
+    outgoing = exclusive_scan_adjoint(transition, grads)[own]
+    own_parameter = transition.parameter if kind.is_known else transition.parameter[own]
+    pair = Pair(kind(own_parameter.to(device)), states[own].to(device))
+    return _Case(layout, pair, grads[own].to(device), incoming.to(device), outgoing.to(device))
+
+
+def _run(topology: Topology, case: _Case, before_backward: Callable[[], None] = lambda: None) -> tuple[Tensor, Tensor]:
+    """S_in and λ of this rank's segments."""
+    arrived = topology.start(case.pair, case.layout).wait()
+    before_backward()
+    kind = type(case.pair.transition)
+    return arrived.incoming, topology.start_reverse(kind, arrived.context, case.grad, case.layout).wait()
+
+
+def _check(name: str, topology: Topology, case: _Case, bfloat16: bool) -> _Sent:
+    """What is sent; raises WrongResultError unless the topology is right on every rank."""
+    with record_traffic() as traffic:
+        results = _run(topology, case)
+        # A rank that has nothing to wait for may not have sent yet.
+        run_beside(case.layout, case.pair.state.device, lambda _: None).wait()
+    expected = (case.incoming, case.outgoing)
+    errors = [
+        float((got - right).abs().max() / right.abs().max().clamp_min(1.0))
+        for got, right in zip(results, expected, strict=True)
+    ]
+    # NaN compares with nothing, and must not pass a maximum unseen.
+    wrong = [float(not error <= TOLERANCES[bfloat16]) for error in errors]
+    phases = [traffic.of_phase("forward"), traffic.of_phase("backward")]
+    counted = [float(count) for phase in phases for count in (phase.bytes_sent, phase.num_messages)]
+    forward, backward, *most = _largest([*wrong, *counted], case.layout, case.pair.state.device)
+    if forward or backward:
+        raise WrongResultError(
+            f"{name} does not compute the scan {'forward' if forward else 'backward'} (on this rank, errors of {errors[0]:.1e} "
+            f"forward and {errors[1]:.1e} backward beside the largest value); no figure is reported. Leave it out of "
+            "topologies, and please report it"
+        )
+    return _Sent(int(most[0] + most[2]), int(most[1] + most[3]))
+
+
+def _time(topology: Topology, case: _Case) -> tuple[float, float]:
+    """Seconds forward and backward, from all ranks' being ready to the last rank's being done."""
+    device = case.pair.state.device
+    marks: list[float] = []
+
+    def mark() -> None:
+        _synchronize(device)
+        marks.append(time.perf_counter())
+
+    def between() -> None:
+        mark()
+        _meet(device)
+        mark()
+
+    _meet(device)
+    mark()
+    _run(topology, case, between)
+    mark()
+    forward, backward = _largest([marks[1] - marks[0], marks[3] - marks[2]], case.layout, device)
+    return forward, backward
+
+
+def _largest(values: list[float], layout: SequenceLayout, device: torch.device) -> list[float]:
+    """The largest of all ranks' values, one by one."""
+    tensor = torch.tensor(values, dtype=torch.float64).to(device)
+    dist.all_reduce(tensor, dist.ReduceOp.MAX, group=layout.group)
+    return [float(value) for value in tensor.tolist()]
+
+
+def _meet(device: torch.device) -> None:
+    dist.all_reduce(torch.zeros(1, device=device))
+    _synchronize(device)
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
