@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
+from hashlib import sha1
+from itertools import count
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from longspan.layout import SequenceLayout
 
@@ -49,18 +53,39 @@ def new_group_beside(
     ranks = dist.get_process_group_ranks(group)
     if members is not None:
         ranks = [ranks[member] for member in members]
+    number = next(kept(group, ("made beside", tuple(ranks)), count))
     # Only torch releases with this option have groups whose ranks do not ascend.
     order: dict[str, Any] = {} if ranks == sorted(ranks) else {"sort_ranks": False}
-    made = dist.new_group(
-        ranks,
-        timeout=_timeout(group),
-        backend=dist.get_backend_config(group),
-        use_local_synchronization=True,
-        group_desc=description,
-        **order,
-    )
+    with _naming_groups(f"longspan {number} of {ranks} beside {group.group_name}"):
+        made = dist.new_group(
+            ranks,
+            timeout=_timeout(group),
+            backend=dist.get_backend_config(group),
+            use_local_synchronization=True,
+            group_desc=description,
+            **order,
+        )
     assert isinstance(made, dist.ProcessGroup)
     return made
+
+
+@contextmanager
+def _naming_groups(text: str) -> Iterator[None]:
+    """Let torch name groups that it makes with local synchronization after `text`, which the members have in common.
+
+    By itself (2.13) it takes the number of groups that the process is in, which may differ between members. A name is where members
+    look for each other: they would wait for ever.
+    """
+    original = getattr(distributed_c10d, "_hash_ranks_to_str", None)
+    if original is None:
+        yield
+        return
+    name = sha1(text.encode(), usedforsecurity=False).hexdigest()
+    distributed_c10d._hash_ranks_to_str = lambda ranks: name
+    try:
+        yield
+    finally:
+        distributed_c10d._hash_ranks_to_str = original
 
 
 def _timeout(group: dist.ProcessGroup) -> timedelta | None:

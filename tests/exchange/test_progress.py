@@ -145,7 +145,8 @@ def test_unequal_counts_of_messages_are_not_taken_for_a_mismatch_of_collectives(
 
 def failures() -> list[Any]:
     # A group of this test's own: a failed work leaves its group unusable.
-    group = dist.new_group(use_local_synchronization=True)
+    group = dist.new_group()
+    assert isinstance(group, dist.ProcessGroup)
     layout = SequenceLayout(8, group)
 
     def fail(group: dist.ProcessGroup) -> None:
@@ -175,7 +176,7 @@ def test_the_time_spent_in_wait_counts_as_waiting() -> None:
 
 def things_kept() -> list[Any]:
     made: list[str] = []
-    groups = [dist.new_group(use_local_synchronization=True) for _ in range(2)]
+    groups: list[Any] = [dist.new_group() for _ in range(2)]
 
     def build(name: str) -> Callable[[], str]:
         def make() -> str:
@@ -193,15 +194,10 @@ def test_what_is_kept_is_built_once_a_group_and_key() -> None:
 
 
 def group_beside() -> list[Any]:
-    world = dist.group.WORLD
-    assert world is not None
-    if dist.get_rank() == 0:
-        return []
-    # Rank 0 does not take part, and is not waited for.
-    parent = dist.new_group([1, 2, 3], timeout=timedelta(seconds=77), use_local_synchronization=True)
-    made = new_group_beside(parent, [0, 2]) if dist.get_rank() != 2 else None
-    if made is None:
-        return []
+    # Of all ranks, for the timeout.
+    parent = dist.new_group(timeout=timedelta(seconds=77))
+    assert isinstance(parent, dist.ProcessGroup)
+    made = new_group_beside(parent, [0, 2] if dist.get_rank() in (0, 2) else [1, 3])
     total = torch.tensor([float(dist.get_rank())])
     dist.all_reduce(total, group=made)
     options = made._get_backend(CPU).options
@@ -209,7 +205,25 @@ def group_beside() -> list[Any]:
 
 
 def test_a_group_beside_has_the_members_asked_for_and_the_timeout_of_its_group() -> None:
-    assert run_on_ranks(4, group_beside) == [[], [[1, 3], 4.0, 77.0], [], [[1, 3], 4.0, 77.0]]
+    even, odd = [[0, 2], 2.0, 77.0], [[1, 3], 4.0, 77.0]
+    assert run_on_ranks(4, group_beside) == [even, odd, even, odd]
+
+
+def groups_of_unequal_ranks() -> list[int]:
+    world = dist.group.WORLD
+    assert world is not None
+    more = new_group_beside(world, [1, 2]) if dist.get_rank() in (1, 2) else None
+    made = [new_group_beside(world, [0, 1] if dist.get_rank() < 2 else [2, 3]) for _ in range(2)]
+    total = torch.tensor([dist.get_rank()])
+    for group in made:
+        dist.all_reduce(total, group=group)
+    if more is not None:
+        dist.destroy_process_group(more)
+    return [int(total), len({group.group_name for group in made})]
+
+
+def test_a_group_beside_may_join_ranks_that_are_in_unequal_numbers_of_groups() -> None:
+    assert run_on_ranks(4, groups_of_unequal_ranks) == [[2, 2], [2, 2], [10, 2], [10, 2]]
 
 
 # A process that stands alone, because it ends or its peer does.
