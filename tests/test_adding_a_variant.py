@@ -104,5 +104,5 @@ def test_what_the_page_points_to_is_there() -> None:
 
 
 def _sources() -> Iterator[str]:
-    for path in (PROJECT_ROOT / "longspan" / "ops").glob("*.py"):
+    for path in (PROJECT_ROOT / "longspan" / "ops").rglob("*.py"):
         yield path.read_text(encoding="utf-8")

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longspan.attention.linear import LinearMemory, check_inputs, check_query, sum_over_ranks, write
+from longspan.attention.linear import LinearMemory, check_inputs, check_query, phase, sum_over_ranks, write
 from longspan.errors import InputError
 from longspan.exchange import Exchange, resolve_topology
 from longspan.layout import SequenceLayout
@@ -36,11 +36,12 @@ class SummedMemory:
         heads = self._states.shape[2]
         states = self._states.to(q.dtype)
         outputs = []
-        for piece in self._layout.pieces:
-            queries = q[:, piece.start : piece.stop].transpose(1, 2)
-            if queries.shape[1] != heads:
-                queries = queries.repeat_interleave(heads // queries.shape[1], dim=1)
-            outputs.append((factor * queries @ states[piece.document]).transpose(1, 2))
+        with phase("longspan.read", q):
+            for piece in self._layout.pieces:
+                queries = q[:, piece.start : piece.stop].transpose(1, 2)
+                if queries.shape[1] != heads:
+                    queries = queries.repeat_interleave(heads // queries.shape[1], dim=1)
+                outputs.append((factor * queries @ states[piece.document]).transpose(1, 2))
         return torch.cat(outputs, dim=1)
 
 
@@ -93,7 +94,8 @@ def _summed_states(k: Tensor, v: Tensor, layout: SequenceLayout, backend: str | 
     variant = VARIANTS["linear_attention"]
     check_inputs(variant, k, v, {}, None, layout, backend, chunk_size)
     pieces = range(len(layout.pieces))
-    ends = variant.prepare(k, v, {}, layout, chunk_size).write(k, v, None, pieces, pieces)
+    with phase("longspan.write", k):
+        ends = variant.prepare(k, v, {}, layout, chunk_size).write(k, v, None, pieces, pieces)
     documents = torch.tensor([piece.document for piece in layout.pieces], device=k.device)
     states = ends.new_zeros(layout.num_documents, *ends.shape[1:]).index_add(0, documents, ends)
     return sum_over_ranks(states, layout) if layout.num_ranks > 1 else states

@@ -6,7 +6,8 @@ H_k), K key size, V value size.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,18 +51,19 @@ class LinearMemory:
 
         The first read waits for the exchange.
         """
-        with named_range("longspan.read"):
+        with phase("longspan.read", q):
             return self._form.read(q, self.incoming, check_query(q, self._k, scale), overlapped=False)
 
     def read_overlapped(self, q: Tensor, scale: float | None = None) -> Tensor:
         """`read`, in LASP-2's own schedule: what tokens read inside their chunks is computed before the exchange is waited for."""
-        with named_range("longspan.read"):
+        with phase("longspan.read", q):
             return self._form.read(q, self.incoming, check_query(q, self._k, scale), overlapped=True)
 
     def incoming(self) -> Tensor | None:
         """The state that enters each of this rank's segments ``[num_segments, B, H, K, V]``, or None on one rank; waits for it."""
         if self._pending is not None:
-            self._incoming = self._pending.wait()
+            with phase("longspan.wait", self._k):
+                self._incoming = self._pending.wait()
             self._pending = None
         return self._incoming
 
@@ -74,10 +76,19 @@ class LinearMemory:
         layout, ends = self._layout, self._ends
         if not ends.with_final_states:
             raise InputError("final_state() needs write(..., output_final_state=True)")
-        states = self._form.final_states(ends.final_pieces, ends.final_rows, self.incoming())
+        incoming = self.incoming()
+        with phase("longspan.final_state", self._k):
+            states = self._form.final_states(ends.final_pieces, ends.final_rows, incoming)
         if layout.num_ranks > 1:
             states = _gather_documents(states, ends.final_documents, layout)
         return states.squeeze(1) if layout.documents is not None else states.squeeze(0)
+
+
+@contextmanager
+def phase(name: str, x: Tensor) -> Iterator[None]:
+    """A named stretch of a profile, without autocast, which would put float32 states through bfloat16 products."""
+    with named_range(name), torch.autocast(x.device.type, enabled=False):
+        yield
 
 
 def check_query(q: Tensor, k: Tensor, scale: float | None) -> float:
@@ -161,7 +172,7 @@ def write(
     check_inputs(variant, k, v, gates, initial_state, layout, backend, chunk_size)
     ends = layout.cached(("end_rows", output_final_state), lambda: _end_rows(layout, output_final_state))
     pending = None
-    with named_range("longspan.write"):
+    with phase("longspan.write", k):
         form = variant.prepare(k, v, gates, layout, chunk_size)
         end_states = form.write(k, v, _start_states(initial_state, layout), ends.pieces, ends.sent_pieces)
         if layout.num_ranks > 1:

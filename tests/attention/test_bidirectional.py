@@ -40,7 +40,7 @@ def errors_on_rank(name: str, order: Any, seq_len: int, documents: list[int] | N
     q, k, v = (layout.shard(x.detach()).requires_grad_() for x in leaves)
     gates: dict[str, Any] = {"log_decay": log_decay} if name == "retention" else {}
     with record_traffic() as traffic:
-        memory = longspan.write(name, k, v, **gates, causal=False, layout=layout, chunk_size=8)
+        memory = longspan.write(name, k, v, **gates, causal=False, exchange="all_gather", layout=layout, chunk_size=8)
         o = memory.read(q, inputs.scale)
         grads = torch.autograd.grad((o * layout.shard(inputs.grad_o)).sum(), [q, k, v])
     directions = 1 if name == "linear_attention" else 2

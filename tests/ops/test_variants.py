@@ -249,3 +249,13 @@ def test_inputs_that_do_not_fit_are_refused_with_value_expectation_and_remedy(na
     if VARIANTS[name].gates:
         with pytest.raises(longspan.InputError, match=r"beside q, k and v; got \[\]"):
             longspan.write(name, k, v)
+
+
+def test_autocast_changes_nothing(name: str) -> None:
+    inputs = make_inputs(name, 21, dtype=torch.float32)
+    call = getattr(longspan, name)
+    directions = ({}, {"causal": False}) if name in ("linear_attention", "retention") else ({},)
+    for options in directions:
+        expected = call(inputs.q, inputs.k, inputs.v, **inputs.gates, **options)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(call(inputs.q, inputs.k, inputs.v, **inputs.gates, **options), expected)
