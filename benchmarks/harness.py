@@ -117,15 +117,15 @@ def _status_bytes(key: str) -> int:
 MEMORY_SETTINGS = {"THP_MEM_ALLOC_ENABLE": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 
 
-def reexecute_with_memory_settings() -> None:
-    """Start this program again with large CPU tensors in huge pages, and freed memory kept.
+def reexecute_with_memory_settings(module: str = "benchmarks") -> None:
+    """Start this program, `module`, again with large CPU tensors in huge pages, and freed memory kept.
 
     Without, a process gives every large block back and takes it anew, page by page, and whoever allocates most is timed for that.
     The variables are read when a process starts, so that they cannot be set later.
     """
     if any(os.environ.get(name) != value for name, value in MEMORY_SETTINGS.items()):
         os.environ.update(MEMORY_SETTINGS)
-        os.execv(sys.executable, [sys.executable, "-m", "benchmarks", *sys.argv[1:]])
+        os.execv(sys.executable, [sys.executable, "-m", module, *sys.argv[1:]])
 
 
 def in_subprocess(function: Callable[..., Any], *args: Any) -> Any:

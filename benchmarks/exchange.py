@@ -1,0 +1,224 @@
+"""The exchange of states on emulated hosts: links, every topology, the waiting that a layer sees, and against other methods."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from benchmarks import exposed, methods
+from benchmarks.cluster import Cluster
+from benchmarks.harness import Table, in_subprocess, paired
+from benchmarks.network import bits_per_second
+from longspan.bench.exchange import measure
+from longspan.bench.options import BenchExchange
+from longspan.bench.report import Figures
+
+RATES = ("1gbit", "100mbit")
+HEADS, SIZE = 16, 128
+TOPOLOGIES = ("all_gather", "ring", "pipelined", "all_to_all", "two_level")
+# Hosts and ranks a host.
+CLUSTERS = ((4, 1), (8, 1), (4, 2))
+
+
+def _ranks(hosts: int, per_host: int) -> str:
+    return f"{hosts * per_host} on {hosts} hosts"
+
+
+# ------------------------------------------------------------------------------------------------------------------ links
+
+
+def _link(num_bytes: int, repeats: int) -> tuple[list[float], list[float]]:
+    """Seconds of messages of 4 bytes there and back, halved, and of `num_bytes` one way, between two ranks."""
+    rank = dist.get_rank()
+    word, message = torch.zeros(1), torch.zeros(num_bytes // 4)
+    words: list[float] = []
+    messages: list[float] = []
+    for _ in range(repeats + 1):
+        for x, taken in ((word, words), (message, messages)):
+            dist.barrier()
+            begun = time.perf_counter()
+            for sender in (0, 1):
+                y = x if sender == 0 else word
+                if rank == sender:
+                    dist.send(y, 1 - rank)
+                else:
+                    dist.recv(y, 1 - rank)
+            taken.append(time.perf_counter() - begun)
+    latencies = [seconds / 2 for seconds in words[1:]]
+    latency = statistics.median(latencies)
+    return latencies, [seconds - latency for seconds in messages[1:]]
+
+
+def links(quick: bool) -> Table:
+    table = Table(
+        "cluster_links",
+        "Links of the emulated cluster: gloo messages from one host to another",
+        "long messages within 10 % of the rate",
+        ["rate", "µs, 4 bytes", "MiB", "ms", "Mbit/s", "of the rate"],
+    )
+    for rate in RATES:
+        bits = bits_per_second(rate)
+        for mebibytes in (1, 4) if quick else (1, 4, 16):
+            with Cluster(2, rate) as cluster:
+                latencies, times = cluster.call(_link, mebibytes * 2**20, 3 if quick else 9)[0]
+            shares = sorted(8 * mebibytes * 2**20 / seconds / bits for seconds in times)
+            share = statistics.median(shares)
+            table.add(
+                rate,
+                f"{statistics.median(latencies) * 1e6:.0f}",
+                mebibytes,
+                f"{statistics.median(times) * 1e3:.1f}",
+                f"{share * bits / 1e6:.0f}",
+                f"{share:.2f} ({shares[0]:.2f}-{shares[-1]:.2f})",
+            )
+    return table
+
+
+# ------------------------------------------------------------------------------------------------------------- topologies
+
+
+def _measure(options: BenchExchange, runs: int) -> list[Figures]:
+    options.check(dist.get_world_size())
+    return [measure(options, torch.device("cpu")) for _ in range(runs)]
+
+
+def _seconds(figures: Figures) -> dict[str, float]:
+    return {row.topology: row.seconds for row in figures.rows}
+
+
+def exchange(quick: bool) -> Table:
+    table = Table(
+        "exchange",
+        f"One exchange with nothing to hide it, forward + backward, B1 H{HEADS} K = V = {SIZE}, emulated hosts",
+        "auto within 10 % of the best topology; the best never behind all_gather",
+        [
+            "rate",
+            "ranks",
+            "operator",
+            *(f"ms, {name}" for name in TOPOLOGIES),
+            "auto takes",
+            "auto / best",
+            "best / all_gather",
+        ],
+    )
+    operators = ("simple_gla",) if quick else ("simple_gla", "gla", "gated_delta_rule")
+    for rate in RATES[:1] if quick else RATES:
+        for hosts, per_host in CLUSTERS[::2] if quick else CLUSTERS:
+            with Cluster(hosts, rate, per_host) as cluster:
+                for operator in operators:
+                    # Each topology in each of three runs of a few turns, so that there is a spread to show.
+                    options = BenchExchange(
+                        operator=operator,
+                        heads=HEADS,
+                        key_size=SIZE,
+                        value_size=SIZE,
+                        topologies=(*TOPOLOGIES, "auto"),
+                        repeats=2 if quick else 5,
+                    )
+                    runs: list[Figures] = cluster.call(_measure, options, 2 if quick else 3)[0]
+                    _add_cell(table, rate, _ranks(hosts, per_host), operator, runs)
+    return table
+
+
+def _add_cell(table: Table, rate: str, ranks: str, operator: str, runs: Sequence[Figures]) -> None:
+    taken = [_seconds(figures) for figures in runs]
+    medians = {name: statistics.median(run[name] for run in taken) for name in TOPOLOGIES}
+    best = min(TOPOLOGIES, key=lambda name: medians[name])
+    auto = paired([run["auto"] for run in taken], [run[best] for run in taken])
+    behind = paired([run[best] for run in taken], [run["all_gather"] for run in taken])
+    milliseconds = [f"{medians[name] * 1e3:.1f}" for name in TOPOLOGIES]
+    table.add(rate, ranks, operator, *milliseconds, runs[-1].choice, auto.ratio, f"{best}: {behind.ratio}")
+
+
+# ---------------------------------------------------------------------------------------------------------------- waiting
+
+SIDES: list[exposed.Side] = [
+    *((name, False) for name in ("auto", "all_gather", "ring", "pipelined", "all_to_all")),
+    ("all_gather", True),
+]
+# Two ranks: all topologies send the same, and each step takes long.
+REAL_SIDES: list[exposed.Side] = [("auto", False), ("all_gather", False), ("all_gather", True)]
+
+
+def _exposed_row(seconds: exposed.Exposed) -> list[str]:
+    milliseconds = (seconds.forward, seconds.exposed_forward, seconds.backward, seconds.exposed_backward)
+    return [*(f"{value * 1e3:.1f}" for value in milliseconds), f"{seconds.share:.2%}"]
+
+
+def _name(side: exposed.Side) -> str:
+    return f"{side[0]}, blocking" if side[1] else side[0]
+
+
+def exposed_real(quick: bool) -> Table:
+    """Two ranks, so that each has a core of its own."""
+    tokens = 1024 if quick else 65536
+    table = Table(
+        "exposed",
+        f"Waiting in a layer at {tokens:,} tokens on two emulated hosts, width {exposed.WIDTH}, H{exposed.HEADS} D{exposed.SIZE}",
+        "less than 5 % of the layer's time; blocking: the layer waits as soon as it has started",
+        ["rate", "exchange", "ms forward", "waiting", "ms backward", "waiting", "share"],
+    )
+    for rate in RATES:
+        with Cluster(2, rate) as cluster:
+            taken: dict[Any, exposed.Exposed] = cluster.call(exposed.real, tokens // 2, REAL_SIDES, 1 if quick else 3)[
+                0
+            ]
+        for side, seconds in taken.items():
+            table.add(rate, _name(side), *_exposed_row(seconds))
+    return table
+
+
+def exposed_paced(quick: bool) -> Table:
+    """More ranks than cores: computation is replaced by the time it takes alone."""
+    tokens = 2048 if quick else 65536
+    table = Table(
+        "exposed_ranks",
+        f"What the exchange adds to a layer at {tokens:,} tokens, each rank as if it had a core of its own",
+        "less than 5 % of the layer's time; computation is replaced by the time it takes one process alone, the exchange is real",
+        ["rate", "ranks", "exchange", "ms forward", "exposed", "ms backward", "exposed", "share"],
+    )
+    for num_ranks in (4,) if quick else (4, 8):
+        taken = in_subprocess(exposed.stretches, tokens // num_ranks, 1 if quick else 3)
+        for rate in RATES:
+            with Cluster(num_ranks, rate) as cluster:
+                results: dict[Any, exposed.Exposed] = cluster.call(exposed.paced, taken, SIDES, 1 if quick else 3)[0]
+            for side, seconds in results.items():
+                table.add(rate, num_ranks, _name(side), *_exposed_row(seconds))
+    return table
+
+
+# ----------------------------------------------------------------------------------------------------------- other methods
+
+
+def sequence_parallel(quick: bool) -> Table:
+    lengths = [512, 1024] if quick else [2048, 8192, 32768, 131072]
+    table = Table(
+        "sequence_parallel",
+        f"LASP-2 over other methods, forward + backward, 4 hosts, 1 Gbit/s, B1 H{HEADS} D{SIZE}, float32",
+        "faster than LASP and Ring Attention (whole models of arXiv 2502.07563 on 64 GPUs at 2,048K tokens: 1.15 and 1.37 times)",
+        ["tokens", "method", "ms", "tokens/s", "LASP-2 is so many times as fast"],
+    )
+    with Cluster(4, "1gbit") as cluster:
+        # float32: not every CPU computes bfloat16 fast.
+        arguments = (lengths, torch.float32, 1 if quick else 3, 30.0)
+        taken: dict[int, dict[str, list[float]]] = cluster.call(methods.times_by_length, *arguments)[0]
+    first = next(iter(methods.LINEAR))
+    for seq_len, by_name in taken.items():
+        for name, times in by_name.items():
+            result = paired(times, by_name[first])
+            table.add(f"{seq_len:,}", name, f"{result.first * 1e3:.0f}", f"{seq_len / result.first:,.0f}", result.ratio)
+    return table
+
+
+TABLES = {
+    "cluster_links": links,
+    "exchange": exchange,
+    "exposed": exposed_real,
+    "exposed_ranks": exposed_paced,
+    "sequence_parallel": sequence_parallel,
+}

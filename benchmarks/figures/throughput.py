@@ -1,0 +1,57 @@
+"""Tokens a second against the length of the sequence, for ways to split attention over four hosts."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+import torch
+
+from benchmarks import methods
+from benchmarks.cluster import Cluster
+from benchmarks.figures.common import Data, FigureMaker, in_words, lengths_on_axis, pyplot, style
+
+_LONGEST_STEP = 30.0
+
+
+def _measure(quick: bool) -> Data:
+    lengths = [512, 1024] if quick else [2**power for power in range(11, 18)]
+    hosts, rate = 4, "1gbit"
+    with Cluster(hosts, rate) as cluster:
+        taken = cluster.call(methods.times_by_length, lengths, torch.float32, 1 if quick else 3, _LONGEST_STEP)[0]
+    return {
+        "hosts": hosts,
+        "rate": rate,
+        "shape": f"B1 H{methods.HEADS} D{methods.SIZE} float32, forward + backward",
+        "left_out": f"a method is left out where a step would take more than about {_LONGEST_STEP:g} s",
+        "seconds": {
+            name: {str(length): times[name] for length, times in taken.items() if name in times}
+            for name in methods.METHODS
+        },
+    }
+
+
+def _draw(data: Data) -> Any:
+    figure, axes = pyplot().subplots(figsize=(9.5, 4.8), layout="constrained")
+    lengths = sorted({int(length) for times in data["seconds"].values() for length in times})
+    for name, by_length in data["seconds"].items():
+        own = sorted(int(length) for length in by_length)
+        rates = [sorted(length / seconds for seconds in by_length[str(length)]) for length in own]
+        middle = [statistics.median(rate) for rate in rates]
+        spread = [
+            [m - rate[0] for m, rate in zip(middle, rates, strict=True)],
+            [rate[-1] - m for m, rate in zip(middle, rates, strict=True)],
+        ]
+        axes.errorbar(own, middle, yerr=spread, capsize=2, label=name, **style(name))
+    lengths_on_axis(axes, lengths)
+    axes.set_yscale("log")
+    axes.set(
+        xlabel="tokens of the sequence",
+        ylabel="tokens a second, forward + backward",
+        title=f"{data['hosts']} emulated hosts on one machine, {in_words(data['rate'])} each\n{data['shape']}",
+    )
+    figure.legend(fontsize=9, loc="outside right upper")
+    return figure
+
+
+FIGURE = FigureMaker(_measure, _draw)
