@@ -407,6 +407,23 @@ def test_what_a_rank_keeps_for_backward_is_what_the_formulas_say() -> None:
     # Segments of 8 tokens: rank r needs the 7 - r segments before its second one, but its own first.
     gathered = [8 * (6 - rank) * 2 * 2 * 8 for rank in range(4)]
     assert run_on_ranks(4, kept_for_backward, "all_gather") == [own + more for more in gathered]
-    # One of four query heads, and its key head: key heads are two, so each is kept by two ranks.
+    # One of four query heads, and its key head: key heads are two, so each is kept by two ranks. The output of the rank's own
+    # tokens, which the page counts too, is not kept by the layer itself.
     heads = 64 * (2 * 8 + 2 * 8 + 1)
     assert run_on_ranks(4, kept_for_backward, "ulysses") == [heads] * 4
+
+
+def read_after_backward(method: SoftmaxMethod) -> tuple[float, int]:
+    layout = SequenceLayout(64, order="zigzag")
+    q, k, v, grad = (layout.shard(x).clone().requires_grad_() for x in random_inputs(1, 1, 64, 4, 2, 8))
+    memory = write_softmax(k, v, layout=layout, method=method, num_heads=4)
+    out = memory.read(q)
+    out.backward(grad.detach())
+    tensors = [x for x in vars(memory._reader._exchange).values() if isinstance(x, Tensor | tuple | wire.Flight)]
+    again = memory.read(q)
+    return float((again - out).detach().abs().max()), len(tensors)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_nothing_is_held_after_backward_and_a_later_read_exchanges_anew(method: SoftmaxMethod) -> None:
+    assert run_on_ranks(2, read_after_backward, method) == [(0.0, 0)] * 2

@@ -144,18 +144,23 @@ class AllGather(KeyExchange):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, tuple[Tensor, ...]]:
         merged = Merged(q)
         merged.add(self._plan.local, k, v, scale)
-        buffer = self._wait_buffer()
+        buffer = self._wait_buffer(k, v)
         merged.add(self._plan.remote, *unpack(buffer), scale)
         out = merged.out
         return out, (q, k, v, out, merged.lse, buffer)
 
-    def _wait_buffer(self) -> Tensor:
+    def _wait_buffer(self, k: Tensor, v: Tensor) -> Tensor:
         """The keys that this rank needs of others, [R, B, 2, H_kv, D]."""
-        if self._arriving is not None:
+        if self._buffer is None:
+            if self._arriving is None:
+                self.start(k, v)
+            assert self._arriving is not None
             self._buffer = take(self._arriving.wait(), self._plan.arrivals)
             self._arriving = None
-        assert self._buffer is not None
         return self._buffer
+
+    def release(self) -> None:
+        self._buffer = None
 
     def backward(
         self, grad_out: Tensor, saved: tuple[Tensor, ...], scale: float, read: int, returns_key_grads: bool
@@ -165,9 +170,10 @@ class AllGather(KeyExchange):
         queries = Queries(q, out, lse, grad_out, scale)
         grads = queries.backward(plan.remote, *unpack(buffer))
         if returns_key_grads:
-            dk, dv = (x.to(k.dtype) for x in grads)
-            mine = pack(dk, dv, [run for runs in plan.returns for run in runs])
+            mine = pack(grads[0].to(k.dtype), grads[1].to(k.dtype), [run for runs in plan.returns for run in runs])
             self._returning[read] = swap(mine, plan.num_arriving, plan.num_departing, self._layout, "backward")
+        # They are on their way: the blocks below need the memory.
+        del grads
         dk, dv = queries.backward(plan.local, k, v)
         return queries.dq, dk.to(k.dtype), dv.to(v.dtype)
 

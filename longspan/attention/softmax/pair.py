@@ -54,6 +54,13 @@ class KeyExchange(ABC):
         """
 
     @abstractmethod
+    def release(self) -> None:
+        """Let go of what is kept for further reads: called when a read has been gone through backward.
+
+        A read after that, if there is any, exchanges anew.
+        """
+
+    @abstractmethod
     def finish(self, shape: torch.Size, like: Tensor) -> tuple[Tensor, Tensor]:
         """dk and dv of a shape [B, T, H_kv, D] that came from other ranks, over all reads; in the dtype of `like`."""
 
@@ -82,6 +89,9 @@ class Local(KeyExchange):
         queries = Queries(q, out, lse, grad_out, scale)
         dk, dv = queries.backward(self._blocks, k, v)
         return queries.dq, dk.to(k.dtype), dv.to(v.dtype)
+
+    def release(self) -> None:
+        pass
 
     def finish(self, shape: torch.Size, like: Tensor) -> tuple[Tensor, Tensor]:
         raise AssertionError("nothing to wait for")
@@ -166,4 +176,6 @@ class _Attend(torch.autograd.Function):
         exchange: KeyExchange = ctx.exchange
         returns_key_grads: bool = ctx.needs_input_grad[3]
         grads = exchange.backward(grad_out, ctx.saved_tensors, ctx.scale, ctx.read, returns_key_grads)
+        # The graph holds the exchange as long as the output lives.
+        exchange.release()
         return *grads, grad_out.new_zeros(1) if returns_key_grads else None, None, None, None

@@ -25,7 +25,7 @@ from longspan.attention.softmax.all_gather import remote_keys
 from longspan.attention.softmax.blocks import Block, Run, Visibility, inverse, plan_blocks
 from longspan.attention.softmax.pair import KeyExchange, OwnGrads
 from longspan.attention.softmax.tiles import Merged, Queries
-from longspan.attention.softmax.wire import Flight, swap, take
+from longspan.attention.softmax.wire import Flight, pack_into, swap, take, unpack
 from longspan.layout import SequenceLayout
 
 
@@ -90,7 +90,7 @@ class Ulysses(KeyExchange):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, tuple[Tensor, ...]]:
         queries = self._wait_heads(self._to_heads(q, "forward"))
-        keys, values = self._wait_keys(k.shape)
+        keys, values = self._wait_keys(k, v)
         sources = self._key_heads(q.shape[2], k.shape[2], k.device)
         merged = Merged(queries)
         merged.add(self._plan.blocks, _spread(keys, sources), _spread(values, sources), scale)
@@ -131,28 +131,32 @@ class Ulysses(KeyExchange):
         num_ranks = self._layout.num_ranks
         return [key_heads_of(rank, num_ranks, num_heads) for rank in range(num_ranks)]
 
-    def _wait_keys(self, shape: torch.Size) -> tuple[Tensor, Tensor]:
+    def _wait_keys(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of the whole sequence, [B, N, n, D]."""
-        if self._arriving is not None:
-            start, stop = self._heads_of(shape[2])[self._layout.rank]
-            arrived = self._arriving.wait().view(self._layout.seq_len, shape[0], 2, stop - start, shape[3])
-            keys, values = take(arrived, self._plan.to_sequence).transpose(0, 1).unbind(2)
-            self._keys = keys, values
+        if self._keys is None:
+            if self._arriving is None:
+                self.start(k, v)
+            assert self._arriving is not None
+            start, stop = self._heads_of(k.shape[2])[self._layout.rank]
+            arrived = self._arriving.wait().view(self._layout.seq_len, k.shape[0], 2, stop - start, k.shape[3])
+            self._keys = unpack(take(arrived, self._plan.to_sequence))
             self._arriving = None
-        assert self._keys is not None
         return self._keys
+
+    def release(self) -> None:
+        self._keys = None
 
     def _return(self, grads: list[Tensor], keys: Tensor) -> Flight:
         """dk and dv [B, N, n, D] of the sequence on their way to the ranks that hold its tokens, in the dtype of `keys`."""
         rows, num_tokens, num_heads, dim = keys.shape
-        packed = keys.new_empty((num_tokens, rows, 2, num_heads, dim))
-        for slot, grad in enumerate(grads):
-            packed[:, :, slot] = grad.transpose(0, 1)
-        sent = take(packed, self._plan.to_ranks).flatten()
-        numbers = packed[0].numel()
+        sent = keys.new_empty((num_tokens, rows, 2, num_heads, dim))
+        dk, dv = grads
+        pack_into(sent, dk, dv, self._plan.to_ranks)
+        numbers = sent[0].numel()
         own = self._layout.num_local_tokens
         arriving = [own * rows * 2 * (stop - start) * dim for start, stop in self._heads_of(self._num_key_heads)]
-        return swap(sent, [num * numbers for num in self._layout.tokens_of], arriving, self._layout, "backward")
+        sizes = [num * numbers for num in self._layout.tokens_of]
+        return swap(sent.flatten(), sizes, arriving, self._layout, "backward")
 
     def _key_heads(self, num_heads: int, num_key_heads: int, device: torch.device) -> Tensor | None:
         """For each query head of this rank, its key head's number at this rank; None where the kernels' own grouping is that."""
