@@ -106,7 +106,7 @@ def exchange(quick: bool) -> Table:
             "best / all_gather",
         ],
     )
-    operators = ("simple_gla",) if quick else ("simple_gla", "gla", "gated_delta_rule")
+    operators = ("simple_gla",) if quick else ("simple_gla", "gated_delta_rule")
     for rate in RATES[:1] if quick else RATES:
         for hosts, per_host in CLUSTERS[::2] if quick else CLUSTERS:
             with Cluster(hosts, rate, per_host) as cluster:
