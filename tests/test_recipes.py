@@ -304,7 +304,7 @@ def collectives_of_a_normalized_call() -> tuple[int, int, int]:
         name: layout.shard(value).requires_grad_() for name, value in normalized_values("simple_gla")(2, 40).items()
     }
     with longspan.record_traffic() as traffic:
-        o = recipes.normalized_linear_attention(**values, operator="simple_gla", layout=layout)
+        o = recipes.normalized_linear_attention(**values, operator="simple_gla", exchange="all_gather", layout=layout)
         assert isinstance(o, Tensor)
         o.sum().backward()
     return traffic.count("forward"), traffic.count("backward"), traffic.num_collectives
