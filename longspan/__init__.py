@@ -2,7 +2,8 @@
 
 from typing import TYPE_CHECKING, Any
 
-from longspan.attention.convolution import causal_conv1d, token_shift
+from longspan.attention.convolution import causal_conv1d
+from longspan.attention.shift import token_shift
 from longspan.errors import CheckpointError, ConfigError, DataError, InputError, LayoutError, LongspanError
 from longspan.exchange import Exchange, record_traffic
 from longspan.layout import SequenceLayout

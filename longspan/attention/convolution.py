@@ -1,4 +1,4 @@
-"""Short causal convolutions along the sequence, whose tokens are split over ranks: `causal_conv1d` and `token_shift`.
+"""A short causal convolution along the sequence, whose tokens are split over ranks: `causal_conv1d`.
 
 Shapes: B batch rows, T this rank's tokens (all tokens without a layout), C channels, W taps, D documents.
 
@@ -9,7 +9,7 @@ in this order, and run backward in the reverse one:
     inside         x -> y, and z of the head rows    every token, as if nothing stood before the rank's pieces   (_Inside)
     wait           -> the halo
     heads          z of the head rows, halo -> their y                                     (at most W − 1 rows a segment)
-    place          y, written in place                                                                         (_Place)
+    place          y, written in place                                                                         (PlaceRows)
 
 so that the one pass over all tokens hides the exchange in both directions.
 
@@ -77,7 +77,7 @@ def causal_conv1d(
         InputError: for shapes, dtypes, devices or an activation that do not fit.
         LayoutError: if T is not the layout's number of local tokens, or the layout has ranks but no process group.
     """
-    layout = _check_tokens(x, layout, "causal_conv1d")
+    layout = check_tokens(x, layout, "causal_conv1d")
     _check_parameters(x, weight, bias, activation)
     width = weight.shape[1] - 1
     _check_initial_state(initial_state, x, width, layout)
@@ -90,39 +90,15 @@ def causal_conv1d(
     if halo is not None or with_initial:
         before = _before_heads(halo, initial_state if with_initial else None, plan.heads, layout)
         z = z_heads + _from_before(before, weight, plan.heads)
-        y = _Place.apply(y, (z if activation is None else F.silu(z)).to(x.dtype), plan.heads.rows)
+        y = PlaceRows.apply(y, (z if activation is None else F.silu(z)).to(x.dtype), plan.heads.rows)
     return (y, _final_state(x, initial_state, layout, width)) if output_final_state else y
-
-
-def token_shift(x: Tensor, layout: SequenceLayout | None = None) -> Tensor:
-    """The token before each: ``y_t = x_{t-1}``, zero at a document's start.
-
-    Args:
-        x: ``[B, T, C]``, float64, float32 or bfloat16; T is this rank's number of tokens, or the whole length without a layout.
-        layout: which tokens this rank holds, and the documents; None is one device and one document. With documents, B is 1.
-
-    Returns:
-        ``[B, T, C]`` in the dtype of x. Every rank must take the same calls in the same order, backward too.
-
-    Raises:
-        InputError, LayoutError: as `causal_conv1d`.
-    """
-    layout = _check_tokens(x, layout, "token_shift")
-    plan = _shift_plan(layout, x.device)
-    if halo_plan(layout, 1).is_empty:
-        shifted: Tensor = _Shift.apply(x, plan)
-        return shifted
-    pending = start_halo(x, layout, 1, adds_in_place=True)
-    y = _Shift.apply(pending.x, plan)
-    first = pending.wait().index_select(0, plan.head_segments)
-    placed: Tensor = _Place.apply(y, first.squeeze(2).transpose(0, 1), plan.head_rows)
-    return placed
 
 
 # ------------------------------------------------------------------------------------------------------------------- checks
 
 
-def _check_tokens(x: Tensor, layout: SequenceLayout | None, name: str) -> SequenceLayout:
+def check_tokens(x: Tensor, layout: SequenceLayout | None, name: str) -> SequenceLayout:
+    """The layout of x ``[B, T, C]``, one rank's where none is given; raises as `causal_conv1d` does, naming the operator."""
     if x.dim() != 3 or 0 in x.shape:
         raise InputError(
             f"{name} takes x [B, T, C] with at least one row, token and channel; got shape {tuple(x.shape)}"
@@ -216,7 +192,7 @@ class _Tile:
 
 
 @dataclass(frozen=True)
-class _Heads:
+class Heads:
     """Rows whose taps reach before this rank's piece, into the halo or an initial state.
 
     They are the first W − 1 of some pieces: of these *heads* those that continue a document from an earlier segment come first.
@@ -237,7 +213,7 @@ class _Heads:
 @dataclass(frozen=True)
 class _ConvPlan:
     width: int
-    heads: _Heads
+    heads: Heads
     tiles: tuple[_Tile, ...]
     rows_of_batch: int
 
@@ -258,14 +234,15 @@ def _conv_plan(layout: SequenceLayout, width: int, with_initial: bool, x: Tensor
     limit = max(fewest, numbers // (num_channels * rows_of_batch))
 
     def build() -> _ConvPlan:
-        heads = _heads(layout, width, with_initial, x.device)
+        heads = heads_of(layout, width, with_initial, x.device)
         tiles = tuple(_tiles(layout.pieces, width, limit, heads.rows.tolist(), x.device))
         return _ConvPlan(width, heads, tiles, rows_of_batch)
 
     return layout.cached(("convolution", width, with_initial, rows_of_batch, limit, x.device), build)
 
 
-def _heads(layout: SequenceLayout, width: int, with_initial: bool, device: torch.device) -> _Heads:
+def heads_of(layout: SequenceLayout, width: int, with_initial: bool, device: torch.device) -> Heads:
+    """The rows of this rank that read something from before their piece: at most `width` of each."""
     continuing: list[tuple[Piece, int]] = []
     starting: list[Piece] = []
     seen: set[int] = set()
@@ -279,17 +256,18 @@ def _heads(layout: SequenceLayout, width: int, with_initial: bool, device: torch
     for head, piece in enumerate([*(piece for piece, _ in continuing), *starting]):
         rows += [(piece.start + offset, head, offset) for offset in range(min(width, piece.num_tokens))]
     local, head_of, offset_of = zip(*sorted(rows), strict=True) if rows else ((), (), ())
-    return _Heads(
-        rows=_index(local, device),
-        head=_index(head_of, device),
-        offset=_index(offset_of, device),
-        segments=_index([piece.segment for piece, _ in continuing], device),
-        started=_index([piece.document for piece in starting], device),
+    return Heads(
+        rows=index_of(local, device),
+        head=index_of(head_of, device),
+        offset=index_of(offset_of, device),
+        segments=index_of([piece.segment for piece, _ in continuing], device),
+        started=index_of([piece.document for piece in starting], device),
         continued=tuple((piece.document, distance) for piece, distance in continuing),
     )
 
 
-def _index(numbers: Sequence[int], device: torch.device) -> Tensor:
+def index_of(numbers: Sequence[int], device: torch.device) -> Tensor:
+    """`numbers` as an index, int64, on `device`."""
     return torch.tensor(numbers, dtype=torch.int64).to(device)
 
 
@@ -476,7 +454,7 @@ def _backpropagate(grad_z: Tensor, tile: _Tile, taps: Tensor, given: Tensor | No
 # ---------------------------------------------------------------------------------------------------------------- head rows
 
 
-def _before_heads(halo: Tensor | None, initial_state: Tensor | None, heads: _Heads, layout: SequenceLayout) -> Tensor:
+def _before_heads(halo: Tensor | None, initial_state: Tensor | None, heads: Heads, layout: SequenceLayout) -> Tensor:
     """The W − 1 tokens before each head, ``[heads, B, W-1, C]``."""
     continuing = None if halo is None else halo.index_select(0, heads.segments)
     if initial_state is None:
@@ -495,7 +473,7 @@ def _before_heads(halo: Tensor | None, initial_state: Tensor | None, heads: _Hea
     return torch.cat(parts)
 
 
-def _from_before(before: Tensor, weight: Tensor, heads: _Heads) -> Tensor:
+def _from_before(before: Tensor, weight: Tensor, heads: Heads) -> Tensor:
     """What the tokens before the heads add to z of the head rows, ``[B, R, C]``."""
     width = weight.shape[1] - 1
     dtype = _compute_dtype(weight)
@@ -504,7 +482,7 @@ def _from_before(before: Tensor, weight: Tensor, heads: _Heads) -> Tensor:
     return added[heads.head, :, heads.offset].transpose(0, 1)
 
 
-class _Place(torch.autograd.Function):
+class PlaceRows(torch.autograd.Function):
     """Write some rows of a tensor in place.
 
     | | shape | |
@@ -528,58 +506,6 @@ class _Place(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         (rows,) = ctx.saved_tensors
         return grad, grad.index_select(1, rows), None
-
-
-# -------------------------------------------------------------------------------------------------------------- token shift
-
-
-@dataclass(frozen=True)
-class _ShiftPlan:
-    """Local rows of the first and last token of each piece; segments whose first token continues a document, and their rows."""
-
-    starts: Tensor
-    ends: Tensor
-    head_segments: Tensor
-    head_rows: Tensor
-
-
-def _shift_plan(layout: SequenceLayout, device: torch.device) -> _ShiftPlan:
-    def build() -> _ShiftPlan:
-        heads = _heads(layout, 1, False, device)
-        return _ShiftPlan(
-            starts=_index([piece.start for piece in layout.pieces], device),
-            ends=_index([piece.stop - 1 for piece in layout.pieces], device),
-            head_segments=heads.segments,
-            head_rows=heads.rows,
-        )
-
-    return layout.cached(("token_shift", device), build)
-
-
-class _Shift(torch.autograd.Function):
-    """The token before each inside its piece, zero at a piece's start.
-
-    | | shape |
-    |---|---|
-    | x, y | [B, T, C] |
-
-    Forward: y_t = x_{t-1}. Backward: dx_t = dy_{t+1}, zero at a piece's end: dy at a piece's start is not looked at. dx is always
-    a tensor of its own, which `start_halo` relies on.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, plan: _ShiftPlan) -> Tensor:
-        ctx.plan = plan
-        y = torch.empty_like(x, memory_format=torch.contiguous_format)
-        y[:, 1:] = x[:, :-1]
-        return y.index_fill_(1, plan.starts, 0)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None]:
-        grad_x = torch.empty_like(grad_y, memory_format=torch.contiguous_format)
-        grad_x[:, :-1] = grad_y[:, 1:]
-        return grad_x.index_fill_(1, ctx.plan.ends, 0), None
 
 
 # -------------------------------------------------------------------------------------------------------------- final state
@@ -614,7 +540,7 @@ def _final_rows(layout: SequenceLayout, width: int, device: torch.device) -> _Fi
         length = bounds[document + 1] - bounds[document]
         kept += range(document * width, document * width + width - length)
         kept_from += range(document * width + length, document * width + width)
-    return _FinalRows(*(_index(numbers, device) for numbers in (rows, places, kept, kept_from)))
+    return _FinalRows(*(index_of(numbers, device) for numbers in (rows, places, kept, kept_from)))
 
 
 def _final_state(x: Tensor, initial_state: Tensor | None, layout: SequenceLayout, width: int) -> Tensor:

@@ -30,12 +30,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from longspan.errors import LayoutError
-from longspan.exchange.traffic import note_collective, waiting
+from longspan.exchange.swap import Flight, swap
 from longspan.layout import SequenceLayout
 
 
@@ -157,38 +156,23 @@ class _Messages:
         """outgoing: by rank, runs ``[B, tokens, C]``. incoming: by rank, what it sends. like: ``[B, ?, C]``, for the dtype."""
         self._incoming = [fetch for fetches in incoming.values() for fetch in fetches]
         runs = [run.transpose(0, 1) for parts in outgoing.values() for run in parts]
-        # Held until it is sent.
-        self._sent = torch.cat(runs) if runs else like.new_empty(0, like.shape[0], like.shape[2])
-        self._received = like.new_empty(_num_tokens(self._incoming), like.shape[0], like.shape[2])
-        self._work: Any = None
+        sent = torch.cat(runs) if runs else like.new_empty(0, like.shape[0], like.shape[2])
+        self._flight: Flight | None = None
         if plan.exchanges:
             send_sizes = [sum(run.shape[1] for run in outgoing.get(rank, ())) for rank in range(layout.num_ranks)]
             receive_sizes = [_num_tokens(incoming.get(rank, ())) for rank in range(layout.num_ranks)]
-            self._work = _launch(self._received, self._sent, receive_sizes, send_sizes, layout, phase)
+            self._flight = swap(sent, send_sizes, receive_sizes, layout, phase, name="halo")
 
     def wait(self) -> list[tuple[Fetch, Tensor]]:
         """What arrived: each fetch and its tokens ``[B, tokens, C]``."""
-        if self._work is not None:
-            with waiting():
-                self._work.wait()
-        parts = self._received.split([fetch.num_tokens for fetch in self._incoming])
+        if self._flight is None:
+            return []
+        parts = self._flight.wait().split([fetch.num_tokens for fetch in self._incoming])
         return [(fetch, part.transpose(0, 1)) for fetch, part in zip(self._incoming, parts, strict=True)]
 
 
 def _num_tokens(fetches: Sequence[Fetch]) -> int:
     return sum(fetch.num_tokens for fetch in fetches)
-
-
-def _launch(
-    received: Tensor,
-    sent: Tensor,
-    receive_sizes: list[int],
-    send_sizes: list[int],
-    layout: SequenceLayout,
-    phase: str,
-) -> Any:
-    note_collective("halo", phase, sent.nbytes)
-    return dist.all_to_all_single(received, sent, receive_sizes, send_sizes, group=layout.group, async_op=True)
 
 
 @dataclass

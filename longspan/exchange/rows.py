@@ -21,7 +21,7 @@ from torch import Tensor
 from longspan.exchange.base import Arrived, Handle, ReverseHandle
 from longspan.exchange.progress import Task
 from longspan.exchange.segments import take
-from longspan.exchange.traffic import note_collective
+from longspan.exchange.swap import swap_in
 from longspan.exchange.wire import pack, unpack_parameter, unpack_states
 from longspan.layout import SequenceLayout
 from longspan.state import Pair, Transition, exclusive_scan, exclusive_scan_adjoint
@@ -122,8 +122,7 @@ class RowExchange:
         own, members = counts[shares.place], shares.num_members
         numbers = packed.shape[1]
         sent = packed.view(shares.num_rows, num_stretches * numbers)
-        received = sent.new_empty(members * own, num_stretches * numbers)
-        self._swap(received, sent, [own] * members, counts)
+        received = self._swap(sent, counts, [own] * members)
         by_member = received.view(members, own, num_stretches, numbers).transpose(1, 2)
         return take(by_member.flatten(0, 1), self.order, self.layout).flatten(0, 1)
 
@@ -138,22 +137,19 @@ class RowExchange:
         packed = pack(states.flatten(0, 2), None, self.state_dtype).view(total, own, numbers)
         by_member = take(packed, place, self.layout).view(shares.num_members, num_stretches, own, numbers)
         sent = by_member.transpose(1, 2).reshape(shares.num_members * own, num_stretches * numbers)
-        received = sent.new_empty(shares.num_rows, sent.shape[1])
-        self._swap(received, sent, shares.counts, [own] * shares.num_members)
+        received = self._swap(sent, [own] * shares.num_members, shares.counts)
         rows = received.view(shares.num_rows * num_stretches, numbers)
         collected = unpack_states(rows, state_shape, states.dtype)
         return collected.unflatten(0, (shares.num_rows, num_stretches)).transpose(0, 1).unsqueeze(1).contiguous()
 
-    def _swap(self, received: Tensor, sent: Tensor, receive_rows: list[int], send_rows: list[int]) -> None:
-        if self.shares.num_members == 1:
-            received.copy_(sent)
-            return
-        if self.shares.num_rows == 0:
-            return
-        to_others = [count for member, count in enumerate(send_rows) if member != self.shares.place]
-        bytes_sent = sum(to_others) * sent.shape[1] * sent.element_size()
-        note_collective("all_to_all", self.phase, bytes_sent, sum(count > 0 for count in to_others))
-        dist.all_to_all_single(received, sent, receive_rows, send_rows, group=self.shares.group)
+    def _swap(self, sent: Tensor, send_rows: list[int], receive_rows: list[int]) -> Tensor:
+        """What arrives; waits for it, without counting that as the rank's waiting: it is done beside the main thread."""
+        shares = self.shares
+        if shares.num_members == 1 or shares.num_rows == 0:
+            return sent
+        flight = swap_in(shares.group, shares.place, sent, send_rows, receive_rows, self.phase)
+        flight.work.wait()
+        return flight.received
 
 
 def scan_by_rows(exchange: RowExchange, pair: Pair) -> tuple[Tensor, Transition]:

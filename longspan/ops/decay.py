@@ -25,16 +25,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from longspan.layout import SequenceLayout
+from longspan.ops.factor_variant import FactorVariant
 from longspan.ops.factors import LOWEST_LOG_DECAY, BlockFactors, Factors, WideScores
 from longspan.ops.gate_gradient import GateGradient
-from longspan.ops.tiling import Block, Tiling, tile
-from longspan.ops.variant import ChunkForm, Gate, Gates, RecurrentForm, Variant, state_dtype
+from longspan.ops.tiling import Block, Tiling, chunks_of_block, tile
+from longspan.ops.variant import ChunkForm, Gates, state_dtype
 from longspan.state import HeadDecay, Transition
 
 
@@ -439,41 +440,17 @@ def _incoming_gradient(
             gate.add_prefix(numbers, grad, incoming[segment])
 
 
-class BuildFactors(Protocol):
-    """Makes the factors of a call from its gates; the only part of the chunk form in which decay variants differ."""
-
-    def __call__(
-        self, gates: Gates, tiling: Tiling, num_heads: int, dtype: torch.dtype, state_dtype: torch.dtype
-    ) -> Factors: ...
-
-
-@dataclass(frozen=True)
-class DecayVariant(Variant):
+@dataclass(frozen=True, kw_only=True)
+class DecayVariant(FactorVariant):
     """A variant with a diagonal transition, described by its recurrent form and its factors."""
-
-    name: str
-    transition: type[Transition]
-    gates: tuple[Gate, ...]
-    recurrent_form: RecurrentForm
-    factors: BuildFactors
-
-    def recurrent(
-        self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, scale: float, initial_state: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        return self.recurrent_form(q, k, v, gates, scale, initial_state)
 
     def prepare(self, k: Tensor, v: Tensor, gates: Gates, layout: SequenceLayout, chunk_size: int | None) -> ChunkForm:
         num_heads = v.shape[2]
         size = chunk_size or default_chunk_size(k.dtype)
-        block_chunks = max(1, _BLOCK_NUMBERS // (k.shape[0] * num_heads * size * size))
-        tiling = tile(layout, size, block_chunks, k.device)
+        tiling = tile(layout, size, chunks_of_block(k, v, size), k.device)
         states = state_dtype(k.dtype)
         call = Call(tiling, self.factors(gates, tiling, num_heads, k.dtype, states), 1.0, num_heads, states)
         return DecayChunkForm(self.transition, call, gates)
-
-
-_BLOCK_NUMBERS = 2**18
-"""How many scores a block computes at a time: enough to fill a matrix product, few enough to stay in a core's cache."""
 
 
 def default_chunk_size(dtype: torch.dtype) -> int:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -51,14 +52,12 @@ class Factors(ABC):
     def block(self, block: Block, g: Tensor | None) -> BlockFactors:
         """The factors of one block; `g` are the call's log decays, where they differ from token to token."""
 
-    @property
-    @abstractmethod
-    def are_large(self) -> bool:
-        """Whether the factors of tokens are as large as q, so that forming them again costs more than keeping them."""
+    are_large: ClassVar[bool] = False
+    """Whether the factors of tokens are as large as q, so that forming them again costs more than keeping them."""
 
-    @abstractmethod
     def restore(self, block: Block, g: Tensor | None, query: Tensor) -> BlockFactors:
-        """The factors of one block, given `BlockFactors.query` as `block` made it; only where they are large."""
+        """The factors of one block, given `BlockFactors.query` as `block` made it."""
+        return self.block(block, g)
 
     @abstractmethod
     def query(self, block: Block, g: Tensor | None) -> Tensor | None:
@@ -101,11 +100,6 @@ class NoDecay(Factors):
     def block(self, block: Block, g: Tensor | None) -> BlockFactors:
         mask = self.query(block, g)
         return BlockFactors(mask, mask, None, None, None)
-
-    are_large = False
-
-    def restore(self, block: Block, g: Tensor | None, query: Tensor) -> BlockFactors:
-        raise AssertionError("there is nothing large to restore")
 
     def query(self, block: Block, g: Tensor | None) -> Tensor | None:
         return None if self._mask is None else self._mask[:, :, block.chunks, : block.chunk_size]
@@ -169,11 +163,6 @@ class HeadFactors(Factors):
             leave=self._leave[:, :, chunks],
             prefix=self._prefix[:, :, chunks],
         )
-
-    are_large = False
-
-    def restore(self, block: Block, g: Tensor | None, query: Tensor) -> BlockFactors:
-        raise AssertionError("there is nothing large to restore")
 
     def query(self, block: Block, g: Tensor | None) -> Tensor:
         return self._query[:, :, block.chunks, : block.chunk_size]

@@ -126,6 +126,16 @@ class Tiling:
         return flat if self.token_places is None else flat[:, self.token_places]
 
 
+_BLOCK_NUMBERS = 2**18
+"""Scores, or numbers of states, of a block: enough to fill a matrix product, few enough to stay in a core's cache."""
+
+
+def chunks_of_block(k: Tensor, v: Tensor, chunk_size: int) -> int:
+    """How many chunks of `chunk_size` tokens to compute at a time; k ``[B, T, H_k, K]``, v ``[B, T, H, V]``."""
+    numbers = max(chunk_size**2, k.shape[3] * v.shape[3])
+    return max(1, _BLOCK_NUMBERS // (v.shape[0] * v.shape[2] * numbers))
+
+
 def tile(layout: SequenceLayout, chunk_size: int, block_chunks: int, device: torch.device) -> Tiling:
     """Cut `layout`'s local tokens into chunks of `chunk_size`, computed `block_chunks` at a time; built once a layout."""
     key = ("tiling", chunk_size, block_chunks, device)

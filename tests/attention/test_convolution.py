@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -12,10 +13,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from longspan.attention import convolution
-from longspan.attention.convolution import causal_conv1d, token_shift
+from longspan.attention import convolution, shift
+from longspan.attention.convolution import causal_conv1d
+from longspan.attention.shift import token_shift
 from longspan.errors import InputError, LayoutError
 from longspan.exchange import halo, record_traffic
+from longspan.exchange.swap import Flight
 from longspan.layout import Order, SequenceLayout
 from tests.exchange.test_exchange import Noted, NotedWork
 from tests.ranks import raised, run_on_ranks
@@ -465,12 +468,13 @@ def test_layers_side_by_side_and_on_top_of_each_other_do_not_mix(num_ranks: int)
 
 def order_of_events(name: str) -> list[str]:
     log: list[str] = []
-    original, inside = halo._launch, getattr(convolution, name)
+    original, inside = halo.swap, getattr(shift if name == "_Shift" else convolution, name)
     forward, backward = inside.forward, inside.backward
 
-    def noted_launch(*args: Any, **options: Any) -> NotedWork:
+    def noted_swap(*args: Any, **options: Any) -> Flight:
         log.append(f"{args[-1]} halo launched")
-        return NotedWork(original(*args, **options), f"{args[-1]} halo", log)
+        flight = original(*args, **options)
+        return replace(flight, work=NotedWork(flight.work, f"{args[-1]} halo", log))
 
     def noted(function: Any, direction: str) -> Any:
         def run(*args: Any) -> Any:
@@ -482,13 +486,13 @@ def order_of_events(name: str) -> list[str]:
     layout = SequenceLayout(64)
     x = torch.randn(1, layout.num_local_tokens, 8, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(8, 4, dtype=torch.float64, requires_grad=True)
-    halo._launch, inside.forward, inside.backward = noted_launch, noted(forward, "forward"), noted(backward, "backward")
+    halo.swap, inside.forward, inside.backward = noted_swap, noted(forward, "forward"), noted(backward, "backward")
     try:
         tokens = Noted.apply(x, "tokens", log)
         y = token_shift(tokens, layout) if name == "_Shift" else causal_conv1d(tokens, weight, None, "silu", layout)
         Noted.apply(y, "output", log).sum().backward()
     finally:
-        halo._launch, inside.forward, inside.backward = original, staticmethod(forward), staticmethod(backward)
+        halo.swap, inside.forward, inside.backward = original, staticmethod(forward), staticmethod(backward)
     return log
 
 

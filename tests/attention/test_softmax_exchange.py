@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from longspan.attention.softmax import SoftmaxMethod, ring, softmax_attention, tiles, wire, write_softmax
+from longspan.attention.softmax import SoftmaxMethod, ring, softmax_attention, tiles, write_softmax
 from longspan.attention.softmax.all_gather import gather_plan
 from longspan.attention.softmax.attention import EXCHANGES
 from longspan.attention.softmax.blocks import Visibility, length
 from longspan.attention.softmax.ring import journeys, ring_plan
 from longspan.exchange import record_traffic
+from longspan.exchange.swap import Flight
 from longspan.exchange.traffic import Event
 from longspan.layout import Order, SequenceLayout
 from tests.attention.softmax_reference import Documents, random_inputs
@@ -144,7 +145,7 @@ def order_of_ring() -> tuple[list[str], list[str]]:
     modules: list[tuple[Any, str, str]] = [
         (ring.Ring, "_send", "keys"),
         (ring._Grads, "pass_on", "grads"),
-        (wire.Flight, "wait", "wait"),
+        (Flight, "wait", "wait"),
         (tiles, "block_forward", "block"),
         (tiles, "block_backward", "block"),
     ]
@@ -419,7 +420,7 @@ def read_after_backward(method: SoftmaxMethod) -> tuple[float, int]:
     memory = write_softmax(k, v, layout=layout, method=method, num_heads=4)
     out = memory.read(q)
     out.backward(grad.detach())
-    tensors = [x for x in vars(memory._reader._exchange).values() if isinstance(x, Tensor | tuple | wire.Flight)]
+    tensors = [x for x in vars(memory._reader._exchange).values() if isinstance(x, Tensor | tuple | Flight)]
     again = memory.read(q)
     return float((again - out).detach().abs().max()), len(tensors)
 

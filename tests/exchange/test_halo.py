@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor
 from longspan.errors import LayoutError
 from longspan.exchange import halo, record_traffic
 from longspan.exchange.halo import Fetch, PendingHalo, halo_plan, start_halo
+from longspan.exchange.swap import Flight
 from longspan.layout import Order, SequenceLayout
 from tests.exchange.test_exchange import Noted, NotedWork
 from tests.ranks import run_on_ranks
@@ -248,15 +250,16 @@ def test_one_rank_or_no_token_to_send_makes_no_message(num_ranks: int, documents
 
 def order_of_events() -> list[str]:
     log: list[str] = []
-    original = halo._launch
+    original = halo.swap
 
-    def noted_launch(*args: Any, **options: Any) -> NotedWork:
+    def noted_swap(*args: Any, **options: Any) -> Flight:
         log.append(f"{args[-1]} halo launched")
-        return NotedWork(original(*args, **options), f"{args[-1]} halo", log)
+        flight = original(*args, **options)
+        return replace(flight, work=NotedWork(flight.work, f"{args[-1]} halo", log))
 
     layout = SequenceLayout(64)
     x = torch.randn(1, layout.num_local_tokens, 8, dtype=torch.float64, requires_grad=True)
-    halo._launch = noted_launch
+    halo.swap = noted_swap
     try:
         tokens = Noted.apply(x, "tokens", log)
         pending: PendingHalo = start_halo(tokens, layout, 3)
@@ -265,7 +268,7 @@ def order_of_events() -> list[str]:
         out = inside + pending.wait().sum()
         Noted.apply(out, "output", log).square().sum().backward()
     finally:
-        halo._launch = original
+        halo.swap = original
     return log
 
 

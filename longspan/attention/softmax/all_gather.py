@@ -38,8 +38,9 @@ from longspan.attention.softmax.blocks import (
 )
 from longspan.attention.softmax.pair import KeyExchange, OwnGrads, own_blocks
 from longspan.attention.softmax.tiles import Merged, Queries
-from longspan.attention.softmax.wire import Flight, pack, pack_into, swap, take, unpack
+from longspan.attention.softmax.wire import pack, pack_into, take, unpack
 from longspan.collectives import all_gather_single
+from longspan.exchange.swap import Flight, swap
 from longspan.exchange.traffic import note_collective
 from longspan.layout import SequenceLayout
 

@@ -31,7 +31,8 @@ from longspan.attention.softmax.all_gather import remote_keys
 from longspan.attention.softmax.blocks import Block, Run, Visibility, length, located, plan_blocks, union
 from longspan.attention.softmax.pair import KeyExchange, OwnGrads, own_blocks
 from longspan.attention.softmax.tiles import Merged, Queries
-from longspan.attention.softmax.wire import Flight, pack, pack_into, swap, take, unpack
+from longspan.attention.softmax.wire import pack, pack_into, take, unpack
+from longspan.exchange.swap import Flight, swap
 from longspan.layout import SequenceLayout
 
 

@@ -164,6 +164,11 @@ def leaving_keys(call: DeltaCall, block: Block, k: Tensor, g: Tensor | None, dec
     return times(scaled(take(call, block, k), _by_chunks(factors.key)), _row(factors.leave))
 
 
+def _query_factor(call: DeltaCall, block: Block, g: Tensor | None, decays: Tensor | None) -> Tensor | None:
+    """e^{b−m} of a block, ``[n, B or 1, H, c, D]``, as kept by the write phase where it was."""
+    return _by_chunks(call.factors.query(block, g)) if decays is None else rows_of(decays, block)
+
+
 @dataclass(frozen=True)
 class Queries:
     """Of one block: factors laid out by chunks, scale · q and q̂, ``[n, B, H, c, K]``."""
@@ -177,7 +182,7 @@ def block_queries(
     call: DeltaCall, block: Block, q: Tensor, scale: float, g: Tensor | None, decays: Tensor | None
 ) -> Queries:
     """The queries of a block for the keys of their chunk."""
-    query = _by_chunks(call.factors.query(block, g) if decays is None else rows_of(decays, block).movedim(0, 2))
+    query = _query_factor(call, block, g, decays)
     plain = take(call, block, q) * scale
     return Queries(query, plain, scaled(plain, query))
 
@@ -186,7 +191,7 @@ def state_factor(
     call: DeltaCall, block: Block, scale: float, g: Tensor | None, decays: Tensor | None
 ) -> Tensor | float:
     """What turns a block's q into queries for the state before their chunk: scale · e^b, ``[n, B or 1, H, c, D]``."""
-    query = _by_chunks(call.factors.query(block, g) if decays is None else rows_of(decays, block).movedim(0, 2))
+    query = _query_factor(call, block, g, decays)
     enter = _row(call.factors.enter(block))
     if query is None:
         return scale

@@ -9,13 +9,13 @@ are computed at once. A block may be gone through for some pieces alone.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from longspan.ops.delta.call import DeltaCall
+from longspan.ops.delta.call import DeltaCall, leaving_keys
 from longspan.ops.tiling import Block
 
 
@@ -34,23 +34,37 @@ class Step:
         return self.slots + 1
 
 
-def steps(call: DeltaCall, block: Block, pieces: Collection[int] | None) -> Sequence[Step]:
-    """What to go through of a block, in order, for the chunks of `pieces` (None: all)."""
-    if pieces is not None and not pieces:
+def steps(call: DeltaCall, block: Block, pieces: Collection[int]) -> Sequence[Step]:
+    """What to go through of a block, in order, for the chunks of `pieces`."""
+    if not pieces:
         return ()
     if isinstance(block.chunks, slice):
-        if pieces is not None and call.tiling.piece_of_chunk(block.chunks.start) not in pieces:
+        if call.tiling.piece_of_chunk(block.chunks.start) not in pieces:
             return ()
         numbered = enumerate(block.chunks_and_slots)
         return [Step(chunk, slot, place, block.chunk_size) for place, (chunk, slot) in numbered]
     assert isinstance(block.slots, Tensor)
-    if pieces is None:
-        return [Step(block.chunks, block.slots, torch.arange(block.num_chunks), block.chunk_size)]
     places = [i for i, (chunk, _) in enumerate(block.chunks_and_slots) if call.tiling.piece_of_chunk(chunk) in pieces]
     if not places:
         return ()
     chosen = torch.tensor(places, device=block.chunks.device)
     return [Step(block.chunks[chosen], block.slots[chosen], chosen, block.chunk_size)]
+
+
+def walk(
+    call: DeltaCall,
+    pieces: Collection[int],
+    k: Tensor,
+    g: Tensor | None,
+    decays: Tensor | None,
+    reverse: bool = False,
+) -> Iterator[tuple[Step, Tensor]]:
+    """The steps of `pieces` in order, or in reverse, each with E of its block, ``[n, B, H, c, K]``."""
+    for block in reversed(call.tiling.blocks) if reverse else call.tiling.blocks:
+        if found := steps(call, block, pieces):
+            leaving = leaving_keys(call, block, k, g, decays)
+            for step in reversed(found) if reverse else found:
+                yield step, leaving
 
 
 class Chain:

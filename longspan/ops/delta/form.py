@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -14,43 +13,23 @@ from longspan.ops.delta.call import DeltaCall
 from longspan.ops.delta.read import DeltaRead, DeltaScores
 from longspan.ops.delta.run import DeltaRun
 from longspan.ops.delta.write import DeltaWrite, Link
-from longspan.ops.factors import Factors
-from longspan.ops.tiling import Tiling, tile
-from longspan.ops.variant import ChunkForm, Gate, Gates, RecurrentForm, Variant, state_dtype
+from longspan.ops.factor_variant import FactorVariant
+from longspan.ops.tiling import chunks_of_block, tile
+from longspan.ops.variant import ChunkForm, Gates, state_dtype
 from longspan.state import Dense, Transition
 
 DEFAULT_CHUNK_SIZE = 64
-BLOCK_NUMBERS = 2**18
-"""How many scores a block computes at a time."""
 
 
-class BuildFactors(Protocol):
-    """Makes the factors of a call from its gates; the only part of the chunk form in which delta variants differ."""
-
-    def __call__(
-        self, gates: Gates, tiling: Tiling, num_heads: int, dtype: torch.dtype, state_dtype: torch.dtype
-    ) -> Factors: ...
-
-
-@dataclass(frozen=True)
-class DeltaVariant(Variant):
+@dataclass(frozen=True, kw_only=True)
+class DeltaVariant(FactorVariant):
     """A variant of the delta rule, described by its recurrent form and its factors; one gate is beta, another may be g."""
 
-    name: str
-    gates: tuple[Gate, ...]
-    recurrent_form: RecurrentForm
-    factors: BuildFactors
     transition: type[Transition] = Dense
-
-    def recurrent(
-        self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, scale: float, initial_state: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        return self.recurrent_form(q, k, v, gates, scale, initial_state)
 
     def prepare(self, k: Tensor, v: Tensor, gates: Gates, layout: SequenceLayout, chunk_size: int | None) -> ChunkForm:
         num_heads, size = v.shape[2], chunk_size or DEFAULT_CHUNK_SIZE
-        block_chunks = max(1, BLOCK_NUMBERS // (k.shape[0] * num_heads * size * size))
-        tiling = tile(layout, size, block_chunks, k.device)
+        tiling = tile(layout, size, chunks_of_block(k, v, size), k.device)
         dtype = state_dtype(k.dtype)
         factors = self.factors(gates, tiling, num_heads, dtype, dtype)
         return DeltaChunkForm(DeltaCall(tiling, factors, num_heads, dtype), gates)

@@ -132,8 +132,8 @@ class DeltaRead(torch.autograd.Function):
         found, q, ticket, states, corrected, g, decays = ctx.saved_tensors
         dq = torch.empty_like(q)
         sums = TokenSums(call, ticket, None)
-        allocate = torch.empty_like if call.tiling.valid is None else torch.zeros_like
-        grad_found, grad_corrected, grad_states = allocate(found), allocate(corrected), torch.empty_like(states)
+        grad_found, grad_corrected = call.allocate(q, *found.shape[-2:]), call.allocate(q, *corrected.shape[-2:])
+        grad_states = torch.empty_like(states)
         grad_states[[entry.last_slot for entry in call.tiling.pieces]] = 0.0
         for block in call.tiling.blocks:
             factor = state_factor(call, block, ctx.scale, g, decays)

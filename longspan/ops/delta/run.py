@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longspan.ops.delta.call import DeltaCall, leaving_keys
-from longspan.ops.delta.chain import Chain, steps
+from longspan.ops.delta.call import DeltaCall
+from longspan.ops.delta.chain import Chain, walk
 from longspan.ops.delta.write import Link, start_rows
 
 
@@ -45,7 +45,7 @@ class DeltaRun(torch.autograd.Function):
         link.states = link.corrected = None
         if states is None or corrected is None:
             states = updates.new_empty(call.tiling.num_slots, *updates.shape[1:3], k.shape[-1], updates.shape[-1])
-            corrected = torch.zeros_like(updates) if call.tiling.valid is not None else torch.empty_like(updates)
+            corrected = call.allocate(k, *updates.shape[-2:])
         starts = start_rows(call)
         left = frozenset(range(len(call.tiling.pieces))) - link.done
         for number in left:
@@ -57,11 +57,8 @@ class DeltaRun(torch.autograd.Function):
             else:
                 states[entry.first_slot] = 0.0
         chain = Chain(call, weights, updates)
-        for block in call.tiling.blocks:
-            if of_block := steps(call, block, left):
-                leaving = leaving_keys(call, block, k, g, decays)
-                for step in of_block:
-                    chain.advance(step, leaving, states, corrected)
+        for step, leaving in walk(call, left, k, g, decays):
+            chain.advance(step, leaving, states, corrected)
         ctx.call, ctx.link = call, link
         ctx.num_incoming = None if incoming is None else incoming.shape[0]
         ctx.save_for_backward(weights, decays, k, g, states, corrected)
@@ -75,11 +72,8 @@ class DeltaRun(torch.autograd.Function):
         weights, decays, k, g, states, corrected = ctx.saved_tensors
         chain = Chain(call, weights, None)
         here = frozenset(range(len(call.tiling.pieces))) - link.sent
-        for block in reversed(call.tiling.blocks):
-            if of_block := steps(call, block, here):
-                leaving = leaving_keys(call, block, k, g, decays)
-                for step in reversed(of_block):
-                    chain.retreat(step, leaving, grad_states, grad_corrected)
+        for step, leaving in walk(call, here, k, g, decays, reverse=True):
+            chain.retreat(step, leaving, grad_states, grad_corrected)
         grad_incoming = None
         if ctx.num_incoming is not None:
             grad_incoming = states.new_zeros(ctx.num_incoming, *states.shape[1:])
@@ -89,27 +83,11 @@ class DeltaRun(torch.autograd.Function):
                 if number in here:
                     grad_incoming[entry.piece.segment] += grad_states[entry.first_slot]
                 else:
-                    way = (call, chain, k, g, decays)
-                    grad_incoming[entry.piece.segment] += _carried_back(number, way, grad_states, grad_corrected)
+                    grad = grad_states[entry.last_slot].flatten(0, 1)
+                    for step, leaving in walk(call, {number}, k, g, decays, reverse=True):
+                        grad = chain.carried_back(step, leaving, grad, grad_states, grad_corrected)
+                    grad_incoming[entry.piece.segment] += grad.view_as(grad_incoming[0])
         link.states, link.corrected = states, corrected
         link.grad_states, link.grad_corrected = grad_states, grad_corrected
         # The gradient of Ũ is ∂u, which DeltaWrite takes from the link once it is complete; this one orders the nodes.
         return grad_corrected, None, None, None, None, None, grad_incoming, None, None
-
-
-def _carried_back(
-    piece: int,
-    way: tuple[DeltaCall, Chain, Tensor, Tensor | None, Tensor | None],
-    grad_states: Tensor,
-    grad_corrected: Tensor,
-) -> Tensor:
-    """The gradient of the state that a piece starts from ``[B, H, K, V]``, as far as this rank knows it."""
-    call, chain, k, g, decays = way
-    end = grad_states[call.tiling.pieces[piece].last_slot]
-    grad = end.flatten(0, 1)
-    for block in reversed(call.tiling.blocks):
-        if of_piece := steps(call, block, {piece}):
-            leaving = leaving_keys(call, block, k, g, decays)
-            for step in reversed(of_piece):
-                grad = chain.carried_back(step, leaving, grad, grad_states, grad_corrected)
-    return grad.view_as(end)

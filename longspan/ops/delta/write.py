@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +14,6 @@ from longspan.ops.delta.call import (
     block_keys,
     flat,
     gate_gradient,
-    leaving_keys,
     masked,
     product,
     put,
@@ -28,7 +26,7 @@ from longspan.ops.delta.call import (
     times,
     wide_backward,
 )
-from longspan.ops.delta.chain import Chain, Step, steps
+from longspan.ops.delta.chain import Chain, steps, walk
 from longspan.ops.delta.inverse import inverse
 from longspan.ops.gate_gradient import GateGradient
 from longspan.ops.tiling import Block
@@ -39,8 +37,8 @@ class Link:
     """What the write and run nodes of one call hand to each other.
 
     sent: numbers of the pieces whose end another rank receives. states, corrected: in forward what write has gone through already
-    (`done` pieces), in backward what run kept. grad_states, grad_corrected: what run's backward leaves for write's; `retreated`
-    says that the pieces that are not sent have been gone through.
+    (`done` pieces), in backward what run kept. grad_states, grad_corrected: what run's backward leaves for write's: complete for
+    the pieces that are not sent, the reads' share for those that are.
     """
 
     sent: frozenset[int]
@@ -135,8 +133,10 @@ class DeltaWrite(torch.autograd.Function):
         chain = Chain(call, weights, None)
         for block in reversed(call.tiling.blocks):
             keys = block_keys(call, block, k, g, decays)
-            for step in reversed(steps(call, block, link.sent)):
-                chain.retreat(step, keys.leaving, grad_states, grad_corrected)
+            if of_block := steps(call, block, link.sent):
+                leaving = keys.leaving
+                for step in reversed(of_block):
+                    chain.retreat(step, leaving, grad_states, grad_corrected)
             strength = masked(take(call, block, beta.unsqueeze(-1)), block)
             value = take(call, block, v)
             update = rows_of(corrected, block)
@@ -224,7 +224,7 @@ def _fold(
         if number not in link.sent:
             continue
         entry = call.tiling.pieces[number]
-        way = _steps_of_piece(call, number, k, g, decays)
+        way = walk(call, {number}, k, g, decays)
         if number in link.done:
             assert link.states is not None and link.corrected is not None
             start = 0.0 if start_states is None else start_states[starts[number]]
@@ -240,14 +240,3 @@ def _fold(
             passed = chain.carried(step, leaving, passed, writes=False)
         ends[row], products[row] = state.view_as(ends[row]), passed.view_as(products[row])
     return ends, products
-
-
-def _steps_of_piece(
-    call: DeltaCall, piece: int, k: Tensor, g: Tensor | None, decays: Tensor | None
-) -> Iterator[tuple[Step, Tensor]]:
-    """The steps of one piece in order, with E of their block."""
-    for block in call.tiling.blocks:
-        if of_piece := steps(call, block, {piece}):
-            leaving = leaving_keys(call, block, k, g, decays)
-            for step in of_piece:
-                yield step, leaving

@@ -1,0 +1,71 @@
+"""An all-to-all of rows with parts of any size, started and waited for apart.
+
+What ranks send each other point to point is sent so too, as an all-to-all whose parts are empty but between ranks that exchange
+something. It keeps the number of operations equal on all ranks, as `longspan.exchange.halo` explains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from longspan.exchange.traffic import note_collective, waiting
+from longspan.layout import SequenceLayout
+
+
+@dataclass
+class Flight:
+    """A collective under way, and the memory it reads and writes."""
+
+    work: Any
+    received: Tensor
+    sent: Tensor
+
+    def wait(self) -> Tensor:
+        """What arrived; the time spent counts as waiting for other ranks."""
+        with waiting():
+            self.work.wait()
+        return self.received
+
+
+def swap(
+    sent: Tensor,
+    send_sizes: Sequence[int],
+    receive_sizes: Sequence[int],
+    layout: SequenceLayout,
+    phase: str,
+    name: str = "all_to_all",
+) -> Flight:
+    """`swap_in` over the ranks of a layout."""
+    return swap_in(layout.group, layout.rank, sent, send_sizes, receive_sizes, phase, name)
+
+
+def swap_in(
+    group: dist.ProcessGroup | None,
+    rank: int,
+    sent: Tensor,
+    send_sizes: Sequence[int],
+    receive_sizes: Sequence[int],
+    phase: str,
+    name: str = "all_to_all",
+) -> Flight:
+    """Start sending rows of `sent` ``[rows, ...]``, contiguous: as many to each rank, and from each, as the sizes say.
+
+    Args:
+        group: of the ranks; None is the default group.
+        rank: this one's number in it. What it sends itself does not count as traffic.
+        phase, name: as `note_collective` takes them.
+
+    Returns:
+        The flight; what arrives ``[rows, ...]`` lies rank by rank.
+    """
+    received = sent.new_empty((sum(receive_sizes), *sent.shape[1:]))
+    others = [size for other, size in enumerate(send_sizes) if other != rank]
+    row_bytes = sent.element_size() * sent.shape[1:].numel()
+    note_collective(name, phase, sum(others) * row_bytes, sum(size > 0 for size in others))
+    work = dist.all_to_all_single(received, sent, list(receive_sizes), list(send_sizes), group=group, async_op=True)
+    return Flight(work, received, sent)
