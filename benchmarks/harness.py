@@ -29,7 +29,11 @@ class Ratio:
     high: float
 
     def __str__(self) -> str:
-        return f"{self.median:.2f} ({self.low:.2f}-{self.high:.2f})"
+        return self.rounded(2)
+
+    def rounded(self, digits: int) -> str:
+        """Median and range with that many decimals."""
+        return f"{self.median:.{digits}f} ({self.low:.{digits}f}-{self.high:.{digits}f})"
 
 
 @dataclass(frozen=True)
@@ -179,15 +183,25 @@ def _rank_main(
         dist.destroy_process_group()
 
 
+def _of_processor(key: str) -> str | None:
+    """What the system says of the first processor (Linux)."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(key)), None)
+
+
+def product_dtypes() -> dict[str, torch.dtype]:
+    """The dtypes in which matrix products are worth timing: bfloat16 only where the processor has instructions for them."""
+    dtypes = {"float32": torch.float32}
+    features = (_of_processor("flags") or _of_processor("Features") or "").split()
+    if {"avx512_bf16", "amx_bf16", "bf16"} & set(features):
+        dtypes["bfloat16"] = torch.bfloat16
+    return dtypes
+
+
 def machine() -> dict[str, str]:
     """What was measured on, by what."""
-    model = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [
-            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
-        ]
-        model = names[0] if names else model
+    model = _of_processor("model name") or platform.processor() or platform.machine()
     try:
         commit = subprocess.run(
             ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=True
@@ -197,6 +211,7 @@ def machine() -> dict[str, str]:
     return {
         "processor": model,
         "cores": str(os.cpu_count()),
+        "products in": " and ".join(product_dtypes()),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "commit": commit,

@@ -12,12 +12,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import longspan
-from benchmarks.harness import Table, in_subprocess, paired, peak_bytes, require_close, run_ranks, seconds, timed_pairs
+from benchmarks.harness import (
+    Table,
+    in_subprocess,
+    paired,
+    peak_bytes,
+    product_dtypes,
+    require_close,
+    run_ranks,
+    seconds,
+    timed_pairs,
+)
 from longspan.ops import VARIANTS
 from longspan.ops.decay import default_chunk_size
 
 HEADS = 8
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = product_dtypes()
 
 
 def make_tensors(seq_len: int, size: int, dtype: torch.dtype, operator: str = "simple_gla") -> dict[str, Tensor]:
@@ -155,7 +165,7 @@ def layout(quick: bool) -> Table:
                 name,
                 f"{result.second * 1e3:.0f}",
                 f"{result.first * 1e3:.0f}",
-                f"{result.ratio.median:.3f} ({result.ratio.low:.3f}-{result.ratio.high:.3f})",
+                result.ratio.rounded(3),
             )
     return table
 

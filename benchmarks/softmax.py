@@ -70,7 +70,7 @@ def softmax_one_rank(quick: bool) -> Table:
                 method,
                 f"{result.first * 1e3:.1f}",
                 f"{result.second * 1e3:.1f}",
-                f"{result.ratio.median:.3f} ({result.ratio.low:.3f}-{result.ratio.high:.3f})",
+                result.ratio.rounded(3),
             )
     return table
 

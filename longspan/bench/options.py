@@ -9,28 +9,19 @@ from longspan.errors import ConfigError
 from longspan.exchange import TOPOLOGIES
 from longspan.ops import VARIANTS
 from longspan.plan import PLANNED
+from longspan.plan.options import LayerOptions
 
 
 @dataclass(frozen=True)
-class BenchExchange:
+class BenchExchange(LayerOptions):
     """The exchange of one layer, and how often to measure it."""
 
     ranks: int = 4
     """Ranks to start on this machine; torchrun's own number under torchrun."""
-    operator: str = "gla"
-    """Linear attention whose transitions are sent along."""
-    batch_size: int = 1
-    heads: int = 16
-    key_size: int = 128
-    value_size: int = 128
-    order: Literal["contiguous", "zigzag"] = "contiguous"
-    """Who holds which segment."""
     topologies: tuple[str, ...] = field(default_factory=lambda: tuple(name for name in PLANNED if name != "neighbour"))
     """What to measure. A single document leaves no case for neighbour, unless two ranks share it."""
     ranks_per_node: int | None = None
     """Ranks that share a node, for two_level; else the names of the hosts tell."""
-    bfloat16: bool = False
-    """Round states to bfloat16 for the wire."""
     repeats: int = 11
     """Measurements of each topology, in turn with the others; the median is shown."""
     threads: int = 1

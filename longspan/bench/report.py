@@ -50,10 +50,8 @@ class Figures:
 def print_figures(figures: Figures) -> None:
     """Write the table to standard output, fastest first."""
     options = figures.options
-    sys.stdout.write(
-        f"{options.operator}, B{options.batch_size} H{options.heads} K{options.key_size} V{options.value_size}, "
-        f"{options.order}, {figures.num_ranks} ranks on {options.device}, median of {options.repeats}\n{figures.cluster}\n\n"
-    )
+    where = f"{figures.num_ranks} ranks on {options.device}, median of {options.repeats}"
+    sys.stdout.write(f"{options.describe()}, {where}\n{figures.cluster}\n\n")
     heading = ["topology", "forward ms", "modelled", "backward ms", "modelled", "both ms", "modelled", "range"]
     heading += ["bytes", "messages"]
     rows = []

@@ -14,7 +14,29 @@ from longspan.state import Transition
 
 
 @dataclass(frozen=True)
-class PlanExchange:
+class LayerOptions:
+    """The layer whose states are exchanged."""
+
+    operator: str = "gla"
+    """Linear attention whose transitions are sent along."""
+    batch_size: int = 1
+    heads: int = 16
+    """Heads of the layer that are on a rank."""
+    key_size: int = 128
+    value_size: int = 128
+    order: Literal["contiguous", "zigzag"] = "contiguous"
+    """Who holds which segment."""
+    bfloat16: bool = False
+    """Round states to bfloat16 for the wire."""
+
+    def describe(self) -> str:
+        """The layer in a line."""
+        shape = f"B{self.batch_size} H{self.heads} K{self.key_size} V{self.value_size}"
+        return f"{self.operator}, {shape}, {self.order}"
+
+
+@dataclass(frozen=True)
+class PlanExchange(LayerOptions):
     """The exchange of one layer on a cluster given by numbers. The defaults are round numbers for GPUs, not measurements."""
 
     ranks: int = 64
@@ -36,17 +58,6 @@ class PlanExchange:
     """Of states that a rank folds, a second."""
     matmul_tflops: float = 20.0
     """Of a rank's float32 products of K×K and K×V matrices, for the delta rules."""
-    operator: str = "gla"
-    """Linear attention whose transitions are sent along."""
-    batch_size: int = 1
-    heads: int = 16
-    """Heads of the layer that are on a rank."""
-    key_size: int = 128
-    value_size: int = 128
-    order: Literal["contiguous", "zigzag"] = "contiguous"
-    """Who holds which segment."""
-    bfloat16: bool = False
-    """Round states to bfloat16 for the wire."""
     compute: str = "0ms"
     """Computation beside the exchange, each way, for the column of what stays exposed."""
 
@@ -85,8 +96,5 @@ class PlanExchange:
         """What the command prints."""
         cluster, problem = self.cluster(), self.problem(transition)
         costs = rank(problem, cluster, [name for name in PLANNED if name != "neighbour"])
-        what = (
-            f"{self.operator}, B{self.batch_size} H{self.heads} K{self.key_size} V{self.value_size}, {self.order}, modelled; "
-            f"a state has {problem.state:,} bytes, a pair {problem.pair:,}"
-        )
+        what = f"{self.describe()}, modelled; a state has {problem.state:,} bytes, a pair {problem.pair:,}"
         return f"{what}\n{cluster}\n\n{cost_table(costs, seconds(self.compute))}"
