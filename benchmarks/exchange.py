@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,12 @@ from longspan.bench.report import Figures
 RATES = ("1gbit", "100mbit")
 HEADS, SIZE = 16, 128
 TOPOLOGIES = ("all_gather", "ring", "pipelined", "all_to_all", "two_level")
+# What is exchanged, each with what it adds to the topologies: decays after which nothing is left of a state let neighbour hold.
+PROBLEMS: dict[str, tuple[str, ...]] = {
+    "simple_gla": (),
+    "gated_delta_rule": (),
+    "retention that forgets within a segment": ("neighbour",),
+}
 # Hosts and ranks a host.
 CLUSTERS = ((4, 1), (8, 1), (4, 2))
 
@@ -91,48 +98,58 @@ def _seconds(figures: Figures) -> dict[str, float]:
     return {row.topology: row.seconds for row in figures.rows}
 
 
-def exchange(quick: bool) -> Table:
+def _options(problem: str, repeats: int) -> BenchExchange:
+    return BenchExchange(
+        operator=problem.partition(" ")[0],
+        heads=HEADS,
+        key_size=SIZE,
+        value_size=SIZE,
+        topologies=(*TOPOLOGIES, *PROBLEMS[problem], "auto"),
+        log_decay=-200.0 if PROBLEMS[problem] else None,
+        repeats=repeats,
+    )
+
+
+def exchange(rate: str, quick: bool) -> Table:
     table = Table(
         "exchange",
-        f"One exchange with nothing to hide it, forward + backward, B1 H{HEADS} K = V = {SIZE}, emulated hosts",
-        "auto within 10 % of the best topology; the best never behind all_gather",
+        f"One exchange with nothing to hide it, {rate}, forward + backward, B1 H{HEADS} K = V = {SIZE}, emulated hosts",
+        "auto within 10 % of the best topology; the best never behind all_gather, and ahead of it by what the model says",
         [
-            "rate",
             "ranks",
             "operator",
-            *(f"ms, {name}" for name in TOPOLOGIES),
+            *(f"ms, {name}" for name in (*TOPOLOGIES, "neighbour")),
             "auto takes",
             "auto / best",
             "best / all_gather",
+            "modelled",
         ],
     )
-    operators = ("simple_gla",) if quick else ("simple_gla", "gated_delta_rule")
-    for rate in RATES[:1] if quick else RATES:
-        for hosts, per_host in CLUSTERS[::2] if quick else CLUSTERS:
-            with Cluster(hosts, rate, per_host) as cluster:
-                for operator in operators:
-                    # Each topology in each of three runs of a few turns, so that there is a spread to show.
-                    options = BenchExchange(
-                        operator=operator,
-                        heads=HEADS,
-                        key_size=SIZE,
-                        value_size=SIZE,
-                        topologies=(*TOPOLOGIES, "auto"),
-                        repeats=2 if quick else 5,
-                    )
-                    runs: list[Figures] = cluster.call(_measure, options, 2 if quick else 3)[0]
-                    _add_cell(table, rate, _ranks(hosts, per_host), operator, runs)
+    for hosts, per_host in CLUSTERS[::2] if quick else CLUSTERS:
+        with Cluster(hosts, rate, per_host) as cluster:
+            for problem in list(PROBLEMS)[::2] if quick else PROBLEMS:
+                # Each topology in each of a few runs of a few turns, so that there is a spread to show.
+                runs: list[Figures] = cluster.call(_measure, _options(problem, 2 if quick else 3), 2 if quick else 5)[0]
+                _add_cell(table, _ranks(hosts, per_host), problem, runs)
     return table
 
 
-def _add_cell(table: Table, rate: str, ranks: str, operator: str, runs: Sequence[Figures]) -> None:
+def _add_cell(table: Table, ranks: str, problem: str, runs: Sequence[Figures]) -> None:
     taken = [_seconds(figures) for figures in runs]
-    medians = {name: statistics.median(run[name] for run in taken) for name in TOPOLOGIES}
-    best = min(TOPOLOGIES, key=lambda name: medians[name])
+    medians = {name: statistics.median(run[name] for run in taken) for name in taken[0] if name != "auto"}
+    best = min(medians, key=lambda name: medians[name])
     auto = paired([run["auto"] for run in taken], [run[best] for run in taken])
-    behind = paired([run[best] for run in taken], [run["all_gather"] for run in taken])
-    milliseconds = [f"{medians[name] * 1e3:.1f}" for name in TOPOLOGIES]
-    table.add(rate, ranks, operator, *milliseconds, runs[-1].choice, auto.ratio, f"{best}: {behind.ratio}")
+    ahead = paired([run[best] for run in taken], [run["all_gather"] for run in taken])
+    modelled = {row.topology: row.modelled.seconds for row in runs[0].rows}
+    table.add(
+        ranks,
+        problem,
+        *(f"{medians[name] * 1e3:.1f}" if name in medians else "" for name in (*TOPOLOGIES, "neighbour")),
+        runs[-1].choice,
+        auto.ratio,
+        f"{best}: {ahead.ratio}",
+        f"{modelled[best] / modelled['all_gather']:.2f}",
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------- waiting
@@ -215,9 +232,10 @@ def sequence_parallel(quick: bool) -> Table:
     return table
 
 
-TABLES = {
+TABLES: dict[str, Callable[[bool], Table]] = {
     "cluster_links": links,
-    "exchange": exchange,
+    "exchange": partial(exchange, "1gbit"),
+    "exchange_100mbit": partial(exchange, "100mbit"),
     "exposed": exposed_real,
     "exposed_ranks": exposed_paced,
     "sequence_parallel": sequence_parallel,

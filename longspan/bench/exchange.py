@@ -8,8 +8,6 @@ computed meanwhile, so that nothing hides the exchange.
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -23,11 +21,13 @@ from longspan.exchange import Auto, Exchange, Topology, record_traffic, resolve_
 from longspan.exchange.calibration import measured_cluster
 from longspan.exchange.progress import run_beside
 from longspan.exchange.segments import own_segments
+from longspan.exchange.timing import Ranks
+from longspan.exchange.trial import exchange_seconds
 from longspan.launch import EXIT_DONE, Place, start_process_group
 from longspan.layout import SequenceLayout
 from longspan.ops import VARIANTS
 from longspan.plan import Problem, time_of
-from longspan.state import Dense, Pair, exclusive_scan, exclusive_scan_adjoint
+from longspan.state import Dense, Identity, Pair, exclusive_scan, exclusive_scan_adjoint
 
 TOLERANCES = {False: 1e-5, True: 5e-2}
 """Largest error of a state or gradient beside the largest value, in float32 and with states rounded to bfloat16 at every hop. A
@@ -88,7 +88,7 @@ def measure(options: BenchExchange, device: torch.device) -> Figures:
     case = _make_case(options, device)
     state_dtype = torch.bfloat16 if options.bfloat16 else None
     cluster = measured_cluster(case.layout, device)
-    choice = Auto(state_dtype).costs(case.pair, case.layout)[0]
+    choice = Auto(state_dtype).choose(case.pair, case.layout)
     problem = Problem.of_states(
         type(case.pair.transition), case.pair.state.shape, case.layout, state_bytes=2 if options.bfloat16 else None
     )
@@ -105,10 +105,11 @@ def measure(options: BenchExchange, device: torch.device) -> Figures:
     sent = {name: _check(name, topology, case, options.bfloat16) for name, topology in topologies.items()}
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in topologies}
     names = list(topologies)
+    ranks = Ranks(case.layout, device)
     for repeat in range(options.repeats):
         # In another order each time, so that none always follows the same one.
         for name in names[repeat % len(names) :] + names[: repeat % len(names)]:
-            times[name].append(_time(topologies[name], case))
+            times[name].append(exchange_seconds(topologies[name], case.pair, case.grad, ranks))
     rows = [
         Measured(
             topology=name,
@@ -140,6 +141,8 @@ def _make_case(options: BenchExchange, device: torch.device) -> _Case:
         parameter = torch.randn(kind.parameter_shape(shape), generator=random) / options.key_size**0.5
     else:
         parameter = -torch.rand(kind.parameter_shape(shape), generator=random)
+        if options.log_decay is not None and not issubclass(kind, Identity):
+            parameter.fill_(options.log_decay)
     transition = kind(parameter).cut([segment.starts_document for segment in layout.all_segments])
     own = own_segments(layout)
     incoming = exclusive_scan(Pair(transition, states))[own]
@@ -149,10 +152,9 @@ def _make_case(options: BenchExchange, device: torch.device) -> _Case:
     return _Case(layout, pair, grads[own].to(device), incoming.to(device), outgoing.to(device))
 
 
-def _run(topology: Topology, case: _Case, before_backward: Callable[[], None] = lambda: None) -> tuple[Tensor, Tensor]:
+def _run(topology: Topology, case: _Case) -> tuple[Tensor, Tensor]:
     """S_in and λ of this rank's segments."""
     arrived = topology.start(case.pair, case.layout).wait()
-    before_backward()
     kind = type(case.pair.transition)
     return arrived.incoming, topology.start_reverse(kind, arrived.context, case.grad, case.layout).wait()
 
@@ -172,7 +174,7 @@ def _check(name: str, topology: Topology, case: _Case, bfloat16: bool) -> _Sent:
     wrong = [float(not error <= TOLERANCES[bfloat16]) for error in errors]
     phases = [traffic.of_phase("forward"), traffic.of_phase("backward")]
     counted = [float(count) for phase in phases for count in (phase.bytes_sent, phase.num_messages)]
-    forward, backward, *most = _largest([*wrong, *counted], case.layout, case.pair.state.device)
+    forward, backward, *most = Ranks(case.layout, case.pair.state.device).largest([*wrong, *counted])
     if forward or backward:
         raise WrongResultError(
             f"{name} does not compute the scan {'forward' if forward else 'backward'} (on this rank, errors of {errors[0]:.1e} "
@@ -180,35 +182,6 @@ def _check(name: str, topology: Topology, case: _Case, bfloat16: bool) -> _Sent:
             "topologies, and please report it"
         )
     return _Sent(int(most[0] + most[2]), int(most[1] + most[3]))
-
-
-def _time(topology: Topology, case: _Case) -> tuple[float, float]:
-    """Seconds forward and backward, from all ranks' being ready to the last rank's being done."""
-    device = case.pair.state.device
-    marks: list[float] = []
-
-    def mark() -> None:
-        _synchronize(device)
-        marks.append(time.perf_counter())
-
-    def between() -> None:
-        mark()
-        _meet(device)
-        mark()
-
-    _meet(device)
-    mark()
-    _run(topology, case, between)
-    mark()
-    forward, backward = _largest([marks[1] - marks[0], marks[3] - marks[2]], case.layout, device)
-    return forward, backward
-
-
-def _largest(values: list[float], layout: SequenceLayout, device: torch.device) -> list[float]:
-    """The largest of all ranks' values, one by one."""
-    tensor = torch.tensor(values, dtype=torch.float64).to(device)
-    dist.all_reduce(tensor, dist.ReduceOp.MAX, group=layout.group)
-    return [float(value) for value in tensor.tolist()]
 
 
 def _meet(device: torch.device) -> None:

@@ -19,7 +19,9 @@ class BenchExchange(LayerOptions):
     ranks: int = 4
     """Ranks to start on this machine; torchrun's own number under torchrun."""
     topologies: tuple[str, ...] = field(default_factory=lambda: tuple(name for name in PLANNED if name != "neighbour"))
-    """What to measure. A single document leaves no case for neighbour, unless two ranks share it."""
+    """What to measure. neighbour holds for two ranks, and for retention with a log_decay that leaves nothing."""
+    log_decay: float | None = None
+    """Over a segment, but for the delta rules; else random ones from −1 to 0. Below −104 nothing is left in float32."""
     ranks_per_node: int | None = None
     """Ranks that share a node, for two_level; else the names of the hosts tell."""
     repeats: int = 11

@@ -1,14 +1,15 @@
-"""The cheapest topology for each exchange, by the cost model of `longspan.plan` with figures measured once per process group.
+"""The cheapest topology for each exchange: by the cost model of `longspan.plan` with figures measured once per process group, and a
+trial of those that the model finds close, once for each size of states.
 
 The choice depends on the sizes of states and transitions, the number of ranks, the nodes they stand on, how far documents reach,
-and the measured links and folds, which are the same on every rank: all ranks choose alike. A run on other machines, or on
-busier ones, may choose otherwise; name a topology where that must not be.
+and on what was measured, which is the same on every rank: all ranks choose alike. A run on other machines, or on busier ones, may
+choose otherwise; name a topology where that must not be.
 """
 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -22,6 +23,7 @@ from longspan.exchange.neighbour import Neighbour, applies
 from longspan.exchange.nodes import nodes_of
 from longspan.exchange.pipelined import Pipelined
 from longspan.exchange.ring import Ring
+from longspan.exchange.trial import Candidate, try_out
 from longspan.exchange.two_level import TwoLevel
 from longspan.layout import SequenceLayout
 from longspan.plan import PLANNED, Cluster, Cost, Problem, rank
@@ -32,10 +34,11 @@ _log = logging.getLogger("longspan")
 
 @dataclass(frozen=True)
 class Auto(Unresolved):
-    """Takes the topology that the cost model finds cheapest, forward and backward together.
+    """Takes the topology that costs least, forward and backward together.
 
     state_dtype: states and their gradients are rounded to it for the wire; None sends them as they are.
-    cluster: figures of the machines; None measures them at the first exchange of a process group, in a fraction of a second.
+    cluster: figures of the machines, by which alone the model then chooses; None measures them at the first exchange of a process
+        group, in a fraction of a second, and tries the topologies that are close.
     """
 
     name = "auto"
@@ -43,18 +46,44 @@ class Auto(Unresolved):
     cluster: Cluster | None = None
 
     def resolve(self, pair: Pair, layout: SequenceLayout) -> Topology:
-        return self._topology(self.costs(pair, layout)[0]).resolve(pair, layout)
+        return self._topology(self.choose(pair, layout)).resolve(pair, layout)
+
+    def choose(self, pair: Pair, layout: SequenceLayout) -> Cost:
+        """The cost, as modelled, of the topology that is taken; see `Topology.start` for the arguments.
+
+        Raises:
+            InputError: as `costs`.
+        """
+        costs = self.costs(pair, layout)
+        if self.cluster is not None:
+            return costs[0]
+        # What documents change is known to the model: one trial does for all of them.
+        sizes = replace(self._problem(pair, layout), longest_chain=None)
+        key = ("errors", pair.state.device.type, layout.ranks_per_node, sizes)
+        errors: dict[str, float] = kept(group_of(layout), key, lambda: self._errors(costs, pair, layout))
+        return min(costs, key=lambda cost: cost.seconds * errors.get(cost.topology, 1.0))
+
+    def _errors(self, costs: list[Cost], pair: Pair, layout: SequenceLayout) -> dict[str, float]:
+        """How many times as long as modelled an exchange takes, for the topologies that were tried."""
+        candidates = [Candidate(self._topology(cost).resolve(pair, layout), cost.seconds) for cost in costs]
+        tried = {
+            cost.topology: (seconds, cost.seconds)
+            for cost, seconds in zip(costs, try_out(candidates, pair, layout), strict=True)
+            if seconds is not None
+        }
+        if layout.rank == 0:
+            listed = ", ".join(f"{name} {seconds * 1e3:.2f} ms" for name, (seconds, _) in tried.items())
+            _log.info("tried: %s", listed)
+        return {name: seconds / modelled for name, (seconds, modelled) in tried.items()}
 
     def costs(self, pair: Pair, layout: SequenceLayout) -> list[Cost]:
-        """What each topology that can carry the exchange out would cost, cheapest first; see `Topology.start` for the arguments.
+        """What each topology that can carry the exchange out would cost by the model, cheapest first; see `Topology.start` for the
+        arguments.
 
         Raises:
             InputError: if the given cluster has another number of ranks than the layout.
         """
-        dtype, device = pair.state.dtype, pair.state.device
-        problem = Problem.of_states(
-            type(pair.transition), pair.state.shape, layout, dtype.itemsize, (self.state_dtype or dtype).itemsize
-        )
+        device, problem = pair.state.device, self._problem(pair, layout)
         reaches_no_further = applies(pair, layout)
         key = ("costs", self.cluster, device.type, layout.ranks_per_node, problem, reaches_no_further)
 
@@ -72,6 +101,12 @@ class Auto(Unresolved):
             return costs
 
         return kept(group_of(layout), key, rank_topologies)
+
+    def _problem(self, pair: Pair, layout: SequenceLayout) -> Problem:
+        dtype = pair.state.dtype
+        return Problem.of_states(
+            type(pair.transition), pair.state.shape, layout, dtype.itemsize, (self.state_dtype or dtype).itemsize
+        )
 
     def _topology(self, cost: Cost) -> Topology:
         if cost.topology == "pipelined":

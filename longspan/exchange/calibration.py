@@ -24,6 +24,7 @@ from longspan.exchange.chain import Chain
 from longspan.exchange.groups import group_of, kept
 from longspan.exchange.nodes import nodes_of
 from longspan.exchange.progress import run_beside
+from longspan.exchange.timing import Ranks
 from longspan.exchange.traffic import unrecorded
 from longspan.layout import SequenceLayout
 from longspan.plan import Cluster, Link
@@ -38,7 +39,10 @@ _SMALLEST, _LARGEST = 2**16, 2**22
 # slow down would show a rate that no exchange of states has.
 _AT_ONCE_SECONDS = 0.05
 _LARGEST_AT_ONCE = 2**20
+# Of what an all-gather leaves on a rank.
+_LARGEST_GATHERED = 2**26
 _WORD_REPEATS, _ROW_REPEATS, _PAYLOAD_REPEATS = 15, 3, 2
+_TOGETHER_REPEATS, _FOLD_REPEATS = 3, 5
 _MESSAGES_IN_A_ROW = 16
 _BLOCKS = 8
 
@@ -69,7 +73,7 @@ def _ranks_per_node(layout: SequenceLayout) -> int:
 
 def _measure(layout: SequenceLayout, device: torch.device, ranks_per_node: int) -> Cluster:
     begun = time.perf_counter()
-    ranks = _Ranks(layout, device)
+    ranks = Ranks(layout, device)
     num_ranks, rank = layout.num_ranks, layout.rank
     links: list[Link] = []
     if ranks_per_node > 1:
@@ -102,50 +106,10 @@ def _measure(layout: SequenceLayout, device: torch.device, ranks_per_node: int) 
     return cluster
 
 
-@dataclass(frozen=True)
-class _Ranks:
-    """The ranks that measure together, seen from one of them."""
-
-    layout: SequenceLayout
-    device: torch.device
-
-    def messages(self, work: Callable[[dist.ProcessGroup], list[float]]) -> list[float]:
-        """The largest of all ranks' values, one by one; `work` sends messages."""
-        values = run_beside(self.layout, self.device, work, "messages").wait()
-        return self.collectives(lambda _: values)
-
-    def collectives(self, work: Callable[[dist.ProcessGroup], list[float]]) -> list[float]:
-        """The largest of all ranks' values, one by one; `work` may make collectives."""
-
-        def largest(group: dist.ProcessGroup) -> list[float]:
-            values = torch.tensor(work(group), dtype=torch.float64).to(self.device)
-            dist.all_reduce(values, dist.ReduceOp.MAX, group=group)
-            return [float(value) for value in values.tolist()]
-
-        return run_beside(self.layout, self.device, largest).wait()
-
-    def seconds(self, function: Callable[[], object], repeats: int) -> float:
-        """Shortest time of a call, after one that is not counted: what else runs on the machine only adds to it."""
-        function()
-        return min(self.one(function) for _ in range(repeats))
-
-    def one(self, function: Callable[[], object]) -> float:
-        """Time of one call."""
-        self._synchronize()
-        begun = time.perf_counter()
-        function()
-        self._synchronize()
-        return time.perf_counter() - begun
-
-    def _synchronize(self) -> None:
-        if self.device.type != "cpu":
-            torch.accelerator.synchronize(self.device)
-
-
 # -------------------------------------------------------------------------------------------------------------------- links
 
 
-def _measure_link(ranks: _Ranks, distance: int, target: int, source: int) -> Link:
+def _measure_link(ranks: Ranks, distance: int, target: int, source: int) -> Link:
     """The kind of link between ranks 0 and `distance`; `target`, `source`: whom this rank sends to and hears at once with all."""
     rank = ranks.layout.rank
 
@@ -160,24 +124,21 @@ def _measure_link(ranks: _Ranks, distance: int, target: int, source: int) -> Lin
     bandwidth = payload / _rest(payload_seconds, latency)
     size = _size_at_once(bandwidth)
 
-    def at_once(group: dist.ProcessGroup) -> list[float]:
-        sent, received = _bytes(size, ranks.device), _bytes(size, ranks.device)
+    sent, received = _bytes(size, ranks.device), _bytes(size, ranks.device)
 
-        def pass_on() -> None:
-            operations = [
-                dist.P2POp(dist.irecv, received, group=group, group_peer=source),
-                dist.P2POp(dist.isend, sent, group=group, group_peer=target),
-            ]
-            for work in dist.batch_isend_irecv(operations):
-                work.wait()
+    def pass_on(group: dist.ProcessGroup) -> None:
+        operations = [
+            dist.P2POp(dist.irecv, received, group=group, group_peer=source),
+            dist.P2POp(dist.isend, sent, group=group, group_peer=target),
+        ]
+        for work in dist.batch_isend_irecv(operations):
+            work.wait()
 
-        return [ranks.seconds(pass_on, _PAYLOAD_REPEATS)]
-
-    (seconds,) = ranks.messages(at_once)
+    seconds = ranks.beside(pass_on, _TOGETHER_REPEATS, "messages")
     return Link(latency, bandwidth, gap, sharing=max(1.0, (seconds - latency) * bandwidth / size))
 
 
-def _lead(ranks: _Ranks, group: dist.ProcessGroup, other: int) -> list[float]:
+def _lead(ranks: Ranks, group: dist.ProcessGroup, other: int) -> list[float]:
     """Latency, gap, and a payload with its seconds, as measured by the one of two ranks that starts; `_follow` is the other."""
     word = _bytes(4, ranks.device)
 
@@ -186,13 +147,13 @@ def _lead(ranks: _Ranks, group: dist.ProcessGroup, other: int) -> list[float]:
             _finish(work)
         dist.recv(word, group=group, group_src=other)
 
-    latency = ranks.seconds(partial(there_and_back, word), _WORD_REPEATS) / 2
-    row = ranks.seconds(partial(there_and_back, word, _MESSAGES_IN_A_ROW), _ROW_REPEATS)
+    latency = ranks.alone(partial(there_and_back, word), _WORD_REPEATS) / 2
+    row = ranks.alone(partial(there_and_back, word, _MESSAGES_IN_A_ROW), _ROW_REPEATS)
     gap = min(max(0.0, row - 2 * latency) / (_MESSAGES_IN_A_ROW - 1), latency)
     size = _SMALLEST
     while True:
         payload = _bytes(size, ranks.device)
-        seconds = ranks.seconds(partial(there_and_back, payload), _PAYLOAD_REPEATS) - latency
+        seconds = ranks.alone(partial(there_and_back, payload), _PAYLOAD_REPEATS) - latency
         is_last = seconds >= _ENOUGH_SECONDS or size >= _LARGEST
         dist.send(torch.tensor([float(not is_last)], device=ranks.device), group=group, group_dst=other)
         if is_last:
@@ -200,7 +161,7 @@ def _lead(ranks: _Ranks, group: dist.ProcessGroup, other: int) -> list[float]:
         size *= 4
 
 
-def _follow(ranks: _Ranks, group: dist.ProcessGroup) -> None:
+def _follow(ranks: Ranks, group: dist.ProcessGroup) -> None:
     word = _bytes(4, ranks.device)
 
     def answer(x: Tensor, exchanges: int, times: int = 1) -> None:
@@ -235,37 +196,37 @@ def _bytes(size: int, device: torch.device) -> Tensor:
 # -------------------------------------------------------------------------------------------------------------- collectives
 
 
-def _measure_collectives(ranks: _Ranks, link: Link) -> tuple[Link, Link]:
+def _measure_collectives(ranks: Ranks, link: Link) -> tuple[Link, Link]:
     """A step of an all-gather, and an all-to-all, of all ranks; `link` tells how large a payload takes long enough."""
     num_ranks = ranks.layout.num_ranks
     others = num_ranks - 1
-    # For each other rank, so that a rank sends as much in all.
-    size = max(4, _size_at_once(link.bandwidth) // others)
+    # To each other rank: in an all-to-all a part of what a rank sends, in a step of an all-gather all of it.
+    part = max(4, _size_at_once(link.bandwidth) // others)
+    whole = int(
+        min(max(link.bandwidth * _AT_ONCE_SECONDS / others, part), _LARGEST_AT_ONCE, _LARGEST_GATHERED / others)
+    )
 
-    def both(group: dist.ProcessGroup) -> list[float]:
-        def gather(words: int) -> float:
-            own = torch.zeros(words, device=ranks.device)
-            all_of_them = own.new_empty(words * num_ranks)
-            return ranks.seconds(lambda: all_gather_single(all_of_them, own, group), _PAYLOAD_REPEATS)
+    def gather(words: int) -> float:
+        own = torch.zeros(words, device=ranks.device)
+        all_of_them = own.new_empty(words * num_ranks)
+        return ranks.beside(lambda group: all_gather_single(all_of_them, own, group), _TOGETHER_REPEATS)
 
-        def swap(words: int) -> float:
-            sent = torch.zeros(words * num_ranks, device=ranks.device)
-            received = torch.empty_like(sent)
-            return ranks.seconds(lambda: dist.all_to_all_single(received, sent, group=group), _PAYLOAD_REPEATS)
+    def swap(words: int) -> float:
+        sent = torch.zeros(words * num_ranks, device=ranks.device)
+        received = torch.empty_like(sent)
+        return ranks.beside(lambda group: dist.all_to_all_single(received, sent, group=group), _TOGETHER_REPEATS)
 
-        return [gather(1), gather(size // 4), swap(1), swap(size // 4)]
-
-    small_gather, large_gather, small_swap, large_swap = ranks.collectives(both)
+    small_gather, large_gather, small_swap, large_swap = gather(1), gather(whole // 4), swap(1), swap(part // 4)
     return (
-        Link(small_gather / others, size * others / _rest(large_gather, small_gather)),
-        Link(small_swap, size * others / _rest(large_swap, small_swap)),
+        Link(small_gather / others, whole * others / _rest(large_gather, small_gather)),
+        Link(small_swap, part * others / _rest(large_swap, small_swap)),
     )
 
 
 # -------------------------------------------------------------------------------------------------------------------- chain
 
 
-def _measure_chain(ranks: _Ranks, ranks_per_node: int) -> tuple[float, float]:
+def _measure_chain(ranks: Ranks, ranks_per_node: int) -> tuple[float, float]:
     """Seconds of a hop, and by which blocks follow each other, of states so small that their size does not matter."""
     num_ranks = ranks.layout.num_ranks
     layout = SequenceLayout(num_ranks, ranks.layout.group, ranks_per_node=ranks_per_node)
@@ -274,13 +235,8 @@ def _measure_chain(ranks: _Ranks, ranks_per_node: int) -> tuple[float, float]:
 
     def seconds(num_blocks: int) -> float:
         chain = Chain("measurement", None, num_blocks)
-        times = []
-        for _ in range(1 + _ROW_REPEATS):
-            # All begin together; the last rank is done when the chain is.
-            ranks.collectives(lambda _: [])
-            times.append(ranks.one(lambda: chain.start(pair, layout).wait()))
-        (slowest,) = ranks.collectives(lambda _: [min(times[1:])])
-        return slowest
+        # All begin together; the last rank is done when the chain is.
+        return ranks.together(lambda: chain.start(pair, layout).wait(), _TOGETHER_REPEATS)
 
     whole, blocks = seconds(1), seconds(_BLOCKS)
     return whole / (num_ranks - 1), max(0.0, blocks - whole) / (_BLOCKS - 1)
@@ -299,7 +255,7 @@ class _Folds:
     sharing: float
 
 
-def _measure_folds(ranks: _Ranks) -> _Folds:
+def _measure_folds(ranks: Ranks) -> _Folds:
     small, decay, dense = (4, 1, 1, 4, 4), (4, 1, 16, 128, 128), (4, 1, 4, 128, 128)
 
     def alone(group: dist.ProcessGroup) -> list[float]:
@@ -308,18 +264,23 @@ def _measure_folds(ranks: _Ranks) -> _Folds:
         return [_fold_seconds(ranks, *fold) for fold in ((ChannelDecay, small), (ChannelDecay, decay), (Dense, dense))]
 
     latency, decay_seconds, dense_seconds = ranks.collectives(alone)
-    (at_once,) = ranks.collectives(lambda _: [_fold_seconds(ranks, ChannelDecay, decay)])
+    at_once = ranks.together(_folds_of(ranks, ChannelDecay, decay), _FOLD_REPEATS) / (decay[0] - 1)
     bandwidth = 4 * prod(decay[1:]) / _rest(decay_seconds, latency)
     flops = 2 * prod(dense[1:]) * dense[3]
     products = _rest(dense_seconds, latency + 4 * prod(dense[1:]) / bandwidth)
     return _Folds(latency, bandwidth, flops / products, max(1.0, at_once / decay_seconds))
 
 
-def _fold_seconds(ranks: _Ranks, kind: type[Transition], shape: tuple[int, ...]) -> float:
-    """Seconds of one fold of states ``[n, B, H, K, V]``, in a scan of n."""
+def _fold_seconds(ranks: Ranks, kind: type[Transition], shape: tuple[int, ...]) -> float:
+    """Seconds of one fold of states ``[n, B, H, K, V]``, in a scan of n, on this rank."""
+    return ranks.alone(_folds_of(ranks, kind, shape), _FOLD_REPEATS) / (shape[0] - 1)
+
+
+def _folds_of(ranks: Ranks, kind: type[Transition], shape: tuple[int, ...]) -> Callable[[], object]:
+    """A scan of states ``[n, B, H, K, V]``, which takes n − 1 folds."""
     states = torch.zeros(shape, device=ranks.device)
     pair = Pair(kind(torch.zeros(kind.parameter_shape(shape), device=ranks.device)), states)
-    return ranks.seconds(lambda: exclusive_scan(pair), 5) / (shape[0] - 1)
+    return lambda: exclusive_scan(pair)
 
 
 def _rest(seconds: float, part: float) -> float:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from longspan.collectives import all_gather_single
-from longspan.exchange import calibration, record_traffic
+from longspan.exchange import calibration, record_traffic, timing
 from longspan.exchange.calibration import measured_cluster
 from longspan.layout import SequenceLayout
 from longspan.plan import Cluster
@@ -150,7 +150,7 @@ def cluster_of_a_known_network() -> Cluster:
         patch.setattr(calibration, "dist", network)
         patch.setattr(calibration, "all_gather_single", network.all_gather)
         patch.setattr(calibration, "exclusive_scan", network.scan)
-        patch.setattr(calibration._Ranks, "one", lambda _, function: network.time(function))
+        patch.setattr(timing.Ranks, "one", lambda _, function: network.time(function))
         patch.setattr(calibration, "Chain", network.chain)
         return measured_cluster(layout, CPU)
 

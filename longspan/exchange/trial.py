@@ -1,0 +1,109 @@
+"""Exchanges on trial: the time of a topology on the ranks at hand, from their all being ready until the last has what it waits for.
+
+The cost model knows links and folds one by one. What ranks do to each other that share cores or a switch, it does not know; among
+topologies that cost about the same, that decides. So ``exchange="auto"`` tries those that the model finds close.
+"""
+
+from __future__ import annotations
+
+import statistics
+import threading
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from longspan.exchange.base import Arrived, Topology
+from longspan.exchange.progress import run_beside
+from longspan.exchange.timing import Ranks
+from longspan.exchange.traffic import unrecorded
+from longspan.layout import SequenceLayout
+from longspan.state import Pair
+
+# A topology that is modelled at so many times the shortest measured time is not tried: the model is not that far out.
+_HOPELESS = 2.0
+# Those that need at most so many times as long as the fastest, the first time, are tried again.
+_CLOSE = 1.5
+_MORE_REPEATS = 4
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A topology that `Topology.resolve` returned, with its seconds forward and backward together by the cost model."""
+
+    topology: Topology
+    modelled_seconds: float
+
+
+def try_out(candidates: Sequence[Candidate], pair: Pair, layout: SequenceLayout) -> list[float | None]:
+    """Seconds of an exchange, forward and backward together, with each candidate; None where not tried; the same on all ranks.
+
+    candidates: cheapest first. They are tried in this order, until the next is modelled at twice the shortest time measured.
+    pair: as `Topology.start` takes it; its sizes alone matter.
+
+    Every rank of the group calls this, in the same order among its exchanges.
+    """
+    device = pair.state.device
+    # Exchanges that are still under way are counted.
+    run_beside(layout, device, lambda _: None).wait()
+    done: Future[list[float | None]] = Future()
+
+    def work() -> None:
+        try:
+            if device.type != "cpu":
+                torch.accelerator.set_device_index(device)
+            with torch.no_grad(), unrecorded():
+                done.set_result(_try_out(candidates, pair, layout))
+        except BaseException as error:
+            done.set_exception(error)
+
+    # In a thread of its own, whatever watches the caller's operations sees none of these: selective checkpointing, which counts
+    # them, runs the layer again without.
+    thread = threading.Thread(target=work, name="longspan-exchange-trial")
+    thread.start()
+    thread.join()
+    return done.result()
+
+
+def _try_out(candidates: Sequence[Candidate], pair: Pair, layout: SequenceLayout) -> list[float | None]:
+    transition = type(pair.transition)(torch.zeros_like(pair.transition.parameter))
+    sample = Pair(transition, torch.zeros_like(pair.state))
+    narrow = Pair(transition, sample.state[..., :1].contiguous())
+    ranks = Ranks(layout, pair.state.device)
+    times: list[list[float]] = [[] for _ in candidates]
+
+    def measure(number: int) -> None:
+        times[number].append(sum(exchange_seconds(candidates[number].topology, sample, sample.state, ranks)))
+
+    def shortest() -> float:
+        return min((statistics.median(taken) for taken in times if taken), default=float("inf"))
+
+    for number, candidate in enumerate(candidates):
+        if candidate.modelled_seconds > _HOPELESS * shortest():
+            break
+        # The first exchange makes process groups and connections.
+        exchange_seconds(candidate.topology, narrow, narrow.state, ranks)
+        measure(number)
+    close = [number for number, taken in enumerate(times) if taken and taken[0] <= _CLOSE * shortest()]
+    for _ in range(_MORE_REPEATS if len(close) > 1 else 0):
+        for number in close:
+            measure(number)
+    return [statistics.median(taken) if taken else None for taken in times]
+
+
+def exchange_seconds(topology: Topology, pair: Pair, grad: Tensor, ranks: Ranks) -> tuple[float, float]:
+    """Seconds of one exchange forward, and backward: of the rank that takes longest, from when all are ready; equal on all ranks.
+
+    topology: one that `Topology.resolve` returned. pair: as `Topology.start` takes it. grad: G ``[num_segments, B, H, K, V]``.
+    """
+    layout, kind = ranks.layout, type(pair.transition)
+    arrived: list[Arrived] = []
+    ranks.largest([])
+    forward = ranks.one(lambda: arrived.append(topology.start(pair, layout).wait()))
+    ranks.largest([])
+    context = arrived[0].context
+    backward = ranks.one(lambda: topology.start_reverse(kind, context, grad, layout).wait())
+    forward, backward = ranks.largest([forward, backward])
+    return forward, backward
