@@ -37,7 +37,7 @@ NAMES = (
 METHODS: tuple[SoftmaxMethod, ...] = ("all_gather", "ring", "ulysses")
 
 # All-to-alls of one softmax layer on two ranks, forward and backward.
-ALL_TO_ALLS = {"all_gather": (0, 1), "ring": (1, 2), "ulysses": (3, 3)}
+ALL_TO_ALLS = {"all_gather": (0, 1), "ring": (1, 2), "ulysses": (3, 4)}
 
 
 @contextmanager

@@ -105,7 +105,7 @@ def cost(method: Method, layout: SequenceLayout, visibility: Visibility, shapes:
         tokens = max(layout.tokens_of) * others
         queries = 2 * shapes.num_rows * shapes.num_heads * shapes.head_dim * shapes.element_size
         arriving = 2 * tokens * (one_token * _copies(layout.num_ranks, shapes.num_key_heads) + queries)
-        return 14 * one_pair * sum(pairs) / layout.num_ranks + arriving + 6 * machine.bytes_per_round
+        return 14 * one_pair * sum(pairs) / layout.num_ranks + arriving + 7 * machine.bytes_per_round
     if method == "ring":
         arriving = 0.0
         ways = journeys(layout, visibility)

@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 from longspan.attention.softmax.all_gather import remote_keys
-from longspan.attention.softmax.blocks import Block, Run, Visibility, inverse, plan_blocks
+from longspan.attention.softmax.blocks import Block, Run, Visibility, inverse, plan_blocks, touches
 from longspan.attention.softmax.pair import KeyExchange, OwnGrads
 from longspan.attention.softmax.tiles import Merged, Queries
-from longspan.attention.softmax.wire import pack_into, take, unpack
+from longspan.attention.softmax.wire import take, unpack
 from longspan.exchange.swap import Flight, swap
 from longspan.layout import SequenceLayout
 
@@ -74,7 +74,7 @@ class Ulysses(KeyExchange):
         self.exchanges = self._plan.exchanges
         self._arriving: Flight | None = None
         self._keys: tuple[Tensor, Tensor] | None = None
-        self._returning: dict[int, Flight] = {}
+        self._returning: dict[int, list[Flight]] = {}
         self._num_key_heads = 0
 
     def start(self, k: Tensor, v: Tensor) -> None:
@@ -103,28 +103,28 @@ class Ulysses(KeyExchange):
         self, grad_out: Tensor, saved: tuple[Tensor, ...], scale: float, read: int, returns_key_grads: bool
     ) -> OwnGrads:
         q, keys, values, out, lse = saved
-        grad_heads = self._wait_heads(self._to_heads(grad_out, "backward"))
-        queries = Queries(q, out, lse, grad_heads, scale)
+        queries = Queries(q, out, lse, self._wait_heads(self._to_heads(grad_out, "backward")), scale)
         sources = self._key_heads(grad_out.shape[2], self._num_key_heads, q.device)
-        grads = queries.backward(self._plan.blocks, _spread(keys, sources), _spread(values, sources))
-        flight = self._to_tokens(queries.dq, "backward")
+        grads = list(queries.backward(self._plan.blocks, _spread(keys, sources), _spread(values, sources)))
+        dq = queries.dq
+        # What comes back needs the memory of the output's gradient, and dv that of dk.
+        del queries
+        flight = self._to_tokens(dq, "backward")
         if returns_key_grads:
-            self._returning[read] = self._return([_summed(x, sources, keys) for x in grads], keys)
+            self._returning[read] = []
+            while grads:
+                self._returning[read].append(self._return(_summed(grads.pop(0), sources, keys), keys.dtype))
         return self._wait_tokens(flight), None, None
 
     def finish(self, shape: torch.Size, like: Tensor) -> tuple[Tensor, Tensor]:
-        rows, num_tokens, num_heads, dim = shape
-        heads = self._heads_of(num_heads)
-        total = like.new_zeros((2, *shape), dtype=torch.promote_types(like.dtype, torch.float32))
-        sizes = [num_tokens * rows * 2 * (stop - start) * dim for start, stop in heads]
+        dk, dv = self._wait_key_grads(shape)
         while self._returning:
-            # In the order of the reads, the same on every rank.
-            arrived = self._returning.pop(min(self._returning)).wait()
-            for part, (start, stop) in zip(arrived.split(sizes), heads, strict=True):
-                packed = part.view(num_tokens, rows, 2, stop - start, dim)
-                total[:, :, :, start:stop] += packed.permute(2, 1, 0, 3, 4)
-        dk, dv = total.to(like.dtype)
-        return dk, dv
+            more = self._wait_key_grads(shape)
+            dk, dv = (_wide(x) + y for x, y in zip((dk, dv), more, strict=True))
+        return dk.to(like.dtype), dv.to(like.dtype)
+
+    def release(self) -> None:
+        self._keys = None
 
     # ------------------------------------------------------------------------------------------------ keys and values
 
@@ -144,20 +144,35 @@ class Ulysses(KeyExchange):
             self._arriving = None
         return self._keys
 
-    def release(self) -> None:
-        self._keys = None
-
-    def _return(self, grads: list[Tensor], keys: Tensor) -> Flight:
-        """dk and dv [B, N, n, D] of the sequence on their way to the ranks that hold its tokens, in the dtype of `keys`."""
-        rows, num_tokens, num_heads, dim = keys.shape
-        sent = keys.new_empty((num_tokens, rows, 2, num_heads, dim))
-        dk, dv = grads
-        pack_into(sent, dk, dv, self._plan.to_ranks)
-        numbers = sent[0].numel()
-        own = self._layout.num_local_tokens
-        arriving = [own * rows * 2 * (stop - start) * dim for start, stop in self._heads_of(self._num_key_heads)]
+    def _return(self, grad: Tensor, dtype: torch.dtype) -> Flight:
+        """dk or dv [B, N, n, D] of the sequence on its way to the ranks that hold its tokens."""
+        sent = take(grad.to(dtype).transpose(0, 1), self._plan.to_ranks).contiguous()
+        numbers, own = sent[0].numel(), self._layout.num_local_tokens
+        heads = self._heads_of(self._num_key_heads)
+        arriving = [own * numbers // grad.shape[2] * (stop - start) for start, stop in heads]
         sizes = [num * numbers for num in self._layout.tokens_of]
         return swap(sent.flatten(), sizes, arriving, self._layout, "backward")
+
+    def _wait_key_grads(self, shape: torch.Size) -> list[Tensor]:
+        """dk and dv [B, T, H_kv, D] of the first read whose are on their way: the same one on every rank.
+
+        Key heads that several ranks have are summed in float32 (float64 for float64), in the order of the ranks.
+        """
+        return [self._gathered(flight.wait(), shape) for flight in self._returning.pop(min(self._returning))]
+
+    def _gathered(self, arrived: Tensor, shape: torch.Size) -> Tensor:
+        rows, num_tokens, num_heads, dim = shape
+        heads = self._heads_of(num_heads)
+        parts = [
+            part.view(num_tokens, rows, -1, dim).transpose(0, 1)
+            for part in arrived.split([num_tokens * rows * (stop - start) * dim for start, stop in heads])
+        ]
+        if touches(heads):
+            return torch.cat(parts, dim=2)
+        total = _wide(arrived.new_zeros(shape))
+        for part, (start, stop) in zip(parts, heads, strict=True):
+            total[:, :, start:stop] += part
+        return total
 
     def _key_heads(self, num_heads: int, num_key_heads: int, device: torch.device) -> Tensor | None:
         """For each query head of this rank, its key head's number at this rank; None where the kernels' own grouping is that."""
@@ -205,5 +220,9 @@ def _summed(grad: Tensor, sources: Tensor | None, keys: Tensor) -> Tensor:
     """The gradient of what `_spread` took, [B, N, n, D]."""
     if sources is None:
         return grad
-    total = grad.new_zeros(keys.shape, dtype=torch.promote_types(grad.dtype, torch.float32))
-    return total.index_add_(2, sources, grad.to(total.dtype))
+    return _wide(grad.new_zeros(keys.shape)).index_add_(2, sources, _wide(grad))
+
+
+def _wide(x: Tensor) -> Tensor:
+    """In the dtype that sums are taken in."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
