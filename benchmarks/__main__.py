@@ -5,14 +5,21 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from benchmarks import convolution, exchange, linear, peers, softmax
+from benchmarks import convolution, exchange, linear, modelled, peers, softmax
 from benchmarks.harness import machine, reexecute_with_memory_settings, save
 from benchmarks.network import NetworkError
 
 
 def main() -> None:
     reexecute_with_memory_settings()
-    all_tables = {**linear.TABLES, **peers.TABLES, **convolution.TABLES, **softmax.TABLES, **exchange.TABLES}
+    all_tables = {
+        **linear.TABLES,
+        **peers.TABLES,
+        **convolution.TABLES,
+        **softmax.TABLES,
+        **exchange.TABLES,
+        **modelled.TABLES,
+    }
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("tables", nargs="*", metavar="TABLE", help=f"of {', '.join(all_tables)}; all without one")
     parser.add_argument("--quick", action="store_true", help="short sequences and few repeats, to see that it runs")

@@ -209,7 +209,7 @@ def paced(taken: Stretches, sides: list[Side], repeats: int) -> dict[Side, Expos
     problem = Problem.of_states(transition, shape, layout)
     cluster = measured_cluster(layout, state.device)
 
-    def run(side: Side) -> list[float]:
+    def run(side: Side, taken: Stretches = taken) -> list[float]:
         name, blocking = side
         topology = resolve_topology(name)
         begun = time.perf_counter()
@@ -227,7 +227,8 @@ def paced(taken: Stretches, sides: list[Side], repeats: int) -> dict[Side, Expos
         return [forward, backward, forward - taken.forward, backward - taken.backward]
 
     results = {}
-    for side, values in _in_turn(sides, run, repeats).items():
+    in_no_time = Stretches(*[0.0] * 6)
+    for side, values in _in_turn(sides, run, repeats, lambda side: run(side, in_no_time)).items():
         name, blocking = side
         modelled: list[float | None] = [None, None]
         if name != "auto":
@@ -255,15 +256,25 @@ class _Pace(torch.autograd.Function):
         return grads[0], None, None
 
 
-def _in_turn(sides: list[Side], run: Callable[[Side], list[float]], repeats: int) -> dict[Side, list[float]]:
-    """For each side the medians of its values, each value that of the rank where it is largest; the first turn is not counted."""
+def _in_turn(
+    sides: list[Side],
+    run: Callable[[Side], list[float]],
+    repeats: int,
+    warm_up: Callable[[Side], object] | None = None,
+) -> dict[Side, list[float]]:
+    """For each side the medians of its values, each value that of the rank where it is largest.
+
+    warm_up: what is done once with each side, not counted, before; None is `run`.
+    """
     values: dict[Side, list[list[float]]] = {side: [] for side in sides}
-    for repeat in range(repeats + 1):
+    for side in sides:
+        dist.barrier()
+        (warm_up or run)(side)
+    for repeat in range(repeats):
         first = repeat % len(sides)
         for side in sides[first:] + sides[:first]:
             dist.barrier()
             largest = torch.tensor(run(side), dtype=torch.float64)
             dist.all_reduce(largest, dist.ReduceOp.MAX)
-            if repeat:
-                values[side].append(largest.tolist())
+            values[side].append(largest.tolist())
     return {side: [statistics.median(column) for column in zip(*rows, strict=True)] for side, rows in values.items()}
