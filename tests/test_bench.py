@@ -43,6 +43,14 @@ def test_each_topology_is_measured_both_ways_with_what_it_sends() -> None:
             assert (row.bytes_sent, row.num_messages) == (expected.bytes_sent, expected.num_messages)
 
 
+def test_neighbour_is_measured_where_nothing_is_left_of_a_state_and_refused_elsewhere() -> None:
+    forgetting = replace(TINY, operator="retention", log_decay=-200.0, topologies=("neighbour", "auto"))
+    for figures in run_on_ranks(3, figures_of, forgetting):
+        assert [row.num_messages for row in figures.rows][:1] == [2]
+    for name, _ in run_on_ranks(3, raised, figures_of, replace(forgetting, log_decay=None)):
+        assert name == "LayoutError"
+
+
 class WrongForward(Ring):
     """A ring whose last rank receives a wrong state."""
 

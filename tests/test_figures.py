@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 import longspan
-from benchmarks import exposed, methods
+from benchmarks import exposed, methods, modelled
 from benchmarks.figures.__main__ import FIGURES
 from benchmarks.figures.common import with_origin, write
 from benchmarks.figures.timeline import _spans
@@ -25,7 +25,7 @@ from tests.ranks import run_on_ranks
 ROOT = Path(__file__).resolve().parent.parent
 
 _BY_RANKS = {"2": 1e-3, "4": 3e-3}
-_GPUS = dict.fromkeys(("all_gather", "ring", "pipelined", "all_to_all", "two_level"), _BY_RANKS)
+_GPUS = dict.fromkeys(("all_gather", "ring", "pipelined", "all_to_all", "two_level", "neighbour"), _BY_RANKS)
 DATA: dict[str, dict[str, Any]] = {
     "throughput": {
         "hosts": 4,
@@ -189,6 +189,12 @@ def test_the_timeline_has_both_exchanges_in_flight_beside_what_needs_none(
     flight, flight_backward = (span for span in spans if span["lane"] == "exchange in flight")
     assert flight["start_ms"] < main[3]["start_ms"] + main[3]["ms"] < backward["start_ms"]
     assert backward["start_ms"] < flight_backward["start_ms"] < main[7]["start_ms"] + main[7]["ms"]
+
+
+def test_the_documentation_has_the_modelled_table_as_the_command_prints_it() -> None:
+    page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    _, _, _, _, *rows = modelled.sequence_parallel_modelled(quick=True).markdown().strip().splitlines()
+    assert all(row in page for row in rows)
 
 
 def test_the_documentation_names_every_figure_and_table() -> None:

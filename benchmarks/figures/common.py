@@ -15,8 +15,8 @@ Data = dict[str, Any]
 """What was measured, as JSON has it."""
 
 # Okabe and Ito's palette, told apart with any colour vision; each with a marker of its own.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 _STYLES = {
     "LASP-2 (all_gather)": 0,
     "all_gather": 0,
@@ -29,6 +29,7 @@ _STYLES = {
     "two_level": 5,
     "Ring Attention (softmax)": 6,
     "auto": 6,
+    "neighbour": 7,
 }
 
 
