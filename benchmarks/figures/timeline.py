@@ -96,8 +96,8 @@ def _of_trace(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _measure(quick: bool) -> Data:
     # Two ranks, so that each has a core; the first of them waits in both directions.
     hosts, rank, rate, exchange = 2, 0, "100mbit", "all_gather"
-    # So few that an exchange of 90 ms can be seen.
-    num_tokens = 128 if quick else 2048
+    # Enough to hide an exchange of 90 ms, and so few that it can be seen.
+    num_tokens = 128 if quick else 8192
     with Cluster(hosts, rate) as cluster:
         spans = cluster.call(_spans, num_tokens, exchange)[rank]
     return {
