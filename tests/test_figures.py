@@ -47,6 +47,7 @@ DATA: dict[str, dict[str, Any]] = {
         "tokens_a_rank": 1024,
         "shape": "B1",
         "measured_seconds": {"all_gather": _BY_RANKS, "ring": _BY_RANKS},
+        "calibrated_seconds": {"all_gather": _BY_RANKS, "ring": _BY_RANKS},
         "modelled_seconds": {"all_gather": _BY_RANKS, "ring": _BY_RANKS},
         "gpus_modelled_seconds": _GPUS,
         "gpus_assumed": {"ranks_per_node": 8},

@@ -46,7 +46,7 @@ def _draw(data: Data) -> Any:
     lengths_on_axis(axes, lengths)
     axes.set_yscale("log")
     axes.set(
-        xlabel="tokens of the sequence",
+        xlabel=f"tokens of the sequence; a line ends where the next step might take more than {_LONGEST_STEP:g} s",
         ylabel="tokens a second, forward + backward",
         title=f"{data['hosts']} emulated hosts on one machine, {in_words(data['rate'])} each\n{data['shape']}",
     )

@@ -1,4 +1,8 @@
-"""Exposed time of a layer's exchange against the number of ranks: measured on emulated hosts, modelled beyond."""
+"""Exposed time of a layer's exchange against the number of ranks: measured on emulated hosts, modelled beyond.
+
+Modelled twice: with what was measured of these very ranks, which share the machine's cores; and, up to thousands of ranks, with the
+links alone, as on hosts with cores of their own.
+"""
 
 from __future__ import annotations
 
@@ -36,11 +40,14 @@ def _measure(quick: bool) -> Data:
     measured_at = [2, 4] if quick else [2, 4, 8]
     taken = in_subprocess(exposed.stretches, tokens, 1 if quick else 3)
     measured: dict[str, dict[str, float]] = {name: {} for name in _TOPOLOGIES}
+    calibrated: dict[str, dict[str, float]] = {name: {} for name in _TOPOLOGIES}
     for num_ranks in measured_at:
         with Cluster(num_ranks, rate) as cluster:
             sides = [(name, False) for name in _TOPOLOGIES]
             for (name, _), seconds in cluster.call(exposed.paced, taken, sides, 1 if quick else 3)[0].items():
                 measured[name][str(num_ranks)] = seconds.exposed_forward + seconds.exposed_backward
+                assert seconds.modelled_forward is not None and seconds.modelled_backward is not None
+                calibrated[name][str(num_ranks)] = seconds.modelled_forward + seconds.modelled_backward
             machines: Machines = cluster.call(_calibrated)[0]
     # As on hosts that share no cores, like the computation.
     machines = replace(machines, fold_sharing=1.0)
@@ -52,6 +59,7 @@ def _measure(quick: bool) -> Data:
         "computation": {"paced_by_seconds": asdict(taken)},
         "links": {"measured_at_ranks": measured_at[-1], "cluster": asdict(machines)},
         "measured_seconds": measured,
+        "calibrated_seconds": calibrated,
         "modelled_seconds": {
             name: {str(ranks): _modelled(name, ranks, machines, taken) for ranks in counts} for name in _TOPOLOGIES
         },
@@ -73,11 +81,12 @@ def _draw(data: Data) -> Any:
     for name, by_ranks in data["modelled_seconds"].items():
         look = style(name)
         left.plot(*_points(by_ranks), color=look["color"], linewidth=1.2, linestyle="--")
+        left.plot(*_points(data["calibrated_seconds"][name]), color=look["color"], linewidth=1.2)
         left.plot(*_points(data["measured_seconds"][name]), label=name, **(look | {"linestyle": "none"}))
     left.set(
         ylabel="ms exposed in a layer, forward + backward",
         title=f"hosts with {in_words(data['rate'])} each, {data['tokens_a_rank']:,} tokens a rank\n"
-        "markers: measured; dashed: modelled",
+        "markers: measured, sharing two cores; lines: modelled for these\ndashed: modelled for hosts with cores of their own",
     )
     for name, by_ranks in data["gpus_modelled_seconds"].items():
         right.plot(*_points(by_ranks), label=name, **(style(name) | {"linestyle": "--", "markersize": 3}))
