@@ -11,8 +11,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from benchmarks import exposed, methods
+from benchmarks import exposed
 from benchmarks.cluster import Cluster
+from benchmarks.figures import throughput
 from benchmarks.harness import Table, in_subprocess, paired
 from benchmarks.network import bits_per_second
 from longspan.bench.exchange import measure
@@ -213,23 +214,8 @@ def exposed_paced(quick: bool) -> Table:
 
 
 def sequence_parallel(quick: bool) -> Table:
-    lengths = [512, 1024] if quick else [2048, 8192, 32768, 131072]
-    table = Table(
-        "sequence_parallel",
-        f"LASP-2 over other methods, forward + backward, 4 hosts, 1 Gbit/s, B1 H{HEADS} D{SIZE}, float32",
-        "faster than LASP and Ring Attention (whole models of arXiv 2502.07563 on 64 GPUs at 2,048K tokens: 1.15 and 1.37 times)",
-        ["tokens", "method", "ms", "tokens/s", "LASP-2 is so many times as fast"],
-    )
-    with Cluster(4, "1gbit") as cluster:
-        # float32: not every CPU computes bfloat16 fast.
-        arguments = (lengths, torch.float32, 1 if quick else 3, 30.0)
-        taken: dict[int, dict[str, list[float]]] = cluster.call(methods.times_by_length, *arguments)[0]
-    first = next(iter(methods.LINEAR))
-    for seq_len, by_name in taken.items():
-        for name, times in by_name.items():
-            result = paired(times, by_name[first])
-            table.add(f"{seq_len:,}", name, f"{result.first * 1e3:.0f}", f"{seq_len / result.first:,.0f}", result.ratio)
-    return table
+    """What the figure `throughput` shows."""
+    return throughput.table(throughput.measure(quick))
 
 
 TABLES: dict[str, Callable[[bool], Table]] = {

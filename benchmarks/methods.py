@@ -81,9 +81,64 @@ def linear_by_heads(q: Tensor, k: Tensor, v: Tensor, layout: longspan.SequenceLa
     return back
 
 
+class _Receive(torch.autograd.Function):
+    """The state ``[1, H, K, V]`` that the rank before hands on, zeros on the first rank; backward hands its gradient back.
+
+    anchor: any tensor that requires a gradient, and gets none.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, layout: longspan.SequenceLayout) -> Tensor:
+        ctx.layout = layout
+        state = torch.zeros(1, HEADS, SIZE, SIZE)
+        if layout.rank > 0:
+            with waiting():
+                dist.recv(state, group=layout.group, group_src=layout.rank - 1)
+        return state
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None]:
+        if ctx.layout.rank > 0:
+            _send(grads[0], ctx.layout, ctx.layout.rank - 1, "backward")
+        return None, None
+
+
+class _HandOn(torch.autograd.Function):
+    """o as it is; the state is sent to the rank after, whose gradient backward waits for."""
+
+    @staticmethod
+    def forward(ctx: Any, o: Tensor, state: Tensor, layout: longspan.SequenceLayout) -> Tensor:
+        ctx.layout, ctx.like = layout, state
+        if layout.rank < layout.num_ranks - 1:
+            _send(state, layout, layout.rank + 1, "forward")
+        return o.view_as(o)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        layout, grad_state = ctx.layout, torch.zeros_like(ctx.like)
+        if layout.rank < layout.num_ranks - 1:
+            with waiting():
+                dist.recv(grad_state, group=layout.group, group_src=layout.rank + 1)
+        return grads[0], grad_state, None
+
+
+def _send(state: Tensor, layout: longspan.SequenceLayout, target: int, phase: str) -> None:
+    note_collective("send", phase, state.nbytes)
+    dist.send(state.contiguous(), group=layout.group, group_dst=target)
+
+
+def linear_receiving_first(q: Tensor, k: Tensor, v: Tensor, layout: longspan.SequenceLayout) -> Tensor:
+    """LASP (arXiv 2404.02882) in the order of its published code: a rank computes once it has the state of the one before."""
+    state: Tensor = _Receive.apply(q, layout)
+    o, leaving = longspan.linear_attention(q, k, v, initial_state=state, output_final_state=True)
+    handed_on: Tensor = _HandOn.apply(o, leaving, layout)
+    return handed_on
+
+
 LINEAR: dict[str, Method] = {
     "LASP-2 (all_gather)": partial(linear, "all_gather"),
     "LASP (ring)": partial(linear, "ring"),
+    "LASP, receiving first": linear_receiving_first,
     "ZeCO (pipelined)": partial(linear, "pipelined"),
     "all_to_all": partial(linear, "all_to_all"),
     "head exchange (Ulysses)": linear_by_heads,

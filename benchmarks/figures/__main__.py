@@ -39,6 +39,8 @@ def main() -> None:
             except NetworkError as error:
                 parser.exit(2, f"{parser.prog}: error: {name}: {error}\n")
         drawn = figure.draw(record["data"])
+        if figure.table is not None:
+            print(figure.table(record["data"]).markdown())
         print(*write(name, record, drawn, arguments.out), sep="\n", flush=True)
         pyplot().close(drawn)
 

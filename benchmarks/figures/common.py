@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import machine
+from benchmarks.harness import Table, machine
 
 Data = dict[str, Any]
 """What was measured, as JSON has it."""
@@ -22,6 +22,7 @@ _STYLES = {
     "all_gather": 0,
     "LASP (ring)": 1,
     "ring": 1,
+    "LASP, receiving first": 5,
     "all_to_all": 2,
     "ZeCO (pipelined)": 3,
     "pipelined": 3,
@@ -37,11 +38,13 @@ _STYLES = {
 class FigureMaker:
     """How a figure comes about.
 
-    measure: what the figure shows, as JSON; True for short and few measurements. draw: a matplotlib figure of it.
+    measure: what the figure shows, as JSON; True for short and few measurements. draw: a matplotlib figure of it. table: a table of
+    it, where there is one.
     """
 
     measure: Callable[[bool], Data]
     draw: Callable[[Data], Any]
+    table: Callable[[Data], Table] | None = None
 
 
 def style(name: str) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from longspan.state import Identity
 _TOPOLOGIES = {
     "LASP-2 (all_gather)": "all_gather",
     "LASP (ring)": "ring",
+    "LASP, receiving first": "ring",
     "ZeCO (pipelined)": "pipelined",
     "all_to_all": "all_to_all",
 }
