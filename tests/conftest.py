@@ -1,6 +1,8 @@
-"""What every test shares: one thread a process, as on the ranks; and the ranks end with the session."""
+"""What every test shares: one thread a process, as on the ranks; kernels in Triton's interpreter; the ranks end with the session."""
 
 from __future__ import annotations
+
+import os
 
 import pytest
 import torch
@@ -11,6 +13,8 @@ from tests.ranks import stop_ranks
 def pytest_configure(config: pytest.Config) -> None:
     # Tests are small: a second thread costs more than it brings, and takes the core from the ranks.
     torch.set_num_threads(1)
+    # Read when the kernels are first imported, here and on the ranks.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:

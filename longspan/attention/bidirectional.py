@@ -92,10 +92,10 @@ def write_bidirectional(
 def _summed_states(k: Tensor, v: Tensor, layout: SequenceLayout, backend: str | None, chunk_size: int | None) -> Tensor:
     """What each document's tokens wrote, on every rank: ``[num_documents, B, H, K, V]``, by one all-reduce."""
     variant = VARIANTS["linear_attention"]
-    check_inputs(variant, k, v, {}, None, layout, backend, chunk_size)
+    backend = check_inputs(variant, k, v, {}, None, layout, backend, chunk_size)
     pieces = range(len(layout.pieces))
     with phase("longspan.write", k):
-        ends = variant.prepare(k, v, {}, layout, chunk_size).write(k, v, None, pieces, pieces)
+        ends = variant.prepare(k, v, {}, layout, chunk_size, backend).write(k, v, None, pieces, pieces)
     documents = torch.tensor([piece.document for piece in layout.pieces], device=k.device)
     states = ends.new_zeros(layout.num_documents, *ends.shape[1:]).index_add(0, documents, ends)
     return sum_over_ranks(states, layout) if layout.num_ranks > 1 else states

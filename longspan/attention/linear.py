@@ -21,11 +21,9 @@ from longspan.exchange.ranges import named_range
 from longspan.exchange.traffic import note_collective, waiting
 from longspan.layout import SequenceLayout
 from longspan.ops import VARIANTS, Variant
+from longspan.ops.backends import resolve_backend
 from longspan.ops.variant import ChunkForm, Gate, state_dtype
 from longspan.state import Pair, Transition
-
-BACKENDS = ("torch",)
-_FLOATS = (torch.float64, torch.float32, torch.bfloat16)
 
 
 @dataclass
@@ -169,11 +167,11 @@ def write(
     variant = VARIANTS[operator]
     topology = resolve_topology(exchange)
     layout = SequenceLayout.local(k.shape[1]) if layout is None else layout
-    check_inputs(variant, k, v, gates, initial_state, layout, backend, chunk_size)
+    backend = check_inputs(variant, k, v, gates, initial_state, layout, backend, chunk_size)
     ends = layout.cached(("end_rows", output_final_state), lambda: _end_rows(layout, output_final_state))
     pending = None
     with phase("longspan.write", k):
-        form = variant.prepare(k, v, gates, layout, chunk_size)
+        form = variant.prepare(k, v, gates, layout, chunk_size, backend)
         end_states = form.write(k, v, _start_states(initial_state, layout), ends.pieces, ends.sent_pieces)
         if layout.num_ranks > 1:
             pending = _start(topology, variant, form, end_states, ends, layout)
@@ -230,11 +228,9 @@ def check_inputs(
     layout: SequenceLayout,
     backend: str | None,
     chunk_size: int | None,
-) -> None:
-    """Refuse what does not fit, before the first collective."""
+) -> str:
+    """Refuse what does not fit, before the first collective; returns the backend that computes."""
     name = variant.name
-    if backend is not None and backend not in BACKENDS:
-        raise InputError(f"backend must be None or one of {', '.join(map(repr, BACKENDS))}; got {backend!r}")
     if chunk_size is not None and chunk_size < 1:
         raise InputError(f"chunk_size must be a positive int or None; got {chunk_size!r}")
     if k.dim() != 4 or v.dim() != 4 or k.shape[:2] != v.shape[:2]:
@@ -242,11 +238,7 @@ def check_inputs(
             f"{name} takes k [B, T, H_k, K] and v [B, T, H, V] with the same B and T; "
             f"got {tuple(k.shape)} and {tuple(v.shape)}"
         )
-    if k.dtype != v.dtype or k.dtype not in _FLOATS:
-        raise InputError(
-            f"{name} takes q, k and v of one dtype out of float64, float32, bfloat16; got k {k.dtype} and v {v.dtype}. "
-            "Convert them before the call"
-        )
+    backend = resolve_backend(name, variant.backends, k, v, backend, chunk_size)
     layout.check_local_length(k.shape[1], name)
     batch, num_tokens, num_key_heads, key_size = k.shape
     num_heads, value_size = v.shape[2:]
@@ -267,6 +259,7 @@ def check_inputs(
                 f"initial_state must be [{first}, H, K, V] = {expected} in {state_dtype(k.dtype)}; "
                 f"got {tuple(initial_state.shape)} in {initial_state.dtype}"
             )
+    return backend
 
 
 def _check_gates(

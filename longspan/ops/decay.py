@@ -31,12 +31,14 @@ import torch
 from torch import Tensor
 
 from longspan.layout import SequenceLayout
+from longspan.ops.backends import require_package
+from longspan.ops.diagonal import carried_final_states, diagonal_transition
 from longspan.ops.factor_variant import FactorVariant
-from longspan.ops.factors import LOWEST_LOG_DECAY, BlockFactors, Factors, WideScores
+from longspan.ops.factors import BlockFactors, Factors, WideScores
 from longspan.ops.gate_gradient import GateGradient
 from longspan.ops.tiling import Block, Tiling, chunks_of_block, tile
 from longspan.ops.variant import ChunkForm, Gates, state_dtype
-from longspan.state import HeadDecay, Transition
+from longspan.state import Transition
 
 
 @dataclass(frozen=True)
@@ -444,7 +446,14 @@ def _incoming_gradient(
 class DecayVariant(FactorVariant):
     """A variant with a diagonal transition, described by its recurrent form and its factors."""
 
-    def prepare(self, k: Tensor, v: Tensor, gates: Gates, layout: SequenceLayout, chunk_size: int | None) -> ChunkForm:
+    def prepare(
+        self, k: Tensor, v: Tensor, gates: Gates, layout: SequenceLayout, chunk_size: int | None, backend: str
+    ) -> ChunkForm:
+        if backend == "triton":
+            require_package("triton", "triton", "pip install 'longspan[triton]'")
+            from longspan.ops.triton.form import prepare
+
+            return prepare(self.transition, k, v, gates, layout, chunk_size)
         num_heads = v.shape[2]
         size = chunk_size or default_chunk_size(k.dtype)
         tiling = tile(layout, size, chunks_of_block(k, v, size), k.device)
@@ -496,29 +505,8 @@ class DecayChunkForm(ChunkForm):
 
     def final_states(self, pieces: Sequence[int], rows: Sequence[int], incoming: Tensor | None) -> Tensor:
         assert self._ends is not None
-        # Where no document ends on this rank these are no rows, but still a node: its backward is a collective of all ranks.
-        states = self._ends[list(rows)]
-        if incoming is None or not rows:
-            return states
-        carried = []
-        for number in pieces:
-            piece = self.call.tiling.pieces[number].piece
-            state = incoming[piece.segment : piece.segment + 1]
-            if piece.starts_document:
-                carried.append(torch.zeros_like(state))
-            else:
-                carried.append(self.transition([(piece.start, piece.stop)]).apply(state))
-        return states + torch.cat(carried)
+        of_pieces = [self.call.tiling.pieces[number].piece for number in pieces]
+        return carried_final_states(self._ends[list(rows)], of_pieces, incoming, self.transition)
 
     def transition(self, ranges: Sequence[tuple[int, int]]) -> Transition:
-        g = self._g
-        if g is not None:
-            sums = [g[:, start:stop].sum(1, dtype=self.call.state_dtype) for start, stop in ranges]
-            return self.transition_type(torch.stack(sums))
-        lengths = torch.tensor([float(stop - start) for start, stop in ranges], dtype=self.call.state_dtype)
-        log_decay = self.gates.get("log_decay")
-        if log_decay is None:
-            return self.transition_type(lengths * 0.0)
-        assert issubclass(self.transition_type, HeadDecay)
-        clamped = log_decay.to(self.call.state_dtype).clamp(min=LOWEST_LOG_DECAY)
-        return self.transition_type(lengths.to(log_decay.device)[:, None] * clamped, log_decay)
+        return diagonal_transition(self.transition_type, self.gates, ranges, self.call.state_dtype)

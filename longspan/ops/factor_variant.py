@@ -31,6 +31,7 @@ class FactorVariant(Variant):
     gates: tuple[Gate, ...]
     recurrent_form: RecurrentForm
     factors: BuildFactors
+    backends: tuple[str, ...] = ("torch",)
 
     def recurrent(
         self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, scale: float, initial_state: Tensor

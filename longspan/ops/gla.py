@@ -38,4 +38,5 @@ GLA = DecayVariant(
     gates=(Gate("g", "BTHK", is_log_decay=True),),
     recurrent_form=recurrent,
     factors=_factors,
+    backends=("torch", "triton"),
 )

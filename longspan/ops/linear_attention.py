@@ -36,4 +36,5 @@ LINEAR_ATTENTION = DecayVariant(
     gates=(),
     recurrent_form=recurrent,
     factors=_factors,
+    backends=("torch", "triton"),
 )

@@ -37,4 +37,5 @@ RETENTION = DecayVariant(
     gates=(Gate("log_decay", "H", is_log_decay=True, differentiable=False),),
     recurrent_form=recurrent,
     factors=_factors,
+    backends=("torch", "triton"),
 )

@@ -36,4 +36,5 @@ SIMPLE_GLA = DecayVariant(
     gates=(Gate("g", "BTH", is_log_decay=True),),
     recurrent_form=recurrent,
     factors=_factors,
+    backends=("torch", "triton"),
 )

@@ -85,6 +85,8 @@ class Variant(ABC):
     name: str
     transition: type[Transition]
     gates: tuple[Gate, ...]
+    backends: tuple[str, ...] = ("torch",)
+    """Which of `longspan.ops.backends.BACKENDS` it has; ``"torch"`` always."""
 
     @abstractmethod
     def recurrent(
@@ -93,8 +95,10 @@ class Variant(ABC):
         """The definition; see `RecurrentForm`."""
 
     @abstractmethod
-    def prepare(self, k: Tensor, v: Tensor, gates: Gates, layout: SequenceLayout, chunk_size: int | None) -> ChunkForm:
-        """Begin a call of the chunk form on the tokens that `layout` gives this rank."""
+    def prepare(
+        self, k: Tensor, v: Tensor, gates: Gates, layout: SequenceLayout, chunk_size: int | None, backend: str
+    ) -> ChunkForm:
+        """Begin a call of the chunk form on the tokens that `layout` gives this rank, with one of `backends`."""
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -344,7 +344,7 @@ def test_a_decay_on_another_device_is_read_once_a_version(monkeypatch: pytest.Mo
 def test_the_operators_decay_reaches_the_exchange_with_what_it_was_made_from() -> None:
     log_decay = torch.tensor([-0.1, -0.2])
     k, v = torch.randn(1, 10, 2, 3), torch.randn(1, 10, 2, 4)
-    form = VARIANTS["retention"].prepare(k, v, {"log_decay": log_decay}, SequenceLayout.local(10), None)
+    form = VARIANTS["retention"].prepare(k, v, {"log_decay": log_decay}, SequenceLayout.local(10), None, "torch")
     transition = form.transition([(0, 6), (6, 10)]).cut([True, False])
     assert isinstance(transition, HeadDecay) and transition.log_decay is log_decay
 

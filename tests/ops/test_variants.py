@@ -28,7 +28,7 @@ def unwritten_memory_is_nan() -> Iterator[None]:
 
 
 def run(
-    name: str, inputs: Inputs, form: str = "fused", chunk_size: int | None = 8
+    name: str, inputs: Inputs, form: str = "fused", chunk_size: int | None = 8, backend: str = "torch"
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Outputs and gradients of the chunk form, and of the recurrent form in float64."""
     o_reference, final_reference = reference(name, inputs)
@@ -44,6 +44,7 @@ def run(
         output_final_state=True,
         layout=layout,
         chunk_size=chunk_size,
+        backend=backend,
     )
     read = memory.read_overlapped if form == "overlapped" else memory.read
     o, final = read(inputs.q, inputs.scale), memory.final_state()

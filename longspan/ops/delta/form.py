@@ -27,7 +27,9 @@ class DeltaVariant(FactorVariant):
 
     transition: type[Transition] = Dense
 
-    def prepare(self, k: Tensor, v: Tensor, gates: Gates, layout: SequenceLayout, chunk_size: int | None) -> ChunkForm:
+    def prepare(
+        self, k: Tensor, v: Tensor, gates: Gates, layout: SequenceLayout, chunk_size: int | None, backend: str
+    ) -> ChunkForm:
         num_heads, size = v.shape[2], chunk_size or DEFAULT_CHUNK_SIZE
         tiling = tile(layout, size, chunks_of_block(k, v, size), k.device)
         dtype = state_dtype(k.dtype)

@@ -1,0 +1,52 @@
+"""What every chunk form of a diagonal transition does alike: transitions of runs of tokens, and states that leave documents."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from longspan.layout import Piece
+from longspan.ops.factors import LOWEST_LOG_DECAY
+from longspan.ops.variant import Gates
+from longspan.state import HeadDecay, Transition
+
+Ranges = Sequence[tuple[int, int]]
+
+
+def diagonal_transition(
+    transition_type: type[Transition], gates: Gates, ranges: Ranges, state_dtype: torch.dtype
+) -> Transition:
+    """The transitions of runs of local tokens ``[start, stop)``: from g ``[B, T, H, ...]``, or log_decay ``[H]``, or neither."""
+    g = gates.get("g")
+    if g is not None:
+        sums = [g[:, start:stop].sum(1, dtype=state_dtype) for start, stop in ranges]
+        return transition_type(torch.stack(sums))
+    lengths = torch.tensor([float(stop - start) for start, stop in ranges], dtype=state_dtype)
+    log_decay = gates.get("log_decay")
+    if log_decay is None:
+        return transition_type(lengths * 0.0)
+    assert issubclass(transition_type, HeadDecay)
+    clamped = log_decay.to(state_dtype).clamp(min=LOWEST_LOG_DECAY)
+    return transition_type(lengths.to(log_decay.device)[:, None] * clamped, log_decay)
+
+
+def carried_final_states(
+    own: Tensor, pieces: Sequence[Piece], incoming: Tensor | None, transition: Callable[[Ranges], Transition]
+) -> Tensor:
+    """The states that leave `pieces`, ``[len(pieces), B, H, K, V]``: those that start from zero (`own`), and what entered, decayed.
+
+    incoming: the state that enters each segment, ``[num_segments, B, H, K, V]``, or None.
+    """
+    # Where no document ends on this rank these are no rows, but still a node: its backward is a collective of all ranks.
+    if incoming is None or not pieces:
+        return own
+    carried = []
+    for piece in pieces:
+        state = incoming[piece.segment : piece.segment + 1]
+        if piece.starts_document:
+            carried.append(torch.zeros_like(state))
+        else:
+            carried.append(transition([(piece.start, piece.stop)]).apply(state))
+    return own + torch.cat(carried)

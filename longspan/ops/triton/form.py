@@ -1,0 +1,148 @@
+"""The chunk form of diagonal transitions by kernels: the phases of `longspan.ops.triton.operators` behind the common interface."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from longspan.errors import InputError
+from longspan.layout import SequenceLayout
+from longspan.ops.backends import MAX_HEAD_SIZE, TRITON_CHUNK_SIZES
+from longspan.ops.diagonal import carried_final_states, diagonal_transition
+from longspan.ops.triton.launch import contiguous_rows, interpreted
+from longspan.ops.triton.operators import decay_read, decay_write
+from longspan.ops.triton.stretches import Stretches, stretch_length, stretches_of
+from longspan.ops.variant import ChunkForm, Gates
+from longspan.state import Transition
+
+# Half as many tokens where every key channel has its own decay: scores then cost a product for each halving of the chunk.
+DEFAULT_CHUNK_SIZE, DEFAULT_CHANNEL_CHUNK_SIZE = 64, 32
+
+
+def prepare(
+    transition_type: type[Transition],
+    k: Tensor,
+    v: Tensor,
+    gates: Gates,
+    layout: SequenceLayout,
+    chunk_size: int | None,
+) -> TritonChunkForm:
+    """Begin a call on the tokens that `layout` gives this rank; k ``[B, T, H_k, K]``, v ``[B, T, H, V]``.
+
+    Raises:
+        InputError: for a device, dtype, head size or chunk size that the kernels do not take.
+    """
+    _check(k, v, chunk_size)
+    g = gates.get("g")
+    of_channels = g is not None and g.dim() == 4
+    size = chunk_size or (DEFAULT_CHANNEL_CHUNK_SIZE if of_channels else DEFAULT_CHUNK_SIZE)
+    num_programs = v.shape[0] * v.shape[2] * -(-v.shape[3] // 64)
+    length = max(size, stretch_length(layout, num_programs, _num_processors(k.device)))
+    return TritonChunkForm(transition_type, gates, layout, size, length)
+
+
+def _check(k: Tensor, v: Tensor, chunk_size: int | None) -> None:
+    if k.device.type != "cuda" and not (k.device.type == "cpu" and interpreted()):
+        raise InputError(
+            f"backend='triton' runs on NVIDIA GPUs; the tensors are on {k.device}. Use backend='torch' there, or set "
+            "TRITON_INTERPRET=1 before Python starts to try the kernels on the CPU, slowly"
+        )
+    if max(k.shape[3], v.shape[3]) > MAX_HEAD_SIZE:
+        raise InputError(
+            f"backend='triton' takes head sizes up to {MAX_HEAD_SIZE}; got K = {k.shape[3]} and V = {v.shape[3]}. "
+            "Use more heads, or backend='torch'"
+        )
+    if chunk_size is not None and chunk_size not in TRITON_CHUNK_SIZES:
+        raise InputError(
+            f"backend='triton' takes a chunk_size of {', '.join(map(str, TRITON_CHUNK_SIZES))}; got {chunk_size}"
+        )
+
+
+def _num_processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU. The interpreter has one, but takes the shortest stretches, as nothing is gained by longer ones."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2**31
+
+
+@dataclass(frozen=True)
+class _Written:
+    """What `decay_write` returned, with the inputs that read needs once more."""
+
+    k: Tensor
+    v: Tensor
+    states: Tensor
+    ends: Tensor
+    totals: Tensor
+    carried: Tensor
+    sums: Tensor
+    tickets: tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+_NO_TICKETS = (None, None, None)
+
+
+@dataclass
+class TritonChunkForm(ChunkForm):
+    """The chunk form by kernels."""
+
+    transition_type: type[Transition]
+    gates: Gates
+    layout: SequenceLayout
+    chunk_size: int
+    length: int
+    _stretches: Stretches | None = None
+    _written: _Written | None = None
+
+    @property
+    def _g(self) -> Tensor | None:
+        g = self.gates.get("g")
+        return None if g is None else contiguous_rows(g)
+
+    def write(
+        self, k: Tensor, v: Tensor, start_states: Tensor | None, end_pieces: Sequence[int], sent_pieces: Sequence[int]
+    ) -> Tensor:
+        stretches = stretches_of(self.layout, self.length, tuple(end_pieces), k.device)
+        k, v = contiguous_rows(k), contiguous_rows(v)
+        start_states = None if start_states is None else start_states.contiguous()
+        states, ends, totals, carried, sums, *tickets = decay_write(
+            k, v, self._g, self.gates.get("log_decay"), start_states,
+            stretches.table, stretches.pieces, stretches.starting, stretches.num_slots, stretches.num_ends, self.chunk_size,
+        )  # fmt: skip
+        self._stretches = stretches
+        self._written = _Written(k, v, states, ends, totals, carried, sums, (tickets[0], tickets[1], tickets[2]))
+        return ends
+
+    def read(self, q: Tensor, wait: Callable[[], Tensor | None], scale: float, overlapped: bool) -> Tensor:
+        written = self._written
+        assert written is not None
+        q = contiguous_rows(q)
+        # The first read takes the tickets.
+        self._written = replace(written, tickets=_NO_TICKETS)
+        if not overlapped:
+            return self._read(q, written, True, wait(), scale)
+        own = self._read(q, written, True, None, scale)
+        arriving = wait()
+        return own if arriving is None else own + self._read(q, self._written, False, arriving, scale)
+
+    def _read(self, q: Tensor, written: _Written, own: bool, arriving: Tensor | None, scale: float) -> Tensor:
+        """Read what this rank's own tokens wrote, or what arrives, or both."""
+        stretches = self._stretches
+        assert stretches is not None
+        arriving = None if arriving is None else arriving.contiguous()
+        k, v, states = (written.k, written.v, written.states) if own else (None, None, None)
+        o: Tensor = decay_read(
+            q, k, v, self._g, self.gates.get("log_decay"), states, arriving, written.totals, written.carried, written.sums,
+            *(written.tickets if own else _NO_TICKETS), stretches.table, stretches.pieces,
+            scale, written.v.shape[2], written.v.shape[3], self.chunk_size,
+        )  # fmt: skip
+        return o
+
+    def final_states(self, pieces: Sequence[int], rows: Sequence[int], incoming: Tensor | None) -> Tensor:
+        assert self._written is not None
+        own = self._written.ends[list(rows)]
+        return carried_final_states(own, [self.layout.pieces[number] for number in pieces], incoming, self.transition)
+
+    def transition(self, ranges: Sequence[tuple[int, int]]) -> Transition:
+        return diagonal_transition(self.transition_type, self.gates, ranges, torch.float32)

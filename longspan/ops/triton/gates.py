@@ -1,0 +1,84 @@
+"""The kernel of the gradient of log decays.
+
+Shapes: B batch rows, T tokens, H heads, K key channels, N stretches. With y what a gradient owes to e^{b_t} or e^{−b_t} of
+token t (q ⊙ ∂q, and −k ⊙ ∂k), the gradient of a log decay is the sum of y over the rest of the stretch, and what the stretch's
+end owes to the decay over it; see `longspan.ops.gate_gradient`.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from longspan.ops.triton.decays import CHANNEL
+
+
+@triton.jit
+def gate_kernel(
+    x,
+    grad,
+    sums,
+    of_end,
+    g,
+    out,
+    table,
+    sign,
+    num_tokens,
+    num_heads,
+    x_heads,
+    num_channels,
+    num_sums,
+    x_batch,
+    x_token,
+    x_head,
+    g_batch,
+    g_token,
+    g_head,
+    LOWEST: tl.constexpr,
+    HAS_END: tl.constexpr,
+    DECAY: tl.constexpr,
+    C: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """∂g of a stretch, zero where g lies below LOWEST.
+
+    CHANNEL: y = sign · x ⊙ grad with x ``[B, T, ·, K]``, grad ``[B, T, H, K]``; else y = sign · Σ sums ``[num_sums, B, T, H]``.
+    of_end: ``[N, B, H]`` or ``[N, B, H, K]``. out ``[B, T, H]`` or ``[B, T, H, K]``, contiguous. Program (stretch, channels;
+    batch and head).
+    """
+    channel_blocks = tl.cdiv(num_channels, BK)
+    stretch, block = tl.program_id(0) // channel_blocks, tl.program_id(0) % channel_blocks
+    head_index = tl.program_id(1)
+    batch, head = (head_index // num_heads).to(tl.int64), head_index % num_heads
+    first, stop = tl.load(table + stretch * 5), tl.load(table + stretch * 5 + 1)
+    places, channels = tl.arange(0, C), block * BK + tl.arange(0, BK)
+    is_channel = channels < num_channels
+    g += batch * g_batch + head * g_head
+    if DECAY == CHANNEL:
+        x += batch * x_batch + (head // (num_heads // x_heads)) * x_head
+
+    # Of all tokens behind the chunk, and of the stretch's end.
+    later = tl.zeros([BK], tl.float32)
+    if HAS_END:
+        entry = stretch.to(tl.int64) * tl.num_programs(1) + head_index
+        later += tl.load(of_end + entry * num_channels + channels, mask=is_channel, other=0.0)
+    num_chunks = tl.cdiv(stop - first, C)
+    for step in range(num_chunks):
+        start = first + (num_chunks - 1 - step) * C
+        tokens = (start + places).to(tl.int64)
+        mask = (tokens < stop)[:, None] & is_channel[None, :]
+        row = ((batch * num_tokens + tokens) * num_heads + head)[:, None] * num_channels + channels[None, :]
+        if DECAY == CHANNEL:
+            y = tl.load(x + tokens[:, None] * x_token + channels[None, :], mask=mask, other=0.0).to(tl.float32)
+            y *= tl.load(grad + row, mask=mask, other=0.0).to(tl.float32)
+        else:
+            y = tl.zeros([C, BK], tl.float32)
+            size = (tl.num_programs(1) // num_heads).to(tl.int64) * num_tokens * num_heads
+            for number in range(num_sums):
+                y += tl.load(sums + number * size + row, mask=mask, other=0.0)
+        y *= sign
+        # The sum over the rest of the chunk, token t itself included.
+        result = tl.cumsum(y, axis=0, reverse=True) + later[None, :]
+        later += tl.sum(y, axis=0)
+        values = tl.load(g + tokens[:, None] * g_token + channels[None, :], mask=mask, other=0.0).to(tl.float32)
+        tl.store(out + row, tl.where(values < LOWEST, 0.0, result).to(out.dtype.element_ty), mask=mask)

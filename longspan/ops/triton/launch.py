@@ -1,0 +1,52 @@
+"""What every launch of a kernel needs: whether Triton is there, how products are formed, which sizes a tile has.
+
+The kernels run on NVIDIA GPUs, and, slowly, on the CPU where Triton was loaded with ``TRITON_INTERPRET=1``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+# Below this the kernels take a log decay for its limit: e^{-128} is zero in float32, and sums of a chunk stay exact to 1e-3.
+LOWEST_LOG_DECAY = -128.0
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter on the CPU."""
+    return bool(triton.knobs.runtime.interpret)
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How `longspan.ops.triton.product.product` multiplies operands of a dtype.
+
+    float32 on tensor cores in three passes, as exact as float32; the others as they are. The interpreter's product takes bfloat16
+    for integers, so that there everything is widened first, which changes nothing: products are summed in float32 either way.
+    """
+    if interpreted():
+        return "widened"
+    return "float32" if dtype == torch.float32 else "native"
+
+
+def tile_size(size: int) -> int:
+    """A dimension of a tile that holds `size` numbers: a power of two, 16 at least."""
+    return max(16, triton.next_power_of_2(size))
+
+
+def strides(x: Tensor) -> tuple[int, int, int]:
+    """Strides of batch, token and head of ``x [B, T, H, ...]``."""
+    return x.stride(0), x.stride(1), x.stride(2)
+
+
+def contiguous_rows(x: Tensor) -> Tensor:
+    """``x [B, T, H, D]``, copied if the numbers of a head do not lie side by side."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def configs(*choices: tuple[int, int]) -> list[Any]:
+    """Choices of (warps, stages) for the autotuner; one alone in the interpreter, which has neither."""
+    listed = [triton.Config({}, num_warps=num_warps, num_stages=num_stages) for num_warps, num_stages in choices]
+    return listed[:1] if interpreted() else listed

@@ -1,0 +1,400 @@
+"""The two phases as custom operators of PyTorch, with their gradients: `torch.compile` sees two nodes and keeps one graph.
+
+Shapes: B batch rows, T tokens, H heads of v, H_k heads of q and k, K × V a state; N stretches, table and pieces as in
+`longspan.ops.triton.stretches`.
+
+The gradients of k and v need the gradient of the state that leaves this rank's segments, which arrives from other ranks after
+the read phase's backward has run; so they are found in the write phase's backward, in one pass each that needs q and ∂o as
+well. These travel on *tickets*: outputs of write, without values, that the first read of a memory takes, and as whose
+"gradients" it hands back q, ∂o and its scale. A second read has no tickets, and gives its share of the gradients itself.
+Likewise the gradient that read returns for the states is private to the pair: the running states of the reversed scan, D, which
+are right as they are in the write phase's passes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longspan.ops.triton import passes
+from longspan.ops.triton.launch import contiguous_rows
+from longspan.ops.triton.passes import COLUMNS, CONTRACTED, Decay, Entering
+
+
+def _one(like: Tensor) -> Tensor:
+    return torch.ones((), dtype=torch.float32, device=like.device)
+
+
+def _sum_heads(x: Tensor, num_heads: int) -> Tensor:
+    """``x [B, T, H, D]`` summed over the heads that share one of `num_heads`."""
+    return x if x.shape[2] == num_heads else x.unflatten(2, (num_heads, -1)).sum(3)
+
+
+# -------------------------------------------------------------------------------------------------------------------- write
+
+
+@torch.library.custom_op("longspan::decay_write", mutates_args=())
+def decay_write(
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    log_decay: Tensor | None,
+    start_states: Tensor | None,
+    table: Tensor,
+    pieces: Tensor,
+    starting: Tensor,
+    num_slots: int,
+    num_ends: int,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """States between stretches, and what the other phases need.
+
+    | | shape | |
+    |---|---|---|
+    | k, v | [B, T, H_k, K], [B, T, H, V] | |
+    | g | [B, T, H], [B, T, H, K] or None | log decays |
+    | log_decay | [H] or None | constants |
+    | start_states | [·, B, H, K, V] or None | for the pieces that start a document |
+    | starting | [·] int64 | the numbers of those pieces |
+    | states | [num_slots, B, H, K, V] | S before each stretch and behind each piece, from zero or the start state |
+    | ends | [num_ends, B, H, K, V] | S behind the pieces that have an end row |
+    | totals | [N, B, H] or [N, B, H, K] | log decay over each stretch; empty where nothing decays |
+    | carried | [num_slots, B, H] or [num_slots, B, H, K] | log decay from the piece's start to each slot; empty likewise |
+    | sums | [B, T, H, K] | for decays of channels: sums inside chunks; empty for others |
+    | tickets | [B, T, H_k, K], [B, T, H, V], [] | without values; see the module's page |
+
+    Backward, with D the sum of what reads handed back, λ = ∂ends and Z = D + e^{suffix} λ: ∂k and ∂v by the reversed passes of
+    `longspan.ops.triton.attend`; ∂g = Σ_{later in the stretch} (−k ⊙ ∂k) + ⟨S, Z⟩ at the stretch's end; ∂start = Z at the
+    piece's start.
+    """
+    batch, _, num_heads, value_size = v.shape
+    sums = (
+        passes.cumulate(g, table, chunk_size) if g is not None and g.dim() == 4 else k.new_empty(0, dtype=torch.float32)
+    )
+    decay = Decay.of(g, log_decay, sums, chunk_size)
+    states, totals = passes.write(k, v, decay, table, num_slots)
+    ends = states.new_empty(num_ends, batch, num_heads, k.shape[-1], value_size)
+    passes.scan(states, totals, pieces, decay.kind, starts=start_states, ends=ends if num_ends else None)
+    carried = passes.carry(totals, pieces, num_slots)
+    return (
+        states,
+        ends,
+        states.new_empty(0) if totals is None else totals,
+        states.new_empty(0) if carried is None else carried,
+        sums,
+        k.new_empty(()).expand(k.shape),
+        v.new_empty(()).expand(v.shape),
+        states.new_empty(()),
+    )
+
+
+@decay_write.register_fake
+def _(k, v, g, log_decay, start_states, table, pieces, starting, num_slots, num_ends, chunk_size):  # type: ignore[no-untyped-def]
+    batch, _, num_heads, value_size = v.shape
+    size = k.shape[-1]
+    states = k.new_empty(num_slots, batch, num_heads, size, value_size, dtype=torch.float32)
+    of_channels = g is not None and g.dim() == 4
+    tail = (batch, num_heads, size) if of_channels else (batch, num_heads)
+    decays = g is not None or log_decay is not None
+    return (
+        states,
+        states.new_empty(num_ends, *states.shape[1:]),
+        states.new_empty(table.shape[0], *tail) if decays else states.new_empty(0),
+        states.new_empty(num_slots, *tail) if decays else states.new_empty(0),
+        states.new_empty(g.shape) if of_channels else states.new_empty(0),
+        k.new_empty(()).expand(k.shape),
+        v.new_empty(()).expand(v.shape),
+        states.new_empty(()),
+    )
+
+
+def _setup_write(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    k, v, g, log_decay, start_states, table, pieces, starting, _, _, chunk_size = inputs
+    states, _, totals, _, sums, *_ = output
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(k, v, g, log_decay, table, pieces, starting, states, totals, sums)
+    ctx.has_start, ctx.chunk_size = start_states is not None, chunk_size
+
+
+def _write_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    d, grad_ends, _, _, _, q, do, scale = grads
+    k, v, g, log_decay, table, pieces, starting, states, totals, sums = ctx.saved_tensors
+    chunk_size = ctx.chunk_size
+    dk, dv, dg, grad_start = decay_write_backward(
+        k, v, g, log_decay, table, pieces, starting, states, totals, sums, d, grad_ends, q, do, scale, chunk_size
+    )
+    return (
+        dk,
+        dv,
+        dg if g is not None and ctx.needs_input_grad[2] else None,
+        None,
+        grad_start if ctx.has_start else None,
+        *(None,) * 6,
+    )
+
+
+decay_write.register_autograd(_write_backward, setup_context=_setup_write)
+
+
+@torch.library.custom_op("longspan::decay_write_backward", mutates_args=())
+def decay_write_backward(
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    log_decay: Tensor | None,
+    table: Tensor,
+    pieces: Tensor,
+    starting: Tensor,
+    states: Tensor,
+    totals: Tensor,
+    sums: Tensor,
+    d: Tensor | None,
+    grad_ends: Tensor | None,
+    q: Tensor | None,
+    do: Tensor | None,
+    scale: Tensor | None,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """∂k, ∂v, ∂g (empty without g) and the gradients of start states ``[·, B, H, K, V]``; see `decay_write`."""
+    decay = Decay.of(g, log_decay, sums, chunk_size)
+    num_slots = states.shape[0]
+    suffix = None
+    if grad_ends is not None:
+        grad_ends = grad_ends.contiguous()
+        suffix = passes.carry(None if decay.is_none else totals, pieces, num_slots, reverse=True)
+    num_heads, key_heads = v.shape[2], k.shape[2]
+    common: dict[str, Any] = {"num_heads": num_heads, "reverse": True, "scale_in": _one(k) if scale is None else scale}
+    entering = Entering(d, grad_ends, suffix, transposed=True)
+    dotted = k if g is not None and not decay.is_of_channels else None
+    dk, dots = passes.attend(
+        v, do, q, decay, entering, table, num_columns=k.shape[-1], axis=COLUMNS, dotted=dotted, **common
+    )
+    entering = Entering(d, grad_ends, suffix)
+    dv, _ = passes.attend(k, q, do, decay, entering, table, num_columns=v.shape[-1], axis=CONTRACTED, **common)
+    dg = k.new_empty(0)
+    if g is not None:
+        ends_of_stretches = _entering_at(d, grad_ends, suffix, table[:, 2] + 1, table[:, 4])
+        of_end = None
+        if ends_of_stretches is not None:
+            products = states.index_select(0, table[:, 2] + 1) * ends_of_stretches
+            of_end = products.sum(-1) if decay.is_of_channels else products.sum((-1, -2))
+        dg = passes.gate_gradient(g, table, x=k, grad=dk, sums=dots, sign=-1.0, of_end=of_end, chunk_size=chunk_size)
+    rows = pieces.index_select(0, starting)
+    grad_start = _entering_at(d, grad_ends, suffix, rows[:, 0], rows[:, 4])
+    if grad_start is None:
+        grad_start = states.new_zeros(starting.shape[0], *states.shape[1:])
+    return _sum_heads(dk, key_heads), dv, dg, grad_start
+
+
+@decay_write_backward.register_fake
+def _(k, v, g, log_decay, table, pieces, starting, states, *rest):  # type: ignore[no-untyped-def]
+    dg = k.new_empty(0) if g is None else torch.empty_like(g, memory_format=torch.contiguous_format)
+    starts = states.new_empty(starting.shape[0], *states.shape[1:])
+    return k.new_empty(k.shape), v.new_empty(v.shape), dg, starts
+
+
+def _entering_at(
+    states: Tensor | None, arriving: Tensor | None, carried: Tensor | None, slots: Tensor, rows: Tensor
+) -> Tensor | None:
+    """``states[slots] + e^{carried[slots]} arriving[rows]``, nothing arriving for rows of −1; None for zero."""
+    at = None if states is None else states.index_select(0, slots)
+    if arriving is None or not arriving.shape[0]:
+        return at
+    arrived = arriving.index_select(0, rows.clamp(min=0))
+    factor = (rows >= 0).to(arrived.dtype).view(-1, 1, 1, 1, 1)
+    if carried is not None:
+        decay = carried.index_select(0, slots).exp()
+        factor = factor * decay.view(*decay.shape, *(1,) * (5 - decay.dim()))
+    return arrived * factor if at is None else torch.addcmul(at, arrived, factor)
+
+
+# --------------------------------------------------------------------------------------------------------------------- read
+
+
+@torch.library.custom_op("longspan::decay_read", mutates_args=())
+def decay_read(
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    g: Tensor | None,
+    log_decay: Tensor | None,
+    states: Tensor | None,
+    arriving: Tensor | None,
+    totals: Tensor,
+    carried: Tensor,
+    sums: Tensor,
+    ticket_q: Tensor | None,
+    ticket_o: Tensor | None,
+    ticket_scale: Tensor | None,
+    table: Tensor,
+    pieces: Tensor,
+    scale: float,
+    num_heads: int,
+    value_size: int,
+    chunk_size: int,
+) -> Tensor:
+    """What the tokens read.
+
+    | | shape | |
+    |---|---|---|
+    | q | [B, T, H_k, K] | |
+    | k, v | [B, T, H_k, K], [B, T, H, V] or None | None: tokens read only what enters their stretch |
+    | g, log_decay | as in `decay_write` | |
+    | states | [num_slots, B, H, K, V] or None | of this rank's own tokens |
+    | arriving | [segments, B, H, K, V] or None | the state that enters each segment |
+    | totals, carried, sums | as in `decay_write` | |
+    | tickets | as in `decay_write`, or None | None for all reads of a memory but one |
+    | o | [B, T, H, V] | |
+
+    Forward: the first row of `longspan.ops.triton.attend`. Backward: ∂q by its second row; D, the running states of the
+    reversed scan of G = scale · Σ e^{..} q ∂oᵀ, for `states`; its value where a segment starts for `arriving`; ∂g = Σ_{later in
+    the stretch} q ⊙ ∂q + ⟨e^{carried} arriving, D⟩ at the stretch's end; q, ∂o and scale for the tickets, or, without, ∂k and
+    ∂v of what happens inside stretches.
+    """
+    decay = Decay.of(g, log_decay, sums, chunk_size)
+    entering = Entering(states, arriving, None if decay.is_none else carried)
+    o, _ = passes.attend(
+        q, k, v, decay, entering, table,
+        num_heads=num_heads, num_columns=value_size, axis=CONTRACTED, scale_in=_one(q), scale_out=scale,
+    )  # fmt: skip
+    return o
+
+
+@decay_read.register_fake
+def _(q, *rest):  # type: ignore[no-untyped-def]
+    num_heads, value_size = rest[-3], rest[-2]
+    return q.new_empty(q.shape[0], q.shape[1], num_heads, value_size)
+
+
+def _setup_read(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    q, k, v, g, log_decay, states, arriving, totals, carried, sums, ticket_q, *_ = inputs
+    table, pieces, scale, _, _, chunk_size = inputs[13:]
+    ctx.save_for_backward(q, k, v, g, log_decay, states, arriving, totals, carried, sums, table, pieces)
+    ctx.has_tickets, ctx.scale, ctx.chunk_size = ticket_q is not None, scale, chunk_size
+
+
+def _read_backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
+    q, k, v, g, log_decay, states, arriving, totals, carried, sums, table, pieces = ctx.saved_tensors
+    do = contiguous_rows(do)
+    needs = ctx.needs_input_grad
+    inside = k is not None and not ctx.has_tickets
+    dq, dk, dv, dg, d, grad_arriving = decay_read_backward(
+        do,
+        q,
+        k,
+        v,
+        g,
+        log_decay,
+        states,
+        arriving,
+        totals,
+        carried,
+        sums,
+        table,
+        pieces,
+        ctx.scale,
+        inside,
+        ctx.chunk_size,
+    )
+    tickets: tuple[Tensor | None, ...] = (None, None, None)
+    if ctx.has_tickets:
+        tickets = (q, do, torch.full((), ctx.scale, dtype=torch.float32, device=q.device))
+    return (
+        dq,
+        dk if inside else None,
+        dv if inside else None,
+        dg if g is not None and needs[3] else None,
+        None,
+        d if states is not None else None,
+        grad_arriving if arriving is not None else None,
+        None,
+        None,
+        None,
+        *tickets,
+        *(None,) * 6,
+    )
+
+
+decay_read.register_autograd(_read_backward, setup_context=_setup_read)
+
+
+@torch.library.custom_op("longspan::decay_read_backward", mutates_args=())
+def decay_read_backward(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    g: Tensor | None,
+    log_decay: Tensor | None,
+    states: Tensor | None,
+    arriving: Tensor | None,
+    totals: Tensor,
+    carried: Tensor,
+    sums: Tensor,
+    table: Tensor,
+    pieces: Tensor,
+    scale: float,
+    inside: bool,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """∂q, ∂k and ∂v of the inside of stretches (empty unless `inside`), ∂g (empty without g), D, ∂arriving; see `decay_read`."""
+    decay = Decay.of(g, log_decay, sums, chunk_size)
+    known_totals, known_carried = (None, None) if decay.is_none else (totals, carried)
+    num_heads, value_size = do.shape[2:]
+    of_tokens = g is not None and not decay.is_of_channels
+    common: dict[str, Any] = {"num_heads": num_heads}
+    entering = Entering(states, arriving, known_carried, transposed=True)
+    dq, dots = passes.attend(
+        do, v, k, decay, entering, table,
+        num_columns=q.shape[-1], axis=COLUMNS, scale_in=_one(q), scale_out=scale, dotted=q if of_tokens else None, **common,
+    )  # fmt: skip
+    num_slots = table.shape[0] + pieces.shape[0]
+    d, _ = passes.write(q, do, decay, table, num_slots, scale=scale, reverse=True)
+    grad_arriving = torch.zeros_like(arriving) if arriving is not None else None
+    passes.scan(d, known_totals, pieces, decay.kind, ends=grad_arriving, reverse=True)
+    dg = q.new_empty(0)
+    if g is not None:
+        of_end = None
+        entered = _entering_at(None, arriving, known_carried, table[:, 2] + 1, table[:, 3])
+        if entered is not None:
+            products = entered * d.index_select(0, table[:, 2] + 1)
+            of_end = products.sum(-1) if decay.is_of_channels else products.sum((-1, -2))
+        dg = passes.gate_gradient(g, table, x=q, grad=dq, sums=dots, sign=1.0, of_end=of_end, chunk_size=chunk_size)
+    dk, dv = q.new_empty(0), q.new_empty(0)
+    if inside and k is not None and v is not None:
+        factor = torch.full((), scale, dtype=torch.float32, device=q.device)
+        reverse: dict[str, Any] = {**common, "reverse": True, "scale_in": factor}
+        dk, dots = passes.attend(
+            v,
+            do,
+            q,
+            decay,
+            Entering(),
+            table,
+            num_columns=k.shape[-1],
+            axis=COLUMNS,
+            dotted=k if of_tokens else None,
+            **reverse,
+        )
+        dv, _ = passes.attend(k, q, do, decay, Entering(), table, num_columns=value_size, axis=CONTRACTED, **reverse)
+        if g is not None:
+            dg += passes.gate_gradient(g, table, x=k, grad=dk, sums=dots, sign=-1.0, of_end=None, chunk_size=chunk_size)
+        dk = _sum_heads(dk, k.shape[2])
+    return _sum_heads(dq, q.shape[2]), dk, dv, dg, d, q.new_empty(0) if grad_arriving is None else grad_arriving
+
+
+@decay_read_backward.register_fake
+def _(do, q, k, v, g, log_decay, states, arriving, *rest):  # type: ignore[no-untyped-def]
+    _, _, _, table, pieces, _, inside, _ = rest
+    nothing = [q.new_empty(0) for _ in range(4)]
+    slots = table.shape[0] + pieces.shape[0]
+    return (
+        q.new_empty(q.shape),
+        q.new_empty(k.shape) if inside else nothing[0],
+        q.new_empty(v.shape) if inside else nothing[1],
+        nothing[2] if g is None else torch.empty_like(g, memory_format=torch.contiguous_format),
+        q.new_empty(slots, do.shape[0], do.shape[2], q.shape[-1], do.shape[3], dtype=torch.float32),
+        nothing[3] if arriving is None else torch.empty_like(arriving),
+    )

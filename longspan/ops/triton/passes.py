@@ -1,0 +1,309 @@
+"""The kernels as functions of tensors. Nothing here is differentiated: `longspan.ops.triton.operators` puts the passes together.
+
+Shapes: B batch rows, T tokens, H heads of v and ∂o, H_k heads of q and k, K × V a state, N stretches;
+`longspan.ops.triton.stretches` has the tables, `longspan.ops.triton.attend` the algebra.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from longspan.ops.triton import attend as attend_kernels
+from longspan.ops.triton import decays as kinds
+from longspan.ops.triton import gates as gate_kernels
+from longspan.ops.triton import states as state_kernels
+from longspan.ops.triton.launch import LOWEST_LOG_DECAY, precision, strides, tile_size
+
+CONTRACTED, COLUMNS = attend_kernels.CONTRACTED.value, attend_kernels.COLUMNS.value
+
+
+@dataclass(frozen=True)
+class Decay:
+    """Log decays as the kernels take them.
+
+    kind: of `longspan.ops.triton.decays`. values: what is looked up at each token, ``[B, T, H]``, or for channels the sums
+    ``[B, T, H, K]`` of `cumulate`; None for others. log_decay: ``[H]`` or None. chunk_size: C.
+    """
+
+    kind: int
+    values: Tensor | None
+    log_decay: Tensor | None
+    chunk_size: int
+
+    @classmethod
+    def of(cls, g: Tensor | None, log_decay: Tensor | None, sums: Tensor | None, chunk_size: int) -> Decay:
+        """g ``[B, T, H]`` or ``[B, T, H, K]``, with its `sums` for the second; or log_decay ``[H]``; or neither."""
+        if g is None:
+            kind = kinds.NONE if log_decay is None else kinds.HEAD
+            return cls(kind.value, None, log_decay, chunk_size)
+        if g.dim() == 3:
+            return cls(kinds.TOKEN.value, g, None, chunk_size)
+        return cls(kinds.CHANNEL.value, sums, None, chunk_size)
+
+    @property
+    def is_of_channels(self) -> bool:
+        return self.kind == kinds.CHANNEL.value
+
+    @property
+    def is_none(self) -> bool:
+        return self.kind == kinds.NONE.value
+
+    def strides(self) -> tuple[int, int, int]:
+        return (0, 0, 0) if self.values is None else strides(self.values)
+
+
+def cumulate(g: Tensor, table: Tensor, chunk_size: int) -> Tensor:
+    """Sums of log decays ``g [B, T, H, K]`` inside chunks, float32 and contiguous."""
+    batch, num_tokens, num_heads, size = g.shape
+    sums = torch.empty(g.shape, dtype=torch.float32, device=g.device)
+    block = min(64, tile_size(size))
+    grid = (table.shape[0] * triton.cdiv(size, block), batch * num_heads)
+    if table.shape[0]:
+        kinds.cumulate_kernel[grid](
+            g, sums, table, num_tokens, num_heads, size, *strides(g), LOWEST=LOWEST_LOG_DECAY, C=chunk_size, BK=block
+        )
+    return sums
+
+
+def write(
+    left: Tensor,
+    right: Tensor,
+    decay: Decay,
+    table: Tensor,
+    num_slots: int,
+    *,
+    scale: float = 1.0,
+    reverse: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """What every stretch writes, ``scale · Σ e^{..} left rightᵀ``, in the slot that it leaves (reversed: that it reads).
+
+    left ``[B, T, ·, K]``, right ``[B, T, H, V]``. Returns float32 states ``[num_slots, B, H, K, V]``, of which the other slots
+    are not written, and, forward in time, the log decays over the stretches ``[N, B, H]`` or ``[N, B, H, K]``, None where
+    nothing decays.
+    """
+    batch, num_tokens, num_heads, value_size = right.shape
+    key_size = left.shape[-1]
+    states = torch.empty(num_slots, batch, num_heads, key_size, value_size, dtype=torch.float32, device=right.device)
+    totals = None
+    if not reverse and not decay.is_none:
+        shape = (table.shape[0], batch, num_heads, *((key_size,) if decay.is_of_channels else ()))
+        totals = states.new_empty(shape)
+    row_block, column_block = min(64, tile_size(key_size)), min(64, tile_size(value_size))
+    num_blocks = triton.cdiv(key_size, row_block) * triton.cdiv(value_size, column_block)
+    if table.shape[0]:
+        state_kernels.write_kernel[(table.shape[0] * num_blocks, batch * num_heads)](
+            left,
+            right,
+            decay.values,
+            decay.log_decay,
+            states,
+            totals,
+            table,
+            scale,
+            num_tokens,
+            num_heads,
+            left.shape[2],
+            right.shape[2],
+            key_size,
+            value_size,
+            *strides(left),
+            *strides(right),
+            *decay.strides(),
+            LOWEST=LOWEST_LOG_DECAY,
+            DECAY=decay.kind,
+            REVERSE=reverse,
+            PRECISION=precision(left.dtype),
+            C=decay.chunk_size,
+            BK=row_block,
+            BV=column_block,
+        )
+    return states, totals
+
+
+def scan(
+    states: Tensor,
+    totals: Tensor | None,
+    pieces: Tensor,
+    kind: int,
+    *,
+    starts: Tensor | None = None,
+    ends: Tensor | None = None,
+    reverse: bool = False,
+) -> None:
+    """Turn what stretches write into running states, in place; see `longspan.ops.triton.states.scan_kernel`."""
+    _, batch, num_heads, key_size, value_size = states.shape
+    row_block, column_block = min(32, tile_size(key_size)), min(32, tile_size(value_size))
+    num_blocks = triton.cdiv(key_size, row_block) * triton.cdiv(value_size, column_block)
+    if pieces.shape[0]:
+        state_kernels.scan_kernel[(pieces.shape[0] * num_blocks, batch * num_heads)](
+            states,
+            totals,
+            starts,
+            ends,
+            pieces,
+            key_size,
+            value_size,
+            HAS_STARTS=starts is not None,
+            HAS_ENDS=ends is not None,
+            DECAY=kind,
+            REVERSE=reverse,
+            BK=row_block,
+            BV=column_block,
+        )
+
+
+def carry(totals: Tensor | None, pieces: Tensor, num_slots: int, *, reverse: bool = False) -> Tensor | None:
+    """Log decay between each slot and the start (reversed: the end) of its piece: totals with `num_slots` for N."""
+    if totals is None:
+        return None
+    carried = totals.new_empty(num_slots, *totals.shape[1:])
+    size = totals.shape[3] if totals.dim() == 4 else 1
+    if pieces.shape[0]:
+        state_kernels.carry_kernel[(pieces.shape[0], totals.shape[1] * totals.shape[2])](
+            totals, carried, pieces, size, REVERSE=reverse, BK=triton.next_power_of_2(size)
+        )
+    return carried
+
+
+@dataclass(frozen=True)
+class Entering:
+    """The state that enters each stretch: states of slots ``[num_slots, B, H, K, V]``, and what arrives at pieces from elsewhere.
+
+    arriving ``[·, B, H, K, V]``, carried as of `carry`. Each may be None. transposed: the pass contracts over V instead of K.
+    """
+
+    states: Tensor | None = None
+    arriving: Tensor | None = None
+    carried: Tensor | None = None
+    transposed: bool = False
+
+
+def attend(
+    a: Tensor,
+    b: Tensor | None,
+    c: Tensor | None,
+    decay: Decay,
+    entering: Entering,
+    table: Tensor,
+    *,
+    num_heads: int,
+    num_columns: int,
+    axis: int,
+    scale_in: Tensor,
+    scale_out: float = 1.0,
+    reverse: bool = False,
+    dotted: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """One pass of `longspan.ops.triton.attend`; b and c None: only the entering state is read.
+
+    a, b ``[B, T, ·, K]``, c ``[B, T, ·, V]``; out ``[B, T, H, V]`` in the dtype of a, V is `num_columns`. scale_in: a float32
+    scalar tensor. dotted ``[B, T, ·, V]``: also return Σ out ⊙ dotted, in parts ``[n, B, T, H]`` to be summed over n.
+    """
+    batch, num_tokens, _, num_contracted = a.shape
+    out = a.new_empty(batch, num_tokens, num_heads, num_columns)
+    # A state of K × block numbers stays in registers, with float32 operands beside it.
+    block = min(32 if a.dtype == torch.float32 else 64, tile_size(num_columns))
+    num_blocks = triton.cdiv(num_columns, block)
+    dots = None
+    if dotted is not None:
+        dots = torch.empty(num_blocks, batch, num_tokens, num_heads, dtype=torch.float32, device=a.device)
+    # A state's own columns lie side by side; transposed, its rows do.
+    state_strides = (1, num_contracted) if entering.transposed else (num_columns, 1)
+    inside = b is not None and c is not None
+    b, c = (b, c) if b is not None and c is not None else (a, a)
+    beside = a if dotted is None else dotted
+    if table.shape[0]:
+        attend_kernels.attend_kernel[(table.shape[0] * num_blocks, batch * num_heads)](
+            a,
+            b,
+            c,
+            out,
+            decay.values,
+            decay.log_decay,
+            entering.states,
+            entering.arriving,
+            entering.carried,
+            beside,
+            dots,
+            table,
+            scale_in,
+            scale_out,
+            num_tokens,
+            num_heads,
+            a.shape[2],
+            b.shape[2],
+            c.shape[2],
+            beside.shape[2],
+            num_contracted,
+            num_columns,
+            *strides(a),
+            *strides(b),
+            *strides(c),
+            *strides(beside),
+            *decay.strides(),
+            *state_strides,
+            LOWEST=LOWEST_LOG_DECAY,
+            DECAY=decay.kind,
+            AXIS=axis,
+            REVERSE=reverse,
+            HAS_STATES=entering.states is not None,
+            HAS_ARRIVING=entering.arriving is not None,
+            HAS_DOTS=dots is not None,
+            INSIDE=inside,
+            PRECISION=precision(a.dtype),
+            C=decay.chunk_size,
+            LEVELS=decay.chunk_size.bit_length() - 1,
+            BK=tile_size(num_contracted),
+            BV=block,
+        )
+    return out, dots
+
+
+def gate_gradient(
+    g: Tensor,
+    table: Tensor,
+    *,
+    x: Tensor | None = None,
+    grad: Tensor | None = None,
+    sums: Tensor | None = None,
+    sign: float,
+    of_end: Tensor | None,
+    chunk_size: int,
+) -> Tensor:
+    """∂g in the shape and dtype of g; see `longspan.ops.triton.gates`.
+
+    x and grad for decays of channels, sums for those of tokens.
+    """
+    batch, num_tokens, num_heads = g.shape[:3]
+    of_channels = g.dim() == 4
+    size = g.shape[3] if of_channels else 1
+    out = torch.empty(g.shape, dtype=g.dtype, device=g.device)
+    block = min(64, triton.next_power_of_2(size))
+    if table.shape[0]:
+        gate_kernels.gate_kernel[(table.shape[0] * triton.cdiv(size, block), batch * num_heads)](
+            x,
+            grad,
+            sums,
+            of_end,
+            g,
+            out,
+            table,
+            sign,
+            num_tokens,
+            num_heads,
+            num_heads if x is None else x.shape[2],
+            size,
+            0 if sums is None else sums.shape[0],
+            *((0, 0, 0) if x is None else strides(x)),
+            *strides(g),
+            LOWEST=LOWEST_LOG_DECAY,
+            HAS_END=of_end is not None,
+            DECAY=(kinds.CHANNEL if of_channels else kinds.TOKEN).value,
+            C=chunk_size,
+            BK=block,
+        )
+    return out
