@@ -36,9 +36,9 @@ from longspan.attention.softmax.blocks import (
     needed_keys,
     plan_blocks,
 )
-from longspan.attention.softmax.pair import KeyExchange, OwnGrads, own_blocks
+from longspan.attention.softmax.pair import Grads, KeyExchange, KeyGrads, own_blocks
 from longspan.attention.softmax.tiles import Merged, Queries
-from longspan.attention.softmax.wire import pack, pack_into, take, unpack
+from longspan.attention.softmax.wire import add_packed, pack, pack_into, take, unpack
 from longspan.collectives import all_gather_single
 from longspan.exchange.swap import Flight, swap
 from longspan.exchange.traffic import note_collective
@@ -125,6 +125,7 @@ class AllGather(KeyExchange):
         self._arriving: Flight | None = None
         self._buffer: Tensor | None = None
         self._returning: dict[int, Flight] = {}
+        self._grads = KeyGrads()
 
     def start(self, k: Tensor, v: Tensor) -> None:
         layout, plan = self._layout, self._plan
@@ -165,7 +166,7 @@ class AllGather(KeyExchange):
 
     def backward(
         self, grad_out: Tensor, saved: tuple[Tensor, ...], scale: float, read: int, returns_key_grads: bool
-    ) -> OwnGrads:
+    ) -> tuple[Tensor, Grads | None]:
         q, k, v, out, lse, buffer = saved
         plan = self._plan
         queries = Queries(q, out, lse, grad_out, scale)
@@ -175,17 +176,15 @@ class AllGather(KeyExchange):
             self._returning[read] = swap(mine, plan.num_arriving, plan.num_departing, self._layout, "backward")
         # They are on their way: the blocks below need the memory.
         del grads
-        dk, dv = queries.backward(plan.local, k, v)
-        return queries.dq, dk.to(k.dtype), dv.to(v.dtype)
+        own = queries.backward(plan.local, k, v)
+        if returns_key_grads:
+            self._grads.keep(read, own)
+        return queries.dq, None
 
-    def finish(self, shape: torch.Size, like: Tensor) -> tuple[Tensor, Tensor]:
-        packed = (shape[1], shape[0], 2, *shape[2:])
-        total = like.new_zeros(packed, dtype=torch.promote_types(like.dtype, torch.float32))
+    def finish(self, shape: torch.Size) -> Grads:
+        total = self._grads.total()
+        departed = [run for runs in self._plan.departures for run in runs]
         while self._returning:
             # In the order of the reads, the same on every rank.
-            received = self._returning.pop(min(self._returning)).wait()
-            start = 0
-            for first, last in (run for runs in self._plan.departures for run in runs):
-                total[first:last] += received[start : start + last - first]
-                start += last - first
-        return unpack(total.to(like.dtype))
+            add_packed(total, departed, self._returning.pop(min(self._returning)).wait())
+        return total

@@ -4,7 +4,7 @@
     read     the queries attend, and wait for keys as they need them: `KeyExchange.attend`
 
     read's backward     everything is computed, and the last gradients are sent on their way: `KeyExchange.backward`
-    write's backward    waits for the gradients that other ranks owe this rank's keys: `KeyExchange.finish`
+    write's backward    waits for the gradients that other ranks owe this rank's keys, and sums: `KeyExchange.finish`
 
 A method of exchange is one class with these four functions. An object of it serves one `write_softmax` and any number of
 reads.
@@ -23,8 +23,8 @@ from longspan.attention.softmax.blocks import Block, Visibility, plan_blocks
 from longspan.attention.softmax.tiles import Merged, Queries
 from longspan.layout import SequenceLayout
 
-OwnGrads = tuple[Tensor, Tensor | None, Tensor | None]
-"""dq, and the dk and dv that a rank gives its own keys at once, None where all of them come with `KeyExchange.finish`."""
+Grads = tuple[Tensor, Tensor]
+"""dk and dv of this rank's tokens, [B, T, H_kv, D]."""
 
 
 class KeyExchange(ABC):
@@ -47,8 +47,8 @@ class KeyExchange(ABC):
     @abstractmethod
     def backward(
         self, grad_out: Tensor, saved: tuple[Tensor, ...], scale: float, read: int, returns_key_grads: bool
-    ) -> OwnGrads:
-        """Gradients of the read number `read`.
+    ) -> tuple[Tensor, Grads | None]:
+        """dq of the read number `read`, and its dk and dv: None if `finish` gives them.
 
         returns_key_grads: whether ranks owe each other gradients of keys, the same on all of them; `finish` is then called.
         """
@@ -61,8 +61,11 @@ class KeyExchange(ABC):
         """
 
     @abstractmethod
-    def finish(self, shape: torch.Size, like: Tensor) -> tuple[Tensor, Tensor]:
-        """dk and dv of a shape [B, T, H_kv, D] that came from other ranks, over all reads; in the dtype of `like`."""
+    def finish(self, shape: torch.Size) -> Grads:
+        """dk and dv of a shape [B, T, H_kv, D]: what the queries of all ranks gave them, summed over all reads.
+
+        In the dtype of the keys, or the wider one that they were summed in.
+        """
 
 
 class Local(KeyExchange):
@@ -84,17 +87,42 @@ class Local(KeyExchange):
 
     def backward(
         self, grad_out: Tensor, saved: tuple[Tensor, ...], scale: float, read: int, returns_key_grads: bool
-    ) -> OwnGrads:
+    ) -> tuple[Tensor, Grads | None]:
         q, k, v, out, lse = saved
         queries = Queries(q, out, lse, grad_out, scale)
-        dk, dv = queries.backward(self._blocks, k, v)
-        return queries.dq, dk.to(k.dtype), dv.to(v.dtype)
+        key_grads = queries.backward(self._blocks, k, v)
+        return queries.dq, key_grads
 
     def release(self) -> None:
         pass
 
-    def finish(self, shape: torch.Size, like: Tensor) -> tuple[Tensor, Tensor]:
+    def finish(self, shape: torch.Size) -> Grads:
         raise AssertionError("nothing to wait for")
+
+
+class KeyGrads:
+    """Gradients of this rank's keys: those that its own queries gave, read by read, and those that come from other ranks."""
+
+    def __init__(self) -> None:
+        self._own: dict[int, Grads] = {}
+
+    def keep(self, read: int, grads: Grads) -> None:
+        """What the rank's own queries gave; a second backward of the same read counts in place of the first."""
+        self._own[read] = grads
+
+    def total(self) -> Grads:
+        """Sum over the reads, in float32 (float64 for float64), which may be added to."""
+        dk, dv = (wide(x) for x in self._own.pop(min(self._own)))
+        while self._own:
+            # In the order of the reads, the same on every rank.
+            for x, more in zip((dk, dv), self._own.pop(min(self._own)), strict=True):
+                x += more
+        return dk, dv
+
+
+def wide(x: Tensor) -> Tensor:
+    """In the dtype that sums are taken in."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def own_blocks(layout: SequenceLayout, visibility: Visibility) -> tuple[Block, ...]:
@@ -129,13 +157,13 @@ class _Start(torch.autograd.Function):
     | k, v | [B, T, H_kv, D] | this rank's keys and values |
     | ticket | [1] | ties the node to `_Attend`; carries no numbers |
 
-    Backward: dk, dv = sum over the other ranks of their gradients of this rank's keys and values; `_Attend` returns what
-    this rank's own queries give.
+    Backward: dk, dv = sum over the ranks of their gradients of this rank's keys and values. `_Attend` gives k and v none, so
+    that nothing is summed twice over.
     """
 
     @staticmethod
     def forward(ctx: Any, k: Tensor, v: Tensor, exchange: KeyExchange) -> Tensor:
-        ctx.exchange, ctx.shape = exchange, k.shape
+        ctx.exchange, ctx.shape, ctx.dtype = exchange, k.shape, k.dtype
         exchange.start(k, v)
         return k.new_zeros(1)
 
@@ -143,7 +171,8 @@ class _Start(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_ticket: Tensor) -> tuple[Tensor, Tensor, None]:
         exchange: KeyExchange = ctx.exchange
-        return *exchange.finish(ctx.shape, grad_ticket), None
+        dk, dv = exchange.finish(ctx.shape)
+        return dk.to(ctx.dtype), dv.to(ctx.dtype), None
 
 
 class _Attend(torch.autograd.Function):
@@ -175,7 +204,8 @@ class _Attend(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         exchange: KeyExchange = ctx.exchange
         returns_key_grads: bool = ctx.needs_input_grad[3]
-        grads = exchange.backward(grad_out, ctx.saved_tensors, ctx.scale, ctx.read, returns_key_grads)
+        dq, key_grads = exchange.backward(grad_out, ctx.saved_tensors, ctx.scale, ctx.read, returns_key_grads)
         # The graph holds the exchange as long as the output lives.
         exchange.release()
-        return *grads, grad_out.new_zeros(1) if returns_key_grads else None, None, None, None
+        dk, dv = (x.to(dq.dtype) for x in key_grads) if key_grads else (None, None)
+        return dq, dk, dv, grad_out.new_zeros(1) if returns_key_grads else None, None, None, None

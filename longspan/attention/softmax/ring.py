@@ -29,9 +29,9 @@ from torch import Tensor
 
 from longspan.attention.softmax.all_gather import remote_keys
 from longspan.attention.softmax.blocks import Block, Run, Visibility, length, located, plan_blocks, union
-from longspan.attention.softmax.pair import KeyExchange, OwnGrads, own_blocks
+from longspan.attention.softmax.pair import Grads, KeyExchange, KeyGrads, own_blocks
 from longspan.attention.softmax.tiles import Merged, Queries
-from longspan.attention.softmax.wire import pack, pack_into, take, unpack
+from longspan.attention.softmax.wire import add_packed, pack, pack_into, take, unpack
 from longspan.exchange.swap import Flight, swap
 from longspan.layout import SequenceLayout
 
@@ -182,6 +182,7 @@ class Ring(KeyExchange):
         self.exchanges = bool(self._plan.rounds)
         self._started: Flight | None = None
         self._homecoming: dict[int, _Grads] = {}
+        self._grads = KeyGrads()
 
     def start(self, k: Tensor, v: Tensor) -> None:
         self._started = self._depart(k, v, "forward")
@@ -202,11 +203,11 @@ class Ring(KeyExchange):
 
     def backward(
         self, grad_out: Tensor, saved: tuple[Tensor, ...], scale: float, read: int, returns_key_grads: bool
-    ) -> OwnGrads:
+    ) -> tuple[Tensor, Grads | None]:
         q, k, v, out, lse = saved
         flight = self._depart(k, v, "backward")
         queries = Queries(q, out, lse, grad_out, scale)
-        dk, dv = queries.backward(self._plan.local, k, v)
+        own = queries.backward(self._plan.local, k, v)
         grads = _Grads(self._layout, self._plan)
         for number, this in enumerate(self._plan.rounds):
             keys = flight.wait()
@@ -217,19 +218,19 @@ class Ring(KeyExchange):
                 grads.pass_on(number, keys, share)
         if returns_key_grads:
             self._homecoming[read] = grads
-        return queries.dq, dk.to(k.dtype), dv.to(v.dtype)
+            self._grads.keep(read, own)
+        return queries.dq, None
 
     def release(self) -> None:
         # Keys are sent around anew for every read.
         pass
 
-    def finish(self, shape: torch.Size, like: Tensor) -> tuple[Tensor, Tensor]:
-        packed = (shape[1], shape[0], 2, *shape[2:])
-        total = like.new_zeros(packed, dtype=torch.promote_types(like.dtype, torch.float32))
+    def finish(self, shape: torch.Size) -> Grads:
+        total = self._grads.total()
         while self._homecoming:
             # In the order of the reads, the same on every rank.
             self._homecoming.pop(min(self._homecoming)).add_home(total)
-        return unpack(total.to(like.dtype))
+        return total
 
     def _depart(self, k: Tensor, v: Tensor, phase: str) -> Flight:
         """This rank's keys leave."""
@@ -282,11 +283,11 @@ class _Grads:
         self._sizes, self._home_from = arriving, this.comes_home_from
         self._flight = swap(mine, sizes, arriving, self._layout, "backward")
 
-    def add_home(self, total: Tensor) -> None:
-        """Wait for the last round, and add what came home to the gradients [T, B, 2, H_kv, D] of this rank's tokens."""
+    def add_home(self, total: Grads) -> None:
+        """Wait for the last round, and add what came home to the gradients of this rank's tokens."""
         self._wait()
         if self._home is not None:
-            _add(total, self._plan.own.grads[-1], self._home)
+            add_packed(total, self._plan.own.grads[-1], self._home)
 
     def _wait(self) -> Tensor | None:
         """The gradients that the rank before has passed on in the last round; keeps those that came home."""

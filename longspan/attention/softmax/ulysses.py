@@ -23,7 +23,7 @@ from torch import Tensor
 
 from longspan.attention.softmax.all_gather import remote_keys
 from longspan.attention.softmax.blocks import Block, Run, Visibility, inverse, plan_blocks, touches
-from longspan.attention.softmax.pair import KeyExchange, OwnGrads
+from longspan.attention.softmax.pair import Grads, KeyExchange, wide
 from longspan.attention.softmax.tiles import Merged, Queries
 from longspan.attention.softmax.wire import take, unpack
 from longspan.exchange.swap import Flight, swap
@@ -101,7 +101,7 @@ class Ulysses(KeyExchange):
 
     def backward(
         self, grad_out: Tensor, saved: tuple[Tensor, ...], scale: float, read: int, returns_key_grads: bool
-    ) -> OwnGrads:
+    ) -> tuple[Tensor, Grads | None]:
         q, keys, values, out, lse = saved
         queries = Queries(q, out, lse, self._wait_heads(self._to_heads(grad_out, "backward")), scale)
         sources = self._key_heads(grad_out.shape[2], self._num_key_heads, q.device)
@@ -114,14 +114,14 @@ class Ulysses(KeyExchange):
             self._returning[read] = []
             while grads:
                 self._returning[read].append(self._return(_summed(grads.pop(0), sources, keys), keys.dtype))
-        return self._wait_tokens(flight), None, None
+        return self._wait_tokens(flight), None
 
-    def finish(self, shape: torch.Size, like: Tensor) -> tuple[Tensor, Tensor]:
+    def finish(self, shape: torch.Size) -> Grads:
         dk, dv = self._wait_key_grads(shape)
         while self._returning:
             more = self._wait_key_grads(shape)
-            dk, dv = (_wide(x) + y for x, y in zip((dk, dv), more, strict=True))
-        return dk.to(like.dtype), dv.to(like.dtype)
+            dk, dv = (wide(x) + y for x, y in zip((dk, dv), more, strict=True))
+        return dk, dv
 
     def release(self) -> None:
         self._keys = None
@@ -169,7 +169,7 @@ class Ulysses(KeyExchange):
         ]
         if touches(heads):
             return torch.cat(parts, dim=2)
-        total = _wide(arrived.new_zeros(shape))
+        total = wide(arrived.new_zeros(shape))
         for part, (start, stop) in zip(parts, heads, strict=True):
             total[:, :, start:stop] += part
         return total
@@ -220,9 +220,4 @@ def _summed(grad: Tensor, sources: Tensor | None, keys: Tensor) -> Tensor:
     """The gradient of what `_spread` took, [B, N, n, D]."""
     if sources is None:
         return grad
-    return _wide(grad.new_zeros(keys.shape)).index_add_(2, sources, _wide(grad))
-
-
-def _wide(x: Tensor) -> Tensor:
-    """In the dtype that sums are taken in."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return wide(grad.new_zeros(keys.shape)).index_add_(2, sources, wide(grad))

@@ -39,6 +39,15 @@ def unpack(packed: Tensor) -> tuple[Tensor, Tensor]:
     return k, v
 
 
+def add_packed(grads: tuple[Tensor, Tensor], runs: Sequence[Run], packed: Tensor) -> None:
+    """Add packed gradients, one run after another, to the tokens of `runs` of dk and dv [B, T, H_kv, D]."""
+    offset = 0
+    for start, stop in runs:
+        for slot, grad in enumerate(grads):
+            grad[:, start:stop] += packed[offset : offset + stop - start, :, slot].transpose(0, 1)
+        offset += stop - start
+
+
 def take(packed: Tensor, runs: Sequence[Run]) -> Tensor:
     """The tokens of `runs`, one run after another; a view where they lie so and are most of the tensor."""
     runs = [run for run in runs if run[0] < run[1]]
