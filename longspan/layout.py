@@ -12,7 +12,6 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -29,6 +28,13 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 Order = Literal["contiguous", "zigzag"]
 ORDERS: tuple[Order, ...] = ("contiguous", "zigzag")
+
+
+def _cached_property(build: Callable[[SequenceLayout], T]) -> T:
+    """A property that is built once for a layout; `torch.compile` follows it, and would stop at the lock of functools' own."""
+    getter: Any = property(lambda layout: layout.cached(build.__name__, lambda: build(layout)), doc=build.__doc__)
+    result: T = getter
+    return result
 
 
 @dataclass(frozen=True)
@@ -159,7 +165,7 @@ class SequenceLayout:
         layout._init(seq_len, None, num_ranks, rank, order, documents, ranks_per_node)
         return layout
 
-    @cached_property
+    @_cached_property
     def mirrored(self) -> SequenceLayout:
         """The layout of the reversed sequence, each rank holding the tokens that it holds here, in reverse order.
 
@@ -203,7 +209,7 @@ class SequenceLayout:
         """Global cu_seqlens, ``(0, seq_len)`` without documents."""
         return self.documents if self.documents is not None else (0, self.seq_len)
 
-    @cached_property
+    @_cached_property
     def all_segments(self) -> tuple[Segment, ...]:
         """Every rank's segments, in global order."""
         num_segments = self.num_ranks * self.num_segments
@@ -227,7 +233,7 @@ class SequenceLayout:
         own = sorted((s for s in self.all_segments if s.rank == rank), key=lambda s: s.slot)
         return tuple((s.start, s.stop) for s in own)
 
-    @cached_property
+    @_cached_property
     def segments(self) -> tuple[tuple[int, int], ...]:
         """Global ``[start, stop)`` ranges that this rank holds, in the order of its local tokens."""
         return self.segments_of(self.rank)
@@ -237,7 +243,7 @@ class SequenceLayout:
         """Number of segments a rank holds: 1 if contiguous, 2 if zigzag (1 where a single rank holds everything)."""
         return 2 if self.order == "zigzag" and self.num_ranks > 1 else 1
 
-    @cached_property
+    @_cached_property
     def tokens_of(self) -> tuple[int, ...]:
         """Number of tokens that each rank holds."""
         counts = [0] * self.num_ranks
@@ -250,7 +256,7 @@ class SequenceLayout:
         """Number of tokens T_local that this rank holds."""
         return self.tokens_of[self.rank]
 
-    @cached_property
+    @_cached_property
     def pieces(self) -> tuple[Piece, ...]:
         """This rank's tokens cut at segment and document boundaries, in local order."""
         bounds = self.document_bounds
@@ -278,7 +284,7 @@ class SequenceLayout:
 
     # --------------------------------------------------------------------------------------------------------- positions
 
-    @cached_property
+    @_cached_property
     def positions(self) -> Tensor:
         """Global position of each local token, int64 ``[T_local]`` on the CPU."""
         return torch.cat([torch.arange(start, stop) for start, stop in self.segments])
@@ -527,6 +533,9 @@ def _check_documents(documents: Any, seq_len: int, num_ranks: int) -> tuple[int,
 
 
 def _last_at_or_before(bounds: tuple[int, ...], position: int) -> int:
+    if torch.compiler.is_compiling():
+        # A compiler follows Python, and no built-in search.
+        return sum(bound <= position for bound in bounds) - 1
     return bisect_right(bounds, position) - 1
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -150,6 +151,17 @@ def _sent_pieces(layout: SequenceLayout, last_of_segment: list[int | None]) -> t
     return tuple(sent)
 
 
+@lru_cache(maxsize=8)
+def _kept_local_layout(seq_len: int) -> SequenceLayout:
+    return SequenceLayout.local(seq_len)
+
+
+def local_layout(seq_len: int) -> SequenceLayout:
+    """The layout of one device, with what calls of the same length have built of it already."""
+    # A compiled call builds it once, as it is compiled.
+    return SequenceLayout.local(seq_len) if torch.compiler.is_compiling() else _kept_local_layout(seq_len)
+
+
 def write(
     operator: str,
     k: Tensor,
@@ -166,7 +178,7 @@ def write(
     """Compute the states that this rank's tokens write and start their exchange, without waiting for it; see `longspan.write`."""
     variant = VARIANTS[operator]
     topology = resolve_topology(exchange)
-    layout = SequenceLayout.local(k.shape[1]) if layout is None else layout
+    layout = local_layout(k.shape[1]) if layout is None else layout
     backend = check_inputs(variant, k, v, gates, initial_state, layout, backend, chunk_size)
     ends = layout.cached(("end_rows", output_final_state), lambda: _end_rows(layout, output_final_state))
     pending = None
@@ -286,8 +298,9 @@ def _check_gate(variant: Variant, gate: Gate, x: Tensor, sizes: Mapping[str, int
             f"{variant.name}: {gate.name} is a constant and takes no gradient; pass {gate.name}.detach(), or use an operator "
             "whose decay is learned, such as simple_gla"
         )
-    # On other devices the check would make the host wait.
-    if gate.is_log_decay and x.device.type == "cpu" and x.numel() and not bool(x.detach().amax() <= 0):
+    # On other devices the check would make the host wait; a compiler does not see values.
+    readable = x.device.type == "cpu" and x.numel() and not torch.compiler.is_compiling()
+    if gate.is_log_decay and readable and not bool(x.detach().amax() <= 0):
         raise InputError(
             f"{variant.name}: {gate.name} holds logarithms of decays and must not exceed 0 or be NaN; its largest value on rank "
             f"{layout.rank} is {float(x.detach().amax()):g}. Use for example torch.nn.functional.logsigmoid"

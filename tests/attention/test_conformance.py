@@ -36,9 +36,17 @@ def packings_of(exchange: str) -> tuple[str, ...]:
 
 
 def errors_on_rank(
-    name: str, exchange: str, order: Any, documents: list[int] | None, seq_len: int, form: str, options: dict[str, Any]
+    name: str,
+    exchange: str,
+    order: Any,
+    documents: list[int] | None,
+    seq_len: int,
+    form: str,
+    options: dict[str, Any],
+    backend: str = "torch",
+    chunk_size: int = 8,
 ) -> dict[str, float]:
-    """Errors of this rank's outputs and gradients against the recurrent form of the whole sequence."""
+    """Errors of this rank's outputs and gradients against the recurrent form of the whole sequence; options: of `make_inputs`."""
     inputs = make_inputs(name, seq_len, documents=documents, **options)
     o_reference, final_reference = reference(name, inputs)
     num_ranks = dist.get_world_size()
@@ -62,7 +70,8 @@ def errors_on_rank(
         output_final_state=True,
         layout=layout,
         exchange=exchange,
-        chunk_size=8,
+        backend=backend,
+        chunk_size=chunk_size,
     )
     o = memory.read_overlapped(q, inputs.scale) if form == "overlapped" else memory.read(q, inputs.scale)
     final = memory.final_state()

@@ -15,9 +15,12 @@ from torch import Tensor
 LOWEST_LOG_DECAY = -128.0
 
 
+_INTERPRETED = bool(triton.knobs.runtime.interpret)
+
+
 def interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter on the CPU."""
-    return bool(triton.knobs.runtime.interpret)
+    """Whether kernels run in Triton's interpreter on the CPU; decided, as Triton does, when they are first imported."""
+    return _INTERPRETED
 
 
 def precision(dtype: torch.dtype) -> str:

@@ -68,10 +68,15 @@ def _build(layout: SequenceLayout, length: int, end_pieces: tuple[int, ...], dev
         pieces.append((first_slot, slot, number, num_starts if piece.starts_document else -1, end_row, segment))
         num_starts += piece.starts_document
         slot += 1
+    starting = [number for number, piece in enumerate(layout.pieces) if piece.starts_document]
+
+    def on_device(rows: list[tuple[int, ...]], columns: tuple[str, ...]) -> Tensor:
+        return torch.tensor(rows, dtype=torch.int32).view(-1, len(columns)).to(device, non_blocking=True)
+
     return Stretches(
-        table=torch.tensor(table, dtype=torch.int32).view(-1, len(STRETCH_COLUMNS)).to(device),
-        pieces=torch.tensor(pieces, dtype=torch.int32).view(-1, len(PIECE_COLUMNS)).to(device),
-        starting=torch.tensor([n for n, piece in enumerate(layout.pieces) if piece.starts_document]).long().to(device),
+        table=on_device(table, STRETCH_COLUMNS),
+        pieces=on_device(pieces, PIECE_COLUMNS),
+        starting=torch.tensor(starting, dtype=torch.int64).to(device, non_blocking=True),
         num_slots=slot,
         num_ends=len(end_pieces),
     )

@@ -180,13 +180,14 @@ def test_on_a_cpu_without_the_interpreter_the_error_says_what_to_do() -> None:
     assert "the tensors are on cpu. Use backend='torch' there" in done.stdout
 
 
-@pytest.mark.parametrize("name", ["retention", "gla"])
-def test_torch_compile_keeps_one_graph(name: str) -> None:
+@pytest.mark.parametrize(("name", "documents"), [("retention", None), ("gla", None), ("gla", [0, 7, 40])])
+def test_torch_compile_keeps_one_graph(name: str, documents: list[int] | None) -> None:
     inputs = make_inputs(name, 40, dtype=torch.float32)
+    layout = None if documents is None else longspan.SequenceLayout.local(40, documents)
     leaves = [inputs.q, inputs.k, inputs.v]
 
     def call(*tensors: Tensor) -> Tensor:
-        o = getattr(longspan, name)(*tensors, backend="triton")
+        o = getattr(longspan, name)(*tensors, backend="triton", layout=layout)
         assert isinstance(o, Tensor)
         return o * 2.0
 

@@ -1,0 +1,91 @@
+"""Every kernel compiles for the GPUs that it is meant for, without one: a kernel that does not is seen here."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+# Not in this process: here the kernels are the interpreter's.
+CODE = """
+import json, sys
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from longspan.ops.triton import attend, decays, gates, states
+
+BF16, F32, I32 = "*bf16", "*fp32", "*i32"
+ATTEND = dict(a=BF16, b=BF16, c=BF16, out=BF16, g=F32, log_decay=F32, states=F32, arriving=F32, carried=F32, dotted=BF16, dots=F32,
+              table=I32, scale_in=F32, scale_out="fp32")
+WRITE = dict(left=BF16, right=BF16, g=F32, log_decay=F32, states=F32, totals=F32, table=I32, scale="fp32")
+FLAGS = dict(LOWEST=-128.0, PRECISION="native")
+
+
+def attended(decay, axis, reverse, size=128, block=64, chunk=64):
+    state = {"state_row": 1} if axis else {"state_column": 1}
+    return dict(ATTEND), dict(FLAGS, **state, DECAY=decay, AXIS=axis, REVERSE=reverse, HAS_STATES=True, HAS_ARRIVING=True,
+                              HAS_DOTS=decay == 2, INSIDE=True, C=chunk, LEVELS=chunk.bit_length() - 1, BK=size, BV=block)
+
+
+def written(decay, reverse, chunk=64):
+    return dict(WRITE), dict(FLAGS, DECAY=decay, REVERSE=reverse, C=chunk, BK=64, BV=64)
+
+
+CASES = {
+    "attend, head": (attend.attend_kernel, *attended(1, 0, False), 4),
+    "attend, token": (attend.attend_kernel, *attended(2, 1, True), 4),
+    "attend, 256": (attend.attend_kernel, *attended(2, 0, False, size=256), 8),
+    "attend, channel": (attend.attend_kernel, *attended(3, 0, True, chunk=32), 8),
+    "attend, channel of columns": (attend.attend_kernel, *attended(3, 1, False, chunk=32), 8),
+    "write, none": (states.write_kernel, *written(0, False), 4),
+    "write, token": (states.write_kernel, *written(2, False), 4),
+    "write, channel": (states.write_kernel, *written(3, True, 32), 4),
+    "scan": (states.scan_kernel, dict(states=F32, totals=F32, starts=F32, ends=F32, pieces=I32),
+             dict(HAS_STARTS=True, HAS_ENDS=True, DECAY=3, REVERSE=True, BK=32, BV=32), 4),
+    "carry": (states.carry_kernel, dict(totals=F32, carried=F32, pieces=I32), dict(REVERSE=False, BK=128), 4),
+    "cumulate": (decays.cumulate_kernel, dict(g=F32, b=F32, table=I32), dict(LOWEST=-128.0, C=32, BK=64), 4),
+    "gates": (gates.gate_kernel, dict(x=BF16, grad=BF16, sums=F32, of_end=F32, g=F32, out=F32, table=I32, sign="fp32"),
+              dict(LOWEST=-128.0, HAS_END=True, DECAY=3, C=32, BK=64), 4),
+}
+
+
+def compiled(kernel, types, constants, num_warps, capability):
+    function = getattr(kernel, "fn", kernel) if hasattr(kernel, "configs") else kernel
+    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in function.arg_names}
+    # As a launch would find them: sizes and strides that 16 divides.
+    attributes = {(place,): [["tt.divisibility", 16]] for place, (name, kind) in enumerate(signature.items())
+                  if kind not in ("constexpr", "fp32") and not name.endswith("heads")}
+    source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=attributes)
+    options = {"num_warps": num_warps, "num_stages": 2}
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+capability = int(sys.argv[1])
+results = {}
+for name, case in CASES.items():
+    kernel = compiled(*case, capability)
+    results[name] = {"target": f".target sm_{capability}" in kernel.asm["ptx"], "shared": kernel.metadata.shared}
+print(json.dumps(results))
+"""
+
+# Bytes of shared memory that a block may have (CUDA programming guide, compute capabilities).
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}
+
+
+@pytest.mark.parametrize("capability", SHARED_MEMORY)
+def test_every_kernel_compiles_for_ampere_and_hopper_and_fits_its_shared_memory(capability: int) -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", CODE, str(capability)],
+        env={"PATH": "/usr/bin:/bin", "TRITON_DEFAULT_FP_FUSION": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    results = json.loads(done.stdout.splitlines()[-1])
+    assert len(results) == 12
+    for name, kernel in results.items():
+        assert kernel["target"], name
+        assert 0 <= kernel["shared"] <= SHARED_MEMORY[capability], (name, kernel)

@@ -1,0 +1,37 @@
+"""The kernels over several ranks: outputs, states and every gradient equal the recurrent form, on every rank."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from longspan.ops.triton import stretches
+from tests.attention.test_conformance import errors_on_rank
+from tests.ops.triton.test_decay import NAMES
+from tests.ranks import run_on_ranks
+
+SEQ_LEN = 75
+DOCUMENTS = [0, 1, 20, 26, 60, 75]
+
+
+def errors_of_kernels(name: str, cases: list[tuple[Any, list[int] | None, str]]) -> list[dict[str, float]]:
+    # Several stretches in every segment.
+    stretches.MIN_LENGTH = 16
+    results = []
+    for order, documents, form in cases:
+        options = {"heads": 2, "key_heads": 1, "dtype": torch.float32}
+        call = (name, "all_gather", order, documents, SEQ_LEN, form, options)
+        results.append(errors_on_rank(*call, backend="triton", chunk_size=16))
+    return results
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3])
+@pytest.mark.parametrize("name", NAMES)
+def test_kernels_around_the_exchange_equal_the_recurrent_form_on_every_rank(name: str, num_ranks: int) -> None:
+    cases: list[tuple[Any, list[int] | None, str]]
+    cases = [("zigzag", None, "fused"), ("contiguous", DOCUMENTS, "overlapped" if num_ranks == 2 else "fused")]
+    for rank, results in enumerate(run_on_ranks(num_ranks, errors_of_kernels, name, cases)):
+        for case, errors in zip(cases, results, strict=True):
+            assert max(errors.values()) < 2e-5, f"rank {rank} of {num_ranks}, {case}: {errors}"
