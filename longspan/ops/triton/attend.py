@@ -158,7 +158,7 @@ def attend_kernel(
     state = tl.zeros([BK, BV], tl.float32)
     is_state = (rows < num_contracted)[:, None] & (columns < num_columns)[None, :]
     tile = rows[:, None] * state_row + columns[None, :] * state_column
-    size = num_contracted.to(tl.int64) * num_columns
+    size = tl.cast(num_contracted, tl.int64) * num_columns
     place = slot.to(tl.int64) * tl.num_programs(1) + head_index
     if HAS_STATES:
         state += tl.load(states + place * size + tile, mask=is_state, other=0.0)

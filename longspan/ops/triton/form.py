@@ -72,7 +72,7 @@ class _Written:
 
     k: Tensor
     v: Tensor
-    states: Tensor
+    states: Tensor | None
     ends: Tensor
     totals: Tensor
     carried: Tensor
@@ -106,12 +106,15 @@ class TritonChunkForm(ChunkForm):
         stretches = stretches_of(self.layout, self.length, tuple(end_pieces), k.device)
         k, v = contiguous_rows(k), contiguous_rows(v)
         start_states = None if start_states is None else start_states.contiguous()
+        is_plain = start_states is None and not end_pieces and stretches.is_one_a_piece
         states, ends, totals, carried, sums, *tickets = decay_write(
             k, v, self._g, self.gates.get("log_decay"), start_states,
             stretches.table, stretches.pieces, stretches.starting, stretches.num_slots, stretches.num_ends, self.chunk_size,
+            is_plain,
         )  # fmt: skip
         self._stretches = stretches
-        self._written = _Written(k, v, states, ends, totals, carried, sums, (tickets[0], tickets[1], tickets[2]))
+        own = (tickets[0], tickets[1], tickets[2])
+        self._written = _Written(k, v, None if is_plain else states, ends, totals, carried, sums, own)
         return ends
 
     def read(self, q: Tensor, wait: Callable[[], Tensor | None], scale: float, overlapped: bool) -> Tensor:

@@ -48,8 +48,12 @@ def decay_write(
     num_slots: int,
     num_ends: int,
     chunk_size: int,
+    is_plain: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """States between stretches, and what the other phases need.
+
+    is_plain: nothing enters or leaves a stretch (no start states, no ends, one stretch a piece). Then states, totals and carried
+    are empty, and nothing is computed before the queries are there.
 
     | | shape | |
     |---|---|---|
@@ -74,10 +78,13 @@ def decay_write(
         passes.cumulate(g, table, chunk_size) if g is not None and g.dim() == 4 else k.new_empty(0, dtype=torch.float32)
     )
     decay = Decay.of(g, log_decay, sums, chunk_size)
-    states, totals = passes.write(k, v, decay, table, num_slots)
-    ends = states.new_empty(num_ends, batch, num_heads, k.shape[-1], value_size)
-    passes.scan(states, totals, pieces, decay.kind, starts=start_states, ends=ends if num_ends else None)
-    carried = passes.carry(totals, pieces, num_slots)
+    nothing = k.new_empty(0, dtype=torch.float32)
+    states, ends, totals, carried = nothing, nothing.clone(), None, None
+    if not is_plain:
+        states, totals = passes.write(k, v, decay, table, num_slots)
+        ends = states.new_empty(num_ends, batch, num_heads, k.shape[-1], value_size)
+        passes.scan(states, totals, pieces, decay.kind, starts=start_states, ends=ends if num_ends else None)
+        carried = passes.carry(totals, pieces, num_slots)
     return (
         states,
         ends,
@@ -91,27 +98,26 @@ def decay_write(
 
 
 @decay_write.register_fake
-def _(k, v, g, log_decay, start_states, table, pieces, starting, num_slots, num_ends, chunk_size):  # type: ignore[no-untyped-def]
+def _(k, v, g, log_decay, start_states, table, pieces, starting, num_slots, num_ends, chunk_size, is_plain):  # type: ignore[no-untyped-def]
     batch, _, num_heads, value_size = v.shape
     size = k.shape[-1]
-    states = k.new_empty(num_slots, batch, num_heads, size, value_size, dtype=torch.float32)
+    nothing = [k.new_empty(0, dtype=torch.float32) for _ in range(5)]
+    states, ends, totals, carried, sums = nothing
     of_channels = g is not None and g.dim() == 4
-    tail = (batch, num_heads, size) if of_channels else (batch, num_heads)
-    decays = g is not None or log_decay is not None
-    return (
-        states,
-        states.new_empty(num_ends, *states.shape[1:]),
-        states.new_empty(table.shape[0], *tail) if decays else states.new_empty(0),
-        states.new_empty(num_slots, *tail) if decays else states.new_empty(0),
-        states.new_empty(g.shape) if of_channels else states.new_empty(0),
-        k.new_empty(()).expand(k.shape),
-        v.new_empty(()).expand(v.shape),
-        states.new_empty(()),
-    )
+    if not is_plain:
+        states = states.new_empty(num_slots, batch, num_heads, size, value_size)
+        ends = states.new_empty(num_ends, *states.shape[1:])
+        if g is not None or log_decay is not None:
+            tail = (batch, num_heads, size) if of_channels else (batch, num_heads)
+            totals, carried = states.new_empty(table.shape[0], *tail), states.new_empty(num_slots, *tail)
+    if of_channels:
+        sums = states.new_empty(g.shape)
+    tickets = k.new_empty(()).expand(k.shape), v.new_empty(()).expand(v.shape), states.new_empty(())
+    return (states, ends, totals, carried, sums, *tickets)
 
 
 def _setup_write(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    k, v, g, log_decay, start_states, table, pieces, starting, _, _, chunk_size = inputs
+    k, v, g, log_decay, start_states, table, pieces, starting, _, _, chunk_size, _ = inputs
     states, _, totals, _, sums, *_ = output
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(k, v, g, log_decay, table, pieces, starting, states, totals, sums)
@@ -131,7 +137,7 @@ def _write_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...
         dg if g is not None and ctx.needs_input_grad[2] else None,
         None,
         grad_start if ctx.has_start else None,
-        *(None,) * 6,
+        *(None,) * 7,
     )
 
 
@@ -350,10 +356,12 @@ def decay_read_backward(
         do, v, k, decay, entering, table,
         num_columns=q.shape[-1], axis=COLUMNS, scale_in=_one(q), scale_out=scale, dotted=q if of_tokens else None, **common,
     )  # fmt: skip
-    num_slots = table.shape[0] + pieces.shape[0]
-    d, _ = passes.write(q, do, decay, table, num_slots, scale=scale, reverse=True)
+    d = q.new_empty(0, dtype=torch.float32)
     grad_arriving = torch.zeros_like(arriving) if arriving is not None else None
-    passes.scan(d, known_totals, pieces, decay.kind, ends=grad_arriving, reverse=True)
+    if states is not None or arriving is not None:
+        num_slots = table.shape[0] + pieces.shape[0]
+        d, _ = passes.write(q, do, decay, table, num_slots, scale=scale, reverse=True)
+        passes.scan(d, known_totals, pieces, decay.kind, ends=grad_arriving, reverse=True)
     dg = q.new_empty(0)
     if g is not None:
         of_end = None
@@ -389,12 +397,15 @@ def decay_read_backward(
 def _(do, q, k, v, g, log_decay, states, arriving, *rest):  # type: ignore[no-untyped-def]
     _, _, _, table, pieces, _, inside, _ = rest
     nothing = [q.new_empty(0) for _ in range(4)]
-    slots = table.shape[0] + pieces.shape[0]
+    states_like = q.new_empty(0, dtype=torch.float32)
+    if states is not None or arriving is not None:
+        slots = table.shape[0] + pieces.shape[0]
+        states_like = states_like.new_empty(slots, do.shape[0], do.shape[2], q.shape[-1], do.shape[3])
     return (
         q.new_empty(q.shape),
         q.new_empty(k.shape) if inside else nothing[0],
         q.new_empty(v.shape) if inside else nothing[1],
         nothing[2] if g is None else torch.empty_like(g, memory_format=torch.contiguous_format),
-        q.new_empty(slots, do.shape[0], do.shape[2], q.shape[-1], do.shape[3], dtype=torch.float32),
+        states_like,
         nothing[3] if arriving is None else torch.empty_like(arriving),
     )

@@ -161,7 +161,7 @@ def scan_kernel(
     columns = (block % column_blocks) * BV + tl.arange(0, BV)
     inside = (rows < num_rows)[:, None] & (columns < num_columns)[None, :]
     tile = rows[:, None] * num_columns + columns[None, :]
-    size = num_rows.to(tl.int64) * num_columns
+    size = tl.cast(num_rows, tl.int64) * num_columns
 
     state = tl.zeros([BK, BV], tl.float32)
     if HAS_STARTS:

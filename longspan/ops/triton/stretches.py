@@ -37,6 +37,8 @@ class Stretches:
     starting: Tensor
     num_slots: int
     num_ends: int
+    is_one_a_piece: bool
+    """Whether no piece has a second stretch: then no state passes between stretches."""
 
 
 def stretch_length(layout: SequenceLayout, num_programs_a_stretch: int, num_processors: int) -> int:
@@ -79,4 +81,5 @@ def _build(layout: SequenceLayout, length: int, end_pieces: tuple[int, ...], dev
         starting=torch.tensor(starting, dtype=torch.int64).to(device, non_blocking=True),
         num_slots=slot,
         num_ends=len(end_pieces),
+        is_one_a_piece=len(table) == len(pieces),
     )

@@ -23,10 +23,12 @@ WRITE = dict(left=BF16, right=BF16, g=F32, log_decay=F32, states=F32, totals=F32
 FLAGS = dict(LOWEST=-128.0, PRECISION="native")
 
 
-def attended(decay, axis, reverse, size=128, block=64, chunk=64):
+def attended(decay, axis, reverse, size=128, block=64, chunk=64, dtype=BF16, **constants):
     state = {"state_row": 1} if axis else {"state_column": 1}
-    return dict(ATTEND), dict(FLAGS, **state, DECAY=decay, AXIS=axis, REVERSE=reverse, HAS_STATES=True, HAS_ARRIVING=True,
-                              HAS_DOTS=decay == 2, INSIDE=True, C=chunk, LEVELS=chunk.bit_length() - 1, BK=size, BV=block)
+    types = {name: dtype if kind == BF16 else kind for name, kind in ATTEND.items()}
+    constants = {**FLAGS, **state, "PRECISION": "float32" if dtype == F32 else "native", **constants}
+    return types, dict(constants, DECAY=decay, AXIS=axis, REVERSE=reverse, HAS_STATES=True, HAS_ARRIVING=True,
+                       HAS_DOTS=decay == 2, INSIDE=True, C=chunk, LEVELS=chunk.bit_length() - 1, BK=size, BV=block)
 
 
 def written(decay, reverse, chunk=64):
@@ -39,6 +41,11 @@ CASES = {
     "attend, 256": (attend.attend_kernel, *attended(2, 0, False, size=256), 8),
     "attend, channel": (attend.attend_kernel, *attended(3, 0, True, chunk=32), 8),
     "attend, channel of columns": (attend.attend_kernel, *attended(3, 1, False, chunk=32), 8),
+    # float16 reads states in TF32, float32 multiplies in three passes.
+    "attend, float16": (attend.attend_kernel, *attended(2, 0, False, size=64, dtype="*fp16"), 4),
+    "attend, float32": (attend.attend_kernel, *attended(1, 0, True, size=64, block=32, dtype=F32), 4),
+    # A launch makes constants of sizes that are 1.
+    "attend, heads of one number": (attend.attend_kernel, *attended(2, 0, False, 16, 16, num_contracted=1, num_columns=1), 4),
     "write, none": (states.write_kernel, *written(0, False), 4),
     "write, token": (states.write_kernel, *written(2, False), 4),
     "write, channel": (states.write_kernel, *written(3, True, 32), 4),
@@ -85,7 +92,7 @@ def test_every_kernel_compiles_for_ampere_and_hopper_and_fits_its_shared_memory(
     )
     assert done.returncode == 0, done.stderr
     results = json.loads(done.stdout.splitlines()[-1])
-    assert len(results) == 12
+    assert len(results) == 15
     for name, kernel in results.items():
         assert kernel["target"], name
         assert 0 <= kernel["shared"] <= SHARED_MEMORY[capability], (name, kernel)

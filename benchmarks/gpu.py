@@ -1,0 +1,326 @@
+"""Check and measure the kernels on one NVIDIA GPU: ``python -m benchmarks.gpu [TABLE ...] [--quick] [--out FILE]``.
+
+Every side is compared with float64 before it is timed, and a wrong one is not reported. Sides are timed in turn, by the GPU's
+own clock, and quoted as medians with the spread of the pairs. Where flash-linear-attention is installed (``pip install
+'longspan[fla]'``) it is the peer; without it its columns say so. ``--interpreter`` runs everything on the CPU in Triton's
+interpreter with tiny sizes, to see that it runs: its figures mean nothing, and are not printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpu_sides import OPERATORS, Case, Inputs, exact, fla_side, flash_attention, make_inputs, ours, step
+from benchmarks.harness import Ratio, Table, machine, paired, save
+from longspan.layout import SequenceLayout
+from longspan.ops import VARIANTS
+from longspan.ops.variant import ChunkForm
+
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Where it runs, how long a measurement is, and the ceilings of the device."""
+
+    device: torch.device
+    repeats: int
+    copy_rate: float = 1.0
+    matmul_rate: float = 1.0
+
+    @property
+    def is_real(self) -> bool:
+        return self.device.type == "cuda"
+
+    def seconds(self, function: Callable[[], object]) -> float:
+        """Time of one call, on the GPU's clock."""
+        if not self.is_real:
+            begun = time.perf_counter()
+            function()
+            return time.perf_counter() - begun
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize(self.device)
+        begin.record()
+        function()
+        end.record()
+        torch.cuda.synchronize(self.device)
+        return begin.elapsed_time(end) / 1e3
+
+    def in_turn(self, sides: list[Callable[[], object]]) -> list[list[float]]:
+        """Times of every side, one call of each a round, after two rounds that are not counted."""
+        times: list[list[float]] = [[] for _ in sides]
+        warm_up = 2 if self.is_real else 0
+        for round_ in range(self.repeats + warm_up):
+            for index, side in enumerate(sides):
+                elapsed = self.seconds(side)
+                if round_ >= warm_up:
+                    times[index].append(elapsed)
+        return times
+
+    def median(self, function: Callable[[], object]) -> float:
+        return statistics.median(self.in_turn([function])[0])
+
+
+def measured(gpu: Gpu) -> Gpu:
+    """The same with its ceilings: bytes a second of a copy (read and written), operations a second of a bfloat16 product."""
+    if not gpu.is_real:
+        return gpu
+    x = torch.empty(2**30, dtype=torch.uint8, device=gpu.device)
+    y = torch.empty_like(x)
+    a = torch.randn(8192, 8192, device=gpu.device, dtype=torch.bfloat16)
+    copy = 2 * x.numel() / gpu.median(lambda: y.copy_(x))
+    return replace(gpu, copy_rate=copy, matmul_rate=2 * 8192**3 / gpu.median(lambda: a @ a))
+
+
+def largest_error(got: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> float:
+    """Of the outputs and gradients, relative to each one's largest value; infinite for a NaN."""
+    errors = [
+        float((x.detach().double() - y.detach()).abs().max() / y.detach().abs().max())
+        for x, y in zip(got, expected, strict=True)
+    ]
+    return max(error if error == error else float("inf") for error in errors)
+
+
+# ------------------------------------------------------------------------------------------------------------- correctness
+
+
+def correctness(gpu: Gpu, quick: bool) -> Table:
+    """Every operator, dtype, size and packing against float64; a wrong kernel ends the run."""
+    table = Table(
+        "correctness",
+        "Largest error of outputs and gradients against float64",
+        "below the tolerance everywhere",
+        ["operator", "dtype", "error", "tolerance"],
+    )
+    lengths, sizes, heads = ((33,), (16,), 1) if quick else ((1, 63, 1000, 5000), (64, 128, 256, 80), 2)
+    for operator in OPERATORS:
+        for dtype, tolerance in TOLERANCE.items():
+            worst = 0.0
+            for seq_len in lengths:
+                for size in sizes:
+                    documents = (0, seq_len // 3, seq_len // 2, seq_len) if seq_len > 30 else None
+                    for packed in (None, documents):
+                        case = Case(operator, seq_len, size, heads=heads, dtype=dtype, documents=packed)
+                        inputs = make_inputs(case, gpu.device)
+                        worst = max(worst, largest_error(step(ours, inputs), exact(inputs)))
+            if not worst <= tolerance:
+                raise SystemExit(f"{operator} in {dtype}: relative error {worst:.1e}; nothing is timed")
+            table.add(operator, str(dtype).removeprefix("torch."), f"{worst:.0e}", f"{tolerance:.0e}")
+    return table
+
+
+# ------------------------------------------------------------------------------------------------------------------ speed
+
+
+def grid(quick: bool) -> list[Case]:
+    """B1 T 8K to 512K with H16 D128; D 64 and 256; many rows; packed documents."""
+    if quick:
+        return [Case(operator, 32, 16, heads=1) for operator in OPERATORS]
+    cases = []
+    for operator in OPERATORS:
+        cases += [Case(operator, seq_len) for seq_len in (8192, 32768, 131072, 524288)]
+        cases += [Case(operator, 2048, size, batch=8, heads=heads) for size, heads in ((64, 64), (128, 32), (256, 32))]
+        cases += [Case(operator, 32768, size) for size in (64, 256)]
+        cases.append(Case(operator, 65536, documents=tuple(range(0, 65537, 4096))))
+        cases.append(Case(operator, 65536, documents=(0, *range(257, 65536, 509), 65536)))
+    return cases
+
+
+def _forward(attend: Callable[[Inputs], Tensor], inputs: Inputs) -> None:
+    with torch.no_grad():
+        attend(inputs)
+
+
+def speed(gpu: Gpu, quick: bool) -> Table:
+    table = Table(
+        "speed",
+        f"Our kernels against flash-linear-attention {installed('flash-linear-attention')}, same inputs",
+        "forward + backward at T ≥ 8K: 1.3 times for simple_gla and retention, 1.2 for gla, 3 at D 256; never behind. Share of the "
+        "ceiling: ideal bytes over a copy's rate, or operations over a product's, whichever takes longer, over the time",
+        ["case", "pass", "ms", "ms, fla", "times as fast", "GB/s", "share of the ceiling"],
+    )
+    for case in grid(quick):
+        inputs = make_inputs(case, gpu.device)
+        peer = fla_side(case)
+        for backward in (False, True):
+            run = step if backward else _forward
+            sides: list[Callable[[], object]] = [partial(run, ours, inputs)]
+            note = "not installed" if case.operator != "linear_attention" else "has none without normalisation"
+            if peer is not None:
+                try:
+                    error = largest_error(step(peer, inputs), step(ours, inputs))
+                except Exception as problem:  # a peer that cannot run a case is a fact about the peer
+                    peer, note = None, type(problem).__name__
+                else:
+                    note = "" if error <= 5 * TOLERANCE[case.dtype] else f"differs by {error:.0e}"
+                    sides += [] if note else [partial(run, peer, inputs)]
+            times = gpu.in_turn(sides)
+            mine = statistics.median(times[0])
+            ratio = paired(times[1], times[0]).ratio if len(times) > 1 else note
+            theirs = f"{statistics.median(times[1]) * 1e3:.3f}" if len(times) > 1 else note
+            num_bytes = case.ideal_bytes(backward)
+            ideal = max(num_bytes / gpu.copy_rate, case.operations(backward) / gpu.matmul_rate)
+            name = "forward + backward" if backward else "forward"
+            table.add(
+                case, name, f"{mine * 1e3:.3f}", theirs, ratio, f"{num_bytes / mine / 1e9:.0f}", f"{ideal / mine:.2f}"
+            )
+        del inputs
+    return table
+
+
+def softmax(gpu: Gpu, quick: bool) -> Table:
+    table = Table(
+        "softmax",
+        "simple_gla against PyTorch's causal flash attention, forward + backward, B1 H16 D128 bfloat16",
+        "the length from which linear attention is faster, and the ratio at 65,536",
+        ["tokens", "ms, simple_gla", "ms, flash attention", "times as fast"],
+    )
+    for seq_len in () if quick or not gpu.is_real else (512, 1024, 2048, 4096, 8192, 16384, 32768, 65536):
+        inputs = make_inputs(Case("simple_gla", seq_len), gpu.device)
+        plain = replace(inputs, gates={})
+        times = gpu.in_turn([partial(step, ours, inputs), partial(step, flash_attention, plain)])
+        result = paired(times[1], times[0])
+        table.add(f"{seq_len:,}", f"{result.second * 1e3:.3f}", f"{result.first * 1e3:.3f}", result.ratio)
+    return table
+
+
+# -------------------------------------------------------------------------------------------------------- sequence parallel
+
+
+def _on_one_rank(inputs: Inputs, layout: SequenceLayout, incoming: Tensor) -> tuple[Tensor, ...]:
+    """What one of several ranks computes, forward and backward, when `incoming` [1, B, H, K, V] arrives and costs nothing."""
+    case = inputs.case
+    form: ChunkForm = VARIANTS[case.operator].prepare(inputs.k, inputs.v, inputs.gates, layout, None, "triton")
+    ends = form.write(inputs.k, inputs.v, None, (0,), (0,))
+    o = form.read(inputs.q, lambda: incoming, case.size**-0.5, overlapped=False)
+    leaves = [*inputs.leaves, incoming]
+    return torch.autograd.grad([o, ends], leaves, [inputs.grad, torch.ones_like(ends)])
+
+
+def split(gpu: Gpu, quick: bool) -> Table:
+    table = Table(
+        "split",
+        "What the split costs: one process over P times the work of one rank, the exchange left out, forward + backward",
+        "above 0.85 at 4 ranks; with a layout of one rank at most 1.03 of no layout",
+        ["operator", "tokens", "ms, one process", "with a layout / without", "ranks", "ms, a rank", "share of linear"],
+    )
+    seq_len, size, heads = (64, 16, 1) if quick else (131072, 128, 16)
+    for operator in OPERATORS:
+        whole = make_inputs(Case(operator, seq_len, size, heads=heads), gpu.device)
+        local = SequenceLayout.local(seq_len)
+        for num_ranks in (4,) if quick else (2, 4, 8):
+            inputs = make_inputs(Case(operator, seq_len // num_ranks, size, heads=heads), gpu.device)
+            layout = SequenceLayout.for_rank(seq_len, num_ranks, 1)
+            incoming = torch.randn(1, 1, inputs.case.heads, size, size, device=gpu.device).requires_grad_()
+            times = gpu.in_turn(
+                [
+                    partial(step, ours, whole),
+                    partial(step, partial(ours, layout=local), whole),
+                    partial(_on_one_rank, inputs, layout, incoming),
+                ]
+            )
+            one = paired(times[1], times[0])
+            shares = sorted(a / (num_ranks * b) for a, b in zip(times[0], times[2], strict=True))
+            share = Ratio(statistics.median(shares), shares[0], shares[-1])
+            rank = statistics.median(times[2])
+            table.add(
+                operator,
+                f"{seq_len:,}",
+                f"{one.second * 1e3:.3f}",
+                one.ratio.rounded(3),
+                num_ranks,
+                f"{rank * 1e3:.3f}",
+                share,
+            )
+    return table
+
+
+def first_call(gpu: Gpu, quick: bool) -> Table:
+    table = Table(
+        "first_call",
+        "Seconds of the first forward + backward of a size: compiling, and trying the launch settings",
+        "known; later processes read the choice from Triton's cache",
+        ["operator", "head size", "s, first", "ms, later"],
+    )
+    for operator in OPERATORS:
+        # A size that no other table has.
+        case = Case(operator, 32, 16, heads=1) if quick else Case(operator, 4096, 112)
+        inputs = make_inputs(case, gpu.device)
+        begun = time.perf_counter()
+        step(ours, inputs)
+        if gpu.is_real:
+            torch.cuda.synchronize(gpu.device)
+        taken = time.perf_counter() - begun
+        table.add(operator, inputs.case.size, f"{taken:.2f}", f"{gpu.median(partial(step, ours, inputs)) * 1e3:.3f}")
+    return table
+
+
+TABLES = {"correctness": correctness, "first_call": first_call, "speed": speed, "softmax": softmax, "split": split}
+
+
+def installed(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "(not installed)"
+
+
+def describe(gpu: Gpu) -> dict[str, str]:
+    """The machine, with the GPU and its ceilings."""
+    about = {**machine(), "triton": installed("triton"), "fla": installed("flash-linear-attention")}
+    if gpu.is_real:
+        about["gpu"] = torch.cuda.get_device_name(gpu.device)
+        about["copy"] = f"{gpu.copy_rate / 1e9:.0f} GB/s"
+        about["bfloat16 product"] = f"{gpu.matmul_rate / 1e12:.0f} Top/s"
+    return about
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
+    parser.add_argument("tables", nargs="*", metavar="TABLE", help=f"of {', '.join(TABLES)}; all without one")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs")
+    parser.add_argument(
+        "--interpreter", action="store_true", help="on the CPU in Triton's interpreter: --quick, without figures"
+    )
+    parser.add_argument("--repeats", type=int, default=20, help="calls of each side that are counted")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/gpu.json"), help="where the JSON goes")
+    arguments = parser.parse_args()
+    unknown = sorted(set(arguments.tables) - set(TABLES))
+    if unknown:
+        parser.error(f"unknown table {', '.join(unknown)}; choose from {', '.join(TABLES)}")
+    if arguments.interpreter:
+        # Before the kernels are imported.
+        os.environ["TRITON_INTERPRET"] = "1"
+        gpu = Gpu(torch.device("cpu"), 1)
+    elif torch.cuda.is_available():
+        gpu = measured(Gpu(torch.device("cuda"), arguments.repeats))
+    else:
+        sys.exit(
+            "benchmarks.gpu needs an NVIDIA GPU, and PyTorch finds none here. --interpreter runs it on the CPU, without figures"
+        )
+    about = describe(gpu)
+    print(", ".join(f"{key} {value}" for key, value in about.items()) + "\n", flush=True)
+    tables = []
+    for name in dict.fromkeys(["correctness", *(arguments.tables or TABLES)]):
+        tables.append(TABLES[name](gpu, arguments.quick or arguments.interpreter))
+        if gpu.is_real:
+            print(tables[-1].markdown(), flush=True)
+            save(tables, arguments.out)
+        else:
+            print(f"{name}: {len(tables[-1].rows)} rows, no figures without a GPU", flush=True)
+
+
+if __name__ == "__main__":
+    main()
