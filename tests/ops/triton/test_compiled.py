@@ -14,7 +14,7 @@ import json, sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from longspan.ops.triton import attend, decays, gates, states
+from longspan.ops.triton import attend, convolution, decays, gates, states
 
 BF16, F32, I32 = "*bf16", "*fp32", "*i32"
 ATTEND = dict(a=BF16, b=BF16, c=BF16, out=BF16, g=F32, log_decay=F32, states=F32, arriving=F32, carried=F32, dotted=BF16, dots=F32,
@@ -34,6 +34,16 @@ def attended(decay, axis, reverse, size=128, block=64, chunk=64, dtype=BF16, **c
 def written(decay, reverse, chunk=64):
     return dict(WRITE), dict(FLAGS, DECAY=decay, REVERSE=reverse, C=chunk, BK=64, BV=64)
 
+
+def convolved(**constants):
+    types = {name: BF16 for name in ("x", "weight", "bias", "y", "grad_y", "grad_x", "before", "y_rows", "grad_rows", "grad_before")}
+    types.update({name: F32 for name in ("z_heads", "grad_z_heads", "sums")}, rows=I32, heads=I32)
+    return types, dict(constants, SILU=True, W=4, BC=convolution.CHANNELS)
+
+
+INSIDE = dict(HAS_BIAS=True, HAS_HEADS=True, BT=convolution.TOKENS)
+BACKWARD = dict(INSIDE, NEEDS_X=True, NEEDS_SUMS=True)
+ONES = dict(num_tokens=1, num_channels=1, num_head_rows=1)
 
 CASES = {
     "attend, head": (attend.attend_kernel, *attended(1, 0, False), 4),
@@ -55,6 +65,11 @@ CASES = {
     "cumulate": (decays.cumulate_kernel, dict(g=F32, b=F32, table=I32), dict(LOWEST=-128.0, C=32, BK=64), 4),
     "gates": (gates.gate_kernel, dict(x=BF16, grad=BF16, sums=F32, of_end=F32, g=F32, out=F32, table=I32, sign="fp32"),
               dict(LOWEST=-128.0, HAS_END=True, DECAY=3, C=32, BK=64), 4),
+    "convolution": (convolution.inside_kernel, *convolved(**INSIDE), convolution.NUM_WARPS),
+    "convolution, backward": (convolution.inside_backward_kernel, *convolved(**BACKWARD), convolution.NUM_WARPS),
+    "convolution of one number": (convolution.inside_backward_kernel, *convolved(**BACKWARD, **ONES), convolution.NUM_WARPS),
+    "convolution, heads": (convolution.heads_kernel, *convolved(BW=4), 1),
+    "convolution, heads, backward": (convolution.heads_backward_kernel, *convolved(BW=4), 1),
 }
 
 
@@ -92,7 +107,7 @@ def test_every_kernel_compiles_for_ampere_and_hopper_and_fits_its_shared_memory(
     )
     assert done.returncode == 0, done.stderr
     results = json.loads(done.stdout.splitlines()[-1])
-    assert len(results) == 15
+    assert len(results) == 20
     for name, kernel in results.items():
         assert kernel["target"], name
         assert 0 <= kernel["shared"] <= SHARED_MEMORY[capability], (name, kernel)
