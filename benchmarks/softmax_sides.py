@@ -25,6 +25,11 @@ from longspan.layout import SequenceLayout
 
 HEADS, HEAD_DIM = 8, 64
 TOLERANCE = 1e-4
+LARGEST_DISTURBANCE = 0.1
+"""Processor time of other programs, over the time of a call, above which it is called again."""
+TRIES = 4
+PATIENCE = 60.0
+"""Seconds for calls that are made again, in one comparison."""
 
 Step = Callable[[], tuple[Tensor, ...]]
 """Runs forward and backward; returns o, dq, dk and dv, [B, T, heads, D]."""
@@ -165,10 +170,11 @@ def largest_error(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
 
 @dataclass(frozen=True)
 class Measured:
-    """A side's error, and its times (the slowest rank's); no times for a side that is wrong."""
+    """A side's error, its times (the slowest rank's) and processor times (the busiest one's); none for a side that is wrong."""
 
     error: float
     times: tuple[float, ...]
+    busiest: tuple[float, ...]
 
     @property
     def is_right(self) -> bool:
@@ -200,25 +206,74 @@ def _measure_on_rank(setting: Setting, sides: tuple[Side, ...], rounds: int) -> 
         errors.append(float(error))
     # All ranks know the errors, so all leave out the same sides.
     right = [index for index, error in enumerate(errors) if error <= TOLERANCE]
-    times = dict(zip(right, in_turn([steps[index] for index in right], rounds), strict=True))
-    return [Measured(error, tuple(times.get(index, ()))) for index, error in enumerate(errors)]
+    calls = dict(zip(right, in_turn([steps[index] for index in right], rounds), strict=True))
+    return [
+        Measured(
+            error,
+            tuple(call.seconds for call in calls.get(index, ())),
+            tuple(call.busiest for call in calls.get(index, ())),
+        )
+        for index, error in enumerate(errors)
+    ]
 
 
 def _stand_by() -> tuple[Tensor, ...]:
     return ()
 
 
-def in_turn(steps: Sequence[Callable[[], object]], rounds: int) -> list[list[float]]:
-    """Times of every step, the slowest rank's. A round has one call of each; every round starts with another step."""
-    times: list[list[float]] = [[] for _ in steps]
+@dataclass(frozen=True)
+class Call:
+    """One call of a step on all ranks."""
+
+    seconds: float
+    """Wall time of the slowest rank."""
+    busiest: float
+    """Processor time of the rank that worked most: the wall time if nobody had to wait, for a rank or for a core."""
+    is_disturbed: bool
+    """Whether other programs took much of the machine meanwhile; the same on every rank."""
+
+
+def in_turn(steps: Sequence[Callable[[], object]], rounds: int) -> list[list[Call]]:
+    """Calls of every step. A round has one of each; every round starts with another step.
+
+    A call that other programs disturb is made again, as long as `TRIES` and `PATIENCE` last.
+    """
+    calls: list[list[Call]] = [[] for _ in steps]
+    patience = PATIENCE
     for round_ in range(rounds):
         for turn in range(len(steps)):
             index = (round_ + turn) % len(steps)
-            dist.barrier()
-            elapsed = torch.tensor([seconds(steps[index])])
-            dist.all_reduce(elapsed, dist.ReduceOp.MAX)
-            times[index].append(float(elapsed))
-    return times
+            for _ in range(TRIES):
+                call = _call(steps[index])
+                if not call.is_disturbed or call.seconds > patience:
+                    break
+                patience -= call.seconds
+            calls[index].append(call)
+    return calls
+
+
+def _call(step: Callable[[], object]) -> Call:
+    dist.barrier()
+    before, machine = os.times(), _user_seconds_of_machine()
+    elapsed = seconds(step)
+    after = os.times()
+    user, system = after.user - before.user, after.system - before.system
+    largest = torch.tensor([elapsed, user + system], dtype=torch.float64)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    of_machine = _user_seconds_of_machine() - machine if dist.get_rank() == 0 else 0.0
+    others = torch.tensor([of_machine - user], dtype=torch.float64)
+    dist.all_reduce(others)
+    slowest, busiest = largest.tolist()
+    return Call(slowest, busiest, float(others) > LARGEST_DISTURBANCE * slowest)
+
+
+def _user_seconds_of_machine() -> float:
+    """Processor time of all programs since the machine was started (Linux; elsewhere nothing is known of others)."""
+    path = Path("/proc/stat")
+    if not path.exists():
+        return 0.0
+    user, nice = path.read_text().split(maxsplit=3)[1:3]
+    return (int(user) + int(nice)) / os.sysconf("SC_CLK_TCK")
 
 
 def peak_of_side(setting: Setting, side: Side, num_ranks: int = 2) -> int:

@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
+from itertools import chain, count, repeat
+from typing import Any
 
 import pytest
 from torch import Tensor
 
+from benchmarks import softmax_sides
 from benchmarks.softmax import kept_bytes
 from benchmarks.softmax_peers import PEERS, unavailable
-from benchmarks.softmax_sides import FLOOR, Measured, Setting, Side, Step, Tensors, _measure_on_rank, our_step, ours
+from benchmarks.softmax_sides import (
+    FLOOR,
+    TRIES,
+    Measured,
+    Setting,
+    Side,
+    Step,
+    Tensors,
+    _measure_on_rank,
+    our_step,
+    ours,
+)
 from longspan.layout import SequenceLayout
 from tests.ranks import run_on_ranks
 
@@ -74,6 +89,31 @@ def test_the_ring_of_torch_is_run_as_it_should_be(peer: Side) -> None:
         pytest.skip(reason)
     (result,) = _measured(Setting(64), peer)
     assert result.is_right
+
+
+def _num_calls_of_a_round() -> list[int]:
+    """With nobody else on the machine, with somebody in the first call, and with somebody always."""
+    module: Any = softmax_sides
+    original = module._user_seconds_of_machine
+    clocks: list[Iterator[float]] = [repeat(0.0), chain([0.0], repeat(1e3)), count(0.0, 1e3)]
+    calls: list[int] = []
+    try:
+        for index, clock in enumerate(clocks):
+            module._user_seconds_of_machine = partial(next, clock)
+            calls.append(0)
+
+            def step(index: int = index) -> None:
+                calls[index] += 1
+
+            ((call,),) = softmax_sides.in_turn([step], 1)
+            assert call.seconds >= 0
+    finally:
+        module._user_seconds_of_machine = original
+    return calls
+
+
+def test_a_call_that_other_programs_disturb_is_timed_again_on_every_rank() -> None:
+    assert run_on_ranks(2, _num_calls_of_a_round) == [[1, 2, TRIES]] * 2
 
 
 def test_gathered_keys_are_what_grows_with_the_ranks() -> None:
