@@ -86,7 +86,7 @@ def test_the_weights_are_a_model(finished: tuple[Path, str]) -> None:
 
 def test_a_killed_run_goes_on_bit_for_bit(config: Path, finished: tuple[Path, str], tmp_path: Path) -> None:
     run = tmp_path / "run"
-    with started("--config", config, "--run.dir", run, "--checkpoint.every", "1") as process:
+    with started("--config", config, "--run.dir", run, "--checkpoint.every", "3") as process:
         wait_for(lambda: list(run.glob("checkpoints/step-*")), process)
         process.kill()
     wait_for(lambda: not alive(process.ranks))
@@ -114,6 +114,7 @@ def test_a_signal_ends_a_run_with_a_checkpoint_and_only_loopback_listens(config:
     assert addresses <= {"0100007F", "00000000000000000000000001000000"}
 
 
+@pytest.mark.slow
 def test_a_second_signal_ends_a_run_at_once(config: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     with started("--config", config, "--run.dir", run, "--train.steps", "100000") as process:
@@ -210,6 +211,7 @@ def test_what_does_not_fit_is_refused_before_any_rank_starts(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_an_error_on_the_ranks_is_printed_once_without_a_traceback(config: Path, tmp_path: Path) -> None:
     done = train("--config", config, "--run.dir", tmp_path / "run", "--data.source", tmp_path / "nowhere")
     assert done.returncode == 2

@@ -74,7 +74,7 @@ def test_a_rank_that_never_ends_shows_where_it_is_and_is_killed(capfd: pytest.Ca
 @pytest.mark.parametrize(
     ("ending", "message"),
     [
-        ("os._exit(7)", "rank 1 of 2 ended with exit code 7"),
+        pytest.param("os._exit(7)", "rank 1 of 2 ended with exit code 7", marks=pytest.mark.slow),
         ("os.kill(os.getpid(), 9)", "rank 1 of 2 was killed by SIGKILL (the system does this when memory runs out)"),
     ],
 )

@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -85,7 +86,12 @@ def test_a_wrong_python_block_would_fail(tmp_path: Path) -> None:
         _run([sys.executable, "-c", wrong], tmp_path)
 
 
-@pytest.mark.parametrize("command", _commands())
+def _marked(command: str) -> Any:
+    # The same run as without options, on more ranks than most machines have cores.
+    return pytest.param(command, marks=pytest.mark.slow if "--parallel.sp 4" in command else ())
+
+
+@pytest.mark.parametrize("command", [_marked(command) for command in _commands()])
 def test_commands_run(command: str, tmp_path: Path) -> None:
     program, *arguments = shlex.split(command)
     if program == "make" and arguments[0] == "train":
