@@ -18,8 +18,15 @@ from longspan.ops.triton.stretches import Stretches, stretch_length, stretches_o
 from longspan.ops.variant import ChunkForm, Gates
 from longspan.state import Transition
 
-# Half as many tokens where every key channel has its own decay: scores then cost a product for each halving of the chunk.
-DEFAULT_CHUNK_SIZE, DEFAULT_CHANNEL_CHUNK_SIZE = 64, 32
+
+def default_chunk_size(of_channels: bool, head_size: int, dtype: torch.dtype) -> int:
+    """Tokens in a chunk where the caller does not say: as many as leave the state of a large head its registers.
+
+    of_channels: where every key channel has its own decay, scores cost a product for each halving of the chunk.
+    """
+    if head_size > 128:
+        return 16 if dtype == torch.float32 else 32
+    return 32 if of_channels else 64
 
 
 def prepare(
@@ -38,7 +45,7 @@ def prepare(
     _check(k, v, chunk_size)
     g = gates.get("g")
     of_channels = g is not None and g.dim() == 4
-    size = chunk_size or (DEFAULT_CHANNEL_CHUNK_SIZE if of_channels else DEFAULT_CHUNK_SIZE)
+    size = chunk_size or default_chunk_size(of_channels, max(k.shape[3], v.shape[3]), k.dtype)
     num_programs = v.shape[0] * v.shape[2] * -(-v.shape[3] // 64)
     length = max(size, stretch_length(layout, num_programs, _num_processors(k.device)))
     return TritonChunkForm(transition_type, gates, layout, size, length)

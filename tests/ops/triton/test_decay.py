@@ -164,7 +164,7 @@ def test_what_the_kernels_do_not_take_is_refused() -> None:
         longspan.linear_attention(v.double(), v.double(), v.double(), backend="triton")
     with pytest.raises(longspan.InputError, match="chunk_size of 16, 32, 64, 128; got 48"):
         longspan.linear_attention(v, v, v, backend="triton", chunk_size=48)
-    with pytest.raises(longspan.InputError, match="backend must be None or one of 'torch'; got 'triton'"):
+    with pytest.raises(longspan.InputError, match="backend must be None or one of 'torch', 'fla'; got 'triton'"):
         longspan.delta_rule(v, v, v, torch.ones(1, 4, 1), backend="triton")
 
 
