@@ -22,7 +22,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -33,9 +33,11 @@ from longspan.attention.linear import sum_over_ranks
 from longspan.errors import InputError, LayoutError
 from longspan.exchange.halo import halo_plan, start_halo
 from longspan.layout import Piece, SequenceLayout
+from longspan.ops.backends import DTYPES, choose_backend, require_gpu, require_package
 
 ACTIVATIONS = ("silu", "swish")
-_FLOATS = (torch.float64, torch.float32, torch.bfloat16)
+BACKENDS = ("torch", "triton")
+MAX_TAPS_OF_KERNELS = 8
 # Numbers of a tile: small enough that its handful of temporaries stay in a core's cache, large enough that calling an
 # operator costs little. Elsewhere there is no such cache, and launches are what costs.
 _TILE_NUMBERS_CPU = 1 << 17
@@ -51,11 +53,13 @@ def causal_conv1d(
     *,
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
+    backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Depthwise causal convolution ``y_t = act(bias + Σ_j weight[:, j] · x_{t-W+1+j})`` over the tokens of t's document.
 
     Args:
-        x: ``[B, T, C]``, float64, float32 or bfloat16; T is this rank's number of tokens, or the whole length without a layout.
+        x: ``[B, T, C]``, float64, float32 or bfloat16 (with ``"triton"`` float32, bfloat16 or float16); T is this rank's number of
+            tokens, or the whole length without a layout.
         weight: ``[C, W]``, the dtype of x; its last column is for the token itself. The same on every rank. Its gradient on a rank
             is that rank's share: sum it over the ranks, like any parameter's.
         bias: ``[C]``, the dtype of x, or None; its gradient likewise.
@@ -65,6 +69,8 @@ def causal_conv1d(
         initial_state: the W − 1 tokens before the first global token, ``[B, W-1, C]``, or before each document, ``[D, W-1, C]``,
             the oldest first; the dtype of x; the same on every rank, its gradient a rank's share. None is zeros.
         output_final_state: also return the last W − 1 tokens (of each document) on every rank: the initial state of what follows.
+        backend: which code computes: ``"torch"``, plain PyTorch operations on any device; ``"triton"``, kernels for NVIDIA GPUs and
+            at most 8 taps. None is ``"triton"`` where it runs and takes the inputs, else ``"torch"``.
 
     Returns:
         y ``[B, T, C]`` in the dtype of x, computed in float32 (float64) and rounded once; with `output_final_state`, the pair
@@ -74,37 +80,44 @@ def causal_conv1d(
     Every rank must take the same calls in the same order, backward too.
 
     Raises:
-        InputError: for shapes, dtypes, devices or an activation that do not fit.
+        InputError: for shapes, dtypes, devices or an activation that do not fit, or a backend that cannot run.
         LayoutError: if T is not the layout's number of local tokens, or the layout has ranks but no process group.
     """
-    layout = check_tokens(x, layout, "causal_conv1d")
+    fits = weight.dim() == 2 and weight.shape[1] <= MAX_TAPS_OF_KERNELS
+    backend = choose_backend("causal_conv1d", BACKENDS, x, fits, backend)
+    layout = check_tokens(x, layout, "causal_conv1d", backend)
     _check_parameters(x, weight, bias, activation)
     width = weight.shape[1] - 1
     _check_initial_state(initial_state, x, width, layout)
     with_initial = initial_state is not None and width > 0
-    plan = _conv_plan(layout, width, with_initial, x)
+    make_form = _triton_form if backend == "triton" else _torch_form
+    form = make_form(layout, width, with_initial, x, activation is not None)
     with_halo = not halo_plan(layout, width).is_empty
     pending = start_halo(x, layout, width, adds_in_place=True) if with_halo else None
-    y, z_heads = _Inside.apply(x if pending is None else pending.x, weight, bias, plan, activation is not None)
+    y, z_heads = form.inside(x if pending is None else pending.x, weight, bias)
     halo = None if pending is None else pending.wait()
     if halo is not None or with_initial:
-        before = _before_heads(halo, initial_state if with_initial else None, plan.heads, layout)
-        z = z_heads + _from_before(before, weight, plan.heads)
-        y = PlaceRows.apply(y, (z if activation is None else F.silu(z)).to(x.dtype), plan.heads.rows)
+        heads = _cached_heads(layout, width, with_initial, x.device)
+        before = _before_heads(halo, initial_state if with_initial else None, heads, layout)
+        y = PlaceRows.apply(y, form.of_heads(z_heads, before, weight), heads.rows)
     return (y, _final_state(x, initial_state, layout, width)) if output_final_state else y
 
 
 # ------------------------------------------------------------------------------------------------------------------- checks
 
 
-def check_tokens(x: Tensor, layout: SequenceLayout | None, name: str) -> SequenceLayout:
+def check_tokens(x: Tensor, layout: SequenceLayout | None, name: str, backend: str = "torch") -> SequenceLayout:
     """The layout of x ``[B, T, C]``, one rank's where none is given; raises as `causal_conv1d` does, naming the operator."""
     if x.dim() != 3 or 0 in x.shape:
         raise InputError(
             f"{name} takes x [B, T, C] with at least one row, token and channel; got shape {tuple(x.shape)}"
         )
-    if x.dtype not in _FLOATS:
-        raise InputError(f"{name} takes float64, float32 or bfloat16; got x of {x.dtype}. Convert it before the call")
+    if x.dtype not in DTYPES[backend]:
+        *names, last = [str(dtype).removeprefix("torch.") for dtype in DTYPES[backend]]
+        with_backend = "" if backend == "torch" else f" with backend={backend!r}"
+        raise InputError(
+            f"{name} takes {', '.join(names)} or {last}{with_backend}; got x of {x.dtype}. Convert it before the call"
+        )
     if layout is None:
         return SequenceLayout.local(x.shape[1])
     layout.check_local_length(x.shape[1], name)
@@ -234,7 +247,7 @@ def _conv_plan(layout: SequenceLayout, width: int, with_initial: bool, x: Tensor
     limit = max(fewest, numbers // (num_channels * rows_of_batch))
 
     def build() -> _ConvPlan:
-        heads = heads_of(layout, width, with_initial, x.device)
+        heads = _cached_heads(layout, width, with_initial, x.device)
         tiles = tuple(_tiles(layout.pieces, width, limit, heads.rows.tolist(), x.device))
         return _ConvPlan(width, heads, tiles, rows_of_batch)
 
@@ -264,6 +277,11 @@ def heads_of(layout: SequenceLayout, width: int, with_initial: bool, device: tor
         started=index_of([piece.document for piece in starting], device),
         continued=tuple((piece.document, distance) for piece, distance in continuing),
     )
+
+
+def _cached_heads(layout: SequenceLayout, width: int, with_initial: bool, device: torch.device) -> Heads:
+    key = ("heads", width, with_initial, device)
+    return layout.cached(key, lambda: heads_of(layout, width, with_initial, device))
 
 
 def index_of(numbers: Sequence[int], device: torch.device) -> Tensor:
@@ -330,6 +348,52 @@ def _tile(runs: list[_Run], context: int, width: int, head_rows: list[int], devi
         heads=heads,
         head_slots=head_slots.to(device) if len(head_slots) else None,
     )
+
+
+# --------------------------------------------------------------------------------------------------------------------- forms
+
+
+class _Form(Protocol):
+    """The code of one call, in the two phases between which the halo arrives."""
+
+    def inside(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        """y ``[B, T, C]`` of x as if nothing stood before this rank's pieces, and z of the head rows, ``[B, R, C]``."""
+
+    def of_heads(self, z_heads: Tensor, before: Tensor, weight: Tensor) -> Tensor:
+        """y of the head rows, ``[B, R, C]``, now that the tokens before the heads are there, ``[heads, B, W-1, C]``."""
+
+
+@dataclass(frozen=True)
+class _TorchForm:
+    plan: _ConvPlan
+    silu: bool
+
+    def inside(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        y, z_heads = _Inside.apply(x, weight, bias, self.plan, self.silu)
+        return y, z_heads
+
+    def of_heads(self, z_heads: Tensor, before: Tensor, weight: Tensor) -> Tensor:
+        z = z_heads + _from_before(before, weight, self.plan.heads)
+        return (F.silu(z) if self.silu else z).to(before.dtype)
+
+
+def _torch_form(layout: SequenceLayout, width: int, with_initial: bool, x: Tensor, silu: bool) -> _Form:
+    return _TorchForm(_conv_plan(layout, width, with_initial, x), silu)
+
+
+def _triton_form(layout: SequenceLayout, width: int, with_initial: bool, x: Tensor, silu: bool) -> _Form:
+    require_package("triton", "triton", "install it with `pip install 'longspan[triton]'`, or use backend='torch'")
+    from longspan.ops.triton.convolution import TritonConvolution, rows_of
+    from longspan.ops.triton.launch import interpreted
+
+    require_gpu("triton", x.device, interpreted())
+    if width >= MAX_TAPS_OF_KERNELS:
+        raise InputError(
+            f"backend='triton' takes up to {MAX_TAPS_OF_KERNELS} taps; got a weight of {width + 1}. Use backend='torch'"
+        )
+    heads = _cached_heads(layout, width, with_initial, x.device)
+    key = ("convolution_rows", width, with_initial, x.device)
+    return TritonConvolution(layout.cached(key, lambda: rows_of(layout, width, heads.rows, heads.head)), silu)
 
 
 # ------------------------------------------------------------------------------------------------------------- inside a rank

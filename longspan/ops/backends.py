@@ -18,7 +18,7 @@ from longspan.errors import InputError
 
 BACKENDS = ("torch", "triton", "fla")
 
-DTYPES = {
+DTYPES: dict[str, tuple[torch.dtype, ...]] = {
     "torch": (torch.float64, torch.float32, torch.bfloat16),
     "triton": (torch.float32, torch.bfloat16, torch.float16),
     "fla": (torch.float32, torch.bfloat16, torch.float16),
