@@ -133,14 +133,18 @@ def linear_attention(
             (``"all_gather"``, ``"ring"``, ``"pipelined"``, ``"all_to_all"``, ``"two_level"``, ``"neighbour"``: docs/exchange.md);
             or a `longspan.Exchange` with options, such as bfloat16 states. With ``causal=False`` the sum of all states is wanted,
             not a prefix: it is an all-reduce, of states in their own dtype, in any case.
-        backend: which code computes: None picks by device; ``"torch"``.
+        backend: which code computes: ``"torch"``, plain PyTorch operations on any device; ``"triton"``, our kernels, for
+            `linear_attention`, `retention`, `simple_gla` and `gla` on NVIDIA GPUs; ``"fla"``, the kernels of
+            flash-linear-attention where it is installed, for `delta_rule`, `gated_delta_rule` and `kda` on GPUs. The last two take
+            float32 (but not `delta_rule`), bfloat16 and float16. None is ``"triton"`` where the operator has it and it takes the
+            inputs, else ``"torch"``.
         chunk_size: tokens computed together inside a device; None picks by dtype.
 
     Returns:
         o ``[B, T, H, V]`` in the dtype of q; with `output_final_state`, the pair (o, final_state).
 
     Raises:
-        InputError: for shapes, dtypes or options that do not fit.
+        InputError: for shapes, dtypes or options that do not fit, or a backend that cannot run.
         LayoutError: for another number of tokens than the layout's.
     """
     return _one_call(

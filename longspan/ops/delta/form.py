@@ -26,10 +26,15 @@ class DeltaVariant(FactorVariant):
     """A variant of the delta rule, described by its recurrent form and its factors; one gate is beta, another may be g."""
 
     transition: type[Transition] = Dense
+    backends: tuple[str, ...] = ("torch", "fla")
 
     def prepare(
         self, k: Tensor, v: Tensor, gates: Gates, layout: SequenceLayout, chunk_size: int | None, backend: str
     ) -> ChunkForm:
+        if backend == "fla":
+            from longspan.ops import fla
+
+            return fla.prepare(self.name, k, v, gates, layout, chunk_size)
         num_heads, size = v.shape[2], chunk_size or DEFAULT_CHUNK_SIZE
         tiling = tile(layout, size, chunks_of_block(k, v, size), k.device)
         dtype = state_dtype(k.dtype)
