@@ -55,7 +55,7 @@ def prepare(
     """
     module, function_name, chunk_sizes = _FUNCTIONS[name]
     require_package("fla", "fla", "pip install 'longspan[fla]', or use backend='torch'")
-    from longspan.ops.triton.launch import interpreted
+    from longspan.ops.triton.launch import LOWEST_LOG_DECAY, interpreted
 
     require_gpu("fla", k.device, interpreted())
     if name == "delta_rule" and k.dtype == torch.float32:
@@ -71,6 +71,8 @@ def prepare(
             f"{name} with backend='fla' takes a chunk_size of {', '.join(map(str, chunk_sizes))}; got {chunk_size}"
         )
     function = getattr(import_module(module), function_name)
+    # The functions take differences of sums of g: a decay to nothing would be NaN there.
+    gates = {key: gate.clamp(min=LOWEST_LOG_DECAY) if key == "g" else gate for key, gate in gates.items()}
     shares_keys = name != "delta_rule"
     return FlaChunkForm(_Call(function, gates, shares_keys, chunk_size), layout)
 

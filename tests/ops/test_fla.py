@@ -251,6 +251,18 @@ def test_a_memory_is_read_twice_and_its_final_state_without_reading(name: str) -
         torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
 
 
+def test_a_decay_to_nothing_is_finite_when_it_gets_there() -> None:
+    """It takes differences of sums of log decays, which must not be NaN; e^-128 is zero in float32."""
+    inputs = make_inputs("kda", 12)
+    values = inputs.gates["g"].detach().clone()
+    values.view(-1)[::7] = -torch.inf
+    inputs.gates["g"] = values.requires_grad_()
+    with stand_in() as calls:
+        got, expected = run("kda", inputs, chunk_size=32, backend="fla")
+    assert calls[0]["g"].min() == -128
+    assert worst_error(got, expected) < 1e-12
+
+
 def test_half_precision_keeps_states_in_single() -> None:
     inputs = make_inputs("gated_delta_rule", 11, documents=[0, 3, 11], dtype=torch.bfloat16)
     with stand_in():
