@@ -145,6 +145,20 @@ def test_all_ranks_choose_alike_by_what_they_measure() -> None:
     assert all(other == first for other in others)
 
 
+def layer_whose_documents_end_with_the_ranks() -> Any:
+    layout = SequenceLayout(24, documents=[0, 5, 12, 24])
+    q, k, v = (torch.randn(1, layout.num_local_tokens, 2, 4) for _ in range(3))
+    with record_traffic() as traffic:
+        o = longspan.linear_attention(q, k, v, layout=layout)
+    own = SequenceLayout.local(12, [0, 5, 12] if layout.rank == 0 else None)
+    torch.testing.assert_close(o, longspan.linear_attention(q, k, v, layout=own))
+    return traffic.bytes_sent
+
+
+def test_where_no_state_leaves_a_rank_nothing_is_measured_or_sent() -> None:
+    assert run_on_ranks(2, layer_whose_documents_end_with_the_ranks) == [0, 0]
+
+
 def layer_with(cluster: Cluster) -> None:
     layout = SequenceLayout(64)
     q, k, v = (torch.randn(1, layout.num_local_tokens, 2, 4) for _ in range(3))
