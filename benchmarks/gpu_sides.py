@@ -105,13 +105,9 @@ def ours(inputs: Inputs, backend: str = "triton", layout: SequenceLayout | None 
 
 def exact(inputs: Inputs) -> tuple[Tensor, ...]:
     """o and the gradients of the leaves by the plain form in float64, which the tests hold against the recurrent form."""
-    wide = Inputs(
-        inputs.case,
-        *(x.detach().double().requires_grad_() for x in (inputs.q, inputs.k, inputs.v)),
-        inputs.grad.double(),
-        {name: gate.detach().double().requires_grad_(gate.requires_grad) for name, gate in inputs.gates.items()},
-        inputs.layout,
-    )
+    q, k, v = (x.detach().double().requires_grad_() for x in (inputs.q, inputs.k, inputs.v))
+    gates = {name: gate.detach().double().requires_grad_(gate.requires_grad) for name, gate in inputs.gates.items()}
+    wide = Inputs(inputs.case, q, k, v, inputs.grad.double(), gates, inputs.layout)
     return step(partial(ours, backend="torch"), wide)
 
 
