@@ -46,16 +46,16 @@ class Ranks:
         function()
         return min(self.one(function) for _ in range(repeats))
 
-    def together(self, function: Callable[[], object], repeats: int, uncounted: int = 1) -> float:
-        """Median time of a call that all ranks begin together, each time that of the rank that takes longest.
+    def together(self, function: Callable[[], object], repeats: int) -> float:
+        """Median time of a call that all ranks begin together, after one that is not counted; each that of the slowest rank.
 
         The median, not the shortest: what ranks do to each other that share cores or links is part of the time.
         """
         times = []
-        for _ in range(uncounted + repeats):
+        for _ in range(1 + repeats):
             self.largest([])
             times.append(self.one(function))
-        return statistics.median(self.largest(times[uncounted:]))
+        return statistics.median(self.largest(times[1:]))
 
     def beside(
         self, work: Callable[[dist.ProcessGroup], object], repeats: int, operations: Operations = "collectives"

@@ -11,11 +11,13 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from longspan.exchange.base import Arrived, Topology
+from longspan.exchange.groups import group_of, kept
 from longspan.exchange.progress import run_beside
 from longspan.exchange.timing import Ranks
 from longspan.exchange.traffic import unrecorded
@@ -77,14 +79,22 @@ def _try_out(candidates: Sequence[Candidate], pair: Pair, layout: SequenceLayout
     def measure(number: int) -> None:
         times[number].append(sum(exchange_seconds(candidates[number].topology, sample, sample.state, ranks)))
 
+    def connect(topology: Topology) -> bool:
+        exchange_seconds(topology, narrow, narrow.state, ranks)
+        return True
+
     def shortest() -> float:
         return min((statistics.median(taken) for taken in times if taken), default=float("inf"))
 
     for number, candidate in enumerate(candidates):
         if candidate.modelled_seconds > _HOPELESS * shortest():
             break
-        # The first exchange makes process groups and connections.
-        exchange_seconds(candidate.topology, narrow, narrow.state, ranks)
+        # A topology's first exchange makes process groups and connections.
+        kept(
+            group_of(layout),
+            ("connected", candidate.topology.name, layout.ranks_per_node),
+            partial(connect, candidate.topology),
+        )
         measure(number)
     close = [number for number, taken in enumerate(times) if taken and taken[0] <= _CLOSE * shortest()]
     for _ in range(_MORE_REPEATS if len(close) > 1 else 0):
