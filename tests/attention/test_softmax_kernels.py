@@ -14,7 +14,8 @@ TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 3e-2}
 
 @pytest.fixture(params=["cpu", "plain"])
 def operator(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Both ways to run a block on the CPU."""
+    """Both ways to run a block on the CPU, with keys few and many."""
+    monkeypatch.setattr(kernels, "MANY_KEYS", 200)
     monkeypatch.setattr(kernels, "flash_operator", lambda q: request.param)
     return request.param
 

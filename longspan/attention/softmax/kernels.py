@@ -23,6 +23,9 @@ from torch import Tensor
 PLAIN_CHUNK = 128
 """Queries at a time in the plain form: its scores are [B, H, PLAIN_CHUNK, Tk]."""
 
+MANY_KEYS = 4096
+"""On a CPU, so many keys or more are first copied to where those of a head lie side by side."""
+
 SCHEMAS = {
     "_scaled_dot_product_flash_attention_for_cpu": (
         "(Tensor query, Tensor key, Tensor value, float dropout_p=0., bool is_causal=False, *, Tensor? attn_mask=None, "
@@ -81,11 +84,12 @@ def block_forward(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float
     operator = flash_operator(q)
     if operator == "plain":
         return plain_forward(q, k, v, causal=causal, scale=scale)
-    heads_first = [_rows(x).transpose(1, 2) for x in (q, k, v)]
+    q, k, v = (_rows(x).transpose(1, 2) for x in (q, k, v))
     if operator == "cpu":
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*heads_first, 0.0, causal, scale=scale)
+        k, v = _near(k), _near(v)
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
     else:
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention(*heads_first, 0.0, causal, scale=scale)[:2]
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, scale=scale)[:2]
     return out.transpose(1, 2), lse
 
 
@@ -107,6 +111,7 @@ def block_backward(
         return plain_backward(grad_out, q, k, v, out, lse, causal=causal, scale=scale)
     grad_out, q, k, v, out = (_rows(x).transpose(1, 2) for x in (grad_out, q, k, v, out))
     if operator == "cpu":
+        k, v = _near(k), _near(v)
         grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             grad_out, q, k, v, out, lse, 0.0, causal, scale=scale
         )
@@ -198,6 +203,11 @@ def _ungrouped(x: Tensor) -> Tensor:
 
 def _accumulation(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
+
+
+def _near(x: Tensor) -> Tensor:
+    """Many keys or values ``[B, H, T, D]`` with those of a head side by side, not H · D numbers apart: faster on a CPU."""
+    return x.contiguous() if x.shape[2] >= MANY_KEYS else x
 
 
 def _rows(x: Tensor) -> Tensor:
