@@ -176,7 +176,7 @@ class SequenceLayout:
         other._init(self.seq_len, self.group, self.num_ranks, self.rank, self.order, bounds, self.ranks_per_node)
         starts = other.document_bounds[:-1]
         # Set before it is first computed: a mirrored layout differs in nothing but who holds which segment.
-        other.__dict__["all_segments"] = tuple(
+        other._cache["all_segments"] = tuple(
             Segment(
                 start=self.seq_len - segment.stop,
                 stop=self.seq_len - segment.start,

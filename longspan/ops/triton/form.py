@@ -10,7 +10,7 @@ from torch import Tensor
 
 from longspan.errors import InputError
 from longspan.layout import SequenceLayout
-from longspan.ops.backends import MAX_HEAD_SIZE, TRITON_CHUNK_SIZES
+from longspan.ops.backends import MAX_HEAD_SIZE, TRITON_CHUNK_SIZES, require_gpu
 from longspan.ops.diagonal import carried_final_states, diagonal_transition
 from longspan.ops.triton.launch import contiguous_rows, interpreted
 from longspan.ops.triton.operators import decay_read, decay_write
@@ -52,11 +52,7 @@ def prepare(
 
 
 def _check(k: Tensor, v: Tensor, chunk_size: int | None) -> None:
-    if k.device.type != "cuda" and not (k.device.type == "cpu" and interpreted()):
-        raise InputError(
-            f"backend='triton' runs on NVIDIA GPUs; the tensors are on {k.device}. Use backend='torch' there, or set "
-            "TRITON_INTERPRET=1 before Python starts to try the kernels on the CPU, slowly"
-        )
+    require_gpu("triton", k.device, interpreted())
     if max(k.shape[3], v.shape[3]) > MAX_HEAD_SIZE:
         raise InputError(
             f"backend='triton' takes head sizes up to {MAX_HEAD_SIZE}; got K = {k.shape[3]} and V = {v.shape[3]}. "
