@@ -288,8 +288,8 @@ def worst_over_ranks(name: str, order: str, packing: str) -> tuple[float, str]:
     return worst
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2, 3])
-@pytest.mark.parametrize("packing", ["one document", "packed", "short documents"])
+@pytest.mark.parametrize("num_ranks", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("packing", ["one document", "packed", pytest.param("short documents", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", NAMES)
 def test_over_ranks_it_equals_the_recurrent_form_with_every_gradient(name: str, packing: str, num_ranks: int) -> None:
     for order in ("contiguous", "zigzag"):

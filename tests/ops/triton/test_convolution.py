@@ -259,7 +259,7 @@ def worst_over_ranks(order: Order, packed: bool) -> tuple[float, str]:
 
 @pytest.mark.parametrize("order", ["contiguous", "zigzag"])
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("num_ranks", [2, 3])
+@pytest.mark.parametrize("num_ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_every_rank_equals_the_definition_with_every_gradient(num_ranks: int, packed: bool, order: Order) -> None:
     for error, what in run_on_ranks(num_ranks, worst_over_ranks, order, packed):
         assert error < 5e-6, what
