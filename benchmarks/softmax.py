@@ -73,7 +73,7 @@ def softmax_one_rank(quick: bool) -> Table:
 
 
 def softmax_zigzag(quick: bool) -> Table:
-    seq_len, rounds = (2048, 3) if quick else (16384, 5)
+    seq_len, rounds = (2048, 3) if quick else (16384, 9)
     table = Table(
         "softmax_zigzag",
         f"Contiguous over zigzag, causal, forward + backward, {seq_len:,} tokens, B1 H{HEADS} D{HEAD_DIM} float32, two ranks of "
@@ -138,7 +138,7 @@ def _right(sides: list[Side], measured: list[Measured]) -> dict[tuple[str, str],
 
 
 def softmax_peers(quick: bool) -> Table:
-    lengths = {512: 3, 1024: 3} if quick else {4096: 15, 8192: 9, 16384: 3}
+    lengths = {512: 3, 1024: 3} if quick else {4096: 15, 8192: 9, 16384: 5}
     table = Table(
         "softmax_peers",
         f"Against other code, causal, forward + backward, B1 H{HEADS} D{HEAD_DIM} float32, two gloo ranks of one thread",

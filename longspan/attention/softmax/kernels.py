@@ -140,6 +140,11 @@ def block_backward(
     return dq, dk, dv
 
 
+def near_keys(x: Tensor) -> Tensor:
+    """Keys or values ``[B, T, H_kv, D]`` laid out as `block_forward` and `block_backward` would else lay them each time."""
+    return _near(x.transpose(1, 2)).transpose(1, 2) if flash_operator(x) == "cpu" else x
+
+
 def plain_forward(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     """`block_forward` with public operators."""
     groups = q.shape[2] // k.shape[2]
@@ -207,7 +212,7 @@ def _accumulation(x: Tensor) -> Tensor:
 
 def _near(x: Tensor) -> Tensor:
     """Many keys or values ``[B, H, T, D]`` with those of a head side by side, not H · D numbers apart: faster on a CPU."""
-    return x.contiguous() if x.shape[2] >= MANY_KEYS else x
+    return x if x.stride(2) == x.shape[3] or x.shape[2] < MANY_KEYS else x.contiguous()
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -7,7 +7,8 @@
     write's backward    waits for the gradients that other ranks owe this rank's keys, and sums: `KeyExchange.finish`
 
 A method of exchange is one class with these four functions. An object of it serves one `write_softmax` and any number of
-reads.
+reads. A method that attends elsewhere than where the tokens are has two more nodes, before and after the read
+(`MovingExchange`): so autograd lets go of the tensors of one step before the next one allocates its own.
 """
 
 from __future__ import annotations
@@ -66,6 +67,26 @@ class KeyExchange(ABC):
 
         In the dtype of the keys, or the wider one that they were summed in.
         """
+
+
+class MovingExchange(KeyExchange):
+    """A `KeyExchange` whose queries move to where they attend, and whose outputs move back.
+
+    Shapes: q, o [B, T, H, D] of this rank's tokens; there, [B, S, h, D]. `attend` and `backward` are given queries, outputs and
+    their gradients as they are there.
+    """
+
+    @abstractmethod
+    def there(self, x: Tensor, phase: str) -> Tensor:
+        """Queries, or gradients of outputs, [B, T, H, D] to where they attend."""
+
+    @abstractmethod
+    def back(self, x: Tensor, phase: str) -> Tensor:
+        """Outputs back to their tokens, [B, T, H, D]."""
+
+    @abstractmethod
+    def back_with_key_grads(self, dq: Tensor, read: int) -> Tensor:
+        """Gradients of the queries of a read back to their tokens, and those of its keys and values, if any, on their way."""
 
 
 class Local(KeyExchange):
@@ -145,8 +166,14 @@ class Reader:
         """Attention [B, T, H, D] of this rank's queries on every key that they may see."""
         read = self._num_reads
         self._num_reads += 1
-        out: Tensor = _Attend.apply(q, self._k, self._v, self._ticket, self._exchange, scale, read)
-        return out
+        exchange = self._exchange
+        if not isinstance(exchange, MovingExchange):
+            out: Tensor = _Attend.apply(q, self._k, self._v, self._ticket, exchange, scale, read)
+            return out
+        q_there, ticket = _There.apply(q, self._ticket, exchange, read)
+        moved: Tensor = _Attend.apply(q_there, self._k, self._v, ticket, exchange, scale, read)
+        back: Tensor = _Back.apply(moved, exchange)
+        return back
 
 
 class _Start(torch.autograd.Function):
@@ -209,3 +236,44 @@ class _Attend(torch.autograd.Function):
         exchange.release()
         dk, dv = (x.to(dq.dtype) for x in key_grads) if key_grads else (None, None)
         return dq, dk, dv, grad_out.new_zeros(1) if returns_key_grads else None, None, None, None
+
+
+class _There(torch.autograd.Function):
+    """Before `_Attend`: moves queries; its backward moves their gradients back, and sends those of keys and values.
+
+    | | shape | |
+    |---|---|---|
+    | q | [B, T, H, D] | queries of this rank's tokens |
+    | ticket | [1] | from `_Start`, passed on: where keys need gradients and queries do not, this node is in the graph by it |
+    | q there | [B, S, h, D] | |
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, ticket: Tensor, exchange: MovingExchange, read: int) -> tuple[Tensor, Tensor]:
+        ctx.exchange, ctx.read = exchange, read
+        passed_on = ticket.clone()
+        if not ctx.needs_input_grad[1]:
+            ctx.mark_non_differentiable(passed_on)
+        return exchange.there(q, "forward"), passed_on
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_q: Tensor, grad_ticket: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+        exchange: MovingExchange = ctx.exchange
+        dq = exchange.back_with_key_grads(grad_q, ctx.read)
+        return dq, grad_ticket if ctx.needs_input_grad[1] else None, None, None
+
+
+class _Back(torch.autograd.Function):
+    """After `_Attend`: moves outputs [B, S, h, D] to their tokens, [B, T, H, D]; its backward moves their gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, exchange: MovingExchange) -> Tensor:
+        ctx.exchange = exchange
+        return exchange.back(out, "forward")
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, None]:
+        exchange: MovingExchange = ctx.exchange
+        return exchange.there(grad_out, "backward"), None

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from longspan.attention.softmax.all_gather import remote_keys
 from longspan.attention.softmax.blocks import Block, Run, Visibility, inverse, plan_blocks, touches
-from longspan.attention.softmax.pair import Grads, KeyExchange, wide
+from longspan.attention.softmax.kernels import near_keys
+from longspan.attention.softmax.pair import Grads, MovingExchange, wide
 from longspan.attention.softmax.tiles import Merged, Queries
 from longspan.attention.softmax.wire import take, unpack
 from longspan.exchange.swap import Flight, swap
@@ -65,7 +66,7 @@ def _plan(layout: SequenceLayout, visibility: Visibility) -> UlyssesPlan:
     )
 
 
-class Ulysses(KeyExchange):
+class Ulysses(MovingExchange):
     """The all-to-alls of one layer."""
 
     def __init__(self, layout: SequenceLayout, visibility: Visibility) -> None:
@@ -74,6 +75,7 @@ class Ulysses(KeyExchange):
         self.exchanges = self._plan.exchanges
         self._arriving: Flight | None = None
         self._keys: tuple[Tensor, Tensor] | None = None
+        self._key_grads: dict[int, list[Tensor]] = {}
         self._returning: dict[int, list[Flight]] = {}
         self._num_key_heads = 0
 
@@ -89,32 +91,40 @@ class Ulysses(KeyExchange):
         arriving = [num * sizes[self._layout.rank] // num_tokens for num in self._layout.tokens_of]
         self._arriving = swap(sent, sizes, arriving, self._layout, "forward")
 
+    def there(self, x: Tensor, phase: str) -> Tensor:
+        return self._wait_heads(self._to_heads(x, phase))
+
+    def back(self, x: Tensor, phase: str) -> Tensor:
+        return self._wait_tokens(self._to_tokens(x, phase))
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, tuple[Tensor, ...]]:
-        queries = self._wait_heads(self._to_heads(q, "forward"))
         keys, values = self._wait_keys(k, v)
-        sources = self._key_heads(q.shape[2], k.shape[2], k.device)
-        merged = Merged(queries)
+        sources = self._key_heads(q.shape[2], q.device)
+        merged = Merged(q)
         merged.add(self._plan.blocks, _spread(keys, sources), _spread(values, sources), scale)
         out = merged.out
-        saved = queries, keys, values, out, merged.lse
-        return self._wait_tokens(self._to_tokens(out, "forward")), saved
+        return out, (q, keys, values, out, merged.lse)
 
     def backward(
         self, grad_out: Tensor, saved: tuple[Tensor, ...], scale: float, read: int, returns_key_grads: bool
     ) -> tuple[Tensor, Grads | None]:
         q, keys, values, out, lse = saved
-        queries = Queries(q, out, lse, self._wait_heads(self._to_heads(grad_out, "backward")), scale)
-        sources = self._key_heads(grad_out.shape[2], self._num_key_heads, q.device)
-        grads = list(queries.backward(self._plan.blocks, _spread(keys, sources), _spread(values, sources)))
-        dq = queries.dq
-        # What comes back needs the memory of the output's gradient, and dv that of dk.
-        del queries
-        flight = self._to_tokens(dq, "backward")
+        queries = Queries(q, out, lse, grad_out, scale)
+        sources = self._key_heads(q.shape[2], q.device)
+        grads = queries.backward(self._plan.blocks, _spread(keys, sources), _spread(values, sources))
         if returns_key_grads:
+            self._key_grads[read] = [_summed(grad, sources, keys).to(keys.dtype) for grad in grads]
+        return queries.dq, None
+
+    def back_with_key_grads(self, dq: Tensor, read: int) -> Tensor:
+        flight = self._to_tokens(dq, "backward")
+        if read in self._key_grads:
+            grads = self._key_grads.pop(read)
+            # What comes back needs the memory of the output's gradient, and dv that of dk.
             self._returning[read] = []
             while grads:
-                self._returning[read].append(self._return(_summed(grads.pop(0), sources, keys), keys.dtype))
-        return self._wait_tokens(flight), None
+                self._returning[read].append(self._return(grads.pop(0)))
+        return self._wait_tokens(flight)
 
     def finish(self, shape: torch.Size) -> Grads:
         dk, dv = self._wait_key_grads(shape)
@@ -140,13 +150,14 @@ class Ulysses(KeyExchange):
             assert self._arriving is not None
             start, stop = self._heads_of(k.shape[2])[self._layout.rank]
             arrived = self._arriving.wait().view(self._layout.seq_len, k.shape[0], 2, stop - start, k.shape[3])
-            self._keys = unpack(take(arrived, self._plan.to_sequence))
+            k, v = unpack(take(arrived, self._plan.to_sequence))
+            self._keys = near_keys(k), near_keys(v)
             self._arriving = None
         return self._keys
 
-    def _return(self, grad: Tensor, dtype: torch.dtype) -> Flight:
+    def _return(self, grad: Tensor) -> Flight:
         """dk or dv [B, N, n, D] of the sequence on its way to the ranks that hold its tokens."""
-        sent = take(grad.to(dtype).transpose(0, 1), self._plan.to_ranks).contiguous()
+        sent = take(grad.transpose(0, 1), self._plan.to_ranks).contiguous()
         numbers, own = sent[0].numel(), self._layout.num_local_tokens
         heads = self._heads_of(self._num_key_heads)
         arriving = [own * numbers // grad.shape[2] * (stop - start) for start, stop in heads]
@@ -174,15 +185,15 @@ class Ulysses(KeyExchange):
             total[:, :, start:stop] += part
         return total
 
-    def _key_heads(self, num_heads: int, num_key_heads: int, device: torch.device) -> Tensor | None:
-        """For each query head of this rank, its key head's number at this rank; None where the kernels' own grouping is that."""
-        rank, num_ranks = self._layout.rank, self._layout.num_ranks
-        here, group = num_heads // num_ranks, num_heads // num_key_heads
+    def _key_heads(self, here: int, device: torch.device) -> Tensor | None:
+        """For each of `here` query heads of this rank, its key head's number at this rank; None where the kernels group so."""
+        rank, num_ranks, num_key_heads = self._layout.rank, self._layout.num_ranks, self._num_key_heads
+        group = here * num_ranks // num_key_heads
         first, last = key_heads_of(rank, num_ranks, num_key_heads)
         sources = [(rank * here + head) // group - first for head in range(here)]
         if here % (last - first) == 0 and sources == [head // (here // (last - first)) for head in range(here)]:
             return None
-        key = "softmax_key_heads", num_heads, num_key_heads, device
+        key = "softmax_key_heads", here, num_key_heads, device
         return self._layout.cached(key, lambda: torch.tensor(sources).to(device))
 
     # ------------------------------------------------------------------------------------------------ queries and outputs
