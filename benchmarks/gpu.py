@@ -13,7 +13,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+import longspan
 from benchmarks.gpu_sides import OPERATORS, Case, Inputs, exact, fla_side, flash_attention, make_inputs, ours, step
 from benchmarks.harness import Ratio, Table, machine, paired, save
 from longspan.layout import SequenceLayout
@@ -44,27 +45,37 @@ class Gpu:
     def is_real(self) -> bool:
         return self.device.type == "cuda"
 
+    def wait(self) -> None:
+        """Until everything that was issued is done."""
+        if self.is_real:
+            torch.cuda.synchronize(self.device)
+
+    def host_seconds(self, function: Callable[[], object]) -> float:
+        """Time that the host takes to issue one call; the GPU's work is not waited for."""
+        self.wait()
+        begun = time.perf_counter()
+        function()
+        return time.perf_counter() - begun
+
     def seconds(self, function: Callable[[], object]) -> float:
-        """Time of one call, on the GPU's clock."""
+        """Time of one call, on the GPU's clock: of the slower of the two, the host that issues and the GPU that computes."""
         if not self.is_real:
-            begun = time.perf_counter()
-            function()
-            return time.perf_counter() - begun
+            return self.host_seconds(function)
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize(self.device)
+        self.wait()
         begin.record()
         function()
         end.record()
-        torch.cuda.synchronize(self.device)
+        self.wait()
         return begin.elapsed_time(end) / 1e3
 
-    def in_turn(self, sides: list[Callable[[], object]]) -> list[list[float]]:
+    def in_turn(self, sides: Sequence[Callable[[], object]], of_host: bool = False) -> list[list[float]]:
         """Times of every side, one call of each a round, after two rounds that are not counted."""
         times: list[list[float]] = [[] for _ in sides]
         warm_up = 2 if self.is_real else 0
         for round_ in range(self.repeats + warm_up):
             for index, side in enumerate(sides):
-                elapsed = self.seconds(side)
+                elapsed = self.host_seconds(side) if of_host else self.seconds(side)
                 if round_ >= warm_up:
                     times[index].append(elapsed)
         return times
@@ -157,7 +168,7 @@ def speed(gpu: Gpu, quick: bool) -> Table:
         for backward in (False, True):
             run = step if backward else _forward
             sides: list[Callable[[], object]] = [partial(run, ours, inputs)]
-            note = "not installed" if case.operator != "linear_attention" else "has none without normalisation"
+            note = "not installed"
             if peer is not None:
                 try:
                     error = largest_error(step(peer, inputs), step(ours, inputs))
@@ -178,6 +189,84 @@ def speed(gpu: Gpu, quick: bool) -> Table:
             )
         del inputs
     return table
+
+
+def host(gpu: Gpu, quick: bool) -> Table:
+    """The host's share does not depend on the sizes; where a call of the GPU is shorter, it is what counts."""
+    table = Table(
+        "host",
+        "Time of the host to issue forward + backward, whatever the sizes; short sequences take no less",
+        "no more than flash-linear-attention",
+        ["operator", "ms", "ms, fla", "times as fast"],
+    )
+    for operator in OPERATORS:
+        case = Case(operator, 32, 16, heads=1) if quick else Case(operator, 256, 64, heads=2)
+        inputs, peer = make_inputs(case, gpu.device), fla_side(case)
+        sides = [partial(step, side, inputs) for side in (ours, peer) if side is not None]
+        times = gpu.in_turn(sides, of_host=True)
+        mine = f"{statistics.median(times[0]) * 1e3:.3f}"
+        if peer is None:
+            table.add(operator, mine, "not installed", "")
+        else:
+            table.add(operator, mine, f"{statistics.median(times[1]) * 1e3:.3f}", paired(times[1], times[0]).ratio)
+    return table
+
+
+def norm(gpu: Gpu, quick: bool) -> Table:
+    table = Table(
+        "norm",
+        "rms_norm_gated over heads: one kernel each way against PyTorch's operations, as they are and compiled, bfloat16",
+        "ahead of PyTorch's, or the kernel does not pay. Share of the ceiling: ideal bytes over a copy's rate, over the time",
+        [
+            "rows",
+            "D",
+            "pass",
+            "ms",
+            "ms, PyTorch",
+            "times as fast",
+            "ms, compiled",
+            "times as fast",
+            "share of the ceiling",
+        ],
+    )
+    compiled = torch.compile(partial(longspan.rms_norm_gated, backend="torch"))
+    for rows, size in ((32, 16),) if quick else ((8192 * 16, 128), (131072 * 16, 128), (32768 * 8, 256), (32768, 2048)):
+        x, gate, grad = (torch.randn(rows, size, device=gpu.device).bfloat16() for _ in range(3))
+        weight = torch.ones(size, device=gpu.device)
+        leaves = [leaf.requires_grad_() for leaf in (x, gate, weight)]
+        calls = [partial(longspan.rms_norm_gated, x, gate, weight, backend=backend) for backend in ("triton", "torch")]
+        # Compiling for a CPU would only take time here.
+        calls += [partial(compiled, x, gate, weight)] if gpu.is_real else []
+        results = [_norm_step(call, leaves, grad) for call in calls]
+        for result in results[1:]:
+            error = largest_error(results[0], tuple(x.double() for x in result))
+            if not error <= TOLERANCE[torch.bfloat16]:
+                raise SystemExit(f"rms_norm_gated: relative error {error:.1e}; nothing is timed")
+        for backward in (False, True):
+            sides: list[Callable[[], object]] = [
+                partial(_norm_step, call, leaves, grad) if backward else partial(_without_graph, call) for call in calls
+            ]
+            times = gpu.in_turn(sides)
+            cells: list[object] = [f"{statistics.median(times[0]) * 1e3:.3f}"]
+            for other in times[1:]:
+                cells += [f"{statistics.median(other) * 1e3:.3f}", paired(other, times[0]).ratio]
+            cells += [""] * (5 - len(cells))
+            # x, gate and y; backward x, gate and ∂y again, and their gradients.
+            num_bytes = rows * size * 2 * (8 if backward else 3)
+            ideal = num_bytes / gpu.copy_rate / statistics.median(times[0])
+            name = "forward + backward" if backward else "forward"
+            table.add(f"{rows:,}", size, name, *cells, f"{ideal:.2f}")
+    return table
+
+
+def _norm_step(call: Callable[[], Tensor], leaves: list[Tensor], grad: Tensor) -> tuple[Tensor, ...]:
+    y = call()
+    return (y, *torch.autograd.grad(y, leaves, grad))
+
+
+def _without_graph(call: Callable[[], Tensor]) -> None:
+    with torch.no_grad():
+        call()
 
 
 def softmax(gpu: Gpu, quick: bool) -> Table:
@@ -260,14 +349,21 @@ def first_call(gpu: Gpu, quick: bool) -> Table:
         inputs = make_inputs(case, gpu.device)
         begun = time.perf_counter()
         step(ours, inputs)
-        if gpu.is_real:
-            torch.cuda.synchronize(gpu.device)
+        gpu.wait()
         taken = time.perf_counter() - begun
         table.add(operator, inputs.case.size, f"{taken:.2f}", f"{gpu.median(partial(step, ours, inputs)) * 1e3:.3f}")
     return table
 
 
-TABLES = {"correctness": correctness, "first_call": first_call, "speed": speed, "softmax": softmax, "split": split}
+TABLES = {
+    "correctness": correctness,
+    "first_call": first_call,
+    "host": host,
+    "speed": speed,
+    "softmax": softmax,
+    "split": split,
+    "norm": norm,
+}
 
 
 def installed(package: str) -> str:
@@ -317,7 +413,7 @@ def main() -> None:
         tables.append(TABLES[name](gpu, arguments.quick or arguments.interpreter))
         if gpu.is_real:
             print(tables[-1].markdown(), flush=True)
-            save(tables, arguments.out)
+            save(tables, arguments.out, about)
         else:
             print(f"{name}: {len(tables[-1].rows)} rows, no figures without a GPU", flush=True)
 

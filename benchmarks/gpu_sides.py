@@ -118,24 +118,26 @@ def step(attend: Attend, inputs: Inputs) -> tuple[Tensor, ...]:
 
 
 def fla_side(case: Case) -> Attend | None:
-    """flash-linear-attention's chunk operator, or None where it has none or is not installed."""
-    if importlib.util.find_spec("fla") is None or case.operator == "linear_attention":
+    """flash-linear-attention's chunk operator, or None where it is not installed."""
+    if importlib.util.find_spec("fla") is None:
         return None
 
     def attend(inputs: Inputs) -> Tensor:
         from fla.ops.gla import chunk_gla
+        from fla.ops.linear_attn import chunk_linear_attn
         from fla.ops.simple_gla import chunk_simple_gla
 
-        options = {}
+        options = {"scale": case.size**-0.5}
         if case.documents is not None:
             options["cu_seqlens"] = _cu_seqlens(case.documents, inputs.q.device)
         if case.operator == "gla":
-            o, _ = chunk_gla(inputs.q, inputs.k, inputs.v, inputs.gates["g"], scale=case.size**-0.5, **options)
+            o, _ = chunk_gla(inputs.q, inputs.k, inputs.v, inputs.gates["g"], **options)
         elif case.operator == "simple_gla":
-            o, _ = chunk_simple_gla(inputs.q, inputs.k, inputs.v, g=inputs.gates["g"], scale=case.size**-0.5, **options)
+            o, _ = chunk_simple_gla(inputs.q, inputs.k, inputs.v, g=inputs.gates["g"], **options)
+        elif case.operator == "retention":
+            o, _ = chunk_simple_gla(inputs.q, inputs.k, inputs.v, g_gamma=inputs.gates["log_decay"], **options)
         else:
-            gamma = inputs.gates["log_decay"]
-            o, _ = chunk_simple_gla(inputs.q, inputs.k, inputs.v, g_gamma=gamma, scale=case.size**-0.5, **options)
+            o, _ = chunk_linear_attn(inputs.q, inputs.k, inputs.v, normalize=False, **options)
         result: Tensor = o
         return result
 

@@ -219,7 +219,8 @@ def machine() -> dict[str, str]:
     }
 
 
-def save(tables: Sequence[Table], path: Path) -> None:
-    """Write the tables and the machine as JSON."""
+def save(tables: Sequence[Table], path: Path, about: dict[str, str] | None = None) -> None:
+    """Write the tables and the machine, or what is known `about` it, as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"machine": machine(), "tables": [asdict(table) for table in tables]}, indent=2) + "\n")
+    content = {"machine": about or machine(), "tables": [asdict(table) for table in tables]}
+    path.write_text(json.dumps(content, indent=2) + "\n")

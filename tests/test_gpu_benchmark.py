@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -31,6 +34,68 @@ def test_every_table_is_made_on_the_interpreter_and_none_is_printed(
         assert f"{name}: {'0' if name == 'softmax' else ''}" in printed
     assert "| ms" not in printed
     assert not out.exists()
+
+
+class Pretended(gpu.Gpu):
+    """The CPU, taken for a GPU whose clock ticks evenly."""
+
+    is_real = True
+
+    def wait(self) -> None:
+        pass
+
+    def seconds(self, function: Callable[[], object]) -> float:
+        function()
+        return 0.002
+
+
+def test_tables_on_a_gpu_have_a_figure_in_every_column(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """With kernels by PyTorch, a peer that agrees, and a clock that always says two milliseconds."""
+    by_torch = partial(ours, backend="torch")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(gpu, "measured", lambda _: Pretended(CPU.device, 3, copy_rate=1e9, matmul_rate=1e9))
+    monkeypatch.setattr(gpu, "ours", by_torch)
+    monkeypatch.setattr(gpu, "fla_side", lambda case: by_torch)
+    # float16 is the kernels' alone.
+    monkeypatch.setattr(gpu, "TOLERANCE", {torch.float32: 1e-4, torch.bfloat16: 2e-2})
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    out = tmp_path / "gpu.json"
+    names = [name for name in gpu.TABLES if name != "softmax"]
+    monkeypatch.setattr(sys, "argv", ["gpu", "--quick", "--out", str(out), *names])
+    gpu.main()
+    printed = capsys.readouterr().out
+    saved = json.loads(out.read_text())
+    assert saved["machine"]["gpu"] == "a GPU"
+    assert [table["name"] for table in saved["tables"]] == names
+    for table in saved["tables"]:
+        assert table["rows"], table["name"]
+        for row in table["rows"]:
+            assert len(row) == len(table["columns"]), table["name"]
+            assert all(row), (table["name"], row)
+            assert "| " + " | ".join(row) + " |" in printed
+    speed = next(table for table in saved["tables"] if table["name"] == "speed")
+    by_pass = {row[1]: row for row in speed["rows"]}
+    assert by_pass["forward"][2:5] == ["2.000", "2.000", "1.00 (1.00-1.00)"]
+
+
+def test_a_peer_that_cannot_or_differs_is_named_and_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def raises(inputs: Inputs) -> Tensor:
+        raise NotImplementedError
+
+    by_torch = partial(ours, backend="torch")
+    monkeypatch.setattr(gpu, "ours", by_torch)
+    for peer, note in (
+        (raises, "NotImplementedError"),
+        (lambda inputs: 2 * by_torch(inputs), "differs by"),
+        (None, "not installed"),
+    ):
+        monkeypatch.setattr(gpu, "fla_side", lambda case, peer=peer: peer)
+        for row in gpu.speed(CPU, quick=True).rows:
+            assert row[3].startswith(note)
+            assert row[4].startswith(note)
 
 
 def test_a_wrong_kernel_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:

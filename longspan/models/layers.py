@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from longspan.ops.gated_norm import rms_norm_gated
+
 
 def at_least_float32(x: Tensor) -> Tensor:
     """`x` in float32 if its dtype is narrower: norms, gates and angles are not computed in bfloat16."""
@@ -26,6 +28,18 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         wide = at_least_float32(x)
         return F.rms_norm(wide, self.weight.shape, self.weight.to(wide.dtype), self.eps).to(x.dtype)
+
+
+class GatedRMSNorm(nn.Module):
+    """x / rms(x) · weight ⊙ silu(gate) over the last dimension: see `longspan.rms_norm_gated`."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
+        return rms_norm_gated(x, gate, self.weight, self.eps)
 
 
 class SwiGLU(nn.Module):

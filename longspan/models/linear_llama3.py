@@ -18,7 +18,7 @@ from longspan.errors import InputError, LayoutError
 from longspan.layout import SequenceLayout
 from longspan.models.config import LinearLlama3Config
 from longspan.models.decays import ChannelDecay, ScalarDecay
-from longspan.models.layers import RMSNorm, Rotation, SwiGLU, at_least_float32, rotation
+from longspan.models.layers import GatedRMSNorm, RMSNorm, Rotation, SwiGLU, at_least_float32, rotation
 from longspan.models.mixers import LinearCache, LinearMixer, SoftmaxCache, SoftmaxMixer
 
 INIT_STD = 0.02
@@ -162,7 +162,7 @@ class LinearLlama3(nn.Module):
                     continue
                 drawn = torch.empty(module.weight.shape).normal_(std=std, generator=generator)
                 module.weight.copy_(drawn)
-            elif isinstance(module, RMSNorm):
+            elif isinstance(module, RMSNorm | GatedRMSNorm):
                 module.weight.fill_(1.0)
             elif isinstance(module, ScalarDecay | ChannelDecay):
                 module.reset_parameters()

@@ -21,7 +21,7 @@ from longspan.features import elu_plus_one, unit_length
 from longspan.layout import SequenceLayout
 from longspan.models.config import LinearLlama3Config
 from longspan.models.decays import DECAYS
-from longspan.models.layers import RMSNorm, Rotation, rotate
+from longspan.models.layers import GatedRMSNorm, Rotation, rotate
 from longspan.ops import VARIANTS
 from longspan.state import Dense
 
@@ -90,7 +90,7 @@ class LinearMixer(nn.Module):
         )
         self.decay = DECAYS[operator](config.dim, self.num_heads, self.head_dim)
         self.has_unit_keys = VARIANTS[operator].transition is Dense
-        self.norm = RMSNorm(self.head_dim, config.norm_eps)
+        self.norm = GatedRMSNorm(self.head_dim, config.norm_eps)
         self.out_proj = nn.Linear(inner, config.dim, bias=False)
 
     def forward(self, x: Tensor, layout: SequenceLayout | None, by: Rotation | None) -> Tensor:
@@ -114,7 +114,7 @@ class LinearMixer(nn.Module):
         return self._features(self.k_proj(x)), self._heads(self.v_proj(x)), self.decay(x)
 
     def _out(self, o: Tensor, gate: Tensor) -> Tensor:
-        out: Tensor = self.out_proj(self.norm(o).flatten(2) * F.silu(gate))
+        out: Tensor = self.out_proj(self.norm(o, self._heads(gate)).flatten(2))
         return out
 
     def _features(self, x: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import json, sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from longspan.ops.triton import attend, convolution, decays, gates, states
+from longspan.ops.triton import attend, convolution, decays, gated_norm, gates, states
 
 BF16, F32, I32 = "*bf16", "*fp32", "*i32"
 ATTEND = dict(a=BF16, b=BF16, c=BF16, out=BF16, g=F32, log_decay=F32, states=F32, arriving=F32, carried=F32, dotted=BF16, dots=F32,
@@ -41,6 +41,7 @@ def convolved(**constants):
     return types, dict(constants, SILU=True, W=4, BC=convolution.CHANNELS)
 
 
+NORM = dict.fromkeys(("x", "gate", "weight", "y", "grad_y", "grad_x", "grad_gate"), BF16) | {"sums": F32, "eps": "fp32"}
 INSIDE = dict(HAS_BIAS=True, HAS_HEADS=True, BT=convolution.TOKENS)
 BACKWARD = dict(INSIDE, NEEDS_X=True, NEEDS_SUMS=True)
 ONES = dict(num_tokens=1, num_channels=1, num_head_rows=1)
@@ -69,6 +70,9 @@ CASES = {
     "convolution, backward": (convolution.inside_backward_kernel, *convolved(**BACKWARD), convolution.NUM_WARPS),
     "convolution of one number": (convolution.inside_backward_kernel, *convolved(**BACKWARD, **ONES), convolution.NUM_WARPS),
     "convolution, heads": (convolution.heads_kernel, *convolved(BW=4), 1),
+    "norm": (gated_norm.forward_kernel, NORM, dict(SILU=True, ROWS=32, BD=128), 4),
+    "norm, backward": (gated_norm.backward_kernel, NORM, dict(SILU=True, ROWS=32, BD=128), 4),
+    "norm of a whole row": (gated_norm.backward_kernel, NORM, dict(SILU=False, ROWS=1, BD=8192), 8),
     "convolution, heads, backward": (convolution.heads_backward_kernel, *convolved(BW=4), 1),
 }
 
@@ -107,7 +111,7 @@ def test_every_kernel_compiles_for_ampere_and_hopper_and_fits_its_shared_memory(
     )
     assert done.returncode == 0, done.stderr
     results = json.loads(done.stdout.splitlines()[-1])
-    assert len(results) == 20
+    assert len(results) == 23
     for name, kernel in results.items():
         assert kernel["target"], name
         assert 0 <= kernel["shared"] <= SHARED_MEMORY[capability], (name, kernel)

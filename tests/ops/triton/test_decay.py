@@ -58,8 +58,18 @@ def test_packed_documents_groups_and_sizes_that_are_no_power_of_two(name: str, d
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_heads_wider_than_a_tile(name: str) -> None:
-    inputs = make_inputs(name, 20, heads=1, key_size=80, value_size=72, dtype=torch.float32)
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        (80, 72),
+        pytest.param((256, 144), marks=pytest.mark.slow),
+        pytest.param((40, 256), marks=pytest.mark.slow),
+        (256, 256),
+    ],
+)
+def test_heads_wider_than_a_tile(name: str, sizes: tuple[int, int]) -> None:
+    key_size, value_size = sizes
+    inputs = make_inputs(name, 20, heads=1, key_size=key_size, value_size=value_size, dtype=torch.float32)
     assert_right(name, inputs, chunk_size=None)
 
 
