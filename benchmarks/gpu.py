@@ -164,19 +164,16 @@ def speed(gpu: Gpu, quick: bool) -> Table:
     )
     for case in grid(quick):
         inputs = make_inputs(case, gpu.device)
-        peer = fla_side(case)
+        peer, note = fla_side(case), "not installed"
+        if peer is not None:
+            try:
+                error = largest_error(step(peer, inputs), step(ours, inputs))
+                note = "" if error <= 5 * TOLERANCE[case.dtype] else f"differs by {error:.0e}"
+            except Exception as problem:  # a peer that cannot run a case is a fact about the peer
+                note = type(problem).__name__
         for backward in (False, True):
             run = step if backward else _forward
-            sides: list[Callable[[], object]] = [partial(run, ours, inputs)]
-            note = "not installed"
-            if peer is not None:
-                try:
-                    error = largest_error(step(peer, inputs), step(ours, inputs))
-                except Exception as problem:  # a peer that cannot run a case is a fact about the peer
-                    peer, note = None, type(problem).__name__
-                else:
-                    note = "" if error <= 5 * TOLERANCE[case.dtype] else f"differs by {error:.0e}"
-                    sides += [] if note else [partial(run, peer, inputs)]
+            sides = [partial(run, side, inputs) for side in ((ours,) if note or peer is None else (ours, peer))]
             times = gpu.in_turn(sides)
             mine = statistics.median(times[0])
             ratio = paired(times[1], times[0]).ratio if len(times) > 1 else note
@@ -229,14 +226,15 @@ def norm(gpu: Gpu, quick: bool) -> Table:
             "share of the ceiling",
         ],
     )
-    compiled = torch.compile(partial(longspan.rms_norm_gated, backend="torch"))
+    by_torch = partial(longspan.rms_norm_gated, backend="torch")
+    # Compiling for a CPU would only take time here.
+    sides_of_norm: list[Callable[..., Tensor]] = [partial(longspan.rms_norm_gated, backend="triton"), by_torch]
+    sides_of_norm += [torch.compile(by_torch)] if gpu.is_real else []
     for rows, size in ((32, 16),) if quick else ((8192 * 16, 128), (131072 * 16, 128), (32768 * 8, 256), (32768, 2048)):
         x, gate, grad = (torch.randn(rows, size, device=gpu.device).bfloat16() for _ in range(3))
         weight = torch.ones(size, device=gpu.device)
         leaves = [leaf.requires_grad_() for leaf in (x, gate, weight)]
-        calls = [partial(longspan.rms_norm_gated, x, gate, weight, backend=backend) for backend in ("triton", "torch")]
-        # Compiling for a CPU would only take time here.
-        calls += [partial(compiled, x, gate, weight)] if gpu.is_real else []
+        calls = [partial(side, x, gate, weight) for side in sides_of_norm]
         results = [_norm_step(call, leaves, grad) for call in calls]
         for result in results[1:]:
             error = largest_error(results[0], tuple(x.double() for x in result))

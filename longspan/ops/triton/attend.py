@@ -116,6 +116,7 @@ def attend_kernel(
     HAS_ARRIVING: tl.constexpr,
     HAS_DOTS: tl.constexpr,
     INSIDE: tl.constexpr,
+    LOADS_SCALE: tl.constexpr,
     PRECISION: tl.constexpr,
     C: tl.constexpr,
     LEVELS: tl.constexpr,
@@ -128,8 +129,8 @@ def attend_kernel(
     ``[num_slots, B, H, ·, ·]`` with strides for rows (contracted) and columns: with a transposed state they are swapped.
     arriving ``[·, B, H, ·, ·]``: what enters the piece from elsewhere, reaching the slot times e^carried. INSIDE: whether
     tokens of the stretch ask each other (without, only the state is read). dots ``[V blocks, B, T, H]``: Σ out ⊙ dotted over
-    the block's columns, with dotted ``[B, T, ·, V]``. scale_in: a pointer to one float32. Program (stretch, V block; batch and
-    head).
+    the block's columns, with dotted ``[B, T, ·, V]``. scale_in: a number, or, LOADS_SCALE, a pointer
+    to one. Program (stretch, V block; batch and head).
     """
     column_blocks = tl.cdiv(num_columns, BV)
     stretch, block = tl.program_id(0) // column_blocks, tl.program_id(0) % column_blocks
@@ -148,7 +149,10 @@ def attend_kernel(
         c += batch * c_batch + (head // (num_heads // c_heads)) * c_head
     if HAS_DOTS:
         dotted += batch * dotted_batch + (head // (num_heads // dotted_heads)) * dotted_head
-    scale = tl.load(scale_in)
+    if LOADS_SCALE:
+        scale = tl.load(scale_in)
+    else:
+        scale = scale_in
     constant = 0.0
     if DECAY == HEAD:
         constant = tl.maximum(tl.load(log_decay + head).to(tl.float32), LOWEST)

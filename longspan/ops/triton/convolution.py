@@ -10,6 +10,7 @@ tiles, in one order.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,8 @@ import triton.language as tl
 from torch import Tensor
 
 from longspan.layout import SequenceLayout
-from longspan.ops.triton.launch import contiguous_rows
+from longspan.ops.triton.launch import cdiv, contiguous_rows, power_of_2
+from longspan.ops.triton.nodes import Operator, differentiable
 
 # Of a tile: rows and columns, and the warps that compute it.
 TOKENS, CHANNELS, NUM_WARPS = 32, 64, 8
@@ -248,11 +250,10 @@ def heads_backward_kernel(
 
 
 def _grid(num_tiles: int, x: Tensor) -> tuple[int, int]:
-    return num_tiles * triton.cdiv(x.shape[-1], CHANNELS), x.shape[0]
+    return num_tiles * cdiv(x.shape[-1], CHANNELS), x.shape[0]
 
 
-@torch.library.custom_op("longspan::convolution_inside", mutates_args=())
-def convolution_inside(
+def _inside(
     x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, num_head_rows: int, silu: bool
 ) -> tuple[Tensor, Tensor]:
     """The convolution of a rank's tokens, as if nothing stood before its pieces.
@@ -269,7 +270,7 @@ def convolution_inside(
     batch, num_tokens, num_channels = x.shape
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     z_heads = x.new_empty(batch, num_head_rows, num_channels, dtype=torch.float32)
-    inside_kernel[_grid(triton.cdiv(num_tokens, TOKENS), x)](
+    inside_kernel[_grid(cdiv(num_tokens, TOKENS), x)](
         x, weight, bias, y, z_heads, rows, num_tokens, num_channels, num_head_rows, x.stride(0), x.stride(1),
         HAS_BIAS=bias is not None, HAS_HEADS=num_head_rows > 0, SILU=silu,
         W=weight.shape[1], BT=TOKENS, BC=CHANNELS, num_warps=NUM_WARPS,
@@ -277,14 +278,12 @@ def convolution_inside(
     return y, z_heads
 
 
-@convolution_inside.register_fake
-def _(x, weight, bias, rows, num_head_rows, silu):
+def _inside_fake(x, weight, bias, rows, num_head_rows, silu):
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     return y, x.new_empty(x.shape[0], num_head_rows, x.shape[2], dtype=torch.float32)
 
 
-@torch.library.custom_op("longspan::convolution_inside_backward", mutates_args=())
-def convolution_inside_backward(
+def _inside_backward(
     grad_y: Tensor,
     grad_z_heads: Tensor,
     x: Tensor,
@@ -297,7 +296,7 @@ def convolution_inside_backward(
 ) -> tuple[Tensor, Tensor]:
     """∂x (empty unless `needs_x`), and ∂weight and ∂bias ``[W + 1, C]``, float32 (empty unless `needs_sums`)."""
     batch, num_tokens, num_channels = x.shape
-    num_tiles, taps = triton.cdiv(num_tokens, TOKENS), weight.shape[1]
+    num_tiles, taps = cdiv(num_tokens, TOKENS), weight.shape[1]
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format) if needs_x else x.new_empty(0)
     num_sums = batch * num_tiles if needs_sums else 0
     sums = x.new_empty(num_sums, taps + 1, num_channels, dtype=torch.float32)
@@ -310,8 +309,7 @@ def convolution_inside_backward(
     return grad_x, sums.sum(0) if needs_sums else x.new_empty(0, dtype=torch.float32)
 
 
-@convolution_inside_backward.register_fake
-def _(grad_y, grad_z_heads, x, weight, bias, rows, silu, needs_x, needs_sums):
+def _inside_backward_fake(grad_y, grad_z_heads, x, weight, bias, rows, silu, needs_x, needs_sums):
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format) if needs_x else x.new_empty(0)
     shape = (weight.shape[1] + 1, x.shape[2]) if needs_sums else (0,)
     return grad_x, x.new_empty(shape, dtype=torch.float32)
@@ -323,10 +321,12 @@ def _setup_inside(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tenso
     ctx.silu = silu
 
 
-def _inside_backward(ctx: Any, grad_y: Tensor, grad_z_heads: Tensor) -> tuple[Tensor | None, ...]:
+def _inside_gradients(
+    ctx: Any, backward: Callable[..., Any], grad_y: Tensor, grad_z_heads: Tensor
+) -> tuple[Tensor | None, ...]:
     x, weight, bias, rows = ctx.saved_tensors
     needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-    grad_x, sums = convolution_inside_backward(
+    grad_x, sums = backward(
         contiguous_rows(grad_y), grad_z_heads.contiguous(), x, weight, bias, rows,
         ctx.silu, needs_x, needs_weight or needs_bias,
     )  # fmt: skip
@@ -340,14 +340,19 @@ def _inside_backward(ctx: Any, grad_y: Tensor, grad_z_heads: Tensor) -> tuple[Te
     )
 
 
-convolution_inside.register_autograd(_inside_backward, setup_context=_setup_inside)
+INSIDE = Operator("longspan::convolution_inside", _inside, _inside_fake)
+convolution_inside = differentiable(
+    INSIDE,
+    Operator("longspan::convolution_inside_backward", _inside_backward, _inside_backward_fake),
+    _setup_inside,
+    _inside_gradients,
+)
 
 
 # ----------------------------------------------------------------------------------------------------------------- head rows
 
 
-@torch.library.custom_op("longspan::convolution_heads", mutates_args=())
-def convolution_heads(z_heads: Tensor, before: Tensor, weight: Tensor, heads: Tensor, silu: bool) -> Tensor:
+def _heads(z_heads: Tensor, before: Tensor, weight: Tensor, heads: Tensor, silu: bool) -> Tensor:
     """y of the head rows.
 
     | | shape | |
@@ -365,18 +370,16 @@ def convolution_heads(z_heads: Tensor, before: Tensor, weight: Tensor, heads: Te
     taps = weight.shape[1]
     heads_kernel[_grid(heads.shape[0], z_heads)](
         z_heads, before, weight, y_rows, heads, z_heads.shape[2], z_heads.shape[1],
-        SILU=silu, W=taps, BW=triton.next_power_of_2(taps - 1), BC=CHANNELS, num_warps=1,
+        SILU=silu, W=taps, BW=power_of_2(taps - 1), BC=CHANNELS, num_warps=1,
     )  # fmt: skip
     return y_rows
 
 
-@convolution_heads.register_fake
-def _(z_heads, before, weight, heads, silu):
+def _heads_fake(z_heads, before, weight, heads, silu):
     return before.new_empty(z_heads.shape)
 
 
-@torch.library.custom_op("longspan::convolution_heads_backward", mutates_args=())
-def convolution_heads_backward(
+def _heads_backward(
     grad_rows: Tensor, z_heads: Tensor, before: Tensor, weight: Tensor, heads: Tensor, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of z_heads and before, and of all columns of the weight but the last, ``[W-1, C]`` in float32."""
@@ -385,13 +388,12 @@ def convolution_heads_backward(
     sums = z_heads.new_empty(before.shape[0] * before.shape[1], taps - 1, before.shape[3])
     heads_backward_kernel[_grid(heads.shape[0], z_heads)](
         z_heads, before, weight, grad_rows, grad_z_heads, grad_before, sums, heads, z_heads.shape[2], z_heads.shape[1],
-        SILU=silu, W=taps, BW=triton.next_power_of_2(taps - 1), BC=CHANNELS, num_warps=1,
+        SILU=silu, W=taps, BW=power_of_2(taps - 1), BC=CHANNELS, num_warps=1,
     )  # fmt: skip
     return grad_z_heads, grad_before, sums.sum(0)
 
 
-@convolution_heads_backward.register_fake
-def _(grad_rows, z_heads, before, weight, heads, silu):
+def _heads_backward_fake(grad_rows, z_heads, before, weight, heads, silu):
     sums = z_heads.new_empty(weight.shape[1] - 1, weight.shape[0])
     return torch.empty_like(z_heads), torch.empty_like(before), sums
 
@@ -402,16 +404,20 @@ def _setup_heads(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.silu = silu
 
 
-def _heads_backward(ctx: Any, grad_rows: Tensor) -> tuple[Tensor | None, ...]:
+def _heads_gradients(ctx: Any, backward: Callable[..., Any], grad_rows: Tensor) -> tuple[Tensor | None, ...]:
     z_heads, before, weight, heads = ctx.saved_tensors
-    grad_z_heads, grad_before, sums = convolution_heads_backward(
-        grad_rows.contiguous(), z_heads, before, weight, heads, ctx.silu
-    )
+    grad_z_heads, grad_before, sums = backward(grad_rows.contiguous(), z_heads, before, weight, heads, ctx.silu)
     grad_weight = F.pad(sums, (0, 0, 0, 1)).t().to(weight.dtype).contiguous() if ctx.needs_input_grad[2] else None
     return grad_z_heads, grad_before, grad_weight, None, None
 
 
-convolution_heads.register_autograd(_heads_backward, setup_context=_setup_heads)
+HEADS = Operator("longspan::convolution_heads", _heads, _heads_fake)
+convolution_heads = differentiable(
+    HEADS,
+    Operator("longspan::convolution_heads_backward", _heads_backward, _heads_backward_fake),
+    _setup_heads,
+    _heads_gradients,
+)
 
 
 # --------------------------------------------------------------------------------------------------------------- both phases

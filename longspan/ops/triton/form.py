@@ -78,7 +78,6 @@ class _Written:
     states: Tensor | None
     ends: Tensor
     totals: Tensor
-    carried: Tensor
     sums: Tensor
     tickets: tuple[Tensor | None, Tensor | None, Tensor | None]
 
@@ -110,14 +109,14 @@ class TritonChunkForm(ChunkForm):
         k, v = contiguous_rows(k), contiguous_rows(v)
         start_states = None if start_states is None else start_states.contiguous()
         is_plain = start_states is None and not end_pieces and stretches.is_one_a_piece
-        states, ends, totals, carried, sums, *tickets = decay_write(
+        states, ends, totals, sums, *tickets = decay_write(
             k, v, self._g, self.gates.get("log_decay"), start_states,
             stretches.table, stretches.pieces, stretches.starting, stretches.num_slots, stretches.num_ends, self.chunk_size,
             is_plain,
         )  # fmt: skip
         self._stretches = stretches
         own = (tickets[0], tickets[1], tickets[2])
-        self._written = _Written(k, v, None if is_plain else states, ends, totals, carried, sums, own)
+        self._written = _Written(k, v, None if is_plain else states, ends, totals, sums, own)
         return ends
 
     def read(self, q: Tensor, wait: Callable[[], Tensor | None], scale: float, overlapped: bool) -> Tensor:
@@ -139,7 +138,7 @@ class TritonChunkForm(ChunkForm):
         arriving = None if arriving is None else arriving.contiguous()
         k, v, states = (written.k, written.v, written.states) if own else (None, None, None)
         o: Tensor = decay_read(
-            q, k, v, self._g, self.gates.get("log_decay"), states, arriving, written.totals, written.carried, written.sums,
+            q, k, v, self._g, self.gates.get("log_decay"), states, arriving, written.totals, written.sums,
             *(written.tickets if own else _NO_TICKETS), stretches.table, stretches.pieces,
             scale, written.v.shape[2], written.v.shape[3], self.chunk_size,
         )  # fmt: skip

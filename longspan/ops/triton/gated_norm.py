@@ -11,12 +11,16 @@ Nothing but x, the gate and w is kept between forward and backward: r is one mor
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from longspan.ops.triton.launch import cdiv, power_of_2
+from longspan.ops.triton.nodes import Operator, differentiable
 
 # Numbers of a tile, and the most programs, each of which leaves one row of ∂w to be summed.
 TILE, MAX_PROGRAMS = 4096, 1024
@@ -87,13 +91,12 @@ def backward_kernel(
 def _tiles(x: Tensor) -> tuple[int, dict[str, int]]:
     """The number of tiles of all rows of x, and their sizes."""
     size = x.shape[-1]
-    block = triton.next_power_of_2(size)
+    block = power_of_2(size)
     rows = max(1, TILE // block)
-    return triton.cdiv(x.numel() // size, rows), {"ROWS": rows, "BD": block, "num_warps": 8 if block > 2048 else 4}
+    return cdiv(x.numel() // size, rows), {"ROWS": rows, "BD": block, "num_warps": 8 if block > 2048 else 4}
 
 
-@torch.library.custom_op("longspan::gated_norm", mutates_args=())
-def gated_norm_forward(x: Tensor, gate: Tensor, weight: Tensor, eps: float, silu: bool) -> Tensor:
+def _forward(x: Tensor, gate: Tensor, weight: Tensor, eps: float, silu: bool) -> Tensor:
     """y of contiguous x and gate ``[..., D]`` and weight ``[D]``; forward and backward: see the module's page."""
     y = torch.empty_like(x)
     num_tiles, sizes = _tiles(x)
@@ -102,20 +105,18 @@ def gated_norm_forward(x: Tensor, gate: Tensor, weight: Tensor, eps: float, silu
     return y
 
 
-@gated_norm_forward.register_fake
-def _(x, gate, weight, eps, silu):
+def _forward_fake(x: Tensor, gate: Tensor, weight: Tensor, eps: float, silu: bool) -> Tensor:
     return torch.empty_like(x)
 
 
-@torch.library.custom_op("longspan::gated_norm_backward", mutates_args=())
-def gated_norm_backward(
+def _backward(
     grad_y: Tensor, x: Tensor, gate: Tensor, weight: Tensor, eps: float, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """∂x, ∂gate, and ∂weight in float32."""
     grad_x, grad_gate = torch.empty_like(x), torch.empty_like(gate)
     num_tiles, sizes = _tiles(x)
-    tiles_a_program = max(1, triton.cdiv(num_tiles, MAX_PROGRAMS))
-    num_programs = triton.cdiv(num_tiles, tiles_a_program)
+    tiles_a_program = max(1, cdiv(num_tiles, MAX_PROGRAMS))
+    num_programs = cdiv(num_tiles, tiles_a_program)
     sums = torch.empty(num_programs, x.shape[-1], dtype=torch.float32, device=x.device)
     if num_programs:
         backward_kernel[(num_programs,)](
@@ -125,8 +126,9 @@ def gated_norm_backward(
     return grad_x, grad_gate, sums.sum(0)
 
 
-@gated_norm_backward.register_fake
-def _(grad_y, x, gate, weight, eps, silu):
+def _backward_fake(
+    grad_y: Tensor, x: Tensor, gate: Tensor, weight: Tensor, eps: float, silu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(x), torch.empty_like(gate), torch.empty_like(weight, dtype=torch.float32)
 
 
@@ -135,16 +137,18 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*tensors)
 
 
-def _backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, backward: Callable[..., Any], grad_y: Tensor) -> tuple[Tensor | None, ...]:
     x, gate, weight = ctx.saved_tensors
-    grad_x, grad_gate, grad_weight = gated_norm_backward(grad_y.contiguous(), x, gate, weight, ctx.eps, ctx.silu)
+    grad_x, grad_gate, grad_weight = backward(grad_y.contiguous(), x, gate, weight, ctx.eps, ctx.silu)
     return grad_x, grad_gate, grad_weight.to(weight.dtype), None, None
 
 
-gated_norm_forward.register_autograd(_backward, setup_context=_setup)
+FORWARD = Operator("longspan::gated_norm", _forward, _forward_fake)
+BACKWARD = Operator("longspan::gated_norm_backward", _backward, _backward_fake)
+_node = differentiable(FORWARD, BACKWARD, _setup, _gradients)
 
 
 def gated_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float, silu: bool) -> Tensor:
     """``x / rms(x) · weight · act(gate)`` ``[..., D]``; act is silu or sigmoid."""
-    y: Tensor = gated_norm_forward(x.contiguous(), gate.contiguous(), weight.contiguous(), eps, silu)
+    y: Tensor = _node(x.contiguous(), gate.contiguous(), weight.contiguous(), eps, silu)
     return y

@@ -34,9 +34,19 @@ def precision(dtype: torch.dtype) -> str:
     return "float32" if dtype == torch.float32 else "native"
 
 
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up. Triton's own, which kernels may call too, costs the host ten times as much."""
+    return -(-a // b)
+
+
+def power_of_2(size: int) -> int:
+    """The smallest power of two that is not below `size`, a positive number."""
+    return 1 << (size - 1).bit_length()
+
+
 def tile_size(size: int) -> int:
     """A dimension of a tile that holds `size` numbers: a power of two, 16 at least."""
-    return max(16, triton.next_power_of_2(size))
+    return max(16, power_of_2(size))
 
 
 def strides(x: Tensor) -> tuple[int, int, int]:
@@ -47,6 +57,24 @@ def strides(x: Tensor) -> tuple[int, int, int]:
 def contiguous_rows(x: Tensor) -> Tensor:
     """``x [B, T, H, D]``, copied if the numbers of a head do not lie side by side."""
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+class Tuned:
+    """Launches of an autotuned kernel that remember its choice: asking the autotuner costs the host more than the launch."""
+
+    def __init__(self, kernel: Any) -> None:
+        self._kernel = kernel
+        self._chosen: dict[tuple[Any, ...], dict[str, Any]] = {}
+
+    def launch(self, grid: tuple[int, ...], args: tuple[Any, ...], **constants: Any) -> None:
+        """Launch with the settings that were found best for kernels of these constants on the first argument's dtype and device."""
+        key = (args[0].dtype, args[0].device, *constants.values())
+        chosen = self._chosen.get(key)
+        if chosen is None:
+            self._kernel[grid](*args, **constants)
+            self._chosen[key] = self._kernel.best_config.all_kwargs()
+        else:
+            self._kernel.fn[grid](*args, **constants, **chosen)
 
 
 def configs(*choices: tuple[int, int]) -> list[Any]:

@@ -13,6 +13,7 @@ are right as they are in the write phase's passes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,11 +21,8 @@ from torch import Tensor
 
 from longspan.ops.triton import passes
 from longspan.ops.triton.launch import contiguous_rows
+from longspan.ops.triton.nodes import Operator, differentiable
 from longspan.ops.triton.passes import COLUMNS, CONTRACTED, Decay, Entering
-
-
-def _one(like: Tensor) -> Tensor:
-    return torch.ones((), dtype=torch.float32, device=like.device)
 
 
 def _sum_heads(x: Tensor, num_heads: int) -> Tensor:
@@ -35,8 +33,7 @@ def _sum_heads(x: Tensor, num_heads: int) -> Tensor:
 # -------------------------------------------------------------------------------------------------------------------- write
 
 
-@torch.library.custom_op("longspan::decay_write", mutates_args=())
-def decay_write(
+def _write(
     k: Tensor,
     v: Tensor,
     g: Tensor | None,
@@ -49,10 +46,10 @@ def decay_write(
     num_ends: int,
     chunk_size: int,
     is_plain: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """States between stretches, and what the other phases need.
 
-    is_plain: nothing enters or leaves a stretch (no start states, no ends, one stretch a piece). Then states, totals and carried
+    is_plain: nothing enters or leaves a stretch (no start states, no ends, one stretch a piece). Then states and totals
     are empty, and nothing is computed before the queries are there.
 
     | | shape | |
@@ -65,7 +62,6 @@ def decay_write(
     | states | [num_slots, B, H, K, V] | S before each stretch and behind each piece, from zero or the start state |
     | ends | [num_ends, B, H, K, V] | S behind the pieces that have an end row |
     | totals | [N, B, H] or [N, B, H, K] | log decay over each stretch; empty where nothing decays |
-    | carried | [num_slots, B, H] or [num_slots, B, H, K] | log decay from the piece's start to each slot; empty likewise |
     | sums | [B, T, H, K] | for decays of channels: sums inside chunks; empty for others |
     | tickets | [B, T, H_k, K], [B, T, H, V], [] | without values; see the module's page |
 
@@ -79,17 +75,15 @@ def decay_write(
     )
     decay = Decay.of(g, log_decay, sums, chunk_size)
     nothing = k.new_empty(0, dtype=torch.float32)
-    states, ends, totals, carried = nothing, nothing.clone(), None, None
+    states, ends, totals = nothing, nothing.clone(), None
     if not is_plain:
         states, totals = passes.write(k, v, decay, table, num_slots)
         ends = states.new_empty(num_ends, batch, num_heads, k.shape[-1], value_size)
         passes.scan(states, totals, pieces, decay.kind, starts=start_states, ends=ends if num_ends else None)
-        carried = passes.carry(totals, pieces, num_slots)
     return (
         states,
         ends,
         states.new_empty(0) if totals is None else totals,
-        states.new_empty(0) if carried is None else carried,
         sums,
         k.new_empty(()).expand(k.shape),
         v.new_empty(()).expand(v.shape),
@@ -97,39 +91,54 @@ def decay_write(
     )
 
 
-@decay_write.register_fake
-def _(k, v, g, log_decay, start_states, table, pieces, starting, num_slots, num_ends, chunk_size, is_plain):  # type: ignore[no-untyped-def]
+def _write_fake(k, v, g, log_decay, start_states, table, pieces, starting, num_slots, num_ends, chunk_size, is_plain):  # type: ignore[no-untyped-def]
     batch, _, num_heads, value_size = v.shape
     size = k.shape[-1]
-    nothing = [k.new_empty(0, dtype=torch.float32) for _ in range(5)]
-    states, ends, totals, carried, sums = nothing
+    nothing = [k.new_empty(0, dtype=torch.float32) for _ in range(4)]
+    states, ends, totals, sums = nothing
     of_channels = g is not None and g.dim() == 4
     if not is_plain:
         states = states.new_empty(num_slots, batch, num_heads, size, value_size)
         ends = states.new_empty(num_ends, *states.shape[1:])
         if g is not None or log_decay is not None:
             tail = (batch, num_heads, size) if of_channels else (batch, num_heads)
-            totals, carried = states.new_empty(table.shape[0], *tail), states.new_empty(num_slots, *tail)
+            totals = states.new_empty(table.shape[0], *tail)
     if of_channels:
         sums = states.new_empty(g.shape)
     tickets = k.new_empty(()).expand(k.shape), v.new_empty(()).expand(v.shape), states.new_empty(())
-    return (states, ends, totals, carried, sums, *tickets)
+    return (states, ends, totals, sums, *tickets)
 
 
 def _setup_write(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     k, v, g, log_decay, start_states, table, pieces, starting, _, _, chunk_size, _ = inputs
-    states, _, totals, _, sums, *_ = output
+    states, _, totals, sums, *_ = output
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(k, v, g, log_decay, table, pieces, starting, states, totals, sums)
     ctx.has_start, ctx.chunk_size = start_states is not None, chunk_size
 
 
-def _write_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    d, grad_ends, _, _, _, q, do, scale = grads
+def _write_gradients(ctx: Any, backward: Callable[..., Any], *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    d, grad_ends, _, _, q, do, scale = grads
     k, v, g, log_decay, table, pieces, starting, states, totals, sums = ctx.saved_tensors
     chunk_size = ctx.chunk_size
-    dk, dv, dg, grad_start = decay_write_backward(
-        k, v, g, log_decay, table, pieces, starting, states, totals, sums, d, grad_ends, q, do, scale, chunk_size
+    dk, dv, dg, grad_start = backward(
+        k,
+        v,
+        g,
+        log_decay,
+        table,
+        pieces,
+        starting,
+        states,
+        totals,
+        sums,
+        d,
+        grad_ends,
+        q,
+        do,
+        scale,
+        chunk_size,
+        ctx.has_start,
     )
     return (
         dk,
@@ -141,11 +150,7 @@ def _write_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...
     )
 
 
-decay_write.register_autograd(_write_backward, setup_context=_setup_write)
-
-
-@torch.library.custom_op("longspan::decay_write_backward", mutates_args=())
-def decay_write_backward(
+def _write_backward(
     k: Tensor,
     v: Tensor,
     g: Tensor | None,
@@ -162,16 +167,14 @@ def decay_write_backward(
     do: Tensor | None,
     scale: Tensor | None,
     chunk_size: int,
+    has_start: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """∂k, ∂v, ∂g (empty without g) and the gradients of start states ``[·, B, H, K, V]``; see `decay_write`."""
+    """∂k, ∂v, ∂g (empty without g) and the gradients of start states ``[·, B, H, K, V]`` (empty without); see `decay_write`."""
     decay = Decay.of(g, log_decay, sums, chunk_size)
-    num_slots = states.shape[0]
-    suffix = None
-    if grad_ends is not None:
-        grad_ends = grad_ends.contiguous()
-        suffix = passes.carry(None if decay.is_none else totals, pieces, num_slots, reverse=True)
+    grad_ends = None if grad_ends is None else grad_ends.contiguous()
+    suffix = _carried(decay, totals, pieces, grad_ends, reverse=True)
     num_heads, key_heads = v.shape[2], k.shape[2]
-    common: dict[str, Any] = {"num_heads": num_heads, "reverse": True, "scale_in": _one(k) if scale is None else scale}
+    common: dict[str, Any] = {"num_heads": num_heads, "reverse": True, "scale_in": 1.0 if scale is None else scale}
     entering = Entering(d, grad_ends, suffix, transposed=True)
     dotted = k if g is not None and not decay.is_of_channels else None
     dk, dots = passes.attend(
@@ -187,18 +190,27 @@ def decay_write_backward(
             products = states.index_select(0, table[:, 2] + 1) * ends_of_stretches
             of_end = products.sum(-1) if decay.is_of_channels else products.sum((-1, -2))
         dg = passes.gate_gradient(g, table, x=k, grad=dk, sums=dots, sign=-1.0, of_end=of_end, chunk_size=chunk_size)
-    rows = pieces.index_select(0, starting)
-    grad_start = _entering_at(d, grad_ends, suffix, rows[:, 0], rows[:, 4])
-    if grad_start is None:
-        grad_start = states.new_zeros(starting.shape[0], *states.shape[1:])
+    grad_start = k.new_empty(0, dtype=torch.float32)
+    if has_start:
+        rows = pieces.index_select(0, starting)
+        entering_documents = _entering_at(d, grad_ends, suffix, rows[:, 0], rows[:, 4])
+        if entering_documents is None:
+            entering_documents = states.new_zeros(starting.shape[0], *states.shape[1:])
+        grad_start = entering_documents
     return _sum_heads(dk, key_heads), dv, dg, grad_start
 
 
-@decay_write_backward.register_fake
-def _(k, v, g, log_decay, table, pieces, starting, states, *rest):  # type: ignore[no-untyped-def]
+def _write_backward_fake(k, v, g, log_decay, table, pieces, starting, states, *rest):  # type: ignore[no-untyped-def]
     dg = k.new_empty(0) if g is None else torch.empty_like(g, memory_format=torch.contiguous_format)
-    starts = states.new_empty(starting.shape[0], *states.shape[1:])
+    starts = states.new_empty((starting.shape[0], *states.shape[1:]) if rest[-1] else (0,))
     return k.new_empty(k.shape), v.new_empty(v.shape), dg, starts
+
+
+def _carried(
+    decay: Decay, totals: Tensor, pieces: Tensor, arriving: Tensor | None, reverse: bool = False
+) -> Tensor | None:
+    """`passes.carry`, where anything arrives and decays."""
+    return None if arriving is None or decay.is_none else passes.carry(totals, pieces, reverse=reverse)
 
 
 def _entering_at(
@@ -219,8 +231,7 @@ def _entering_at(
 # --------------------------------------------------------------------------------------------------------------------- read
 
 
-@torch.library.custom_op("longspan::decay_read", mutates_args=())
-def decay_read(
+def _read(
     q: Tensor,
     k: Tensor | None,
     v: Tensor | None,
@@ -229,7 +240,6 @@ def decay_read(
     states: Tensor | None,
     arriving: Tensor | None,
     totals: Tensor,
-    carried: Tensor,
     sums: Tensor,
     ticket_q: Tensor | None,
     ticket_o: Tensor | None,
@@ -250,7 +260,7 @@ def decay_read(
     | g, log_decay | as in `decay_write` | |
     | states | [num_slots, B, H, K, V] or None | of this rank's own tokens |
     | arriving | [segments, B, H, K, V] or None | the state that enters each segment |
-    | totals, carried, sums | as in `decay_write` | |
+    | totals, sums | as in `decay_write` | |
     | tickets | as in `decay_write`, or None | None for all reads of a memory but one |
     | o | [B, T, H, V] | |
 
@@ -260,33 +270,32 @@ def decay_read(
     ∂v of what happens inside stretches.
     """
     decay = Decay.of(g, log_decay, sums, chunk_size)
-    entering = Entering(states, arriving, None if decay.is_none else carried)
+    entering = Entering(states, arriving, _carried(decay, totals, pieces, arriving))
     o, _ = passes.attend(
         q, k, v, decay, entering, table,
-        num_heads=num_heads, num_columns=value_size, axis=CONTRACTED, scale_in=_one(q), scale_out=scale,
+        num_heads=num_heads, num_columns=value_size, axis=CONTRACTED, scale_out=scale,
     )  # fmt: skip
     return o
 
 
-@decay_read.register_fake
-def _(q, *rest):  # type: ignore[no-untyped-def]
+def _read_fake(q, *rest):  # type: ignore[no-untyped-def]
     num_heads, value_size = rest[-3], rest[-2]
     return q.new_empty(q.shape[0], q.shape[1], num_heads, value_size)
 
 
 def _setup_read(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    q, k, v, g, log_decay, states, arriving, totals, carried, sums, ticket_q, *_ = inputs
-    table, pieces, scale, _, _, chunk_size = inputs[13:]
-    ctx.save_for_backward(q, k, v, g, log_decay, states, arriving, totals, carried, sums, table, pieces)
+    q, k, v, g, log_decay, states, arriving, totals, sums, ticket_q, *_ = inputs
+    table, pieces, scale, _, _, chunk_size = inputs[12:]
+    ctx.save_for_backward(q, k, v, g, log_decay, states, arriving, totals, sums, table, pieces)
     ctx.has_tickets, ctx.scale, ctx.chunk_size = ticket_q is not None, scale, chunk_size
 
 
-def _read_backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
-    q, k, v, g, log_decay, states, arriving, totals, carried, sums, table, pieces = ctx.saved_tensors
+def _read_gradients(ctx: Any, backward: Callable[..., Any], do: Tensor) -> tuple[Tensor | None, ...]:
+    q, k, v, g, log_decay, states, arriving, totals, sums, table, pieces = ctx.saved_tensors
     do = contiguous_rows(do)
     needs = ctx.needs_input_grad
     inside = k is not None and not ctx.has_tickets
-    dq, dk, dv, dg, d, grad_arriving = decay_read_backward(
+    dq, dk, dv, dg, d, grad_arriving = backward(
         do,
         q,
         k,
@@ -296,7 +305,6 @@ def _read_backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
         states,
         arriving,
         totals,
-        carried,
         sums,
         table,
         pieces,
@@ -317,17 +325,12 @@ def _read_backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
         grad_arriving if arriving is not None else None,
         None,
         None,
-        None,
         *tickets,
         *(None,) * 6,
     )
 
 
-decay_read.register_autograd(_read_backward, setup_context=_setup_read)
-
-
-@torch.library.custom_op("longspan::decay_read_backward", mutates_args=())
-def decay_read_backward(
+def _read_backward(
     do: Tensor,
     q: Tensor,
     k: Tensor | None,
@@ -337,7 +340,6 @@ def decay_read_backward(
     states: Tensor | None,
     arriving: Tensor | None,
     totals: Tensor,
-    carried: Tensor,
     sums: Tensor,
     table: Tensor,
     pieces: Tensor,
@@ -347,33 +349,32 @@ def decay_read_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """∂q, ∂k and ∂v of the inside of stretches (empty unless `inside`), ∂g (empty without g), D, ∂arriving; see `decay_read`."""
     decay = Decay.of(g, log_decay, sums, chunk_size)
-    known_totals, known_carried = (None, None) if decay.is_none else (totals, carried)
+    carried = _carried(decay, totals, pieces, arriving)
     num_heads, value_size = do.shape[2:]
     of_tokens = g is not None and not decay.is_of_channels
     common: dict[str, Any] = {"num_heads": num_heads}
-    entering = Entering(states, arriving, known_carried, transposed=True)
+    entering = Entering(states, arriving, carried, transposed=True)
     dq, dots = passes.attend(
         do, v, k, decay, entering, table,
-        num_columns=q.shape[-1], axis=COLUMNS, scale_in=_one(q), scale_out=scale, dotted=q if of_tokens else None, **common,
+        num_columns=q.shape[-1], axis=COLUMNS, scale_out=scale, dotted=q if of_tokens else None, **common,
     )  # fmt: skip
     d = q.new_empty(0, dtype=torch.float32)
     grad_arriving = torch.zeros_like(arriving) if arriving is not None else None
     if states is not None or arriving is not None:
         num_slots = table.shape[0] + pieces.shape[0]
         d, _ = passes.write(q, do, decay, table, num_slots, scale=scale, reverse=True)
-        passes.scan(d, known_totals, pieces, decay.kind, ends=grad_arriving, reverse=True)
+        passes.scan(d, None if decay.is_none else totals, pieces, decay.kind, ends=grad_arriving, reverse=True)
     dg = q.new_empty(0)
     if g is not None:
         of_end = None
-        entered = _entering_at(None, arriving, known_carried, table[:, 2] + 1, table[:, 3])
+        entered = _entering_at(None, arriving, carried, table[:, 2] + 1, table[:, 3])
         if entered is not None:
             products = entered * d.index_select(0, table[:, 2] + 1)
             of_end = products.sum(-1) if decay.is_of_channels else products.sum((-1, -2))
         dg = passes.gate_gradient(g, table, x=q, grad=dq, sums=dots, sign=1.0, of_end=of_end, chunk_size=chunk_size)
     dk, dv = q.new_empty(0), q.new_empty(0)
     if inside and k is not None and v is not None:
-        factor = torch.full((), scale, dtype=torch.float32, device=q.device)
-        reverse: dict[str, Any] = {**common, "reverse": True, "scale_in": factor}
+        reverse: dict[str, Any] = {**common, "reverse": True, "scale_in": scale}
         dk, dots = passes.attend(
             v,
             do,
@@ -393,9 +394,8 @@ def decay_read_backward(
     return _sum_heads(dq, q.shape[2]), dk, dv, dg, d, q.new_empty(0) if grad_arriving is None else grad_arriving
 
 
-@decay_read_backward.register_fake
-def _(do, q, k, v, g, log_decay, states, arriving, *rest):  # type: ignore[no-untyped-def]
-    _, _, _, table, pieces, _, inside, _ = rest
+def _read_backward_fake(do, q, k, v, g, log_decay, states, arriving, *rest):  # type: ignore[no-untyped-def]
+    _, _, table, pieces, _, inside, _ = rest
     nothing = [q.new_empty(0) for _ in range(4)]
     states_like = q.new_empty(0, dtype=torch.float32)
     if states is not None or arriving is not None:
@@ -409,3 +409,16 @@ def _(do, q, k, v, g, log_decay, states, arriving, *rest):  # type: ignore[no-un
         states_like,
         nothing[3] if arriving is None else torch.empty_like(arriving),
     )
+
+
+WRITE = Operator("longspan::decay_write", _write, _write_fake)
+READ = Operator("longspan::decay_read", _read, _read_fake)
+decay_write = differentiable(
+    WRITE,
+    Operator("longspan::decay_write_backward", _write_backward, _write_backward_fake),
+    _setup_write,
+    _write_gradients,
+)
+decay_read = differentiable(
+    READ, Operator("longspan::decay_read_backward", _read_backward, _read_backward_fake), _setup_read, _read_gradients
+)

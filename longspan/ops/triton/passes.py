@@ -9,16 +9,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import triton
 from torch import Tensor
 
 from longspan.ops.triton import attend as attend_kernels
 from longspan.ops.triton import decays as kinds
 from longspan.ops.triton import gates as gate_kernels
 from longspan.ops.triton import states as state_kernels
-from longspan.ops.triton.launch import LOWEST_LOG_DECAY, precision, strides, tile_size
+from longspan.ops.triton.launch import LOWEST_LOG_DECAY, Tuned, cdiv, power_of_2, precision, strides, tile_size
 
 CONTRACTED, COLUMNS = attend_kernels.CONTRACTED.value, attend_kernels.COLUMNS.value
+_WRITE, _ATTEND = Tuned(state_kernels.write_kernel), Tuned(attend_kernels.attend_kernel)
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def cumulate(g: Tensor, table: Tensor, chunk_size: int) -> Tensor:
     batch, num_tokens, num_heads, size = g.shape
     sums = torch.empty(g.shape, dtype=torch.float32, device=g.device)
     block = min(64, tile_size(size))
-    grid = (table.shape[0] * triton.cdiv(size, block), batch * num_heads)
+    grid = (table.shape[0] * cdiv(size, block), batch * num_heads)
     if table.shape[0]:
         kinds.cumulate_kernel[grid](
             g, sums, table, num_tokens, num_heads, size, *strides(g), LOWEST=LOWEST_LOG_DECAY, C=chunk_size, BK=block
@@ -93,26 +93,29 @@ def write(
         shape = (table.shape[0], batch, num_heads, *((key_size,) if decay.is_of_channels else ()))
         totals = states.new_empty(shape)
     row_block, column_block = min(64, tile_size(key_size)), min(64, tile_size(value_size))
-    num_blocks = triton.cdiv(key_size, row_block) * triton.cdiv(value_size, column_block)
+    num_blocks = cdiv(key_size, row_block) * cdiv(value_size, column_block)
     if table.shape[0]:
-        state_kernels.write_kernel[(table.shape[0] * num_blocks, batch * num_heads)](
-            left,
-            right,
-            decay.values,
-            decay.log_decay,
-            states,
-            totals,
-            table,
-            scale,
-            num_tokens,
-            num_heads,
-            left.shape[2],
-            right.shape[2],
-            key_size,
-            value_size,
-            *strides(left),
-            *strides(right),
-            *decay.strides(),
+        _WRITE.launch(
+            (table.shape[0] * num_blocks, batch * num_heads),
+            (
+                left,
+                right,
+                decay.values,
+                decay.log_decay,
+                states,
+                totals,
+                table,
+                scale,
+                num_tokens,
+                num_heads,
+                left.shape[2],
+                right.shape[2],
+                key_size,
+                value_size,
+                *strides(left),
+                *strides(right),
+                *decay.strides(),
+            ),
             LOWEST=LOWEST_LOG_DECAY,
             DECAY=decay.kind,
             REVERSE=reverse,
@@ -137,7 +140,7 @@ def scan(
     """Turn what stretches write into running states, in place; see `longspan.ops.triton.states.scan_kernel`."""
     _, batch, num_heads, key_size, value_size = states.shape
     row_block, column_block = min(32, tile_size(key_size)), min(32, tile_size(value_size))
-    num_blocks = triton.cdiv(key_size, row_block) * triton.cdiv(value_size, column_block)
+    num_blocks = cdiv(key_size, row_block) * cdiv(value_size, column_block)
     if pieces.shape[0]:
         state_kernels.scan_kernel[(pieces.shape[0] * num_blocks, batch * num_heads)](
             states,
@@ -156,15 +159,14 @@ def scan(
         )
 
 
-def carry(totals: Tensor | None, pieces: Tensor, num_slots: int, *, reverse: bool = False) -> Tensor | None:
-    """Log decay between each slot and the start (reversed: the end) of its piece: totals with `num_slots` for N."""
-    if totals is None:
-        return None
+def carry(totals: Tensor, pieces: Tensor, *, reverse: bool = False) -> Tensor:
+    """Log decay between each slot and the start (reversed: the end) of its piece: totals ``[N, ...]`` as ``[num_slots, ...]``."""
+    num_slots = totals.shape[0] + pieces.shape[0]
     carried = totals.new_empty(num_slots, *totals.shape[1:])
     size = totals.shape[3] if totals.dim() == 4 else 1
     if pieces.shape[0]:
         state_kernels.carry_kernel[(pieces.shape[0], totals.shape[1] * totals.shape[2])](
-            totals, carried, pieces, size, REVERSE=reverse, BK=triton.next_power_of_2(size)
+            totals, carried, pieces, size, REVERSE=reverse, BK=power_of_2(size)
         )
     return carried
 
@@ -193,21 +195,21 @@ def attend(
     num_heads: int,
     num_columns: int,
     axis: int,
-    scale_in: Tensor,
+    scale_in: Tensor | float = 1.0,
     scale_out: float = 1.0,
     reverse: bool = False,
     dotted: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """One pass of `longspan.ops.triton.attend`; b and c None: only the entering state is read.
 
-    a, b ``[B, T, ·, K]``, c ``[B, T, ·, V]``; out ``[B, T, H, V]`` in the dtype of a, V is `num_columns`. scale_in: a float32
-    scalar tensor. dotted ``[B, T, ·, V]``: also return Σ out ⊙ dotted, in parts ``[n, B, T, H]`` to be summed over n.
+    a, b ``[B, T, ·, K]``, c ``[B, T, ·, V]``; out ``[B, T, H, V]`` in the dtype of a, V is `num_columns`. scale_in: a number, or a
+    float32 scalar tensor. dotted ``[B, T, ·, V]``: also return Σ out ⊙ dotted, in parts ``[n, B, T, H]`` to be summed over n.
     """
     batch, num_tokens, _, num_contracted = a.shape
     out = a.new_empty(batch, num_tokens, num_heads, num_columns)
     # A state of K × block numbers stays in registers, with float32 operands beside it.
     block = min(32 if a.dtype == torch.float32 else 64, tile_size(num_columns))
-    num_blocks = triton.cdiv(num_columns, block)
+    num_blocks = cdiv(num_columns, block)
     dots = None
     if dotted is not None:
         dots = torch.empty(num_blocks, batch, num_tokens, num_heads, dtype=torch.float32, device=a.device)
@@ -217,35 +219,38 @@ def attend(
     b, c = (b, c) if b is not None and c is not None else (a, a)
     beside = a if dotted is None else dotted
     if table.shape[0]:
-        attend_kernels.attend_kernel[(table.shape[0] * num_blocks, batch * num_heads)](
-            a,
-            b,
-            c,
-            out,
-            decay.values,
-            decay.log_decay,
-            entering.states,
-            entering.arriving,
-            entering.carried,
-            beside,
-            dots,
-            table,
-            scale_in,
-            scale_out,
-            num_tokens,
-            num_heads,
-            a.shape[2],
-            b.shape[2],
-            c.shape[2],
-            beside.shape[2],
-            num_contracted,
-            num_columns,
-            *strides(a),
-            *strides(b),
-            *strides(c),
-            *strides(beside),
-            *decay.strides(),
-            *state_strides,
+        _ATTEND.launch(
+            (table.shape[0] * num_blocks, batch * num_heads),
+            (
+                a,
+                b,
+                c,
+                out,
+                decay.values,
+                decay.log_decay,
+                entering.states,
+                entering.arriving,
+                entering.carried,
+                beside,
+                dots,
+                table,
+                scale_in,
+                scale_out,
+                num_tokens,
+                num_heads,
+                a.shape[2],
+                b.shape[2],
+                c.shape[2],
+                beside.shape[2],
+                num_contracted,
+                num_columns,
+                *strides(a),
+                *strides(b),
+                *strides(c),
+                *strides(beside),
+                *decay.strides(),
+                *state_strides,
+            ),
             LOWEST=LOWEST_LOG_DECAY,
             DECAY=decay.kind,
             AXIS=axis,
@@ -254,6 +259,7 @@ def attend(
             HAS_ARRIVING=entering.arriving is not None,
             HAS_DOTS=dots is not None,
             INSIDE=inside,
+            LOADS_SCALE=isinstance(scale_in, Tensor),
             PRECISION=precision(a.dtype),
             C=decay.chunk_size,
             LEVELS=decay.chunk_size.bit_length() - 1,
@@ -282,9 +288,9 @@ def gate_gradient(
     of_channels = g.dim() == 4
     size = g.shape[3] if of_channels else 1
     out = torch.empty(g.shape, dtype=g.dtype, device=g.device)
-    block = min(64, triton.next_power_of_2(size))
+    block = min(64, power_of_2(size))
     if table.shape[0]:
-        gate_kernels.gate_kernel[(table.shape[0] * triton.cdiv(size, block), batch * num_heads)](
+        gate_kernels.gate_kernel[(table.shape[0] * cdiv(size, block), batch * num_heads)](
             x,
             grad,
             sums,

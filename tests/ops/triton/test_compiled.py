@@ -26,9 +26,11 @@ FLAGS = dict(LOWEST=-128.0, PRECISION="native")
 def attended(decay, axis, reverse, size=128, block=64, chunk=64, dtype=BF16, **constants):
     state = {"state_row": 1} if axis else {"state_column": 1}
     types = {name: dtype if kind == BF16 else kind for name, kind in ATTEND.items()}
+    types["scale_in"] = F32 if reverse else "fp32"
     constants = {**FLAGS, **state, "PRECISION": "float32" if dtype == F32 else "native", **constants}
     return types, dict(constants, DECAY=decay, AXIS=axis, REVERSE=reverse, HAS_STATES=True, HAS_ARRIVING=True,
-                       HAS_DOTS=decay == 2, INSIDE=True, C=chunk, LEVELS=chunk.bit_length() - 1, BK=size, BV=block)
+                       HAS_DOTS=decay == 2, INSIDE=True, LOADS_SCALE=reverse,
+                       C=chunk, LEVELS=chunk.bit_length() - 1, BK=size, BV=block)
 
 
 def written(decay, reverse, chunk=64):

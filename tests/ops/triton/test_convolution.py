@@ -14,7 +14,7 @@ from longspan.attention.convolution import causal_conv1d
 from longspan.errors import InputError
 from longspan.layout import Order, SequenceLayout
 from longspan.ops.triton import launch
-from longspan.ops.triton.convolution import convolution_heads, convolution_inside, rows_of
+from longspan.ops.triton.convolution import HEADS, INSIDE, rows_of
 from tests.attention.test_convolution import Documents, definition, documents_of
 from tests.ops.test_variants import unwritten_memory_is_nan
 from tests.ranks import run_on_ranks
@@ -230,9 +230,9 @@ def test_the_operators_are_what_they_say_to_a_compiler() -> None:
     rows = rows_of(layout, 2, torch.tensor([4, 5]), torch.tensor([0, 0]))
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     inside = (given["x"].requires_grad_(), weight, given["bias"].requires_grad_(), rows.table, 2, True)
-    torch.library.opcheck(convolution_inside, inside, test_utils=checks)
+    torch.library.opcheck(INSIDE.operator, inside, test_utils=checks)
     z_heads, before = torch.randn(1, 2, 5, requires_grad=True), torch.randn(1, 1, 2, 5, requires_grad=True)
-    torch.library.opcheck(convolution_heads, (z_heads, before, weight, rows.heads, True), test_utils=checks)
+    torch.library.opcheck(HEADS.operator, (z_heads, before, weight, rows.heads, True), test_utils=checks)
 
 
 # --------------------------------------------------------------------------------------------------------------- over ranks

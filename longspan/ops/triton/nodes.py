@@ -1,0 +1,53 @@
+"""Functions of kernels as nodes of autograd: operators of PyTorch where a compiler traces them, plain nodes elsewhere.
+
+An operator of torch.library stays one node of a compiled graph, but each call of it costs the host about as much as the launches
+inside. So a call that no compiler traces goes round it, through a `torch.autograd.Function` of the same functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+Function = Callable[..., Any]
+
+
+class Operator:
+    """A function without gradient: `function` itself, and `operator`, what a compiler sees of it."""
+
+    def __init__(self, name: str, function: Function, fake: Function) -> None:
+        """name: ``"longspan::…"``; fake: the outputs without values, from the same arguments."""
+        self.function = function
+        self.operator = torch.library.custom_op(name, function, mutates_args=())
+        self.operator.register_fake(fake)
+
+
+def differentiable(forward: Operator, backward: Operator, setup_context: Function, gradients: Function) -> Function:
+    """`forward` with its gradient.
+
+    Args:
+        setup_context: ``(ctx, inputs, output)``, as for `torch.autograd.Function`.
+        gradients: ``(ctx, backward, *grads)``, one gradient or None for every input; it calls `backward`, which is either form of
+            the operator of that name.
+    """
+
+    def through(call: Function) -> Function:
+        return lambda ctx, *grads: gradients(ctx, call, *grads)
+
+    # One function, as nodes with a setup_context of their own bind arguments by name at every call.
+    def run(ctx: Any, *args: Any) -> Any:
+        output = forward.function(*args)
+        setup_context(ctx, args, output)
+        return output
+
+    parts = {"forward": run, "backward": once_differentiable(through(backward.function))}
+    node: Any = type("Node", (torch.autograd.Function,), {name: staticmethod(part) for name, part in parts.items()})
+    forward.operator.register_autograd(through(backward.operator), setup_context=setup_context)
+
+    def call(*args: Any) -> Any:
+        return forward.operator(*args) if torch.compiler.is_compiling() else node.apply(*args)
+
+    return call
