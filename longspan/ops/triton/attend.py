@@ -80,6 +80,8 @@ def attend_kernel(
     carried,
     dotted,
     dots,
+    met,
+    of_end,
     table,
     scale_in,
     scale_out,
@@ -115,6 +117,7 @@ def attend_kernel(
     HAS_STATES: tl.constexpr,
     HAS_ARRIVING: tl.constexpr,
     HAS_DOTS: tl.constexpr,
+    HAS_MET: tl.constexpr,
     INSIDE: tl.constexpr,
     LOADS_SCALE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -129,8 +132,9 @@ def attend_kernel(
     ``[num_slots, B, H, ·, ·]`` with strides for rows (contracted) and columns: with a transposed state they are swapped.
     arriving ``[·, B, H, ·, ·]``: what enters the piece from elsewhere, reaching the slot times e^carried. INSIDE: whether
     tokens of the stretch ask each other (without, only the state is read). dots ``[V blocks, B, T, H]``: Σ out ⊙ dotted over
-    the block's columns, with dotted ``[B, T, ·, V]``. scale_in: a number, or, LOADS_SCALE, a pointer
-    to one. Program (stretch, V block; batch and head).
+    the block's columns, with dotted ``[B, T, ·, V]``. of_end: Σ Z ⊙ met, of the entering state and that of ``met``, laid out as
+    states, in the same slot, ``[V blocks, N, B, H]``; where decays belong to columns summed over rows alone, ``[N, B, H, V]``.
+    scale_in: a number, or, LOADS_SCALE, a pointer to one. Program (stretch, V block; batch and head).
     """
     column_blocks = tl.cdiv(num_columns, BV)
     stretch, block = tl.program_id(0) // column_blocks, tl.program_id(0) % column_blocks
@@ -183,6 +187,15 @@ def attend_kernel(
             elif DECAY != NONE:
                 entering *= tl.exp(tl.load(carried + place))
             state += entering
+    if HAS_MET:
+        meeting = state * tl.load(met + place * size + tile, mask=is_state, other=0.0)
+        met_at = stretch.to(tl.int64) * tl.num_programs(1) + head_index
+        if DECAY == CHANNEL:
+            tl.store(of_end + met_at * num_columns + columns, tl.sum(meeting, axis=0), mask=columns < num_columns)
+        else:
+            num_stretches = tl.num_programs(0) // column_blocks
+            met_at += block.to(tl.int64) * num_stretches * tl.num_programs(1)
+            tl.store(of_end + met_at, tl.sum(tl.sum(meeting, axis=1), axis=0))
 
     num_chunks = tl.cdiv(stop - first, C)
     for step in range(num_chunks):

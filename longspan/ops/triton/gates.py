@@ -28,6 +28,7 @@ def gate_kernel(
     x_heads,
     num_channels,
     num_sums,
+    num_ends,
     x_batch,
     x_token,
     x_head,
@@ -43,8 +44,8 @@ def gate_kernel(
     """∂g of a stretch, zero where g lies below LOWEST.
 
     CHANNEL: y = sign · x ⊙ grad with x ``[B, T, ·, K]``, grad ``[B, T, H, K]``; else y = sign · Σ sums ``[num_sums, B, T, H]``.
-    of_end: ``[N, B, H]`` or ``[N, B, H, K]``. out ``[B, T, H]`` or ``[B, T, H, K]``, contiguous. Program (stretch, channels;
-    batch and head).
+    of_end: ``[num_ends, N, B, H]`` or, CHANNEL, ``[N, B, H, K]``. out ``[B, T, H]`` or ``[B, T, H, K]``, contiguous.
+    Program (stretch, channels; batch and head).
     """
     channel_blocks = tl.cdiv(num_channels, BK)
     stretch, block = tl.program_id(0) // channel_blocks, tl.program_id(0) % channel_blocks
@@ -61,7 +62,10 @@ def gate_kernel(
     later = tl.zeros([BK], tl.float32)
     if HAS_END:
         entry = stretch.to(tl.int64) * tl.num_programs(1) + head_index
-        later += tl.load(of_end + entry * num_channels + channels, mask=is_channel, other=0.0)
+        num_entries = (tl.num_programs(0) // channel_blocks).to(tl.int64) * tl.num_programs(1)
+        for number in range(num_ends):
+            part = of_end + (number * num_entries + entry) * num_channels + channels
+            later += tl.load(part, mask=is_channel, other=0.0)
     num_chunks = tl.cdiv(stop - first, C)
     for step in range(num_chunks):
         start = first + (num_chunks - 1 - step) * C

@@ -177,19 +177,18 @@ def _write_backward(
     common: dict[str, Any] = {"num_heads": num_heads, "reverse": True, "scale_in": 1.0 if scale is None else scale}
     entering = Entering(d, grad_ends, suffix, transposed=True)
     dotted = k if g is not None and not decay.is_of_channels else None
-    dk, dots = passes.attend(
-        v, do, q, decay, entering, table, num_columns=k.shape[-1], axis=COLUMNS, dotted=dotted, **common
-    )
+    of_k = passes.attend(
+        v, do, q, decay, entering, table,
+        num_columns=k.shape[-1], axis=COLUMNS, dotted=dotted, met=None if g is None else states, **common,
+    )  # fmt: skip
+    dk = of_k.out
     entering = Entering(d, grad_ends, suffix)
-    dv, _ = passes.attend(k, q, do, decay, entering, table, num_columns=v.shape[-1], axis=CONTRACTED, **common)
+    dv = passes.attend(k, q, do, decay, entering, table, num_columns=v.shape[-1], axis=CONTRACTED, **common).out
     dg = k.new_empty(0)
     if g is not None:
-        ends_of_stretches = _entering_at(d, grad_ends, suffix, table[:, 2] + 1, table[:, 4])
-        of_end = None
-        if ends_of_stretches is not None:
-            products = states.index_select(0, table[:, 2] + 1) * ends_of_stretches
-            of_end = products.sum(-1) if decay.is_of_channels else products.sum((-1, -2))
-        dg = passes.gate_gradient(g, table, x=k, grad=dk, sums=dots, sign=-1.0, of_end=of_end, chunk_size=chunk_size)
+        dg = passes.gate_gradient(
+            g, table, x=k, grad=dk, sums=of_k.dots, sign=-1.0, of_end=of_k.of_end, chunk_size=chunk_size
+        )
     grad_start = k.new_empty(0, dtype=torch.float32)
     if has_start:
         rows = pieces.index_select(0, starting)
@@ -271,11 +270,10 @@ def _read(
     """
     decay = Decay.of(g, log_decay, sums, chunk_size)
     entering = Entering(states, arriving, _carried(decay, totals, pieces, arriving))
-    o, _ = passes.attend(
+    return passes.attend(
         q, k, v, decay, entering, table,
         num_heads=num_heads, num_columns=value_size, axis=CONTRACTED, scale_out=scale,
-    )  # fmt: skip
-    return o
+    ).out  # fmt: skip
 
 
 def _read_fake(q, *rest):  # type: ignore[no-untyped-def]
@@ -354,10 +352,11 @@ def _read_backward(
     of_tokens = g is not None and not decay.is_of_channels
     common: dict[str, Any] = {"num_heads": num_heads}
     entering = Entering(states, arriving, carried, transposed=True)
-    dq, dots = passes.attend(
+    of_q = passes.attend(
         do, v, k, decay, entering, table,
         num_columns=q.shape[-1], axis=COLUMNS, scale_out=scale, dotted=q if of_tokens else None, **common,
     )  # fmt: skip
+    dq = of_q.out
     d = q.new_empty(0, dtype=torch.float32)
     grad_arriving = torch.zeros_like(arriving) if arriving is not None else None
     if states is not None or arriving is not None:
@@ -367,29 +366,27 @@ def _read_backward(
     dg = q.new_empty(0)
     if g is not None:
         of_end = None
-        entered = _entering_at(None, arriving, carried, table[:, 2] + 1, table[:, 3])
+        slots = table[:, 2] + 1
+        entered = _entering_at(None, arriving, carried, slots, table[:, 3])
         if entered is not None:
-            products = entered * d.index_select(0, table[:, 2] + 1)
-            of_end = products.sum(-1) if decay.is_of_channels else products.sum((-1, -2))
-        dg = passes.gate_gradient(g, table, x=q, grad=dq, sums=dots, sign=1.0, of_end=of_end, chunk_size=chunk_size)
+            products = entered * d.index_select(0, slots)
+            of_end = (products.sum(-1) if decay.is_of_channels else products.sum((-1, -2))).unsqueeze(0)
+        dg = passes.gate_gradient(
+            g, table, x=q, grad=dq, sums=of_q.dots, sign=1.0, of_end=of_end, chunk_size=chunk_size
+        )
     dk, dv = q.new_empty(0), q.new_empty(0)
     if inside and k is not None and v is not None:
         reverse: dict[str, Any] = {**common, "reverse": True, "scale_in": scale}
-        dk, dots = passes.attend(
-            v,
-            do,
-            q,
-            decay,
-            Entering(),
-            table,
-            num_columns=k.shape[-1],
-            axis=COLUMNS,
-            dotted=k if of_tokens else None,
-            **reverse,
-        )
-        dv, _ = passes.attend(k, q, do, decay, Entering(), table, num_columns=value_size, axis=CONTRACTED, **reverse)
+        of_k = passes.attend(
+            v, do, q, decay, Entering(), table,
+            num_columns=k.shape[-1], axis=COLUMNS, dotted=k if of_tokens else None, **reverse,
+        )  # fmt: skip
+        dk = of_k.out
+        dv = passes.attend(k, q, do, decay, Entering(), table, num_columns=value_size, axis=CONTRACTED, **reverse).out
         if g is not None:
-            dg += passes.gate_gradient(g, table, x=k, grad=dk, sums=dots, sign=-1.0, of_end=None, chunk_size=chunk_size)
+            dg += passes.gate_gradient(
+                g, table, x=k, grad=dk, sums=of_k.dots, sign=-1.0, of_end=None, chunk_size=chunk_size
+            )
         dk = _sum_heads(dk, k.shape[2])
     return _sum_heads(dq, q.shape[2]), dk, dv, dg, d, q.new_empty(0) if grad_arriving is None else grad_arriving
 

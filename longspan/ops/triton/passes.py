@@ -184,6 +184,15 @@ class Entering:
     transposed: bool = False
 
 
+@dataclass(frozen=True)
+class Passed:
+    """What a pass gives: out ``[B, T, H, V]``; dots and of_end, if asked for, as `gate_gradient` takes them."""
+
+    out: Tensor
+    dots: Tensor | None
+    of_end: Tensor | None
+
+
 def attend(
     a: Tensor,
     b: Tensor | None,
@@ -199,11 +208,14 @@ def attend(
     scale_out: float = 1.0,
     reverse: bool = False,
     dotted: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
+    met: Tensor | None = None,
+) -> Passed:
     """One pass of `longspan.ops.triton.attend`; b and c None: only the entering state is read.
 
     a, b ``[B, T, ·, K]``, c ``[B, T, ·, V]``; out ``[B, T, H, V]`` in the dtype of a, V is `num_columns`. scale_in: a number, or a
     float32 scalar tensor. dotted ``[B, T, ·, V]``: also return Σ out ⊙ dotted, in parts ``[n, B, T, H]`` to be summed over n.
+    met ``[num_slots, B, H, ·, ·]``: also return what it and the entering states have in common, if any enter, in parts
+    ``[n, N, B, H]``, or by column ``[1, N, B, H, V]`` for decays of channels, which must belong to the columns.
     """
     batch, num_tokens, _, num_contracted = a.shape
     out = a.new_empty(batch, num_tokens, num_heads, num_columns)
@@ -213,6 +225,10 @@ def attend(
     dots = None
     if dotted is not None:
         dots = torch.empty(num_blocks, batch, num_tokens, num_heads, dtype=torch.float32, device=a.device)
+    of_end = None
+    if met is not None and (entering.states is not None or entering.arriving is not None):
+        parts, tail = (1, (num_columns,)) if decay.is_of_channels else (num_blocks, ())
+        of_end = torch.empty(parts, table.shape[0], batch, num_heads, *tail, dtype=torch.float32, device=a.device)
     # A state's own columns lie side by side; transposed, its rows do.
     state_strides = (1, num_contracted) if entering.transposed else (num_columns, 1)
     inside = b is not None and c is not None
@@ -233,6 +249,8 @@ def attend(
                 entering.carried,
                 beside,
                 dots,
+                met,
+                of_end,
                 table,
                 scale_in,
                 scale_out,
@@ -258,6 +276,7 @@ def attend(
             HAS_STATES=entering.states is not None,
             HAS_ARRIVING=entering.arriving is not None,
             HAS_DOTS=dots is not None,
+            HAS_MET=of_end is not None,
             INSIDE=inside,
             LOADS_SCALE=isinstance(scale_in, Tensor),
             PRECISION=precision(a.dtype),
@@ -266,7 +285,7 @@ def attend(
             BK=tile_size(num_contracted),
             BV=block,
         )
-    return out, dots
+    return Passed(out, dots, of_end)
 
 
 def gate_gradient(
@@ -282,7 +301,7 @@ def gate_gradient(
 ) -> Tensor:
     """∂g in the shape and dtype of g; see `longspan.ops.triton.gates`.
 
-    x and grad for decays of channels, sums for those of tokens.
+    x and grad for decays of channels, sums for those of tokens. of_end: in parts, ``[n, N, B, H]`` or ``[n, N, B, H, K]``.
     """
     batch, num_tokens, num_heads = g.shape[:3]
     of_channels = g.dim() == 4
@@ -304,6 +323,7 @@ def gate_gradient(
             num_heads if x is None else x.shape[2],
             size,
             0 if sums is None else sums.shape[0],
+            0 if of_end is None else of_end.shape[0],
             *((0, 0, 0) if x is None else strides(x)),
             *strides(g),
             LOWEST=LOWEST_LOG_DECAY,

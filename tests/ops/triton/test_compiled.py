@@ -18,7 +18,7 @@ from longspan.ops.triton import attend, convolution, decays, gated_norm, gates, 
 
 BF16, F32, I32 = "*bf16", "*fp32", "*i32"
 ATTEND = dict(a=BF16, b=BF16, c=BF16, out=BF16, g=F32, log_decay=F32, states=F32, arriving=F32, carried=F32, dotted=BF16, dots=F32,
-              table=I32, scale_in=F32, scale_out="fp32")
+              met=F32, of_end=F32, table=I32, scale_in=F32, scale_out="fp32")
 WRITE = dict(left=BF16, right=BF16, g=F32, log_decay=F32, states=F32, totals=F32, table=I32, scale="fp32")
 FLAGS = dict(LOWEST=-128.0, PRECISION="native")
 
@@ -29,7 +29,7 @@ def attended(decay, axis, reverse, size=128, block=64, chunk=64, dtype=BF16, **c
     types["scale_in"] = F32 if reverse else "fp32"
     constants = {**FLAGS, **state, "PRECISION": "float32" if dtype == F32 else "native", **constants}
     return types, dict(constants, DECAY=decay, AXIS=axis, REVERSE=reverse, HAS_STATES=True, HAS_ARRIVING=True,
-                       HAS_DOTS=decay == 2, INSIDE=True, LOADS_SCALE=reverse,
+                       HAS_DOTS=decay == 2, HAS_MET=axis == 1, INSIDE=True, LOADS_SCALE=reverse,
                        C=chunk, LEVELS=chunk.bit_length() - 1, BK=size, BV=block)
 
 
