@@ -1,12 +1,16 @@
 # `make train` and `make test` need Python 3.11 or newer and nothing else: each makes its own environment in .venv.
 #   PYTHON=/path/to/python3.12   the Python that makes the environment
 #   ARGS="--optim.lr 1e-3"       passed on to the command of train, test, test-all and bench
+#   WORKERS=1                    processes that share the tests; one a core, and 8 at most, if not said
 
 PYTHON ?= python3
 ARGS ?=
+WORKERS ?= auto
 
 VENV := .venv
 BIN := $(VENV)/bin
+# Tests of a group, such as those that make networks, stay in one process.
+SHARED := -n $(WORKERS) --maxprocesses 8 --dist loadgroup
 REQUIREMENTS := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
@@ -21,10 +25,10 @@ train: $(VENV)/.installed ## train the example model on this machine's CPU (abou
 	$(BIN)/python -m longspan train $(ARGS)
 
 test: $(VENV)/.installed-dev ## run the tests, but for the slow ones
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(SHARED) $(ARGS)
 
 test-all: $(VENV)/.installed-dev ## run all tests
-	$(BIN)/python -m pytest -m "" $(ARGS)
+	$(BIN)/python -m pytest $(SHARED) -m "" $(ARGS)
 
 lint: $(VENV)/.installed-dev ## check style and formatting
 	$(BIN)/python -m ruff check .

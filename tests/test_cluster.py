@@ -20,6 +20,7 @@ from benchmarks.cluster import Cluster
 from benchmarks.network import Network, NetworkError, bits_per_second, why_unavailable
 
 _UNAVAILABLE = why_unavailable()
+pytestmark = pytest.mark.xdist_group("network")
 needs_network = pytest.mark.skipif(_UNAVAILABLE is not None, reason=str(_UNAVAILABLE))
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import gpu
+from benchmarks import gpu, host
 from benchmarks.gpu_sides import Case, Inputs, exact, make_inputs, ours, step
 
 CPU = gpu.Gpu(torch.device("cpu"), 1)
@@ -129,3 +129,17 @@ def test_bytes_and_operations_are_counted_once() -> None:
     assert case.ideal_bytes(backward=False) == 2048 * (4 * 256 + 4)
     assert case.ideal_bytes(backward=True) == 2048 * (11 * 256 + 12)
     assert case.operations(backward=False) == 2048 * (4 * 64 * 128 + 6 * 128**2)
+
+
+def test_the_hosts_time_is_measured_without_launches_which_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "OPERATORS", ("simple_gla",))
+    monkeypatch.setattr(host, "fla_side", lambda case: None)
+    (row,) = host.kernel_host(quick=True).rows
+    # Write, scan, read; ∂q, the states' gradients and their scan, ∂g twice, ∂k, ∂v.
+    assert row[:2] == ["simple_gla", "10"]
+    assert float(row[2]) > 0
+    assert row[4] == "not installed"
+    monkeypatch.setattr(host, "fla_side", lambda case: partial(ours, backend="torch"))
+    (row,) = host.kernel_host(quick=True).rows
+    assert row[1] == "10"
+    assert row[3] == "0"

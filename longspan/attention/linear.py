@@ -7,7 +7,7 @@ H_k), K key size, V value size.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -61,7 +61,7 @@ class LinearMemory:
     def incoming(self) -> Tensor | None:
         """The state that enters each of this rank's segments ``[num_segments, B, H, K, V]``, or None on one rank; waits for it."""
         if self._pending is not None:
-            with torch.autocast(self._k.device.type, enabled=False):
+            with without_autocast(self._k):
                 self._incoming = self._pending.wait()
             self._pending = None
         return self._incoming
@@ -86,8 +86,14 @@ class LinearMemory:
 @contextmanager
 def phase(name: str, x: Tensor) -> Iterator[None]:
     """A named stretch of a profile, without autocast, which would put float32 states through bfloat16 products."""
-    with named_range(name), torch.autocast(x.device.type, enabled=False):
+    with named_range(name), without_autocast(x):
         yield
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """Switches autocast off for the device of x, if it is on."""
+    device_type = x.device.type
+    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
 
 
 def check_query(q: Tensor, k: Tensor, scale: float | None) -> float:

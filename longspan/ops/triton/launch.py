@@ -51,7 +51,8 @@ def tile_size(size: int) -> int:
 
 def strides(x: Tensor) -> tuple[int, int, int]:
     """Strides of batch, token and head of ``x [B, T, H, ...]``."""
-    return x.stride(0), x.stride(1), x.stride(2)
+    batch, token, head, *_ = x.stride()
+    return batch, token, head
 
 
 def contiguous_rows(x: Tensor) -> Tensor:
