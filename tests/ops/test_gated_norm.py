@@ -97,11 +97,12 @@ def test_the_operators_pass_pytorchs_own_checks() -> None:
     torch.library.opcheck(kernels.FORWARD.operator, (*leaves, 1e-5, True))
 
 
-def test_torch_compile_keeps_one_graph() -> None:
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_torch_compile_keeps_one_graph(backend: str) -> None:
     x, gate, weight, _ = make((2, 7, 6), torch.float32)
     compiled = torch.compile(longspan.rms_norm_gated, fullgraph=True, backend="aot_eager")
-    got = compiled(x, gate, weight, backend="triton")
-    assert torch.equal(got, rms_norm_gated(x, gate, weight, backend="triton"))
+    got = compiled(x, gate, weight, backend=backend)
+    assert torch.equal(got, rms_norm_gated(x, gate, weight, backend=backend))
 
 
 def test_the_models_layer_is_the_function() -> None:
