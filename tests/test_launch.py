@@ -36,11 +36,15 @@ def test_ranks_know_their_place_and_end_well(tmp_path: Path) -> None:
     assert [(tmp_path / str(rank)).read_text() for rank in range(3)] == [f"3 {rank} lo 1" for rank in range(3)]
 
 
-def test_the_first_cause_is_printed_and_not_its_consequences(capfd: pytest.CaptureFixture[str]) -> None:
-    body = """
+def test_the_first_cause_is_printed_and_not_its_consequences(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    body = f"""
+        fails = "{tmp_path}/fails"
         if place.rank == 0:
+            while not os.path.exists(fails):
+                time.sleep(0.05)
             time.sleep(0.5)
             raise ConnectionError("rank 1 has gone")
+        open(fails, "w").close()
         error = RuntimeError("the cause")
         error.add_note("while testing")
         raise error

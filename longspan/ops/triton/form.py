@@ -79,10 +79,10 @@ class _Written:
     ends: Tensor
     totals: Tensor
     sums: Tensor
-    tickets: tuple[Tensor | None, Tensor | None, Tensor | None]
+    tickets: tuple[Tensor | None, ...]
 
 
-_NO_TICKETS = (None, None, None)
+_NO_TICKETS = (None,) * 5
 
 
 @dataclass
@@ -115,8 +115,7 @@ class TritonChunkForm(ChunkForm):
             is_plain,
         )  # fmt: skip
         self._stretches = stretches
-        own = (tickets[0], tickets[1], tickets[2])
-        self._written = _Written(k, v, None if is_plain else states, ends, totals, sums, own)
+        self._written = _Written(k, v, None if is_plain else states, ends, totals, sums, tuple(tickets))
         return ends
 
     def read(self, q: Tensor, wait: Callable[[], Tensor | None], scale: float, overlapped: bool) -> Tensor:

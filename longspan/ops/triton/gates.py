@@ -18,7 +18,11 @@ def gate_kernel(
     x,
     grad,
     sums,
+    less_x,
+    less_grad,
+    less_sums,
     of_end,
+    other_end,
     g,
     out,
     table,
@@ -32,19 +36,25 @@ def gate_kernel(
     x_batch,
     x_token,
     x_head,
+    less_batch,
+    less_token,
+    less_head,
     g_batch,
     g_token,
     g_head,
     LOWEST: tl.constexpr,
+    HAS_LESS: tl.constexpr,
     HAS_END: tl.constexpr,
+    HAS_OTHER_END: tl.constexpr,
     DECAY: tl.constexpr,
     C: tl.constexpr,
     BK: tl.constexpr,
 ):
     """∂g of a stretch, zero where g lies below LOWEST.
 
-    CHANNEL: y = sign · x ⊙ grad with x ``[B, T, ·, K]``, grad ``[B, T, H, K]``; else y = sign · Σ sums ``[num_sums, B, T, H]``.
-    of_end: ``[num_ends, N, B, H]`` or, CHANNEL, ``[N, B, H, K]``. out ``[B, T, H]`` or ``[B, T, H, K]``, contiguous.
+    CHANNEL: y = sign · (x ⊙ grad − less_x ⊙ less_grad) with x and less_x ``[B, T, ·, K]``, the gradients ``[B, T, H, K]``; else
+    y = sign · (Σ sums − Σ less_sums), ``[num_sums, B, T, H]``. of_end: ``[num_ends, N, B, H]`` or, CHANNEL, ``[1, N, B, H, K]``;
+    other_end: likewise, in one part. out ``[B, T, H]`` or ``[B, T, H, K]``, contiguous.
     Program (stretch, channels; batch and head).
     """
     channel_blocks = tl.cdiv(num_channels, BK)
@@ -57,11 +67,15 @@ def gate_kernel(
     g += batch * g_batch + head * g_head
     if DECAY == CHANNEL:
         x += batch * x_batch + (head // (num_heads // x_heads)) * x_head
+        if HAS_LESS:
+            less_x += batch * less_batch + (head // (num_heads // x_heads)) * less_head
 
     # Of all tokens behind the chunk, and of the stretch's end.
     later = tl.zeros([BK], tl.float32)
+    entry = stretch.to(tl.int64) * tl.num_programs(1) + head_index
+    if HAS_OTHER_END:
+        later += tl.load(other_end + entry * num_channels + channels, mask=is_channel, other=0.0)
     if HAS_END:
-        entry = stretch.to(tl.int64) * tl.num_programs(1) + head_index
         num_entries = (tl.num_programs(0) // channel_blocks).to(tl.int64) * tl.num_programs(1)
         for number in range(num_ends):
             part = of_end + (number * num_entries + entry) * num_channels + channels
@@ -75,11 +89,16 @@ def gate_kernel(
         if DECAY == CHANNEL:
             y = tl.load(x + tokens[:, None] * x_token + channels[None, :], mask=mask, other=0.0).to(tl.float32)
             y *= tl.load(grad + row, mask=mask, other=0.0).to(tl.float32)
+            if HAS_LESS:
+                less = tl.load(less_x + tokens[:, None] * less_token + channels[None, :], mask=mask, other=0.0)
+                y -= less.to(tl.float32) * tl.load(less_grad + row, mask=mask, other=0.0).to(tl.float32)
         else:
             y = tl.zeros([C, BK], tl.float32)
             size = (tl.num_programs(1) // num_heads).to(tl.int64) * num_tokens * num_heads
             for number in range(num_sums):
                 y += tl.load(sums + number * size + row, mask=mask, other=0.0)
+                if HAS_LESS:
+                    y -= tl.load(less_sums + number * size + row, mask=mask, other=0.0)
         y *= sign
         # The sum over the rest of the chunk, token t itself included.
         result = tl.cumsum(y, axis=0, reverse=True) + later[None, :]

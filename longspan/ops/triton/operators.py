@@ -6,7 +6,8 @@ Shapes: B batch rows, T tokens, H heads of v, H_k heads of q and k, K × V a sta
 The gradients of k and v need the gradient of the state that leaves this rank's segments, which arrives from other ranks after
 the read phase's backward has run; so they are found in the write phase's backward, in one pass each that needs q and ∂o as
 well. These travel on *tickets*: outputs of write, without values, that the first read of a memory takes, and as whose
-"gradients" it hands back q, ∂o and its scale. A second read has no tickets, and gives its share of the gradients itself.
+"gradients" it hands back q, ∂o and its scale, and what ∂q owes to the gates, whose gradient then is one sum. A second read has
+no tickets, and gives its share of the gradients itself.
 Likewise the gradient that read returns for the states is private to the pair: the running states of the reversed scan, D, which
 are right as they are in the write phase's passes.
 """
@@ -22,7 +23,7 @@ from torch import Tensor
 from longspan.ops.triton import passes
 from longspan.ops.triton.launch import contiguous_rows
 from longspan.ops.triton.nodes import Operator, differentiable
-from longspan.ops.triton.passes import COLUMNS, CONTRACTED, Decay, Entering
+from longspan.ops.triton.passes import COLUMNS, CONTRACTED, Decay, Entering, Owed
 
 
 def _sum_heads(x: Tensor, num_heads: int) -> Tensor:
@@ -46,7 +47,7 @@ def _write(
     num_ends: int,
     chunk_size: int,
     is_plain: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """States between stretches, and what the other phases need.
 
     is_plain: nothing enters or leaves a stretch (no start states, no ends, one stretch a piece). Then states and totals
@@ -63,7 +64,7 @@ def _write(
     | ends | [num_ends, B, H, K, V] | S behind the pieces that have an end row |
     | totals | [N, B, H] or [N, B, H, K] | log decay over each stretch; empty where nothing decays |
     | sums | [B, T, H, K] | for decays of channels: sums inside chunks; empty for others |
-    | tickets | [B, T, H_k, K], [B, T, H, V], [] | without values; see the module's page |
+    | tickets | of q, ∂o, scale, of what ∂q owes, of the end | without values; see the module's page |
 
     Backward, with D the sum of what reads handed back, λ = ∂ends and Z = D + e^{suffix} λ: ∂k and ∂v by the reversed passes of
     `longspan.ops.triton.attend`; ∂g = Σ_{later in the stretch} (−k ⊙ ∂k) + ⟨S, Z⟩ at the stretch's end; ∂start = Z at the
@@ -85,9 +86,28 @@ def _write(
         ends,
         states.new_empty(0) if totals is None else totals,
         sums,
-        k.new_empty(()).expand(k.shape),
-        v.new_empty(()).expand(v.shape),
-        states.new_empty(()),
+        *_tickets(k, v, g, table),
+    )
+
+
+def _tickets(k: Tensor, v: Tensor, g: Tensor | None, table: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """One number each, in the shapes and dtypes of q, ∂o, the scale, what ∂q owes to the gates (`passes.Owed`: ∂q itself or sums),
+    and what the ends of stretches owe, ``[N, B, H]`` or ``[N, B, H, K]``. The last two are empty without g."""
+
+    def ticket(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.empty_strided(shape, (0,) * len(shape), dtype=dtype, device=k.device)
+
+    owed: tuple[int, ...] = (0,)
+    end: tuple[int, ...] = (0,)
+    if g is not None:
+        owed, end = passes.shape_of_owed(g, k), (table.shape[0], g.shape[0], *g.shape[2:])
+    of_channels = g is not None and g.dim() == 4
+    return (
+        ticket(k.shape, k.dtype),
+        ticket(v.shape, v.dtype),
+        ticket((), torch.float32),
+        ticket(owed, k.dtype if of_channels else torch.float32),
+        ticket(end, torch.float32),
     )
 
 
@@ -105,8 +125,7 @@ def _write_fake(k, v, g, log_decay, start_states, table, pieces, starting, num_s
             totals = states.new_empty(table.shape[0], *tail)
     if of_channels:
         sums = states.new_empty(g.shape)
-    tickets = k.new_empty(()).expand(k.shape), v.new_empty(()).expand(v.shape), states.new_empty(())
-    return (states, ends, totals, sums, *tickets)
+    return (states, ends, totals, sums, *_tickets(k, v, g, table))
 
 
 def _setup_write(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -118,7 +137,7 @@ def _setup_write(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
 
 
 def _write_gradients(ctx: Any, backward: Callable[..., Any], *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    d, grad_ends, _, _, q, do, scale = grads
+    d, grad_ends, _, _, q, do, scale, owed, end = grads
     k, v, g, log_decay, table, pieces, starting, states, totals, sums = ctx.saved_tensors
     chunk_size = ctx.chunk_size
     dk, dv, dg, grad_start = backward(
@@ -137,6 +156,8 @@ def _write_gradients(ctx: Any, backward: Callable[..., Any], *grads: Tensor | No
         q,
         do,
         scale,
+        owed,
+        end,
         chunk_size,
         ctx.has_start,
     )
@@ -166,6 +187,8 @@ def _write_backward(
     q: Tensor | None,
     do: Tensor | None,
     scale: Tensor | None,
+    owed: Tensor | None,
+    end: Tensor | None,
     chunk_size: int,
     has_start: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -186,9 +209,13 @@ def _write_backward(
     dv = passes.attend(k, q, do, decay, entering, table, num_columns=v.shape[-1], axis=CONTRACTED, **common).out
     dg = k.new_empty(0)
     if g is not None:
+        less = None
+        if q is not None and owed is not None:
+            less = Owed(q, owed, None if decay.is_of_channels else owed)
         dg = passes.gate_gradient(
-            g, table, x=k, grad=dk, sums=of_k.dots, sign=-1.0, of_end=of_k.of_end, chunk_size=chunk_size
-        )
+            g, table, Owed(k, dk, of_k.dots), less,
+            sign=-1.0, of_end=of_k.of_end, other_end=end, chunk_size=chunk_size,
+        )  # fmt: skip
     grad_start = k.new_empty(0, dtype=torch.float32)
     if has_start:
         rows = pieces.index_select(0, starting)
@@ -212,12 +239,17 @@ def _carried(
     return None if arriving is None or decay.is_none else passes.carry(totals, pieces, reverse=reverse)
 
 
+def _arrives(arriving: Tensor | None) -> bool:
+    """Whether the state of any piece comes from elsewhere."""
+    return arriving is not None and arriving.shape[0] > 0
+
+
 def _entering_at(
     states: Tensor | None, arriving: Tensor | None, carried: Tensor | None, slots: Tensor, rows: Tensor
 ) -> Tensor | None:
     """``states[slots] + e^{carried[slots]} arriving[rows]``, nothing arriving for rows of −1; None for zero."""
     at = None if states is None else states.index_select(0, slots)
-    if arriving is None or not arriving.shape[0]:
+    if arriving is None or not _arrives(arriving):
         return at
     arrived = arriving.index_select(0, rows.clamp(min=0))
     factor = (rows >= 0).to(arrived.dtype).view(-1, 1, 1, 1, 1)
@@ -243,6 +275,8 @@ def _read(
     ticket_q: Tensor | None,
     ticket_o: Tensor | None,
     ticket_scale: Tensor | None,
+    ticket_owed: Tensor | None,
+    ticket_end: Tensor | None,
     table: Tensor,
     pieces: Tensor,
     scale: float,
@@ -265,8 +299,8 @@ def _read(
 
     Forward: the first row of `longspan.ops.triton.attend`. Backward: ∂q by its second row; D, the running states of the
     reversed scan of G = scale · Σ e^{..} q ∂oᵀ, for `states`; its value where a segment starts for `arriving`; ∂g = Σ_{later in
-    the stretch} q ⊙ ∂q + ⟨e^{carried} arriving, D⟩ at the stretch's end; q, ∂o and scale for the tickets, or, without, ∂k and
-    ∂v of what happens inside stretches.
+    the stretch} q ⊙ ∂q + ⟨e^{carried} arriving, D⟩ at the stretch's end; without tickets ∂k and ∂v, too, of what happens inside
+    stretches, and with them their "gradients", and no ∂g.
     """
     decay = Decay.of(g, log_decay, sums, chunk_size)
     entering = Entering(states, arriving, _carried(decay, totals, pieces, arriving))
@@ -283,7 +317,7 @@ def _read_fake(q, *rest):  # type: ignore[no-untyped-def]
 
 def _setup_read(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     q, k, v, g, log_decay, states, arriving, totals, sums, ticket_q, *_ = inputs
-    table, pieces, scale, _, _, chunk_size = inputs[12:]
+    table, pieces, scale, _, _, chunk_size = inputs[14:]
     ctx.save_for_backward(q, k, v, g, log_decay, states, arriving, totals, sums, table, pieces)
     ctx.has_tickets, ctx.scale, ctx.chunk_size = ticket_q is not None, scale, chunk_size
 
@@ -292,8 +326,7 @@ def _read_gradients(ctx: Any, backward: Callable[..., Any], do: Tensor) -> tuple
     q, k, v, g, log_decay, states, arriving, totals, sums, table, pieces = ctx.saved_tensors
     do = contiguous_rows(do)
     needs = ctx.needs_input_grad
-    inside = k is not None and not ctx.has_tickets
-    dq, dk, dv, dg, d, grad_arriving = backward(
+    dq, dk, dv, dg, d, grad_arriving, owed, end = backward(
         do,
         q,
         k,
@@ -307,17 +340,21 @@ def _read_gradients(ctx: Any, backward: Callable[..., Any], do: Tensor) -> tuple
         table,
         pieces,
         ctx.scale,
-        inside,
+        ctx.has_tickets,
         ctx.chunk_size,
     )
-    tickets: tuple[Tensor | None, ...] = (None, None, None)
+    inside, has_gate = k is not None and not ctx.has_tickets, g is not None and needs[3]
+    tickets: tuple[Tensor | None, ...] = (None,) * 5
     if ctx.has_tickets:
-        tickets = (q, do, torch.full((), ctx.scale, dtype=torch.float32, device=q.device))
+        scale = torch.full((), ctx.scale, dtype=torch.float32, device=q.device)
+        if has_gate and g.dim() == 4 and g.shape[2] == dq.shape[2]:
+            owed = dq
+        tickets = (q, do, scale, owed if has_gate else None, end if has_gate and _arrives(arriving) else None)
     return (
         dq,
         dk if inside else None,
         dv if inside else None,
-        dg if g is not None and needs[3] else None,
+        dg if has_gate and not ctx.has_tickets else None,
         None,
         d if states is not None else None,
         grad_arriving if arriving is not None else None,
@@ -342,10 +379,11 @@ def _read_backward(
     table: Tensor,
     pieces: Tensor,
     scale: float,
-    inside: bool,
+    has_tickets: bool,
     chunk_size: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """∂q, ∂k and ∂v of the inside of stretches (empty unless `inside`), ∂g (empty without g), D, ∂arriving; see `decay_read`."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """∂q; ∂k and ∂v of the inside of stretches, and ∂g (without tickets); D; ∂arriving; what ∂q and the stretches' ends owe to the
+    gates (for tickets). Empty where there is none; see `decay_read`."""
     decay = Decay.of(g, log_decay, sums, chunk_size)
     carried = _carried(decay, totals, pieces, arriving)
     num_heads, value_size = do.shape[2:]
@@ -363,19 +401,16 @@ def _read_backward(
         num_slots = table.shape[0] + pieces.shape[0]
         d, _ = passes.write(q, do, decay, table, num_slots, scale=scale, reverse=True)
         passes.scan(d, None if decay.is_none else totals, pieces, decay.kind, ends=grad_arriving, reverse=True)
-    dg = q.new_empty(0)
-    if g is not None:
-        of_end = None
+    of_end = None
+    if g is not None and _arrives(arriving):
         slots = table[:, 2] + 1
         entered = _entering_at(None, arriving, carried, slots, table[:, 3])
         if entered is not None:
             products = entered * d.index_select(0, slots)
-            of_end = (products.sum(-1) if decay.is_of_channels else products.sum((-1, -2))).unsqueeze(0)
-        dg = passes.gate_gradient(
-            g, table, x=q, grad=dq, sums=of_q.dots, sign=1.0, of_end=of_end, chunk_size=chunk_size
-        )
-    dk, dv = q.new_empty(0), q.new_empty(0)
-    if inside and k is not None and v is not None:
+            of_end = products.sum(-1) if decay.is_of_channels else products.sum((-1, -2))
+    less = None
+    dk, dv, dg = (q.new_empty(0) for _ in range(3))
+    if not has_tickets and k is not None and v is not None:
         reverse: dict[str, Any] = {**common, "reverse": True, "scale_in": scale}
         of_k = passes.attend(
             v, do, q, decay, Entering(), table,
@@ -383,17 +418,35 @@ def _read_backward(
         )  # fmt: skip
         dk = of_k.out
         dv = passes.attend(k, q, do, decay, Entering(), table, num_columns=value_size, axis=CONTRACTED, **reverse).out
-        if g is not None:
-            dg += passes.gate_gradient(
-                g, table, x=k, grad=dk, sums=of_k.dots, sign=-1.0, of_end=None, chunk_size=chunk_size
-            )
+        less = Owed(k, dk, of_k.dots)
         dk = _sum_heads(dk, k.shape[2])
-    return _sum_heads(dq, q.shape[2]), dk, dv, dg, d, q.new_empty(0) if grad_arriving is None else grad_arriving
+    owed = end = None
+    if g is not None and has_tickets:
+        owed, end = dq if of_q.dots is None else of_q.dots, of_end
+    elif g is not None:
+        dg = passes.gate_gradient(
+            g, table, Owed(q, dq, of_q.dots), less,
+            sign=1.0, of_end=None if of_end is None else of_end.unsqueeze(0), chunk_size=chunk_size,
+        )  # fmt: skip
+    grad_q = _sum_heads(dq, q.shape[2])
+    # An operator gives no tensor twice.
+    owed = None if owed is grad_q else owed
+    grad_arriving, owed, end = (q.new_empty(0) if x is None else x for x in (grad_arriving, owed, end))
+    return grad_q, dk, dv, dg, d, grad_arriving, owed, end
 
 
 def _read_backward_fake(do, q, k, v, g, log_decay, states, arriving, *rest):  # type: ignore[no-untyped-def]
-    _, _, table, pieces, _, inside, _ = rest
-    nothing = [q.new_empty(0) for _ in range(4)]
+    _, _, table, pieces, _, has_tickets, _ = rest
+    inside = k is not None and not has_tickets
+    nothing = [q.new_empty(0) for _ in range(6)]
+    owed, end = nothing[4:]
+    if g is not None and has_tickets:
+        if g.dim() == 3:
+            owed = q.new_empty(passes.shape_of_owed(g, q), dtype=torch.float32)
+        elif g.shape[2] != q.shape[2]:
+            owed = q.new_empty(g.shape)
+        if _arrives(arriving):
+            end = q.new_empty(table.shape[0], g.shape[0], *g.shape[2:], dtype=torch.float32)
     states_like = q.new_empty(0, dtype=torch.float32)
     if states is not None or arriving is not None:
         slots = table.shape[0] + pieces.shape[0]
@@ -402,9 +455,11 @@ def _read_backward_fake(do, q, k, v, g, log_decay, states, arriving, *rest):  # 
         q.new_empty(q.shape),
         q.new_empty(k.shape) if inside else nothing[0],
         q.new_empty(v.shape) if inside else nothing[1],
-        nothing[2] if g is None else torch.empty_like(g, memory_format=torch.contiguous_format),
+        nothing[2] if g is None or has_tickets else torch.empty_like(g, memory_format=torch.contiguous_format),
         states_like,
         nothing[3] if arriving is None else torch.empty_like(arriving),
+        owed,
+        end,
     )
 
 

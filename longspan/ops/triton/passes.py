@@ -184,6 +184,18 @@ class Entering:
     transposed: bool = False
 
 
+def _column_blocks(dtype: torch.dtype, num_columns: int) -> tuple[int, int]:
+    """Columns of a program of a pass, and how many programs share the columns."""
+    # A state of K × block numbers stays in registers, with float32 operands beside it.
+    block = min(32 if dtype == torch.float32 else 64, tile_size(num_columns))
+    return block, cdiv(num_columns, block)
+
+
+def shape_of_owed(g: Tensor, x: Tensor) -> tuple[int, ...]:
+    """Of what `attend` gives for `Owed` of x ``[B, T, ·, K]`` that is not x itself: its gradient, or the sums."""
+    return tuple(g.shape) if g.dim() == 4 else (_column_blocks(x.dtype, x.shape[-1])[1], *g.shape)
+
+
 @dataclass(frozen=True)
 class Passed:
     """What a pass gives: out ``[B, T, H, V]``; dots and of_end, if asked for, as `gate_gradient` takes them."""
@@ -219,9 +231,7 @@ def attend(
     """
     batch, num_tokens, _, num_contracted = a.shape
     out = a.new_empty(batch, num_tokens, num_heads, num_columns)
-    # A state of K × block numbers stays in registers, with float32 operands beside it.
-    block = min(32 if a.dtype == torch.float32 else 64, tile_size(num_columns))
-    num_blocks = cdiv(num_columns, block)
+    block, num_blocks = _column_blocks(a.dtype, num_columns)
     dots = None
     if dotted is not None:
         dots = torch.empty(num_blocks, batch, num_tokens, num_heads, dtype=torch.float32, device=a.device)
@@ -288,46 +298,67 @@ def attend(
     return Passed(out, dots, of_end)
 
 
+@dataclass(frozen=True)
+class Owed:
+    """What the gradient of one operand owes to decays.
+
+    x ``[B, T, ·, K]`` and its gradient ``[B, T, H, K]`` are multiplied where decays belong to channels; else there are sums
+    of their products, in parts ``[n, B, T, H]``.
+    """
+
+    x: Tensor
+    grad: Tensor
+    sums: Tensor | None
+
+
 def gate_gradient(
     g: Tensor,
     table: Tensor,
+    owed: Owed,
+    less: Owed | None,
     *,
-    x: Tensor | None = None,
-    grad: Tensor | None = None,
-    sums: Tensor | None = None,
     sign: float,
     of_end: Tensor | None,
+    other_end: Tensor | None = None,
     chunk_size: int,
 ) -> Tensor:
-    """∂g in the shape and dtype of g; see `longspan.ops.triton.gates`.
+    """∂g in the shape and dtype of g, from sign · (owed − less); see `longspan.ops.triton.gates`.
 
-    x and grad for decays of channels, sums for those of tokens. of_end: in parts, ``[n, N, B, H]`` or ``[n, N, B, H, K]``.
+    of_end: in parts, ``[n, N, B, H]`` or ``[n, N, B, H, K]``. other_end: in one.
     """
     batch, num_tokens, num_heads = g.shape[:3]
     of_channels = g.dim() == 4
     size = g.shape[3] if of_channels else 1
     out = torch.empty(g.shape, dtype=g.dtype, device=g.device)
     block = min(64, power_of_2(size))
+    minus = owed if less is None else less
     if table.shape[0]:
         gate_kernels.gate_kernel[(table.shape[0] * cdiv(size, block), batch * num_heads)](
-            x,
-            grad,
-            sums,
+            owed.x,
+            owed.grad,
+            owed.sums,
+            minus.x,
+            minus.grad,
+            minus.sums,
             of_end,
+            other_end,
             g,
             out,
             table,
             sign,
             num_tokens,
             num_heads,
-            num_heads if x is None else x.shape[2],
+            owed.x.shape[2],
             size,
-            0 if sums is None else sums.shape[0],
+            0 if owed.sums is None else owed.sums.shape[0],
             0 if of_end is None else of_end.shape[0],
-            *((0, 0, 0) if x is None else strides(x)),
+            *strides(owed.x),
+            *strides(minus.x),
             *strides(g),
             LOWEST=LOWEST_LOG_DECAY,
+            HAS_LESS=less is not None,
             HAS_END=of_end is not None,
+            HAS_OTHER_END=other_end is not None,
             DECAY=(kinds.CHANNEL if of_channels else kinds.TOKEN).value,
             C=chunk_size,
             BK=block,

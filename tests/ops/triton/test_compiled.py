@@ -43,6 +43,10 @@ def convolved(**constants):
     return types, dict(constants, SILU=True, W=4, BC=convolution.CHANNELS)
 
 
+GATES = {**dict.fromkeys(("x", "grad", "less_x", "less_grad"), BF16),
+         **dict.fromkeys(("sums", "less_sums", "of_end", "other_end"), F32),
+         "g": F32, "out": F32, "table": I32, "sign": "fp32"}
+GATE_FLAGS = dict(LOWEST=-128.0, HAS_LESS=True, HAS_END=True, HAS_OTHER_END=True, C=32, BK=64)
 NORM = dict.fromkeys(("x", "gate", "weight", "y", "grad_y", "grad_x", "grad_gate"), BF16) | {"sums": F32, "eps": "fp32"}
 INSIDE = dict(HAS_BIAS=True, HAS_HEADS=True, BT=convolution.TOKENS)
 BACKWARD = dict(INSIDE, NEEDS_X=True, NEEDS_SUMS=True)
@@ -66,8 +70,8 @@ CASES = {
              dict(HAS_STARTS=True, HAS_ENDS=True, DECAY=3, REVERSE=True, BK=32, BV=32), 4),
     "carry": (states.carry_kernel, dict(totals=F32, carried=F32, pieces=I32), dict(REVERSE=False, BK=128), 4),
     "cumulate": (decays.cumulate_kernel, dict(g=F32, b=F32, table=I32), dict(LOWEST=-128.0, C=32, BK=64), 4),
-    "gates": (gates.gate_kernel, dict(x=BF16, grad=BF16, sums=F32, of_end=F32, g=F32, out=F32, table=I32, sign="fp32"),
-              dict(LOWEST=-128.0, HAS_END=True, DECAY=3, C=32, BK=64), 4),
+    "gates, channel": (gates.gate_kernel, GATES, dict(GATE_FLAGS, DECAY=3), 4),
+    "gates, token": (gates.gate_kernel, GATES, dict(GATE_FLAGS, DECAY=2, BK=1, num_channels=1), 4),
     "convolution": (convolution.inside_kernel, *convolved(**INSIDE), convolution.NUM_WARPS),
     "convolution, backward": (convolution.inside_backward_kernel, *convolved(**BACKWARD), convolution.NUM_WARPS),
     "convolution of one number": (convolution.inside_backward_kernel, *convolved(**BACKWARD, **ONES), convolution.NUM_WARPS),
@@ -113,7 +117,7 @@ def test_every_kernel_compiles_for_ampere_and_hopper_and_fits_its_shared_memory(
     )
     assert done.returncode == 0, done.stderr
     results = json.loads(done.stdout.splitlines()[-1])
-    assert len(results) == 23
+    assert len(results) == 24
     for name, kernel in results.items():
         assert kernel["target"], name
         assert 0 <= kernel["shared"] <= SHARED_MEMORY[capability], (name, kernel)
