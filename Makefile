@@ -9,8 +9,7 @@ WORKERS ?= auto
 
 VENV := .venv
 BIN := $(VENV)/bin
-# Tests of a group, such as those that make networks, stay in one process.
-SHARED := -n $(WORKERS) --maxprocesses 8 --dist loadgroup
+SHARED := -n $(WORKERS) --maxprocesses 8 --dist worksteal
 REQUIREMENTS := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import signal
@@ -9,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,8 +22,15 @@ from benchmarks.cluster import Cluster
 from benchmarks.network import Network, NetworkError, bits_per_second, why_unavailable
 
 _UNAVAILABLE = why_unavailable()
-pytestmark = pytest.mark.xdist_group("network")
 needs_network = pytest.mark.skipif(_UNAVAILABLE is not None, reason=str(_UNAVAILABLE))
+
+
+@pytest.fixture(autouse=True)
+def one_test_at_a_time(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """They look at all networks of the machine, and several processes may share the tests."""
+    with (tmp_path_factory.getbasetemp().parent / "networks.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def namespaces() -> set[str]:
