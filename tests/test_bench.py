@@ -101,7 +101,7 @@ def test_the_command_starts_its_ranks_prints_the_table_and_writes_the_figures(tm
     arguments = "--ranks 2 --operator gated_delta_rule --heads 2 --key-size 4 --value-size 6 --repeats 2 --order zigzag"
     command = [sys.executable, "-m", "longspan", "bench", "exchange", *arguments.split()]
     command += ["--topologies", "all_gather", "pipelined", "--json", str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[0].startswith("gated_delta_rule, B1 H2 K4 V6, zigzag, 2 ranks on cpu, median of 2")

@@ -21,7 +21,7 @@ from longspan.models import LinearLlama3, LinearLlama3Config
 from longspan.train.config import to_toml
 from tests.train.tiny import COMPUTED, metrics, newest_tensors, tiny_config, write_corpus
 
-TIMEOUT = 300
+TIMEOUT = 120.0
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +125,7 @@ def test_a_second_signal_ends_a_run_at_once(config: Path, tmp_path: Path) -> Non
         time.sleep(0.3)
         assert process.poll() is None
         process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=60) == 128 + signal.SIGTERM
+        assert process.wait(timeout=10) == 128 + signal.SIGTERM
     wait_for(lambda: not alive(process.ranks))
 
 
@@ -134,7 +134,7 @@ def test_a_dead_rank_ends_the_run_and_is_named(config: Path, tmp_path: Path) -> 
     with started("--config", config, "--run.dir", run, "--train.steps", "100000") as process:
         wait_for(lambda: has_made_steps(run), process)
         os.kill(process.ranks[1], signal.SIGKILL)
-        _, errors = process.communicate(timeout=120)
+        _, errors = process.communicate(timeout=30)
     assert process.returncode == 1
     assert "rank 1 of 2 was killed by SIGKILL" in errors
     assert not alive(process.ranks)
@@ -146,7 +146,7 @@ def test_a_rank_that_does_not_answer_is_reported_after_the_deadline(config: Path
     with started(*arguments) as process:
         wait_for(lambda: has_made_steps(run), process)
         os.kill(process.ranks[1], signal.SIGSTOP)
-        _, errors = process.communicate(timeout=120)
+        _, errors = process.communicate(timeout=30)
     assert process.returncode == 1
     assert "rank 0 of 2 failed" in errors
     assert "rank 0 of 2, step" in errors

@@ -67,7 +67,8 @@ def _write(
     | tickets | of q, ∂o, scale, of what ∂q owes, of the end | without values; see the module's page |
 
     Backward, with D the sum of what reads handed back, λ = ∂ends and Z = D + e^{suffix} λ: ∂k and ∂v by the reversed passes of
-    `longspan.ops.triton.attend`; ∂g = Σ_{later in the stretch} (−k ⊙ ∂k) + ⟨S, Z⟩ at the stretch's end; ∂start = Z at the
+    `longspan.ops.triton.attend`; ∂g = Σ_{later in the stretch} (q ⊙ ∂q − k ⊙ ∂k) + ⟨S, Z⟩ at the stretch's end, with what the
+    tickets bring of the first term and of the end; ∂start = Z at the
     piece's start.
     """
     batch, _, num_heads, value_size = v.shape
