@@ -21,6 +21,7 @@ from torch import Tensor
 
 from longspan.collectives import all_gather_single
 from longspan.errors import LayoutError
+from longspan.modes import built_for_every_mode
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -310,9 +311,12 @@ class SequenceLayout:
         return self.cached((name, target), lambda: build().to(target))
 
     def cached(self, key: Hashable, build: Callable[[], T]) -> T:
-        """What `build` returns, built once for this layout and `key`: layers keep per-batch metadata here."""
+        """What `build` returns, built once for this layout and `key`: layers keep per-batch metadata here.
+
+        It serves calls of every mode, and is built as in training: see `longspan.modes.built_for_every_mode`.
+        """
         if key not in self._cache:
-            self._cache[key] = build()
+            self._cache[key] = built_for_every_mode(build)
         value: T = self._cache[key]
         return value
 

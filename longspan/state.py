@@ -19,7 +19,8 @@ the transitions of n stretches in one parameter tensor:
 | Dense        | A, [n, B, H, K, K] | a matrix                 | B·H·K·K                |
 
 A stretch in which a packed document starts has a zero transition: log A = −inf (Dense: a zero matrix), and needs no special
-case anywhere. Decays are kept as logarithms in the dtype of the states: float32, or float64 for float64 inputs.
+case anywhere. Nothing crosses a zero transition, NaN and infinity included: it selects zero, where a product would be NaN.
+Decays are kept as logarithms in the dtype of the states: float32, or float64 for float64 inputs.
 """
 
 from __future__ import annotations
@@ -97,13 +98,17 @@ class _LogDecay(Transition):
         return self.parameter.exp().view(shape)
 
     def apply(self, state: Tensor) -> Tensor:
-        return state * self._factor()
+        factor = self._factor()
+        return _without(state, factor == 0) * factor
 
     def adjoint(self) -> Self:
         return self
 
     def after(self, earlier: Self) -> Self:
-        return type(self)(self.parameter + earlier.parameter)
+        total = self.parameter + earlier.parameter
+        # A sum with −inf is −inf, but for NaN and infinity.
+        zero = (self.parameter == -torch.inf) | (earlier.parameter == -torch.inf)
+        return type(self)(torch.where(zero, -torch.inf, total))
 
     def cut(self, stretches: Sequence[bool]) -> Self:
         if not any(stretches):
@@ -112,7 +117,8 @@ class _LogDecay(Transition):
 
     def outer(self, grad_out: Tensor, state_in: Tensor) -> Tensor:
         summed_dims = [dim for dim in range(5) if dim not in self.state_dims]
-        return (grad_out * state_in).sum(summed_dims) * self.parameter.exp()
+        factor = self.parameter.exp()
+        return _without((grad_out * state_in).sum(summed_dims), factor == 0) * factor
 
 
 class Identity(_LogDecay):
@@ -159,14 +165,19 @@ class Dense(Transition):
     def parameter_shape(cls, state_shape: Sequence[int]) -> tuple[int, ...]:
         return (*state_shape[:4], state_shape[3])
 
+    def _is_zero(self) -> Tensor:
+        """Which matrices are zero, ``[n, B, H, 1, 1]``."""
+        return (self.parameter == 0).all(-1, keepdim=True).all(-2, keepdim=True)
+
     def apply(self, state: Tensor) -> Tensor:
-        return self.parameter @ state
+        return self.parameter @ _without(state, self._is_zero())
 
     def adjoint(self) -> Self:
         return type(self)(self.parameter.mT)
 
     def after(self, earlier: Self) -> Self:
-        return type(self)(self.parameter @ earlier.parameter)
+        own = _without(self.parameter, earlier._is_zero())
+        return type(self)(own @ _without(earlier.parameter, self._is_zero()))
 
     def cut(self, stretches: Sequence[bool]) -> Self:
         if not any(stretches):
@@ -174,7 +185,15 @@ class Dense(Transition):
         return type(self)(_replace_rows(self.parameter, stretches, 0.0))
 
     def outer(self, grad_out: Tensor, state_in: Tensor) -> Tensor:
-        return grad_out @ state_in.mT
+        return _without(grad_out @ state_in.mT, self._is_zero())
+
+
+def _without(x: Tensor, zero: Tensor) -> Tensor:
+    """`x` with zeros in the place of what a zero transition meets: 0 · NaN and 0 · ∞ are NaN."""
+    # The mask is as small as a transition, and the host has it on a CPU: a pass over the states is saved where nothing is cut.
+    if x.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(zero.any()):
+        return x
+    return x.masked_fill(zero, 0.0)
 
 
 def _replace_rows(parameter: Tensor, rows: Sequence[bool], value: float) -> Tensor:

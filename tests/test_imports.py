@@ -18,7 +18,7 @@ PROJECT_ROOT = Path(__file__).resolve().parent.parent
 
 # What each part of the package may import of the others. A part is a module or a subpackage directly under `longspan`;
 # "longspan" itself is the facade, `longspan/__init__.py`.
-FOUNDATION = {"errors", "state", "layout"}
+FOUNDATION = {"errors", "state", "modes", "layout"}
 # What works on this rank's tokens alone, and so has no use for `collectives`.
 SINGLE_DEVICE = FOUNDATION | {"ops", "exchange", "attention", "operators", "features", "recipes"}
 MODELS = SINGLE_DEVICE | {"collectives", "models", "integrations", "parallel"}
@@ -26,7 +26,8 @@ ALLOWED = {
     "errors": set(),
     "collectives": {"errors"},
     "state": {"errors"},
-    "layout": {"errors", "collectives", "state"},
+    "modes": {"errors"},
+    "layout": {"errors", "collectives", "modes", "state"},
     "ops": FOUNDATION,
     "plan": FOUNDATION,
     "exchange": FOUNDATION | {"collectives", "plan"},

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from longspan.layout import SequenceLayout
+from longspan.modes import built_for_every_mode
 
 T = TypeVar("T")
 
@@ -24,10 +25,13 @@ _kept: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[Hashable, Any]] = weakr
 
 
 def kept(group: dist.ProcessGroup, key: Hashable, build: Callable[[], T]) -> T:
-    """What `build` returns, built once for this group and `key`. It must not hold on to `group` itself."""
+    """What `build` returns, built once for this group and `key`, as in training (`built_for_every_mode`).
+
+    It must not hold on to `group` itself.
+    """
     entries = _kept.setdefault(group, {})
     if key not in entries:
-        entries[key] = build()
+        entries[key] = built_for_every_mode(build)
     value: T = entries[key]
     return value
 
