@@ -7,11 +7,14 @@ compares by these functions.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 INFINITE = float("inf")
+
+Key = TypeVar("Key")
 
 
 def relative_error(got: Tensor, want: Tensor, floor: float = 0.0) -> float:
@@ -42,9 +45,15 @@ def relative_error(got: Tensor, want: Tensor, floor: float = 0.0) -> float:
     return difference / size if size > 0.0 else INFINITE
 
 
-def worst(errors: Iterable[float | Tensor] | Mapping[object, float | Tensor]) -> float:
+def worst(errors: Iterable[float | Tensor] | Mapping[Any, float]) -> float:
     """The largest of `errors` (the values of a mapping), at least one; NaN counts as infinite."""
     values = [float(error) for error in (errors.values() if isinstance(errors, Mapping) else errors)]
     if not values:
         raise ValueError("no errors to compare: a test that compares nothing cannot fail")
     return max(INFINITE if value != value else value for value in values)
+
+
+def worst_of(errors: Mapping[Key, float]) -> tuple[float, Key]:
+    """The largest of `errors`, at least one, and what it is the error of; NaN counts as infinite."""
+    largest = worst(errors)
+    return largest, next(key for key, error in errors.items() if error == largest or error != error)

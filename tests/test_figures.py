@@ -20,6 +20,7 @@ from benchmarks.figures.__main__ import FIGURES
 from benchmarks.figures.common import with_origin, write
 from benchmarks.figures.timeline import _spans
 from benchmarks.harness import run_ranks
+from tests.compare import relative_error
 from tests.ranks import run_on_ranks
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -157,7 +158,7 @@ def _real() -> list[float]:
     outputs = [
         layer.forward(layout, name, blocking).detach() for name, blocking in (("all_gather", False), ("ring", True))
     ]
-    return [float((outputs[1] - y).abs().max() / y.abs().max()) for y in outputs]
+    return [relative_error(outputs[1], y) for y in outputs]
 
 
 def test_a_blocking_layer_computes_the_same() -> None:

@@ -108,11 +108,3 @@ def shard_gates(name: str, gates: Gates, layout: SequenceLayout) -> dict[str, An
         gate.name: layout.shard(gates[gate.name]) if "T" in gate.dims else gates[gate.name]
         for gate in VARIANTS[name].gates
     }
-
-
-def relative_error(got: Tensor, expected: Tensor) -> float:
-    """Largest difference, in units of the largest expected value (at least 1)."""
-    if expected.numel() == 0:
-        return 0.0
-    got, expected = got.detach().double(), expected.detach().double()
-    return float((got - expected).abs().max() / expected.abs().max().clamp(min=1.0))

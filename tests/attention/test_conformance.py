@@ -13,8 +13,9 @@ import torch.distributed as dist
 import longspan
 from longspan.exchange import TOPOLOGIES
 from longspan.ops import VARIANTS
+from tests.compare import relative_error, worst
 from tests.ranks import run_on_ranks
-from tests.variants import make_inputs, reference, relative_error, shard_gates
+from tests.variants import make_inputs, reference, shard_gates
 
 LENGTHS = (4, 23, 64, 101)
 PACKINGS = ("one document", "packed")
@@ -45,6 +46,7 @@ def errors_on_rank(
     options: dict[str, Any],
     backend: str = "torch",
     chunk_size: int = 8,
+    floor_of_dg: float = 0.0,
 ) -> dict[str, float]:
     """Errors of this rank's outputs and gradients against the recurrent form of the whole sequence; options: of `make_inputs`."""
     inputs = make_inputs(name, seq_len, documents=documents, **options)
@@ -85,7 +87,7 @@ def errors_on_rank(
             dist.all_reduce(got)
         else:
             expected = layout.shard(expected)
-        errors["d" + leaf] = relative_error(got, expected)
+        errors["d" + leaf] = relative_error(got, expected, floor_of_dg if leaf == "g" else 0.0)
     return errors
 
 
@@ -101,14 +103,14 @@ def worst_on_rank(name: str, exchange: str, cases: list[Case]) -> list[tuple[flo
         documents = documents_of(packing, seq_len)
         options = {"batch": 2 if documents is None else 1, "heads": 2, "key_heads": 1, "seed": seq_len}
         errors = errors_on_rank(name, exchange, order, documents, seq_len, form, options)
-        results.append((max(errors.values()), case, errors))
+        results.append((worst(errors), case, errors))
     return results
 
 
 def check(name: str, exchange: str, num_ranks: int, cases: list[Case]) -> None:
     for rank, results in enumerate(run_on_ranks(num_ranks, worst_on_rank, name, exchange, cases)):
-        for worst, case, errors in results:
-            assert worst < 1e-10, f"rank {rank} of {num_ranks}, {case}: {errors}"
+        for error, case, errors in results:
+            assert error < 1e-10, f"rank {rank} of {num_ranks}, {case}: {errors}"
 
 
 # What the package takes without being asked is tried in full; of the other topologies, what test_exchange.py does not show already.
@@ -159,5 +161,8 @@ def test_random_packings_and_strong_decays(name: str) -> None:
         documents = [0, *sorted(rng.sample(range(1, seq_len), rng.randint(1, 12))), seq_len]
         order = rng.choice(["contiguous", "zigzag"])
         options = {"decay": decay, "seed": trial}
-        for errors in run_on_ranks(3, errors_on_rank, name, "auto", order, documents, seq_len, "fused", options):
-            assert max(errors.values()) < 1e-10, (decay, errors)
+        # ∂g is the difference of products q·∂q and k·∂k, which are about 1; where decays leave nothing, neither do these of ∂g.
+        floor_of_dg = 1.0 if decay == 900.0 else 0.0
+        arguments = (name, "auto", order, documents, seq_len, "fused", options, "torch", 8, floor_of_dg)
+        for errors in run_on_ranks(3, errors_on_rank, *arguments):
+            assert worst(errors) < 1e-10, (decay, errors)

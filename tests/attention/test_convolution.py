@@ -20,9 +20,9 @@ from longspan.errors import InputError, LayoutError
 from longspan.exchange import halo, record_traffic
 from longspan.exchange.swap import Flight
 from longspan.layout import Order, SequenceLayout
+from tests.compare import relative_error, worst, worst_of
 from tests.exchange.test_exchange import Noted, NotedWork
 from tests.ranks import raised, run_on_ranks
-from tests.variants import relative_error
 
 ORDERS: list[Order] = ["contiguous", "zigzag"]
 Documents = list[int] | None
@@ -85,6 +85,7 @@ def errors_on_rank(
     activation: str | None = "silu",
     batch: int = 1,
     dtype: torch.dtype = torch.float64,
+    floor: float = 0.0,
 ) -> dict[str, float]:
     """Errors of this rank's outputs and gradients; those of replicated inputs are summed over the ranks."""
     given = inputs(seq_len, taps, documents, batch=batch, dtype=dtype)
@@ -129,19 +130,19 @@ def errors_on_rank(
         else:
             grad = grad.double()
             dist.all_reduce(grad)
-        errors[f"d{name}"] = relative_error(grad, want)
+        errors[f"d{name}"] = relative_error(grad, want, floor)
     return errors
 
 
 def worst_error(order: Order, documents_number: int, options: dict[str, Any]) -> tuple[float, str]:
     """The largest error over lengths and numbers of taps, and what it is of."""
-    worst = (0.0, "nothing")
+    errors: dict[str, float] = {}
     for seq_len in LENGTHS:
         documents = documents_of(seq_len)[documents_number]
         for taps in (1, 2, 4, 7):
-            for name, error in errors_on_rank(seq_len, taps, documents, order, **options).items():
-                worst = max(worst, (error, f"{name} of {seq_len} tokens, {taps} taps"))
-    return worst
+            found = errors_on_rank(seq_len, taps, documents, order, **options)
+            errors |= {f"{name} of {seq_len} tokens, {taps} taps": error for name, error in found.items()}
+    return worst_of(errors)
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -158,24 +159,26 @@ OPTIONS: dict[str, dict[str, Any]] = {
 def test_every_rank_equals_the_definition_with_every_gradient(
     num_ranks: int, order: Order, documents_number: int, options: str
 ) -> None:
-    for worst in run_on_ranks(num_ranks, worst_error, order, documents_number, OPTIONS[options]):
-        assert worst[0] < 1e-12, worst
+    for error, what in run_on_ranks(num_ranks, worst_error, order, documents_number, OPTIONS[options]):
+        assert error < 1e-12, what
 
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_rows_of_a_batch_are_independent(order: Order) -> None:
     for options in ({"batch": 3}, {"batch": 3, "with_states": True}):
-        for worst in run_on_ranks(3, worst_error, order, 0, options):
-            assert worst[0] < 1e-12, worst
+        for error, what in run_on_ranks(3, worst_error, order, 0, options):
+            assert error < 1e-12, what
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 @pytest.mark.parametrize("order", ORDERS)
 def test_single_and_half_precision_stay_close_to_float64(order: Order, dtype: torch.dtype, tolerance: float) -> None:
-    for options in ({"dtype": dtype}, {"dtype": dtype, "with_states": True}):
+    # Of four tokens a rank may have one, whose gradient is a sum of rounded terms of about 1 that cancel.
+    rounded = {"dtype": dtype, "floor": 0.5 if dtype == torch.bfloat16 else 0.0}
+    for options in (rounded, {**rounded, "with_states": True}):
         for documents_number in (0, 1):
-            for worst in run_on_ranks(3, worst_error, order, documents_number, options):
-                assert worst[0] < tolerance, worst
+            for error, what in run_on_ranks(3, worst_error, order, documents_number, options):
+                assert error < tolerance, what
 
 
 def worst_error_in_nan_filled_memory(order: Order, documents_number: int, options: dict[str, Any]) -> tuple[float, str]:
@@ -191,8 +194,8 @@ def test_no_result_depends_on_memory_that_was_not_written() -> None:
     for order in ORDERS:
         for documents_number in (0, 1):
             for options in OPTIONS.values():
-                for worst in run_on_ranks(2, worst_error_in_nan_filled_memory, order, documents_number, options):
-                    assert worst[0] < 1e-12, worst
+                for error, what in run_on_ranks(2, worst_error_in_nan_filled_memory, order, documents_number, options):
+                    assert error < 1e-12, what
 
 
 def test_it_is_the_depthwise_convolution_of_torch() -> None:
@@ -203,14 +206,15 @@ def test_it_is_the_depthwise_convolution_of_torch() -> None:
     )
     for activation in ("silu", "swish"):
         got = causal_conv1d(given["x"], given["weight"], given["bias"], activation)
-        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+        assert isinstance(got, Tensor)
+        assert relative_error(got, expected) < 1e-12
 
 
 # ------------------------------------------------------------------------------------------------------------- token shift
 
 
 def shift_errors(order: Order, batch: int) -> float:
-    errors = [0.0]
+    errors = []
     for seq_len in LENGTHS:
         for documents in documents_of(seq_len) if batch == 1 else [None]:
             for dtype in (torch.float64, torch.bfloat16):
@@ -224,9 +228,9 @@ def shift_errors(order: Order, batch: int) -> float:
                 got = token_shift(x, layout)
                 (grad,) = torch.autograd.grad(got, x, layout.shard(given["grad_y"]))
                 assert got.dtype == grad.dtype == dtype
-                errors.append(float((got - layout.shard(expected)).detach().abs().max()))
-                errors.append(float((grad - layout.shard(expected_grad)).abs().max()))
-    return max(errors)
+                errors.append(relative_error(got, layout.shard(expected)))
+                errors.append(relative_error(grad, layout.shard(expected_grad)))
+    return worst(errors)
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -382,7 +386,7 @@ def test_decoding_token_by_token_equals_one_call() -> None:
     for token in given["x"].split(1, dim=1):
         y, state = causal_conv1d(token, weight, bias, "silu", initial_state=state, output_final_state=True)
         tokens.append(y)
-    torch.testing.assert_close(torch.cat(tokens, dim=1), whole[0], rtol=1e-12, atol=1e-12)
+    assert relative_error(torch.cat(tokens, dim=1), whole[0]) < 1e-12
     assert torch.equal(state, whole[1])
 
 
@@ -402,7 +406,7 @@ def prefill_then_decode() -> float:
 
 
 def test_a_prompt_is_read_over_ranks_and_continued_on_one() -> None:
-    assert max(run_on_ranks(3, prefill_then_decode)) < 1e-12
+    assert worst(run_on_ranks(3, prefill_then_decode)) < 1e-12
 
 
 def gradients_of_some(order: Order) -> list[float]:
@@ -434,7 +438,7 @@ def gradients_of_some(order: Order) -> list[float]:
 @pytest.mark.parametrize("order", ORDERS)
 def test_inputs_may_be_frozen_and_graphs_walked_twice_over_ranks(order: Order) -> None:
     for errors in run_on_ranks(3, gradients_of_some, order):
-        assert max(errors) < 1e-12
+        assert worst(errors) < 1e-12
 
 
 def several_layers() -> float:
@@ -457,13 +461,12 @@ def several_layers() -> float:
     expected, got = network(whole, given["weight"], False), network(x, given["weight"], True)
     (expected_grad,) = torch.autograd.grad(expected, whole, given["grad_y"])
     (grad,) = torch.autograd.grad(got, x, layout.shard(given["grad_y"]))
-    errors = relative_error(got, layout.shard(expected)), relative_error(grad, layout.shard(expected_grad))
-    return max(errors)
+    return worst([relative_error(got, layout.shard(expected)), relative_error(grad, layout.shard(expected_grad))])
 
 
 @pytest.mark.parametrize("num_ranks", [2, 4])
 def test_layers_side_by_side_and_on_top_of_each_other_do_not_mix(num_ranks: int) -> None:
-    assert max(run_on_ranks(num_ranks, several_layers)) < 1e-12
+    assert worst(run_on_ranks(num_ranks, several_layers)) < 1e-12
 
 
 def order_of_events(name: str) -> list[str]:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from longspan.attention.softmax import SoftmaxMethod, softmax_attention, write_softmax
 from longspan.layout import Order, SequenceLayout
 from tests.attention.softmax_reference import Case, Documents, compare, dense_attention, random_inputs
+from tests.compare import relative_error, worst
 from tests.ranks import run_on_ranks
 
 METHODS: tuple[SoftmaxMethod, ...] = ("all_gather", "ring", "ulysses")
@@ -23,8 +24,7 @@ def check(num_ranks: int, cases: list[Case], tolerance: float = TOLERANCES[torch
     """Every rank's outputs and gradients are those of dense attention."""
     for rank, answers in enumerate(run_on_ranks(num_ranks, compare, cases)):
         for case, errors in zip(cases, answers, strict=True):
-            for error, size in errors:
-                assert error <= tolerance * max(1.0, size), (rank, case, errors)
+            assert worst(errors) <= tolerance, (rank, case, errors)
 
 
 def divisible(num_ranks: int, heads: int, method: SoftmaxMethod) -> bool:
@@ -64,10 +64,11 @@ def test_windows_of_one_token_to_all_but_one_are_right(method: SoftmaxMethod) ->
 
 @pytest.mark.parametrize("method", METHODS)
 def test_sequences_of_about_one_token_a_rank_are_right(method: SoftmaxMethod) -> None:
+    # A token that sees itself alone has no gradient of its query, on a rank that may hold no other.
     check(
         4,
         [
-            Case(tokens, method, order, causal, window, (0, 1, tokens) if packed else None)
+            Case(tokens, method, order, causal, window, (0, 1, tokens) if packed else None, floor=1.0)
             for order, (tokens, causal, window, packed) in product(
                 ORDERS, [(4, True, None, False), (5, False, 2, False), (5, True, None, True), (7, True, 2, True)]
             )
@@ -98,7 +99,7 @@ def test_half_and_single_precision_stay_close_to_float64(dtype: torch.dtype) -> 
     )
 
 
-def compare_in_nan_filled_memory(cases: list[Case]) -> list[list[tuple[float, float]]]:
+def compare_in_nan_filled_memory(cases: list[Case]) -> list[dict[str, float]]:
     torch.use_deterministic_algorithms(True)
     assert torch.empty(1).isnan()
     try:
@@ -120,7 +121,7 @@ def test_no_result_depends_on_memory_that_was_not_written() -> None:
     ]
     for answers in run_on_ranks(3, compare_in_nan_filled_memory, cases):
         for case, errors in zip(cases, answers, strict=True):
-            assert all(error <= 1e-11 for error, _ in errors), (case, errors)
+            assert worst(errors) <= 1e-11, (case, errors)
 
 
 def test_write_then_read_equals_one_call() -> None:
@@ -146,14 +147,14 @@ def read_twice(method: SoftmaxMethod, partial_first: bool) -> float:
     once = dense_attention(*whole, causal=True, documents=(0, 30), scale=8**-0.5)
     twice = dense_attention(whole[0].flip(2), *whole[1:], causal=True, documents=(0, 30), scale=8**-0.5)
     want = torch.autograd.grad(once + 2 * twice, whole, grad)
-    return max((x - layout.shard(y)).abs().max().item() for x, y in zip(got, want, strict=True))
+    return worst(relative_error(x, layout.shard(y)) for x, y in zip(got, want, strict=True))
 
 
 @pytest.mark.parametrize("partial_first", [False, True])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_memory_that_is_read_twice_sums_both_gradients(method: SoftmaxMethod, partial_first: bool) -> None:
     """Also after a backward pass that asked for the queries' gradient alone and left those of the keys on their way."""
-    assert max(run_on_ranks(2, read_twice, method, partial_first)) <= 1e-11
+    assert worst(run_on_ranks(2, read_twice, method, partial_first)) <= 1e-11
 
 
 def frozen_inputs(method: SoftmaxMethod) -> list[bool]:
@@ -169,7 +170,7 @@ def frozen_inputs(method: SoftmaxMethod) -> list[bool]:
             if x.grad is None or y.grad is None:
                 equal.append(x.grad is y.grad)
             else:
-                equal.append(torch.allclose(x.grad, layout.shard(y.grad), atol=1e-11))
+                equal.append(relative_error(x.grad, layout.shard(y.grad)) <= 1e-11)
     return equal
 
 
@@ -184,9 +185,9 @@ def test_a_window_on_one_device_equals_dense_attention_at_the_size_of_a_tile() -
         ours, theirs = ([x.clone().requires_grad_() for x in (q, k, v)] for _ in range(2))
         out = softmax_attention(ours[0], ours[1], ours[2], causal=causal, window=window)
         want = dense_attention(*theirs, causal=causal, window=window, documents=(0, 700), scale=8**-0.5)
-        assert (out - want).abs().max() <= 1e-12
+        assert relative_error(out, want) <= 1e-12
         for x, y in zip(torch.autograd.grad(out, ours, grad), torch.autograd.grad(want, theirs, grad), strict=True):
-            assert (x - y).abs().max() <= 1e-11
+            assert relative_error(x, y) <= 1e-11
 
 
 def test_one_device_gives_the_bits_of_scaled_dot_product_attention() -> None:

@@ -24,6 +24,7 @@ from longspan.exchange.pipelined import Pipelined
 from longspan.layout import SequenceLayout
 from longspan.ops import VARIANTS
 from longspan.state import Dense, HeadDecay, Identity, Pair, ScalarDecay, Transition, exclusive_scan
+from tests.compare import relative_error, worst
 from tests.exchange.test_exchange import own_rows
 from tests.ranks import raised, run_on_ranks
 
@@ -113,7 +114,7 @@ def results_in_bfloat16(name: str) -> list[float]:
     incoming = start_exchange(resolve_topology(Exchange(name, state_dtype=torch.bfloat16)), own, layout).wait()
     expected = exclusive_scan(everyone)[own_rows(layout)]
     exact = start_exchange(TOPOLOGIES[name], own, layout).wait()
-    errors = [(x - expected).abs().max().item() / expected.abs().max().clamp(min=1).item() for x in (incoming, exact)]
+    errors = [relative_error(x, expected) for x in (incoming, exact)]
     return [*errors, float(incoming.dtype == torch.float32)]
 
 
@@ -121,7 +122,7 @@ def results_in_bfloat16(name: str) -> list[float]:
 def test_states_rounded_for_the_wire_differ_by_their_rounding(name: str) -> None:
     results = run_on_ranks(4, results_in_bfloat16, name)
     assert all(rounded < 2**-8 and exact < 1e-6 and is_float32 for rounded, exact, is_float32 in results)
-    assert max(rounded for rounded, _, _ in results) > 2**-12
+    assert worst(rounded for rounded, _, _ in results) > 2**-12
 
 
 def blocks_of(num_blocks: int | None) -> list[Any]:
@@ -130,7 +131,7 @@ def blocks_of(num_blocks: int | None) -> list[Any]:
     with record_traffic() as traffic:
         incoming = start_exchange(Pipelined(num_blocks=num_blocks), own, layout).wait()
         drain(layout)
-    error = (incoming - exclusive_scan(everyone)[own_rows(layout)]).abs().max().item()
+    error = relative_error(incoming, exclusive_scan(everyone)[own_rows(layout)])
     return [traffic.num_messages, traffic.bytes_sent, error]
 
 
@@ -219,15 +220,13 @@ def exchanges_without_waiting(num_exchanges: int) -> float:
     pending = [
         start_exchange(TOPOLOGIES["ring"], Pair(own.transition, own.state * factor), layout) for factor in factors
     ]
-    errors = [
-        (exchange.wait() - expected * factor).abs().max().item()
-        for exchange, factor in zip(pending, factors, strict=True)
-    ]
-    return max(errors)
+    return worst(
+        relative_error(exchange.wait(), expected * factor) for exchange, factor in zip(pending, factors, strict=True)
+    )
 
 
 def test_exchanges_under_way_do_not_mix_and_may_be_more_than_a_rank_sends_ahead() -> None:
-    assert max(run_on_ranks(3, exchanges_without_waiting, 4 * messages_module.MAX_EXCHANGES_AHEAD)) < 1e-11
+    assert worst(run_on_ranks(3, exchanges_without_waiting, 4 * messages_module.MAX_EXCHANGES_AHEAD)) < 1e-11
 
 
 # ------------------------------------------------------------------------------------------------------------- neighbour holds
@@ -308,13 +307,13 @@ def neighbour_of_a_decay(order: Any) -> list[float]:
         q, k, v = (layout.shard(x).requires_grad_() for x in whole[:3])
         o = longspan.retention(q, k, v, decay, layout=layout, exchange=exchange)
         results.append([o, *torch.autograd.grad(o, [q, k, v], layout.shard(whole[3]))])
-    return [(got - want).abs().max().item() for got, want in zip(*results, strict=True)]
+    return [relative_error(got, want) for got, want in zip(*results, strict=True)]
 
 
 @pytest.mark.parametrize("order", ["contiguous", "zigzag"])
 def test_decays_that_forget_need_their_neighbour_alone(order: str) -> None:
     for errors in run_on_ranks(4, neighbour_of_a_decay, order):
-        assert max(errors) < 1e-12
+        assert worst(errors) < 1e-12
 
 
 def test_a_decay_on_another_device_is_read_once_a_version(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -392,11 +391,11 @@ def subgroup_exchange() -> float:
     layout = SequenceLayout(40, group, order="zigzag")
     everyone, own = pair_of(ScalarDecay, layout)
     incoming = start_exchange(TOPOLOGIES["ring"], own, layout).wait()
-    return (incoming - exclusive_scan(everyone)[own_rows(layout)]).abs().max().item()
+    return relative_error(incoming, exclusive_scan(everyone)[own_rows(layout)])
 
 
 def test_groups_of_some_ranks_exchange_among_themselves() -> None:
-    assert max(run_on_ranks(4, subgroup_exchange)) < 1e-12
+    assert worst(run_on_ranks(4, subgroup_exchange)) < 1e-12
 
 
 class Network:
@@ -500,4 +499,4 @@ def test_messages_in_batches_that_run_one_after_another_never_wait_in_a_circle(o
                     if boundary is None or boundary.start in documents:
                         assert got[index].count_nonzero() == 0
                     else:
-                        assert (got[index] - expected[index]).abs().max() < 1e-12
+                        assert relative_error(got[index], expected[index]) < 1e-12

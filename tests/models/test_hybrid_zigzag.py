@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from longspan import SequenceLayout, parallelize, record_traffic, sum_gradients
 from longspan.attention.softmax import SoftmaxMethod
+from tests.compare import relative_error, worst
 from tests.models.tiny import random_tokens, tiny_model
 from tests.ranks import run_on_ranks
 
@@ -80,12 +81,12 @@ def step_of(
         with counted_collectives() as backward:
             loss.backward()
     sum_gradients(model)
-    worst = 0.0
+    errors = []
     for parameter, expected in zip(model.parameters(), alone.parameters(), strict=True):
         assert parameter.grad is not None
         assert expected.grad is not None
-        worst = max(worst, ((parameter.grad - expected.grad).abs().max() / expected.grad.abs().max()).item())
-    return dict(forward), dict(backward), traffic.bytes_sent, worst
+        errors.append(relative_error(parameter.grad, expected.grad))
+    return dict(forward), dict(backward), traffic.bytes_sent, worst(errors)
 
 
 @pytest.mark.parametrize("method", METHODS)

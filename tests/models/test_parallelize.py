@@ -16,6 +16,7 @@ from longspan import SequenceLayout, parallelize, record_traffic, sum_gradients
 from longspan.errors import InputError
 from longspan.models import LinearLlama3
 from longspan.models.decays import DECAYS
+from tests.compare import relative_error, worst
 from tests.models.tiny import random_tokens, tiny_model
 from tests.ranks import raised, run_on_ranks
 
@@ -47,21 +48,20 @@ def compare(
     dist.all_reduce(total)
 
     differences = {
-        "logits": (logits - layout.shard(want)).abs().max().item() / want.abs().max().item(),
-        "loss": (total - want_loss).abs().item() / want_loss.item(),
+        "logits": relative_error(logits, layout.shard(want)),
+        "loss": relative_error(total, want_loss),
     }
     for (name, parameter), expected in zip(model.named_parameters(), alone.parameters(), strict=True):
         assert parameter.grad is not None
         assert expected.grad is not None
         assert expected.grad.abs().max() > 0, name
-        difference = (parameter.grad - expected.grad).abs().max() / expected.grad.abs().max()
-        differences[name] = difference.item()
+        differences[name] = relative_error(parameter.grad, expected.grad)
     return differences
 
 
 def assert_equal(answers: list[dict[str, float]]) -> None:
     for answer in answers:
-        assert max(answer.values()) <= TOLERANCE, sorted(answer.items(), key=lambda item: -item[1])[:3]
+        assert worst(answer) <= TOLERANCE, sorted(answer.items(), key=lambda item: -item[1])[:3]
 
 
 @pytest.mark.parametrize("operator", DECAYS)
@@ -101,16 +101,16 @@ def compare_on_a_mesh() -> float:
     logits = model(layout.shard(own[:, :-1]), layout=layout)
     (F.cross_entropy(logits.mT, layout.shard_labels(own), reduction="sum") / num_valid).backward()
     sum_gradients(model)
-    worst = 0.0
+    errors = []
     for parameter, expected in zip(model.parameters(), alone.parameters(), strict=True):
         assert parameter.grad is not None
         assert expected.grad is not None
-        worst = max(worst, (parameter.grad - expected.grad).abs().max().item())
-    return worst
+        errors.append(relative_error(parameter.grad, expected.grad))
+    return worst(errors)
 
 
 def test_gradients_are_summed_over_data_and_sequence() -> None:
-    assert max(run_on_ranks(4, compare_on_a_mesh)) <= 1e-12
+    assert worst(run_on_ranks(4, compare_on_a_mesh)) <= 1e-12
 
 
 def traffic_of_a_step() -> tuple[int, int]:

@@ -26,6 +26,7 @@ import longspan
 from longspan.errors import InputError
 from longspan.ops import VARIANTS, backends
 from tests.attention.test_conformance import documents_of, errors_on_rank
+from tests.compare import relative_error, worst, worst_of
 from tests.ops.test_variants import run, unwritten_memory_is_nan, worst_error
 from tests.ranks import run_on_ranks
 from tests.variants import make_inputs
@@ -248,7 +249,7 @@ def test_a_memory_is_read_twice_and_its_final_state_without_reading(name: str) -
         loss = (o * inputs.grad_o).sum() + (final * inputs.grad_final).sum()
         results.append([o, final, *torch.autograd.grad(loss, inputs.leaves())])
     for got, expected in zip(*results, strict=True):
-        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
+        assert relative_error(got, expected) < 1e-10
 
 
 def test_a_decay_to_nothing_is_finite_when_it_gets_there() -> None:
@@ -275,17 +276,16 @@ def test_half_precision_keeps_states_in_single() -> None:
 
 def worst_over_ranks(name: str, order: str, packing: str) -> tuple[float, str]:
     """This rank's largest error over lengths and forms, and what it is of."""
-    worst = (0.0, "nothing")
+    errors: dict[str, float] = {}
     for seq_len, form in itertools.product((7, 23), ("fused", "overlapped")):
         documents = documents_of(packing, seq_len)
         options = {"batch": 2 if documents is None else 1, "heads": 2, "key_heads": 1, "seed": seq_len}
         with stand_in():
-            errors = errors_on_rank(
+            found = errors_on_rank(
                 name, "all_gather", order, documents, seq_len, form, options, backend="fla", chunk_size=32
             )
-        for key, error in errors.items():
-            worst = max(worst, (error, f"{key} of {seq_len} tokens, {form}"))
-    return worst
+        errors |= {f"{key} of {seq_len} tokens, {form}": error for key, error in found.items()}
+    return worst_of(errors)
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
@@ -293,8 +293,8 @@ def worst_over_ranks(name: str, order: str, packing: str) -> tuple[float, str]:
 @pytest.mark.parametrize("name", NAMES)
 def test_over_ranks_it_equals_the_recurrent_form_with_every_gradient(name: str, packing: str, num_ranks: int) -> None:
     for order in ("contiguous", "zigzag"):
-        for worst in run_on_ranks(num_ranks, worst_over_ranks, name, order, packing):
-            assert worst[0] < 1e-10, (order, worst)
+        for error, what in run_on_ranks(num_ranks, worst_over_ranks, name, order, packing):
+            assert error < 1e-10, (order, what, error)
 
 
 def calls_on_rank(order: Any, documents: list[int] | None) -> list[tuple[int, ...]]:
@@ -350,7 +350,7 @@ def errors_of_its_kernels(name: str, order: str, documents: list[int] | None, fo
 def test_its_own_kernels_equal_the_recurrent_form_with_every_gradient(name: str, num_ranks: int) -> None:
     for order, documents, form in [("contiguous", None, "fused"), ("zigzag", [0, 5, 30, 44], "overlapped")]:
         for errors in run_on_ranks(num_ranks, errors_of_its_kernels, name, order, documents, form, timeout=300.0):
-            assert max(errors.values()) < 3e-3, (order, errors)
+            assert worst(errors) < 3e-3, (order, errors)
 
 
 # ------------------------------------------------------------------------------------------------------------------- errors

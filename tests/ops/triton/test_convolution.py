@@ -16,9 +16,9 @@ from longspan.layout import Order, SequenceLayout
 from longspan.ops.triton import launch
 from longspan.ops.triton.convolution import HEADS, INSIDE, rows_of
 from tests.attention.test_convolution import Documents, definition, documents_of
+from tests.compare import relative_error, worst, worst_of
 from tests.ops.test_variants import unwritten_memory_is_nan
 from tests.ranks import run_on_ranks
-from tests.variants import relative_error
 
 __all__ = ["unwritten_memory_is_nan"]
 
@@ -92,11 +92,6 @@ def errors_on_rank(
             dist.all_reduce(grad)
         errors[f"d{name}"] = relative_error(grad, want)
     return errors
-
-
-def worst(errors: dict[str, float]) -> float:
-    assert not any(error != error for error in errors.values()), errors
-    return max(errors.values())
 
 
 # ------------------------------------------------------------------------------------------------------------ on one device
@@ -242,19 +237,16 @@ def worst_over_ranks(order: Order, packed: bool) -> tuple[float, str]:
     """This rank's largest error over lengths and numbers of taps, and what it is of."""
     torch.use_deterministic_algorithms(True)
     assert torch.empty(1).isnan()
-    result = (0.0, "nothing")
+    errors: dict[str, float] = {}
     try:
         for seq_len, taps, without in [(4, 5, ()), (9, 2, ("initial_state",)), (37, 4, ("bias",)), (37, 1, ())]:
             documents = documents_of(seq_len)[1 if packed else 0]
             batch = 1 if packed else 2
-            errors = errors_on_rank(make(seq_len, taps, documents, batch=batch), documents, order, without=without)
-            for name, error in errors.items():
-                # A comparison that NaN fails.
-                if not error <= result[0]:
-                    result = (error, f"{name} of {seq_len} tokens, {taps} taps")
+            found = errors_on_rank(make(seq_len, taps, documents, batch=batch), documents, order, without=without)
+            errors |= {f"{name} of {seq_len} tokens, {taps} taps": error for name, error in found.items()}
     finally:
         torch.use_deterministic_algorithms(False)
-    return result
+    return worst_of(errors)
 
 
 @pytest.mark.parametrize("order", ["contiguous", "zigzag"])
