@@ -25,6 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ from longspan.ops.backends import require_package
 from longspan.ops.diagonal import carried_final_states, diagonal_transition
 from longspan.ops.factor_variant import FactorVariant
 from longspan.ops.factors import BlockFactors, Factors, WideScores
+from longspan.ops.finite import Harm, all_finite, finite_part, from_then_on, not_finite
 from longspan.ops.gate_gradient import GateGradient
 from longspan.ops.tiling import Block, Tiling, chunks_of_block, tile
 from longspan.ops.variant import ChunkForm, Gates, state_dtype
@@ -246,8 +248,8 @@ class DecayWrite(torch.autograd.Function):
             _put_scaled(dk, block, grad_key, factors.key, add=True)
             _put_scaled(dv, block, torch.bmm(_flat(key), grad).view_as(value), None, add=True)
             if gate is not None:
-                gate.add(key, grad_key, -1.0)
-                gate.add_end(grad_next, states[block.next_slots].permute(1, 2, 0, 3, 4))
+                gate.add_earlier(key, grad_key)
+                gate.add_through(grad_next, states[block.slots].permute(1, 2, 0, 3, 4), call.factors.total(block))
                 gate.close(block)
         grad_start = None
         if ctx.has_start:
@@ -286,6 +288,7 @@ class DecayRead(torch.autograd.Function):
         value_size: int,
     ) -> Tensor:
         batch, num_tokens = q.shape[:2]
+        is_finite = v is None or all_finite(v)
         o = base
         if o is None:
             o = q.new_empty(batch, num_tokens, call.num_heads, value_size)
@@ -298,7 +301,9 @@ class DecayRead(torch.autograd.Function):
             if k is not None and v is not None:
                 value = _scaled(block.take(v), None, call.num_heads)
                 scores, _, _ = _scores(call, block, factors, g, q, k, query)
-                out = torch.bmm(scores, _flat(value))
+                out = torch.bmm(scores, _flat(value if is_finite else finite_part(value)))
+                if not is_finite:
+                    out.masked_fill_(_flat(from_then_on(not_finite(v, block, call.num_heads))), torch.nan)
             if states is not None:
                 state = _flat(_states_of(call, block, factors, states, incoming).to(q.dtype))
                 out = torch.bmm(_flat(query), state) if out is None else out.baddbmm_(_flat(query), state)
@@ -324,6 +329,9 @@ class DecayRead(torch.autograd.Function):
             grad_states = torch.empty_like(states)
             grad_states[[entry.last_slot for entry in call.tiling.pieces]] = 0.0
         grad_incoming = None if incoming is None else torch.zeros_like(incoming)
+        inside = None
+        if k is not None and v is not None and dk is not None and dv is not None:
+            inside = _InsideBackward(call, q, k, v, g, do, (dq, dk, dv), gate)
         for block in call.tiling.blocks:
             factors = call.factors.block(block, g)
             query = _scaled(block.take(q), _times(factors.query, call.scale), call.num_heads, call.scale)
@@ -339,12 +347,13 @@ class DecayRead(torch.autograd.Function):
                 grad_state = grad_states[block.slots].permute(1, 2, 0, 3, 4)
                 if incoming is not None and grad_incoming is not None:
                     _incoming_gradient(block, factors, grad_state, incoming, grad_incoming, gate)
-            if k is not None and v is not None and dk is not None and dv is not None:
-                inputs, outputs = (q, k, v, g), (dq, dk, dv)
-                _backward_inside(call, block, factors, inputs, query, grad_out, grad_query, outputs, gate)
+            if inside is not None:
+                inside.put(block, factors, query, grad_out, grad_query)
             else:
                 assert grad_query is not None
-                _put_query(call, block, factors, query, grad_query.view_as(query), dq, gate)
+                if gate is not None:
+                    gate.add(query, grad_query.view_as(query))
+                _put_scaled(dq, block, grad_query.view_as(query), _times(factors.query, call.scale), call.scale)
             if gate is not None:
                 gate.close(block)
         grad_base = do if ctx.has_base else None
@@ -359,68 +368,113 @@ def _scores(
         key = _scaled(block.take(k), factors.key, call.num_heads)
         return torch.bmm(_flat(query), _flat(key).mT).tril_(), key, None
     key = _scaled(block.take(k), None, call.num_heads)
-    plain_query = _scaled(block.take(q), None, call.num_heads, call.scale)
-    scores, wide = call.factors.wide_scores(block, g, plain_query, key)
+    plain_query = _scaled(block.take(q), None, call.num_heads)
+    scores, wide = call.factors.wide_scores(block, g, plain_query, key, call.scale)
     return _flat(scores), key, wide
 
 
-def _backward_inside(
-    call: Call,
-    block: Block,
-    factors: BlockFactors,
-    inputs: tuple[Tensor, Tensor, Tensor, Tensor | None],
-    query: Tensor,
-    grad_out: Tensor,
-    grad_query: Tensor | None,
-    grads: tuple[Tensor, Tensor, Tensor],
-    gate: GateGradient | None,
-) -> None:
-    """Write the block's gradients of the part inside chunks, and of q also through the states (∂(scaled q) in `grad_query`)."""
-    q, k, v, g = inputs
-    dq, dk, dv = grads
-    value = _scaled(block.take(v), None, call.num_heads)
-    scores, key, wide = _scores(call, block, factors, g, q, k, query)
-    _put_scaled(dv, block, torch.bmm(scores.mT, _flat(grad_out)).view_as(value), None)
-    grad_scores = torch.bmm(_flat(grad_out), _flat(value).mT).tril_()
-    if wide is None:
-        grad_key = torch.bmm(grad_scores.mT, _flat(query)).view_as(key)
-        _put_scaled(dk, block, grad_key, factors.key)
-        if grad_query is None:
-            grad_query = torch.bmm(grad_scores, _flat(key))
+@dataclass(frozen=True)
+class _InsideBackward:
+    """The backward of the part inside chunks; inputs, ∂o and `grads`, the (∂q, ∂k, ∂v) to be written, as in `DecayRead`."""
+
+    call: Call
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    g: Tensor | None
+    do: Tensor
+    grads: tuple[Tensor, Tensor, Tensor]
+    gate: GateGradient | None
+
+    @cached_property
+    def _finite(self) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+        """q, k, v and ∂o with zeros for what is not finite; None if all is."""
+        tensors = (self.q, self.k, self.v, self.do)
+        if all_finite(*tensors):
+            return None
+        q, k, v, do = (finite_part(x) for x in tensors)
+        return q, k, v, do
+
+    def put(
+        self, block: Block, factors: BlockFactors, query: Tensor, grad_out: Tensor, grad_query: Tensor | None
+    ) -> None:
+        """Write the block's gradients, with those of q through the states, ∂(scaled q) ``[B·H·n, c, K]``, in `grad_query`."""
+        call, num_heads = self.call, self.call.num_heads
+        q, k, v = self.q, self.k, self.v
+        harm = None
+        if self._finite is not None:
+            harm = Harm.of(block, num_heads, q, k, v, self.do)
+            q, k, v, do = self._finite
+            query = _scaled(block.take(q), _times(factors.query, call.scale), num_heads, call.scale)
+            grad_out = _scaled(block.take(do), None, num_heads)
+        value = _scaled(block.take(v), None, num_heads)
+        scores, key, wide = _scores(call, block, factors, self.g, q, k, query)
+        grad_value = torch.bmm(scores.mT, _flat(grad_out)).view_as(value)
+        grad_scores = torch.bmm(_flat(grad_out), _flat(value).mT).tril_()
+        own = self._take_out_own(scores, grad_scores, query.shape)
+        of_channels = own is not None
+        factor: tuple[Tensor | None, float] = (None, 1.0)
+        if wide is None:
+            factor = _times(factors.query, call.scale), call.scale
+            grad_key = torch.bmm(grad_scores.mT, _flat(query)).view_as(key)
+            if grad_query is None:
+                grad_query = torch.bmm(grad_scores, _flat(key))
+            else:
+                if not of_channels:
+                    self._add_to_gate(query, grad_query)
+                grad_query.baddbmm_(grad_scores, _flat(key))
+            grad_query = grad_query.view_as(query)
+            if of_channels:
+                self._add_to_gate(query, grad_query)
         else:
-            grad_query.baddbmm_(grad_scores, _flat(key))
-        _put_query(call, block, factors, query, grad_query.view_as(query), dq, gate)
-        if gate is not None:
-            gate.add(key, grad_key, -1.0)
-        return
-    grad_plain, grad_key = wide.backward(grad_scores.view(*query.shape[:3], block.chunk_size, block.chunk_size))
-    _put_scaled(dk, block, grad_key, None)
-    if gate is not None:
-        plain_query = _scaled(block.take(q), None, call.num_heads, call.scale)
-        gate.add(plain_query, grad_plain)
-        gate.add(key, grad_key, -1.0)
-    if grad_query is not None:
-        grad_query = grad_query.view_as(query)
-        if gate is not None:
-            gate.add(query, grad_query)
-        # Bring the part from before the chunk to the same scale as the part inside it.
-        grad_plain = grad_plain + (grad_query if factors.query is None else grad_query * factors.query)
-    _put_scaled(dq, block, grad_plain, None, call.scale)
+            inside, grad_key = wide.backward(grad_scores.view(*query.shape[:4], -1))
+            if of_channels:
+                self._add_to_gate(_scaled(block.take(q), None, num_heads), inside)
+            if grad_query is not None:
+                grad_query = grad_query.view_as(query)
+                self._add_to_gate(query, grad_query)
+                # Bring the part from before the chunk to the same scale as the part inside it.
+                before = grad_query * call.scale
+                inside = inside + (before if factors.query is None else before * factors.query)
+            grad_query = inside
+        if of_channels:
+            self._add_to_gate(key, grad_key, -1.0)
+        if harm is not None:
+            grad_query, grad_key, grad_value = (
+                grad.masked_fill(mask, torch.nan)
+                for grad, mask in ((grad_query, harm.of_query), (grad_key, harm.of_key), (grad_value, harm.of_value))
+            )
+            if self.gate is not None:
+                self.gate.mark(harm.of_gate(self.gate.per_channel))
+        dq, dk, dv = self.grads
+        _put_scaled(dv, block, grad_value, None)
+        _put_scaled(dk, block, grad_key, factors.key if wide is None else None)
+        _put_scaled(dq, block, grad_query, *factor)
+        if own is not None:
+            _put_scaled(dq, block, _scaled(block.take(k), None, num_heads), own, add=True)
+            _put_scaled(dk, block, _scaled(block.take(q), None, num_heads), own, add=True)
 
+    def _take_out_own(self, scores: Tensor, grad_scores: Tensor, shape: torch.Size) -> Tensor | None:
+        """What tokens read of themselves has no part in ∂g: of channels it is zeroed in `grad_scores` and returned, scaled.
 
-def _put_query(
-    call: Call,
-    block: Block,
-    factors: BlockFactors,
-    query: Tensor,
-    grad_query: Tensor,
-    dq: Tensor,
-    gate: GateGradient | None,
-) -> None:
-    """Write ∂q of the block, given that of the scaled q."""
-    if gate is not None:
-        gate.add(query, grad_query)
-    _put_scaled(dq, block, grad_query, _times(factors.query, call.scale), call.scale)
+        scores, grad_scores ``[B·H·n, c, c]``; shape: ``[B, H, n, c, ·]``. Of heads ∂g takes the product of the two, in place of
+        `scores`. Returns ``[B, H, n, c, 1]`` or None.
+        """
+        if self.gate is None:
+            return None
+        if not self.gate.per_channel:
+            pairs = scores.mul_(grad_scores)
+            pairs.diagonal(dim1=-2, dim2=-1).zero_()
+            self.gate.add_pairs(pairs.view(*shape[:4], -1))
+            return None
+        diagonal = grad_scores.diagonal(dim1=-2, dim2=-1)
+        own = (diagonal * self.call.scale).view(*shape[:4], 1)
+        diagonal.zero_()
+        return own
+
+    def _add_to_gate(self, x: Tensor, grad: Tensor, sign: float = 1.0) -> None:
+        if self.gate is not None:
+            self.gate.add(x, grad.view_as(x), sign)
 
 
 def _incoming_gradient(

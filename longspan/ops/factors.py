@@ -3,13 +3,18 @@
 Shapes: B batch rows, H heads, N chunks, C tokens a chunk, n chunks of a block of c tokens each, K key size. D is 1 where a head has
 one decay, K where each key channel has its own. b_t is the sum of g from the chunk's first token to t, itself included.
 
-Scaling q by e^{b_t − m} and k by e^{m − b_s}, with m in the middle of the chunk's range, turns a decay between two tokens into a
+Scaling q by e^{b_t} / r and k by r / e^{b_s}, with r in the middle of the chunk's range, turns a decay between two tokens into a
 product of two numbers. Where the range of b in a chunk is too wide for that (the chunk is *wide*), products inside the chunk are
-formed another way, and between chunks q takes e^{b_t} and k takes e^{b_C − b_s}, none of which exceeds 1.
+formed another way, and what a token adds to the state that leaves its chunk is e^{b_C − b_s}, which does not exceed 1.
+
+Later tokens move r and may make a chunk wide, but change no digit of what earlier tokens read: r is a power of two, so that it
+passes through every product without a rounding, and the other way of a wide chunk gives the same digits for as long as the range
+up to a token is not too wide itself. A mask is never multiplied in: 0 · ∞ is no mask.
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,21 +25,35 @@ from torch import Tensor
 
 from longspan.ops.tiling import Block, Tiling
 
-# The widest half-range of b in a chunk for which e^{b − m} and e^{m − b} are formed apart. float32 and bfloat16 reach e^{±87}:
+# The widest half-range of b in a chunk for which e^b / r and r / e^b are formed apart. float32 and bfloat16 reach e^{±87}:
 # at 40 a factor keeps 20 decades above the smallest normal number, and an unmasked product overflows at worst to an infinity
 # above the diagonal, which the mask overwrites.
 MAX_HALF_RANGE = {torch.float64: 300.0, torch.float32: 40.0, torch.bfloat16: 40.0}
 
-# e^{-1e4} is zero in every dtype: a log decay of −inf becomes this, so that no difference of two infinities arises.
-LOWEST_LOG_DECAY = -1e4
+# e^{-1e3} is zero in every dtype: a log decay of −inf becomes this where log decays are summed, so that no difference of two
+# infinities arises.
+LOWEST_LOG_DECAY = -1e3
+
+# Rows of a wide chunk count as not wide themselves a little further than chunks do, which are judged by another sum.
+_MARGIN = 0.01
+
+_LOG2_E = math.log2(math.e)
+
+
+def power_of_two(exponent: Tensor, dtype: torch.dtype) -> Tensor:
+    """2^exponent, exactly, for whole numbers of any dtype; 0 below the normal numbers of float32, or float64 if that is `dtype`."""
+    if dtype == torch.float64:
+        return ((exponent.clamp(-1023, 1023).to(torch.int64) + 1023) << 52).view(torch.float64)
+    return ((exponent.clamp(-127, 127).to(torch.int32) + 127) << 23).view(torch.float32).to(dtype)
 
 
 @dataclass(frozen=True)
 class BlockFactors:
     """The factors of one block; None is 1.
 
-    query, key: e^{b − m} and e^{m − b} or their one-sided forms, ``[B or 1, H, n, c, D]`` in the dtype of q; zero at padding.
-    enter, leave: e^m (of q's m) and e^{b_C − m} (of k's m), ``[B or 1, H, n, D, 1]`` in the dtype of the states.
+    query, key: e^b / r and r / e^b, or e^{b_C − b} for the key of a wide chunk, ``[B or 1, H, n, c, D]`` in the dtype of q; zero
+    at padding.
+    enter, leave: r (times what query lacks of e^b) and e^{b_C} / r, or 1, ``[B or 1, H, n, D, 1]`` in the dtype of the states.
     prefix: decay from the start of the piece to the start of the chunk, the same shape.
     """
 
@@ -73,12 +92,22 @@ class Factors(ABC):
         """For each chunk e^{b_C}, ``[B or 1, H, D, 1]`` in the dtype of the states; None is 1."""
 
     @abstractmethod
+    def total(self, block: Block) -> Tensor | None:
+        """e^{b_C} of the block's chunks, ``[B or 1, H, n, D, 1]`` in the dtype of the states; None is 1."""
+
+    @abstractmethod
     def is_wide(self, block: Block) -> bool:
         """Whether any chunk of the block is wide."""
 
     @abstractmethod
-    def wide_scores(self, block: Block, g: Tensor | None, q: Tensor, k: Tensor) -> tuple[Tensor, WideScores]:
-        """Scores of a wide block from unscaled q and k ``[B, H, n, c, K]``: ``[B, H, n, c, c]``, zero above the diagonal."""
+    def wide_scores(
+        self, block: Block, g: Tensor | None, q: Tensor, k: Tensor, scale: float = 1.0
+    ) -> tuple[Tensor, WideScores]:
+        """Scores of a wide block, times `scale`, from q and k without factors ``[B, H, n, c, K]``, contiguous.
+
+        ``[B, H, n, c, c]``, zero above the diagonal. In rows up to which the range is not too wide they have the digits of the
+        products with `BlockFactors.query` and `BlockFactors.key` of a chunk that ends there.
+        """
 
 
 class WideScores(ABC):
@@ -111,48 +140,65 @@ class NoDecay(Factors):
     def totals(self) -> None:
         return None
 
+    def total(self, block: Block) -> None:
+        return None
+
     def is_wide(self, block: Block) -> bool:
         return False
 
-    def wide_scores(self, block: Block, g: Tensor | None, q: Tensor, k: Tensor) -> tuple[Tensor, WideScores]:
+    def wide_scores(
+        self, block: Block, g: Tensor | None, q: Tensor, k: Tensor, scale: float = 1.0
+    ) -> tuple[Tensor, WideScores]:
         raise AssertionError("nothing decays, so no chunk is wide")
 
 
 class HeadFactors(Factors):
     """One decay a head (D = 1), the same for all tokens or not: everything is formed once a call, H numbers a token.
 
-    Sums and exponentials are float64: they are few, and no difference of two sums loses anything that float32 would show.
+    Sums and exponentials are float64: they are few, and no difference of two sums loses anything that float32 would show. e^b is
+    split in a fraction in [1, 2), which is rounded once, and a power of two, so that r and the other way of wide chunks change
+    nothing but the latter.
     """
 
     def __init__(self, cumulative: Tensor, tiling: Tiling, dtype: torch.dtype, state_dtype: torch.dtype) -> None:
         """cumulative: b in float64, ``[B or 1, H, N, C]``; a stride of 0 in N says that all chunks are alike."""
-        self._cumulative = cumulative
-        rows = cumulative
         alike = cumulative.stride(2) == 0 and tiling.valid is None
-        if alike:
-            rows = cumulative[:, :, :1]
+        rows = cumulative[:, :, :1] if alike else cumulative
         first, last = rows[..., 0], rows[..., -1]
-        middle = (first + last) / 2
         wide = (first - last) / 2 > MAX_HALF_RANGE[dtype]
-        query_reference, key_reference = torch.where(wide, 0.0, middle), torch.where(wide, last, middle)
-        query = (rows - query_reference[..., None]).exp()
-        key = (key_reference[..., None] - rows).exp()
-        if tiling.valid is not None:
-            query, key = query * tiling.valid, key * tiling.valid
+        binary = rows * _LOG2_E
+        exponents = binary.floor()
+        fractions = (binary - exponents).exp2()
+        query_fraction, key_fraction = fractions.to(dtype), fractions.reciprocal().to(dtype)
+        first_exponent, last_exponent = exponents[..., 0], exponents[..., -1]
+        middle = ((first_exponent + last_exponent) / 2).floor()
+        query_reference, key_reference = (
+            torch.where(wide, 0.0, middle),
+            torch.where(wide, last_exponent, middle),
+        )
 
         def every_chunk(x: Tensor) -> Tensor:
             return x.expand(-1, -1, tiling.num_chunks, *x.shape[3:]) if alike else x
 
-        def of_state(x: Tensor) -> Tensor:
-            return every_chunk(x.exp().to(state_dtype)[..., None, None])
+        def of_tokens(fraction: Tensor, exponent: Tensor) -> Tensor:
+            factor = (fraction.double() * power_of_two(exponent, torch.float64)).to(dtype)
+            if tiling.valid is not None:
+                factor = factor.masked_fill(~tiling.valid, 0.0)
+            return every_chunk(factor.unsqueeze(-1))
 
-        self._query = every_chunk(query.to(dtype).unsqueeze(-1))
-        self._key = every_chunk(key.to(dtype).unsqueeze(-1))
-        self._enter, self._leave = of_state(query_reference), of_state(last - key_reference)
-        self._total = of_state(last)
+        def of_state(x: Tensor) -> Tensor:
+            return every_chunk(x.to(state_dtype)[..., None, None])
+
+        self._query = of_tokens(query_fraction, exponents - query_reference[..., None])
+        self._key = of_tokens(key_fraction, key_reference[..., None] - exponents)
+        self._enter = of_state(power_of_two(query_reference, torch.float64))
+        self._leave = of_state(fractions[..., -1] * power_of_two(last_exponent - key_reference, torch.float64))
+        self._total = of_state(last.exp())
         self._prefix = prefix_of_chunks(every_chunk(last), tiling, state_dtype)[..., None, None]
         flags = wide_chunks(wide)
         self._wide = flags * tiling.num_chunks if alike else flags
+        self._exponents = every_chunk(exponents)
+        self._fractions = every_chunk(query_fraction.unsqueeze(-1)), every_chunk(key_fraction.unsqueeze(-1))
 
     def block(self, block: Block, g: Tensor | None) -> BlockFactors:
         chunks, size = block.chunks, block.chunk_size
@@ -174,29 +220,47 @@ class HeadFactors(Factors):
     def totals(self) -> tuple[Tensor, ...]:
         return self._total.unbind(2)
 
+    def total(self, block: Block) -> Tensor:
+        return self._total[:, :, block.chunks]
+
     def is_wide(self, block: Block) -> bool:
         return any_chunk(self._wide, block)
 
-    def wide_scores(self, block: Block, g: Tensor | None, q: Tensor, k: Tensor) -> tuple[Tensor, WideScores]:
-        b = self._cumulative[:, :, block.chunks, : block.chunk_size]
-        decay = (b.unsqueeze(-1) - b.unsqueeze(-2)).clamp_(max=0.0).exp_().tril_()
+    def wide_scores(
+        self, block: Block, g: Tensor | None, q: Tensor, k: Tensor, scale: float = 1.0
+    ) -> tuple[Tensor, WideScores]:
+        chunks, size = block.chunks, block.chunk_size
+        query, key = (fractions[:, :, chunks, :size] for fractions in self._fractions)
+        exponents = self._exponents[:, :, chunks, :size]
+        decay = power_of_two((exponents.unsqueeze(-1) - exponents.unsqueeze(-2)).clamp_(max=0.0), q.dtype).tril_()
         if block.valid is not None:
-            decay = decay * (block.valid[:, :, None] & block.valid[:, None, :])
-        decay = decay.to(q.dtype)
-        return (q @ k.mT) * decay, _PairwiseScores(q, k, decay)
+            decay = decay.masked_fill(~(block.valid[:, :, None] & block.valid[:, None, :]), 0.0)
+        wide = _PairwiseScores(q, k, query * scale, key, decay)
+        return wide.forward(), wide
 
 
 @dataclass(frozen=True)
 class _PairwiseScores(WideScores):
-    """Scores (q kᵀ) ⊙ e^{b_t − b_s}, the decays formed pair by pair."""
+    """Scores (q kᵀ) ⊙ e^{b_t − b_s}: of e^b, q and k take the fractions, and each pair the power of two.
+
+    q, k ``[B, H, n, c, K]``; query, key ``[B or 1, H, n, c, 1]``, times the scale; decay ``[B or 1, H, n, c, c]``.
+    """
 
     q: Tensor
     k: Tensor
+    query: Tensor
+    key: Tensor
     decay: Tensor
 
+    def forward(self) -> Tensor:
+        scores = torch.bmm((self.q * self.query).flatten(0, 2), (self.k * self.key).flatten(0, 2).mT)
+        scores = scores.view(*self.q.shape[:4], -1) * self.decay
+        # Above the diagonal a product with something that is not finite is no zero.
+        return scores.tril_()
+
     def backward(self, grad_scores: Tensor) -> tuple[Tensor, Tensor]:
-        grad = grad_scores * self.decay
-        return grad @ self.k, grad.mT @ self.q
+        grad = grad_scores.tril() * self.decay
+        return (grad @ (self.k * self.key)) * self.query, (grad.mT @ (self.q * self.query)) * self.key
 
 
 def constant_factors(log_decay: Tensor, tiling: Tiling, dtype: torch.dtype, state_dtype: torch.dtype) -> Factors:
@@ -214,12 +278,15 @@ def token_factors(g: Tensor, tiling: Tiling, dtype: torch.dtype, state_dtype: to
     """Factors of log decays a token and head, ``g [B, T, H]``."""
     spread = tiling.spread(g.detach()).permute(0, 3, 1, 2).to(torch.float64).clamp(min=LOWEST_LOG_DECAY)
     if tiling.valid is not None:
-        spread = spread * tiling.valid
+        spread = spread.masked_fill(~tiling.valid, 0.0)
     return HeadFactors(spread.cumsum(-1), tiling, dtype, state_dtype)
 
 
 class ChannelFactors(Factors):
     """One decay a token and key channel (D = K), ``g [B, T, H, K]``: formed block by block, as they are as large as q.
+
+    e^b is the product of the decays, not the exponential of their sum, whose digits end where a strong decay's begin. The chunk's
+    first decay, which all its tokens share, is left to `enter`.
 
     A wide block forms its scores by halves: a chunk is cut in two again and again, and in each cut the later half's queries meet
     the earlier half's keys through the decay to the cut and from it, neither of which exceeds 1.
@@ -227,62 +294,72 @@ class ChannelFactors(Factors):
 
     def __init__(self, g: Tensor, tiling: Tiling, dtype: torch.dtype, state_dtype: torch.dtype) -> None:
         self._dtype, self._state_dtype = dtype, state_dtype
-        spread = tiling.spread(g.detach()).permute(0, 3, 1, 2, 4)
-        first = spread[:, :, :, 0].to(state_dtype).clamp(min=LOWEST_LOG_DECAY)
+        decays = tiling.spread(g.detach()).permute(0, 3, 1, 2, 4).to(state_dtype).clamp(min=LOWEST_LOG_DECAY)
         if tiling.valid is not None:
-            spread = spread * tiling.valid[..., None]
-        total = spread.to(state_dtype).clamp(min=LOWEST_LOG_DECAY).sum(3)
+            decays = decays.masked_fill(~tiling.valid[..., None], 0.0)
+        first, total = decays[:, :, :, 0], decays.sum(3)
+        span, half = total - first, MAX_HALF_RANGE[dtype]
         self._total = total.exp().unsqueeze(-1)
-        middle, wide = (first + total) / 2, (first - total) / 2 > MAX_HALF_RANGE[dtype]
-        self._query_reference, self._key_reference = torch.where(wide, 0.0, middle), torch.where(wide, total, middle)
-        self._enter = self._query_reference.exp().unsqueeze(-1)
-        self._leave = (total - self._key_reference).exp().unsqueeze(-1)
-        self._wide = wide_chunks(wide.any(-1))
+        self._is_wide_channel = span < -2.0 * half
+        self._lowest = math.exp(-2.0 * half - _MARGIN)
+        exponent = (span.clamp(min=-2.0 * half) * (_LOG2_E / 2)).round()
+        self._enter = (first.exp() * power_of_two(exponent, state_dtype)).unsqueeze(-1)
+        self._less_reference = power_of_two(-exponent, state_dtype)
+        self._wide = wide_chunks(self._is_wide_channel.any(-1))
         self._prefix = prefix_of_chunks(total, tiling, state_dtype).unsqueeze(-1)
 
     @cached_property
     def totals(self) -> tuple[Tensor, ...]:
         return self._total.unbind(2)
 
+    def total(self, block: Block) -> Tensor:
+        return self._total[:, :, block.chunks]
+
     def _decays(self, block: Block, g: Tensor | None) -> Tensor:
-        """g of the block, ``[B, H, n, c, K]`` in the dtype of the states; zero at padding."""
+        """e^g of the block, ``[B, H, n, c, K]`` in the dtype of the states; 1 at a chunk's first token and at padding."""
         assert g is not None
         decays = block.take(g).to(self._state_dtype, memory_format=torch.contiguous_format, copy=True)
-        decays.clamp_(min=LOWEST_LOG_DECAY)
-        return decays if block.valid is None else decays * block.valid[..., None]
+        if block.valid is not None:
+            decays = decays.masked_fill(~block.valid[..., None], 0.0)
+        decays[:, :, :, 0] = 0.0
+        return decays.exp_()
 
     are_large = True
 
+    def _query(self, block: Block, decays: Tensor) -> Tensor:
+        """e^b / r, with the e^g of `_decays`, which it overwrites."""
+        # cumprod_ would copy.
+        return torch.cumprod(decays, 3).mul_(self._less_reference[:, :, block.chunks].unsqueeze(3))
+
     def block(self, block: Block, g: Tensor | None) -> BlockFactors:
-        b = self._decays(block, g).cumsum(3)
-        key = (self._key_reference[:, :, block.chunks].unsqueeze(3) - b).exp_()
-        query = b.sub_(self._query_reference[:, :, block.chunks].unsqueeze(3)).exp_()
-        return self._factors(block, self._masked(block, query), self._masked(block, key))
+        decays = self._decays(block, g)
+        query = self._query(block, decays)
+        key, leave = query.reciprocal(), query[:, :, :, -1].clone()
+        if self.is_wide(block):
+            wide = self._is_wide_channel[:, :, block.chunks]
+            key = torch.where(wide.unsqueeze(3), _to_the_end(decays), key)
+            leave = leave.masked_fill_(wide, 1.0)
+        return self._factors(block, self._masked(block, query), self._masked(block, key), leave)
 
     def restore(self, block: Block, g: Tensor | None, query: Tensor) -> BlockFactors:
-        # Both are about one reference unless a chunk is wide.
-        if self.is_wide(block):
+        # A wide chunk needs the decays themselves, and padding has hidden the last token's factor.
+        if self.is_wide(block) or block.valid is not None:
             return self.block(block, g)
-        key = query.reciprocal()
-        return self._factors(
-            block, query, key if block.valid is None else key.masked_fill(~block.valid[..., None], 0.0)
-        )
+        return self._factors(block, query, query.reciprocal(), query[:, :, :, -1])
 
     def query(self, block: Block, g: Tensor | None) -> Tensor:
-        b = self._decays(block, g).cumsum(3)
-        query = b.sub_(self._query_reference[:, :, block.chunks].unsqueeze(3)).exp_()
-        return self._masked(block, query).to(self._dtype)
+        return self._masked(block, self._query(block, self._decays(block, g))).to(self._dtype)
 
     @staticmethod
     def _masked(block: Block, factor: Tensor) -> Tensor:
-        return factor if block.valid is None else factor * block.valid[..., None]
+        return factor if block.valid is None else factor.masked_fill_(~block.valid[..., None], 0.0)
 
-    def _factors(self, block: Block, query: Tensor, key: Tensor) -> BlockFactors:
+    def _factors(self, block: Block, query: Tensor, key: Tensor, leave: Tensor) -> BlockFactors:
         return BlockFactors(
             query=query.to(self._dtype),
             key=key.to(self._dtype),
             enter=self._enter[:, :, block.chunks],
-            leave=self._leave[:, :, block.chunks],
+            leave=leave.unsqueeze(-1),
             prefix=self._prefix[:, :, block.chunks],
         )
 
@@ -292,29 +369,46 @@ class ChannelFactors(Factors):
     def is_wide(self, block: Block) -> bool:
         return any_chunk(self._wide, block)
 
-    def wide_scores(self, block: Block, g: Tensor | None, q: Tensor, k: Tensor) -> tuple[Tensor, WideScores]:
-        scores = HalvedScores(q, k, self._decays(block, g), block.valid)
-        return scores.forward(), scores
+    def wide_scores(
+        self, block: Block, g: Tensor | None, q: Tensor, k: Tensor, scale: float = 1.0
+    ) -> tuple[Tensor, WideScores]:
+        decays = self._decays(block, g)
+        query = self._query(block, decays)
+        lowest = self._lowest * self._less_reference[:, :, block.chunks].unsqueeze(3)
+        is_narrow = (query >= lowest).all(-1, keepdim=True)
+        if block.valid is not None:
+            is_narrow &= block.valid[..., None]
+        key = torch.maximum(query, lowest).reciprocal_().to(self._dtype)
+        query = query.to(self._dtype) * scale
+        narrow = torch.bmm((q * query).flatten(0, 2), (k * key).flatten(0, 2).mT).tril_()
+        halved = HalvedScores(q, k, decays, block.valid, scale)
+        return torch.where(is_narrow, narrow.view(*q.shape[:4], -1), halved.forward()), halved
+
+
+def _to_the_end(decays: Tensor) -> Tensor:
+    """The product of the decays behind each token, ``[..., c, K]`` as they came."""
+    product = torch.ones_like(decays)
+    product[..., :-1, :] = decays[..., 1:, :].flip(-2).cumprod(-2).flip(-2)
+    return product
 
 
 class HalvedScores(WideScores):
-    """Scores ``Σ_k q_tk k_sk e^{b_tk − b_sk}`` for s ≤ t at any decay, by halves; q, k, g ``[B, H, n, c, K]``."""
+    """Scores ``scale · Σ_k q_tk k_sk e^{b_tk − b_sk}`` for s ≤ t at any decay, by halves; q, k and e^g ``[B, H, n, c, K]``."""
 
-    def __init__(self, q: Tensor, k: Tensor, g: Tensor, valid: Tensor | None) -> None:
-        if valid is not None:
-            q, k = q * valid[..., None], k * valid[..., None]
-        self.size = q.shape[3]
-        self.valid = valid
+    def __init__(self, q: Tensor, k: Tensor, decays: Tensor, valid: Tensor | None, scale: float) -> None:
+        self.size, self.valid, self.scale = q.shape[3], valid, scale
+        q, k = self._masked(q), self._masked(k)
         padding = (0, 0, 0, (1 << (self.size - 1).bit_length()) - self.size)
-        self.q, self.k, self.g = (torch.nn.functional.pad(x, padding) for x in (q, k, g))
+        self.q, self.k = (torch.nn.functional.pad(x, padding) for x in (q if scale == 1.0 else q * scale, k))
+        self.decays = torch.nn.functional.pad(decays, padding, value=1.0)
+
+    def _masked(self, x: Tensor) -> Tensor:
+        return x if self.valid is None else x.masked_fill(~self.valid[..., None], 0.0)
 
     def _halves(self, half: int) -> tuple[Tensor, Tensor]:
         """Decay from the cut to each later token and from each earlier token to the cut, ``[B, H, n, cuts, half, K]``."""
-        g = self.g.unflatten(3, (-1, 2, half))
-        later = g[:, :, :, :, 1].cumsum(-2).exp()
-        # What lies between a token and the cut excludes the token itself.
-        earlier = g[:, :, :, :, 0]
-        earlier = (earlier.flip(-2).cumsum(-2).flip(-2) - earlier).exp()
+        decays = self.decays.unflatten(3, (-1, 2, half))
+        later, earlier = decays[:, :, :, :, 1].cumprod(-2), _to_the_end(decays[:, :, :, :, 0])
         return later.to(self.q.dtype), earlier.to(self.q.dtype)
 
     def _sizes(self) -> list[int]:
@@ -355,10 +449,8 @@ class HalvedScores(WideScores):
             dq.unflatten(3, (-1, 2, half))[:, :, :, :, 1] += (squares @ (k * earlier)) * later
             dk.unflatten(3, (-1, 2, half))[:, :, :, :, 0] += (squares.mT @ (q * later)) * earlier
         dq, dk = dq[:, :, :, : self.size], dk[:, :, :, : self.size]
-        if self.valid is None:
-            return dq, dk
         # The gradient of a padded row is somebody else's.
-        return dq * self.valid[..., None], dk * self.valid[..., None]
+        return self._masked(dq if self.scale == 1.0 else dq * self.scale), self._masked(dk)
 
 
 def prefix_of_chunks(totals: Tensor, tiling: Tiling, state_dtype: torch.dtype) -> Tensor:
@@ -366,8 +458,10 @@ def prefix_of_chunks(totals: Tensor, tiling: Tiling, state_dtype: torch.dtype) -
     prefix = torch.zeros(totals.shape, dtype=state_dtype, device=totals.device)
     for entry in tiling.pieces:
         if not entry.piece.starts_document:
-            chunks = totals[:, :, entry.first_chunk : entry.last_chunk]
-            prefix[:, :, entry.first_chunk : entry.last_chunk] = (chunks.cumsum(2) - chunks).exp().to(state_dtype)
+            own = slice(entry.first_chunk, entry.last_chunk)
+            prefix[:, :, own][:, :, :1] = 1.0
+            # Taking a chunk's own decay off the sum again would leave its rounding.
+            prefix[:, :, own][:, :, 1:] = totals[:, :, own][:, :, :-1].cumsum(2).exp().to(state_dtype)
     return prefix
 
 

@@ -1,0 +1,94 @@
+"""What is NaN or infinite, and what it reaches inside a chunk.
+
+A token reads itself and earlier tokens of its chunk by a product with scores that are zero above the diagonal. But 0 · NaN is NaN:
+through that product a later token would reach earlier ones. So where anything is not finite, products inside chunks are formed
+from what is finite, and what the recurrence would make NaN is made NaN afterwards. States need no such care: they hold what
+earlier tokens wrote, and later tokens alone read them.
+
+Shapes: as in `longspan.ops.decay`; n chunks of c tokens in a block.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from longspan.ops.tiling import Block
+
+
+def all_finite(*tensors: Tensor) -> bool:
+    """Whether no number is NaN or infinite; False also where it is not known.
+
+    A sum is one pass, and finite only if all its terms are. On other devices than the CPU looking would make the host wait.
+    """
+    return all(x.device.type == "cpu" and bool(x.detach().sum().isfinite()) for x in tensors)
+
+
+def finite_part(x: Tensor) -> Tensor:
+    """`x` with zeros for what is not finite."""
+    return torch.where(x.isfinite(), x, 0.0)
+
+
+def not_finite(x: Tensor, block: Block, num_heads: int) -> Tensor:
+    """Where ``x [B, T, H_k, D]`` is not finite at the block's tokens, ``[B, H, n, c, D]``; False at padding."""
+    mask = ~block.take(x).isfinite()
+    if block.valid is not None:
+        mask = mask & block.valid[..., None]
+    return mask.repeat_interleave(num_heads // mask.shape[1], dim=1)
+
+
+def from_then_on(mask: Tensor) -> Tensor:
+    """Which tokens ``[B, H, n, c, D]`` stand at or behind a marked one of their chunk."""
+    return mask.cumsum(3) > 0
+
+
+def until_then(mask: Tensor) -> Tensor:
+    """Which tokens stand at or before a marked one."""
+    return from_then_on(mask.flip(3)).flip(3)
+
+
+@dataclass(frozen=True)
+class Harm:
+    """Where a block's inputs and upstream gradients are not finite, and which gradients of the inside of chunks cannot be.
+
+    q, k ``[B, H, n, c, K]``, v and grad ``[B, H, n, c, V]``: of `not_finite`.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    grad: Tensor
+
+    @classmethod
+    def of(cls, block: Block, num_heads: int, q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> Harm:
+        return cls(*(not_finite(x, block, num_heads) for x in (q, k, v, grad)))
+
+    @property
+    def of_query(self) -> Tensor:
+        """∂q_t = Σ_{s ≤ t} (∂o_t · v_s) k_s."""
+        return _any(self.grad) | from_then_on(_any(self.v)) | from_then_on(self.k)
+
+    @property
+    def of_key(self) -> Tensor:
+        """∂k_s = Σ_{t ≥ s} (∂o_t · v_s) q_t."""
+        return _any(self.v) | until_then(_any(self.grad)) | until_then(self.q)
+
+    @property
+    def of_value(self) -> Tensor:
+        """∂v_s = Σ_{t ≥ s} (q_t · k_s) ∂o_t."""
+        return _any(self.k) | until_then(_any(self.q)) | until_then(self.grad)
+
+    def of_gate(self, per_channel: bool) -> Tensor:
+        """∂g_t holds what tokens at or behind t read of those before it, ``[B, H, n, c, D]``."""
+        earlier, later = self.k | _any(self.v), self.q | _any(self.grad)
+        if not per_channel:
+            earlier, later = _any(earlier), _any(later)
+        before = torch.zeros_like(earlier)
+        before[:, :, :, 1:] = from_then_on(earlier)[:, :, :, :-1]
+        return before | until_then(later)
+
+
+def _any(mask: Tensor) -> Tensor:
+    return mask.any(-1, keepdim=True)
