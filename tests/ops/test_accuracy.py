@@ -1,0 +1,21 @@
+"""No operator loses more digits than its recurrence does in the same dtype, whatever the decays."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.ops.accuracy import GATES, errors
+
+DECAYS = ["linear_attention", "retention", "simple_gla", "gla"]
+
+
+@pytest.mark.parametrize("backend", ["torch"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", DECAYS)
+def test_errors_are_at_most_three_times_those_of_the_recurrence(name: str, dtype: torch.dtype, backend: str) -> None:
+    # Below a few units of the last place an error says nothing.
+    floor = 2 * torch.finfo(dtype).eps
+    for gates in GATES:
+        for key, (error, of_recurrence) in errors(name, gates, dtype, backend).items():
+            assert error <= 3 * max(of_recurrence, floor), (gates, key, error, of_recurrence)
