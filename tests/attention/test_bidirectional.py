@@ -13,6 +13,7 @@ import longspan
 from longspan.exchange import record_traffic
 from tests.compare import relative_error, worst
 from tests.ranks import run_on_ranks
+from tests.unwritten import unwritten_memory_is_nan
 from tests.variants import make_inputs
 
 OPERATORS = ["linear_attention", "retention"]
@@ -31,6 +32,7 @@ def plain_sum(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, scale: float, 
     return scale * torch.einsum("bthk,bshk,hts,bshv->bthv", q, k, weights, v)
 
 
+@unwritten_memory_is_nan()
 def errors_on_rank(name: str, order: Any, seq_len: int, documents: list[int] | None, key_heads: int) -> list[float]:
     inputs = make_inputs("retention", seq_len, documents=documents, heads=2, key_heads=key_heads)
     log_decay = inputs.gates["log_decay"].detach() * (name == "retention")

@@ -23,6 +23,7 @@ from longspan.layout import Order, SequenceLayout
 from tests.compare import relative_error, worst, worst_of
 from tests.exchange.test_exchange import Noted, NotedWork
 from tests.ranks import raised, run_on_ranks
+from tests.unwritten import unwritten_memory_is_nan
 
 ORDERS: list[Order] = ["contiguous", "zigzag"]
 Documents = list[int] | None
@@ -134,6 +135,7 @@ def errors_on_rank(
     return errors
 
 
+@unwritten_memory_is_nan()
 def worst_error(order: Order, documents_number: int, options: dict[str, Any]) -> tuple[float, str]:
     """The largest error over lengths and numbers of taps, and what it is of."""
     errors: dict[str, float] = {}
@@ -181,23 +183,6 @@ def test_single_and_half_precision_stay_close_to_float64(order: Order, dtype: to
                 assert error < tolerance, what
 
 
-def worst_error_in_nan_filled_memory(order: Order, documents_number: int, options: dict[str, Any]) -> tuple[float, str]:
-    torch.use_deterministic_algorithms(True)
-    assert torch.empty(1).isnan()
-    try:
-        return worst_error(order, documents_number, options)
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
-def test_no_result_depends_on_memory_that_was_not_written() -> None:
-    for order in ORDERS:
-        for documents_number in (0, 1):
-            for options in OPTIONS.values():
-                for error, what in run_on_ranks(2, worst_error_in_nan_filled_memory, order, documents_number, options):
-                    assert error < 1e-12, what
-
-
 def test_it_is_the_depthwise_convolution_of_torch() -> None:
     given = inputs(20, 4, None, batch=2)
     padded = F.pad(given["x"].transpose(1, 2), (3, 0))
@@ -213,6 +198,7 @@ def test_it_is_the_depthwise_convolution_of_torch() -> None:
 # ------------------------------------------------------------------------------------------------------------- token shift
 
 
+@unwritten_memory_is_nan()
 def shift_errors(order: Order, batch: int) -> float:
     errors = []
     for seq_len in LENGTHS:
@@ -238,19 +224,6 @@ def shift_errors(order: Order, batch: int) -> float:
 def test_a_token_shift_gives_each_token_the_one_before_it(num_ranks: int, order: Order) -> None:
     for batch in (1, 2):
         assert run_on_ranks(num_ranks, shift_errors, order, batch) == [0.0] * num_ranks
-
-
-def shift_in_nan_filled_memory(order: Order) -> float:
-    torch.use_deterministic_algorithms(True)
-    try:
-        return shift_errors(order, 1)
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
-def test_a_token_shift_leaves_no_memory_unwritten() -> None:
-    for order in ORDERS:
-        assert run_on_ranks(2, shift_in_nan_filled_memory, order) == [0.0] * 2
 
 
 def test_a_token_shift_needs_no_layout() -> None:
@@ -409,6 +382,7 @@ def test_a_prompt_is_read_over_ranks_and_continued_on_one() -> None:
     assert worst(run_on_ranks(3, prefill_then_decode)) < 1e-12
 
 
+@unwritten_memory_is_nan()
 def gradients_of_some(order: Order) -> list[float]:
     """Errors where only some inputs take a gradient, and where the graph is walked twice."""
     given = inputs(23, 4, None)
@@ -441,6 +415,7 @@ def test_inputs_may_be_frozen_and_graphs_walked_twice_over_ranks(order: Order) -
         assert worst(errors) < 1e-12
 
 
+@unwritten_memory_is_nan()
 def several_layers() -> float:
     """Convolutions of q, k and v side by side, then one of their sum: many messages between the same ranks."""
     given = inputs(40, 4, [0, 7, 19, 40])

@@ -13,6 +13,7 @@ from longspan.exchange.segments import own_segments
 from longspan.layout import SequenceLayout
 from longspan.state import Dense, Identity, Pair, Transition, exclusive_scan
 from tests.compare import relative_error
+from tests.unwritten import unwritten_memory_is_nan
 
 
 def random_pair(kind: type[Transition], shape: Sequence[int], layout: SequenceLayout, dtype: torch.dtype) -> Pair:
@@ -29,6 +30,7 @@ def random_pair(kind: type[Transition], shape: Sequence[int], layout: SequenceLa
     return Pair(cut, torch.randn(full, generator=generator, dtype=dtype))
 
 
+@unwritten_memory_is_nan()
 def errors_of_scan(
     topology: Topology,
     kind: type[Transition],

@@ -18,6 +18,7 @@ from longspan.layout import Order, SequenceLayout
 from tests.compare import relative_error, worst
 from tests.exchange.test_exchange import Noted, NotedWork
 from tests.ranks import run_on_ranks
+from tests.unwritten import unwritten_memory_is_nan
 
 ORDERS: list[Order] = ["contiguous", "zigzag"]
 Documents = list[int] | None
@@ -88,6 +89,7 @@ def errors_of_halos(order: Order, widths: list[int], dtype: torch.dtype) -> floa
     return worst(errors)
 
 
+@unwritten_memory_is_nan()
 def errors_of_halo(layout: SequenceLayout, width: int, dtype: torch.dtype) -> list[float]:
     generator = torch.Generator().manual_seed(layout.seq_len)
 
@@ -149,6 +151,7 @@ def test_halos_stay_in_their_group() -> None:
     assert run_on_ranks(4, errors_in_subgroups) == [0.0] * 4
 
 
+@unwritten_memory_is_nan()
 def several_in_flight() -> float:
     """Three halos of different widths and channels, started one after another and waited for in another order."""
     layout = SequenceLayout(24, order="zigzag")

@@ -18,4 +18,4 @@ def test_errors_are_at_most_three_times_those_of_the_recurrence(name: str, dtype
     floor = 2 * torch.finfo(dtype).eps
     for gates in GATES:
         for key, (error, of_recurrence) in errors(name, gates, dtype, backend).items():
-            assert error <= 3 * max(of_recurrence, floor), (gates, key, error, of_recurrence)
+            assert error <= 3 * of_recurrence or error <= 3 * floor, (gates, key, error, of_recurrence)

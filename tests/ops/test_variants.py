@@ -12,6 +12,7 @@ from torch import Tensor
 import longspan
 from longspan.ops import VARIANTS
 from longspan.state import Dense
+from tests import unwritten
 from tests.compare import relative_error, worst
 from tests.variants import Inputs, make_inputs, reference
 
@@ -20,12 +21,9 @@ pytestmark = pytest.mark.parametrize("name", VARIANTS)
 
 @pytest.fixture(autouse=True)
 def unwritten_memory_is_nan() -> Iterator[None]:
-    """Fill `torch.empty` with NaN, so that memory which is read before it is written shows."""
-    torch.use_deterministic_algorithms(True)
-    deterministic: Any = torch.utils.deterministic
-    deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(False)
+    """Memory which is read before it is written shows, in every test of a module that has this fixture."""
+    with unwritten.unwritten_memory_is_nan():
+        yield
 
 
 def run(

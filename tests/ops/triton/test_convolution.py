@@ -15,6 +15,7 @@ from longspan.errors import InputError
 from longspan.layout import Order, SequenceLayout
 from longspan.ops.triton import launch
 from longspan.ops.triton.convolution import HEADS, INSIDE, rows_of
+from tests import unwritten
 from tests.attention.test_convolution import Documents, definition, documents_of
 from tests.compare import relative_error, worst, worst_of
 from tests.ops.test_variants import unwritten_memory_is_nan
@@ -233,19 +234,15 @@ def test_the_operators_are_what_they_say_to_a_compiler() -> None:
 # --------------------------------------------------------------------------------------------------------------- over ranks
 
 
+@unwritten.unwritten_memory_is_nan()
 def worst_over_ranks(order: Order, packed: bool) -> tuple[float, str]:
     """This rank's largest error over lengths and numbers of taps, and what it is of."""
-    torch.use_deterministic_algorithms(True)
-    assert torch.empty(1).isnan()
     errors: dict[str, float] = {}
-    try:
-        for seq_len, taps, without in [(4, 5, ()), (9, 2, ("initial_state",)), (37, 4, ("bias",)), (37, 1, ())]:
-            documents = documents_of(seq_len)[1 if packed else 0]
-            batch = 1 if packed else 2
-            found = errors_on_rank(make(seq_len, taps, documents, batch=batch), documents, order, without=without)
-            errors |= {f"{name} of {seq_len} tokens, {taps} taps": error for name, error in found.items()}
-    finally:
-        torch.use_deterministic_algorithms(False)
+    for seq_len, taps, without in [(4, 5, ()), (9, 2, ("initial_state",)), (37, 4, ("bias",)), (37, 1, ())]:
+        documents = documents_of(seq_len)[1 if packed else 0]
+        batch = 1 if packed else 2
+        found = errors_on_rank(make(seq_len, taps, documents, batch=batch), documents, order, without=without)
+        errors |= {f"{name} of {seq_len} tokens, {taps} taps": error for name, error in found.items()}
     return worst_of(errors)
 
 

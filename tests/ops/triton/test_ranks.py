@@ -12,11 +12,13 @@ from tests.attention.test_conformance import errors_on_rank
 from tests.compare import worst
 from tests.ops.triton.test_decay import NAMES
 from tests.ranks import run_on_ranks
+from tests.unwritten import unwritten_memory_is_nan
 
 SEQ_LEN = 75
 DOCUMENTS = [0, 1, 20, 26, 60, 75]
 
 
+@unwritten_memory_is_nan()
 def errors_of_kernels(name: str, cases: list[tuple[Any, list[int] | None, str]]) -> list[dict[str, float]]:
     # Several stretches in every segment.
     stretches.MIN_LENGTH = 16
