@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longspan.attention.linear import LinearMemory, check_inputs, check_query, phase, sum_over_ranks, write
+from longspan.attention.linear import JoinSum, LinearMemory, check_inputs, check_query, phase, sum_over_ranks, write
 from longspan.errors import InputError
 from longspan.exchange import Exchange, resolve_topology
 from longspan.layout import SequenceLayout
@@ -33,6 +33,10 @@ class SummedMemory:
     def read(self, q: Tensor, scale: float | None = None) -> Tensor:
         """``o_t = scale · Sᵀ q_t``, S the state of t's document; q ``[B, T, H_k, K]``, o ``[B, T, H, V]``."""
         factor = check_query(q, self._k, scale)
+        group = self._layout.group
+        if torch.is_grad_enabled() and q.requires_grad and not self._states.requires_grad and group is not None:
+            # Other ranks' keys may take gradients where this rank's do not.
+            self._states = JoinSum.apply(self._states, q.new_zeros((), requires_grad=True), group)
         heads = self._states.shape[2]
         states = self._states.to(q.dtype)
         outputs = []

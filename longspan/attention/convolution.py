@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from longspan.attention.linear import sum_over_ranks
+from longspan.attention.linear import JoinSum, sum_over_ranks
 from longspan.errors import InputError, LayoutError
 from longspan.exchange.halo import halo_plan, start_halo
 from longspan.layout import Piece, SequenceLayout
@@ -74,8 +74,8 @@ def causal_conv1d(
 
     Returns:
         y ``[B, T, C]`` in the dtype of x, computed in float32 (float64) and rounded once; with `output_final_state`, the pair
-        (y, final_state), final_state shaped like `initial_state`. Its gradient is the sum of what every rank sends back; it takes
-        a collective where the layout has several ranks, so let it enter the loss of all of them or of none.
+        (y, final_state), final_state shaped like `initial_state`. Its gradient is the sum of what every rank sends back. Ranks
+        may let y, the final state or both enter their losses.
 
     Every rank must take the same calls in the same order, backward too.
 
@@ -93,14 +93,18 @@ def causal_conv1d(
     make_form = _triton_form if backend == "triton" else _torch_form
     form = make_form(layout, width, with_initial, x, activation is not None)
     with_halo = not halo_plan(layout, width).is_empty
-    pending = start_halo(x, layout, width, adds_in_place=True) if with_halo else None
+    joins = torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in (weight, bias))
+    pending = start_halo(x, layout, width, adds_in_place=True, joins=joins) if with_halo else None
     y, z_heads = form.inside(x if pending is None else pending.x, weight, bias)
     halo = None if pending is None else pending.wait()
     if halo is not None or with_initial:
         heads = _cached_heads(layout, width, with_initial, x.device)
         before = _before_heads(halo, initial_state if with_initial else None, heads, layout)
         y = PlaceRows.apply(y, form.of_heads(z_heads, before, weight), heads.rows)
-    return (y, _final_state(x, initial_state, layout, width)) if output_final_state else y
+    if not output_final_state:
+        return y
+    final_state = _final_state(x, initial_state, layout, width, joins=y.requires_grad)
+    return _Together.apply(y, final_state) if layout.num_ranks > 1 else (y, final_state)
 
 
 # ------------------------------------------------------------------------------------------------------------------- checks
@@ -575,6 +579,23 @@ class PlaceRows(torch.autograd.Function):
 # -------------------------------------------------------------------------------------------------------------- final state
 
 
+class _Together(torch.autograd.Function):
+    """Both outputs as they are; the backward of either runs that of both, whose collectives every rank takes part in."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, final_state: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        outputs = y.detach(), final_state.detach()
+        ctx.mark_non_differentiable(
+            *(out for out, x in zip(outputs, (y, final_state), strict=True) if not x.requires_grad)
+        )
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return grads
+
+
 @dataclass(frozen=True)
 class _FinalRows:
     """Local rows among the last W − 1 tokens of their document, and their places among D · (W − 1).
@@ -607,8 +628,11 @@ def _final_rows(layout: SequenceLayout, width: int, device: torch.device) -> _Fi
     return _FinalRows(*(index_of(numbers, device) for numbers in (rows, places, kept, kept_from)))
 
 
-def _final_state(x: Tensor, initial_state: Tensor | None, layout: SequenceLayout, width: int) -> Tensor:
-    """The last W − 1 tokens, ``[B, W-1, C]``, or of each document, ``[D, W-1, C]``, on every rank."""
+def _final_state(x: Tensor, initial_state: Tensor | None, layout: SequenceLayout, width: int, joins: bool) -> Tensor:
+    """The last W − 1 tokens, ``[B, W-1, C]``, or of each document, ``[D, W-1, C]``, on every rank.
+
+    joins: take part in the sum's backward even if x takes no gradient here: that of other ranks may.
+    """
     batch, _, num_channels = x.shape
     if width == 0:
         empty = x[:, :0].reshape(batch if layout.documents is None else layout.num_documents, 0, num_channels)
@@ -619,6 +643,8 @@ def _final_state(x: Tensor, initial_state: Tensor | None, layout: SequenceLayout
     state = tokens.new_zeros(batch, layout.num_documents * width, num_channels).index_copy(1, plan.places, tokens)
     if layout.num_ranks > 1:
         state = sum_over_ranks(state, layout)
+        if joins and not state.requires_grad:
+            state = JoinSum.apply(state, state.new_zeros((), requires_grad=True), layout.group)
     state = state.to(x.dtype)
     if initial_state is not None and len(plan.kept):
         flat = initial_state.reshape(state.shape)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -37,6 +37,8 @@ class LinearMemory:
     _pending: PendingExchange | None
     _ends: _EndRows
     _incoming: Tensor | None = None
+    _final_state: Tensor | None = None
+    _with_gradients: bool = field(default_factory=torch.is_grad_enabled)
 
     def read(self, q: Tensor, scale: float | None = None) -> Tensor:
         """What the tokens read: ``o_t = scale · S_tᵀ q_t``.
@@ -50,37 +52,95 @@ class LinearMemory:
 
         The first read waits for the exchange.
         """
-        with phase("longspan.read", q):
-            return self._form.read(q, self.incoming, check_query(q, self._k, scale), overlapped=False)
+        return self._read(q, scale, overlapped=False)
 
     def read_overlapped(self, q: Tensor, scale: float | None = None) -> Tensor:
         """`read`, in LASP-2's own schedule: what tokens read inside their chunks is computed before the exchange is waited for."""
-        with phase("longspan.read", q):
-            return self._form.read(q, self.incoming, check_query(q, self._k, scale), overlapped=True)
+        return self._read(q, scale, overlapped=True)
 
-    def incoming(self) -> Tensor | None:
-        """The state that enters each of this rank's segments ``[num_segments, B, H, K, V]``, or None on one rank; waits for it."""
+    def _read(self, q: Tensor, scale: float | None, overlapped: bool) -> Tensor:
+        factor = check_query(q, self._k, scale)
+        with phase("longspan.read", q):
+            o = self._form.read(q, lambda: self.incoming(q), factor, overlapped)
+        if self._ends.with_final_states and self._layout.num_ranks > 1:
+            # A rank whose loss takes o alone runs the final states' collectives backward, too, as one that takes them does.
+            o = _After.apply(o, self.final_state())
+        return o
+
+    def incoming(self, q: Tensor | None = None) -> Tensor | None:
+        """The state that enters each of this rank's segments ``[num_segments, B, H, K, V]``, or None on one rank; waits for it.
+
+        q: what is about to read it. Where it takes a gradient, this rank takes part in the backward exchange.
+        """
         if self._pending is not None:
-            with without_autocast(self._k):
-                self._incoming = self._pending.wait()
+            joins = q is not None and q.requires_grad and self._with_gradients
+            # A first read without gradients must not cut off those of later ones.
+            with without_autocast(self._k), torch.set_grad_enabled(self._with_gradients):
+                self._incoming = self._pending.wait(joins)
             self._pending = None
         return self._incoming
 
     def final_state(self) -> Tensor:
         """The state after the last token, ``[B, H, K, V]``, or of each document, ``[num_documents, H, K, V]``, on every rank.
 
-        Its gradient is the sum of what every rank sends back. float32 (float64 for float64 inputs). A collective where the layout
-        has several ranks, forward and backward: call it on all of them, and let it enter the loss of all of them or of none.
+        Its gradient is the sum of what every rank sends back. float32 (float64 for float64 inputs). Where the layout has several
+        ranks the first read takes part in its collective already: ranks may let o, the final state or both enter their losses.
         """
-        layout, ends = self._layout, self._ends
-        if not ends.with_final_states:
+        if not self._ends.with_final_states:
             raise InputError("final_state() needs write(..., output_final_state=True)")
+        if self._layout.num_ranks == 1:
+            return self._find_final_state()
+        if self._final_state is None:
+            with torch.set_grad_enabled(self._with_gradients):
+                self._final_state = self._find_final_state()
+        return self._final_state if torch.is_grad_enabled() else self._final_state.detach()
+
+    def _find_final_state(self) -> Tensor:
+        layout, ends = self._layout, self._ends
         incoming = self.incoming()
         with phase("longspan.final_state", self._k):
             states = self._form.final_states(ends.final_pieces, ends.final_rows, incoming)
         if layout.num_ranks > 1:
             states = _gather_documents(states, ends.final_documents, layout)
         return states.squeeze(1) if layout.documents is not None else states.squeeze(0)
+
+
+class JoinSum(torch.autograd.Function):
+    """What `sum_over_ranks` returned where this rank's part takes no gradient; joins the sum's backward, whose result it drops.
+
+    | | shape | |
+    |---|---|---|
+    | x, y | any | y = x |
+    | leaf | [] | takes a gradient, so that the node is in the graph |
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, leaf: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return x.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, None]:
+        _summed(grads[0], ctx.group, "backward")
+        return None, None, None
+
+
+class _After(torch.autograd.Function):
+    """An output whose backward is also that of another.
+
+    | | shape | |
+    |---|---|---|
+    | x | any | returned as it is |
+    | other | any | takes no gradient from here, but the nodes that made it run backward |
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, other: Tensor) -> Tensor:
+        return x.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
 
 
 @contextmanager

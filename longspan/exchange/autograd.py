@@ -77,13 +77,14 @@ class _Wait(torch.autograd.Function):
     | | shape | |
     |---|---|---|
     | ticket | [] | from the start node |
+    | joins | [] or None | a leaf, where this rank's states take no gradient but others' may |
     | incoming | [num_segments, B, H, K, V] | S_in of this rank's segments |
 
-    Backward: sends G = ∂L/∂S_in and does not wait for what comes back.
+    Backward: sends G = ∂L/∂S_in and does not wait for what comes back, unless no start node does.
     """
 
     @staticmethod
-    def forward(ctx: Any, ticket: Tensor, link: _Link) -> Tensor:
+    def forward(ctx: Any, ticket: Tensor, joins: Tensor | None, link: _Link) -> Tensor:
         assert link.forward is not None
         with named_range("longspan.exchange.wait"):
             arrived = link.forward.wait()
@@ -93,13 +94,17 @@ class _Wait(torch.autograd.Function):
         return arrived.incoming
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None]:
         (grad_incoming,) = grads
         link: _Link = ctx.link
         context, link.incoming = ctx.saved_tensors
         with named_range("longspan.exchange.start.backward"):
             link.reverse = link.topology.start_reverse(link.kind, context, grad_incoming, link.layout)
-        return grad_incoming.new_zeros(()), None
+        if not ctx.needs_input_grad[0]:
+            link.reverse.wait()
+            link.reverse = None
+            return None, None, None
+        return grad_incoming.new_zeros(()), None, None
 
 
 @dataclass(frozen=True)
@@ -109,9 +114,15 @@ class PendingExchange:
     _ticket: Tensor
     _link: _Link
 
-    def wait(self) -> Tensor:
-        """S_in ``[num_segments, B, H, K, V]`` of this rank's segments; differentiable; to be called once."""
-        incoming: Tensor = _Wait.apply(self._ticket, self._link)
+    def wait(self, joins: bool = False) -> Tensor:
+        """S_in ``[num_segments, B, H, K, V]`` of this rank's segments; differentiable; to be called once.
+
+        joins: take part in the backward exchange even if this rank's states take no gradient: those of other ranks may.
+        """
+        leaf = None
+        if joins and not self._ticket.requires_grad:
+            leaf = self._ticket.new_zeros((), requires_grad=True)
+        incoming: Tensor = _Wait.apply(self._ticket, leaf, self._link)
         return incoming
 
 

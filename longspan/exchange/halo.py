@@ -194,13 +194,14 @@ class _Start(torch.autograd.Function):
     | | shape | |
     |---|---|---|
     | x | [B, T, C] | this rank's tokens; returned as it is |
+    | joins | [] or None | a leaf, where x takes no gradient but other ranks' may |
     | ticket | [] | ties the two nodes together; carries no value |
 
     Backward: dx += dh of every halo slot that took the token.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, link: _Link) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, joins: Tensor | None, link: _Link) -> tuple[Tensor, Tensor]:
         ctx.link, ctx.shape = link, x.shape
         ctx.set_materialize_grads(False)
         plan = link.plan
@@ -214,7 +215,7 @@ class _Start(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_x: Tensor | None, grad_ticket: Tensor | None) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad_x: Tensor | None, grad_ticket: Tensor | None) -> tuple[Tensor, None, None]:
         link: _Link = ctx.link
         assert link.reverse is not None and link.grad_copied is not None and grad_ticket is not None
         if grad_x is None:
@@ -225,7 +226,7 @@ class _Start(torch.autograd.Function):
         for fetch, grad in arrived:
             grad_x[:, fetch.source_start : fetch.source_stop] += grad
         link.reverse = link.grad_copied = None
-        return grad_x, None
+        return grad_x, None, None
 
 
 class _Wait(torch.autograd.Function):
@@ -285,15 +286,18 @@ class PendingHalo:
         return halo
 
 
-def start_halo(x: Tensor, layout: SequenceLayout, width: int, *, adds_in_place: bool = False) -> PendingHalo:
+def start_halo(
+    x: Tensor, layout: SequenceLayout, width: int, *, adds_in_place: bool = False, joins: bool = False
+) -> PendingHalo:
     """Start fetching the `width` tokens before each of this rank's segments, without waiting.
 
     Args:
-        x: ``[B, T, C]``, this rank's tokens; the same B, C, dtype and ``requires_grad`` on every rank.
+        x: ``[B, T, C]``, this rank's tokens; the same B, C and dtype on every rank.
         layout: who holds which tokens.
         width: number of tokens, at least 1.
         adds_in_place: backward adds to the gradient of `PendingHalo.x` in place. Only where that goes to a single autograd
             Function, which makes a tensor of its own for the gradient.
+        joins: take part in the backward exchange even if x takes no gradient here: that of other ranks may.
 
     Raises:
         LayoutError: for a layout of several ranks without a process group.
@@ -307,5 +311,6 @@ def start_halo(x: Tensor, layout: SequenceLayout, width: int, *, adds_in_place: 
             "Build it as SequenceLayout(seq_len, group)"
         )
     link = _Link(halo_plan(layout, width), layout, adds_in_place)
-    tokens, ticket = _Start.apply(x, link)
+    leaf = x.new_zeros((), requires_grad=True) if joins and not x.requires_grad else None
+    tokens, ticket = _Start.apply(x, leaf, link)
     return PendingHalo(tokens, ticket, link)

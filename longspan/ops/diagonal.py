@@ -39,10 +39,11 @@ def carried_final_states(
 
     incoming: the state that enters each segment, ``[num_segments, B, H, K, V]``, or None.
     """
-    # Where no document ends on this rank these are no rows, but still a node: its backward is a collective of all ranks.
-    if incoming is None or not pieces:
+    if incoming is None:
         return own
-    carried = []
+    # No rows of what arrived: where no piece here takes anything from it, it is in the graph all the same. Its backward is a
+    # collective of all ranks.
+    carried = [incoming[:0]]
     for piece in pieces:
         state = incoming[piece.segment : piece.segment + 1]
         if piece.starts_document:

@@ -167,6 +167,11 @@ class Reader:
         read = self._num_reads
         self._num_reads += 1
         exchange = self._exchange
+        if exchange.exchanges and torch.is_grad_enabled() and q.requires_grad:
+            assert self._ticket is not None
+            if not self._ticket.requires_grad:
+                # Other ranks' keys may take gradients where this rank's do not.
+                self._ticket = _Join.apply(self._k.new_zeros(1, requires_grad=True), exchange, self._k.shape)
         if not isinstance(exchange, MovingExchange):
             out: Tensor = _Attend.apply(q, self._k, self._v, self._ticket, exchange, scale, read)
             return out
@@ -200,6 +205,27 @@ class _Start(torch.autograd.Function):
         exchange: KeyExchange = ctx.exchange
         dk, dv = exchange.finish(ctx.shape)
         return dk.to(ctx.dtype), dv.to(ctx.dtype), None
+
+
+class _Join(torch.autograd.Function):
+    """In the place of `_Start` where this rank's keys take no gradient: joins the exchange of gradients, and drops its own.
+
+    | | shape | |
+    |---|---|---|
+    | leaf | [1] | takes a gradient, so that the node is in the graph |
+    | ticket | [1] | as `_Start`'s |
+    """
+
+    @staticmethod
+    def forward(ctx: Any, leaf: Tensor, exchange: KeyExchange, shape: torch.Size) -> Tensor:
+        ctx.exchange, ctx.shape = exchange, shape
+        return leaf.detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_ticket: Tensor) -> tuple[None, None, None]:
+        ctx.exchange.finish(ctx.shape)
+        return None, None, None
 
 
 class _Attend(torch.autograd.Function):

@@ -87,7 +87,10 @@ class DeltaChunkForm(ChunkForm):
             written = self._written
             assert written is not None
             own = (written.updates, written.weights, written.decays, written.k, self._g)
-            self._run = DeltaRun.apply(*own, self._start_states, incoming, self.call, self._link)
+            # A first read without gradients must not cut off those of later ones.
+            with_gradients = written.updates.requires_grad or (incoming is not None and incoming.requires_grad)
+            with torch.set_grad_enabled(torch.is_grad_enabled() or with_gradients):
+                self._run = DeltaRun.apply(*own, self._start_states, incoming, self.call, self._link)
         return self._run
 
     def read(self, q: Tensor, wait: Callable[[], Tensor | None], scale: float, overlapped: bool) -> Tensor:
