@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from longspan.ops.factors import BlockFactors, Factors, WideScores
+from longspan.ops.finite import finite_part, from_then_on, until_then
 from longspan.ops.gate_gradient import GateGradient
 from longspan.ops.tiling import Block, Tiling
 
@@ -60,6 +61,23 @@ def product(first: Tensor, second: Tensor) -> Tensor:
     return torch.bmm(flat(first), flat(second)).view(*first.shape[:-1], second.shape[-1])
 
 
+def causal_product(lower: Tensor, rows: Tensor, finite: bool) -> Tensor:
+    """The products of lower triangular ``[n, B, H, c, c]`` and rows of tokens ``[n, B, H, c, D]``.
+
+    No later token reaches an earlier one. finite: nothing in the rows is NaN or infinite.
+    """
+    if finite:
+        return product(lower, rows)
+    return product(lower, finite_part(rows)).masked_fill_(from_then_on(~rows.isfinite()), torch.nan)
+
+
+def anticausal_product(lower: Tensor, rows: Tensor, finite: bool) -> Tensor:
+    """As `causal_product`, with the transposed matrix: no earlier token reaches a later one."""
+    if finite:
+        return product(lower.mT, rows)
+    return product(lower.mT, finite_part(rows)).masked_fill_(until_then(~rows.isfinite()), torch.nan)
+
+
 def rows_of(x: Tensor, block: Block, columns: int | None = None) -> Tensor:
     """The block's rows of ``x [N, B, H, C, D]`` (and the first `columns` of its columns): a view, or a copy of gathered chunks."""
     taken = x[block.chunks, :, :, : block.chunk_size]
@@ -80,9 +98,20 @@ def put_product(target: Tensor, block: Block, first: Tensor, second: Tensor) -> 
         put_rows(target, block, product(first, second))
 
 
+def poison_rows(target: Tensor, block: Block, mask: Tensor) -> None:
+    """Set the block's rows of ``target [N, B, H, C, D]`` to NaN where ``mask [n, B, H, c, D or 1]`` holds."""
+    put_rows(target, block, rows_of(target, block).masked_fill(mask, torch.nan))
+
+
 def take(call: DeltaCall, block: Block, x: Tensor) -> Tensor:
-    """The block's tokens of ``x [B, T, H or H_k, D]`` as ``[n, B, H, c, D]`` in the call's dtype, heads repeated; may be a view."""
+    """The block's tokens of ``x [B, T, H or H_k, D]`` as ``[n, B, H, c, D]`` in the call's dtype, heads repeated; may be a view.
+
+    Padding is zero.
+    """
     taken = block.take(x).movedim(2, 0)
+    if block.valid is not None:
+        # Padding repeats a token that may be NaN, which a product with zero would keep.
+        taken = taken.masked_fill(~block.valid[:, None, None, :, None], 0.0)
     if taken.dtype != call.dtype:
         taken = taken.to(call.dtype, memory_format=torch.contiguous_format)
     if taken.shape[2] != call.num_heads:
@@ -111,11 +140,6 @@ def scaled(x: Tensor, factor: Tensor | float | None) -> Tensor:
 def times(x: Tensor, factor: Tensor | None) -> Tensor:
     """``x · factor``; None is 1."""
     return x if factor is None else x * factor
-
-
-def masked(x: Tensor, block: Block) -> Tensor:
-    """``x [n, B, H, c, D]`` with zeros at padding."""
-    return x if block.valid is None else x * block.valid[:, None, None, :, None]
 
 
 @dataclass(frozen=True)

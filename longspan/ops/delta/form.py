@@ -97,9 +97,11 @@ class DeltaChunkForm(ChunkForm):
         # The scores are a node of their own in any case, so they always go before the wait.
         written, call = self._written, self.call
         assert written is not None
-        scores, q, ticket = DeltaScores.apply(q, written.k, written.ticket, self._g, written.decays, call, scale)
+        scores, q, ticket = DeltaScores.apply(
+            q, written.k, written.ticket, self._g, written.decays, call, self._link, scale
+        )
         states = self._states(wait())
-        o: Tensor = DeltaRead.apply(scores, q, ticket, *states, self._g, written.decays, call, scale)
+        o: Tensor = DeltaRead.apply(scores, q, ticket, *states, self._g, written.decays, call, self._link, scale)
         return o
 
     def final_states(self, pieces: Sequence[int], rows: Sequence[int], incoming: Tensor | None) -> Tensor:

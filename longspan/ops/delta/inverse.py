@@ -1,25 +1,24 @@
-"""Inverses of unit lower triangular matrices, by matrix products alone."""
+"""Inverses of unit lower triangular matrices."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+_BASE = 16
+"""Rows that are solved one after another; larger inverses are products of smaller ones."""
+
 
 def inverse(lower: Tensor) -> Tensor:
     """(I + L)⁻¹ for strictly lower L ``[..., C, C]``.
 
-    Halves recurse; below 9 rows the Neumann product (I − L)(I + L²)(I + L⁴) is exact, and the powers stay so small that nothing
-    cancels even where all keys are alike.
+    Halves recurse; from 16 rows down by forward substitution. Powers of L, whose entries grow where keys resemble each other, are
+    never formed: they would cancel.
     """
     size = lower.shape[-1]
-    if size <= 8:
+    if size <= _BASE:
         identity = torch.eye(size, dtype=lower.dtype, device=lower.device)
-        result, power = identity - lower, lower @ lower
-        for _ in range((size - 1).bit_length() - 1):
-            result = result + result @ power
-            power = power @ power
-        return result
+        return torch.linalg.solve_triangular(lower, identity, upper=False, unitriangular=True)
     half = size // 2
     first, last = lower[..., :half, :half], lower[..., half:, half:]
     result = torch.zeros_like(lower)

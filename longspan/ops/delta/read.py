@@ -10,10 +10,12 @@ from torch import Tensor
 from longspan.ops.delta.call import (
     DeltaCall,
     TokenSums,
+    anticausal_product,
     block_keys,
     block_queries,
+    causal_product,
     flat,
-    masked,
+    poison_rows,
     product,
     put,
     put_product,
@@ -26,6 +28,8 @@ from longspan.ops.delta.call import (
     times,
     wide_backward,
 )
+from longspan.ops.delta.write import Link
+from longspan.ops.finite import all_finite, finite_part, from_then_on, until_then
 
 
 class DeltaScores(torch.autograd.Function):
@@ -50,6 +54,7 @@ class DeltaScores(torch.autograd.Function):
         g: Tensor | None,
         decays: Tensor | None,
         call: DeltaCall,
+        link: Link,
         scale: float,
     ) -> tuple[Tensor | None, ...]:
         found = call.allocate(q, call.tiling.chunk_size, call.tiling.chunk_size)
@@ -58,7 +63,7 @@ class DeltaScores(torch.autograd.Function):
             queries = block_queries(call, block, q, scale, g, decays)
             block_scores, _ = scores(call, block, g, queries.plain, keys.plain, queries.ahead, keys.behind)
             put_rows(found, block, block_scores.tril_())
-        ctx.call, ctx.scale = call, scale
+        ctx.call, ctx.link, ctx.scale = call, link, scale
         ctx.save_for_backward(q, k, ticket, g, decays)
         ctx.set_materialize_grads(False)
         return found, q.detach(), None if ticket is None else ticket.detach()
@@ -70,7 +75,7 @@ class DeltaScores(torch.autograd.Function):
         q, k, ticket, g, decays = ctx.saved_tensors
         assert grad_scores is not None and dq is not None
         dk = torch.empty_like(k)
-        sums = TokenSums(call, ticket, total)
+        sums, finite = TokenSums(call, ticket, total), ctx.link.finite_keys and all_finite(q)
         for block in call.tiling.blocks:
             keys = block_keys(call, block, k, g, decays)
             queries = block_queries(call, block, q, ctx.scale, g, decays)
@@ -80,13 +85,13 @@ class DeltaScores(torch.autograd.Function):
                 assert wide is not None
                 grad_query, grad_key = wide_backward(wide, grad)
             else:
-                grad_query = times(product(grad, keys.behind), queries.query)
-                grad_key = times(product(grad.mT, queries.ahead), keys.key)
+                grad_query = times(causal_product(grad, keys.behind, finite), queries.query)
+                grad_key = times(anticausal_product(grad, queries.ahead, finite), keys.key)
             sums.add(block, queries.plain, grad_query)
             sums.add(block, keys.plain, grad_key, -1.0)
             put(dq, block, ctx.scale * grad_query, add=True)
             put(dk, block, grad_key)
-        return dq, dk, sums.total, None, None, None, None
+        return dq, dk, sums.total, None, None, None, None, None
 
 
 class DeltaRead(torch.autograd.Function):
@@ -113,15 +118,22 @@ class DeltaRead(torch.autograd.Function):
         g: Tensor | None,
         decays: Tensor | None,
         call: DeltaCall,
+        link: Link,
         scale: float,
     ) -> Tensor:
         o = q.new_empty(*q.shape[:2], call.num_heads, corrected.shape[-1])
+        # What a token writes is still in the state at the end of its piece, where it is not finite.
+        finite = all_finite(states[[entry.last_slot for entry in call.tiling.pieces]])
         for block in call.tiling.blocks:
             query = scaled(take(call, block, q), state_factor(call, block, scale, g, decays))
             out = product(query, states[block.slots])
-            flat(out).baddbmm_(flat(rows_of(found, block, block.chunk_size)), flat(rows_of(corrected, block)))
+            update = rows_of(corrected, block)
+            score = rows_of(found, block, block.chunk_size)
+            flat(out).baddbmm_(flat(score), flat(update if finite else finite_part(update)))
+            if not finite:
+                out.masked_fill_(from_then_on(~update.isfinite()), torch.nan)
             put(o, block, out)
-        ctx.call, ctx.scale = call, scale
+        ctx.call, ctx.link, ctx.scale = call, link, scale
         ctx.save_for_backward(found, q, ticket, states, corrected, g, decays)
         return o
 
@@ -131,22 +143,25 @@ class DeltaRead(torch.autograd.Function):
         call: DeltaCall = ctx.call
         found, q, ticket, states, corrected, g, decays = ctx.saved_tensors
         dq = torch.empty_like(q)
-        sums = TokenSums(call, ticket, None)
+        sums, finite = TokenSums(call, ticket, None), all_finite(do)
         grad_found, grad_corrected = call.allocate(q, *found.shape[-2:]), call.allocate(q, *corrected.shape[-2:])
+        ctx.link.finite_upstream &= finite
         grad_states = torch.empty_like(states)
         grad_states[[entry.last_slot for entry in call.tiling.pieces]] = 0.0
         for block in call.tiling.blocks:
             factor = state_factor(call, block, ctx.scale, g, decays)
             query = scaled(take(call, block, q), factor)
-            grad_out = masked(take(call, block, do), block).contiguous()
+            grad_out = take(call, block, do).contiguous()
             update, score = rows_of(corrected, block), rows_of(found, block, block.chunk_size)
             if isinstance(block.chunks, slice) and block.chunk_size == call.tiling.chunk_size:
                 put_product(grad_found, block, grad_out, update.mT)
             else:
                 put_rows(grad_found, block, product(grad_out, update.mT))
-            put_product(grad_corrected, block, score.mT, grad_out)
+            put_product(grad_corrected, block, score.mT, grad_out if finite else finite_part(grad_out))
+            if not finite:
+                poison_rows(grad_corrected, block, until_then(~grad_out.isfinite()))
             grad_states[block.slots] = product(query.mT, grad_out)
             grad_query = product(grad_out, states[block.slots].mT)
             sums.add(block, query, grad_query)
             put(dq, block, grad_query * factor)
-        return grad_found, dq, sums.total, grad_states, grad_corrected, None, None, None, None
+        return grad_found, dq, sums.total, grad_states, grad_corrected, None, None, None, None, None

@@ -10,14 +10,13 @@ from torch import Tensor
 
 from longspan.ops.delta.call import (
     DeltaCall,
-    Keys,
+    anticausal_product,
     block_keys,
+    causal_product,
     flat,
     gate_gradient,
-    masked,
     product,
     put,
-    put_product,
     put_rows,
     rows_of,
     scores,
@@ -27,7 +26,8 @@ from longspan.ops.delta.call import (
     wide_backward,
 )
 from longspan.ops.delta.chain import Chain, steps, walk
-from longspan.ops.delta.inverse import inverse
+from longspan.ops.delta.solve import solve
+from longspan.ops.finite import all_finite
 from longspan.ops.gate_gradient import GateGradient
 from longspan.ops.tiling import Block
 
@@ -38,7 +38,8 @@ class Link:
 
     sent: numbers of the pieces whose end another rank receives. states, corrected: in forward what write has gone through already
     (`done` pieces), in backward what run kept. grad_states, grad_corrected: what run's backward leaves for write's: complete for
-    the pieces that are not sent, the reads' share for those that are.
+    the pieces that are not sent, the reads' share for those that are. finite_keys, finite_upstream: k and β, and the gradients of
+    the outputs, are known to hold neither NaN nor infinity.
     """
 
     sent: frozenset[int]
@@ -47,6 +48,8 @@ class Link:
     corrected: Tensor | None = None
     grad_states: Tensor | None = None
     grad_corrected: Tensor | None = None
+    finite_keys: bool = True
+    finite_upstream: bool = True
 
 
 def start_rows(call: DeltaCall) -> dict[int, int]:
@@ -93,14 +96,16 @@ class DeltaWrite(torch.autograd.Function):
         weights = call.allocate(k, chunk_size, key_size)
         inverses = call.allocate(k, chunk_size, chunk_size)
         decays = call.allocate(k, chunk_size, key_size) if call.factors.are_large else None
+        finite = all_finite(v)
         for block in call.tiling.blocks:
-            keys, strength, inverted = _solve(call, block, k, beta, g)
+            system = solve(call, block, k, beta, g)
+            keys = system.keys
+            link.finite_keys &= system.bad is None
             if decays is not None and keys.query is not None:
                 put_rows(decays, block, keys.query)
-            put_rows(inverses, block, inverted)
-            weighted = inverted * strength.mT
-            put_product(updates, block, weighted, take(call, block, v))
-            put_product(weights, block, weighted, times(keys.ahead, keys.enter))
+            put_rows(inverses, block, system.inverse)
+            system.put(updates, block, take(call, block, v), finite)
+            system.put(weights, block, times(keys.ahead, keys.enter), True)
         ends, products = _fold(call, k, g, decays, updates, weights, start_states, end_pieces, link)
         ctx.call, ctx.end_pieces, ctx.link, ctx.has_start = call, end_pieces, link, start_states is not None
         ctx.save_for_backward(k, v, beta, g, weights, inverses, decays)
@@ -130,18 +135,19 @@ class DeltaWrite(torch.autograd.Function):
         dk = torch.zeros_like(k) if dk is None else dk
         dv, dbeta = torch.empty_like(v), torch.empty_like(beta)
         gate = gate_gradient(call, g, ctx.needs_input_grad[3])
-        chain = Chain(call, weights, None)
+        chain, finite = Chain(call, weights, None), link.finite_keys and link.finite_upstream
         for block in reversed(call.tiling.blocks):
             keys = block_keys(call, block, k, g, decays)
             if of_block := steps(call, block, link.sent):
                 leaving = keys.leaving
                 for step in reversed(of_block):
                     chain.retreat(step, leaving, grad_states, grad_corrected)
-            strength = masked(take(call, block, beta.unsqueeze(-1)), block)
+            strength = take(call, block, beta.unsqueeze(-1))
             value = take(call, block, v)
             update = rows_of(corrected, block)
             state, grad_next = states[block.slots], grad_states[block.next_slots]
-            grad_right = product(rows_of(inverses, block, block.chunk_size).mT, rows_of(grad_corrected, block))
+            triangle = rows_of(inverses, block, block.chunk_size)
+            grad_right = anticausal_product(triangle, rows_of(grad_corrected, block), finite)
             grad_lower = product(grad_right, update.mT).tril_(-1).neg_()
             from_before = times(product(grad_right, state.mT), keys.enter)
             grad_strength = torch.linalg.vecdot(grad_right, value)
@@ -155,9 +161,9 @@ class DeltaWrite(torch.autograd.Function):
                 plus = strength * (first - times(from_before, keys.query))
                 minus = second + times(grad_leaving, keys.key)
             else:
-                grad_ahead = product(grad_lower, keys.behind).sub_(from_before)
+                grad_ahead = causal_product(grad_lower, keys.behind, finite).sub_(from_before)
                 grad_strength += torch.linalg.vecdot(keys.ahead, grad_ahead)
-                grad_leaving += product(grad_lower.mT, strength * keys.ahead)
+                grad_leaving += anticausal_product(grad_lower, strength * keys.ahead, finite)
                 plus = times(strength * grad_ahead, keys.query)
                 minus = times(grad_leaving, keys.key)
             put(dk, block, plus + minus, add=True)
@@ -187,15 +193,6 @@ def _close_gate(
     if sums is not None:
         gate.add_sums(block.take(sums if sums.dim() == 4 else sums.unsqueeze(-1)))
     gate.close(block)
-
-
-def _solve(call: DeltaCall, block: Block, k: Tensor, beta: Tensor, g: Tensor | None) -> tuple[Keys, Tensor, Tensor]:
-    """Keys, β ``[n, B, H, c, 1]`` and T of one block."""
-    keys = block_keys(call, block, k, g, None)
-    strength = masked(take(call, block, beta.unsqueeze(-1)), block)
-    products, _ = scores(call, block, g, keys.plain, keys.plain, keys.ahead, keys.behind)
-    # Above the diagonal, factors about the middle of a chunk may overflow; nothing there may be multiplied.
-    return keys, strength, inverse(products.tril_(-1).mul_(strength))
 
 
 def _fold(

@@ -1,0 +1,125 @@
+"""Digits of the delta family: errors against float64 beside those of the recurrence token by token in the same dtype.
+
+Outputs, final states and every gradient, for gates from none to −inf, keys that repeat or resemble each other, and β up to 2.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import longspan
+from longspan.ops import VARIANTS
+from tests.compare import relative_error, worst
+from tests.variants import Inputs, make_inputs
+
+SEQ_LEN, SIZE = 200, 16
+KEYS = ("random", "equal", "nearly equal", "repeated")
+BETAS: dict[str, tuple[tuple[float, float], ...]] = {
+    "beta up to 1": ((0.0, 0.0), (0.0, 1.0), (1.0, 1.0)),
+    "beta up to 2": ((0.0, 2.0), (1.9, 1.9), (1.9, 2.0), (2.0, 2.0)),
+}
+GATES: dict[str, tuple[float, float, int, float]] = {
+    "g in [-0.1, 0]": (-0.1, 0.0, 0, 0.0),
+    "g in [-1, 0]": (-1.0, 0.0, 0, 0.0),
+    "g in [-6, -5.9]": (-6.0, -5.9, 0, 0.0),
+    "g in [-20, 0]": (-20.0, 0.0, 0, 0.0),
+    "one reset of -1e3": (-0.1, 0.0, 1, -1e3),
+    "17 resets of -1e3": (-0.1, 0.0, 17, -1e3),
+    "one reset of -inf": (-0.1, 0.0, 1, -torch.inf),
+    "17 resets of -inf": (-0.1, 0.0, 17, -torch.inf),
+}
+CASES = [("delta_rule", "no decay")] + [(name, gates) for name in ("gated_delta_rule",) for gates in GATES]
+
+
+def made(name: str, gates: str, strengths: tuple[tuple[float, float], ...], dtype: torch.dtype) -> Inputs:
+    """Inputs of one call, in which every kind of keys with every range of β is a head."""
+    heads = len(KEYS) * len(strengths)
+    inputs = make_inputs(name, SEQ_LEN, heads=heads, key_size=SIZE, value_size=SIZE, dtype=dtype)
+    generator = torch.Generator().manual_seed(1)
+
+    def uniform(shape: torch.Size, low: float, high: float) -> Tensor:
+        return low + (high - low) * torch.rand(shape, generator=generator, dtype=torch.float64)
+
+    keys, beta = inputs.k.detach().double(), inputs.gates["beta"].detach().double()
+    for head in range(heads):
+        own = keys[:, :, head]
+        noise = torch.randn(own.shape, generator=generator, dtype=torch.float64)
+        keys[:, :, head] = {
+            "random": own,
+            "equal": own[:, :1].expand_as(own),
+            "nearly equal": own[:, :1] + 1e-3 * noise,
+            "repeated": own[:, torch.arange(SEQ_LEN) % 5],
+        }[KEYS[head % len(KEYS)]]
+        beta[:, :, head] = uniform(beta[:, :, head].shape, *strengths[head // len(KEYS)])
+    keys = keys / keys.norm(dim=-1, keepdim=True)
+    inputs.k = keys.to(dtype).requires_grad_()
+    inputs.gates["beta"] = beta.to(inputs.gates["beta"].dtype).requires_grad_()
+    if gates in GATES:
+        low, high, resets, value = GATES[gates]
+        g = uniform(inputs.gates["g"].shape, low, high)
+        g[:, torch.randperm(SEQ_LEN, generator=generator)[:resets]] = value
+        inputs.gates["g"] = g.to(inputs.gates["g"].dtype).requires_grad_()
+    return inputs
+
+
+def results(name: str, inputs: Inputs, form: str, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """Outputs and gradients of the chunk form, or of the recurrence with everything in `dtype`."""
+    leaves = inputs.leaves()
+    if form == "chunks":
+        o, final = getattr(longspan, name)(
+            *(inputs.q, inputs.k, inputs.v),
+            **inputs.gates,
+            scale=inputs.scale,
+            initial_state=inputs.initial_state,
+            output_final_state=True,
+        )
+    else:
+        assert dtype is not None
+        gates = {key: x.to(dtype) for key, x in inputs.gates.items()}
+        q, k, v, state = (x.to(dtype) for x in (inputs.q, inputs.k, inputs.v, inputs.initial_state))
+        o, final = VARIANTS[name].recurrent(q, k, v, gates, inputs.scale, state)
+        if dtype != torch.float64:
+            o = o.to(inputs.q.dtype)
+    loss = (o.double() * inputs.grad_o.double()).sum() + (final.double() * inputs.grad_final.double()).sum()
+    if dtype == torch.float64:
+        # Gradients as they are, not rounded to the dtype of the inputs.
+        doubles: Any = [x.detach().double().requires_grad_() for x in leaves]
+        moved = Inputs(
+            *doubles[:3], dict(zip(inputs.differentiable, doubles[4:], strict=True)), doubles[3], *_rest(inputs)
+        )
+        o, final = VARIANTS[name].recurrent(moved.q, moved.k, moved.v, moved.gates, moved.scale, moved.initial_state)
+        loss = (o * inputs.grad_o.double()).sum() + (final * inputs.grad_final.double()).sum()
+        leaves = moved.leaves()
+    gradients = torch.autograd.grad(loss, leaves)
+    return {"o": o, "final": final, **dict(zip(inputs.leaf_names(), gradients, strict=True))}
+
+
+def _rest(inputs: Inputs) -> tuple[Any, ...]:
+    return inputs.grad_o, inputs.grad_final, None, inputs.scale, inputs.differentiable
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("strengths", BETAS)
+@pytest.mark.parametrize(("name", "gates"), CASES)
+def test_chunks_keep_the_digits_of_the_recurrence(name: str, gates: str, strengths: str, dtype: torch.dtype) -> None:
+    inputs = made(name, gates, BETAS[strengths], dtype)
+    exact = results(name, inputs, "recurrence", torch.float64)
+    token_by_token = results(name, inputs, "recurrence", torch.float32)
+    got = results(name, inputs, "chunks")
+    few = 4 * torch.finfo(dtype).eps if dtype == torch.float32 else torch.finfo(dtype).eps
+    for head in range(len(KEYS) * len(BETAS[strengths])):
+        excess = {}
+        for key, want in exact.items():
+            if key == "g":
+                continue
+            dim = 1 if key in ("final", "initial_state") else 2
+            ours, theirs, want = (x.select(dim, head) for x in (got[key], token_by_token[key], want))
+            excess[key] = relative_error(ours, want, floor=1e-30) / (
+                3 * relative_error(theirs, want, floor=1e-30) + few
+            )
+        label = (KEYS[head % len(KEYS)], BETAS[strengths][head // len(KEYS)])
+        assert worst(excess) <= 1.0, (label, excess)
