@@ -15,14 +15,9 @@ from tests.compare import relative_error, worst
 from tests.ops.accuracy import by_recurrence
 
 DECAYS = ["linear_attention", "retention", "simple_gla", "gla"]
+# Kernels have tests of their own, with fewer cases: the interpreter is slow.
+BACKENDS = ["torch"]
 LENGTHS = [1, 63, 64, 65, 100, 257]
-
-
-def backends(name: str) -> list[str]:
-    if "triton" not in VARIANTS[name].backends:
-        return ["torch"]
-    pytest.importorskip("triton")
-    return ["torch"]
 
 
 def inputs_of(name: str, seq_len: int, dtype: torch.dtype, decay: float, seed: int) -> dict[str, Tensor]:
@@ -63,7 +58,7 @@ def in_time(name: str) -> list[str]:
 @pytest.mark.parametrize("seq_len", LENGTHS)
 @pytest.mark.parametrize("name", DECAYS)
 def test_a_later_token_changes_no_digit_of_earlier_outputs(name: str, seq_len: int, dtype: torch.dtype) -> None:
-    for backend, decay in product(backends(name), (0.1, 3.0)):
+    for backend, decay in product(BACKENDS, (0.1, 3.0)):
         inputs = inputs_of(name, seq_len, dtype, decay, seed=seq_len)
         expected = call(name, inputs, backend)
         for key, at in product(in_time(name), (0.2, 0.65, 0.99)):
@@ -77,7 +72,7 @@ def test_a_later_token_changes_no_digit_of_earlier_outputs(name: str, seq_len: i
 @pytest.mark.parametrize("documents", [[0, 40, 41, 70, 100], [0, 64, 100]], ids=str)
 @pytest.mark.parametrize("name", DECAYS)
 def test_nan_stays_in_its_document(name: str, documents: list[int]) -> None:
-    for backend in backends(name):
+    for backend in BACKENDS:
         inputs = inputs_of(name, 100, torch.float32, 0.1, seed=0)
         expected = call(name, inputs, backend, documents)
         for key, token in product(("q", "k", "v"), (0, 40, 41, 66, 99)):
@@ -92,7 +87,7 @@ def test_nan_stays_in_its_document(name: str, documents: list[int]) -> None:
 @pytest.mark.parametrize("name", DECAYS)
 def test_what_is_not_finite_reaches_what_it_reaches_in_the_recurrence(name: str, seq_len: int) -> None:
     """Of a NaN in an input or in an upstream gradient: outputs and gradients that the recurrence has finite are finite."""
-    for backend, decay in product(backends(name), (0.1, 3.0)):
+    for backend, decay in product(BACKENDS, (0.1, 3.0)):
         inputs = inputs_of(name, seq_len, torch.float32, decay, seed=seq_len)
         up = torch.randn(inputs["v"].shape, generator=torch.Generator().manual_seed(1))
         for key, at in product(("q", "k", "v", "up"), (0.0, 0.3, 0.95)):
@@ -118,7 +113,7 @@ def test_what_is_not_finite_reaches_what_it_reaches_in_the_recurrence(name: str,
 @pytest.mark.parametrize("name", ["retention", "simple_gla", "gla"])
 def test_a_gate_may_be_closed_at_any_token(name: str, seq_len: int, value: float) -> None:
     documents = [None, [0, seq_len // 3, seq_len]] if seq_len > 2 else [None]
-    for backend, at, documents_of in product(backends(name), (0.0, 0.65), documents):
+    for backend, at, documents_of in product(BACKENDS, (0.0, 0.65), documents):
         inputs = inputs_of(name, seq_len, torch.float32, 0.5, seed=1)
         gate = VARIANTS[name].gates[0]
         if "T" in gate.dims:
