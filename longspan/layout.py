@@ -191,6 +191,23 @@ class SequenceLayout:
         )
         return other
 
+    def __copy__(self) -> SequenceLayout:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SequenceLayout:
+        # Immutable, and a process group has no copy.
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self.group is not None:
+            raise LayoutError(
+                "a layout of a process group cannot be pickled: groups belong to their process. Pickle its seq_len, order and "
+                "documents and build it anew, or pickle SequenceLayout.for_rank(seq_len, num_ranks, rank)"
+            )
+        # What is kept for layers is made again where it is needed; only that of a mirrored layout is its own.
+        kept = {key: value for key, value in self._cache.items() if key == "all_segments"}
+        return vars(self) | {"_cache": kept}
+
     def __repr__(self) -> str:
         documents = "" if self.documents is None else f", num_documents={self.num_documents}"
         return (

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -78,12 +78,20 @@ def sum_gradients(
     """Sum every parameter's gradient over the ranks of a group, in place.
 
     Args:
-        module_or_parameters: the same on every rank, in the same order. A parameter without a gradient on a rank
-        counts as
+        module_or_parameters: the same on every rank, in the same order. A parameter without a gradient on a rank counts as
             zero there, and has the sum afterwards; those that require no gradient are left alone.
         group: all ranks that share the parameters, data × sequence; None is the default group.
 
     Few collectives of at most about 32 MiB; none in a group of one. Sums are in the gradients' dtype.
+
+    Parameters that FSDP2 has sharded (`fully_shard` over ``mesh["dp"]``) have sharded gradients, which FSDP2 itself reduces over
+    its mesh: give the other ranks alone, ``sum_gradients(model, mesh["sp"])``, and this rank's shards are summed. Let FSDP2 sum
+    instead of average, by ``set_gradient_divide_factor(1.0)`` on every module that was given to `fully_shard`.
+
+    A sparse gradient (``nn.Embedding(sparse=True)``) is sent as a dense one, and is sparse again afterwards.
+
+    Raises:
+        InputError: for sharded parameters whose mesh has other ranks of the group, over which their gradients are reduced already.
     """
     parameters = (
         module_or_parameters.parameters() if isinstance(module_or_parameters, nn.Module) else module_or_parameters
@@ -91,15 +99,32 @@ def sum_gradients(
     process_group, num_ranks = _resolve(group)
     if num_ranks == 1:
         return
-    for bucket in _buckets([parameter for parameter in parameters if parameter.requires_grad]):
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    for parameter in trained:
+        _check_mesh(parameter, process_group)
+    for bucket in _buckets(trained):
         flat = torch.cat([_gradient(parameter).flatten() for parameter in bucket])
         note_collective("all_reduce", "backward", 2 * (num_ranks - 1) * flat.nbytes // num_ranks)
         with waiting():
             dist.all_reduce(flat, group=process_group)
-        for parameter, summed in zip(bucket, flat.split([parameter.numel() for parameter in bucket]), strict=True):
-            if parameter.grad is None:
-                parameter.grad = torch.empty_like(parameter)
-            parameter.grad.copy_(summed.view_as(parameter))
+        for parameter, summed in zip(bucket, flat.split([_on_this_rank(p).numel() for p in bucket]), strict=True):
+            _set_gradient(parameter, summed)
+
+
+def _check_mesh(parameter: nn.Parameter, group: dist.ProcessGroup | None) -> None:
+    """Refuse a sharded parameter whose gradient is reduced already over ranks of the group."""
+    if not _is_distributed(parameter):
+        return
+    mesh: DeviceMesh = parameter.device_mesh  # type: ignore[attr-defined]
+    over = sorted({*mesh.mesh.flatten().tolist()} & {*dist.get_process_group_ranks(group)})
+    if len(over) > 1:
+        names = mesh.mesh_dim_names or ()
+        raise InputError(
+            f"sum_gradients: a parameter of shape {tuple(parameter.shape)} is a DTensor over the mesh {names or mesh}, whose "
+            f"ranks {over} are in the group too: its gradient is reduced over them already. Sum over the other ranks alone, as in "
+            'sum_gradients(model, mesh["sp"]) for parameters that are sharded over mesh["dp"], or, where there are none, not '
+            "at all; let FSDP2 sum and not average by set_gradient_divide_factor(1.0) on every module given to fully_shard"
+        )
 
 
 def _buckets(parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
@@ -111,16 +136,43 @@ def _buckets(parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
         bucket: list[nn.Parameter] = []
         num_bytes = 0
         for parameter in same_kind:
-            if bucket and num_bytes + parameter.nbytes > BUCKET_BYTES:
+            size = _on_this_rank(parameter).nbytes
+            if bucket and num_bytes + size > BUCKET_BYTES:
                 yield bucket
                 bucket, num_bytes = [], 0
             bucket.append(parameter)
-            num_bytes += parameter.nbytes
+            num_bytes += size
         yield bucket
 
 
+def _is_distributed(x: Tensor) -> bool:
+    """Whether x is a DTensor; to ask for the class would import it, which takes a second."""
+    return hasattr(x, "device_mesh")
+
+
+def _on_this_rank(x: Any) -> Tensor:
+    """A tensor, or this rank's shard of it."""
+    local: Tensor = x.to_local() if _is_distributed(x) else x
+    return local
+
+
 def _gradient(parameter: nn.Parameter) -> Tensor:
-    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    """This rank's gradient, dense; zero where there is none."""
+    if parameter.grad is None:
+        return torch.zeros_like(_on_this_rank(parameter))
+    own = _on_this_rank(parameter.grad)
+    return own if own.layout is torch.strided else own.to_dense()
+
+
+def _set_gradient(parameter: nn.Parameter, summed: Tensor) -> None:
+    if parameter.grad is None:
+        parameter.grad = torch.empty_like(parameter)
+    own = _on_this_rank(parameter.grad)
+    summed = summed.view_as(_on_this_rank(parameter))
+    if own.layout is torch.strided:
+        own.copy_(summed)
+    else:
+        parameter.grad = summed.to_sparse(own.sparse_dim())
 
 
 def _resolve(mesh_or_group: dist.ProcessGroup | DeviceMesh | None) -> tuple[dist.ProcessGroup | None, int]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from longspan.attention.linear import JoinSum, LinearMemory, check_inputs, check_query, phase, sum_over_ranks, write
+from longspan.attention.memory import StepMemory
 from longspan.errors import InputError
 from longspan.exchange import Exchange, resolve_topology
 from longspan.layout import SequenceLayout
@@ -23,7 +24,7 @@ from longspan.ops import VARIANTS
 
 
 @dataclass
-class SummedMemory:
+class SummedMemory(StepMemory):
     """What all tokens wrote, without decay: one state a document."""
 
     _k: Tensor
@@ -50,7 +51,7 @@ class SummedMemory:
 
 
 @dataclass
-class TwoSidedMemory:
+class TwoSidedMemory(StepMemory):
     """What tokens wrote for those after them, and, mirrored, for those before them."""
 
     _k: Tensor

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from longspan.attention.memory import StepMemory
 from longspan.errors import InputError
 from longspan.exchange import Exchange, PendingExchange, Topology, resolve_topology, start_exchange
 from longspan.exchange.ranges import named_range
@@ -28,7 +29,7 @@ from longspan.state import Pair, Transition
 
 
 @dataclass
-class LinearMemory:
+class LinearMemory(StepMemory):
     """What `write` has written: read it with queries, once or several times."""
 
     _form: ChunkForm
@@ -240,12 +241,17 @@ def write(
     exchange: str | Exchange = "auto",
     backend: str | None = None,
     chunk_size: int | None = None,
+    has_safe_gates: bool = False,
 ) -> LinearMemory:
-    """Compute the states that this rank's tokens write and start their exchange, without waiting for it; see `longspan.write`."""
+    """Compute the states that this rank's tokens write and start their exchange, without waiting for it; see `longspan.write`.
+
+    `has_safe_gates` says that log decays cannot exceed 0 by how they were made, and need no look. A NaN among them, which a
+    diverging model makes on some ranks, is then one in the outputs, where every rank comes to know of it.
+    """
     variant = VARIANTS[operator]
     topology = resolve_topology(exchange)
     layout = local_layout(k.shape[1]) if layout is None else layout
-    backend = check_inputs(variant, k, v, gates, initial_state, layout, backend, chunk_size)
+    backend = check_inputs(variant, k, v, gates, initial_state, layout, backend, chunk_size, has_safe_gates)
     ends = layout.cached(("end_rows", output_final_state), lambda: _end_rows(layout, output_final_state))
     pending = None
     with phase("longspan.write", k):
@@ -306,6 +312,7 @@ def check_inputs(
     layout: SequenceLayout,
     backend: str | None,
     chunk_size: int | None,
+    has_safe_gates: bool = False,
 ) -> str:
     """Refuse what does not fit, before the first collective; returns the backend that computes."""
     name = variant.name
@@ -327,7 +334,7 @@ def check_inputs(
     if layout.documents is not None and batch != 1:
         raise InputError(f"with documents the batch has one row, B = 1, the packed sequence; got B = {batch}")
     sizes = {"B": batch, "T": num_tokens, "H": num_heads, "K": key_size}
-    _check_gates(variant, gates, sizes, layout)
+    _check_gates(variant, gates, sizes, layout, has_safe_gates)
     if initial_state is not None:
         rows = batch if layout.documents is None else layout.num_documents
         expected = (rows, num_heads, key_size, value_size)
@@ -341,7 +348,11 @@ def check_inputs(
 
 
 def _check_gates(
-    variant: Variant, gates: Mapping[str, Tensor], sizes: Mapping[str, int], layout: SequenceLayout
+    variant: Variant,
+    gates: Mapping[str, Tensor],
+    sizes: Mapping[str, int],
+    layout: SequenceLayout,
+    has_safe_gates: bool,
 ) -> None:
     expected_names = [gate.name for gate in variant.gates]
     if sorted(gates) != sorted(expected_names):
@@ -349,10 +360,12 @@ def _check_gates(
             f"{variant.name} takes {', '.join(expected_names) or 'no gates'} beside q, k and v; got {sorted(gates)}"
         )
     for gate in variant.gates:
-        _check_gate(variant, gate, gates[gate.name], sizes, layout)
+        _check_gate(variant, gate, gates[gate.name], sizes, layout, has_safe_gates)
 
 
-def _check_gate(variant: Variant, gate: Gate, x: Tensor, sizes: Mapping[str, int], layout: SequenceLayout) -> None:
+def _check_gate(
+    variant: Variant, gate: Gate, x: Tensor, sizes: Mapping[str, int], layout: SequenceLayout, is_safe: bool
+) -> None:
     expected = tuple(sizes[dim] for dim in gate.dims)
     if tuple(x.shape) != expected or not x.is_floating_point():
         raise InputError(
@@ -365,7 +378,7 @@ def _check_gate(variant: Variant, gate: Gate, x: Tensor, sizes: Mapping[str, int
             "whose decay is learned, such as simple_gla"
         )
     # On other devices the check would make the host wait; a compiler does not see values.
-    readable = x.device.type == "cpu" and x.numel() and not torch.compiler.is_compiling()
+    readable = not is_safe and x.device.type == "cpu" and x.numel() and not torch.compiler.is_compiling()
     if gate.is_log_decay and readable and not bool(x.detach().amax() <= 0):
         raise InputError(
             f"{variant.name}: {gate.name} holds logarithms of decays and must not exceed 0 or be NaN; its largest value on rank "

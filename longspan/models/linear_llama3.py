@@ -38,10 +38,23 @@ class Cache:
 
 @dataclass(frozen=True)
 class SequenceParallel:
-    """The group that a model was parallelized for; `group` is a process group, or None for one process without any."""
+    """The group that a model was parallelized for; `group` is a process group, or None for one process without any.
+
+    A copy of the model in this process is of the same group. Pickled, this is None: a group belongs to its process, and what is
+    loaded is a model that was not parallelized.
+    """
 
     group: Any
     num_ranks: int
+
+    def __copy__(self) -> SequenceParallel:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SequenceParallel:
+        return self
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        return type(None), ()
 
 
 class Block(nn.Module):

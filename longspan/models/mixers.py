@@ -96,7 +96,7 @@ class LinearMixer(nn.Module):
     def forward(self, x: Tensor, layout: SequenceLayout | None, by: Rotation | None) -> Tensor:
         """x and the result are [B, T, C]; `by` is for softmax layers."""
         k, v, gates = self._written(x)
-        memory = linear.write(self.operator, k, v, gates, layout=layout, exchange=self.exchange)
+        memory = linear.write(self.operator, k, v, gates, layout=layout, exchange=self.exchange, has_safe_gates=True)
         q, gate = self._features(self.q_proj(x)), self.gate_proj(x)
         return self._out(memory.read(q), gate)
 
@@ -104,7 +104,14 @@ class LinearMixer(nn.Module):
         """The layer's output for the next token [B, 1, C], after those in `cache`."""
         k, v, gates = self._written(x)
         memory = linear.write(
-            self.operator, k, v, gates, initial_state=cache.state, output_final_state=True, chunk_size=1
+            self.operator,
+            k,
+            v,
+            gates,
+            initial_state=cache.state,
+            output_final_state=True,
+            chunk_size=1,
+            has_safe_gates=True,
         )
         o = memory.read(self._features(self.q_proj(x)))
         cache.state = memory.final_state()

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from longspan.attention.memory import StepMemory
 from longspan.attention.softmax.all_gather import AllGather
 from longspan.attention.softmax.blocks import Visibility
 from longspan.attention.softmax.choice import Shapes, choose
@@ -110,7 +111,7 @@ def write_softmax(
     return SoftmaxMemory(k, v, layout, visibility, method, num_heads)
 
 
-class SoftmaxMemory:
+class SoftmaxMemory(StepMemory):
     """Keys and values on their way to the ranks that need them; `read` attends to them.
 
     method: how they are exchanged; what ``"auto"`` has chosen.
