@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,8 +43,8 @@ Starts its own ranks on this machine, or uses those of torchrun. Besides the opt
   --config FILE.toml    keys by section, as a run's config.toml has them; options below override it
   --resume [RUN]        go on with a run folder, or with the last one in runs/, from its newest checkpoint
 
-Exit codes: 0 done, 1 failed, 2 refused (the message says how to mend it), 75 stopped by SIGTERM or SIGINT with a
-checkpoint.
+Exit codes: 0 done, 1 failed, 2 refused (the message says how to mend it), 75 stopped by SIGTERM, SIGINT or SIGHUP
+with a checkpoint.
 """
 
 _BENCH_HELP = """Measure each topology's exchange of states, forward and backward, beside what the cost model says.
@@ -60,6 +61,9 @@ Rates have units, 400gbit or 45GB a second, and so have times: 15us, 0.2ms.
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Names, prompts and samples may hold what the terminal's encoding does not.
+        sys.stdout.reconfigure(errors="backslashreplace")
     if not arguments or arguments[0] in ("-h", "--help"):
         sys.stdout.write(_USAGE)
         return 0 if arguments else EXIT_REFUSED
@@ -84,8 +88,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _train(arguments: list[str]) -> int:
     from longspan.train.config import check, check_degrees
 
-    place = place_of_this_process()
+    place = None
     try:
+        place = place_of_this_process()
         config, resume = parse_train(arguments[1:])
         check(config)
         if place is None:
@@ -108,9 +113,10 @@ def _train(arguments: list[str]) -> int:
 def _bench_exchange(arguments: list[str]) -> int:
     from longspan.bench.options import BenchExchange
 
-    place = place_of_this_process()
     options = _parse(BenchExchange, "longspan bench exchange", _BENCH_HELP, arguments[2:])
+    place = None
     try:
+        place = place_of_this_process()
         options.check(options.ranks if place is None else place.world_size)
     except LongspanError as error:
         return _refuse(error, place)

@@ -26,7 +26,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from longspan.errors import LongspanError
+from longspan.errors import ConfigError, LongspanError
 
 EXIT_DONE = 0
 EXIT_FAILED = 1
@@ -34,8 +34,8 @@ EXIT_FAILED = 1
 EXIT_REFUSED = 2
 """An error that the user can mend: its message says how."""
 EXIT_STOPPED = 75
-"""Stopped by SIGTERM or SIGINT after a last checkpoint: ``--resume`` goes on from there. A second signal exits with 128
-and its number, without a checkpoint."""
+"""Stopped by SIGTERM, SIGINT or SIGHUP after a last checkpoint: ``--resume`` goes on from there. A second signal exits with
+128 and its number, without a checkpoint."""
 
 _RENDEZVOUS = "LONGSPAN_RENDEZVOUS"
 # Large CPU tensors in huge pages: else the first touch of every 4 KiB costs long sequences a good part of their time. What the
@@ -43,6 +43,14 @@ _RENDEZVOUS = "LONGSPAN_RENDEZVOUS"
 _MEMORY_SETTINGS = {"THP_MEM_ALLOC_ENABLE": "1"}
 # After the first rank has failed, the others get this long to say what they saw.
 _SECONDS_TO_REPORT = 1.5
+
+
+def _stop_signals() -> list[signal.Signals]:
+    """The signals that end a run; a hang-up only where it is not ignored, as it is under nohup."""
+    signals = [signal.SIGTERM, signal.SIGINT]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        signals.append(signal.SIGHUP)
+    return signals
 
 
 @dataclass(frozen=True)
@@ -60,18 +68,31 @@ class Place:
 
 
 def place_of_this_process() -> Place | None:
-    """This process's place if torchrun or `run_local_ranks` started it, else None."""
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    if not all(name in os.environ for name in names):
+    """This process's place if torchrun or `run_local_ranks` started it, else None.
+
+    Raises:
+        ConfigError: for environment variables that give no place.
+    """
+    if not all(name in os.environ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")):
         return None
-    rank, world_size, local_rank = (int(os.environ[name]) for name in names)
+    world_size = _number_of("WORLD_SIZE", 1, 2**31 - 1)
+    rank = _number_of("RANK", 0, world_size - 1)
+    local_world_size = _number_of("LOCAL_WORLD_SIZE", 1, world_size) if "LOCAL_WORLD_SIZE" in os.environ else world_size
+    local_rank = _number_of("LOCAL_RANK", 0, local_world_size - 1)
     rendezvous = os.environ.get(_RENDEZVOUS)
-    return Place(
-        rank=rank,
-        world_size=world_size,
-        local_rank=local_rank,
-        local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", world_size)),
-        rendezvous=None if rendezvous is None else Path(rendezvous),
+    if rendezvous is not None and not os.path.isdir(rendezvous):
+        raise ConfigError(f"{_RENDEZVOUS} is {rendezvous!r}, which is no folder: only longspan sets it. Unset it")
+    return Place(rank, world_size, local_rank, local_world_size, None if rendezvous is None else Path(rendezvous))
+
+
+def _number_of(name: str, least: int, most: int) -> int:
+    """The number in an environment variable that says where a process stands."""
+    text = os.environ[name]
+    if text.isascii() and text.isdigit() and len(text) < 20 and least <= int(text) <= most:
+        return int(text)
+    raise ConfigError(
+        f"the environment variable {name} is {text!r}; it must be a whole number from {least} to {most}. torchrun sets RANK, "
+        "WORLD_SIZE and LOCAL_RANK: start this with torchrun, or unset them to let longspan start its own ranks"
     )
 
 
@@ -124,7 +145,7 @@ def _start_rank(
 
 @contextlib.contextmanager
 def _forwarded_signals(ranks: list[subprocess.Popen[bytes]]) -> Iterator[None]:
-    """The first SIGTERM or SIGINT asks the ranks to stop after a checkpoint; the second kills them."""
+    """The first signal of `_stop_signals` asks the ranks to stop after a checkpoint; the second kills them."""
     received: list[int] = []
 
     def handle(number: int, frame: FrameType | None) -> None:
@@ -136,7 +157,7 @@ def _forwarded_signals(ranks: list[subprocess.Popen[bytes]]) -> Iterator[None]:
         for process in ranks:
             process.send_signal(signal.SIGTERM)
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, handle) for number in _stop_signals()}
     try:
         yield
     finally:
@@ -216,7 +237,7 @@ def _stacks_path(folder: Path, rank: int) -> Path:
 
 
 class StopRequest:
-    """Whether a signal has asked this process to stop: set by the first SIGTERM or SIGINT; the second exits at once."""
+    """Whether a signal has asked this process to stop: set by the first signal of `_stop_signals`; the second exits at once."""
 
     def __init__(self) -> None:
         self.requested = False
@@ -229,7 +250,7 @@ class StopRequest:
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
         """Handle the signals inside this context."""
-        before = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
+        before = {number: signal.signal(number, self._handle) for number in _stop_signals()}
         try:
             yield
         finally:
@@ -290,6 +311,15 @@ def _end_with_starting_command() -> None:
     threading.Thread(target=wait_for_end, daemon=True).start()
 
 
+def _check_meeting_point() -> None:
+    address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+    remedy = "torchrun sets MASTER_ADDR and MASTER_PORT: start this with torchrun, or set them on every rank"
+    if not address:
+        raise ConfigError(f"the environment variable MASTER_ADDR is {address!r}; it must name rank 0's host. {remedy}")
+    if port is None or not (port.isascii() and port.isdigit() and len(port) < 6 and int(port) < 2**16):
+        raise ConfigError(f"the environment variable MASTER_PORT is {port!r}; it must be a port, 0 to 65535. {remedy}")
+
+
 def num_cores() -> int:
     """Cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
@@ -298,11 +328,17 @@ def num_cores() -> int:
 
 
 def start_process_group(place: Place, backend: str, timeout_seconds: float) -> None:
-    """Join the default process group of a run with several ranks."""
+    """Join the default process group of a run with several ranks.
+
+    Raises:
+        ConfigError: for environment variables that do not say where the ranks meet.
+    """
     from datetime import timedelta
 
     import torch.distributed as dist
 
+    if place.rendezvous is None:
+        _check_meeting_point()
     dist.init_process_group(
         backend,
         init_method="env://" if place.rendezvous is None else f"file://{place.rendezvous.as_posix()}/store",

@@ -99,12 +99,16 @@ def test_a_killed_run_goes_on_bit_for_bit(config: Path, finished: tuple[Path, st
     assert all(torch.equal(tensor, expected[name]) for name, tensor in newest_tensors(run).items())
 
 
-def test_a_signal_ends_a_run_with_a_checkpoint_and_only_loopback_listens(config: Path, tmp_path: Path) -> None:
+# The hang-up is what a terminal sends that goes.
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGHUP])
+def test_a_signal_ends_a_run_with_a_checkpoint_and_only_loopback_listens(
+    config: Path, tmp_path: Path, number: signal.Signals
+) -> None:
     run = tmp_path / "run"
     with started("--config", config, "--run.dir", run, "--train.steps", "100000") as process:
         wait_for(lambda: has_made_steps(run), process)
         addresses = {address for rank in process.ranks for address in listening_addresses(rank)}
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(number)
         printed, errors = process.communicate(timeout=TIMEOUT)
     assert process.returncode == 75, errors
     assert f"longspan train --resume {run}" in printed

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 import textwrap
 from pathlib import Path
 
 import pytest
 
-from longspan.launch import Place, StopRequest, place_of_this_process, run_local_ranks, run_rank
+from longspan.cli import main
+from longspan.errors import ConfigError
+from longspan.launch import (
+    Place,
+    StopRequest,
+    place_of_this_process,
+    run_local_ranks,
+    run_rank,
+    start_process_group,
+)
 
 PROLOGUE = """
 import os, sys, time
@@ -102,6 +113,56 @@ def test_a_process_that_no_launcher_started_has_no_place(monkeypatch: pytest.Mon
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert place_of_this_process() == Place(3, 8, 1, 2)
+
+
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"])
+@pytest.mark.parametrize("value", ["", " ", "two", "1.0", "-1", "٣", "99999999999", "9" * 5000, "\udcff"])
+def test_a_place_that_is_no_number_is_refused_by_name(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, value: str
+) -> None:
+    place = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"} | {name: value}
+    for key, text in place.items():
+        monkeypatch.setenv(key, text)
+    with pytest.raises(ConfigError, match=f"the environment variable {name} is .*must be a whole number from"):
+        place_of_this_process()
+    for command in (["train"], ["bench", "exchange"]):
+        assert main(command) == 2
+        assert capsys.readouterr().err.startswith(f"longspan: error: the environment variable {name} is")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("MASTER_ADDR", None), ("MASTER_ADDR", ""), ("MASTER_PORT", None), ("MASTER_PORT", "x"), ("MASTER_PORT", "70000")],
+)
+def test_a_meeting_point_that_is_none_is_refused_by_name(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str | None
+) -> None:
+    for key, text in {"MASTER_ADDR": "localhost", "MASTER_PORT": "29500", name: value}.items():
+        if text is None:
+            monkeypatch.delenv(key, raising=False)
+        else:
+            monkeypatch.setenv(key, text)
+    with pytest.raises(ConfigError, match=f"the environment variable {name} is .*start this with torchrun"):
+        start_process_group(Place(world_size=2), "gloo", 1.0)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_asks_for_the_end(number: signal.Signals) -> None:
+    stop = StopRequest()
+    with stop.listening():
+        os.kill(os.getpid(), number)
+        assert stop.requested
+
+
+def test_a_hang_up_that_is_ignored_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        stop = StopRequest()
+        with stop.listening():
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop.requested
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_failure_of_a_single_process_is_printed_by_itself(capsys: pytest.CaptureFixture[str]) -> None:

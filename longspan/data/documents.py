@@ -54,7 +54,7 @@ def read_corpus(
         seed: decides which documents are held out, and which are read under `max_bytes`.
 
     Raises:
-        DataError: if there is no such source or no text in it, or a file is not UTF-8 or not JSON lines.
+        DataError: if there is no such source or no text in it, or a file cannot be read, is not UTF-8 or not JSON lines.
     """
     if source == STANDARD_LIBRARY:
         root = Path(sysconfig.get_path("stdlib"))
@@ -75,6 +75,15 @@ def read_corpus(
 
 
 def _listed_files(source: Path, suffixes: tuple[str, ...]) -> tuple[Path, list[Path]]:
+    try:
+        return _files_of(source, suffixes)
+    except OSError as error:
+        raise DataError(
+            f"data.source {str(source)!r} cannot be read: {error}. Give access, or another source"
+        ) from error
+
+
+def _files_of(source: Path, suffixes: tuple[str, ...]) -> tuple[Path, list[Path]]:
     if source.is_file():
         return source.parent, [source]
     if not source.is_dir():
@@ -93,6 +102,8 @@ def _listed_files(source: Path, suffixes: tuple[str, ...]) -> tuple[Path, list[P
 def _read_documents(path: Path, name: str, text_key: str, skip_undecodable: bool) -> Iterator[Document]:
     try:
         text = path.read_bytes().decode("utf-8")
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error}. Give access to it, or move it away") from error
     except UnicodeDecodeError as error:
         if skip_undecodable:
             return
@@ -105,21 +116,52 @@ def _read_documents(path: Path, name: str, text_key: str, skip_undecodable: bool
             yield Document(name, text)
         return
     for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise DataError(
-                f"{path}, line {number}, is not JSON: {error}. Each line must be one JSON object"
-            ) from error
-        if not isinstance(entry, dict) or not isinstance(entry.get(text_key), str):
-            found = ", ".join(map(repr, entry)) if isinstance(entry, dict) else type(entry).__name__
-            raise DataError(
-                f"{path}, line {number}, has no text under the key {text_key!r}; it has {found}. Set data.text_key"
-            )
-        if entry[text_key]:
-            yield Document(f"{name}:{number}", entry[text_key])
+        if line.strip():
+            text_of_line = _text_of_line(line, f"{path}, line {number},", text_key)
+            if text_of_line:
+                yield Document(f"{name}:{number}", text_of_line)
+
+
+def _text_of_line(line: str, where: str, text_key: str) -> str:
+    """The text in a line of a ``.jsonl`` file."""
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where} is not JSON: {error}. Each line must be one JSON object") from error
+    if not isinstance(entry, dict) or text_key not in entry:
+        found = ", ".join(map(repr, entry)) if isinstance(entry, dict) else type(entry).__name__
+        raise DataError(
+            f"{where} has no text under the key {text_key!r}; it has {found or 'no key'}. Set data.text_key"
+        )
+    text = entry[text_key]
+    if not isinstance(text, str):
+        raise DataError(
+            f"{where} has no text under the key {text_key!r}, but {_json_type(text)}; it must be a string. Remove the line, or "
+            "name the key of the text as data.text_key"
+        )
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{where} has half a surrogate pair, \\u{ord(text[error.start]):04x}, at character {error.start} of its text: "
+            "such text cannot be written as UTF-8. Repair the line, or remove it"
+        ) from error
+    return text
+
+
+def _json_type(value: object) -> str:
+    """What JSON calls the type of a value, with an article."""
+    if value is None:
+        return "null"
+    kinds = {
+        bool: "a boolean",
+        int: "a number",
+        float: "a number",
+        str: "a string",
+        list: "an array",
+        dict: "an object",
+    }
+    return kinds[type(value)]
 
 
 def _split(documents: list[Document], validation_fraction: float, seed: int) -> Corpus:
@@ -148,4 +190,6 @@ def _split_one(document: Document, validation_fraction: float) -> Corpus:
 
 
 def _hash(seed: int, purpose: str, name: str) -> int:
-    return int.from_bytes(hashlib.sha256(f"{seed}:{purpose}:{name}".encode()).digest()[:8])
+    # The names of files need not be UTF-8.
+    key = f"{seed}:{purpose}:{name}".encode("utf-8", "surrogateescape")
+    return int.from_bytes(hashlib.sha256(key).digest()[:8])

@@ -11,7 +11,7 @@ from typing import Any
 
 from longspan.data.documents import Document, read_corpus
 from longspan.data.tokenizer import ByteTokenizer, Kind, Tokenizer, load_tokenizer, train_bpe
-from longspan.data.tokens import TokenFile, open_token_file, write_token_file
+from longspan.data.tokens import TokenFile, open_token_file, write_token_file, write_whole
 from longspan.errors import DataError
 
 # A BPE's merges settle long before this; more text only takes longer.
@@ -54,12 +54,12 @@ def prepare(recipe: Recipe, folder: Path) -> float:
     """Write the prepared data of `recipe` into `folder`, unless it is there already; return the seconds that it took.
 
     Raises:
-        DataError: if the source cannot be read, or `folder` holds data of another recipe.
+        DataError: if the source cannot be read, `folder` holds data of another recipe, or it cannot be written to.
     """
     start = time.perf_counter()
     recipe_path = folder / "recipe.json"
     written = json.dumps(_as_json(recipe), indent=1)
-    if recipe_path.exists():
+    if _exists(recipe_path):
         _check_same_recipe(recipe, recipe_path)
         return time.perf_counter() - start
     corpus = read_corpus(
@@ -69,12 +69,18 @@ def prepare(recipe: Recipe, folder: Path) -> float:
     if recipe.tokenizer == "bpe":
         texts = [document.text for document in corpus.train]
         tokenizer = train_bpe(texts, recipe.vocab_size, _TOKENIZER_TRAINING_BYTES)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
-    for name, documents in (("train", corpus.train), ("validation", corpus.validation)):
-        _write_split(folder / f"{name}.bin", documents, tokenizer)
-    # Written last: its presence says that the rest is whole.
-    recipe_path.write_text(written)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
+        for name, documents in (("train", corpus.train), ("validation", corpus.validation)):
+            _write_split(folder / f"{name}.bin", documents, tokenizer)
+        # Written last: its presence says that the rest is whole.
+        write_whole(recipe_path, written.encode())
+    except OSError as error:
+        raise DataError(
+            f"the prepared data could not be written to {folder}: {error}. Make room or give access, or give another "
+            "data.folder"
+        ) from error
     return time.perf_counter() - start
 
 
@@ -117,10 +123,17 @@ def _as_json(recipe: Recipe) -> dict[str, Any]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(recipe).items()}
 
 
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError as error:
+        raise DataError(f"{path} cannot be looked for: {error}. Give another data.folder") from error
+
+
 def _check_same_recipe(recipe: Recipe, path: Path) -> None:
     try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path} cannot be read: {error}. Remove {path.parent} to prepare the data again") from error
     expected = _as_json(recipe)
     if found != expected:

@@ -139,7 +139,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
         text = path.read_text(encoding="utf-8")
         if json.loads(text) == {"kind": "bytes"}:
             return ByteTokenizer()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path} cannot be read as a tokenizer: {error}. Prepare the data again") from error
     from tokenizers import Tokenizer as Rust
 

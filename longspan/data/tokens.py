@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +69,8 @@ def write_token_file(
         tokenizer_sha256=tokenizer_sha256,
         documents=tuple(offsets.tolist()),
     )
-    _write_whole(path, tokens.tobytes())
-    _write_whole(sidecar_path(path), json.dumps(asdict(info)).encode())
+    write_whole(path, tokens.tobytes())
+    write_whole(sidecar_path(path), json.dumps(asdict(info)).encode())
     return info
 
 
@@ -96,7 +97,10 @@ def open_token_file(path: Path) -> TokenFile:
             f"{path} holds {size // dtype.itemsize} tokens of {info.dtype}; {sidecar_path(path).name} says "
             f"{info.num_tokens}: the file was cut off, or its dtype is another. {again}"
         )
-    tokens: np.ndarray = np.memmap(path, dtype=dtype, mode="r")
+    try:
+        tokens: np.ndarray = np.memmap(path, dtype=dtype, mode="r")
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error}. Give access to it, or prepare the data again") from error
     outside = np.flatnonzero(tokens >= info.vocab_size)
     if len(outside):
         offset = int(outside[0])
@@ -119,20 +123,27 @@ def _read_info(path: Path) -> TokenFileInfo:
     names = set(TokenFileInfo.__dataclass_fields__)
     if not isinstance(values, dict) or set(values) != names or values["format"] != FORMAT:
         raise DataError(f"{path} does not describe a token file of format {FORMAT}. Prepare the data again")
-    if values["dtype"] not in _DTYPES:
-        raise DataError(f"{path}: dtype {values['dtype']!r} is not one of {', '.join(_DTYPES)}. Prepare the data again")
+    dtype = values["dtype"]
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
+        raise DataError(f"{path}: dtype {dtype!r} is not one of {', '.join(_DTYPES)}. Prepare the data again")
+    most = {"num_tokens": 2**63 - 1, "vocab_size": 2 ** (8 * _DTYPES[dtype].itemsize), "num_text_bytes": 2**63 - 1}
+    for name, limit in most.items():
+        if type(values[name]) is not int or not 1 <= values[name] <= limit:
+            raise DataError(
+                f"{path}: {name} is {values[name]!r}; it must be a whole number from 1 to {limit}. Prepare the data again"
+            )
     documents = values["documents"]
-    counts = [values[name] for name in ("num_tokens", "vocab_size", "num_text_bytes")]
-    if not all(type(n) is int and n >= 0 for n in counts) or not isinstance(documents, list):
-        raise DataError(f"{path}: a number is missing or negative. Prepare the data again")
-    if not documents or documents[0] != 0 or documents[-1] != values["num_tokens"]:
+    offsets = documents if isinstance(documents, list) and all(type(n) is int for n in documents) else []
+    rising = all(before <= after for before, after in pairwise(offsets))
+    if not offsets or offsets[0] != 0 or offsets[-1] != values["num_tokens"] or not rising:
         raise DataError(
-            f"{path}: the documents' offsets do not run from 0 to {values['num_tokens']}. Prepare the data again"
+            f"{path}: the documents' offsets do not rise from 0 to {values['num_tokens']}. Prepare the data again"
         )
     return TokenFileInfo(**(values | {"documents": tuple(documents)}))
 
 
-def _write_whole(path: Path, content: bytes) -> None:
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file that appears under its name when it is whole."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with temporary.open("wb") as file:

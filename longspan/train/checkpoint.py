@@ -25,7 +25,7 @@ FORMAT = "longspan-checkpoint-1"
 MANIFEST = "manifest.json"
 _TEMPORARY = ".writing-"
 _DISCARDED = ".removing-"
-_NAME = re.compile(r"step-(\d{8,})")
+_NAME = re.compile(r"step-([0-9]{8,})")
 
 
 @dataclass(frozen=True)
@@ -116,8 +116,6 @@ def load_checkpoint(path: Path) -> Checkpoint:
     Raises:
         CheckpointError: if a file is missing, damaged or not part of it; the message names the file.
     """
-    from safetensors.torch import load
-
     manifest = _read_manifest(path)
     contents = {}
     for name, expected in manifest["files"].items():
@@ -130,11 +128,36 @@ def load_checkpoint(path: Path) -> Checkpoint:
         if hashlib.sha256(content).hexdigest() != expected["sha256"]:
             raise _damaged(path / name, "has changed since it was written: its SHA-256 is another")
         contents[name] = content
-    return Checkpoint(
-        step=manifest["step"],
-        tensors={n.removesuffix(".safetensors"): load(c) for n, c in contents.items() if n.endswith(".safetensors")},
-        state=json.loads(contents["state.json"]),
-    )
+    state = _read_state(path, contents)
+    tensors = {
+        name.removesuffix(".safetensors"): _read_tensors(path / name, content)
+        for name, content in contents.items()
+        if name.endswith(".safetensors")
+    }
+    return Checkpoint(manifest["step"], tensors, state)
+
+
+def _read_state(path: Path, contents: dict[str, bytes]) -> dict[str, Any]:
+    name = "state.json"
+    if name not in contents:
+        raise _damaged(path / name, "is not part of the checkpoint")
+    try:
+        state: Any = json.loads(contents[name])
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path / name, f"is not JSON: {error}") from error
+    if not isinstance(state, dict):
+        raise _damaged(path / name, "is not a JSON object")
+    return state
+
+
+def _read_tensors(path: Path, content: bytes) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    try:
+        return load(content)
+    except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
+        raise _damaged(path, f"holds no tensors: {error}") from error
 
 
 def _folder_name(step: Any) -> str:
@@ -145,6 +168,14 @@ def _manifest(step: Any, files: dict[str, dict[str, Any]]) -> bytes:
     body = {"files": files, "format": FORMAT, "step": step}
     checksum = hashlib.sha256(_canonical(body)).hexdigest()
     return _canonical(body | {"sha256": checksum})
+
+
+def _is_manifest_of(content: bytes, step: Any, files: dict[str, dict[str, Any]]) -> bool:
+    try:
+        return content == _manifest(step, files)
+    except RecursionError:
+        # Nested deeper than what was ever written.
+        return False
 
 
 def _canonical(value: Any) -> bytes:
@@ -160,18 +191,27 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         raise _damaged(manifest, f"cannot be read: {error}") from error
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         raise _damaged(manifest, f"is no manifest of format {FORMAT}")
-    if not isinstance(values.get("files"), dict) or content != _manifest(values.get("step"), values["files"]):
+    files = values.get("files")
+    if not isinstance(files, dict) or not _is_manifest_of(content, values.get("step"), files):
         raise _damaged(manifest, "has changed since it was written: its checksum is another")
+    for name, expected in files.items():
+        kinds = {key: type(value) for key, value in expected.items()} if isinstance(expected, dict) else {}
+        if kinds != {"bytes": int, "sha256": str}:
+            raise _damaged(manifest, f"does not give the bytes and the SHA-256 of {name!r}")
     if path.name != _folder_name(values["step"]):
         raise _damaged(manifest, f"is that of step {values['step']!r}")
-    outside = [name for name in values["files"] if Path(name).name != name]
+    outside = [name for name in files if Path(name).name != name or name in ("", "..") or "\0" in name]
     if outside:
         raise _damaged(manifest, f"names a file outside its folder: {outside[0]!r}")
     return values
 
 
 def _by_step(folder: Path) -> list[Path]:
-    matches = [(_NAME.fullmatch(path.name), path) for path in folder.iterdir()] if folder.is_dir() else []
+    try:
+        paths = list(folder.iterdir()) if folder.is_dir() else []
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be read: {error}. Give access to it") from error
+    matches = [(_NAME.fullmatch(path.name), path) for path in paths]
     return [path for _, path in sorted((int(match.group(1)), path) for match, path in matches if match)]
 
 

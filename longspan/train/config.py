@@ -272,8 +272,10 @@ def from_mapping(values: dict[str, Any]) -> Config:
     """
     config = Config()
     for section, entries in values.items():
-        if not isinstance(entries, dict) or section not in _section_names():
+        if section not in _section_names():
             raise unknown_key(section)
+        if not isinstance(entries, dict):
+            raise ConfigError(f"{section} is {entries!r}; it is a section of keys: [{section}]")
         current = getattr(config, section)
         kinds = typing.get_type_hints(type(current))
         for key in entries:
@@ -353,6 +355,8 @@ def check(config: Config) -> None:
     Raises:
         ConfigError: for a value out of its range, or values that do not fit each other.
     """
+    for key, value in flatten(config).items():
+        _check_text_and_size(key, value)
     for key, least in _LEAST.items():
         value = flatten(config)[key]
         if value is not None and not value >= least:
@@ -391,6 +395,23 @@ def check(config: Config) -> None:
             f"train.seq_len {config.train.seq_len} is shorter than parallel.sp {config.parallel.sp}: each rank needs a "
             "token. Use a longer sequence or fewer ranks"
         )
+
+
+def _check_text_and_size(key: str, value: Any) -> None:
+    """Refuse text that neither a file of the run nor a terminal can take, and numbers that are no 64-bit integers."""
+    for text in value if isinstance(value, tuple) else (value,):
+        if isinstance(text, str):
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise ConfigError(
+                    f"{key} is {text!r}, which is not UTF-8 at character {error.start}. Give text in UTF-8; rename a file "
+                    "or folder whose name is not"
+                ) from error
+            if "\0" in text:
+                raise ConfigError(f"{key} is {text!r}; it must not hold a character of value 0")
+    if type(value) is int and not -(2**63) <= value < 2**63:
+        raise ConfigError(f"{key} is {value}; it must be less than 2^63")
 
 
 def check_degrees(config: Config, world_size: int) -> int:
@@ -461,10 +482,17 @@ def _check_type(key: str, value: Any, kind: Any) -> Any:
             return tuple(value)
         raise ConfigError(f"{key} is {value!r}; it must be a string or a list of strings")
     if kind is float and type(value) is int:
-        return float(value)
+        value = _as_float(key, value)
     if type(value) is not kind:
         raise ConfigError(f"{key} is {value!r}, {_article(type(value).__name__)}; it must be {_article(kind.__name__)}")
     return value
+
+
+def _as_float(key: str, value: int) -> float:
+    try:
+        return float(value)
+    except OverflowError as error:
+        raise ConfigError(f"{key} has {len(str(value))} digits; it must be a finite number") from error
 
 
 def _article(name: str) -> str:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from typing import Any
 
+from longspan.errors import CheckpointError
 from longspan.train.metrics import plot_losses
+from longspan.train.run_folder import writing
 from longspan.train.sample import generate
 from longspan.train.trainer import Trainer
 
@@ -22,22 +25,41 @@ def finish(trainer: Trainer, started: float) -> None:
     trainer.phase.name = "writing the results"
     if not trainer.ranks.is_first:
         return
+    folder = trainer.folder
     _write_weights(trainer)
-    plot_losses(trainer.metrics.read(), trainer.baseline.nats_per_token, trainer.folder.plot)
+    _plot(trainer)
     text = _sample(trainer)
     summary = _summary(trainer, time.perf_counter() - started)
-    trainer.folder.summary_json.write_text(json.dumps(summary | {"sample": text}, indent=1) + "\n", encoding="utf-8")
-    trainer.folder.summary_text.write_text(_as_markdown(trainer, summary, text), encoding="utf-8")
+    with writing(folder.summary_json):
+        folder.summary_json.write_text(json.dumps(summary | {"sample": text}, indent=1) + "\n", encoding="utf-8")
+    with writing(folder.summary_text):
+        folder.summary_text.write_text(_as_markdown(trainer, summary, text), encoding="utf-8")
     _print(trainer, summary, text)
 
 
 def _write_weights(trainer: Trainer) -> None:
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     weights = {name: p.detach().cpu().contiguous() for name, p in trainer.model.named_parameters()}
     # One entry: safetensors writes several in an order that changes from run to run.
     metadata = {"LinearLlama3Config": json.dumps(trainer.model.config.to_dict())}
-    save_file(weights, trainer.folder.weights, metadata=metadata)
+    with writing(trainer.folder.weights):
+        try:
+            save_file(weights, trainer.folder.weights, metadata=metadata)
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
+
+
+def _plot(trainer: Trainer) -> None:
+    try:
+        records = trainer.metrics.read()
+    except CheckpointError as error:
+        # The training is done, and nothing else comes from that file.
+        trainer.report.line(f"{trainer.folder.plot.name} is not drawn: {error}")
+        return
+    with writing(trainer.folder.plot):
+        plot_losses(records, trainer.baseline.nats_per_token, trainer.folder.plot)
 
 
 def _sample(trainer: Trainer) -> str:
@@ -51,24 +73,28 @@ def _sample(trainer: Trainer) -> str:
 
 def _summary(trainer: Trainer, seconds: float) -> dict[str, Any]:
     assert trainer.validation is not None
-    steps = [record for record in trainer.metrics.read() if "loss" in record]
-    timed = sum(record["seconds"] for record in steps)
+    totals = trainer.totals
     return {
         "steps": trainer.step,
         "tokens": trainer.step * trainer.config.train.batch_tokens,
         "ranks": f"data {trainer.ranks.dp} x sequence {trainer.ranks.sp}",
         "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
-        "training_loss": steps[-1]["loss"],
-        "validation_loss": trainer.validation.nats_per_token,
-        "validation_bits_per_byte": trainer.validation.bits_per_byte,
+        "training_loss": totals.last_loss,
+        "validation_loss": _finite(trainer.validation.nats_per_token),
+        "validation_bits_per_byte": _finite(trainer.validation.bits_per_byte),
         "unigram_loss": trainer.baseline.nats_per_token,
         "unigram_bits_per_byte": trainer.baseline.bits_per_byte,
-        "tokens_per_second": trainer.step * trainer.config.train.batch_tokens / timed,
-        "wait_share": sum(record["wait_share"] * record["seconds"] for record in steps) / timed,
-        "memory_bytes": max(record["memory_bytes"] for record in steps),
-        "seconds_in_steps": timed,
+        "tokens_per_second": totals.tokens_per_second,
+        "wait_share": totals.wait_share,
+        "memory_bytes": totals.memory_bytes,
+        "seconds_in_steps": totals.seconds,
         "seconds_of_this_process": seconds,
     }
+
+
+def _finite(value: float) -> float | None:
+    """None, which JSON has, for what is not finite."""
+    return value if math.isfinite(value) else None
 
 
 def _as_markdown(trainer: Trainer, summary: dict[str, Any], text: str) -> str:
@@ -93,7 +119,7 @@ def _print(trainer: Trainer, summary: dict[str, Any], text: str) -> None:
     report.heading("unigram", f"{trainer.baseline} (predicting each token by its frequency)")
     report.heading(
         "speed",
-        f"{summary['tokens']:,} tokens in {summary['seconds_in_steps']:.0f} s: "
+        f"{trainer.totals.tokens:,} tokens in {summary['seconds_in_steps']:.0f} s: "
         f"{summary['tokens_per_second']:,.0f} tokens/s, {summary['wait_share']:.1%} of the time waiting for other "
         f"ranks; {summary['memory_bytes'] / 2**30:.2f} GiB a rank at most",
     )

@@ -6,12 +6,45 @@ import json
 import math
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from longspan.errors import CheckpointError
+
+# Any number that is measured is smaller; NaN and infinity are not.
+_LARGEST = 2**63
+
+
+@dataclass
+class Totals:
+    """What the steps of a run took, those before a resume included: kept in its checkpoints."""
+
+    tokens: int = 0
+    seconds: float = 0.0
+    seconds_waiting: float = 0.0
+    memory_bytes: int = 0
+    """The most of any rank."""
+    last_loss: float | None = None
+    """None before the first step, or where it was not finite."""
+
+    def add(self, tokens: int, seconds: float, seconds_waiting: float, memory_bytes: int, loss: float) -> None:
+        """Count a step."""
+        self.tokens += tokens
+        self.seconds += seconds
+        self.seconds_waiting += seconds_waiting
+        self.memory_bytes = max(self.memory_bytes, memory_bytes)
+        self.last_loss = loss if math.isfinite(loss) else None
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+    @property
+    def wait_share(self) -> float:
+        return self.seconds_waiting / self.seconds if self.seconds else 0.0
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -36,10 +69,17 @@ class MetricsFile:
         self._writer: Any = None
 
     def append(self, record: dict[str, Any]) -> None:
-        """Add a line; a number that is not finite is written as null, which JSON has."""
+        """Add a line; a number that is not finite is written as null, which JSON has.
+
+        Raises:
+            CheckpointError: if it cannot be written.
+        """
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(finite) + "\n")
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(finite) + "\n")
+        except OSError as error:
+            raise _unwritten(self.path, error) from error
         if self._events is not None:
             self._append_events(finite)
 
@@ -60,30 +100,68 @@ class MetricsFile:
                 self._writer.add_scalar(key, value, record["step"])
 
     def read(self) -> list[dict[str, Any]]:
-        """All records; a last line that a crash cut off is left out."""
-        if not self.path.exists():
+        """All records, none if there is no file; a last line that a crash cut off is left out.
+
+        Raises:
+            CheckpointError: if the file cannot be read, or a line is no record; the message names the line.
+        """
+        try:
+            content = self.path.read_bytes()
+        except FileNotFoundError:
             return []
-        lines = self.path.read_text(encoding="utf-8").split("\n")
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.path} cannot be read: {error}. Give access to it, or move it away to go on"
+            ) from error
+        # Bytes, so that a line that is not UTF-8 is found by its number.
+        lines = content.split(b"\n")
         records = []
         for number, line in enumerate(lines, start=1):
             if not line:
                 continue
             try:
-                records.append(json.loads(line))
-            except ValueError as error:
+                records.append(_record(line))
+            except (ValueError, RecursionError) as error:
                 if number == len(lines):
                     break
                 raise CheckpointError(
-                    f"{self.path}, line {number}, is not JSON: {error}. Remove the line, or the whole file, to go on"
+                    f"{self.path}, line {number}, {error}. Remove the line, or the whole file, to go on"
                 ) from error
         return records
 
     def cut_after(self, step: int) -> None:
-        """Drop the records of later steps, which a resumed run makes again."""
+        """Drop the records of later steps, which a resumed run makes again.
+
+        Raises:
+            CheckpointError: if the file cannot be read or written, or a line is no record.
+        """
         kept = [record for record in self.read() if record["step"] <= step]
         temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-        os.replace(temporary, self.path)
+        try:
+            temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+            os.replace(temporary, self.path)
+        except OSError as error:
+            raise _unwritten(self.path, error) from error
+
+
+def _record(line: bytes) -> dict[str, Any]:
+    """The record in a line of the metrics file; raises ValueError if it holds none."""
+    try:
+        record: Any = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"is not JSON: {error}") from error
+    if not isinstance(record, dict) or type(record.get("step")) is not int:
+        raise ValueError("is not an object with a whole number as its step")
+    for name, value in record.items():
+        if not (value is None or (isinstance(value, bool | int | float) and abs(value) < _LARGEST)):
+            raise ValueError(f"has a {name!r} that is no finite number")
+    return record
+
+
+def _unwritten(path: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(
+        f"{path} could not be written: {error}. Make room or give access, and go on with --resume {path.parent}"
+    )
 
 
 def plot_losses(records: list[dict[str, Any]], baseline: float, path: Path) -> None:

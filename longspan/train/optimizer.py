@@ -62,11 +62,13 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 
 
 def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Give the optimizer the state that `optimizer_tensors` took."""
+    """Give the optimizer the state that `optimizer_tensors` took; raises KeyError or ValueError for that of another model."""
     parameters = dict(model.named_parameters())
     optimizer.state.clear()
     for key, value in tensors.items():
         name, state = key.rsplit("/", 1)
         parameter = parameters[name]
+        if value.dim() and value.shape != parameter.shape:
+            raise ValueError(f"{key} has shape {tuple(value.shape)}, its parameter {tuple(parameter.shape)}")
         # AdamW counts its steps in a tensor on the CPU, or on the parameter's device where it is fused.
         optimizer.state[parameter][state] = value.to(parameter.device)

@@ -2,12 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import sys
 import time
+from collections.abc import Iterator
 from types import TracebackType
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+class _Console(Console):
+    """Says nothing more, and lets the run go on, once its terminal or pipe has gone."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        # What is still in Python's buffer would fail again as the process ends.
+        with contextlib.suppress(OSError, ValueError), open(os.devnull, "wb") as nothing:
+            os.dup2(nothing.fileno(), sys.stdout.fileno())
+
+    @contextlib.contextmanager
+    def outliving_its_terminal(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError:
+            self.on_broken_pipe()
 
 
 class Report:
@@ -17,7 +38,7 @@ class Report:
     """
 
     def __init__(self, num_steps: int, print_every: int, silent: bool) -> None:
-        self._console = Console(quiet=silent, highlight=False, soft_wrap=True)
+        self._console = _Console(quiet=silent, highlight=False, soft_wrap=True)
         self._num_steps = num_steps
         self._print_every = print_every
         self._bar: Progress | None = None
@@ -34,17 +55,20 @@ class Report:
 
     def heading(self, name: str, text: str) -> None:
         """A line of what the run consists of."""
-        self._console.print(f"[bold]{name:<11}[/bold]", end="")
-        self._console.print(text, markup=False)
+        with self._console.outliving_its_terminal():
+            self._console.print(f"[bold]{name:<11}[/bold]", end="")
+            self._console.print(text, markup=False)
 
     def line(self, text: str) -> None:
         """A line of text as it is."""
-        self._console.print(text, markup=False)
+        with self._console.outliving_its_terminal():
+            self._console.print(text, markup=False)
 
     def __enter__(self) -> Report:
         self._start = time.perf_counter()
         if self._bar is not None:
-            self._bar.start()
+            with self._console.outliving_its_terminal():
+                self._bar.start()
             self._task = self._bar.add_task("", total=self._num_steps, numbers="")
         return self
 
@@ -52,7 +76,8 @@ class Report:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if self._bar is not None:
-            self._bar.stop()
+            with self._console.outliving_its_terminal():
+                self._bar.stop()
 
     def step(self, record: dict[str, Any]) -> None:
         """Show a step: loss, tokens a second, share of time waiting for other ranks, peak memory of a rank."""

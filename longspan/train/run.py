@@ -11,7 +11,7 @@ import torch
 
 import longspan
 from longspan.data.prepare import PreparedData, Recipe, open_prepared, prepare
-from longspan.errors import CheckpointError
+from longspan.errors import CheckpointError, ConfigError
 from longspan.launch import EXIT_DONE, EXIT_STOPPED, Place, StopRequest, num_cores
 from longspan.train import config as configs
 from longspan.train.checkpoint import Checkpoint, load_checkpoint, newest_checkpoint, remove_leftovers
@@ -20,9 +20,9 @@ from longspan.train.finish import finish
 from longspan.train.phase import Phase
 from longspan.train.ranks import Ranks
 from longspan.train.report import Report
-from longspan.train.run_folder import RunFolder, create_run_folder
+from longspan.train.run_folder import RunFolder, create_run_folder, writing
 from longspan.train.selfcheck import SelfCheck
-from longspan.train.trainer import Trainer
+from longspan.train.trainer import Trainer, saved_value
 
 
 def train(config: Config, place: Place, stop: StopRequest, resume: RunFolder | None = None) -> int:
@@ -80,8 +80,7 @@ def train_on(
     traced = config.run.trace_step
     if traced is not None and traced > trainer.step:
         report.heading("trace", f"of step {traced}: {folder.traces}, one file a rank")
-    if ranks.is_first:
-        _write_start(trainer)
+    ranks.from_first(lambda: _write_start(trainer))
     stopped = trainer.run(stop)
     trainer.metrics.close()
     if stopped:
@@ -107,7 +106,14 @@ def _open_run(config: Config, resume: RunFolder | None, ranks: Ranks) -> tuple[R
 
 def _newest_fitting_checkpoint(folder: RunFolder, config: Config) -> Checkpoint:
     saved = load_checkpoint(newest_checkpoint(folder.checkpoints))
-    changes = configs.changes_what_is_trained(configs.from_mapping(saved.state["config"]), config)
+    try:
+        before = configs.from_mapping(saved_value(saved, "config", dict))
+    except ConfigError as error:
+        raise CheckpointError(
+            f"the checkpoint of step {saved.step} in {folder.path} has a config that this version does not know: {error}. "
+            "Use the version of longspan that wrote it, or start a new run"
+        ) from error
+    changes = configs.changes_what_is_trained(before, config)
     if changes:
         raise CheckpointError(
             f"{folder.path} was trained with another config, and cannot go on with this one:\n"
@@ -158,7 +164,8 @@ def _write_start(trainer: Trainer) -> None:
     trainer.metrics.cut_after(trainer.step)
     # Without its folder, the config is that of another run as well.
     config = dataclasses.replace(trainer.config, run=dataclasses.replace(trainer.config.run, dir=None))
-    trainer.folder.config.write_text(configs.to_toml(config), encoding="utf-8")
+    with writing(trainer.folder.config):
+        trainer.folder.config.write_text(configs.to_toml(config), encoding="utf-8")
 
 
 def _describe_ranks(ranks: Ranks, config: Config) -> str:

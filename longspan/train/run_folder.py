@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from longspan.errors import CheckpointError, ConfigError
 
 DEFAULT_PARENT = Path("runs")
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raise ConfigError, naming the file, for what the disk refuses to take."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"{path} could not be written: {error}. Make room or give access, and go on with --resume {path.parent}"
+        ) from error
 
 
 class RunFolder:
@@ -36,7 +49,7 @@ def create_run_folder(wanted: str | None) -> RunFolder:
     if wanted is None:
         return _create_by_time()
     path = Path(wanted)
-    if path.is_dir() and any(path.iterdir()):
+    if _is_used(path):
         raise ConfigError(
             f"run.dir {wanted!r} is not empty, and a run never overwrites another one. Go on with that run by "
             f"--resume {wanted}, or give another folder"
@@ -53,15 +66,34 @@ def find_run_to_resume(wanted: str | None) -> RunFolder:
     """
     if wanted is not None:
         folder = RunFolder(Path(wanted))
-        if not folder.config.is_file():
+        if not _is_file(folder.config):
             raise CheckpointError(
                 f"{wanted!r} is no run folder: it has no config.toml. Give the folder of a run to --resume"
             )
         return folder
-    configs = sorted(DEFAULT_PARENT.glob("*/config.toml"), key=lambda path: path.stat().st_mtime)
+    try:
+        configs = sorted(DEFAULT_PARENT.glob("*/config.toml"), key=lambda path: path.stat().st_mtime)
+    except OSError as error:
+        raise CheckpointError(
+            f"{DEFAULT_PARENT}/ cannot be searched: {error}. Give a folder: --resume FOLDER"
+        ) from error
     if not configs:
         raise CheckpointError(f"there is no run in {DEFAULT_PARENT}/ to go on with. Give its folder: --resume FOLDER")
     return RunFolder(configs[-1].parent)
+
+
+def _is_used(path: Path) -> bool:
+    try:
+        return path.is_dir() and any(path.iterdir())
+    except OSError as error:
+        raise ConfigError(f"run.dir {str(path)!r} cannot be read: {error}. Give another folder") from error
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}. Give the folder of a run to --resume") from error
 
 
 def _create_by_time() -> RunFolder:

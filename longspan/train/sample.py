@@ -11,7 +11,7 @@ from longspan.data.tokenizer import Tokenizer
 
 @torch.no_grad()
 def generate(model: Any, tokenizer: Tokenizer, prompt: str, num_tokens: int, temperature: float, seed: int) -> str:
-    """Text of `num_tokens` tokens that follows `prompt`, which opens a document.
+    """Text of `num_tokens` tokens that follows `prompt`, which opens a document; less where logits are no longer numbers.
 
     Args:
         model: has ``init_cache(batch_size)`` and ``step(tokens [1, 1], cache) -> logits [1, 1, vocab_size]``.
@@ -27,9 +27,13 @@ def generate(model: Any, tokenizer: Tokenizer, prompt: str, num_tokens: int, tem
         logits = model.step(torch.tensor([[tokens[position]]], device=device), cache)[0, 0].float().cpu()
         if position + 1 < num_given:
             continue
+        if not logits.isfinite().all():
+            break
         if temperature == 0:
             chosen = int(logits.argmax())
         else:
-            chosen = int(torch.multinomial((logits / temperature).softmax(-1), 1, generator=random))
+            # From the largest down, so that no quotient overflows, however low the temperature.
+            weights = ((logits - logits.amax()).double() / temperature).softmax(-1)
+            chosen = int(torch.multinomial(weights, 1, generator=random))
         tokens.append(chosen)
     return tokenizer.decode(tokens[num_given:])

@@ -58,9 +58,15 @@ class SelfCheck:
         )
 
     def raise_unless_agrees(self) -> None:
-        """Raise SelfCheckError, with all numbers, if the two sides disagree."""
+        """Raise SelfCheckError, with all numbers, if the two sides disagree, or have diverged."""
         if self.agrees:
             return
+        if not (math.isfinite(self.loss_alone) and math.isfinite(self.norm_alone)):
+            raise SelfCheckError(
+                f"the weights have diverged: on the first {self.num_tokens} tokens one process alone has loss {self.loss_alone} "
+                f"and gradient norm {self.norm_alone}. Remove the newest checkpoint to go on from the one "
+                "before it, or start a new run, with a lower optim.lr"
+            )
         loss, norm, gradients = self.differences
         raise SelfCheckError(
             "the ranks together do not compute what one process computes, so this run would train another model. On "
@@ -118,12 +124,13 @@ def _compare(parallel_model: nn.Module, alone: nn.Module, tokens: Tensor, total:
     ):
         squares[name] = float((_gradient(parameter) - _gradient(expected)).square().sum())
     norm_alone = float(gradient_norm(alone))
+    difference = math.sqrt(sum(squares.values()))
     return {
         "loss": total,
         "loss_alone": float(loss.detach()),
         "norm": float(gradient_norm(parallel_model)),
         "norm_alone": norm_alone,
-        "gradient_difference": math.sqrt(sum(squares.values())) / norm_alone,
+        "gradient_difference": difference / norm_alone if norm_alone else difference,
         "worst": max(squares, key=lambda name: (math.isnan(squares[name]), squares[name])),
     }
 

@@ -10,6 +10,7 @@ import torch
 from torch.profiler import ProfilerActivity, _ExperimentalConfig, profile
 
 from longspan.exchange.ranges import named_range
+from longspan.train.run_folder import writing
 
 
 class StepTrace:
@@ -43,7 +44,8 @@ class StepTrace:
             profiler.add_metadata_json("rank", str(self._rank))
             with named_range(f"longspan.train.step {step}"):
                 yield
-        self.folder.mkdir(exist_ok=True)
-        unfinished = self.path(step).with_suffix(".tmp")
-        profiler.export_chrome_trace(str(unfinished))
-        unfinished.replace(self.path(step))
+        with writing(self.folder):
+            self.folder.mkdir(exist_ok=True)
+            unfinished = self.path(step).with_suffix(".tmp")
+            profiler.export_chrome_trace(str(unfinished))
+            unfinished.replace(self.path(step))

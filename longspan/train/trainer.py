@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from dataclasses import asdict
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,10 +19,10 @@ from longspan.layout import SequenceLayout
 from longspan.models import LinearLlama3
 from longspan.parallel import sum_gradients
 from longspan.train import config as configs
-from longspan.train.checkpoint import Checkpoint, save_checkpoint
+from longspan.train.checkpoint import Checkpoint, complete_checkpoints, save_checkpoint
 from longspan.train.config import Config
 from longspan.train.loss import Evaluation, evaluate, loss_sum, unigram_baseline
-from longspan.train.metrics import MetricsFile, peak_memory_bytes
+from longspan.train.metrics import MetricsFile, Totals, peak_memory_bytes
 from longspan.train.model import build_model, copy_weights, make_parallel
 from longspan.train.optimizer import (
     build_optimizer,
@@ -68,8 +69,7 @@ class Trainer:
         self.optimizer = build_optimizer(self.model, config.optim)
         self.step = 0
         self.skipped_in_a_row = 0
-        self.seconds = 0.0
-        self.seconds_waiting = 0.0
+        self.totals = Totals()
         self.validation: Evaluation | None = None
 
     def _build_model(self) -> LinearLlama3:
@@ -168,11 +168,11 @@ class Trainer:
 
     def _record(self, everyone: Tensor, norm: float, lr: float, finite: bool, seconds: float, traffic: Traffic) -> None:
         waited = float(everyone[:, 3].mean())
-        self.seconds += seconds
-        self.seconds_waiting += waited
+        loss, memory_bytes = float(everyone[:, 0].sum()), int(everyone[:, 4].max())
+        self.totals.add(self.config.train.batch_tokens, seconds, waited, memory_bytes, loss)
         record: dict[str, Any] = {
             "step": self.step,
-            "loss": float(everyone[:, 0].sum()),
+            "loss": loss,
             "gradient_norm": norm,
             "lr": lr,
             "skipped": not finite,
@@ -181,7 +181,7 @@ class Trainer:
             "wait_share": waited / seconds,
             "exchanges": traffic.num_collectives,
             "exchanged_bytes": traffic.bytes_sent,
-            "memory_bytes": int(everyone[:, 4].max()),
+            "memory_bytes": memory_bytes,
             "seconds": seconds,
         }
         if self.ranks.is_first:
@@ -190,14 +190,21 @@ class Trainer:
         self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
         if finite:
             return
-        what = f"loss {record['loss']}, gradient norm {norm}"
+        what = f"loss {loss}, gradient norm {norm}"
         self.report.line(f"step {self.step}: {what}; the weights stay as they are")
         if self.skipped_in_a_row >= self.config.train.max_skipped_steps:
             raise TrainingError(
                 f"{self.skipped_in_a_row} steps in a row were not finite, the last one step {self.step} ({what}). "
-                f"The last checkpoint is in {self.folder.checkpoints}. Lower optim.lr or optim.clip_norm, and go on "
-                "with --resume"
+                + self._way_on()
             )
+
+    def _way_on(self) -> str:
+        """What a user can do after steps that were not finite."""
+        lower = "Lower optim.lr or optim.clip_norm"
+        saved = complete_checkpoints(self.folder.checkpoints)
+        if not saved:
+            return f"There is no checkpoint yet. {lower}, and start a new run"
+        return f"The last checkpoint is {saved[-1]}. {lower}, and go on with --resume {self.folder.path}"
 
     def validate(self) -> None:
         """Compute the loss on the held-out sequences, write it down and say it."""
@@ -232,6 +239,7 @@ class Trainer:
             state={
                 "step": self.step,
                 "skipped_in_a_row": self.skipped_in_a_row,
+                "totals": asdict(self.totals),
                 "next_sequence": self.step * self.config.batch_sequences,
                 "data": self.data.fingerprint,
                 "config": configs.to_mapping(self.config),
@@ -245,15 +253,30 @@ class Trainer:
             DataError: if the prepared data is not what the checkpoint was trained on.
             CheckpointError: if the weights are not this model's.
         """
-        trained_on = saved.state["data"]
+        trained_on = saved_value(saved, "data", dict)
         changed = [name for name, checksum in self.data.fingerprint.items() if trained_on.get(name) != checksum]
         if changed:
             raise DataError(
                 f"the prepared data is not what the checkpoint of step {saved.step} was trained on: "
                 f"{', '.join(changed)} changed. Restore the data folder, or start a new run"
             )
+        self._restore_weights(saved)
+        try:
+            load_optimizer_tensors(self.model, self.optimizer, _saved_tensors(saved, "optimizer"))
+            torch.set_rng_state(_saved_tensors(saved, "random")["torch"])
+            # Those of a checkpoint that has none begin anew: what is derived from them is of the steps that they count.
+            self.totals = Totals(**saved.state.get("totals", {}))
+        except (KeyError, ValueError, TypeError, RuntimeError) as error:
+            raise CheckpointError(
+                f"the checkpoint of step {saved.step} does not hold the state of this optimizer: "
+                f"{type(error).__name__}: {error}. {_OTHER_VERSION}"
+            ) from error
+        self.step = saved.step
+        self.skipped_in_a_row = saved_value(saved, "skipped_in_a_row", int)
+
+    def _restore_weights(self, saved: Checkpoint) -> None:
         parameters = dict(self.model.named_parameters())
-        weights = saved.tensors["model"]
+        weights = _saved_tensors(saved, "model")
         shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
         found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
         odd = sorted(name for name in {*shapes, *found} if shapes.get(name) != found.get(name))
@@ -261,15 +284,33 @@ class Trainer:
             raise CheckpointError(
                 f"the weights of step {saved.step} are not those of this model: {odd[0]} is "
                 f"{found.get(odd[0], 'missing')} in the checkpoint and {shapes.get(odd[0], 'missing')} here "
-                f"({len(odd)} differ). Use the version of longspan that wrote them, or start a new run"
+                f"({len(odd)} differ). {_OTHER_VERSION}"
             )
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(weights[name])
-        load_optimizer_tensors(self.model, self.optimizer, saved.tensors["optimizer"])
-        torch.set_rng_state(saved.tensors["random"]["torch"])
-        self.step = saved.step
-        self.skipped_in_a_row = saved.state["skipped_in_a_row"]
+
+
+_OTHER_VERSION = "Use the version of longspan that wrote them, or start a new run"
+
+Value = TypeVar("Value")
+
+
+def saved_value(saved: Checkpoint, name: str, kind: type[Value]) -> Value:
+    """A value of the checkpoint's state; raises CheckpointError where it is missing or of another type."""
+    value = saved.state.get(name)
+    if not isinstance(value, kind):
+        raise CheckpointError(
+            f"the checkpoint of step {saved.step} has {value!r} for {name}; this version expects a value of type "
+            f"{kind.__name__}. {_OTHER_VERSION}"
+        )
+    return value
+
+
+def _saved_tensors(saved: Checkpoint, name: str) -> dict[str, Tensor]:
+    if name not in saved.tensors:
+        raise CheckpointError(f"the checkpoint of step {saved.step} has no {name}.safetensors. {_OTHER_VERSION}")
+    return saved.tensors[name]
 
 
 def _is_due(step: int, every: int) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ import torch.distributed as dist
 from longspan.attention.linear import LinearMemory
 from longspan.launch import EXIT_DONE, EXIT_STOPPED
 from longspan.layout import SequenceLayout
+from longspan.models.decays import DECAYS
+from longspan.train.checkpoint import load_checkpoint, newest_checkpoint
 from longspan.train.config import Config
 from longspan.train.loss import loss_sum
 from tests.ranks import raised, run_on_ranks
@@ -117,6 +120,43 @@ def test_a_finished_run_can_be_made_longer(corpus: Path, finished: Path, tmp_pat
     assert [record["step"] for record in metrics(run)] == [1, 2, 3, 3, 4, 5, 6, 6, 7, 8, 8]
 
 
+def test_what_a_resumed_run_says_of_its_speed_needs_no_file_that_may_be_gone(
+    corpus: Path, finished: Path, tmp_path: Path
+) -> None:
+    summaries = []
+    for name, metrics_of in (("whole", None), ("gone", ""), ("damaged", "xx\n")):
+        run = interrupted(finished, tmp_path / name, after=3)
+        if metrics_of is not None:
+            (run / "metrics.jsonl").write_text(metrics_of)
+        if name == "gone":
+            (run / "metrics.jsonl").unlink()
+        if name == "damaged":
+            for kind, text in run_on_ranks(2, raised, train_here, tiny_config(corpus, run), True):
+                assert kind == "CheckpointError"
+                assert "metrics.jsonl, line 1, is not JSON" in text
+            continue
+        assert run_on_ranks(2, train_here, tiny_config(corpus, run), True) == [EXIT_DONE] * 2
+        summaries.append(json.loads((run / "summary.json").read_text()))
+        assert [record["step"] for record in metrics(run)] == ([1, 2, 3, 3] if name == "whole" else []) + [4, 5, 6, 6]
+    saved = load_checkpoint(newest_checkpoint(tmp_path / "gone" / "checkpoints")).state["totals"]
+    assert saved["tokens"] == 6 * 244
+    for summary in summaries:
+        rate = summary["tokens"] / summary["seconds_in_steps"]
+        assert summary["tokens_per_second"] == pytest.approx(rate)
+        assert summary["memory_bytes"] > 50e6 and 0 <= summary["wait_share"] <= 1
+    assert summaries[0]["training_loss"] == summaries[1]["training_loss"] == metrics(finished)[-2]["loss"]
+
+
+def test_a_finished_run_without_its_metrics_may_be_finished_again(corpus: Path, finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    (run / "metrics.jsonl").unlink()
+    assert run_on_ranks(2, train_here, tiny_config(corpus, run), True) == [EXIT_DONE] * 2
+    again, before = (json.loads((path / "summary.json").read_text()) for path in (run, finished))
+    different = {key for key in before if again[key] != before[key]}
+    assert different <= {"seconds_of_this_process"}
+
+
 def _stop_on_rank_1(config: Config) -> int:
     return train_here(config, stop_at_once=dist.get_rank() == 1)
 
@@ -215,6 +255,40 @@ def test_many_bad_steps_in_a_row_stop_the_run_with_its_checkpoint(corpus: Path, 
         assert kind == "TrainingError"
         assert "2 steps in a row were not finite, the last one step 5" in text
     assert [path.name for path in sorted((run / "checkpoints").iterdir())] == ["step-00000003", "step-00000004"]
+
+
+@pytest.mark.parametrize("operator", DECAYS)
+def test_a_diverging_run_skips_its_steps_whatever_the_operator(corpus: Path, tmp_path: Path, operator: str) -> None:
+    run = tmp_path / "run"
+    values = {"model__operator": operator, "train__max_skipped_steps": 2, "validation__every": 1}
+    # After one step the weights are finite, but nothing that layers make of them is.
+    config = tiny_config(corpus, run, optim__lr=1e30, optim__warmup_steps=0, checkpoint__every=0, **values)
+    for kind, text in run_on_ranks(2, raised, train_here, config):
+        assert kind == "TrainingError"
+        assert "2 steps in a row were not finite, the last one step 3" in text
+        assert text.endswith("There is no checkpoint yet. Lower optim.lr or optim.clip_norm, and start a new run")
+    assert [record["skipped"] for record in metrics(run) if "loss" in record] == [False, True, True]
+
+
+def test_a_diverged_run_is_not_gone_on_with_as_if_the_ranks_disagreed(corpus: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    config = tiny_config(corpus, run, optim__lr=1e30, optim__warmup_steps=0, train__steps=3, checkpoint__every=0)
+    assert run_on_ranks(2, train_here, config) == [EXIT_DONE] * 2
+    for kind, text in run_on_ranks(2, raised, train_here, tiny_config(corpus, run, train__steps=4), True):
+        assert kind == "SelfCheckError"
+        assert "the weights have diverged: on the first" in text
+
+
+def test_a_run_whose_last_step_was_skipped_ends_with_a_summary(corpus: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    config = tiny_config(corpus, run, train__steps=2, checkpoint__every=0)
+    assert run_on_ranks(2, _with_nan_on_rank_1, config, (2,)) == [EXIT_DONE] * 2
+    summary = json.loads((run / "summary.json").read_text(), parse_constant=_refuse_constant)
+    assert summary["training_loss"] is None and summary["validation_loss"] > 0
+
+
+def _refuse_constant(name: str) -> float:
+    raise AssertionError(f"{name} is no JSON")
 
 
 # -------------------------------------------------------------------------------------------------------- refusals
