@@ -21,20 +21,24 @@ from longspan.train.checkpoint import load_checkpoint, newest_checkpoint
 from longspan.train.config import Config
 from longspan.train.loss import loss_sum
 from tests.ranks import raised, run_on_ranks
+from tests.shared import made_once
 from tests.train.tiny import COMPUTED, metrics, newest_tensors, tiny_config, train_here, write_corpus
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_corpus(tmp_path_factory.mktemp("corpus") / "text")
+    return Path(made_once(tmp_path_factory, "run-corpus", lambda folder: str(write_corpus(folder / "text"))))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def finished(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a finished run of six steps on two ranks."""
-    run = tmp_path_factory.mktemp("finished") / "run"
-    assert run_on_ranks(2, train_here, tiny_config(corpus, run)) == [EXIT_DONE] * 2
-    return run
+
+    def make(folder: Path) -> str:
+        assert run_on_ranks(2, train_here, tiny_config(corpus, folder / "run")) == [EXIT_DONE] * 2
+        return str(folder / "run")
+
+    return Path(made_once(tmp_path_factory, "run-finished", make))
 
 
 # --------------------------------------------------------------------------------------------------------- any ranks
