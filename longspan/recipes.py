@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longspan.attention.memory import StepMemory
 from longspan.errors import InputError
 from longspan.exchange import Exchange
 from longspan.features import at_least_float32, hgrn2_log_decay
@@ -26,7 +25,7 @@ from longspan.state import Dense
 
 
 @dataclass
-class NormalizedMemory(StepMemory):
+class NormalizedMemory:
     """What `write_normalized` has written: read it with queries, once or several times."""
 
     _memory: Any

@@ -142,10 +142,12 @@ def test_a_memory_says_that_it_belongs_to_its_step(copied: Any) -> None:
         write("linear_attention", k, v, causal=False),
         write("retention", k, v, log_decay=torch.full((2,), -0.1), causal=False),
         write_softmax(k, torch.rand(1, 5, 2, 4)),
-        write_normalized(k, v),
     ]
+    if copied is not copy.copy:
+        # It holds the operator's own.
+        memories.append(write_normalized(k, v))
     for memory in memories:
-        with pytest.raises(InputError, match=rf"a {type(memory).__name__} belongs to the step .* neither copied nor"):
+        with pytest.raises(InputError, match=r"a \w+Memory belongs to the step .* neither copied nor"):
             copied(memory)
 
 
