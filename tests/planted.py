@@ -1,0 +1,137 @@
+"""Faults that the tests must see: each is planted in a copy of the package, where a few tests of the default selection must fail.
+
+A fault is one change of text. What it replaces is short, and must occur in its file exactly once; where it no longer does, plant
+the same fault in the code that took its place.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+PROJECT_ROOT = Path(__file__).resolve().parent.parent
+
+
+class NotPlantedError(Exception):
+    """The text that a fault replaces does not occur exactly once."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """`old` becomes `new` in `file`, and one of `tests` (arguments of pytest) fails."""
+
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+    def planted_in(self, source: str) -> str:
+        count = source.count(self.old)
+        if count != 1 or self.old == self.new:
+            raise NotPlantedError(
+                f"{self.old!r} occurs {count} times in {self.file}; it must be there once, and be changed"
+            )
+        return source.replace(self.old, self.new)
+
+
+CONFORMANCE = "tests/attention/test_conformance.py::test_sequence_parallel_equals_the_recurrent_form_on_every_rank"
+CHUNKS = "tests/ops/test_variants.py"
+
+FAULTS: dict[str, Fault] = {
+    "a sign in the reverse exchange": Fault(
+        "longspan/state.py",
+        "adjoint[index].apply(grad) + grad_in",
+        "adjoint[index].apply(grad) - grad_in",
+        (f"{CONFORMANCE}[simple_gla-contiguous-all_gather-3]",),
+    ),
+    "the gate's gradient without the term of the rank's boundary": Fault(
+        "longspan/state.py",
+        "(grad_out * state_in).sum(summed_dims)",
+        "(0.0 * grad_out * state_in).sum(summed_dims)",
+        (f"{CONFORMANCE}[simple_gla-contiguous-all_gather-3]",),
+    ),
+    "a prefix of one stretch too few in the scan": Fault(
+        "longspan/state.py",
+        "pair.transition[index].apply(state)",
+        "pair.transition[max(index - 1, 0)].apply(state)",
+        (f"{CONFORMANCE}[simple_gla-contiguous-all_gather-3]",),
+    ),
+    "a document that is not cut from the one before": Fault(
+        "longspan/attention/linear.py",
+        "return transition.cut(cut)",
+        "return transition.cut([False for _ in cut])",
+        (f"{CONFORMANCE}[simple_gla-contiguous-all_gather-3]",),
+    ),
+    "the two segments of a rank swapped in zigzag order": Fault(
+        "longspan/exchange/segments.py",
+        "segment.rank * layout.num_segments + segment.slot",
+        "(segment.rank + 1) * layout.num_segments - 1 - segment.slot",
+        (f"{CONFORMANCE}[simple_gla-zigzag-all_gather-3]",),
+    ),
+    "the gradient of the query without the scale": Fault(
+        "longspan/ops/decay.py",
+        "grad_query.view_as(query), _times(factors.query, call.scale), call.scale",
+        "grad_query.view_as(query), factors.query",
+        (f"{CHUNKS}::test_chunk_form_equals_recurrent_form", "-k", "simple_gla and overlapped"),
+    ),
+    "NaN in the gradient that one rank receives": Fault(
+        "longspan/exchange/all_gather.py",
+        "return take(outgoing, [index - first for index in own], layout)",
+        'return take(outgoing, [index - first for index in own], layout) * (float("nan") if layout.rank == 1 else 1.0)',
+        (f"{CONFORMANCE}[simple_gla-contiguous-all_gather-3]",),
+    ),
+    "the gradient of a group of heads given to another key head": Fault(
+        "longspan/ops/decay.py",
+        ".unflatten(1, (num_key_heads, -1)).sum(2)",
+        ".unflatten(1, (-1, num_key_heads)).sum(1)",
+        (f"{CHUNKS}::test_heads_may_share_keys_and_sizes_need_be_no_power_of_two", "-k", "simple_gla"),
+    ),
+    "a final state to which what entered the rank is added undecayed": Fault(
+        "longspan/ops/diagonal.py",
+        "transition([(piece.start, piece.stop)]).apply(state)",
+        "state * 1.0",
+        (f"{CONFORMANCE}[simple_gla-contiguous-all_gather-3]",),
+    ),
+    "a halo that is one token too early": Fault(
+        "longspan/exchange/halo.py",
+        "(first_length[source.rank] if source.slot else 0) - source.start",
+        "(first_length[source.rank] if source.slot else 0) - source.start - (start > source.start)",
+        ("tests/attention/test_convolution.py::test_every_rank_equals_the_definition_with_every_gradient", "-k", "3-"),
+    ),
+    "a causal mask that lets queries see the next key": Fault(
+        "longspan/attention/softmax/blocks.py",
+        "ahead = 0 if visibility.causal",
+        "ahead = 1 if visibility.causal",
+        ("tests/attention/test_softmax.py::test_every_rank_equals_dense_attention", "-k", "all_gather-2"),
+    ),
+    "labels that are shifted after the split": Fault(
+        "longspan/layout.py",
+        "return self.shard(labels)",
+        "return torch.where(self.shard(labels) < 0, ignore_index, self.shard(tokens[:, : self.seq_len]).roll(-1, 1))",
+        ("tests/test_layout.py",),
+    ),
+    "messages of a chain that end a segment too early": Fault(
+        "longspan/exchange/chain.py",
+        "later.start not in bounds",
+        "later.stop not in bounds",
+        ("tests/exchange/test_exchange.py", "-k", "is_the_scan and ring-ScalarDecay"),
+    ),
+}
+
+
+def outcome(fault: Fault, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run the fault's tests in a copy of the project in `folder` that has it."""
+    for part in ("longspan", "tests", "benchmarks"):
+        shutil.copytree(PROJECT_ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(PROJECT_ROOT / "pyproject.toml", folder)
+    planted = folder / fault.file
+    planted.write_text(fault.planted_in(planted.read_text(encoding="utf-8")), encoding="utf-8")
+    # The tests of the copy are a session of their own, and import the copy even where another one is installed.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    environment["PYTHONPATH"] = str(folder)
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *fault.tests]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=900)
