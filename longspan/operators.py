@@ -225,7 +225,9 @@ def simple_gla(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Simple gated linear attention: ``S_t = e^{g_t} S_{t-1} + k_t v_tᵀ``, ``o_t = scale · S_tᵀ q_t``.
 
-    It is Mamba-2's SSD (arXiv 2405.21060).
+    It is Mamba-2's SSD (arXiv 2405.21060). Computed by PyTorch, outputs and gradients err at most three times as much as token by
+    token in the same dtype, for every g from 0 to −inf. Kernels keep to that in bfloat16. In float32 their ∂g has an error of 7e-5
+    of its largest value where all g are near −6: they sum it over a whole run of tokens, as a difference of larger numbers.
 
     Args:
         g: log decays ``[B, T, H]``, at most 0; float32 or float64 (bfloat16 is accepted, at the price of its own rounding).
@@ -268,6 +270,8 @@ def gla(
     chunk_size: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Gated linear attention: ``S_t = Diag(e^{g_t}) S_{t-1} + k_t v_tᵀ``, ``o_t = scale · S_tᵀ q_t`` (arXiv 2312.06635).
+
+    Precision as of `simple_gla`; the kernels' ∂g in float32 has an error of 4e-5 where all g are near −6.
 
     Args:
         g: log decays ``[B, T, H, K]``, at most 0; float32 or float64 (bfloat16 is accepted, at the price of its own rounding).

@@ -59,7 +59,25 @@ def _from_reference(g, g_token, start, b, places, half, columns, num_columns, nu
     """e^{−|b_t − b_reference|} ``[C, D]``; the reference is the last token of the earlier half of t's square."""
     reference = places // (2 * half) * (2 * half) + half - 1
     tokens = (start + reference).to(tl.int64)
-    return tl.exp(-tl.abs(b - _tile(g, tokens, g_token, columns, num_columns, reference < num_valid)))
+    at_reference = _tile(g, tokens, g_token, columns, num_columns, reference < num_valid)
+    return tl.exp(-tl.abs(b - at_reference).to(tl.float32))
+
+
+@triton.jit
+def _is_finite(x):
+    return tl.abs(x.to(tl.float32)) < float("inf")
+
+
+@triton.jit
+def _spoil(result, is_finite, REVERSE: tl.constexpr):
+    """`result` ``[C, D]``, NaN from the first token of a column that is not finite on (reversed: up to the last).
+
+    A token that is masked out still counts in a product, as 0 · NaN. So what is read is made finite before, and this follows.
+    """
+    if tl.max(tl.max(tl.where(is_finite, 0, 1), axis=1), axis=0) > 0:
+        reached = tl.cumsum(tl.where(is_finite, 0.0, 1.0), axis=0, reverse=REVERSE)
+        result = tl.where(reached > 0.0, float("nan"), result)
+    return result
 
 
 @triton.autotune(
@@ -132,7 +150,8 @@ def attend_kernel(
     ``[num_slots, B, H, ·, ·]`` with strides for rows (contracted) and columns: with a transposed state they are swapped.
     arriving ``[·, B, H, ·, ·]``: what enters the piece from elsewhere, reaching the slot times e^carried. INSIDE: whether
     tokens of the stretch ask each other (without, only the state is read). dots ``[V blocks, B, T, H]``: Σ out ⊙ dotted over
-    the block's columns, with dotted ``[B, T, ·, V]``. of_end: Σ Z ⊙ met, of the entering state and that of ``met``, laid out as
+    the block's columns, with dotted ``[B, T, ·, V]``, but for what a token reads of itself, which no gate decays; where decays
+    belong to columns not summed, ``[B, T, H, V]``. of_end: Σ Z ⊙ met, of the entering state and that of ``met``, laid out as
     states, in the same slot, ``[V blocks, N, B, H]``; where decays belong to columns summed over rows alone, ``[N, B, H, V]``.
     scale_in: a number, or, LOADS_SCALE, a pointer to one. Program (stretch, V block; batch and head).
     """
@@ -207,6 +226,9 @@ def attend_kernel(
         if INSIDE:
             asked = _tile(b, tokens, b_token, rows, num_contracted, is_token)
             read = _tile(c, tokens, c_token, columns, num_columns, is_token)
+            is_finite = _is_finite(read)
+            finite = tl.where(is_finite, read, 0.0).to(read.dtype)
+        of_itself = tl.zeros([C], tl.float32)
         if DECAY == CHANNEL:
             channels = rows if AXIS == CONTRACTED else columns
             num_channels = num_contracted if AXIS == CONTRACTED else num_columns
@@ -216,11 +238,12 @@ def attend_kernel(
             )
             x = total[None, :] - sums if REVERSE else sums
             if AXIS == CONTRACTED:
-                result = product_with_state((asking * tl.exp(x)).to(asking.dtype), state, PRECISION)
-                state *= tl.exp(total)[:, None]
+                decayed = (asking * tl.exp(x.to(tl.float32))).to(asking.dtype)
+                result = product_with_state(decayed, state, PRECISION)
+                state *= tl.exp(total.to(tl.float32))[:, None]
             else:
-                result = product_with_state(asking, state, PRECISION) * tl.exp(x)
-                state *= tl.exp(total)[None, :]
+                result = product_with_state(asking, state, PRECISION) * tl.exp(x.to(tl.float32))
+                state *= tl.exp(total.to(tl.float32))[None, :]
             if INSIDE:
                 if AXIS == CONTRACTED:
                     own = tl.sum(asking.to(tl.float32) * asked.to(tl.float32), axis=1)
@@ -232,46 +255,62 @@ def attend_kernel(
                             (asking * factor).to(asking.dtype), tl.trans((asked * factor).to(asked.dtype)), PRECISION
                         )
                         scores += tl.where(_square(places, half, REVERSE), square, 0.0)
-                    result += product((scores * scale).to(read.dtype), read, PRECISION)
-                    leaving = (asked * tl.exp(total[None, :] - x) * scale).to(asked.dtype)
+                    result += product((scores * scale).to(read.dtype), finite, PRECISION)
+                    leaving = (asked * tl.exp((total[None, :] - x).to(tl.float32)) * scale).to(asked.dtype)
                     state += product(tl.trans(leaving), read, PRECISION)
                 else:
                     scores = product(asking, tl.trans(asked), PRECISION) * scale
-                    own = tl.sum(tl.where(places[:, None] == places[None, :], scores, 0.0), axis=1)
-                    result += own[:, None] * read.to(tl.float32)
+                    of_itself = tl.sum(tl.where(places[:, None] == places[None, :], scores, 0.0), axis=1)
                     for level in tl.range(LEVELS, num_stages=1):
                         half = C >> (level + 1)
                         factor = _from_reference(g, g_token, start, sums, places, half, columns, num_columns, num_valid)
                         square = tl.where(_square(places, half, REVERSE), scores, 0.0).to(read.dtype)
-                        result += product(square, (read * factor).to(read.dtype), PRECISION) * factor
-                    leaving = (read * tl.exp(total[None, :] - x) * scale).to(read.dtype)
+                        result += product(square, (finite * factor).to(read.dtype), PRECISION) * factor
+                    leaving = (read * tl.exp((total[None, :] - x).to(tl.float32)) * scale).to(read.dtype)
                     state += product(tl.trans(asked), leaving, PRECISION)
         else:
             result = product_with_state(asking, state, PRECISION)
             if DECAY != NONE:
-                x, total = of_tokens(g, g_token, constant, start, num_valid, LOWEST, DECAY, REVERSE, C)
-                result *= tl.exp(x)[:, None]
-                state *= tl.exp(total)
+                x, rest, total, total_rest = of_tokens(
+                    g, g_token, constant, start, num_valid, LOWEST, DECAY, REVERSE, C
+                )
+                result *= tl.exp(x + rest)[:, None]
+                state *= tl.exp(total + total_rest)
             if INSIDE:
                 scores = product(asking, tl.trans(asked), PRECISION) * scale
                 factor = tl.full([C], 1.0, tl.float32) * scale
                 if DECAY != NONE:
-                    scores *= tl.exp(tl.minimum(x[:, None] - x[None, :], 0.0))
-                    factor *= tl.exp(total - x)
+                    between = (x[:, None] - x[None, :]) + (rest[:, None] - rest[None, :])
+                    scores *= tl.exp(tl.minimum(between, 0.0))
+                    factor *= tl.exp((total - x) + (total_rest - rest))
                 if REVERSE:
                     scores = tl.where(places[:, None] <= places[None, :], scores, 0.0)
                 else:
                     scores = tl.where(places[:, None] >= places[None, :], scores, 0.0)
-                result += product(scores.to(read.dtype), read, PRECISION)
+                if HAS_DOTS:
+                    is_own = places[:, None] == places[None, :]
+                    of_itself = tl.sum(tl.where(is_own, scores, 0.0), axis=1)
+                    scores = tl.where(is_own, 0.0, scores)
+                result += product(scores.to(read.dtype), finite, PRECISION)
                 state += product(tl.trans(asked), (read * factor[:, None]).to(read.dtype), PRECISION)
+        if INSIDE:
+            result = _spoil(result, is_finite, REVERSE)
         result *= scale_out
+        if HAS_DOTS:
+            beside = _tile(dotted, tokens, dotted_token, columns, num_columns, is_token).to(tl.float32)
+            row = (batch * num_tokens + tokens) * num_heads + head
+            if DECAY == CHANNEL:
+                tl.store(
+                    dots + row[:, None] * num_columns + columns[None, :],
+                    result * beside,
+                    mask=is_token[:, None] & (columns < num_columns)[None, :],
+                )
+            else:
+                part = block.to(tl.int64) * (tl.num_programs(1) // num_heads) * num_tokens * num_heads
+                tl.store(dots + part + row, tl.sum(result * beside, axis=1), mask=is_token)
+        if INSIDE and (HAS_DOTS or (DECAY == CHANNEL and AXIS == COLUMNS)):
+            result += (of_itself * scale_out)[:, None] * read.to(tl.float32)
         target = ((batch * num_tokens + tokens) * num_heads + head)[:, None] * num_columns + columns[None, :]
         tl.store(
             out + target, result.to(out.dtype.element_ty), mask=is_token[:, None] & (columns < num_columns)[None, :]
         )
-        if HAS_DOTS:
-            beside = _tile(dotted, tokens, dotted_token, columns, num_columns, is_token)
-            entry = (
-                (block.to(tl.int64) * (tl.num_programs(1) // num_heads) + batch) * num_tokens + tokens
-            ) * num_heads + head
-            tl.store(dots + entry, tl.sum(result * beside.to(tl.float32), axis=1), mask=is_token)

@@ -6,6 +6,10 @@ x_t = b_C − b_t. Either way
 
     decay between t and s = e^{x_t − x_s},      what s adds to the state that leaves the chunk: e^{b_C − x_s}
 
+A sum of strong decays has no digits left for what the weak ones between them add. So log decays of heads and tokens are summed in
+two parts: whole multiples of 2⁻¹⁰, whose sums and differences are exact, and the rest, which is small. Sums of channels are
+float64 for float32 inputs; with two bytes an input the digits of float32 are enough.
+
 Kinds of decay (DECAY): none; one a head (constant); one a token and head; one a token and key channel.
 """
 
@@ -33,23 +37,27 @@ def of_tokens(
     REVERSE: tl.constexpr,
     C: tl.constexpr,
 ):
-    """x ``[C]`` and b_C of a chunk whose first token is `start`, for decays of a head or of tokens.
+    """(x ``[C]``, its rest, b_C, its rest) of a chunk whose first token is `start`, for decays of a head or of tokens.
 
     g: pointer to the head's log decays, stride_g from token to token; log_decay: the head's constant.
     """
     places = tl.arange(0, C)
     if DECAY == HEAD:
-        b = tl.minimum(places + 1, num_valid).to(tl.float32) * log_decay
-        total = num_valid.to(tl.float32) * log_decay
+        coarse = tl.floor(log_decay * 1024.0) * (1.0 / 1024.0)
+        count = tl.minimum(places + 1, num_valid).to(tl.float32)
+        b, rest = count * coarse, count * (log_decay - coarse)
+        total, total_rest = num_valid.to(tl.float32) * coarse, num_valid.to(tl.float32) * (log_decay - coarse)
     else:
         values = tl.load(g + (start + places).to(tl.int64) * stride_g, mask=places < num_valid, other=0.0)
         values = tl.maximum(values.to(tl.float32), LOWEST)
-        b = tl.cumsum(values, axis=0)
-        total = tl.sum(values, axis=0)
+        coarse = tl.floor(values * 1024.0) * (1.0 / 1024.0)
+        fine = values - coarse
+        b, rest = tl.cumsum(coarse, axis=0), tl.cumsum(fine, axis=0)
+        total, total_rest = tl.sum(coarse, axis=0), tl.sum(fine, axis=0)
     if REVERSE:
-        return total - b, total
+        return total - b, total_rest - rest, total, total_rest
     else:
-        return b, total
+        return b, rest, total, total_rest
 
 
 @triton.jit
@@ -67,7 +75,7 @@ def cumulate_kernel(
     C: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """b of every token for decays of channels: ``g [B, T, H, K]`` to float32 ``b [B, T, H, K]``, sums inside chunks of C.
+    """b of every token for decays of channels: ``g [B, T, H, K]`` to ``b [B, T, H, K]`` in its own dtype, sums inside chunks of C.
 
     Program (stretch, channels; batch and head).
     """
@@ -83,4 +91,4 @@ def cumulate_kernel(
         source = g + batch * g_batch + head * g_head + tokens[:, None] * g_token + channels[None, :]
         values = tl.maximum(tl.load(source, mask=mask, other=0.0).to(tl.float32), LOWEST)
         target = b + ((batch * num_tokens + tokens[:, None]) * num_heads + head) * num_channels + channels[None, :]
-        tl.store(target, tl.cumsum(values, axis=0), mask=mask)
+        tl.store(target, tl.cumsum(values.to(b.dtype.element_ty), axis=0), mask=mask)

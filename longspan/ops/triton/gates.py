@@ -1,8 +1,8 @@
 """The kernel of the gradient of log decays.
 
 Shapes: B batch rows, T tokens, H heads, K key channels, N stretches. With y what a gradient owes to e^{b_t} or e^{−b_t} of
-token t (q ⊙ ∂q, and −k ⊙ ∂k), the gradient of a log decay is the sum of y over the rest of the stretch, and what the stretch's
-end owes to the decay over it; see `longspan.ops.gate_gradient`.
+token t (q ⊙ ∂q, and −k ⊙ ∂k, without what a token reads of itself), the gradient of a log decay is the sum of y over the rest of
+the stretch, and what the stretch's end owes to the decay over it; see `longspan.ops.gate_gradient`.
 """
 
 from __future__ import annotations
@@ -10,16 +10,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from longspan.ops.triton.decays import CHANNEL
-
 
 @triton.jit
 def gate_kernel(
-    x,
-    grad,
     sums,
-    less_x,
-    less_grad,
     less_sums,
     of_end,
     other_end,
@@ -29,16 +23,9 @@ def gate_kernel(
     sign,
     num_tokens,
     num_heads,
-    x_heads,
     num_channels,
     num_sums,
     num_ends,
-    x_batch,
-    x_token,
-    x_head,
-    less_batch,
-    less_token,
-    less_head,
     g_batch,
     g_token,
     g_head,
@@ -46,15 +33,14 @@ def gate_kernel(
     HAS_LESS: tl.constexpr,
     HAS_END: tl.constexpr,
     HAS_OTHER_END: tl.constexpr,
-    DECAY: tl.constexpr,
     C: tl.constexpr,
     BK: tl.constexpr,
 ):
     """∂g of a stretch, zero where g lies below LOWEST.
 
-    CHANNEL: y = sign · (x ⊙ grad − less_x ⊙ less_grad) with x and less_x ``[B, T, ·, K]``, the gradients ``[B, T, H, K]``; else
-    y = sign · (Σ sums − Σ less_sums), ``[num_sums, B, T, H]``. of_end: ``[num_ends, N, B, H]`` or, CHANNEL, ``[1, N, B, H, K]``;
-    other_end: likewise, in one part. out ``[B, T, H]`` or ``[B, T, H, K]``, contiguous.
+    y = sign · (Σ sums − Σ less_sums), float32 ``[num_sums, B, T, H]`` or, for decays of channels, ``[num_sums, B, T, H, K]``.
+    of_end: ``[num_ends, N, B, H]`` or ``[1, N, B, H, K]``; other_end: likewise, in one part. out ``[B, T, H]`` or
+    ``[B, T, H, K]``, contiguous.
     Program (stretch, channels; batch and head).
     """
     channel_blocks = tl.cdiv(num_channels, BK)
@@ -65,10 +51,6 @@ def gate_kernel(
     places, channels = tl.arange(0, C), block * BK + tl.arange(0, BK)
     is_channel = channels < num_channels
     g += batch * g_batch + head * g_head
-    if DECAY == CHANNEL:
-        x += batch * x_batch + (head // (num_heads // x_heads)) * x_head
-        if HAS_LESS:
-            less_x += batch * less_batch + (head // (num_heads // x_heads)) * less_head
 
     # Of all tokens behind the chunk, and of the stretch's end.
     later = tl.zeros([BK], tl.float32)
@@ -86,19 +68,12 @@ def gate_kernel(
         tokens = (start + places).to(tl.int64)
         mask = (tokens < stop)[:, None] & is_channel[None, :]
         row = ((batch * num_tokens + tokens) * num_heads + head)[:, None] * num_channels + channels[None, :]
-        if DECAY == CHANNEL:
-            y = tl.load(x + tokens[:, None] * x_token + channels[None, :], mask=mask, other=0.0).to(tl.float32)
-            y *= tl.load(grad + row, mask=mask, other=0.0).to(tl.float32)
+        y = tl.zeros([C, BK], tl.float32)
+        size = (tl.num_programs(1) // num_heads).to(tl.int64) * num_tokens * num_heads * num_channels
+        for number in range(num_sums):
+            y += tl.load(sums + number * size + row, mask=mask, other=0.0)
             if HAS_LESS:
-                less = tl.load(less_x + tokens[:, None] * less_token + channels[None, :], mask=mask, other=0.0)
-                y -= less.to(tl.float32) * tl.load(less_grad + row, mask=mask, other=0.0).to(tl.float32)
-        else:
-            y = tl.zeros([C, BK], tl.float32)
-            size = (tl.num_programs(1) // num_heads).to(tl.int64) * num_tokens * num_heads
-            for number in range(num_sums):
-                y += tl.load(sums + number * size + row, mask=mask, other=0.0)
-                if HAS_LESS:
-                    y -= tl.load(less_sums + number * size + row, mask=mask, other=0.0)
+                y -= tl.load(less_sums + number * size + row, mask=mask, other=0.0)
         y *= sign
         # The sum over the rest of the chunk, token t itself included.
         result = tl.cumsum(y, axis=0, reverse=True) + later[None, :]

@@ -23,7 +23,7 @@ from torch import Tensor
 from longspan.ops.triton import passes
 from longspan.ops.triton.launch import contiguous_rows
 from longspan.ops.triton.nodes import Operator, differentiable
-from longspan.ops.triton.passes import COLUMNS, CONTRACTED, Decay, Entering, Owed
+from longspan.ops.triton.passes import COLUMNS, CONTRACTED, Decay, Entering
 
 
 def _sum_heads(x: Tensor, num_heads: int) -> Tensor:
@@ -73,7 +73,9 @@ def _write(
     """
     batch, _, num_heads, value_size = v.shape
     sums = (
-        passes.cumulate(g, table, chunk_size) if g is not None and g.dim() == 4 else k.new_empty(0, dtype=torch.float32)
+        passes.cumulate(g, table, chunk_size, passes.dtype_of_sums(k.dtype))
+        if g is not None and g.dim() == 4
+        else k.new_empty(0, dtype=torch.float32)
     )
     decay = Decay.of(g, log_decay, sums, chunk_size)
     nothing = k.new_empty(0, dtype=torch.float32)
@@ -92,7 +94,7 @@ def _write(
 
 
 def _tickets(k: Tensor, v: Tensor, g: Tensor | None, table: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """One number each, in the shapes and dtypes of q, ∂o, the scale, what ∂q owes to the gates (`passes.Owed`: ∂q itself or sums),
+    """One number each, in the shapes and dtypes of q, ∂o, the scale, what ∂q owes to the gates (the dots of `passes.attend`),
     and what the ends of stretches owe, ``[N, B, H]`` or ``[N, B, H, K]``. The last two are empty without g."""
 
     def ticket(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -102,12 +104,11 @@ def _tickets(k: Tensor, v: Tensor, g: Tensor | None, table: Tensor) -> tuple[Ten
     end: tuple[int, ...] = (0,)
     if g is not None:
         owed, end = passes.shape_of_owed(g, k), (table.shape[0], g.shape[0], *g.shape[2:])
-    of_channels = g is not None and g.dim() == 4
     return (
         ticket(k.shape, k.dtype),
         ticket(v.shape, v.dtype),
         ticket((), torch.float32),
-        ticket(owed, k.dtype if of_channels else torch.float32),
+        ticket(owed, torch.float32),
         ticket(end, torch.float32),
     )
 
@@ -125,7 +126,7 @@ def _write_fake(k, v, g, log_decay, start_states, table, pieces, starting, num_s
             tail = (batch, num_heads, size) if of_channels else (batch, num_heads)
             totals = states.new_empty(table.shape[0], *tail)
     if of_channels:
-        sums = states.new_empty(g.shape)
+        sums = states.new_empty(g.shape, dtype=passes.dtype_of_sums(k.dtype))
     return (states, ends, totals, sums, *_tickets(k, v, g, table))
 
 
@@ -200,7 +201,7 @@ def _write_backward(
     num_heads, key_heads = v.shape[2], k.shape[2]
     common: dict[str, Any] = {"num_heads": num_heads, "reverse": True, "scale_in": 1.0 if scale is None else scale}
     entering = Entering(d, grad_ends, suffix, transposed=True)
-    dotted = k if g is not None and not decay.is_of_channels else None
+    dotted = None if g is None else k
     of_k = passes.attend(
         v, do, q, decay, entering, table,
         num_columns=k.shape[-1], axis=COLUMNS, dotted=dotted, met=None if g is None else states, **common,
@@ -210,11 +211,9 @@ def _write_backward(
     dv = passes.attend(k, q, do, decay, entering, table, num_columns=v.shape[-1], axis=CONTRACTED, **common).out
     dg = k.new_empty(0)
     if g is not None:
-        less = None
-        if q is not None and owed is not None:
-            less = Owed(q, owed, None if decay.is_of_channels else owed)
+        assert of_k.dots is not None
         dg = passes.gate_gradient(
-            g, table, Owed(k, dk, of_k.dots), less,
+            g, table, of_k.dots, owed,
             sign=-1.0, of_end=of_k.of_end, other_end=end, chunk_size=chunk_size,
         )  # fmt: skip
     grad_start = k.new_empty(0, dtype=torch.float32)
@@ -348,8 +347,6 @@ def _read_gradients(ctx: Any, backward: Callable[..., Any], do: Tensor) -> tuple
     tickets: tuple[Tensor | None, ...] = (None,) * 5
     if ctx.has_tickets:
         scale = torch.full((), ctx.scale, dtype=torch.float32, device=q.device)
-        if has_gate and g.dim() == 4 and g.shape[2] == dq.shape[2]:
-            owed = dq
         tickets = (q, do, scale, owed if has_gate else None, end if has_gate and _arrives(arriving) else None)
     return (
         dq,
@@ -388,12 +385,11 @@ def _read_backward(
     decay = Decay.of(g, log_decay, sums, chunk_size)
     carried = _carried(decay, totals, pieces, arriving)
     num_heads, value_size = do.shape[2:]
-    of_tokens = g is not None and not decay.is_of_channels
     common: dict[str, Any] = {"num_heads": num_heads}
     entering = Entering(states, arriving, carried, transposed=True)
     of_q = passes.attend(
         do, v, k, decay, entering, table,
-        num_columns=q.shape[-1], axis=COLUMNS, scale_out=scale, dotted=q if of_tokens else None, **common,
+        num_columns=q.shape[-1], axis=COLUMNS, scale_out=scale, dotted=None if g is None else q, **common,
     )  # fmt: skip
     dq = of_q.out
     d = q.new_empty(0, dtype=torch.float32)
@@ -415,23 +411,22 @@ def _read_backward(
         reverse: dict[str, Any] = {**common, "reverse": True, "scale_in": scale}
         of_k = passes.attend(
             v, do, q, decay, Entering(), table,
-            num_columns=k.shape[-1], axis=COLUMNS, dotted=k if of_tokens else None, **reverse,
+            num_columns=k.shape[-1], axis=COLUMNS, dotted=None if g is None else k, **reverse,
         )  # fmt: skip
         dk = of_k.out
         dv = passes.attend(k, q, do, decay, Entering(), table, num_columns=value_size, axis=CONTRACTED, **reverse).out
-        less = Owed(k, dk, of_k.dots)
+        less = of_k.dots
         dk = _sum_heads(dk, k.shape[2])
     owed = end = None
     if g is not None and has_tickets:
-        owed, end = dq if of_q.dots is None else of_q.dots, of_end
+        owed, end = of_q.dots, of_end
     elif g is not None:
+        assert of_q.dots is not None
         dg = passes.gate_gradient(
-            g, table, Owed(q, dq, of_q.dots), less,
+            g, table, of_q.dots, less,
             sign=1.0, of_end=None if of_end is None else of_end.unsqueeze(0), chunk_size=chunk_size,
         )  # fmt: skip
     grad_q = _sum_heads(dq, q.shape[2])
-    # An operator gives no tensor twice.
-    owed = None if owed is grad_q else owed
     grad_arriving, owed, end = (q.new_empty(0) if x is None else x for x in (grad_arriving, owed, end))
     return grad_q, dk, dv, dg, d, grad_arriving, owed, end
 
@@ -442,10 +437,7 @@ def _read_backward_fake(do, q, k, v, g, log_decay, states, arriving, *rest):  # 
     nothing = [q.new_empty(0) for _ in range(6)]
     owed, end = nothing[4:]
     if g is not None and has_tickets:
-        if g.dim() == 3:
-            owed = q.new_empty(passes.shape_of_owed(g, q), dtype=torch.float32)
-        elif g.shape[2] != q.shape[2]:
-            owed = q.new_empty(g.shape)
+        owed = q.new_empty(passes.shape_of_owed(g, q), dtype=torch.float32)
         if _arrives(arriving):
             end = q.new_empty(table.shape[0], g.shape[0], *g.shape[2:], dtype=torch.float32)
     states_like = q.new_empty(0, dtype=torch.float32)

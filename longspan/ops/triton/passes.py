@@ -56,10 +56,15 @@ class Decay:
         return (0, 0, 0) if self.values is None else strides(self.values)
 
 
-def cumulate(g: Tensor, table: Tensor, chunk_size: int) -> Tensor:
-    """Sums of log decays ``g [B, T, H, K]`` inside chunks, float32 and contiguous."""
+def dtype_of_sums(dtype: torch.dtype) -> torch.dtype:
+    """Of sums of log decays of channels, for inputs of `dtype`: what strong decays leave of float32's digits is bfloat16's."""
+    return torch.float64 if dtype == torch.float32 else torch.float32
+
+
+def cumulate(g: Tensor, table: Tensor, chunk_size: int, dtype: torch.dtype) -> Tensor:
+    """Sums of log decays ``g [B, T, H, K]`` inside chunks, in `dtype`, contiguous."""
     batch, num_tokens, num_heads, size = g.shape
-    sums = torch.empty(g.shape, dtype=torch.float32, device=g.device)
+    sums = torch.empty(g.shape, dtype=dtype, device=g.device)
     block = min(64, tile_size(size))
     grid = (table.shape[0] * cdiv(size, block), batch * num_heads)
     if table.shape[0]:
@@ -192,8 +197,8 @@ def _column_blocks(dtype: torch.dtype, num_columns: int) -> tuple[int, int]:
 
 
 def shape_of_owed(g: Tensor, x: Tensor) -> tuple[int, ...]:
-    """Of what `attend` gives for `Owed` of x ``[B, T, ·, K]`` that is not x itself: its gradient, or the sums."""
-    return tuple(g.shape) if g.dim() == 4 else (_column_blocks(x.dtype, x.shape[-1])[1], *g.shape)
+    """Of the dots that `attend` gives for x ``[B, T, ·, K]``."""
+    return (1 if g.dim() == 4 else _column_blocks(x.dtype, x.shape[-1])[1], *g.shape)
 
 
 @dataclass(frozen=True)
@@ -225,7 +230,8 @@ def attend(
     """One pass of `longspan.ops.triton.attend`; b and c None: only the entering state is read.
 
     a, b ``[B, T, ·, K]``, c ``[B, T, ·, V]``; out ``[B, T, H, V]`` in the dtype of a, V is `num_columns`. scale_in: a number, or a
-    float32 scalar tensor. dotted ``[B, T, ·, V]``: also return Σ out ⊙ dotted, in parts ``[n, B, T, H]`` to be summed over n.
+    float32 scalar tensor. dotted ``[B, T, ·, V]``: also return Σ out ⊙ dotted but for what tokens read of themselves, float32, in
+    parts ``[n, B, T, H]`` to be summed over n, or, for decays of channels, which must belong to the columns, ``[1, B, T, H, V]``.
     met ``[num_slots, B, H, ·, ·]``: also return what it and the entering states have in common, if any enter, in parts
     ``[n, N, B, H]``, or by column ``[1, N, B, H, V]`` for decays of channels, which must belong to the columns.
     """
@@ -234,7 +240,8 @@ def attend(
     block, num_blocks = _column_blocks(a.dtype, num_columns)
     dots = None
     if dotted is not None:
-        dots = torch.empty(num_blocks, batch, num_tokens, num_heads, dtype=torch.float32, device=a.device)
+        shape = (1, *out.shape) if decay.is_of_channels else (num_blocks, *out.shape[:3])
+        dots = torch.empty(shape, dtype=torch.float32, device=a.device)
     of_end = None
     if met is not None and (entering.states is not None or entering.arriving is not None):
         parts, tail = (1, (num_columns,)) if decay.is_of_channels else (num_blocks, ())
@@ -298,48 +305,29 @@ def attend(
     return Passed(out, dots, of_end)
 
 
-@dataclass(frozen=True)
-class Owed:
-    """What the gradient of one operand owes to decays.
-
-    x ``[B, T, ·, K]`` and its gradient ``[B, T, H, K]`` are multiplied where decays belong to channels; else there are sums
-    of their products, in parts ``[n, B, T, H]``.
-    """
-
-    x: Tensor
-    grad: Tensor
-    sums: Tensor | None
-
-
 def gate_gradient(
     g: Tensor,
     table: Tensor,
-    owed: Owed,
-    less: Owed | None,
+    owed: Tensor,
+    less: Tensor | None,
     *,
     sign: float,
     of_end: Tensor | None,
     other_end: Tensor | None = None,
     chunk_size: int,
 ) -> Tensor:
-    """∂g in the shape and dtype of g, from sign · (owed − less); see `longspan.ops.triton.gates`.
+    """∂g in the shape and dtype of g, from sign · (owed − less), both as `Passed.dots`; see `longspan.ops.triton.gates`.
 
     of_end: in parts, ``[n, N, B, H]`` or ``[n, N, B, H, K]``. other_end: in one.
     """
     batch, num_tokens, num_heads = g.shape[:3]
-    of_channels = g.dim() == 4
-    size = g.shape[3] if of_channels else 1
+    size = g.shape[3] if g.dim() == 4 else 1
     out = torch.empty(g.shape, dtype=g.dtype, device=g.device)
     block = min(64, power_of_2(size))
-    minus = owed if less is None else less
     if table.shape[0]:
         gate_kernels.gate_kernel[(table.shape[0] * cdiv(size, block), batch * num_heads)](
-            owed.x,
-            owed.grad,
-            owed.sums,
-            minus.x,
-            minus.grad,
-            minus.sums,
+            owed,
+            owed if less is None else less,
             of_end,
             other_end,
             g,
@@ -348,18 +336,14 @@ def gate_gradient(
             sign,
             num_tokens,
             num_heads,
-            owed.x.shape[2],
             size,
-            0 if owed.sums is None else owed.sums.shape[0],
+            owed.shape[0],
             0 if of_end is None else of_end.shape[0],
-            *strides(owed.x),
-            *strides(minus.x),
             *strides(g),
             LOWEST=LOWEST_LOG_DECAY,
             HAS_LESS=less is not None,
             HAS_END=of_end is not None,
             HAS_OTHER_END=other_end is not None,
-            DECAY=(kinds.CHANNEL if of_channels else kinds.TOKEN).value,
             C=chunk_size,
             BK=block,
         )

@@ -101,16 +101,18 @@ def write_kernel(
                 g + tokens[:, None] * g_token + rows[None, :], mask=is_token & (rows < num_rows)[None, :], other=0.0
             )
             total = tl.load(g + (start + num_valid - 1).to(tl.int64) * g_token + rows, mask=rows < num_rows, other=0.0)
-            x = (x * tl.exp(b if REVERSE else total[None, :] - b) * scale).to(x.dtype)
-            state *= tl.exp(total)[:, None]
-            passed += total
+            x = (x * tl.exp((b if REVERSE else total[None, :] - b).to(tl.float32)) * scale).to(x.dtype)
+            state *= tl.exp(total.to(tl.float32))[:, None]
+            passed += total.to(tl.float32)
         elif DECAY == NONE:
             x = (x.to(tl.float32) * scale).to(x.dtype)
         else:
-            decay, total = of_tokens(g, g_token, constant, start, num_valid, LOWEST, DECAY, REVERSE, C)
-            y = (y * (tl.exp(total - decay) * scale)[:, None]).to(y.dtype)
-            state *= tl.exp(total)
-            passed += total
+            decay, rest, total, total_rest = of_tokens(
+                g, g_token, constant, start, num_valid, LOWEST, DECAY, REVERSE, C
+            )
+            y = (y * (tl.exp((total - decay) + (total_rest - rest)) * scale)[:, None]).to(y.dtype)
+            state *= tl.exp(total + total_rest)
+            passed += total + total_rest
         state += product(tl.trans(x), y, PRECISION)
 
     inside = (rows < num_rows)[:, None] & (columns < num_columns)[None, :]

@@ -27,9 +27,11 @@ def attended(decay, axis, reverse, size=128, block=64, chunk=64, dtype=BF16, **c
     state = {"state_row": 1} if axis else {"state_column": 1}
     types = {name: dtype if kind == BF16 else kind for name, kind in ATTEND.items()}
     types["scale_in"] = F32 if reverse else "fp32"
+    # Sums of channels are float64 for float32 inputs.
+    types["g"] = "*fp64" if decay == 3 and dtype == F32 else F32
     constants = {**FLAGS, **state, "PRECISION": "float32" if dtype == F32 else "native", **constants}
     return types, dict(constants, DECAY=decay, AXIS=axis, REVERSE=reverse, HAS_STATES=True, HAS_ARRIVING=True,
-                       HAS_DOTS=decay == 2, HAS_MET=axis == 1, INSIDE=True, LOADS_SCALE=reverse,
+                       HAS_DOTS=decay == 2 or decay == 3 and axis == 1, HAS_MET=axis == 1, INSIDE=True, LOADS_SCALE=reverse,
                        C=chunk, LEVELS=chunk.bit_length() - 1, BK=size, BV=block)
 
 
@@ -43,9 +45,7 @@ def convolved(**constants):
     return types, dict(constants, SILU=True, W=4, BC=convolution.CHANNELS)
 
 
-GATES = {**dict.fromkeys(("x", "grad", "less_x", "less_grad"), BF16),
-         **dict.fromkeys(("sums", "less_sums", "of_end", "other_end"), F32),
-         "g": F32, "out": F32, "table": I32, "sign": "fp32"}
+GATES = {**dict.fromkeys(("sums", "less_sums", "of_end", "other_end"), F32), "g": F32, "out": F32, "table": I32, "sign": "fp32"}
 GATE_FLAGS = dict(LOWEST=-128.0, HAS_LESS=True, HAS_END=True, HAS_OTHER_END=True, C=32, BK=64)
 NORM = dict.fromkeys(("x", "gate", "weight", "y", "grad_y", "grad_x", "grad_gate"), BF16) | {"sums": F32, "eps": "fp32"}
 INSIDE = dict(HAS_BIAS=True, HAS_HEADS=True, BT=convolution.TOKENS)
@@ -61,6 +61,8 @@ CASES = {
     # float16 reads states in TF32, float32 multiplies in three passes.
     "attend, float16": (attend.attend_kernel, *attended(2, 0, False, size=64, dtype="*fp16"), 4),
     "attend, float32": (attend.attend_kernel, *attended(1, 0, True, size=64, block=32, dtype=F32), 4),
+    "attend, channel, float32": (attend.attend_kernel, *attended(3, 1, True, size=64, block=32, chunk=32, dtype=F32), 4),
+    "cumulate, float64": (decays.cumulate_kernel, dict(g=F32, b="*fp64", table=I32), dict(LOWEST=-128.0, C=32, BK=64), 4),
     # A launch makes constants of sizes that are 1.
     "attend, heads of one number": (attend.attend_kernel, *attended(2, 0, False, 16, 16, num_contracted=1, num_columns=1), 4),
     "write, none": (states.write_kernel, *written(0, False), 4),
@@ -70,8 +72,8 @@ CASES = {
              dict(HAS_STARTS=True, HAS_ENDS=True, DECAY=3, REVERSE=True, BK=32, BV=32), 4),
     "carry": (states.carry_kernel, dict(totals=F32, carried=F32, pieces=I32), dict(REVERSE=False, BK=128), 4),
     "cumulate": (decays.cumulate_kernel, dict(g=F32, b=F32, table=I32), dict(LOWEST=-128.0, C=32, BK=64), 4),
-    "gates, channel": (gates.gate_kernel, GATES, dict(GATE_FLAGS, DECAY=3), 4),
-    "gates, token": (gates.gate_kernel, GATES, dict(GATE_FLAGS, DECAY=2, BK=1, num_channels=1), 4),
+    "gates, channel": (gates.gate_kernel, GATES, GATE_FLAGS, 4),
+    "gates, token": (gates.gate_kernel, GATES, dict(GATE_FLAGS, BK=1, num_channels=1), 4),
     "convolution": (convolution.inside_kernel, *convolved(**INSIDE), convolution.NUM_WARPS),
     "convolution, backward": (convolution.inside_backward_kernel, *convolved(**BACKWARD), convolution.NUM_WARPS),
     "convolution of one number": (convolution.inside_backward_kernel, *convolved(**BACKWARD, **ONES), convolution.NUM_WARPS),
@@ -117,7 +119,7 @@ def test_every_kernel_compiles_for_ampere_and_hopper_and_fits_its_shared_memory(
     )
     assert done.returncode == 0, done.stderr
     results = json.loads(done.stdout.splitlines()[-1])
-    assert len(results) == 24
+    assert len(results) == 26
     for name, kernel in results.items():
         assert kernel["target"], name
         assert 0 <= kernel["shared"] <= SHARED_MEMORY[capability], (name, kernel)
