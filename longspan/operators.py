@@ -317,6 +317,10 @@ def delta_rule(
 
     DeltaNet (arXiv 2102.11174, 2406.06484). Keys should have length 1, or the recurrence may grow.
 
+    Inside, all is float32 for float32 and bfloat16 inputs. For keys of length 1 and beta from 0 to 2 errors are at most three times
+    those of the recurrence token by token in float32, plus a few units of the last place. What is NaN or
+    infinite reaches no earlier output.
+
     Args:
         beta: how much of what its key reads a token replaces, ``[B, T, H]``; in (0, 1), or up to 2 for keys of length 1.
         q, k, v and the rest: as in `linear_attention`.
@@ -361,6 +365,11 @@ def gated_delta_rule(
     """The gated delta rule: ``S_t = e^{g_t} (I − β_t k_t k_tᵀ) S_{t-1} + β_t k_t v_tᵀ``, ``o_t = scale · S_tᵀ q_t``.
 
     Gated DeltaNet (arXiv 2412.06464). Keys should have length 1, or the recurrence may grow.
+
+    Inside, all is float32 for float32 and bfloat16 inputs. For keys of length 1 and beta from 0 to 2 errors are at most three times
+    those of the recurrence token by token in float32, plus a few units of the last place (fifteen times for the
+    gradient of g, 6e-6 of its largest, where keys are nearly equal: it is a difference of sums over a chunk). What is NaN or
+    infinite reaches no earlier output.
 
     Args:
         g: log decays ``[B, T, H]``, at most 0; float32 or float64 (bfloat16 is accepted, at the price of its own rounding).
@@ -407,6 +416,11 @@ def kda(
     """Kimi Delta Attention: ``S_t = (I − β_t k_t k_tᵀ) Diag(e^{g_t}) S_{t-1} + β_t k_t v_tᵀ``, ``o_t = scale · S_tᵀ q_t``.
 
     arXiv 2510.26692. Keys should have length 1, or the recurrence may grow.
+
+    Inside, all is float32 for float32 and bfloat16 inputs. For keys of length 1 and beta from 0 to 2 errors are at most three times
+    those of the recurrence token by token in float32, plus a few units of the last place (fifteen times for the
+    gradient of g, 6e-6 of its largest, where keys are nearly equal: it is a difference of sums over a chunk). What is NaN or
+    infinite reaches no earlier output.
 
     Args:
         g: log decays ``[B, T, H, K]``, at most 0; float32 or float64 (bfloat16 is accepted, at the price of its own rounding).

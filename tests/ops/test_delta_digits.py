@@ -32,7 +32,7 @@ GATES: dict[str, tuple[float, float, int, float]] = {
     "one reset of -inf": (-0.1, 0.0, 1, -torch.inf),
     "17 resets of -inf": (-0.1, 0.0, 17, -torch.inf),
 }
-CASES = [("delta_rule", "no decay")] + [(name, gates) for name in ("gated_delta_rule",) for gates in GATES]
+CASES = [("delta_rule", "no decay")] + [(name, gates) for name in ("gated_delta_rule", "kda") for gates in GATES]
 
 
 def made(name: str, gates: str, strengths: tuple[tuple[float, float], ...], dtype: torch.dtype) -> Inputs:
@@ -114,12 +114,12 @@ def test_chunks_keep_the_digits_of_the_recurrence(name: str, gates: str, strengt
     for head in range(len(KEYS) * len(BETAS[strengths])):
         excess = {}
         for key, want in exact.items():
-            if key == "g":
-                continue
             dim = 1 if key in ("final", "initial_state") else 2
             ours, theirs, want = (x.select(dim, head) for x in (got[key], token_by_token[key], want))
             excess[key] = relative_error(ours, want, floor=1e-30) / (
                 3 * relative_error(theirs, want, floor=1e-30) + few
             )
         label = (KEYS[head % len(KEYS)], BETAS[strengths][head // len(KEYS)])
+        # The gradient of g is a difference of sums over a chunk, and up to fifteen times as far off in float32.
+        assert excess.pop("g", 0.0) <= (4.0 if dtype == torch.float32 else 1.0), label
         assert worst(excess) <= 1.0, (label, excess)

@@ -11,9 +11,9 @@ from torch import Tensor
 
 import longspan
 from longspan.ops import VARIANTS
-from tests.compare import relative_error
+from tests.compare import relative_error, worst
 from tests.ranks import run_on_ranks
-from tests.variants import Inputs, make_inputs
+from tests.variants import Inputs, make_inputs, reference
 
 NAMES = ("delta_rule", "gated_delta_rule", "kda")
 LENGTHS = (1, 63, 64, 65, 100, 257)
@@ -61,6 +61,56 @@ def with_values(inputs: Inputs, **values: Tensor) -> None:
             inputs.gates[key] = value
         else:
             setattr(inputs, key, value)
+
+
+def extremes(name: str, inputs: Inputs) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """What a user may give: gates that end everything, no β and twice of it, keys of nothing, keys that are all alike."""
+    k, beta = inputs.k.detach(), inputs.gates["beta"].detach()
+    unit = torch.nn.functional.normalize(k, dim=-1)
+    for strength in (0.0, 1.0, 2.0):
+        yield f"beta {strength}", {"k": unit, "beta": torch.full_like(beta, strength)}
+        yield (
+            f"equal keys, beta {strength}",
+            {
+                "k": unit[:, :1].expand_as(unit),
+                "beta": torch.full_like(beta, strength),
+            },
+        )
+    yield "zero keys", {"k": torch.zeros_like(k)}
+    if name == "delta_rule":
+        return
+    g = inputs.gates["g"].detach()
+    places = {"first": [0], "last": [-1], "tail": [min(64, g.shape[1] - 1)], "many": list(range(0, g.shape[1], 3))}
+    for value in (-torch.inf, LEAST, -1e3):
+        for where, tokens in places.items():
+            one = g.clone()
+            one[:, tokens] = value
+            yield f"g {value} at {where}", {"g": one}
+        yield f"g {value} everywhere", {"g": torch.full_like(g, value)}
+
+
+@pytest.mark.parametrize("seq_len", LENGTHS)
+@pytest.mark.parametrize("packed", [False, True])
+def test_extreme_gates_and_keys_give_what_the_recurrence_gives(name: str, seq_len: int, packed: bool) -> None:
+    documents = sorted({0, seq_len // 3, seq_len // 2, seq_len}) if packed else None
+    one = make_inputs(name, seq_len, heads=1, key_size=4, value_size=3, documents=documents)
+    cases = list(extremes(name, one))
+    # Every case is a head of one call.
+    inputs = make_inputs(name, seq_len, heads=len(cases), key_size=4, value_size=3, documents=documents)
+    for key in ("k", *inputs.gates):
+        own = inputs.k if key == "k" else inputs.gates[key]
+        rows = [values.get(key, own[:, :, head : head + 1]) for head, (_, values) in enumerate(cases)]
+        with_values(inputs, **{key: torch.cat(rows, dim=2)})
+    o, final = call(name, inputs)
+    expected_o, expected_final = reference(name, inputs)
+    got = gradients(inputs, o, final) | {"o": o, "final": final}
+    expected = gradients(inputs, expected_o, expected_final) | {"o": expected_o, "final": expected_final}
+    for head, (label, _) in enumerate(cases):
+        errors = {}
+        for key, x in expected.items():
+            dim = 1 if key in ("final", "initial_state") else 2
+            errors[key] = relative_error(got[key].select(dim, head), x.select(dim, head), floor=1e-12)
+        assert worst(errors) < 1e-9, (label, errors)
 
 
 def plant(inputs: Inputs, key: str, token: int, value: float) -> None:

@@ -80,6 +80,9 @@ class DeltaScores(torch.autograd.Function):
             keys = block_keys(call, block, k, g, decays)
             queries = block_queries(call, block, q, ctx.scale, g, decays)
             grad = rows_of(grad_scores, block, block.chunk_size).tril()
+            # No gate decays what a token reads of itself: its share of ∂g would be rounding alone.
+            own = grad.diagonal(dim1=-2, dim2=-1).unsqueeze(-1).clone()
+            grad.tril_(-1)
             if call.factors.is_wide(block):
                 _, wide = scores(call, block, g, queries.plain, keys.plain, queries.ahead, keys.behind)
                 assert wide is not None
@@ -89,8 +92,8 @@ class DeltaScores(torch.autograd.Function):
                 grad_key = times(anticausal_product(grad, queries.ahead, finite), keys.key)
             sums.add(block, queries.plain, grad_query)
             sums.add(block, keys.plain, grad_key, -1.0)
-            put(dq, block, ctx.scale * grad_query, add=True)
-            put(dk, block, grad_key)
+            put(dq, block, ctx.scale * (grad_query + own * keys.plain), add=True)
+            put(dk, block, grad_key.addcmul_(own, queries.plain))
         return dq, dk, sums.total, None, None, None, None, None
 
 

@@ -28,8 +28,6 @@ from longspan.ops.delta.call import (
 from longspan.ops.delta.chain import Chain, steps, walk
 from longspan.ops.delta.solve import solve
 from longspan.ops.finite import all_finite
-from longspan.ops.gate_gradient import GateGradient
-from longspan.ops.tiling import Block
 
 
 @dataclass
@@ -159,40 +157,28 @@ class DeltaWrite(torch.autograd.Function):
                 first, second = wide_backward(wide, grad_lower)
                 grad_strength += torch.linalg.vecdot(keys.plain, first) - torch.linalg.vecdot(keys.ahead, from_before)
                 plus = strength * (first - times(from_before, keys.query))
-                minus = second + times(grad_leaving, keys.key)
+                minus = second
             else:
                 grad_ahead = causal_product(grad_lower, keys.behind, finite).sub_(from_before)
                 grad_strength += torch.linalg.vecdot(keys.ahead, grad_ahead)
-                grad_leaving += anticausal_product(grad_lower, strength * keys.ahead, finite)
                 plus = times(strength * grad_ahead, keys.query)
-                minus = times(grad_leaving, keys.key)
-            put(dk, block, plus + minus, add=True)
+                minus = times(anticausal_product(grad_lower, strength * keys.ahead, finite), keys.key)
+            leaving = times(grad_leaving, keys.key)
+            put(dk, block, plus + minus + leaving, add=True)
             put(dv, block, strength * grad_right)
             put(dbeta.unsqueeze(-1), block, grad_strength.unsqueeze(-1))
             if gate is not None:
-                _close_gate(gate, call, block, keys.plain, plus - minus, sums, grad_next, states[block.next_slots])
+                of_tokens = keys.plain.movedim(0, 2)
+                gate.add(of_tokens, (plus - minus).movedim(0, 2))
+                gate.add_earlier(of_tokens, leaving.movedim(0, 2))
+                gate.add_through(grad_next.movedim(0, 2), state.movedim(0, 2), call.factors.total(block))
+                if sums is not None:
+                    gate.add_sums(block.take(sums if sums.dim() == 4 else sums.unsqueeze(-1)))
+                gate.close(block)
         grad_starts = None
         if ctx.has_start:
             grad_starts = grad_states[[call.tiling.pieces[number].first_slot for number in start_rows(call)]]
         return dk, dv, dbeta, None if gate is None else gate.finish(), grad_starts, None, None, None
-
-
-def _close_gate(
-    gate: GateGradient,
-    call: DeltaCall,
-    block: Block,
-    key: Tensor,
-    grad_key: Tensor,
-    sums: Tensor | None,
-    grad_next: Tensor,
-    after: Tensor,
-) -> None:
-    """Turn what this phase and (in `sums`) the later ones found into ∂g of the block's tokens."""
-    gate.add(key.movedim(0, 2), grad_key.movedim(0, 2))
-    gate.add_end(grad_next.movedim(0, 2), after.movedim(0, 2))
-    if sums is not None:
-        gate.add_sums(block.take(sums if sums.dim() == 4 else sums.unsqueeze(-1)))
-    gate.close(block)
 
 
 def _fold(
