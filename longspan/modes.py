@@ -16,11 +16,12 @@ def built_for_every_mode(build: Callable[[], T]) -> T:
     For what is kept and serves later calls too. A tensor that is made in inference mode may neither be saved for backward nor be
     written to outside it, and what is computed under autocast has its dtype.
     """
+    # A compiler follows none of the modes, and what it builds belongs to the compiled code.
+    if torch.compiler.is_compiling():
+        return build()
     if torch.is_inference_mode_enabled():
         with torch.inference_mode(False):
             return built_for_every_mode(build)
-    if torch.compiler.is_compiling():
-        return build()
     with torch.no_grad():
         for device_type in _autocast_devices():
             if torch.is_autocast_enabled(device_type):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -83,8 +84,13 @@ def by_chunks(
     """Outputs and gradients of the operator; states and gates in the dtype of states."""
     x = _leaves(name, inputs, lambda key: dtype if key in ("q", "k", "v") else state_dtype(dtype))
     gates = {gate.name: x[gate.name] for gate in VARIANTS[name].gates}
-    options = {"initial_state": x["initial_state"], "output_final_state": True, "backend": backend}
-    memory = longspan.write(name, x["k"], x["v"], **gates, **options)
+    options: dict[str, Any] = {
+        **gates,
+        "initial_state": x["initial_state"],
+        "output_final_state": True,
+        "backend": backend,
+    }
+    memory = longspan.write(name, x["k"], x["v"], **options)
     return _gradients(name, x, memory.read(x["q"], 0.25), memory.final_state(), upstream)
 
 

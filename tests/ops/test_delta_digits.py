@@ -5,6 +5,7 @@ Outputs, final states and every gradient, for gates from none to −inf, keys th
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -88,18 +89,15 @@ def results(name: str, inputs: Inputs, form: str, dtype: torch.dtype | None = No
     if dtype == torch.float64:
         # Gradients as they are, not rounded to the dtype of the inputs.
         doubles: Any = [x.detach().double().requires_grad_() for x in leaves]
-        moved = Inputs(
-            *doubles[:3], dict(zip(inputs.differentiable, doubles[4:], strict=True)), doubles[3], *_rest(inputs)
+        gates = dict(zip(inputs.differentiable, doubles[4:], strict=True))
+        moved = replace(
+            inputs, q=doubles[0], k=doubles[1], v=doubles[2], gates=gates, initial_state=doubles[3], documents=None
         )
         o, final = VARIANTS[name].recurrent(moved.q, moved.k, moved.v, moved.gates, moved.scale, moved.initial_state)
         loss = (o * inputs.grad_o.double()).sum() + (final * inputs.grad_final.double()).sum()
         leaves = moved.leaves()
     gradients = torch.autograd.grad(loss, leaves)
     return {"o": o, "final": final, **dict(zip(inputs.leaf_names(), gradients, strict=True))}
-
-
-def _rest(inputs: Inputs) -> tuple[Any, ...]:
-    return inputs.grad_o, inputs.grad_final, None, inputs.scale, inputs.differentiable
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
