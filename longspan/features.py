@@ -14,11 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from longspan.checks import check_count, check_number, check_tensors
 from longspan.errors import InputError
 
 
 def identity(x: Tensor) -> Tensor:
     """φ(x) = x, for ``x [B, T, H, K]``: the kernel q·k."""
+    check_tensors("identity", x=x)
     return x
 
 
@@ -27,12 +29,14 @@ def elu_plus_one(x: Tensor) -> Tensor:
 
     Computed as max(x, 0) + e^min(x, 0), which does not round small values to zero as a sum with 1 would.
     """
+    check_tensors("elu_plus_one", x=x)
     wide = at_least_float32(x)
     return (wide.clamp(min=0.0) + wide.clamp(max=0.0).exp()).to(x.dtype)
 
 
 def relu(x: Tensor) -> Tensor:
     """φ(x) = max(x, 0), for ``x [B, T, H, K]`` (cosFormer, arXiv 2202.08791; T2R, arXiv 2103.13076)."""
+    check_tensors("relu", x=x)
     return F.relu(x)
 
 
@@ -41,6 +45,8 @@ def unit_length(x: Tensor, eps: float = 1e-6) -> Tensor:
 
     With keys no longer than 1 and beta in [0, 1] their transition never lengthens a state.
     """
+    check_tensors("unit_length", x=x)
+    check_number("unit_length", "eps", eps, at_least=0.0)
     wide = at_least_float32(x)
     return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + eps)).to(x.dtype)
 
@@ -55,6 +61,7 @@ def taylor(x: Tensor) -> Tensor:
         ``[B, T, H, 1 + K + K (K + 1) / 2]``. Products x_i x_j and x_j x_i are one feature of weight √2: nearly half the size of
         the map that keeps both, with the same products. The kernel is at least 1/2, so that it can be normalized.
     """
+    _check_channels("taylor", x)
     scaled = at_least_float32(x) * x.shape[-1] ** -0.25
     ones = torch.ones_like(scaled[..., :1])
     return torch.cat([ones, scaled, *_symmetric_square(scaled * 0.5**0.25)], dim=-1).to(x.dtype)
@@ -76,12 +83,17 @@ class Rebased(nn.Module):
 
     def __init__(self, head_dim: int, num_heads: int | None = None, eps: float = 1e-5) -> None:
         super().__init__()
+        check_count("Rebased", "head_dim", head_dim, "the channels of a head")
+        if num_heads is not None:
+            check_count("Rebased", "num_heads", num_heads, "or None for weights that all heads share")
+        check_number("Rebased", "eps", eps, at_least=0.0)
         shape = (head_dim,) if num_heads is None else (num_heads, head_dim)
         self.eps = eps
         self.gamma = nn.Parameter(torch.ones(shape))
         self.beta = nn.Parameter(torch.zeros(shape))
 
     def forward(self, x: Tensor) -> Tensor:
+        check_tensors("Rebased", x=x)
         if x.shape[x.dim() - self.gamma.dim() :] != self.gamma.shape:
             expected = ", ".join(map(str, self.gamma.shape))
             raise InputError(
@@ -92,6 +104,12 @@ class Rebased(nn.Module):
         normed = F.layer_norm(wide, wide.shape[-1:], eps=self.eps)
         moved = self.gamma.to(wide.dtype) * normed + self.beta.to(wide.dtype)
         return torch.cat(_symmetric_square(moved * x.shape[-1] ** -0.25), dim=-1).to(x.dtype)
+
+
+def _check_channels(what: str, x: Tensor) -> None:
+    check_tensors(what, x=x)
+    if x.dim() < 1 or x.shape[-1] == 0:
+        raise InputError(f"{what} takes x [..., K] with K at least 1; got {tuple(x.shape)}. Give heads a channel")
 
 
 def _symmetric_square(x: Tensor) -> list[Tensor]:
@@ -111,6 +129,9 @@ def gla_log_decay(logits: Tensor, temperature: float = 16.0) -> Tensor:
     Returns:
         g in the shape of x, at most 0, float32 (float64 for float64). Finite for logits of any finite size.
     """
+    check_tensors("gla_log_decay", logits=logits)
+    if check_number("gla_log_decay", "temperature", temperature, at_least=0.0) == 0.0:
+        raise InputError(f"gla_log_decay: temperature must be above 0; got {temperature}. The paper's is 16")
     return F.logsigmoid(at_least_float32(logits)) / temperature
 
 
@@ -126,10 +147,15 @@ def mamba2_log_decay(dt: Tensor, A_log: Tensor, dt_bias: Tensor | None = None) -
     Returns:
         g in the shape of dt, at most 0, float32 (float64 for float64).
     """
+    check_tensors("mamba2_log_decay", dt=dt, A_log=A_log)
     steps = at_least_float32(dt)
     if dt_bias is not None:
+        check_tensors("mamba2_log_decay", dt_bias=dt_bias)
         steps = steps + at_least_float32(dt_bias)
     return -at_least_float32(A_log).exp() * F.softplus(steps)
+
+
+_BOUND_REMEDY = "Pass a number in [0, 1], or the tensor of longspan.recipes.hgrn2_lower_bounds"
 
 
 def hgrn2_log_decay(logits: Tensor, lower_bound: Tensor | float = 0.0) -> tuple[Tensor, Tensor]:
@@ -147,10 +173,14 @@ def hgrn2_log_decay(logits: Tensor, lower_bound: Tensor | float = 0.0) -> tuple[
     Raises:
         InputError: for a number outside [0, 1].
     """
+    check_tensors("hgrn2_log_decay", logits=logits)
     x = at_least_float32(logits)
-    if not isinstance(lower_bound, Tensor):
+    if isinstance(lower_bound, Tensor):
+        check_tensors("hgrn2_log_decay", lower_bound=lower_bound)
+    else:
+        lower_bound = check_number("hgrn2_log_decay", "lower_bound", lower_bound, remedy=_BOUND_REMEDY)
         if not 0.0 <= lower_bound <= 1.0:
-            raise InputError(f"lower_bound must be a decay between 0 and 1; got {lower_bound}")
+            raise InputError(f"lower_bound must be a decay between 0 and 1; got {lower_bound}. {_BOUND_REMEDY}")
         if lower_bound == 0.0:
             return F.logsigmoid(x), torch.sigmoid(-x)
         lower_bound = torch.tensor(lower_bound, dtype=x.dtype, device=x.device)

@@ -9,6 +9,7 @@ A *piece* is the part of a segment that belongs to one packed document.
 
 from __future__ import annotations
 
+import operator
 from bisect import bisect_right
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
@@ -19,8 +20,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from longspan.checks import check_tensor, described, is_int
 from longspan.collectives import all_gather_single
-from longspan.errors import LayoutError
+from longspan.errors import InputError, LayoutError
+from longspan.first_order import first_order
 from longspan.modes import built_for_every_mode
 
 if TYPE_CHECKING:
@@ -160,6 +163,9 @@ class SequenceLayout:
         ranks_per_node: int | None = None,
     ) -> SequenceLayout:
         """The layout that `rank` of `num_ranks` would have, without a process group: for planning and data loading."""
+        for name, value in (("num_ranks", num_ranks), ("rank", rank)):
+            if not is_int(value):
+                raise LayoutError(f"{name} must be an int, as a process group would say it; got {described(value)}")
         if not 0 <= rank < num_ranks:
             raise LayoutError(f"rank {rank} is not one of {num_ranks} ranks (0 to {num_ranks - 1})")
         layout = cls.__new__(cls)
@@ -352,17 +358,18 @@ class SequenceLayout:
 
         Raises:
             LayoutError: if `x` does not have `seq_len` tokens, for instance because it is sharded already.
+            InputError: if `x` is no plain tensor, or has no dimension `dim`.
         """
-        length = x.shape[dim]
+        length = _length("shard()", x, dim)
         if length != self.seq_len:
             hint = (
-                " It has this rank's number of tokens: it looks sharded already, and would be split twice"
+                "It has this rank's number of tokens: it looks sharded already, and would be split twice"
                 if length == self.num_local_tokens
-                else ""
+                else "Pass all of it, or build a layout of as many tokens"
             )
             raise LayoutError(
-                f"shard() takes the global sequence of {self.seq_len} tokens; dimension {dim} of shape {tuple(x.shape)} "
-                f"has {length}.{hint}"
+                f"shard() takes the global sequence of {self.seq_len} tokens; got {length}, in dimension {dim} of shape "
+                f"{tuple(x.shape)}. {hint}"
             )
         if self.num_ranks == 1:
             return x
@@ -381,24 +388,45 @@ class SequenceLayout:
             tensor must be divided by the number of ranks.
 
         Raises:
-            LayoutError: if `x` does not have this rank's number of tokens.
+            LayoutError: if `x` does not have this rank's number of tokens, or the layout has ranks and no process group.
+            InputError: if `x` is no plain tensor, or has no dimension `dim`.
         """
-        self.check_local_length(x.shape[dim], "gather()")
+        self.check_local_length(_length("gather()", x, dim), "gather()")
+        self.check_group("gather()")
         if self.num_ranks == 1:
             return x
-        if self.group is None:
-            raise LayoutError("a layout made by for_rank() has no process group and cannot gather")
         gathered: Tensor = _Gather.apply(x.movedim(dim, 0), self)
         return gathered.movedim(0, dim)
 
     def check_local_length(self, length: int, what: str) -> None:
         """Raise LayoutError unless `length` is this rank's number of tokens; `what` names the caller."""
         if length != self.num_local_tokens:
-            hint = " It has the global number of tokens: take layout.shard(x) first" if length == self.seq_len else ""
+            hint = (
+                "It has the global number of tokens: take layout.shard(x) first"
+                if length == self.seq_len and self.num_ranks > 1
+                else "Build a layout of as many tokens, and give every rank its own"
+            )
             raise LayoutError(
                 f"{what} takes the {self.num_local_tokens} tokens that rank {self.rank} of {self.num_ranks} holds of "
-                f"{self.seq_len} ({self.order}); got {length}.{hint}"
+                f"{self.seq_len} ({self.order}); got {length}. {hint}"
             )
+
+    def check_group(self, what: str) -> None:
+        """Raise LayoutError where the layout has several ranks, and no process group that still exists; `what` names the caller."""
+        if self.num_ranks == 1 or (self.group is not None and torch.compiler.is_compiling()):
+            return
+        if self.group is None:
+            raise LayoutError(
+                f"{what} needs a layout with a process group; got one made by for_rank() for rank {self.rank} of "
+                f"{self.num_ranks}, for planning. Build it as SequenceLayout(seq_len, group)"
+            )
+        try:
+            dist.get_rank(self.group)
+        except (KeyError, ValueError, RuntimeError):
+            raise LayoutError(
+                f"{what} was given a layout over a process group of {self.num_ranks} ranks that no longer exists: it was made "
+                "before destroy_process_group(). Build a new SequenceLayout with a group of today"
+            ) from None
 
     def _global_order_on(self, device: torch.device) -> Tensor:
         """Index of each global token in the ranks' tokens laid one after another, each rank padded to the longest."""
@@ -429,7 +457,19 @@ class SequenceLayout:
 
         Raises:
             LayoutError: for another number of tokens, such as labels that were split before the shift.
+            InputError: for tokens or an ignore_index that are no integers.
         """
+        check_tensor("shard_labels()", "tokens", tokens)
+        if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
+            raise InputError(
+                f"shard_labels() takes integer tokens, whose numbers are the labels; got {described(tokens)}. Pass token ids, "
+                "tokens.long()"
+            )
+        if not is_int(ignore_index):
+            raise InputError(
+                f"ignore_index must be an int, as of torch.nn.functional.cross_entropy; got {described(ignore_index)}. "
+                "Leave it out for -100"
+            )
         if tokens.dim() != 2 or tokens.shape[1] not in (self.seq_len, self.seq_len + 1):
             raise LayoutError(
                 f"shard_labels() takes global tokens [B, {self.seq_len}] or [B, {self.seq_len + 1}], because labels must be "
@@ -451,6 +491,7 @@ class SequenceLayout:
         """
         if self.num_ranks == 1 or self.group is None:
             return
+        self.check_group("verify()")
         names = ("seq_len", "order", "documents", "ranks_per_node")
         mine = {name: getattr(self, name) for name in names}
         everyone: list[Any] = [None] * self.num_ranks
@@ -462,6 +503,32 @@ class SequenceLayout:
         ]
         if rows:
             raise LayoutError("the ranks disagree on the layout: " + "; ".join(rows))
+
+
+def check_layout(layout: object, length: int, what: str) -> None:
+    """Raise unless `layout` is one whose process group exists and that gives this rank `length` tokens; `what` names the caller.
+
+    Raises:
+        InputError: for what is no layout. LayoutError: for another number of tokens, or a group that is not there.
+    """
+    if not isinstance(layout, SequenceLayout):
+        raise InputError(
+            f"{what}: layout must be a SequenceLayout or None; got {described(layout)}. Build one as "
+            "SequenceLayout(seq_len, group)"
+        )
+    layout.check_local_length(length, what)
+    layout.check_group(what)
+
+
+def _length(what: str, x: Tensor, dim: int) -> int:
+    """The size of dimension `dim` of x; raises InputError where x is no plain tensor or has no such dimension."""
+    check_tensor(what, "x", x)
+    if not is_int(dim) or not -x.dim() <= dim < x.dim():
+        raise InputError(
+            f"{what}: dim must be the number of the tokens' dimension, an int; got {described(dim)} for x of shape "
+            f"{tuple(x.shape)}. Tokens of [B, T, ...] are dimension 1"
+        )
+    return x.shape[dim]
 
 
 def _short(value: Any) -> str:
@@ -528,19 +595,33 @@ def _check_documents(documents: Any, seq_len: int, num_ranks: int) -> tuple[int,
     if documents is None:
         return None
     if isinstance(documents, Tensor):
+        if hasattr(type(documents), "to_local"):
+            raise LayoutError(
+                f"documents must be a list or a plain tensor; got {described(documents)}. Pass the same list on every rank"
+            )
         if documents.dim() != 1 or documents.dtype.is_floating_point or documents.dtype == torch.bool:
             raise LayoutError(
                 "documents must be a one-dimensional integer tensor of global cu_seqlens; "
                 f"got {documents.dtype} of shape {tuple(documents.shape)}"
             )
         documents = documents.tolist()
-    bounds = tuple(int(bound) for bound in documents)
+    try:
+        documents = tuple(documents)
+        if any(isinstance(bound, bool) for bound in documents):
+            raise TypeError
+        # Not int(), which would cut off what stands behind the point.
+        bounds = tuple(operator.index(bound) for bound in documents)
+    except TypeError:
+        raise LayoutError(
+            f"documents must be global cu_seqlens, ints [0, ..., {seq_len}]; got {_short(documents)} "
+            f"({type(documents).__name__}). Round what is not whole, and give one list for all documents"
+        ) from None
     if len(bounds) < 2 or bounds[0] != 0:
         raise LayoutError(f"documents must be global cu_seqlens [0, ..., {seq_len}]; got {_short(list(bounds))}")
-    for index, (left, right) in enumerate(pairwise(bounds)):
+    for number, (left, right) in enumerate(pairwise(bounds), 1):
         if right <= left:
             raise LayoutError(
-                f"documents must be strictly increasing; entry {index + 1} is {right} after {left}. Sort them, and leave out "
+                f"documents must be strictly increasing; entry {number} is {right} after {left}. Sort them, and leave out "
                 "documents of no tokens"
             )
     if bounds[-1] != seq_len:
@@ -582,6 +663,7 @@ class _Gather(torch.autograd.Function):
         return out.index_select(0, layout._global_order_on(x.device))
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (dy,) = grads
         layout: SequenceLayout = ctx.layout

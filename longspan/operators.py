@@ -12,11 +12,15 @@ from torch import Tensor
 
 from longspan.attention import linear
 from longspan.attention.bidirectional import write_bidirectional
+from longspan.attention.linear import check_query
+from longspan.checks import check_choice, check_flag, check_tensor
 from longspan.errors import InputError
 from longspan.exchange import Exchange
 from longspan.layout import SequenceLayout
 from longspan.ops import VARIANTS
 
+_LINEAR_OPTIONS = ("causal", "initial_state", "output_final_state", "exchange", "backend", "chunk_size")
+_SOFTMAX_OPTIONS = ("causal", "window", "method", "num_heads")
 _GATE_NAMES = sorted({gate.name for variant in VARIANTS.values() for gate in variant.gates})
 
 
@@ -57,13 +61,22 @@ def write(
     if operator == "softmax":
         from longspan.attention.softmax import write_softmax
 
+        _check_options(operator, options, _SOFTMAX_OPTIONS)
         return write_softmax(k, v, layout=layout, **options)
-    if operator not in VARIANTS:
-        raise InputError(f"operator must be 'softmax' or one of {', '.join(map(repr, VARIANTS))}; got {operator!r}")
+    check_choice("write", "operator", operator, ("softmax", *VARIANTS), "See docs/adding_a_variant.md for adding one")
     gates = {name: options.pop(name) for name in _GATE_NAMES if name in options}
-    if not options.pop("causal", True):
+    _check_options(operator, options, _LINEAR_OPTIONS)
+    if not check_flag(operator, "causal", options.pop("causal", True)):
         return _write_bidirectional(operator, k, v, gates, layout=layout, **options)
     return linear.write(operator, k, v, gates, layout=layout, **options)
+
+
+def _check_options(operator: str, options: dict[str, Any], known: tuple[str, ...]) -> None:
+    unknown = [name for name in options if name not in known]
+    if unknown:
+        raise InputError(
+            f"{operator} has the options {', '.join(known)}, and its gates; got {', '.join(unknown)}. Leave them out"
+        )
 
 
 def _write_bidirectional(
@@ -77,7 +90,8 @@ def _write_bidirectional(
 ) -> Any:
     if initial_state is not None or output_final_state:
         raise InputError(
-            f"{operator}: with causal=False there is no state before or after the sequence; leave out initial_state and "
+            f"{operator}: with causal=False there is no state before or after the sequence; got "
+            f"{'output_final_state=True' if initial_state is None else 'an initial_state'}. Leave out initial_state and "
             "output_final_state"
         )
     return write_bidirectional(operator, k, v, gates, **options)
@@ -93,11 +107,8 @@ def _one_call(
     output_final_state: bool,
     **options: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    if q.shape != k.shape or q.dtype != k.dtype:
-        raise InputError(
-            f"{operator}: q must have the shape and dtype of k, {tuple(k.shape)} and {k.dtype}; "
-            f"got {tuple(q.shape)} and {q.dtype}"
-        )
+    check_tensor(operator, "k", k)
+    check_query(operator, q, k, scale)
     memory = write(operator, k, v, **gates, output_final_state=output_final_state, **options)
     o: Tensor = memory.read(q, scale)
     return (o, memory.final_state()) if output_final_state else o

@@ -13,6 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from longspan.attention.linear import check_query
+from longspan.checks import (
+    check_count,
+    check_flag,
+    check_not_empty,
+    check_number,
+    check_same_device,
+    check_tensors,
+    is_int,
+)
 from longspan.errors import InputError
 from longspan.exchange import Exchange
 from longspan.features import at_least_float32, hgrn2_log_decay
@@ -61,11 +71,15 @@ def write_normalized(
     Raises:
         InputError: for an operator that is no decay, or what does not fit the operator. LayoutError: as in the operators.
     """
+    check_tensors("write_normalized", k=k, v=v)
+    check_number("write_normalized", "eps", eps, at_least=0.0)
+    # One column of values more would hide that there was none.
+    check_not_empty(str(operator), "v", v)
     decays = [name for name, variant in VARIANTS.items() if variant.transition is not Dense]
     if operator not in decays:
         raise InputError(
             "normalized linear attention divides by a sum of weights, which an operator has whose transition is a decay: one of "
-            f"{', '.join(map(repr, decays))}; got {operator!r}"
+            f"{', '.join(map(repr, decays))}; got {operator!r}. The delta rules have no such sum"
         )
     # The denominator q·z is what a value of 1 would read: one column more, and z travels with S in the same exchange.
     with_ones = F.pad(v, (0, 1), value=1.0)
@@ -99,6 +113,8 @@ def normalized_linear_attention(
     Raises:
         InputError: for an operator that is no decay, or what does not fit the operator. LayoutError: as in the operators.
     """
+    check_tensors("normalized_linear_attention", k=k)
+    check_query("normalized_linear_attention", q, k, None)
     memory = write_normalized(k, v, operator=operator, eps=eps, **options)
     o = memory.read(q)
     return (o, memory.final_state()) if options.get("output_final_state") else o
@@ -153,14 +169,25 @@ def mamba2(
         InputError: for shapes that do not fit, an A above 0 or a dt below 0 (looked at on the CPU only).
         LayoutError: as in the operators.
     """
+    check_tensors("mamba2", x=x, dt=dt, A=A, B=B, C=C)
+    check_tensors("mamba2", **{n: t for n, t in (("D", D), ("z", z), ("dt_bias", dt_bias)) if t is not None})
+    check_flag("mamba2", "dt_softplus", dt_softplus)
+    if n_groups is not None:
+        check_count("mamba2", "n_groups", n_groups, "the groups of B and C, or None")
     if x.dim() != 4:
-        raise InputError(f"mamba2 takes x [B, T, H, P]; got shape {tuple(x.shape)}")
+        raise InputError(
+            f"mamba2 takes x [B, T, H, P]; got shape {tuple(x.shape)}. Heads are a dimension of their own: x.unflatten(-1, (H, P))"
+        )
+    check_not_empty("mamba2", "x", x)
+    check_same_device("mamba2", x=x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias)
     batch, num_tokens, num_heads, head_dim = x.shape
     B, C = (_grouped(name, value, n_groups, num_heads) for name, value in (("B", B), ("C", C)))
     _expect("dt", dt, (batch, num_tokens, num_heads), "[B, T, H]")
     _expect("A", A, (num_heads,), "[H]")
     if D is not None and tuple(D.shape) not in ((num_heads,), (num_heads, head_dim)):
-        raise InputError(f"mamba2: D must be [H] or [H, P] = {(num_heads, head_dim)}; got {tuple(D.shape)}")
+        raise InputError(
+            f"mamba2: D must be [H] or [H, P] = {(num_heads, head_dim)}; got {tuple(D.shape)}. Expand it, or leave it out"
+        )
     if z is not None:
         _expect("z", z, tuple(x.shape), "[B, T, H, P]")
     steps = at_least_float32(dt)
@@ -201,21 +228,25 @@ def _grouped(name: str, value: Tensor, n_groups: int | None, num_heads: int) -> 
             f"mamba2: {name} must be [B, T, G, N], or [B, T, G * N] with n_groups G; got shape {tuple(value.shape)} and "
             f"n_groups {n_groups}"
         )
+    check_not_empty("mamba2", name, value)
     if num_heads % value.shape[2]:
         raise InputError(
-            f"mamba2: the {num_heads} heads of x must be a multiple of the {value.shape[2]} groups of {name}"
+            f"mamba2: the {num_heads} heads of x must be a multiple of the {value.shape[2]} groups of {name}. Pass as many groups "
+            "as divide the heads"
         )
     return value
 
 
 def _expect(name: str, value: Tensor, shape: tuple[int, ...], dims: str) -> None:
     if tuple(value.shape) != shape:
-        raise InputError(f"mamba2: {name} must be {dims} = {shape}; got shape {tuple(value.shape)}")
+        raise InputError(
+            f"mamba2: {name} must be {dims} = {shape}; got shape {tuple(value.shape)}. Lay it out as the docstring says"
+        )
 
 
 def _check_signs(A: Tensor, steps: Tensor) -> None:
-    # On other devices the check would make the host wait.
-    if A.device.type != "cpu" or not A.numel() or not steps.numel():
+    # On other devices the check would make the host wait; a compiler does not see values.
+    if A.device.type != "cpu" or torch.compiler.is_compiling() or not A.numel() or not steps.numel():
         return
     if not bool(A.detach().amax() <= 0):
         raise InputError(f"mamba2: A must be at most 0, such as -torch.exp(A_log); got {float(A.detach().amax()):g}")
@@ -259,6 +290,8 @@ def hgrn2(
     Raises:
         InputError, LayoutError: as in `longspan.gla`.
     """
+    check_tensors("hgrn2", q=q, f=f, i=i)
+    check_same_device("hgrn2", q=q, f=f, i=i)
     g, k = hgrn2_log_decay(f, lower_bound)
     return gla(
         q,
@@ -284,6 +317,12 @@ def hgrn2_lower_bounds(logits: Tensor) -> Tensor:
     Returns:
         The shape of logits: row l is the sum of rows 1 to l of the softmax over layers, and row 0 is 0.
     """
+    check_tensors("hgrn2_lower_bounds", logits=logits)
+    if logits.dim() < 1 or logits.shape[0] == 0:
+        raise InputError(
+            f"hgrn2_lower_bounds takes logits [num_layers, ...] of at least one layer; got shape {tuple(logits.shape)}. Make one "
+            "parameter for all layers"
+        )
     shares = logits.softmax(0)
     return torch.cat([torch.zeros_like(shares[:1]), shares[1:].cumsum(0)])
 
@@ -293,6 +332,7 @@ def hgrn2_lower_bounds(logits: Tensor) -> Tensor:
 
 def retnet_log_decay(num_heads: int, *, dtype: torch.dtype = torch.float32) -> Tensor:
     """RetNet's log decays, log(1 − 2^(−5−h)) for head h, ``[num_heads]`` (arXiv 2307.08621, equation 8)."""
+    check_count("retnet_log_decay", "num_heads", num_heads)
     heads = torch.arange(num_heads, dtype=torch.float64)
     return torch.log1p(-torch.exp2(-5 - heads)).to(dtype)
 
@@ -313,8 +353,12 @@ def lightning_log_decay(
     Raises:
         InputError: for a layer that is not one of num_layers.
     """
-    if not 0 <= layer < num_layers:
-        raise InputError(f"layer must be one of {num_layers} layers, 0 to {num_layers - 1}; got {layer}")
+    check_count("lightning_log_decay", "num_heads", num_heads)
+    check_count("lightning_log_decay", "num_layers", num_layers)
+    if not is_int(layer) or not 0 <= layer < num_layers:
+        raise InputError(
+            f"layer must be one of {num_layers} layers, 0 to {num_layers - 1}; got {layer!r}. Count layers from 0"
+        )
     factor = 1.0 - layer / max(1, num_layers - 1) + 1e-5
     return (-factor * torch.tensor(_alibi_slopes(num_heads), dtype=torch.float64)).to(dtype)
 

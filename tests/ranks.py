@@ -105,7 +105,7 @@ def raised(function: Callable[..., Any], *args: Any) -> tuple[str, str]:
         function(*args)
     except Exception as error:
         return type(error).__name__, str(error)
-    raise AssertionError(f"{function.__qualname__} raised nothing")
+    raise AssertionError(f"{getattr(function, '__qualname__', function)} raised nothing")
 
 
 def stop_ranks() -> None:

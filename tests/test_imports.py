@@ -18,23 +18,25 @@ PROJECT_ROOT = Path(__file__).resolve().parent.parent
 
 # What each part of the package may import of the others. A part is a module or a subpackage directly under `longspan`;
 # "longspan" itself is the facade, `longspan/__init__.py`.
-FOUNDATION = {"errors", "state", "modes", "layout"}
+FOUNDATION = {"errors", "checks", "first_order", "state", "modes", "layout"}
 # What works on this rank's tokens alone, and so has no use for `collectives`.
 SINGLE_DEVICE = FOUNDATION | {"ops", "exchange", "attention", "operators", "features", "recipes"}
 MODELS = SINGLE_DEVICE | {"collectives", "models", "integrations", "parallel"}
 ALLOWED = {
     "errors": set(),
+    "checks": {"errors"},
+    "first_order": {"errors"},
     "collectives": {"errors"},
     "state": {"errors"},
     "modes": {"errors"},
-    "layout": {"errors", "collectives", "modes", "state"},
+    "layout": {"errors", "checks", "collectives", "first_order", "modes", "state"},
     "ops": FOUNDATION,
     "plan": FOUNDATION,
     "exchange": FOUNDATION | {"collectives", "plan"},
     "attention": FOUNDATION | {"collectives", "ops", "exchange"},
     "operators": FOUNDATION | {"ops", "exchange", "attention"},
-    "features": {"errors"},
-    "recipes": FOUNDATION | {"ops", "exchange", "operators", "features"},
+    "features": {"errors", "checks"},
+    "recipes": FOUNDATION | {"ops", "exchange", "attention", "operators", "features"},
     "models": SINGLE_DEVICE,
     "parallel": SINGLE_DEVICE | {"collectives", "models"},
     "integrations": SINGLE_DEVICE | {"collectives", "models", "parallel"},

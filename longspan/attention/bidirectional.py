@@ -33,7 +33,7 @@ class SummedMemory(StepMemory):
 
     def read(self, q: Tensor, scale: float | None = None) -> Tensor:
         """``o_t = scale · Sᵀ q_t``, S the state of t's document; q ``[B, T, H_k, K]``, o ``[B, T, H, V]``."""
-        factor = check_query(q, self._k, scale)
+        factor = check_query("linear_attention", q, self._k, scale)
         group = self._layout.group
         if torch.is_grad_enabled() and q.requires_grad and not self._states.requires_grad and group is not None:
             # Other ranks' keys may take gradients where this rank's do not.
@@ -61,7 +61,7 @@ class TwoSidedMemory(StepMemory):
 
     def read(self, q: Tensor, scale: float | None = None) -> Tensor:
         """``o_t = scale · Σ_s γ^{|t−s|} (q_t·k_s) v_s``; q ``[B, T, H_k, K]``, o ``[B, T, H, V]``."""
-        factor = check_query(q, self._k, scale)
+        factor = check_query("retention", q, self._k, scale)
         own = factor * (q * self._k).sum(-1, keepdim=True)
         if own.shape[2] != self._v.shape[2]:
             own = own.repeat_interleave(self._v.shape[2] // own.shape[2], dim=2)
@@ -82,11 +82,12 @@ def write_bidirectional(
     """The write phase of `linear_attention` and `retention` with ``causal=False``; see `longspan.write`."""
     if operator not in ("linear_attention", "retention"):
         raise InputError(
-            f"causal=False is for 'linear_attention' and 'retention', whose decays do not depend on the token; got {operator!r}"
+            f"causal=False is for 'linear_attention' and 'retention', whose decays do not depend on the token; got "
+            f"{operator!r}. Read it causally, once on the tokens and once on x.flip(1) with layout.mirrored"
         )
-    layout = SequenceLayout.local(k.shape[1]) if layout is None else layout
+    resolve_topology(exchange)
+    layout, backend = check_inputs(VARIANTS[operator], k, v, gates, None, layout, backend, chunk_size)
     if operator == "linear_attention":
-        resolve_topology(exchange)
         return SummedMemory(k, _summed_states(k, v, layout, backend, chunk_size), layout)
     options: dict[str, Any] = {"exchange": exchange, "backend": backend, "chunk_size": chunk_size}
     after = write(operator, k, v, gates, layout=layout, **options)
@@ -94,10 +95,9 @@ def write_bidirectional(
     return TwoSidedMemory(k, v, after, before)
 
 
-def _summed_states(k: Tensor, v: Tensor, layout: SequenceLayout, backend: str | None, chunk_size: int | None) -> Tensor:
+def _summed_states(k: Tensor, v: Tensor, layout: SequenceLayout, backend: str, chunk_size: int | None) -> Tensor:
     """What each document's tokens wrote, on every rank: ``[num_documents, B, H, K, V]``, by one all-reduce."""
     variant = VARIANTS["linear_attention"]
-    backend = check_inputs(variant, k, v, {}, None, layout, backend, chunk_size)
     pieces = range(len(layout.pieces))
     with phase("longspan.write", k):
         ends = variant.prepare(k, v, {}, layout, chunk_size, backend).write(k, v, None, pieces, pieces)

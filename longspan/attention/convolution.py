@@ -27,12 +27,13 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from longspan.attention.linear import JoinSum, sum_over_ranks
-from longspan.errors import InputError, LayoutError
+from longspan.attention.linear import JoinSum, check_packed, sum_over_ranks
+from longspan.checks import check_choice, check_flag, check_not_empty, check_tensor, check_tensors
+from longspan.errors import InputError
 from longspan.exchange.halo import halo_plan, start_halo
-from longspan.layout import Piece, SequenceLayout
+from longspan.first_order import first_order
+from longspan.layout import Piece, SequenceLayout, check_layout
 from longspan.ops.backends import DTYPES, choose_backend, require_gpu, require_package
 
 ACTIVATIONS = ("silu", "swish")
@@ -83,10 +84,12 @@ def causal_conv1d(
         InputError: for shapes, dtypes, devices or an activation that do not fit, or a backend that cannot run.
         LayoutError: if T is not the layout's number of local tokens, or the layout has ranks but no process group.
     """
+    check_tensors("causal_conv1d", x=x, weight=weight)
     fits = weight.dim() == 2 and weight.shape[1] <= MAX_TAPS_OF_KERNELS
     backend = choose_backend("causal_conv1d", BACKENDS, x, fits, backend)
     layout = check_tokens(x, layout, "causal_conv1d", backend)
     _check_parameters(x, weight, bias, activation)
+    check_flag("causal_conv1d", "output_final_state", output_final_state)
     width = weight.shape[1] - 1
     _check_initial_state(initial_state, x, width, layout)
     with_initial = initial_state is not None and width > 0
@@ -112,10 +115,12 @@ def causal_conv1d(
 
 def check_tokens(x: Tensor, layout: SequenceLayout | None, name: str, backend: str = "torch") -> SequenceLayout:
     """The layout of x ``[B, T, C]``, one rank's where none is given; raises as `causal_conv1d` does, naming the operator."""
-    if x.dim() != 3 or 0 in x.shape:
+    check_tensor(name, "x", x)
+    if x.dim() != 3:
         raise InputError(
-            f"{name} takes x [B, T, C] with at least one row, token and channel; got shape {tuple(x.shape)}"
+            f"{name} takes x [B, T, C]; got shape {tuple(x.shape)}. Lay the channels of all heads side by side: x.flatten(2)"
         )
+    check_not_empty(name, "x", x, "row, token and channel")
     if x.dtype not in DTYPES[backend]:
         *names, last = [str(dtype).removeprefix("torch.") for dtype in DTYPES[backend]]
         with_backend = "" if backend == "torch" else f" with backend={backend!r}"
@@ -124,16 +129,8 @@ def check_tokens(x: Tensor, layout: SequenceLayout | None, name: str, backend: s
         )
     if layout is None:
         return SequenceLayout.local(x.shape[1])
-    layout.check_local_length(x.shape[1], name)
-    if layout.documents is not None and x.shape[0] != 1:
-        raise InputError(
-            f"with documents the batch has one row, B = 1, the packed sequence; got x of shape {tuple(x.shape)}"
-        )
-    if layout.num_ranks > 1 and layout.group is None:
-        raise LayoutError(
-            f"{name} needs a layout with a process group; this one was made by for_rank(), for planning. "
-            "Build it as SequenceLayout(seq_len, group)"
-        )
+    check_layout(layout, x.shape[1], name)
+    check_packed(name, x, layout)
     return layout
 
 
@@ -145,30 +142,36 @@ def _check_parameters(x: Tensor, weight: Tensor, bias: Tensor | None, activation
             hint = " It looks like the weight of torch.nn.Conv1d: take weight.squeeze(1)"
         raise InputError(
             f"causal_conv1d takes weight [C, W] with C = {num_channels}, as x has, and W at least 1; "
-            f"got {tuple(weight.shape)}.{hint}"
+            f"got {tuple(weight.shape)}.{hint or ' Pass one row of taps a channel'}"
         )
-    if bias is not None and tuple(bias.shape) != (num_channels,):
-        raise InputError(f"causal_conv1d takes bias [C] = ({num_channels},) or None; got {tuple(bias.shape)}")
+    if bias is not None:
+        check_tensors("causal_conv1d", bias=bias)
+        if tuple(bias.shape) != (num_channels,):
+            raise InputError(
+                f"causal_conv1d takes bias [C] = ({num_channels},) or None; got {tuple(bias.shape)}. Expand it, or leave it out"
+            )
     for name, parameter in (("weight", weight), ("bias", bias)):
         if parameter is not None and (parameter.dtype != x.dtype or parameter.device != x.device):
             raise InputError(
                 f"causal_conv1d takes x and {name} of one dtype on one device; got x {x.dtype} on {x.device} and {name} "
                 f"{parameter.dtype} on {parameter.device}. Convert {name} with {name}.to(x)"
             )
-    if activation is not None and activation not in ACTIVATIONS:
-        raise InputError(f"activation must be None or one of {', '.join(map(repr, ACTIVATIONS))}; got {activation!r}")
+    remedy = "Apply any other to what the call returns"
+    check_choice("causal_conv1d", "activation", activation, ACTIVATIONS, remedy, or_none=True)
 
 
 def _check_initial_state(initial_state: Tensor | None, x: Tensor, width: int, layout: SequenceLayout) -> None:
     if initial_state is None:
         return
+    check_tensor("causal_conv1d", "initial_state", initial_state)
     rows, first = (x.shape[0], "B") if layout.documents is None else (layout.num_documents, "num_documents")
     expected = (rows, width, x.shape[2])
     fits = initial_state.dtype == x.dtype and initial_state.device == x.device
     if tuple(initial_state.shape) != expected or not fits:
         raise InputError(
-            f"initial_state must be the W - 1 tokens before, [{first}, W-1, C] = {expected} in {x.dtype} on {x.device}; "
-            f"got {tuple(initial_state.shape)} in {initial_state.dtype} on {initial_state.device}"
+            f"causal_conv1d: initial_state must be the W - 1 tokens before, [{first}, W-1, C] = {expected} in {x.dtype} on "
+            f"{x.device}; got {tuple(initial_state.shape)} in {initial_state.dtype} on {initial_state.device}. Convert it with "
+            "initial_state.to(x)"
         )
 
 
@@ -452,7 +455,7 @@ class _Inside(torch.autograd.Function):
         return y, z_heads
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(
         ctx: Any, grad_y: Tensor, grad_z_heads: Tensor
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
@@ -570,7 +573,7 @@ class PlaceRows(torch.autograd.Function):
         return y.index_copy_(1, rows, y_rows)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         (rows,) = ctx.saved_tensors
         return grad, grad.index_select(1, rows), None
@@ -592,6 +595,7 @@ class _Together(torch.autograd.Function):
         return outputs
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         return grads
 

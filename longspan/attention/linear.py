@@ -17,11 +17,22 @@ import torch.distributed as dist
 from torch import Tensor
 
 from longspan.attention.memory import StepMemory
+from longspan.checks import (
+    Unchanged,
+    check_count,
+    check_flag,
+    check_not_empty,
+    check_same_device,
+    check_scale,
+    check_tensor,
+    check_tensors,
+)
 from longspan.errors import InputError
 from longspan.exchange import Exchange, PendingExchange, Topology, resolve_topology, start_exchange
 from longspan.exchange.ranges import named_range
 from longspan.exchange.traffic import note_collective, waiting
-from longspan.layout import SequenceLayout
+from longspan.first_order import first_order
+from longspan.layout import SequenceLayout, check_layout
 from longspan.ops import VARIANTS, Variant
 from longspan.ops.backends import resolve_backend
 from longspan.ops.variant import ChunkForm, Gate, state_dtype
@@ -32,11 +43,13 @@ from longspan.state import Pair, Transition
 class LinearMemory(StepMemory):
     """What `write` has written: read it with queries, once or several times."""
 
+    _name: str
     _form: ChunkForm
     _layout: SequenceLayout
     _k: Tensor
     _pending: PendingExchange | None
     _ends: _EndRows
+    _written: Unchanged
     _incoming: Tensor | None = None
     _final_state: Tensor | None = None
     _with_gradients: bool = field(default_factory=torch.is_grad_enabled)
@@ -51,6 +64,9 @@ class LinearMemory(StepMemory):
         Returns:
             o ``[B, T, H, V]``.
 
+        Raises:
+            InputError: for a q or a scale that does not fit, or where k, v or a gate was changed in place since it was written.
+
         The first read waits for the exchange.
         """
         return self._read(q, scale, overlapped=False)
@@ -60,7 +76,8 @@ class LinearMemory(StepMemory):
         return self._read(q, scale, overlapped=True)
 
     def _read(self, q: Tensor, scale: float | None, overlapped: bool) -> Tensor:
-        factor = check_query(q, self._k, scale)
+        factor = check_query(self._name, q, self._k, scale)
+        self._written.check()
         with phase("longspan.read", q):
             o = self._form.read(q, lambda: self.incoming(q), factor, overlapped)
         if self._ends.with_final_states and self._layout.num_ranks > 1:
@@ -88,7 +105,11 @@ class LinearMemory(StepMemory):
         ranks the first read takes part in its collective already: ranks may let o, the final state or both enter their losses.
         """
         if not self._ends.with_final_states:
-            raise InputError("final_state() needs write(..., output_final_state=True)")
+            raise InputError(
+                f"{self._name}: final_state() needs a memory that keeps it; this one was written with output_final_state=False. "
+                "Write it with output_final_state=True"
+            )
+        self._written.check()
         if self._layout.num_ranks == 1:
             return self._find_final_state()
         if self._final_state is None:
@@ -121,6 +142,7 @@ class JoinSum(torch.autograd.Function):
         return x.detach()
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, None]:
         _summed(grads[0], ctx.group, "backward")
         return None, None, None
@@ -140,6 +162,7 @@ class _After(torch.autograd.Function):
         return x.detach()
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return grads[0], None
 
@@ -157,13 +180,17 @@ def without_autocast(x: Tensor) -> AbstractContextManager[object]:
     return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
 
 
-def check_query(q: Tensor, k: Tensor, scale: float | None) -> float:
-    """Raise InputError unless q has the shape and dtype of k; returns the scale, K^-½ for None."""
+def check_query(name: str, q: Tensor, k: Tensor, scale: float | None) -> float:
+    """Raise InputError unless q has the shape, dtype and device of k; returns the scale, K^-½ for None. `name` is the operator."""
+    check_tensor(name, "q", q)
+    check_not_empty(name, "q", q)
     if q.shape != k.shape or q.dtype != k.dtype:
         raise InputError(
-            f"q must have the shape and dtype of k, {tuple(k.shape)} and {k.dtype}; got {tuple(q.shape)} and {q.dtype}"
+            f"{name}: q must have the shape and dtype of k, {tuple(k.shape)} and {k.dtype}; got {tuple(q.shape)} and {q.dtype}. "
+            "Convert it with q.to(k.dtype)"
         )
-    return q.shape[-1] ** -0.5 if scale is None else float(scale)
+    check_same_device(name, k=k, q=q)
+    return check_scale(name, scale, q.shape[-1] ** -0.5)
 
 
 @dataclass(frozen=True)
@@ -250,8 +277,9 @@ def write(
     """
     variant = VARIANTS[operator]
     topology = resolve_topology(exchange)
-    layout = local_layout(k.shape[1]) if layout is None else layout
-    backend = check_inputs(variant, k, v, gates, initial_state, layout, backend, chunk_size, has_safe_gates)
+    check_flag(operator, "output_final_state", output_final_state)
+    layout, backend = check_inputs(variant, k, v, gates, initial_state, layout, backend, chunk_size, has_safe_gates)
+    written = Unchanged(operator, k=k, v=v, **gates)
     ends = layout.cached(("end_rows", output_final_state), lambda: _end_rows(layout, output_final_state))
     pending = None
     with phase("longspan.write", k):
@@ -259,7 +287,7 @@ def write(
         end_states = form.write(k, v, _start_states(initial_state, layout), ends.pieces, ends.sent_pieces)
         if layout.num_ranks > 1:
             pending = _start(topology, variant, form, end_states, ends, layout)
-    return LinearMemory(form, layout, k, pending, ends)
+    return LinearMemory(operator, form, layout, k, pending, ends, written)
 
 
 def _start_states(initial_state: Tensor | None, layout: SequenceLayout) -> Tensor | None:
@@ -309,42 +337,58 @@ def check_inputs(
     v: Tensor,
     gates: Mapping[str, Tensor],
     initial_state: Tensor | None,
-    layout: SequenceLayout,
+    layout: SequenceLayout | None,
     backend: str | None,
     chunk_size: int | None,
     has_safe_gates: bool = False,
-) -> str:
-    """Refuse what does not fit, before the first collective; returns the backend that computes."""
+) -> tuple[SequenceLayout, str]:
+    """Refuse what does not fit, before the first collective; returns the layout, and the backend that computes."""
     name = variant.name
-    if chunk_size is not None and chunk_size < 1:
-        raise InputError(f"chunk_size must be a positive int or None; got {chunk_size!r}")
+    if chunk_size is not None:
+        check_count(name, "chunk_size", chunk_size, "the tokens that are computed together, or None")
+    check_tensors(name, k=k, v=v)
     if k.dim() != 4 or v.dim() != 4 or k.shape[:2] != v.shape[:2]:
         raise InputError(
-            f"{name} takes k [B, T, H_k, K] and v [B, T, H, V] with the same B and T; "
-            f"got {tuple(k.shape)} and {tuple(v.shape)}"
+            f"{name} takes k [B, T, H_k, K] and v [B, T, H, V] with the same B and T; got {tuple(k.shape)} and "
+            f"{tuple(v.shape)}. Heads are a dimension of their own: k.unflatten(-1, (H_k, K))"
         )
+    check_not_empty(name, "k", k)
+    check_not_empty(name, "v", v)
+    check_same_device(name, k=k, v=v)
     backend = resolve_backend(name, variant.backends, k, v, backend, chunk_size)
-    layout.check_local_length(k.shape[1], name)
+    layout = local_layout(k.shape[1]) if layout is None else layout
+    check_layout(layout, k.shape[1], name)
     batch, num_tokens, num_key_heads, key_size = k.shape
     num_heads, value_size = v.shape[2:]
     if num_heads % num_key_heads:
         raise InputError(
-            f"{name}: the {num_heads} heads of v must be a multiple of the {num_key_heads} heads of q and k"
+            f"{name}: the {num_heads} heads of v must be a multiple of the {num_key_heads} heads of q and k. Repeat the heads of "
+            "v, or give q and k fewer"
         )
-    if layout.documents is not None and batch != 1:
-        raise InputError(f"with documents the batch has one row, B = 1, the packed sequence; got B = {batch}")
+    check_packed(name, k, layout)
     sizes = {"B": batch, "T": num_tokens, "H": num_heads, "K": key_size}
-    _check_gates(variant, gates, sizes, layout, has_safe_gates)
+    _check_gates(variant, gates, sizes, layout, k, has_safe_gates)
     if initial_state is not None:
+        check_tensor(name, "initial_state", initial_state)
         rows = batch if layout.documents is None else layout.num_documents
         expected = (rows, num_heads, key_size, value_size)
         if tuple(initial_state.shape) != expected or initial_state.dtype != state_dtype(k.dtype):
             first = "B" if layout.documents is None else "num_documents"
             raise InputError(
-                f"initial_state must be [{first}, H, K, V] = {expected} in {state_dtype(k.dtype)}; "
-                f"got {tuple(initial_state.shape)} in {initial_state.dtype}"
+                f"{name}: initial_state must be [{first}, H, K, V] = {expected} in {state_dtype(k.dtype)}; got "
+                f"{tuple(initial_state.shape)} in {initial_state.dtype}. Convert it with initial_state.to({state_dtype(k.dtype)})"
             )
-    return backend
+        check_same_device(name, k=k, initial_state=initial_state)
+    return layout, backend
+
+
+def check_packed(name: str, x: Tensor, layout: SequenceLayout) -> None:
+    """Raise InputError where a layout has documents and x ``[B, T, ...]`` more than one row."""
+    if layout.documents is not None and x.shape[0] != 1:
+        raise InputError(
+            f"{name}: with documents the batch has one row, B = 1, the packed sequence; got B = {x.shape[0]}. Lay the rows one "
+            "after another, with their bounds among the layout's documents"
+        )
 
 
 def _check_gates(
@@ -352,30 +396,34 @@ def _check_gates(
     gates: Mapping[str, Tensor],
     sizes: Mapping[str, int],
     layout: SequenceLayout,
+    k: Tensor,
     has_safe_gates: bool,
 ) -> None:
     expected_names = [gate.name for gate in variant.gates]
     if sorted(gates) != sorted(expected_names):
         raise InputError(
-            f"{variant.name} takes {', '.join(expected_names) or 'no gates'} beside q, k and v; got {sorted(gates)}"
+            f"{variant.name} takes {', '.join(expected_names) or 'no gates'} beside q, k and v; got {sorted(gates)}. Pass just "
+            "these by name"
         )
     for gate in variant.gates:
-        _check_gate(variant, gate, gates[gate.name], sizes, layout, has_safe_gates)
+        _check_gate(variant, gate, gates[gate.name], sizes, layout, k, has_safe_gates)
 
 
 def _check_gate(
-    variant: Variant, gate: Gate, x: Tensor, sizes: Mapping[str, int], layout: SequenceLayout, is_safe: bool
+    variant: Variant, gate: Gate, x: Tensor, sizes: Mapping[str, int], layout: SequenceLayout, k: Tensor, is_safe: bool
 ) -> None:
+    check_tensors(variant.name, **{gate.name: x})
     expected = tuple(sizes[dim] for dim in gate.dims)
-    if tuple(x.shape) != expected or not x.is_floating_point():
+    if tuple(x.shape) != expected:
         raise InputError(
-            f"{variant.name}: {gate.name} must be a floating-point tensor [{', '.join(gate.dims)}] = {expected}; "
-            f"got {x.dtype} of shape {tuple(x.shape)}"
+            f"{variant.name}: {gate.name} must be a floating-point tensor [{', '.join(gate.dims)}] = {expected}; got "
+            f"{x.dtype} of shape {tuple(x.shape)}. Expand what is the same for several, as with {gate.name}.expand{expected}"
         )
+    check_same_device(variant.name, **{"k": k, gate.name: x})
     if not gate.differentiable and x.requires_grad:
         raise InputError(
-            f"{variant.name}: {gate.name} is a constant and takes no gradient; pass {gate.name}.detach(), or use an operator "
-            "whose decay is learned, such as simple_gla"
+            f"{variant.name}: {gate.name} is a constant and takes no gradient; got one that requires it. Pass "
+            f"{gate.name}.detach(), or use an operator whose decay is learned, such as simple_gla"
         )
     # On other devices the check would make the host wait; a compiler does not see values.
     readable = not is_safe and x.device.type == "cpu" and x.numel() and not torch.compiler.is_compiling()
@@ -400,6 +448,7 @@ class _SumOverRanks(torch.autograd.Function):
         return _summed(x, group, "forward")
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return _summed(grads[0], ctx.group, "backward"), None
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from longspan.attention.convolution import PlaceRows, check_tokens, heads_of, index_of
 from longspan.exchange.halo import halo_plan, start_halo
+from longspan.first_order import first_order
 from longspan.layout import SequenceLayout
 
 
@@ -85,7 +85,7 @@ class _Shift(torch.autograd.Function):
         return y.index_fill_(1, plan.starts, 0)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None]:
         grad_x = torch.empty_like(grad_y, memory_format=torch.contiguous_format)
         grad_x[:, :-1] = grad_y[:, 1:]

@@ -49,7 +49,8 @@ def resolve_topology(exchange: str | Exchange) -> Topology:
     if not isinstance(name, str) or name not in TOPOLOGIES:
         known = ", ".join(repr(other) for other in TOPOLOGIES if other != "auto")
         raise InputError(
-            f"exchange must be 'auto' or one of {known}, or a longspan.Exchange with one of these names; got {name!r}"
+            f"exchange must be 'auto' or one of {known}, or a longspan.Exchange with one of these names; got {name!r}. Leave "
+            "it out for 'auto'"
         )
     for option in options:
         takers = [other for other, topology in TOPOLOGIES.items() if option in _options(topology)]

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from longspan.exchange.base import Handle, ReverseHandle, Topology
 from longspan.exchange.ranges import named_range
+from longspan.first_order import first_order
 from longspan.layout import SequenceLayout
 from longspan.state import Pair, Transition
 
@@ -56,6 +57,7 @@ class _Start(torch.autograd.Function):
         return state.new_zeros(())
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         link: _Link = ctx.link
         assert link.reverse is not None
@@ -94,6 +96,7 @@ class _Wait(torch.autograd.Function):
         return arrived.incoming
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None]:
         (grad_incoming,) = grads
         link: _Link = ctx.link

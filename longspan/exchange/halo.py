@@ -31,10 +31,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from longspan.errors import LayoutError
 from longspan.exchange.swap import Flight, swap
+from longspan.first_order import first_order
 from longspan.layout import SequenceLayout
 
 
@@ -214,7 +214,7 @@ class _Start(torch.autograd.Function):
         return x, x.new_zeros(())
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad_x: Tensor | None, grad_ticket: Tensor | None) -> tuple[Tensor, None, None]:
         link: _Link = ctx.link
         assert link.reverse is not None and link.grad_copied is not None and grad_ticket is not None
@@ -252,7 +252,7 @@ class _Wait(torch.autograd.Function):
         return halo
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad_halo: Tensor) -> tuple[Tensor, None, None]:
         link: _Link = ctx.link
         plan = link.plan

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from longspan.checks import check_count, check_not_empty, check_tensor, described
 from longspan.errors import InputError, LayoutError
-from longspan.layout import SequenceLayout
+from longspan.layout import SequenceLayout, check_layout
 from longspan.models.config import LinearLlama3Config
 from longspan.models.decays import ChannelDecay, ScalarDecay
 from longspan.models.layers import GatedRMSNorm, RMSNorm, Rotation, SwiGLU, at_least_float32, rotation
@@ -112,13 +113,17 @@ class LinearLlama3(nn.Module):
         A rank's loss is the sum over its own valid tokens divided by the number of valid tokens of all ranks; parameter
         gradients are then summed over the ranks (`longspan.sum_gradients`).
         """
+        check_tensor("the model", "tokens", tokens)
         if tokens.dim() != 2 or tokens.dtype != torch.int64:
-            raise InputError(f"tokens must be int64 [B, T]; got {tokens.dtype} of shape {tuple(tokens.shape)}")
+            raise InputError(
+                f"tokens must be int64 [B, T]; got {tokens.dtype} of shape {tuple(tokens.shape)}. Pass token ids, rows.long()"
+            )
+        check_not_empty("the model", "tokens", tokens, "row and token")
         self._check_layout(layout)
         if layout is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)
         else:
-            layout.check_local_length(tokens.shape[1], "the model")
+            check_layout(layout, tokens.shape[1], "the model")
             positions = layout.document_positions_on(tokens.device)
         x = self.embedding(tokens)
         by = self._rotation(positions)
@@ -127,7 +132,12 @@ class LinearLlama3(nn.Module):
         return self._logits(x)
 
     def init_cache(self, batch_size: int) -> Cache:
-        """An empty cache for decoding `batch_size` rows on one device."""
+        """An empty cache for decoding `batch_size` rows on one device.
+
+        Raises:
+            InputError: for a batch_size that is no int of at least 1.
+        """
+        check_count("init_cache()", "batch_size", batch_size)
         layers: list[LinearCache | SoftmaxCache] = []
         for operator in self.config.layer_operators:
             layers.append(SoftmaxCache(self.config.window) if operator == "softmax" else LinearCache())
@@ -146,10 +156,15 @@ class LinearLlama3(nn.Module):
         Raises:
             InputError: for tokens of another shape or dtype.
         """
+        check_tensor("step()", "tokens", tokens)
+        if not isinstance(cache, Cache):
+            raise InputError(
+                f"step() takes the cache that init_cache() made; got {described(cache)}. Make one for each sequence"
+            )
         if tokens.shape != (cache.batch_size, 1) or tokens.dtype != torch.int64:
             raise InputError(
                 f"step() takes one token of each row, int64 [{cache.batch_size}, 1]; "
-                f"got {tokens.dtype} of shape {tuple(tokens.shape)}"
+                f"got {tokens.dtype} of shape {tuple(tokens.shape)}. Make a cache for as many rows with init_cache()"
             )
         x = self.embedding(tokens)
         by = self._rotation(torch.full((1,), cache.num_tokens, device=tokens.device))
@@ -202,6 +217,11 @@ class LinearLlama3(nn.Module):
 
     def _check_layout(self, layout: SequenceLayout | None) -> None:
         ours = self.sequence_parallel
+        if layout is not None and not isinstance(layout, SequenceLayout):
+            raise InputError(
+                f"the model: layout must be a SequenceLayout or None; got {described(layout)}. Build one as "
+                "SequenceLayout(seq_len, group)"
+            )
         if ours is None:
             if layout is not None and layout.num_ranks > 1:
                 raise LayoutError(

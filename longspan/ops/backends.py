@@ -14,6 +14,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from longspan.checks import check_choice
 from longspan.errors import InputError
 
 BACKENDS = ("torch", "triton", "fla")
@@ -63,8 +64,7 @@ def choose_backend(name: str, backends: tuple[str, ...], x: Tensor, fits: bool, 
     if backend is None:
         takes = "triton" in backends and fits and x.device.type == "cuda" and torch.version.hip is None
         backend = "triton" if takes and x.dtype in DTYPES["triton"] and find_spec("triton") is not None else "torch"
-    if backend not in backends:
-        raise InputError(f"{name}: backend must be None or one of {', '.join(map(repr, backends))}; got {backend!r}")
+    check_choice(name, "backend", backend, backends, "Leave it out for the fastest that takes the inputs", or_none=True)
     return backend
 
 

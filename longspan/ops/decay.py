@@ -31,6 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longspan.first_order import first_order
 from longspan.layout import SequenceLayout
 from longspan.ops.backends import require_package
 from longspan.ops.diagonal import carried_final_states, diagonal_transition
@@ -224,6 +225,7 @@ class DecayWrite(torch.autograd.Function):
         return states, states[list(end_slots)], k.detach(), v.detach()
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         grad_states, grad_ends, dk, dv = grads
         call: Call = ctx.call
@@ -316,6 +318,7 @@ class DecayRead(torch.autograd.Function):
         return o
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (do,) = grads
         call: Call = ctx.call

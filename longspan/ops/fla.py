@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from longspan.errors import InputError
+from longspan.first_order import first_order
 from longspan.layout import SequenceLayout
 from longspan.ops.backends import MAX_HEAD_SIZE, require_gpu, require_package
 from longspan.ops.variant import ChunkForm, Gates, state_dtype
@@ -180,6 +181,7 @@ class _Nothing(torch.autograd.Function):
         return next(x for x in inputs if x is not None).new_zeros(shape, dtype=dtype)
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
         return (None,) * (2 + ctx.num_inputs)
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from longspan.checks import check_choice, check_number, check_same_device, check_tensors
 from longspan.errors import InputError
 from longspan.ops.backends import choose_backend, require_gpu, require_package
 
@@ -47,7 +48,7 @@ def rms_norm_gated(
     Raises:
         InputError: for shapes, dtypes, devices or an activation that do not fit, or a backend that cannot run.
     """
-    _check(x, gate, weight, activation)
+    _check(x, gate, weight, eps, activation)
     fits = x.shape[-1] <= MAX_SIZE_OF_KERNELS and not _has_float64(x, gate, weight)
     if choose_backend("rms_norm_gated", BACKENDS, x, fits, backend) == "triton":
         return _by_kernels(x, gate, weight, eps, activation)
@@ -76,20 +77,25 @@ def _has_float64(*tensors: Tensor) -> bool:
     return any(x.dtype == torch.float64 for x in tensors)
 
 
-def _check(x: Tensor, gate: Tensor, weight: Tensor, activation: str) -> None:
-    if x.dim() < 1 or not x.dtype.is_floating_point or x.shape[-1] == 0:
+def _check(x: Tensor, gate: Tensor, weight: Tensor, eps: float, activation: str) -> None:
+    check_tensors("rms_norm_gated", x=x, gate=gate, weight=weight)
+    if x.dim() < 1 or x.shape[-1] == 0:
         raise InputError(
-            f"rms_norm_gated takes a floating x [..., D] with D at least 1; got {tuple(x.shape)} in {x.dtype}"
+            f"rms_norm_gated takes x [..., D] with D at least 1; got {tuple(x.shape)}. Leave the call out where there is nothing "
+            "to norm"
         )
-    if gate.shape != x.shape or gate.device != x.device or not gate.dtype.is_floating_point:
+    if gate.shape != x.shape:
         raise InputError(
-            f"rms_norm_gated takes a floating gate of the shape of x, {tuple(x.shape)} on {x.device}; got {tuple(gate.shape)} in "
-            f"{gate.dtype} on {gate.device}. With heads, take gate.unflatten(-1, (H, D))"
+            f"rms_norm_gated takes a gate of the shape of x, {tuple(x.shape)}; got {tuple(gate.shape)}. With heads, take "
+            "gate.unflatten(-1, (H, D))"
         )
-    if tuple(weight.shape) != (x.shape[-1],) or weight.device != x.device or not weight.dtype.is_floating_point:
+    if tuple(weight.shape) != (x.shape[-1],):
         raise InputError(
-            f"rms_norm_gated takes a floating weight [D] = ({x.shape[-1]},) on {x.device}; got {tuple(weight.shape)} in "
-            f"{weight.dtype} on {weight.device}"
+            f"rms_norm_gated takes weight [D] = ({x.shape[-1]},); got {tuple(weight.shape)}. One weight serves all heads; scale "
+            "heads apart after the call"
         )
-    if activation not in ACTIVATIONS:
-        raise InputError(f"activation must be one of {', '.join(map(repr, ACTIVATIONS))}; got {activation!r}")
+    check_same_device("rms_norm_gated", x=x, gate=gate, weight=weight)
+    check_number("rms_norm_gated", "eps", eps, at_least=0.0)
+    check_choice(
+        "rms_norm_gated", "activation", activation, ACTIVATIONS, "For another one, use torch.nn.functional.rms_norm"
+    )

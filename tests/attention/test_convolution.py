@@ -521,8 +521,13 @@ def test_inputs_that_do_not_fit_are_refused_with_the_way_out() -> None:
     cases: Iterator[tuple[str, type[Exception], tuple[Any, ...], dict[str, Any]]] = iter(
         [
             (r"takes x \[B, T, C\].*got shape \(2, 8\)", InputError, (x[..., 0], weight), {}),
-            (r"at least one row, token and channel; got shape \(0, 8, 3\)", InputError, (x[:0], weight), {}),
-            (r"got x of torch\.int64\. Convert", InputError, (x.long(), weight), {}),
+            (r"at least one row, token and channel; got x of shape \(0, 8, 3\)", InputError, (x[:0], weight), {}),
+            (
+                r"x must be a floating-point tensor; got a Tensor of torch\.int64.*Convert",
+                InputError,
+                (x.long(), weight),
+                {},
+            ),
             (r"weight \[C, W\] with C = 3.*got \(5, 4\)", InputError, (x, torch.zeros(5, 4)), {}),
             (r"looks like \[W, C\]: transpose", InputError, (x, weight.t()), {}),
             (r"take weight\.squeeze\(1\)", InputError, (x, weight.unsqueeze(1)), {}),

@@ -42,7 +42,7 @@ def good_inputs(tokens: int = 8) -> dict[str, Any]:
             {"q": torch.zeros(0, 8, 4, 8), "k": torch.zeros(0, 8, 2, 8), "v": torch.zeros(0, 8, 2, 8)},
             "at least one row",
         ),
-        ({"method": "ulises"}, r"method must be one of auto, all_gather, ring, ulysses; got 'ulises'"),
+        ({"method": "ulises"}, r"method must be one of 'auto', 'all_gather', 'ring', 'ulysses'; got 'ulises'"),
         ({"window": 0}, r"window must be an integer of at least 1.* got 0"),
         ({"window": 4.0}, r"window must be an integer of at least 1.* got 4.0"),
         ({"window": True}, r"window must be an integer of at least 1.* got True"),

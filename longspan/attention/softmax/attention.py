@@ -14,11 +14,22 @@ from longspan.attention.softmax.choice import Shapes, choose
 from longspan.attention.softmax.pair import Local, Reader
 from longspan.attention.softmax.ring import Ring
 from longspan.attention.softmax.ulysses import Ulysses
-from longspan.errors import InputError, LayoutError
-from longspan.layout import SequenceLayout
+from longspan.checks import (
+    Unchanged,
+    check_choice,
+    check_count,
+    check_flag,
+    check_not_empty,
+    check_same_device,
+    check_scale,
+    check_tensor,
+)
+from longspan.errors import InputError
+from longspan.layout import SequenceLayout, check_layout
 
 SoftmaxMethod = Literal["auto", "all_gather", "ring", "ulysses"]
 SOFTMAX_METHODS: tuple[SoftmaxMethod, ...] = ("auto", "all_gather", "ring", "ulysses")
+NAME = "softmax attention"
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 EXCHANGES: dict[str, type[AllGather | Ring | Ulysses]] = {"all_gather": AllGather, "ring": Ring, "ulysses": Ulysses}
@@ -45,7 +56,7 @@ def softmax_attention(
         causal: token i sees tokens up to itself; False: all of its document.
         window: a token sees the last `window` tokens, itself included; with ``causal=False`` also the next
             ``window - 1``, those less than `window` away on either side. None is no limit.
-        scale: None is ``D ** -0.5``.
+        scale: a finite number of either sign; None is ``D ** -0.5``. It takes no gradient: a learned one multiplies q.
         layout: who holds which tokens, and the documents, which never see each other; None is one device and one
             document.
         method: how queries meet the keys of other ranks. ``"all_gather"`` (LASP-2, arXiv 2502.07563) brings the keys and
@@ -66,6 +77,7 @@ def softmax_attention(
     computed nor sent.
     """
     _check_queries(q, k)
+    check_scale(NAME, scale, 1.0)
     memory = write_softmax(k, v, layout=layout, method=method, causal=causal, window=window, num_heads=q.shape[2])
     return memory.read(q, scale)
 
@@ -89,22 +101,19 @@ def write_softmax(
     Whatever runs before ``read`` hides the exchange, and its backward hides the backward exchange. One rank exchanges
     nothing.
     """
-    if method not in SOFTMAX_METHODS:
-        raise InputError(f"method must be one of {', '.join(SOFTMAX_METHODS)}; got {method!r}")
+    check_choice(NAME, "method", method, SOFTMAX_METHODS, "Leave it out for 'auto'")
     if window is not None and not _is_positive(window):
         raise InputError(
             "window must be an integer of at least 1, the number of tokens that a token sees with itself included, or "
-            f"None for no limit; got {window!r}"
+            f"None for no limit; got {window!r}. Leave it out for all tokens"
         )
+    check_flag(NAME, "causal", causal)
+    if num_heads is not None:
+        check_count(NAME, "num_heads", num_heads, "the number of heads of q, or None for that of k")
     _check_keys(k, v)
     if layout is None:
         layout = SequenceLayout.local(k.shape[1])
-    layout.check_local_length(k.shape[1], "softmax attention")
-    if layout.num_ranks > 1 and layout.group is None:
-        raise LayoutError(
-            "softmax attention needs a layout with a process group; this one was made by for_rank(), for planning. "
-            "Build it as SequenceLayout(seq_len, group)"
-        )
+    check_layout(layout, k.shape[1], NAME)
     visibility = Visibility(
         layout.document_bounds, causal, None if window is None or window >= layout.seq_len else window
     )
@@ -132,6 +141,7 @@ class SoftmaxMemory(StepMemory):
             method = choose(layout, visibility, shapes, k.device.type) if layout.num_ranks > 1 else "all_gather"
         self.method: SoftmaxMethod = method
         self._k, self._num_ranks = k, layout.num_ranks
+        self._written = Unchanged(NAME, k=k, v=v)
         if num_heads is not None:
             self._check_heads(num_heads)
         exchange = EXCHANGES[method](layout, visibility) if layout.num_ranks > 1 else None
@@ -144,11 +154,16 @@ class SoftmaxMemory(StepMemory):
         """Attention ``[B, T, H, D]`` of the queries ``[B, T, H, D]`` of this rank's tokens; see `softmax_attention`.
 
         Raises:
-            InputError: if q does not fit the keys that were written.
+            InputError: if q does not fit the keys that were written, or k or v was changed in place since.
         """
         _check_queries(q, self._k)
         self._check_heads(q.shape[2])
-        return self._reader.attend(q, q.shape[-1] ** -0.5 if scale is None else scale)
+        self._written.check()
+        factor = check_scale(NAME, scale, q.shape[-1] ** -0.5)
+        if factor > 0:
+            return self._reader.attend(q, factor)
+        # Kernels mask scores with -inf before they scale them. Zero: every visible key counts alike, whatever its score.
+        return self._reader.attend(-q, -factor) if factor < 0 else self._reader.attend(q * 0.0, 1.0)
 
     def _check_heads(self, num_heads: int) -> None:
         if self.method == "ulysses" and num_heads % self._num_ranks:
@@ -164,31 +179,38 @@ def _is_positive(value: object) -> bool:
 
 
 def _check_keys(k: Tensor, v: Tensor) -> None:
+    check_tensor(NAME, "k", k)
+    check_tensor(NAME, "v", v)
     if k.dim() != 4 or k.shape != v.shape:
         raise InputError(
             "softmax attention takes k and v of the same shape [B, T, H_kv, D]; "
-            f"got k {tuple(k.shape)} and v {tuple(v.shape)}"
+            f"got k {tuple(k.shape)} and v {tuple(v.shape)}. Heads are a dimension of their own: k.unflatten(-1, (H_kv, D))"
         )
-    if 0 in k.shape:
-        raise InputError(f"softmax attention needs at least one row, token, head and channel; got k {tuple(k.shape)}")
+    check_not_empty(NAME, "k", k)
     if k.dtype not in DTYPES:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-        raise InputError(f"softmax attention takes {names}; got k of {k.dtype}")
+        raise InputError(
+            f"softmax attention takes {names}; got k of {k.dtype}. Convert it with k.float() or .to(dtype)"
+        )
     _check_same(k, v, "k", "v")
 
 
 def _check_queries(q: Tensor, k: Tensor) -> None:
+    check_tensor(NAME, "q", q)
+    check_tensor(NAME, "k", k)
     if q.dim() != 4 or k.dim() != 4:
         raise InputError(
             "softmax attention takes q [B, T, H, D] and k, v [B, T, H_kv, D]; "
-            f"got q {tuple(q.shape)} and k {tuple(k.shape)}"
+            f"got q {tuple(q.shape)} and k {tuple(k.shape)}. Heads are a dimension of their own: q.unflatten(-1, (H, D))"
         )
+    check_not_empty(NAME, "q", q)
+    check_not_empty(NAME, "k", k)
     if q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
         raise InputError(
             "q must have k's batch rows, tokens and head dimension (B, T and D of [B, T, H, D]); "
-            f"got q {tuple(q.shape)} and k {tuple(k.shape)}"
+            f"got q {tuple(q.shape)} and k {tuple(k.shape)}. Give each rank the queries of its own tokens"
         )
-    if q.shape[2] == 0 or k.shape[2] == 0 or q.shape[2] % k.shape[2]:
+    if q.shape[2] % k.shape[2]:
         raise InputError(
             f"the number of query heads must be a multiple of the number of key and value heads; got {q.shape[2]} and "
             f"{k.shape[2]}. Each key head serves an equal number of query heads"
@@ -202,5 +224,4 @@ def _check_same(x: Tensor, y: Tensor, x_name: str, y_name: str) -> None:
             f"q, k and v must have one dtype; got {x_name} of {x.dtype} and {y_name} of {y.dtype}. "
             "Cast them before the call"
         )
-    if x.device != y.device:
-        raise InputError(f"q, k and v must be on one device; got {x_name} on {x.device} and {y_name} on {y.device}")
+    check_same_device(NAME, **{x_name: x, y_name: y})

@@ -15,6 +15,7 @@ dq = scale·dS·k, dk = scale·dSᵀ·q, and only lse and o know about the other
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -76,20 +77,35 @@ def block_forward(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float
         q: ``[B, Tq, H, D]``, Tq at least 1.
         k, v: ``[B, Tk, H_kv, D]``, Tk at least 1, any strides.
         causal: query i sees keys 0 to i of the block; else all of them.
+        scale: above zero: kernels mask scores before they scale them, and the others turn -inf into NaN or inf.
 
     Returns:
         out ``[B, Tq, H, D]`` in q's dtype, normalised over the block's keys, and the log-sum-exp of the scaled scores,
-        ``[B, H, Tq]``, float32 (float64 for float64).
+        ``[B, H, Tq]``, float32 (float64 for float64). Where all scores of a query are -inf, out is 0 and the log-sum-exp -inf.
     """
     operator = flash_operator(q)
     if operator == "plain":
         return plain_forward(q, k, v, causal=causal, scale=scale)
-    q, k, v = (_rows(x).transpose(1, 2) for x in (q, k, v))
-    if operator == "cpu":
-        k, v = _near(k), _near(v)
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
-    else:
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, scale=scale)[:2]
+    queries, keys, values = (_rows(x).transpose(1, 2) for x in (q, k, v))
+    if operator == "cuda":
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention(queries, keys, values, 0.0, causal, scale=scale)[
+            :2
+        ]
+        # The log-sum-exp of no score is +inf there.
+        return out.transpose(1, 2), lse.masked_fill(lse == math.inf, -math.inf)
+    keys, values = _near(keys), _near(values)
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        queries, keys, values, 0.0, causal, scale=scale
+    )
+    # The log-sum-exp of no score is 0 there, which another block would take for a key of score 0.
+    zero = lse == 0
+    if torch.compiler.is_compiling() or bool(zero.any()):
+        sees_nothing = zero & (out == 0).all(-1) & (_first_scores(queries, keys) == -math.inf)
+        if torch.compiler.is_compiling():
+            lse = lse.masked_fill(sees_nothing, -math.inf)
+        elif bool(sees_nothing.any()):
+            # Keys after the first may have a log-sum-exp of 0, and values of 0.
+            return plain_forward(q, k, v, causal=causal, scale=scale)
     return out.transpose(1, 2), lse
 
 
@@ -100,7 +116,7 @@ def block_backward(
 
     Args:
         grad_out, out: ``[B, Tq, H, D]``; `out` merged over all blocks of these queries.
-        lse: ``[B, H, Tq]``, merged too.
+        lse: ``[B, H, Tq]``, merged too, and passed through `finite_lse`.
         q, k, v, causal, scale: as in `block_forward`.
 
     Returns:
@@ -156,7 +172,7 @@ def plain_forward(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float
         visible = min(start + PLAIN_CHUNK, k.shape[1]) if causal else k.shape[1]
         scores = _scores(_grouped(q[:, chunk], groups), keys[..., :visible], start, causal, scale)
         chunk_lse = scores.logsumexp(-1)
-        probabilities = (scores - chunk_lse.unsqueeze(-1)).exp()
+        probabilities = (scores - finite_lse(chunk_lse).unsqueeze(-1)).exp()
         chunk_out = probabilities.flatten(2, 3) @ values[..., :visible].mT
         out[:, chunk] = _ungrouped(chunk_out.unflatten(2, (groups, -1)))
         lse[..., chunk] = chunk_lse.flatten(1, 2)
@@ -184,6 +200,17 @@ def plain_backward(
         dk[:, :, :visible] += dscores.mT @ queries.flatten(2, 3)
         dv[:, :, :visible] += probabilities.mT @ flat_grads
     return dq, dk.transpose(1, 2).to(k.dtype), dv.transpose(1, 2).to(v.dtype)
+
+
+def finite_lse(lse: Tensor) -> Tensor:
+    """`lse` with 0 for -inf, of queries all of whose scores are -inf: e^(score - lse) is then 0 as it should, and not NaN."""
+    return lse.masked_fill(lse == -math.inf, 0.0)
+
+
+def _first_scores(q: Tensor, k: Tensor) -> Tensor:
+    """The score, up to its scale, of every query on the block's first key, which all see: [B, H, Tq] of [B, H, Tq, D]."""
+    first = k[:, :, :1].repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    return (q.to(torch.promote_types(q.dtype, torch.float32)) * first).sum(-1)
 
 
 def _scores(queries: Tensor, keys: Tensor, start: int, causal: bool, scale: float) -> Tensor:

@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from longspan.attention.softmax.blocks import Block, Visibility, plan_blocks
 from longspan.attention.softmax.tiles import Merged, Queries
+from longspan.first_order import first_order
 from longspan.layout import SequenceLayout
 
 Grads = tuple[Tensor, Tensor]
@@ -200,7 +200,7 @@ class _Start(torch.autograd.Function):
         return k.new_zeros(1)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad_ticket: Tensor) -> tuple[Tensor, Tensor, None]:
         exchange: KeyExchange = ctx.exchange
         dk, dv = exchange.finish(ctx.shape)
@@ -222,7 +222,7 @@ class _Join(torch.autograd.Function):
         return leaf.detach()
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad_ticket: Tensor) -> tuple[None, None, None]:
         ctx.exchange.finish(ctx.shape)
         return None, None, None
@@ -253,7 +253,7 @@ class _Attend(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         exchange: KeyExchange = ctx.exchange
         returns_key_grads: bool = ctx.needs_input_grad[3]
@@ -283,7 +283,7 @@ class _There(torch.autograd.Function):
         return exchange.there(q, "forward"), passed_on
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad_q: Tensor, grad_ticket: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         exchange: MovingExchange = ctx.exchange
         dq = exchange.back_with_key_grads(grad_q, ctx.read)
@@ -299,7 +299,7 @@ class _Back(torch.autograd.Function):
         return exchange.back(out, "forward")
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, None]:
         exchange: MovingExchange = ctx.exchange
         return exchange.there(grad_out, "backward"), None

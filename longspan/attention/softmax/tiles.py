@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from longspan.attention.softmax.blocks import Block
-from longspan.attention.softmax.kernels import block_backward, block_forward
+from longspan.attention.softmax.kernels import block_backward, block_forward, finite_lse
 
 
 class Merged:
@@ -33,9 +33,9 @@ class Merged:
 
     @property
     def lse(self) -> Tensor:
-        """[B, H, T]"""
+        """[B, H, T], finite: what `block_backward` takes."""
         assert self._lse is not None
-        return self._lse
+        return finite_lse(self._lse)
 
     def add(self, blocks: Iterable[Block], k: Tensor, v: Tensor, scale: float) -> None:
         """Let the queries attend to the keys [B, L, H_kv, D] of `blocks`, too."""
@@ -65,8 +65,8 @@ class Merged:
             all_out.copy_(out)
             all_lse.copy_(lse)
             return
-        # The newcomer's share of the sum of exponentials.
-        share = (lse - all_lse).sigmoid_().permute(0, 2, 3, 1).unsqueeze(-1)
+        # The newcomer's share of the sum of exponentials; none where neither has any.
+        share = (lse - all_lse).sigmoid_().nan_to_num_(nan=0.0).permute(0, 2, 3, 1).unsqueeze(-1)
         all_out.lerp_(out.to(all_out.dtype), share)
         all_lse.copy_(torch.logaddexp(all_lse, lse))
 

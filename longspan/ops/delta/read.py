@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longspan.first_order import first_order
 from longspan.ops.delta.call import (
     DeltaCall,
     TokenSums,
@@ -69,6 +70,7 @@ class DeltaScores(torch.autograd.Function):
         return found, q.detach(), None if ticket is None else ticket.detach()
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         grad_scores, dq, total = grads
         call: DeltaCall = ctx.call
@@ -141,6 +143,7 @@ class DeltaRead(torch.autograd.Function):
         return o
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (do,) = grads
         call: DeltaCall = ctx.call

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longspan.first_order import first_order
 from longspan.ops.delta.call import DeltaCall
 from longspan.ops.delta.chain import Chain, walk
 from longspan.ops.delta.write import Link, start_rows
@@ -65,6 +66,7 @@ class DeltaRun(torch.autograd.Function):
         return states, corrected
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_states, grad_corrected = grads
         call: DeltaCall = ctx.call

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longspan.first_order import first_order
 from longspan.ops.delta.call import (
     DeltaCall,
     anticausal_product,
@@ -112,6 +113,7 @@ class DeltaWrite(torch.autograd.Function):
         return updates, weights, ends, products, k.detach(), decays, ticket_like(call, g, ctx.needs_input_grad[3])
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         _, _, grad_ends, _, dk, _, sums = grads
         call: DeltaCall = ctx.call

@@ -11,7 +11,8 @@ from functools import wraps
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
+
+from longspan.first_order import first_order
 
 Function = Callable[..., Any]
 
@@ -58,7 +59,7 @@ def differentiable(forward: Operator, backward: Operator, setup_context: Functio
         setup_context(ctx, args, output)
         return output
 
-    parts = {"forward": run, "backward": once_differentiable(through(backward.function))}
+    parts = {"forward": run, "backward": first_order(through(backward.function))}
     # What a profile and an error of anomaly detection show.
     title = forward.name.rpartition(":")[2].title().replace("_", "")
     node: Any = type(title, (torch.autograd.Function,), {name: staticmethod(part) for name, part in parts.items()})
