@@ -23,3 +23,11 @@ class DataError(LongspanError):
 
 class CheckpointError(LongspanError):
     """A checkpoint is incomplete, damaged, or belongs to something else."""
+
+
+class ExchangeError(LongspanError, RuntimeError):
+    """An exchange between ranks failed: a rank died, did not come in time, or raised an error of its own."""
+
+
+class OutOfStepError(ExchangeError):
+    """The ranks of a group do not take the same exchanges in the same order."""

@@ -34,10 +34,10 @@ class SummedMemory(StepMemory):
     def read(self, q: Tensor, scale: float | None = None) -> Tensor:
         """``o_t = scale · Sᵀ q_t``, S the state of t's document; q ``[B, T, H_k, K]``, o ``[B, T, H, V]``."""
         factor = check_query("linear_attention", q, self._k, scale)
-        group = self._layout.group
-        if torch.is_grad_enabled() and q.requires_grad and not self._states.requires_grad and group is not None:
+        joins = torch.is_grad_enabled() and q.requires_grad and self._layout.num_ranks > 1
+        if joins and not self._states.requires_grad:
             # Other ranks' keys may take gradients where this rank's do not.
-            self._states = JoinSum.apply(self._states, q.new_zeros((), requires_grad=True), group)
+            self._states = JoinSum.apply(self._states, q.new_zeros((), requires_grad=True), self._layout)
         heads = self._states.shape[2]
         states = self._states.to(q.dtype)
         outputs = []

@@ -648,7 +648,7 @@ def _final_state(x: Tensor, initial_state: Tensor | None, layout: SequenceLayout
     if layout.num_ranks > 1:
         state = sum_over_ranks(state, layout)
         if joins and not state.requires_grad:
-            state = JoinSum.apply(state, state.new_zeros((), requires_grad=True), layout.group)
+            state = JoinSum.apply(state, state.new_zeros((), requires_grad=True), layout)
     state = state.to(x.dtype)
     if initial_state is not None and len(plan.kept):
         flat = initial_state.reshape(state.shape)

@@ -30,6 +30,7 @@ from longspan.checks import (
 from longspan.errors import InputError
 from longspan.exchange import Exchange, PendingExchange, Topology, resolve_topology, start_exchange
 from longspan.exchange.ranges import named_range
+from longspan.exchange.steps import launch
 from longspan.exchange.traffic import note_collective, waiting
 from longspan.first_order import first_order
 from longspan.layout import SequenceLayout, check_layout
@@ -137,14 +138,14 @@ class JoinSum(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, leaf: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
+    def forward(ctx: Any, x: Tensor, leaf: Tensor, layout: SequenceLayout) -> Tensor:
+        ctx.layout = layout
         return x.detach()
 
     @staticmethod
     @first_order
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, None]:
-        _summed(grads[0], ctx.group, "backward")
+        _summed(grads[0], ctx.layout, "backward")
         return None, None, None
 
 
@@ -443,22 +444,24 @@ class _SumOverRanks(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return _summed(x, group, "forward")
+    def forward(ctx: Any, x: Tensor, layout: SequenceLayout) -> Tensor:
+        ctx.layout = layout
+        return _summed(x, layout, "forward")
 
     @staticmethod
     @first_order
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _summed(grads[0], ctx.group, "backward"), None
+        return _summed(grads[0], ctx.layout, "backward"), None
 
 
-def _summed(x: Tensor, group: dist.ProcessGroup, phase: str) -> Tensor:
+def _summed(x: Tensor, layout: SequenceLayout, phase: str) -> Tensor:
     total = x.clone(memory_format=torch.contiguous_format)
-    num_ranks = dist.get_world_size(group)
+    num_ranks = layout.num_ranks
     note_collective("all_reduce", phase, 2 * (num_ranks - 1) * total.numel() * total.element_size() // num_ranks)
     with waiting():
-        dist.all_reduce(total, group=group)
+        launch(
+            layout, x.device, "all_reduce", phase, lambda group, _: dist.all_reduce(total, group=group, async_op=True)
+        ).wait()
     return total
 
 
@@ -472,5 +475,5 @@ def _gather_documents(states: Tensor, documents: Sequence[int], layout: Sequence
 def sum_over_ranks(x: Tensor, layout: SequenceLayout) -> Tensor:
     """The sum of `x` over the layout's ranks, on every rank; its gradient is summed over them too."""
     assert layout.group is not None
-    summed: Tensor = _SumOverRanks.apply(x, layout.group)
+    summed: Tensor = _SumOverRanks.apply(x, layout)
     return summed

@@ -18,13 +18,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from longspan.collectives import all_gather_single
 from longspan.exchange.base import Arrived, Handle, ReverseHandle, Topology
 from longspan.exchange.segments import gathered_rows, own_segments, take
+from longspan.exchange.steps import Step, launch
 from longspan.exchange.traffic import note_collective, waiting
-from longspan.exchange.wire import pack, unpack_parameter, unpack_states
+from longspan.exchange.wire import HEADER_BYTES, header_words, pack, unpack_parameter, unpack_states, with_header
 from longspan.layout import SequenceLayout
 from longspan.state import Pair, Transition, exclusive_scan, exclusive_scan_adjoint
 
@@ -32,9 +34,14 @@ from longspan.state import Pair, Transition, exclusive_scan, exclusive_scan_adjo
 def _gather(local: Tensor, layout: SequenceLayout, phase: str) -> tuple[Tensor, Any]:
     """Start gathering ``local [num_segments, numbers]`` of every rank; returns the buffer and the work."""
     others = layout.num_ranks - 1
-    out = local.new_empty(layout.num_ranks * local.shape[0], local.shape[1])
     note_collective("all_gather", phase, others * local.nbytes, others)
-    return out, all_gather_single(out, local, layout.group, async_op=True)
+    numbers = local.shape[1] + HEADER_BYTES // local.element_size()
+    out = local.new_empty(layout.num_ranks * local.shape[0], numbers)
+
+    def collective(group: dist.ProcessGroup, step: Step) -> Any:
+        return all_gather_single(out, with_header(local, step.word), group, async_op=True)
+
+    return out, launch(layout, local.device, "all_gather", phase, collective, lambda: header_words(out))
 
 
 @dataclass

@@ -52,7 +52,7 @@ class AllToAll(Topology):
         def work(group: dist.ProcessGroup) -> Arrived:
             return self._scan(pair, layout, group)
 
-        return PendingScan(run_beside(layout, pair.state.device, work))
+        return PendingScan(run_beside(layout, pair.state.device, work, name=self.name))
 
     def start_reverse(
         self, kind: type[Transition], context: Tensor, grad_incoming: Tensor, layout: SequenceLayout
@@ -60,7 +60,7 @@ class AllToAll(Topology):
         def work(group: dist.ProcessGroup) -> Tensor:
             return self._scan_adjoint(kind, context, grad_incoming, layout, group)
 
-        return PendingScanAdjoint(run_beside(layout, grad_incoming.device, work))
+        return PendingScanAdjoint(run_beside(layout, grad_incoming.device, work, name=self.name, phase="backward"))
 
     def _scan(self, pair: Pair, layout: SequenceLayout, group: dist.ProcessGroup) -> Arrived:
         incoming, transition = scan_by_rows(self._rows(pair.state, layout, group, "forward"), pair_of_rows(pair))

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from longspan.exchange.base import Handle, ReverseHandle, Topology
+from longspan.exchange.groups import group_of
 from longspan.exchange.ranges import named_range
+from longspan.exchange.steps import backward_of, steps_of
 from longspan.first_order import first_order
 from longspan.layout import SequenceLayout
 from longspan.state import Pair, Transition
@@ -29,6 +31,7 @@ class _Link:
     kind: type[Transition]
     layout: SequenceLayout
     keeps_incoming: bool
+    number: int = 0
     forward: Handle | None = None
     reverse: ReverseHandle | None = None
     own_transition: Tensor | None = field(default=None, repr=False)
@@ -52,6 +55,7 @@ class _Start(torch.autograd.Function):
         ctx.link = link
         with named_range("longspan.exchange.start"):
             link.forward = link.topology.start(Pair(link.kind(parameter), state), link.layout)
+            link.number = steps_of(group_of(link.layout)).number
         if link.keeps_incoming:
             ctx.save_for_backward(parameter)
         return state.new_zeros(())
@@ -101,7 +105,7 @@ class _Wait(torch.autograd.Function):
         (grad_incoming,) = grads
         link: _Link = ctx.link
         context, link.incoming = ctx.saved_tensors
-        with named_range("longspan.exchange.start.backward"):
+        with named_range("longspan.exchange.start.backward"), backward_of(link.number):
             link.reverse = link.topology.start_reverse(link.kind, context, grad_incoming, link.layout)
         if not ctx.needs_input_grad[0]:
             link.reverse.wait()

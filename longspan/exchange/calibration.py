@@ -73,6 +73,10 @@ def _ranks_per_node(layout: SequenceLayout) -> int:
 
 def _measure(layout: SequenceLayout, device: torch.device, ranks_per_node: int) -> Cluster:
     begun = time.perf_counter()
+    if layout.rank == 0:
+        _log.info(
+            "measures the links of %d ranks and how fast they fold states, once for the process group", layout.num_ranks
+        )
     ranks = Ranks(layout, device)
     num_ranks, rank = layout.num_ranks, layout.rank
     links: list[Link] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from longspan.layout import SequenceLayout
 from longspan.modes import built_for_every_mode
 
 T = TypeVar("T")
+_log = logging.getLogger("longspan")
 
 # Process groups are registered for a whole process, by torch too, and their objects take no attributes. An entry goes with
 # its group, so that nothing of a destroyed group is found by a later one.
@@ -34,6 +36,12 @@ def kept(group: dist.ProcessGroup, key: Hashable, build: Callable[[], T]) -> T:
         entries[key] = built_for_every_mode(build)
     value: T = entries[key]
     return value
+
+
+def forget(group: dist.ProcessGroup, which: Callable[[Any], bool]) -> list[Any]:
+    """Keep no longer what has a key that `which` picks; returns it."""
+    entries = _kept.setdefault(group, {})
+    return [entries.pop(key) for key in list(entries) if which(key)]
 
 
 def group_of(layout: SequenceLayout) -> dist.ProcessGroup:
@@ -58,9 +66,11 @@ def new_group_beside(
     if members is not None:
         ranks = [ranks[member] for member in members]
     number = next(kept(group, ("made beside", tuple(ranks)), count))
+    epoch = kept(group, "epochs", lambda: [0])[0]
+    _log.info("rank %d makes a process group beside %s: %s", group.rank(), group.group_name, description or "longspan")
     # Only torch releases with this option have groups whose ranks do not ascend.
     order: dict[str, Any] = {} if ranks == sorted(ranks) else {"sort_ranks": False}
-    with _naming_groups(f"longspan {number} of {ranks} beside {group.group_name}"):
+    with _naming_groups(f"longspan {epoch}.{number} of {ranks} beside {group.group_name}"):
         made = dist.new_group(
             ranks,
             timeout=_timeout(group),
@@ -90,6 +100,11 @@ def _naming_groups(text: str) -> Iterator[None]:
         yield
     finally:
         distributed_c10d._hash_ranks_to_str = original
+
+
+def timeout_of(group: dist.ProcessGroup) -> timedelta:
+    """The group's own timeout, torch's default where its backend does not tell."""
+    return _timeout(group) or distributed_c10d.default_pg_timeout
 
 
 def _timeout(group: dist.ProcessGroup) -> timedelta | None:

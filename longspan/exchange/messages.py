@@ -21,6 +21,8 @@ from longspan.exchange.traffic import note_collective
 
 # How many exchanges a rank may be ahead of the rank that takes its messages, which bounds the memory of sends under way.
 MAX_EXCHANGES_AHEAD = 4
+# A tag has 31 bits.
+_NUM_EXCHANGES_APART, _TAGS_OF_AN_EXCHANGE = 2**11, 2**20
 
 
 @dataclass
@@ -38,12 +40,14 @@ class Mailbox:
         group: carries messages only, of this mailbox's kind.
         device: where the tensors are.
         name, phase: as `note_collective` takes them.
+        number: of the exchange, part of each message's tag: messages of different exchanges never meet.
     """
 
-    def __init__(self, group: dist.ProcessGroup, device: torch.device, name: str, phase: str) -> None:
+    def __init__(self, group: dist.ProcessGroup, device: torch.device, name: str, phase: str, number: int = 0) -> None:
         self._group = group
         self.is_immediate = device.type == "cpu"
         self._name, self._phase = name, phase
+        self._first_tag = number % _NUM_EXCHANGES_APART * _TAGS_OF_AN_EXCHANGE
         self._asked: list[tuple[dist.P2POp, Receipt | None]] = []
         # With the tensors, which are held until they are sent.
         self._sends: list[tuple[Sequence[Any], Tensor]] = []
@@ -94,4 +98,4 @@ class Mailbox:
 
     def _tag(self, tag: int) -> int:
         # NCCL has no tags: it matches messages between two ranks in their order.
-        return tag if self.is_immediate else 0
+        return self._first_tag + tag % _TAGS_OF_AN_EXCHANGE if self.is_immediate else 0

@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from longspan.errors import LayoutError
 from longspan.exchange.groups import group_of, kept, new_group_beside
+from longspan.exchange.steps import own_groups
 from longspan.layout import SequenceLayout
 
 
@@ -74,21 +75,22 @@ def _host_names(group: dist.ProcessGroup) -> list[str]:
     return names
 
 
-def node_group(layout: SequenceLayout, nodes: Nodes) -> dist.ProcessGroup | None:
-    """A process group of this rank's node, made at the first call; None for a node of one rank."""
+def node_group(layout: SequenceLayout, nodes: Nodes, phase: str) -> dist.ProcessGroup | None:
+    """A process group of this rank's node for one phase, made at the first call; None for a node of one rank."""
     if nodes.ranks_per_node == 1:
         return None
     first = nodes.node * nodes.ranks_per_node
-    return _kept_group(layout, ("node", nodes), range(first, first + nodes.ranks_per_node))
+    return _kept_group(layout, ("node", nodes), phase, range(first, first + nodes.ranks_per_node))
 
 
-def rail_group(layout: SequenceLayout, nodes: Nodes) -> dist.ProcessGroup | None:
-    """A process group of this rank's rail, the ranks of the same place in every node; None for a single node."""
+def rail_group(layout: SequenceLayout, nodes: Nodes, phase: str) -> dist.ProcessGroup | None:
+    """A process group of one phase of this rank's rail, the ranks of the same place in every node; None for a single node."""
     if nodes.num_nodes == 1:
         return None
-    return _kept_group(layout, ("rail", nodes), range(nodes.place, layout.num_ranks, nodes.ranks_per_node))
+    return _kept_group(layout, ("rail", nodes), phase, range(nodes.place, layout.num_ranks, nodes.ranks_per_node))
 
 
-def _kept_group(layout: SequenceLayout, key: tuple[str, Nodes], members: range) -> dist.ProcessGroup:
+def _kept_group(layout: SequenceLayout, key: tuple[str, Nodes], phase: str, members: range) -> dist.ProcessGroup:
     group = group_of(layout)
-    return kept(group, key, lambda: new_group_beside(group, members, f"longspan {key[0]}"))
+    sides = own_groups(group, key, lambda side: new_group_beside(group, members, f"longspan {key[0]} {side}"))
+    return sides[phase == "backward"]

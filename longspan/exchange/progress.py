@@ -15,13 +15,13 @@ mismatch (gloo with TORCH_DISTRIBUTED_DEBUG=DETAIL).
 from __future__ import annotations
 
 import dataclasses
+import logging
 import threading
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager, suppress
-from datetime import timedelta
+from contextlib import contextmanager
 from queue import SimpleQueue
 from typing import Any, Generic, Literal, TypeVar
 
@@ -29,20 +29,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from longspan.errors import ExchangeError
 from longspan.exchange.groups import group_of, kept, new_group_beside
 from longspan.exchange.ranges import named_range
+from longspan.exchange.steps import Step, Steps, begin, close_connections, own_groups, steps_of, taking, watch
 from longspan.exchange.traffic import waiting
 from longspan.layout import SequenceLayout
 
 T = TypeVar("T")
 Work = Callable[[dist.ProcessGroup], T]
 Operations = Literal["collectives", "messages"]
-_Item = tuple[Callable[[dist.ProcessGroup], Any], dist.ProcessGroup, Future[Any]]
+_Item = tuple[Callable[[dist.ProcessGroup], Any], dist.ProcessGroup, Future[Any], Steps, Step]
+_log = logging.getLogger("longspan")
 
 # How long the end of a process waits for a work that may be about to finish.
 _SECONDS_TO_FINISH = 0.5
-# The tag of no message.
-_NO_TAG = 2**31 - 1
 
 
 class Task(ABC, Generic[T]):
@@ -54,7 +55,13 @@ class Task(ABC, Generic[T]):
 
 
 def run_beside(
-    layout: SequenceLayout, device: torch.device, work: Work[T], operations: Operations = "collectives"
+    layout: SequenceLayout,
+    device: torch.device,
+    work: Work[T],
+    operations: Operations = "collectives",
+    *,
+    name: str = "work",
+    phase: str = "forward",
 ) -> Task[T]:
     """Run `work` beside the main thread.
 
@@ -64,20 +71,29 @@ def run_beside(
         work: called with the process group for its operations, without gradients and without autocast. It returns tensors, or
             tuples, lists or dataclasses of them, that it has made or been given. It must not write into what it has been given.
         operations: what the work does on its group, collectives or point-to-point messages, never both.
+        name, phase: of the exchange, as `longspan.exchange.steps` takes them.
 
     Every rank of the layout's group calls this for the same work, in the same order. Works of one group run one after another.
-    Once a work has failed, so do all later ones of its group: the ranks are out of step.
+    Once a work has failed, so do those that had been begun after it; the next one that is begun has new groups.
+
+    Raises:
+        ExchangeError: if a work failed for whose result nobody waited.
     """
     group = group_of(layout)
-    dedicated = kept(group, ("beside", operations, device.type), lambda: _dedicated(group, operations, device))
+    step = begin(layout, name, phase)
     if device.type == "cpu":
+        sides = own_groups(
+            group, (operations, device.type), lambda side: _dedicated(group, f"{operations} {side}", device)
+        )
         worker = kept(group, "worker", lambda: _Worker(f"longspan-exchange-rank-{layout.rank}"))
-        return worker.submit(work, dedicated)
+        return worker.submit(work, sides[phase == "backward"], layout, step)
+    dedicated = kept(group, ("beside", operations, device.type), lambda: _dedicated(group, operations, device))
     stream = kept(group, ("stream", device), lambda: torch.Stream(device))
-    return _StreamTask(stream, lambda: work(dedicated))
+    with taking(step):
+        return _StreamTask(stream, lambda: work(dedicated))
 
 
-def _dedicated(group: dist.ProcessGroup, operations: Operations, device: torch.device) -> dist.ProcessGroup:
+def _dedicated(group: dist.ProcessGroup, operations: str, device: torch.device) -> dist.ProcessGroup:
     made = new_group_beside(group, description=f"longspan {operations}")
     if device.type != "cpu":
         # NCCL makes its communicator at the first operation, which all ranks must join; a message has but two.
@@ -108,30 +124,31 @@ class _Worker:
         thread = threading.Thread(target=_serve, args=(self._works, running), name=name, daemon=True)
         thread.start()
         weakref.finalize(self, _end, self._works, running, thread)
+        _log.info("rank's thread %s begins: exchanges of several steps run in it", name)
 
-    def submit(self, work: Work[T], group: dist.ProcessGroup) -> Task[T]:
+    def submit(self, work: Work[T], group: dist.ProcessGroup, layout: SequenceLayout, step: Step) -> Task[T]:
         done: Future[T] = Future()
-        self._works.put((work, group, done))
-        return _ThreadTask(done)
+        self._works.put((work, group, done, steps_of(group_of(layout)), step))
+        return _ThreadTask(done, layout, step)
 
 
 def _serve(works: SimpleQueue[_Item | None], running: list[dist.ProcessGroup]) -> None:
-    failure: BaseException | None = None
     while (item := works.get()) is not None:
-        work, group, done = item
+        work, group, done, steps, step = item
         running.append(group)
         try:
-            if failure is not None:
-                raise RuntimeError("an earlier exchange of this process group failed") from failure
-            with named_range("longspan.exchange.work"), _plain("cpu"):
+            if steps.epoch != step.epoch or steps.failure is not None:
+                raise ExchangeError("an earlier exchange of this process group failed") from steps.failure
+            with named_range("longspan.exchange.work"), _plain("cpu"), taking(step):
                 done.set_result(work(group))
         except BaseException as error:
             # Everything: whatever ends a work must reach the one who waits for it.
-            failure = failure or error
+            if steps.epoch == step.epoch and steps.failure is None:
+                steps.failure = error
             done.set_exception(error)
         running.clear()
         # Not kept while the thread waits for the next one.
-        del item, work, group, done
+        del item, work, group, done, steps
 
 
 def _end(works: SimpleQueue[_Item | None], running: list[dist.ProcessGroup], thread: threading.Thread) -> None:
@@ -141,23 +158,26 @@ def _end(works: SimpleQueue[_Item | None], running: list[dist.ProcessGroup], thr
     thread.join(_SECONDS_TO_FINISH)
     if thread.is_alive():
         for group in list(running):
-            _close_connections(group)
+            close_connections(group)
         thread.join(_SECONDS_TO_FINISH)
 
 
-def _close_connections(group: dist.ProcessGroup) -> None:
-    """Make all operations under way on a gloo group fail, here and on its other ranks, as a receive does that runs out of time."""
-    other = (group.rank() + 1) % group.size()
-    with suppress(RuntimeError):
-        group.recv([torch.empty(1)], other, _NO_TAG).wait(timedelta(milliseconds=1))
-
-
 class _ThreadTask(Task[T]):
-    def __init__(self, done: Future[T]) -> None:
-        self._done = done
+    def __init__(self, done: Future[T], layout: SequenceLayout, step: Step) -> None:
+        self._done, self._layout, self._step = done, layout, step
 
     def wait(self) -> T:
+        def wait_for(seconds: float) -> bool:
+            try:
+                self._done.result(seconds)
+            except TimeoutError:
+                if self._done.done():
+                    raise
+                return False
+            return True
+
         with waiting():
+            watch(wait_for, self._layout, self._step)
             return self._done.result()
 
 

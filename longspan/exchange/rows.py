@@ -21,8 +21,17 @@ from torch import Tensor
 from longspan.exchange.base import Arrived, Handle, ReverseHandle
 from longspan.exchange.progress import Task
 from longspan.exchange.segments import take
+from longspan.exchange.steps import arrived, taken
 from longspan.exchange.swap import swap_in
-from longspan.exchange.wire import pack, unpack_parameter, unpack_states
+from longspan.exchange.wire import (
+    HEADER_BYTES,
+    header_words,
+    pack,
+    unpack_parameter,
+    unpack_states,
+    with_header,
+    without_header,
+)
 from longspan.layout import SequenceLayout
 from longspan.state import Pair, Transition, exclusive_scan, exclusive_scan_adjoint
 
@@ -123,7 +132,7 @@ class RowExchange:
         numbers = packed.shape[1]
         sent = packed.view(shares.num_rows, num_stretches * numbers)
         received = self._swap(sent, counts, [own] * members)
-        by_member = received.view(members, own, num_stretches, numbers).transpose(1, 2)
+        by_member = received.unflatten(0, (members, own)).unflatten(2, (num_stretches, numbers)).transpose(1, 2)
         return take(by_member.flatten(0, 1), self.order, self.layout).flatten(0, 1)
 
     def collect(self, states: Tensor) -> Tensor:
@@ -138,7 +147,7 @@ class RowExchange:
         by_member = take(packed, place, self.layout).view(shares.num_members, num_stretches, own, numbers)
         sent = by_member.transpose(1, 2).reshape(shares.num_members * own, num_stretches * numbers)
         received = self._swap(sent, [own] * shares.num_members, shares.counts)
-        rows = received.view(shares.num_rows * num_stretches, numbers)
+        rows = received.unflatten(1, (num_stretches, numbers)).flatten(0, 1)
         collected = unpack_states(rows, state_shape, states.dtype)
         return collected.unflatten(0, (shares.num_rows, num_stretches)).transpose(0, 1).unsqueeze(1).contiguous()
 
@@ -147,9 +156,14 @@ class RowExchange:
         shares = self.shares
         if shares.num_members == 1 or shares.num_rows == 0:
             return sent
-        flight = swap_in(shares.group, shares.place, sent, send_rows, receive_rows, self.phase)
+        step = taken()
+        sent = with_header(sent, step.word)
+        flight = swap_in(
+            shares.group, shares.place, sent, send_rows, receive_rows, self.phase, header_bytes=HEADER_BYTES
+        )
         flight.work.wait()
-        return flight.received
+        arrived(header_words(flight.received), self.layout, step)
+        return without_header(flight.received)
 
 
 def scan_by_rows(exchange: RowExchange, pair: Pair) -> tuple[Tensor, Transition]:

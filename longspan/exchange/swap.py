@@ -7,12 +7,13 @@ something. It keeps the number of operations equal on all ranks, as `longspan.ex
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
 
+from longspan.exchange.steps import Step, launch
 from longspan.exchange.traffic import note_collective, waiting
 from longspan.layout import SequenceLayout
 
@@ -41,7 +42,14 @@ def swap(
     name: str = "all_to_all",
 ) -> Flight:
     """`swap_in` over the ranks of a layout."""
-    return swap_in(layout.group, layout.rank, sent, send_sizes, receive_sizes, phase, name)
+    flights: list[Flight] = []
+
+    def collective(group: dist.ProcessGroup, step: Step) -> Any:
+        flights.append(swap_in(group, layout.rank, sent, send_sizes, receive_sizes, phase, name))
+        return flights[0].work
+
+    work = launch(layout, sent.device, name, phase, collective)
+    return replace(flights[0], work=work)
 
 
 def swap_in(
@@ -52,6 +60,7 @@ def swap_in(
     receive_sizes: Sequence[int],
     phase: str,
     name: str = "all_to_all",
+    header_bytes: int = 0,
 ) -> Flight:
     """Start sending rows of `sent` ``[rows, ...]``, contiguous: as many to each rank, and from each, as the sizes say.
 
@@ -59,13 +68,14 @@ def swap_in(
         group: of the ranks; None is the default group.
         rank: this one's number in it. What it sends itself does not count as traffic.
         phase, name: as `note_collective` takes them.
+        header_bytes: of each row, which are not counted.
 
     Returns:
         The flight; what arrives ``[rows, ...]`` lies rank by rank.
     """
     received = sent.new_empty((sum(receive_sizes), *sent.shape[1:]))
     others = [size for other, size in enumerate(send_sizes) if other != rank]
-    row_bytes = sent.element_size() * sent.shape[1:].numel()
+    row_bytes = sent.element_size() * sent.shape[1:].numel() - header_bytes
     note_collective(name, phase, sum(others) * row_bytes, sum(size > 0 for size in others))
     work = dist.all_to_all_single(received, sent, list(receive_sizes), list(send_sizes), group=group, async_op=True)
     return Flight(work, received, sent)

@@ -6,6 +6,7 @@ topologies that cost about the same, that decides. So ``exchange="auto"`` tries 
 
 from __future__ import annotations
 
+import logging
 import statistics
 import threading
 from collections.abc import Sequence
@@ -23,6 +24,8 @@ from longspan.exchange.timing import Ranks
 from longspan.exchange.traffic import unrecorded
 from longspan.layout import SequenceLayout
 from longspan.state import Pair
+
+_log = logging.getLogger("longspan")
 
 # A topology that is modelled at so many times the shortest measured time is not tried: the model is not that far out.
 _HOPELESS = 2.0
@@ -48,6 +51,10 @@ def try_out(candidates: Sequence[Candidate], pair: Pair, layout: SequenceLayout)
     Every rank of the group calls this, in the same order among its exchanges.
     """
     device = pair.state.device
+    if layout.rank == 0:
+        _log.info(
+            "tries the topologies that are close for states %s, once for the process group", tuple(pair.state.shape)
+        )
     # Exchanges that are still under way are counted.
     run_beside(layout, device, lambda _: None).wait()
     done: Future[list[float | None]] = Future()

@@ -23,6 +23,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from longspan.exchange.base import Arrived, Handle, ReverseHandle, Topology
@@ -58,22 +59,25 @@ class TwoLevel(Topology):
 
     def start(self, pair: Pair, layout: SequenceLayout) -> Handle:
         two = self._levels(pair.state, layout, "forward")
-        return PendingScan(run_beside(layout, pair.state.device, lambda _: _scan(pair, two)))
+        return PendingScan(run_beside(layout, pair.state.device, lambda _: _scan(pair, two), name=self.name))
 
     def start_reverse(
         self, kind: type[Transition], context: Tensor, grad_incoming: Tensor, layout: SequenceLayout
     ) -> ReverseHandle:
         two = self._levels(grad_incoming, layout, "backward")
-        work = run_beside(layout, grad_incoming.device, lambda _: _scan_adjoint(kind, context, grad_incoming, two))
-        return PendingScanAdjoint(work)
+
+        def work(_: dist.ProcessGroup) -> Tensor:
+            return _scan_adjoint(kind, context, grad_incoming, two)
+
+        return PendingScanAdjoint(run_beside(layout, grad_incoming.device, work, name=self.name, phase="backward"))
 
     def _levels(self, states: Tensor, layout: SequenceLayout, phase: str) -> _Levels:
         nodes = nodes_of(layout)
         runs = _runs_of(layout, nodes)
         in_node = Shares(
-            node_group(layout, nodes), nodes.ranks_per_node, nodes.place, states.shape[1] * states.shape[2]
+            node_group(layout, nodes, phase), nodes.ranks_per_node, nodes.place, states.shape[1] * states.shape[2]
         )
-        on_rail = Shares(rail_group(layout, nodes), nodes.num_nodes, nodes.node, in_node.counts[nodes.place])
+        on_rail = Shares(rail_group(layout, nodes, phase), nodes.num_nodes, nodes.node, in_node.counts[nodes.place])
         return _Levels(
             runs,
             RowExchange(in_node, runs.node_order, layout, self.state_dtype, phase),

@@ -5,6 +5,8 @@ their own dtype, float32 or float64, because products of many of them leave a st
 bits are laid out as numbers of the states' wire dtype, and nothing but copies ever touches them. So one buffer of one dtype
 serves every collective.
 
+Behind each row there may be a header of 8 bytes, which says which exchange it belongs to. Formulas of bytes leave it out.
+
 Shapes: n rows; a row holds u numbers of a state and a numbers of its transition (0 where it is not sent).
 """
 
@@ -15,6 +17,8 @@ from math import prod
 
 import torch
 from torch import Tensor
+
+HEADER_BYTES = 8
 
 
 def pack(states: Tensor, parameter: Tensor | None = None, state_dtype: torch.dtype | None = None) -> Tensor:
@@ -34,6 +38,23 @@ def pack(states: Tensor, parameter: Tensor | None = None, state_dtype: torch.dty
     return torch.cat([rows, bits], dim=1)
 
 
+def with_header(rows: Tensor, word: int) -> Tensor:
+    """Rows ``[n, numbers]`` with the 8 bytes of `word` behind each, as numbers of their dtype that nothing but copies touches."""
+    header = torch.full((1,), word, dtype=torch.int64, device=rows.device).view(rows.dtype)
+    return torch.cat([rows, header.expand(rows.shape[0], -1)], dim=1)
+
+
+def header_words(rows: Tensor) -> Tensor:
+    """The words of `with_header`'s rows, int64 ``[n]``."""
+    header = rows[:, rows.shape[1] - HEADER_BYTES // rows.element_size() :]
+    return header.clone(memory_format=torch.contiguous_format).view(torch.int64).squeeze(1)
+
+
+def without_header(rows: Tensor) -> Tensor:
+    """The rows ``[n, numbers]`` that `with_header` was given, a view."""
+    return rows[:, : rows.shape[1] - HEADER_BYTES // rows.element_size()]
+
+
 def unpack_states(rows: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """The states of `pack`'s rows: ``[n, *shape]`` in `dtype`; shares memory with `rows` where no conversion is needed."""
     return rows[:, : prod(shape)].to(dtype).unflatten(1, tuple(shape))
@@ -45,7 +66,8 @@ def unpack_parameter(rows: Tensor, state_shape: Sequence[int], shape: Sequence[i
     A copy, for two reasons: the bits of an odd number of narrow states leave it unaligned, and what is kept for the backward
     exchange must not keep everyone's states alive.
     """
-    bits = rows[:, prod(state_shape) :].clone(memory_format=torch.contiguous_format)
+    width = prod(shape) * dtype.itemsize // rows.element_size()
+    bits = rows[:, prod(state_shape) : prod(state_shape) + width].clone(memory_format=torch.contiguous_format)
     return bits.view(dtype).unflatten(1, tuple(shape))
 
 

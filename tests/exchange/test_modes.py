@@ -11,6 +11,7 @@ from torch import Tensor
 
 import longspan
 from longspan.exchange import TOPOLOGIES
+from longspan.exchange.steps import destroy
 from longspan.layout import SequenceLayout
 from tests.compare import relative_error, worst
 from tests.ranks import run_on_ranks
@@ -60,7 +61,10 @@ def errors_after(first: str, exchange: str, order: Any, documents: list[int] | N
     for place in (0, 2, 4, 5):
         expected[place] = layout.shard(expected[place])
     got = [*trained, *inferred] if first == "inference mode" else trained
-    return worst(relative_error(x, expected[number % len(expected)]) for number, x in enumerate(got))
+    error = worst(relative_error(x, expected[number % len(expected)]) for number, x in enumerate(got))
+    assert layout.group is not None
+    destroy(layout.group)
+    return error
 
 
 @pytest.mark.parametrize("first", ["inference mode", "autocast"])

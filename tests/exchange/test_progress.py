@@ -144,7 +144,6 @@ def test_unequal_counts_of_messages_are_not_taken_for_a_mismatch_of_collectives(
 
 
 def failures() -> list[Any]:
-    # A group of this test's own: a failed work leaves its group unusable.
     group = dist.new_group()
     assert isinstance(group, dist.ProcessGroup)
     layout = SequenceLayout(8, group)
@@ -152,15 +151,24 @@ def failures() -> list[Any]:
     def fail(group: dist.ProcessGroup) -> None:
         raise ValueError("the work went wrong")
 
-    first = run_beside(layout, CPU, fail)
-    second = run_beside(layout, CPU, lambda group: 1)
-    return [raised(first.wait), raised(first.wait), raised(second.wait)]
+    begun = threading.Event()
+
+    def wait(group: dist.ProcessGroup) -> None:
+        begun.wait()
+
+    # The first is under way until the others have been begun.
+    run_beside(layout, CPU, wait)
+    first, second = run_beside(layout, CPU, fail), run_beside(layout, CPU, lambda group: 1)
+    begun.set()
+    told = [raised(first.wait), raised(first.wait), raised(second.wait)]
+    return [*told, run_beside(layout, CPU, lambda group: 1).wait()]
 
 
-def test_what_the_work_raises_is_raised_where_it_is_waited_for_and_by_all_later_works() -> None:
+def test_what_the_work_raises_is_raised_where_it_is_waited_for_and_by_works_begun_before() -> None:
     wrong = ("ValueError", "the work went wrong")
-    for errors in run_on_ranks(2, failures):
-        assert errors == [wrong, wrong, ("RuntimeError", "an earlier exchange of this process group failed")]
+    for *errors, after in run_on_ranks(2, failures):
+        assert errors == [wrong, wrong, ("ExchangeError", "an earlier exchange of this process group failed")]
+        assert after == 1
 
 
 def waiting_time() -> float:

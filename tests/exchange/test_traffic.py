@@ -16,6 +16,7 @@ from torch import Tensor
 from longspan.exchange import TOPOLOGIES, Topology, record_traffic
 from longspan.exchange.progress import run_beside
 from longspan.exchange.traffic import note_collective, waiting
+from longspan.exchange.wire import HEADER_BYTES
 from longspan.layout import SequenceLayout
 from longspan.state import ChannelDecay, Dense, HeadDecay, Transition
 from tests.exchange.scan import errors_of_scan
@@ -119,12 +120,12 @@ def spy_on_torch() -> Iterator[list[Sent]]:
 
     def gathered(out: Tensor, local: Tensor, *args: Any, **kwargs: Any) -> None:
         others = dist.get_world_size(kwargs["group"]) - 1
-        asked.append((others * local.nbytes, others))
+        asked.append((others * (local.nbytes - local.shape[0] * HEADER_BYTES), others))
 
     def swapped(out: Tensor, local: Tensor, out_sizes: list[int], in_sizes: list[int], **kwargs: Any) -> None:
         own = dist.get_rank(kwargs["group"])
         to_others = [size for rank, size in enumerate(in_sizes) if rank != own]
-        row_bytes = local.shape[1] * local.element_size()
+        row_bytes = local.shape[1] * local.element_size() - HEADER_BYTES
         asked.append((sum(to_others) * row_bytes, sum(size > 0 for size in to_others)))
 
     def batched(operations: list[dist.P2POp]) -> None:

@@ -186,9 +186,14 @@ def test_nodes_must_have_equally_many_ranks(ranks_per_node: Any) -> None:
 def groups_made() -> list[int]:
     group = dist.new_group(list(range(4)))
     layout = SequenceLayout(64, group, ranks_per_node=2)
-    found = [[id(make(layout, nodes_of(layout))) for make in (nodes.node_group, nodes.rail_group)] for _ in range(2)]
+    found = [
+        [id(make(layout, nodes_of(layout), "forward")) for make in (nodes.node_group, nodes.rail_group)]
+        for _ in range(2)
+    ]
     assert found[0] == found[1]
-    sizes = [dist.get_world_size(make(layout, nodes_of(layout))) for make in (nodes.node_group, nodes.rail_group)]
+    sizes = [
+        dist.get_world_size(make(layout, nodes_of(layout), "backward")) for make in (nodes.node_group, nodes.rail_group)
+    ]
     assert kept(group, "host names", list) == []
     return sizes
 

@@ -40,6 +40,7 @@ from longspan.attention.softmax.pair import Grads, KeyExchange, KeyGrads, own_bl
 from longspan.attention.softmax.tiles import Merged, Queries
 from longspan.attention.softmax.wire import add_packed, pack, pack_into, take, unpack
 from longspan.collectives import all_gather_single
+from longspan.exchange.steps import launch
 from longspan.exchange.swap import Flight, swap
 from longspan.exchange.traffic import note_collective
 from longspan.layout import SequenceLayout
@@ -137,7 +138,13 @@ class AllGather(KeyExchange):
             everyone = mine.new_empty((layout.num_ranks * longest, *mine.shape[1:]))
             others = layout.num_ranks - 1
             note_collective("all_gather", "forward", others * mine.nbytes, others)
-            work = all_gather_single(everyone, mine, layout.group, async_op=True)
+            work = launch(
+                layout,
+                mine.device,
+                "keys and values",
+                "forward",
+                lambda group, _: all_gather_single(everyone, mine, group, async_op=True),
+            )
             self._arriving = Flight(work, everyone, mine)
         else:
             mine = pack(k, v, [run for runs in plan.departures for run in runs])
