@@ -1,0 +1,48 @@
+"""States of one row, one key or one value column, fewer rows than ranks or nodes: every topology and order is the scan."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+
+from longspan.exchange import TOPOLOGIES
+from longspan.state import ChannelDecay, Dense, HeadDecay, Identity, ScalarDecay, Transition
+from tests.compare import worst
+from tests.exchange.scan import errors_of_scan, layouts
+from tests.ranks import run_on_ranks
+
+KINDS: list[type[Transition]] = [Identity, HeadDecay, ScalarDecay, ChannelDecay, Dense]
+SHAPES = [(1, 1, 1, 1), (1, 1, 1, 5), (1, 1, 3, 1), (2, 1, 1, 1), (1, 3, 1, 2)]
+NAMES = [name for name in TOPOLOGIES if name not in ("auto", "neighbour")]
+
+
+def errors_of_small(name: str, order: Any, ranks_per_node: int, state_dtype: torch.dtype | None) -> list[float]:
+    topology: Any = dataclasses.replace(TOPOLOGIES[name], state_dtype=state_dtype)  # type: ignore[type-var]
+    if name == "pipelined":
+        topology = dataclasses.replace(topology, num_blocks=3)
+    topology = topology.resolve(None, None) if name in ("ring", "pipelined") else topology
+    dtype = torch.float64 if state_dtype is None else torch.float32
+    return [
+        error
+        for layout in layouts(order, ranks_per_node=ranks_per_node)
+        for kind in KINDS
+        for shape in SHAPES
+        for error in errors_of_scan(topology, kind, shape, layout, dtype)
+    ]
+
+
+SPLITS = [(3, 1), (4, 1), (4, 2)]
+
+
+@pytest.mark.parametrize(("num_ranks", "ranks_per_node"), SPLITS)
+@pytest.mark.parametrize("order", ["contiguous", "zigzag"])
+@pytest.mark.parametrize("name", NAMES)
+def test_small_states_are_the_scan(name: str, order: str, num_ranks: int, ranks_per_node: int) -> None:
+    if ranks_per_node > 1 and name != "two_level":
+        pytest.skip("knows no nodes")
+    for state_dtype, limit in ((None, 1e-12), (torch.bfloat16, 0.1)):
+        for errors in run_on_ranks(num_ranks, errors_of_small, name, order, ranks_per_node, state_dtype):
+            assert worst(errors) < limit
