@@ -26,7 +26,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from longspan.errors import ConfigError, LongspanError
+from longspan.errors import ConfigError, ExchangeError, LongspanError
 
 EXIT_DONE = 0
 EXIT_FAILED = 1
@@ -278,7 +278,8 @@ def run_rank(place: Place, function: Callable[[Place, StopRequest], int]) -> int
 
 
 def _leave_report(place: Place, error: Exception) -> int:
-    refused = isinstance(error, LongspanError)
+    # An exchange that failed is nothing that was refused before the run: it names where the run stood.
+    refused = isinstance(error, LongspanError) and not isinstance(error, ExchangeError)
     where = "; ".join(getattr(error, "__notes__", []))
     message = str(error) if refused else f"{type(error).__name__}: {error}" + (f" [{where}]" if where else "")
     if place.rendezvous is not None:

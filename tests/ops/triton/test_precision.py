@@ -22,7 +22,7 @@ GATES = ["0 to -1", "-5.9 to -6", "0 to -20", "0 to -1, 17 times -inf"]
 def test_errors_are_at_most_three_times_those_of_the_recurrence(name: str, dtype: torch.dtype) -> None:
     for gates in GATES:
         for key, (error, of_recurrence) in errors(name, gates, dtype, "triton").items():
-            bound = 3 * max(of_recurrence, 2 * torch.finfo(dtype).eps)
+            bound = 3 * of_recurrence if of_recurrence > 2 * torch.finfo(dtype).eps else 6 * torch.finfo(dtype).eps
             if key == "dg" and dtype == torch.float32 and gates == "-5.9 to -6":
                 # The sum over a whole run of tokens is a small difference; the docstrings say so.
                 bound = 1e-4
