@@ -322,7 +322,7 @@ _SABOTAGES: dict[str, Any] = {
     "labels": lambda: mock.patch.object(SequenceLayout, "shard_labels", _labels_shifted_after_the_split),
     "averaged gradients": lambda: mock.patch("longspan.train.selfcheck.sum_gradients", _averaged_gradients),
     "own gradients": lambda: mock.patch("longspan.train.selfcheck.sum_gradients", _gradients_of_own_tokens),
-    "no exchange": lambda: mock.patch.object(LinearMemory, "incoming", lambda memory: None),
+    "no exchange": lambda: mock.patch.object(LinearMemory, "incoming", lambda memory, q=None: None),
 }
 
 
