@@ -255,15 +255,18 @@ class TokenSums:
         if ticket is not None and total is None:
             self.total = torch.zeros(ticket.shape, dtype=call.dtype, device=ticket.device)
 
-    def add(self, block: Block, x: Tensor, grad: Tensor, sign: float = 1.0) -> None:
-        """Add ``sign · x ⊙ ∂x``, ``[n, B, H, c, K]``, summed over K for a decay a head."""
+    def add(self, block: Block, x: Tensor, grad: Tensor, less: tuple[Tensor, Tensor] | None = None) -> None:
+        """Add ``x ⊙ ∂x``, ``[n, B, H, c, K]``, and take off that of `less`; summed over K for a decay a head."""
         if self.total is None:
             return
         if self._per_channel:
-            put(self.total, block, sign * x * grad, add=True)
+            sums = x * grad if less is None else (x * grad).addcmul_(*less, value=-1)
+            put(self.total, block, sums, add=True)
         else:
-            sums = torch.linalg.vecdot(x, grad).unsqueeze(-1)
-            put(self.total.unsqueeze(-1), block, sums if sign == 1.0 else -sums, add=True)
+            sums = torch.linalg.vecdot(x, grad)
+            if less is not None:
+                sums -= torch.linalg.vecdot(*less)
+            put(self.total.unsqueeze(-1), block, sums.unsqueeze(-1), add=True)
 
 
 def ticket_like(call: DeltaCall, g: Tensor | None, wanted: bool) -> Tensor | None:

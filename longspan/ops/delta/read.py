@@ -82,9 +82,11 @@ class DeltaScores(torch.autograd.Function):
             keys = block_keys(call, block, k, g, decays)
             queries = block_queries(call, block, q, ctx.scale, g, decays)
             grad = rows_of(grad_scores, block, block.chunk_size).tril()
-            # No gate decays what a token reads of itself: its share of ∂g would be rounding alone.
-            own = grad.diagonal(dim1=-2, dim2=-1).unsqueeze(-1).clone()
-            grad.tril_(-1)
+            own = None
+            if sums.total is not None:
+                # No gate decays what a token reads of itself: its share of ∂g would be rounding alone.
+                own = grad.diagonal(dim1=-2, dim2=-1).unsqueeze(-1).clone()
+                grad.tril_(-1)
             if call.factors.is_wide(block):
                 _, wide = scores(call, block, g, queries.plain, keys.plain, queries.ahead, keys.behind)
                 assert wide is not None
@@ -92,10 +94,12 @@ class DeltaScores(torch.autograd.Function):
             else:
                 grad_query = times(causal_product(grad, keys.behind, finite), queries.query)
                 grad_key = times(anticausal_product(grad, queries.ahead, finite), keys.key)
-            sums.add(block, queries.plain, grad_query)
-            sums.add(block, keys.plain, grad_key, -1.0)
-            put(dq, block, ctx.scale * (grad_query + own * keys.plain), add=True)
-            put(dk, block, grad_key.addcmul_(own, queries.plain))
+            sums.add(block, queries.plain, grad_query, less=(keys.plain, grad_key))
+            if own is not None:
+                grad_query.addcmul_(own, keys.plain)
+                grad_key.addcmul_(own, queries.plain)
+            put(dq, block, ctx.scale * grad_query, add=True)
+            put(dk, block, grad_key)
         return dq, dk, sums.total, None, None, None, None, None
 
 

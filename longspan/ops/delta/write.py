@@ -166,12 +166,13 @@ class DeltaWrite(torch.autograd.Function):
                 plus = times(strength * grad_ahead, keys.query)
                 minus = times(anticausal_product(grad_lower, strength * keys.ahead, finite), keys.key)
             leaving = times(grad_leaving, keys.key)
-            put(dk, block, plus + minus + leaving, add=True)
+            of_pairs = None if gate is None else plus - minus
+            put(dk, block, plus.add_(minus).add_(leaving), add=True)
             put(dv, block, strength * grad_right)
             put(dbeta.unsqueeze(-1), block, grad_strength.unsqueeze(-1))
-            if gate is not None:
+            if gate is not None and of_pairs is not None:
                 of_tokens = keys.plain.movedim(0, 2)
-                gate.add(of_tokens, (plus - minus).movedim(0, 2))
+                gate.add(of_tokens, of_pairs.movedim(0, 2))
                 gate.add_earlier(of_tokens, leaving.movedim(0, 2))
                 gate.add_through(grad_next.movedim(0, 2), state.movedim(0, 2), call.factors.total(block))
                 if sums is not None:
