@@ -30,7 +30,7 @@ from longspan.exchange.base import Arrived, Handle, ReverseHandle, Topology
 from longspan.exchange.messages import Mailbox, Receipt
 from longspan.exchange.progress import Task, run_beside
 from longspan.exchange.segments import own_segments, take
-from longspan.exchange.steps import next_number
+from longspan.exchange.steps import taken
 from longspan.exchange.wire import pack, unpack_states
 from longspan.layout import SequenceLayout
 from longspan.state import Pair, Transition
@@ -147,10 +147,9 @@ def _launch(chain: Chain, states: Tensor, transition: Transition, layout: Sequen
     if all(run.source is None and len(run.rows) == 1 for run in runs):
         return _Carried(states, None)
     on_cpu = states.device.type == "cpu"
-    number = next_number(layout)
 
     def work(group: dist.ProcessGroup) -> Tensor:
-        mailbox = Mailbox(group, states.device, chain.name, phase, number)
+        mailbox = Mailbox(group, states.device, chain.name, phase, taken().tag)
         return Passage(chain, states, transition, mailbox).carry(own, order_of(runs, layout, in_batches=not on_cpu))
 
     task = run_beside(layout, states.device, work, "messages", name=chain.name, phase=phase)

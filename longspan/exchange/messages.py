@@ -17,12 +17,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from longspan.exchange.groups import kept
+from longspan.exchange.steps import NUM_TAGS
 from longspan.exchange.traffic import note_collective
 
 # How many exchanges a rank may be ahead of the rank that takes its messages, which bounds the memory of sends under way.
 MAX_EXCHANGES_AHEAD = 4
 # A tag has 31 bits.
-_NUM_EXCHANGES_APART, _TAGS_OF_AN_EXCHANGE = 2**11, 2**20
+_TAGS_OF_AN_EXCHANGE = 2**31 // NUM_TAGS
 
 
 @dataclass
@@ -40,14 +41,16 @@ class Mailbox:
         group: carries messages only, of this mailbox's kind.
         device: where the tensors are.
         name, phase: as `note_collective` takes them.
-        number: of the exchange, part of each message's tag: messages of different exchanges never meet.
+        exchange: its `Step.tag`, part of each message's tag: messages of different exchanges do not meet.
     """
 
-    def __init__(self, group: dist.ProcessGroup, device: torch.device, name: str, phase: str, number: int = 0) -> None:
+    def __init__(
+        self, group: dist.ProcessGroup, device: torch.device, name: str, phase: str, exchange: int = 0
+    ) -> None:
         self._group = group
         self.is_immediate = device.type == "cpu"
         self._name, self._phase = name, phase
-        self._first_tag = number % _NUM_EXCHANGES_APART * _TAGS_OF_AN_EXCHANGE
+        self._first_tag = exchange * _TAGS_OF_AN_EXCHANGE
         self._asked: list[tuple[dist.P2POp, Receipt | None]] = []
         # With the tensors, which are held until they are sent.
         self._sends: list[tuple[Sequence[Any], Tensor]] = []

@@ -82,9 +82,7 @@ def run_beside(
     group = group_of(layout)
     step = begin(layout, name, phase)
     if device.type == "cpu":
-        sides = own_groups(
-            group, (operations, device.type), lambda side: _dedicated(group, f"{operations} {side}", device)
-        )
+        sides = own_groups(group, (operations,), lambda side: _dedicated(group, f"{operations} {side}", device))
         worker = kept(group, "worker", lambda: _Worker(f"longspan-exchange-rank-{layout.rank}"))
         return worker.submit(work, sides[phase == "backward"], layout, step)
     dedicated = kept(group, ("beside", operations, device.type), lambda: _dedicated(group, operations, device))
@@ -124,7 +122,7 @@ class _Worker:
         thread = threading.Thread(target=_serve, args=(self._works, running), name=name, daemon=True)
         thread.start()
         weakref.finalize(self, _end, self._works, running, thread)
-        _log.info("rank's thread %s begins: exchanges of several steps run in it", name)
+        _log.info("a thread begins, %s: exchanges of several steps run in it", name)
 
     def submit(self, work: Work[T], group: dist.ProcessGroup, layout: SequenceLayout, step: Step) -> Task[T]:
         done: Future[T] = Future()
@@ -138,7 +136,8 @@ def _serve(works: SimpleQueue[_Item | None], running: list[dist.ProcessGroup]) -
         running.append(group)
         try:
             if steps.epoch != step.epoch or steps.failure is not None:
-                raise ExchangeError("an earlier exchange of this process group failed") from steps.failure
+                said = "" if steps.failure is None else f": {steps.failure}"
+                raise ExchangeError(f"an earlier exchange of this process group failed{said}") from steps.failure
             with named_range("longspan.exchange.work"), _plain("cpu"), taking(step):
                 done.set_result(work(group))
         except BaseException as error:

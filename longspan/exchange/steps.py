@@ -36,6 +36,8 @@ from longspan.layout import SequenceLayout
 SECONDS_UNTIL_A_LOOK = 1.0
 # How many of its last exchanges a rank publishes: what is in flight in a deep model, forward and backward.
 _NUM_PUBLISHED = 512
+# Of exchanges, as tags of messages tell them apart: beside many messages of each a tag has no room for more.
+NUM_TAGS = 2**11
 # The tag of no message.
 _NO_TAG = 2**31 - 1
 _CAUSES = (
@@ -60,6 +62,11 @@ class Step:
     def word(self) -> int:
         """What messages of the exchange carry: 64 bits of number and label, positive."""
         return (crc32(self.label.encode()) >> 1) << 32 | self.number % 2**32
+
+    @property
+    def tag(self) -> int:
+        """What tells messages of this exchange from others', a small number: another for another number or label."""
+        return crc32(f"{self.number} {self.label}".encode()) % NUM_TAGS
 
     def check(self, words: Tensor) -> None:
         """Raise OutOfStepError unless all `words`, as they arrived on the host, are this exchange's."""
@@ -141,15 +148,10 @@ def channel(layout: SequenceLayout, device: torch.device, phase: str) -> dist.Pr
     return sides[phase == "backward"]
 
 
-def next_number(layout: SequenceLayout) -> int:
-    """The number of the exchange that is begun next."""
-    return steps_of(group_of(layout)).number + 1
-
-
 def own_groups(
     group: dist.ProcessGroup, key: tuple[Any, ...], make: Callable[[str], dist.ProcessGroup]
 ) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
-    """Two process groups of our own beside `group`, forward and backward, as long as its epoch."""
+    """Two process groups of our own beside `group`, forward and backward, made together at the first call of an epoch."""
     return kept(group, ("own groups", *key), lambda: (make("forward"), make("backward")))
 
 
@@ -320,7 +322,7 @@ def _told(group: dist.ProcessGroup, error: BaseException, step: Step | None) -> 
     """What to raise for `error`: the epoch is over, and the next exchange begins a new one."""
     steps = steps_of(group)
     epoch = steps.epoch if step is None else step.epoch
-    if isinstance(error, RuntimeError) and not isinstance(error, ExchangeError):
+    if isinstance(error, RuntimeError) and not isinstance(error, OutOfStepError):
         error = _explained(group, error, epoch, step)
     if isinstance(error, OutOfStepError):
         # Those who still wait find it there.
@@ -337,8 +339,10 @@ def _explained(group: dist.ProcessGroup, error: RuntimeError, epoch: int, step: 
         store = _store(group)
         if store.check([_failed(epoch)]):
             return OutOfStepError(store.get(_failed(epoch)).decode())
-        if step is not None and "imed out" in str(error):
+        if step is not None and "imed out" in str(error) and not isinstance(error, ExchangeError):
             return _late(group, step)
+    if isinstance(error, ExchangeError):
+        return error
     what = "an earlier exchange" if step is None else f"exchange {step.number}, {step.label!r},"
     return ExchangeError(
         f"rank {group.rank()} of {group.size()}: {what} of its process group failed: {error}. A rank has died, raised an "

@@ -43,18 +43,12 @@ def measure_twice(ranks_per_node: int | None) -> tuple[Cluster, bool, int, int, 
     try:
         with record_traffic() as traffic:
             cluster = measured_cluster(layout, CPU)
-        lines_of_first = [line for line in lines if line.startswith("measured")]
+        lines_of_first = list(lines)
         again = measured_cluster(SequenceLayout(99, group=layout.group, ranks_per_node=ranks_per_node), CPU)
     finally:
         logger.removeHandler(handler)
         logger.setLevel(level)
-    return (
-        cluster,
-        again is cluster,
-        traffic.num_collectives,
-        len([line for line in lines if line.startswith("measured")]) - len(lines_of_first),
-        lines_of_first,
-    )
+    return cluster, again is cluster, traffic.num_collectives, len(lines) - len(lines_of_first), lines_of_first
 
 
 @pytest.mark.parametrize(("num_ranks", "ranks_per_node"), [(2, None), (3, 1), (4, 2)])
@@ -71,9 +65,14 @@ def test_all_ranks_have_the_same_figures_measured_once_and_not_counted(
     assert clusters[0].hop is not None and clusters[0].block is not None
     for rank, (_, is_same, counted, logged_again, lines) in enumerate(by_rank):
         assert is_same and counted == 0 and logged_again == 0
-        assert len(lines) == (rank == 0)
-    assert by_rank[0][-1][0].startswith("measured the ranks in ")
-    assert by_rank[0][-1][0].endswith(str(clusters[0]))
+        # Every rank says what it makes for itself, and one of them what all of them do.
+        assert sum(" makes a process group " in line for line in lines) == 4
+        assert sum(line.startswith("a thread begins") for line in lines) == 1
+        of_measurement = [line for line in lines if line.startswith("measure")]
+        assert len(of_measurement) == (2 if rank == 0 else 0) and len(lines) == 5 + len(of_measurement)
+    begins, ended = [line for line in by_rank[0][-1] if line.startswith("measure")]
+    assert begins.startswith("measures the links of ")
+    assert ended.startswith("measured the ranks in ") and ended.endswith(str(clusters[0]))
 
 
 # A known network in place of the clock: how long a call takes follows from what it sends and folds.
