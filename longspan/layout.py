@@ -25,6 +25,14 @@ from longspan.collectives import all_gather_single
 from longspan.errors import InputError, LayoutError
 from longspan.first_order import first_order
 from longspan.modes import built_for_every_mode
+from longspan.tracing import (
+    breaks_graphs,
+    has_no_values,
+    makes_fakes,
+    outside_graphs,
+    outside_modes,
+    unseen_by_checkpointing,
+)
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -126,7 +134,7 @@ class SequenceLayout:
         documents: Sequence[int] | Tensor | None,
         ranks_per_node: int | None,
     ) -> None:
-        if isinstance(seq_len, bool) or not isinstance(seq_len, int):
+        if isinstance(seq_len, bool) or not isinstance(seq_len, int | torch.SymInt):
             raise LayoutError(f"seq_len must be an int, the global number of tokens; got {seq_len!r}")
         if order not in ORDERS:
             raise LayoutError(f"order must be one of {', '.join(ORDERS)}; got {order!r}")
@@ -143,6 +151,15 @@ class SequenceLayout:
         self.documents = _check_documents(documents, seq_len, num_ranks)
         self.ranks_per_node = _check_ranks_per_node(ranks_per_node, num_ranks)
         self._cache: dict[Hashable, Any] = {}
+        # Made here, as a compiled graph takes them as its inputs: it would take what it sees built for constants.
+        self.num_local_tokens = self._count_local_tokens()
+        """Number of tokens T_local that this rank holds."""
+        self.is_packed = self.documents is not None
+        """Whether documents were given."""
+        self.num_documents = 1 if self.documents is None else len(self.documents) - 1
+        """Number of packed documents; 1 without documents."""
+        self.cu_seqlens = None if self.documents is None else _plain_tensor(self.documents)
+        """`documents` as an int64 tensor on the CPU, or None."""
 
     @classmethod
     def local(cls, seq_len: int, documents: Sequence[int] | Tensor | None = None) -> SequenceLayout:
@@ -224,11 +241,6 @@ class SequenceLayout:
     # ---------------------------------------------------------------------------------------------------- who holds what
 
     @property
-    def num_documents(self) -> int:
-        """Number of packed documents; 1 without documents."""
-        return 1 if self.documents is None else len(self.documents) - 1
-
-    @property
     def document_bounds(self) -> tuple[int, ...]:
         """Global cu_seqlens, ``(0, seq_len)`` without documents."""
         return self.documents if self.documents is not None else (0, self.seq_len)
@@ -275,10 +287,14 @@ class SequenceLayout:
             counts[segment.rank] += segment.num_tokens
         return tuple(counts)
 
-    @property
-    def num_local_tokens(self) -> int:
-        """Number of tokens T_local that this rank holds."""
-        return self.tokens_of[self.rank]
+    def _count_local_tokens(self) -> int:
+        # A compiler follows this for a length that it keeps variable.
+        if self.num_ranks == 1:
+            return self.seq_len
+        num_segments = self.num_ranks * self.num_segments
+        base, longer = self.seq_len // num_segments, self.seq_len % num_segments
+        own = [self.rank, num_segments - 1 - self.rank][: self.num_segments]
+        return sum(base + (index < longer) for index in own)
 
     @_cached_property
     def pieces(self) -> tuple[Piece, ...]:
@@ -319,6 +335,12 @@ class SequenceLayout:
 
     def document_positions_on(self, device: torch.device | str) -> Tensor:
         """Position of each local token inside its document, int64 ``[T_local]`` on `device`: what rotary embeddings take."""
+        if torch.compiler.is_compiling() and self.num_ranks == 1:
+            tokens = torch.arange(self.seq_len, device=device)
+            if self.cu_seqlens is None:
+                return tokens
+            bounds = self.cu_seqlens.to(device)
+            return tokens - bounds[torch.searchsorted(bounds, tokens, right=True) - 1]
 
         def build() -> Tensor:
             bounds = self.document_bounds
@@ -330,8 +352,11 @@ class SequenceLayout:
         return self._on_device("document_positions", device, build)
 
     def _on_device(self, name: str, device: torch.device | str, build: Callable[[], Tensor]) -> Tensor:
+        if breaks_graphs():
+            return _on_device_outside_graphs(self, name, device, build)
         target = torch.device(device)
-        return self.cached((name, target), lambda: build().to(target))
+        kept = self.cached((name, target), lambda: build().to(target))
+        return torch.empty(kept.shape, dtype=kept.dtype, device=target) if makes_fakes() else kept
 
     def cached(self, key: Hashable, build: Callable[[], T]) -> T:
         """What `build` returns, built once for this layout and `key`: layers keep per-batch metadata here.
@@ -339,7 +364,8 @@ class SequenceLayout:
         It serves calls of every mode, and is built as in training: see `longspan.modes.built_for_every_mode`.
         """
         if key not in self._cache:
-            self._cache[key] = built_for_every_mode(build)
+            with outside_modes():
+                self._cache[key] = built_for_every_mode(build)
         value: T = self._cache[key]
         return value
 
@@ -373,6 +399,8 @@ class SequenceLayout:
             )
         if self.num_ranks == 1:
             return x
+        if breaks_graphs():
+            return _shard_outside_graphs(self, x, dim)
         return torch.cat([x.narrow(dim, start, stop - start) for start, stop in self.segments], dim=dim)
 
     def gather(self, x: Tensor, dim: int = 1) -> Tensor:
@@ -392,11 +420,16 @@ class SequenceLayout:
             InputError: if `x` is no plain tensor, or has no dimension `dim`.
         """
         self.check_local_length(_length("gather()", x, dim), "gather()")
-        self.check_group("gather()")
         if self.num_ranks == 1:
             return x
-        gathered: Tensor = _Gather.apply(x.movedim(dim, 0), self)
-        return gathered.movedim(0, dim)
+        if breaks_graphs():
+            return _gather_outside_graphs(self, x, dim)
+        if has_no_values(x):
+            return x.narrow(dim, 0, 1).expand(
+                [self.seq_len if size == dim % x.dim() else -1 for size in range(x.dim())]
+            )
+        self.check_group("gather()")
+        return _gather(self, x, dim)
 
     def check_local_length(self, length: int, what: str) -> None:
         """Raise LayoutError unless `length` is this rank's number of tokens; `what` names the caller."""
@@ -505,8 +538,15 @@ class SequenceLayout:
             raise LayoutError("the ranks disagree on the layout: " + "; ".join(rows))
 
 
-def check_layout(layout: object, length: int, what: str) -> None:
+def stops_graphs(layout: object) -> bool:
+    """Whether `torch.compile` traces a call over several ranks, which it is to make between two graphs."""
+    return breaks_graphs() and isinstance(layout, SequenceLayout) and layout.num_ranks > 1
+
+
+def check_layout(layout: object, length: int, what: str, sends: bool = True) -> None:
     """Raise unless `layout` is one whose process group exists and that gives this rank `length` tokens; `what` names the caller.
+
+    sends: whether the call needs the process group; shapes alone do not.
 
     Raises:
         InputError: for what is no layout. LayoutError: for another number of tokens, or a group that is not there.
@@ -517,7 +557,8 @@ def check_layout(layout: object, length: int, what: str) -> None:
             "SequenceLayout(seq_len, group)"
         )
     layout.check_local_length(length, what)
-    layout.check_group(what)
+    if sends:
+        layout.check_group(what)
 
 
 def _length(what: str, x: Tensor, dim: int) -> int:
@@ -576,6 +617,14 @@ def _group_of_mesh(mesh: DeviceMesh) -> Any:
     if ranks != sorted(ranks):
         raise LayoutError(f"a mesh of nodes x ranks must hold its ranks in rising order; got {_short(ranks)}")
     return dist.group.WORLD if len(ranks) == dist.get_world_size() else mesh._flatten().get_group()
+
+
+def _plain_tensor(numbers: Sequence[int]) -> Tensor:
+    """`numbers` as an int64 tensor on the CPU, usable in training whatever mode the layout is made in."""
+    if torch.compiler.is_compiling():
+        return torch.tensor(numbers, dtype=torch.int64)
+    with outside_modes(), torch.inference_mode(False):
+        return torch.tensor(numbers, dtype=torch.int64)
 
 
 def _check_ranks_per_node(ranks_per_node: Any, num_ranks: int) -> int | None:
@@ -639,6 +688,17 @@ def _last_at_or_before(bounds: tuple[int, ...], position: int) -> int:
         # A compiler follows Python, and no built-in search.
         return sum(bound <= position for bound in bounds) - 1
     return bisect_right(bounds, position) - 1
+
+
+@unseen_by_checkpointing
+def _gather(layout: SequenceLayout, x: Tensor, dim: int) -> Tensor:
+    gathered: Tensor = _Gather.apply(x.movedim(dim, 0), layout)
+    return gathered.movedim(0, dim)
+
+
+_shard_outside_graphs = outside_graphs(SequenceLayout.shard)
+_gather_outside_graphs = outside_graphs(SequenceLayout.gather)
+_on_device_outside_graphs = outside_graphs(SequenceLayout._on_device)
 
 
 class _Gather(torch.autograd.Function):

@@ -16,8 +16,9 @@ from longspan.attention.linear import check_query
 from longspan.checks import check_choice, check_flag, check_tensor
 from longspan.errors import InputError
 from longspan.exchange import Exchange
-from longspan.layout import SequenceLayout
+from longspan.layout import SequenceLayout, stops_graphs
 from longspan.ops import VARIANTS
+from longspan.tracing import outside_graphs
 
 _LINEAR_OPTIONS = ("causal", "initial_state", "output_final_state", "exchange", "backend", "chunk_size")
 _SOFTMAX_OPTIONS = ("causal", "window", "method", "num_heads")
@@ -109,9 +110,27 @@ def _one_call(
 ) -> Tensor | tuple[Tensor, Tensor]:
     check_tensor(operator, "k", k)
     check_query(operator, q, k, scale)
+    # One stop of a graph instead of one a phase.
+    call = _write_and_read_outside_graphs if stops_graphs(options["layout"]) else _write_and_read
+    return call(operator, q, k, v, gates, scale, output_final_state, options)
+
+
+def _write_and_read(
+    operator: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gates: dict[str, Any],
+    scale: float | None,
+    output_final_state: bool,
+    options: dict[str, Any],
+) -> Tensor | tuple[Tensor, Tensor]:
     memory = write(operator, k, v, **gates, output_final_state=output_final_state, **options)
     o: Tensor = memory.read(q, scale)
     return (o, memory.final_state()) if output_final_state else o
+
+
+_write_and_read_outside_graphs = outside_graphs(_write_and_read)
 
 
 def linear_attention(

@@ -18,7 +18,7 @@ PROJECT_ROOT = Path(__file__).resolve().parent.parent
 
 # What each part of the package may import of the others. A part is a module or a subpackage directly under `longspan`;
 # "longspan" itself is the facade, `longspan/__init__.py`.
-FOUNDATION = {"errors", "checks", "first_order", "state", "modes", "layout"}
+FOUNDATION = {"errors", "checks", "first_order", "state", "modes", "tracing", "layout"}
 # What works on this rank's tokens alone, and so has no use for `collectives`.
 SINGLE_DEVICE = FOUNDATION | {"ops", "exchange", "attention", "operators", "features", "recipes"}
 MODELS = SINGLE_DEVICE | {"collectives", "models", "integrations", "parallel"}
@@ -29,7 +29,8 @@ ALLOWED = {
     "collectives": {"errors"},
     "state": {"errors"},
     "modes": {"errors"},
-    "layout": {"errors", "checks", "collectives", "first_order", "modes", "state"},
+    "tracing": {"errors"},
+    "layout": {"errors", "checks", "collectives", "first_order", "modes", "state", "tracing"},
     "ops": FOUNDATION,
     "plan": FOUNDATION,
     "exchange": FOUNDATION | {"collectives", "plan"},

@@ -17,10 +17,12 @@ from torch import Tensor
 
 from longspan.attention.linear import JoinSum, LinearMemory, check_inputs, check_query, phase, sum_over_ranks, write
 from longspan.attention.memory import StepMemory
+from longspan.attention.opaque import OpaqueMemory, write_opaque
 from longspan.errors import InputError
 from longspan.exchange import Exchange, resolve_topology
-from longspan.layout import SequenceLayout
+from longspan.layout import SequenceLayout, stops_graphs
 from longspan.ops import VARIANTS
+from longspan.tracing import breaks_graphs, has_no_values, outside_graphs, unseen_by_checkpointing
 
 
 @dataclass
@@ -30,9 +32,15 @@ class SummedMemory(StepMemory):
     _k: Tensor
     _states: Tensor
     _layout: SequenceLayout
+    _is_traced: bool
 
     def read(self, q: Tensor, scale: float | None = None) -> Tensor:
         """``o_t = scale · Sᵀ q_t``, S the state of t's document; q ``[B, T, H_k, K]``, o ``[B, T, H, V]``."""
+        outside = not self._is_traced and breaks_graphs()
+        return (_read_summed_outside_graphs if outside else SummedMemory._read)(self, q, scale)
+
+    @unseen_by_checkpointing
+    def _read(self, q: Tensor, scale: float | None) -> Tensor:
         factor = check_query("linear_attention", q, self._k, scale)
         joins = torch.is_grad_enabled() and q.requires_grad and self._layout.num_ranks > 1
         if joins and not self._states.requires_grad:
@@ -50,14 +58,17 @@ class SummedMemory(StepMemory):
         return torch.cat(outputs, dim=1)
 
 
+_read_summed_outside_graphs = outside_graphs(SummedMemory._read)
+
+
 @dataclass
 class TwoSidedMemory(StepMemory):
     """What tokens wrote for those after them, and, mirrored, for those before them."""
 
     _k: Tensor
     _v: Tensor
-    _after: LinearMemory
-    _before: LinearMemory
+    _after: LinearMemory | OpaqueMemory
+    _before: LinearMemory | OpaqueMemory
 
     def read(self, q: Tensor, scale: float | None = None) -> Tensor:
         """``o_t = scale · Σ_s γ^{|t−s|} (q_t·k_s) v_s``; q ``[B, T, H_k, K]``, o ``[B, T, H, V]``."""
@@ -78,17 +89,42 @@ def write_bidirectional(
     exchange: str | Exchange = "auto",
     backend: str | None = None,
     chunk_size: int | None = None,
-) -> SummedMemory | TwoSidedMemory:
+) -> SummedMemory | TwoSidedMemory | OpaqueMemory:
     """The write phase of `linear_attention` and `retention` with ``causal=False``; see `longspan.write`."""
     if operator not in ("linear_attention", "retention"):
         raise InputError(
             f"causal=False is for 'linear_attention' and 'retention', whose decays do not depend on the token; got "
             f"{operator!r}. Read it causally, once on the tokens and once on x.flip(1) with layout.mirrored"
         )
+    if stops_graphs(layout):
+        return _write_outside_graphs(
+            operator, k, v, gates, layout=layout, exchange=exchange, backend=backend, chunk_size=chunk_size
+        )
     resolve_topology(exchange)
     layout, backend = check_inputs(VARIANTS[operator], k, v, gates, None, layout, backend, chunk_size)
+    # A compiler traces kernels as they are: they have operators of their own.
+    if has_no_values(k) and (backend == "torch" or not torch.compiler.is_compiling()):
+        return write_opaque(VARIANTS[operator], k, v, gates, None, False, layout, backend, chunk_size, causal=False)
+    return _write(operator, k, v, gates, layout, exchange, backend, chunk_size)
+
+
+_write_outside_graphs = outside_graphs(write_bidirectional)
+
+
+@unseen_by_checkpointing
+def _write(
+    operator: str,
+    k: Tensor,
+    v: Tensor,
+    gates: Mapping[str, Tensor],
+    layout: SequenceLayout,
+    exchange: str | Exchange,
+    backend: str,
+    chunk_size: int | None,
+) -> SummedMemory | TwoSidedMemory:
     if operator == "linear_attention":
-        return SummedMemory(k, _summed_states(k, v, layout, backend, chunk_size), layout)
+        states = _summed_states(k, v, layout, backend, chunk_size)
+        return SummedMemory(k, states, layout, torch.compiler.is_compiling())
     options: dict[str, Any] = {"exchange": exchange, "backend": backend, "chunk_size": chunk_size}
     after = write(operator, k, v, gates, layout=layout, **options)
     before = write(operator, k.flip(1), v.flip(1), gates, layout=layout.mirrored, **options)

@@ -29,12 +29,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longspan.attention.linear import JoinSum, check_packed, sum_over_ranks
+from longspan.attention.opaque import CONVOLUTION, bounds_of
 from longspan.checks import check_choice, check_flag, check_not_empty, check_tensor, check_tensors
 from longspan.errors import InputError
 from longspan.exchange.halo import halo_plan, start_halo
 from longspan.first_order import first_order
-from longspan.layout import Piece, SequenceLayout, check_layout
+from longspan.layout import Piece, SequenceLayout, check_layout, stops_graphs
 from longspan.ops.backends import DTYPES, choose_backend, require_gpu, require_package
+from longspan.tracing import has_no_values, outside_graphs, unseen_by_checkpointing
 
 ACTIVATIONS = ("silu", "swish")
 BACKENDS = ("torch", "triton")
@@ -84,6 +86,11 @@ def causal_conv1d(
         InputError: for shapes, dtypes, devices or an activation that do not fit, or a backend that cannot run.
         LayoutError: if T is not the layout's number of local tokens, or the layout has ranks but no process group.
     """
+    if stops_graphs(layout):
+        return _convolve_outside_graphs(
+            x, weight, bias, activation, layout,
+            initial_state=initial_state, output_final_state=output_final_state, backend=backend,
+        )  # fmt: skip
     check_tensors("causal_conv1d", x=x, weight=weight)
     fits = weight.dim() == 2 and weight.shape[1] <= MAX_TAPS_OF_KERNELS
     backend = choose_backend("causal_conv1d", BACKENDS, x, fits, backend)
@@ -92,6 +99,29 @@ def causal_conv1d(
     check_flag("causal_conv1d", "output_final_state", output_final_state)
     width = weight.shape[1] - 1
     _check_initial_state(initial_state, x, width, layout)
+    # A compiler traces kernels as they are: they have operators of their own.
+    if has_no_values(x) and (backend == "torch" or not torch.compiler.is_compiling()):
+        bounds = bounds_of(layout, x)
+        y, final_state = CONVOLUTION(x, weight, bias, initial_state, bounds, activation, output_final_state)
+        return (y, final_state) if output_final_state else y
+    return _computed(x, weight, bias, activation, layout, initial_state, output_final_state, backend)
+
+
+_convolve_outside_graphs = outside_graphs(causal_conv1d)
+
+
+@unseen_by_checkpointing
+def _computed(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    layout: SequenceLayout,
+    initial_state: Tensor | None,
+    output_final_state: bool,
+    backend: str,
+) -> Tensor | tuple[Tensor, Tensor]:
+    width = weight.shape[1] - 1
     with_initial = initial_state is not None and width > 0
     make_form = _triton_form if backend == "triton" else _torch_form
     form = make_form(layout, width, with_initial, x, activation is not None)
@@ -129,7 +159,7 @@ def check_tokens(x: Tensor, layout: SequenceLayout | None, name: str, backend: s
         )
     if layout is None:
         return SequenceLayout.local(x.shape[1])
-    check_layout(layout, x.shape[1], name)
+    check_layout(layout, x.shape[1], name, sends=not has_no_values(x))
     check_packed(name, x, layout)
     return layout
 
@@ -164,7 +194,7 @@ def _check_initial_state(initial_state: Tensor | None, x: Tensor, width: int, la
     if initial_state is None:
         return
     check_tensor("causal_conv1d", "initial_state", initial_state)
-    rows, first = (x.shape[0], "B") if layout.documents is None else (layout.num_documents, "num_documents")
+    rows, first = (layout.num_documents, "num_documents") if layout.is_packed else (x.shape[0], "B")
     expected = (rows, width, x.shape[2])
     fits = initial_state.dtype == x.dtype and initial_state.device == x.device
     if tuple(initial_state.shape) != expected or not fits:

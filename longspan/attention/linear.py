@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from longspan.attention.memory import StepMemory
+from longspan.attention.opaque import OpaqueMemory, write_opaque
 from longspan.checks import (
     Unchanged,
     check_count,
@@ -33,11 +34,12 @@ from longspan.exchange.ranges import named_range
 from longspan.exchange.steps import launch
 from longspan.exchange.traffic import note_collective, waiting
 from longspan.first_order import first_order
-from longspan.layout import SequenceLayout, check_layout
+from longspan.layout import SequenceLayout, check_layout, stops_graphs
 from longspan.ops import VARIANTS, Variant
 from longspan.ops.backends import resolve_backend
 from longspan.ops.variant import ChunkForm, Gate, state_dtype
 from longspan.state import Pair, Transition
+from longspan.tracing import breaks_graphs, has_no_values, outside_graphs, unseen_by_checkpointing
 
 
 @dataclass
@@ -51,6 +53,7 @@ class LinearMemory(StepMemory):
     _pending: PendingExchange | None
     _ends: _EndRows
     _written: Unchanged
+    _is_traced: bool
     _incoming: Tensor | None = None
     _final_state: Tensor | None = None
     _with_gradients: bool = field(default_factory=torch.is_grad_enabled)
@@ -70,12 +73,17 @@ class LinearMemory(StepMemory):
 
         The first read waits for the exchange.
         """
-        return self._read(q, scale, overlapped=False)
+        return (_read_outside_graphs if self._breaks_graphs() else LinearMemory._read)(self, q, scale, False)
 
     def read_overlapped(self, q: Tensor, scale: float | None = None) -> Tensor:
         """`read`, in LASP-2's own schedule: what tokens read inside their chunks is computed before the exchange is waited for."""
-        return self._read(q, scale, overlapped=True)
+        return (_read_outside_graphs if self._breaks_graphs() else LinearMemory._read)(self, q, scale, True)
 
+    def _breaks_graphs(self) -> bool:
+        """Whether a compiler traces this call, and not the one that wrote this memory."""
+        return not self._is_traced and breaks_graphs()
+
+    @unseen_by_checkpointing
     def _read(self, q: Tensor, scale: float | None, overlapped: bool) -> Tensor:
         factor = check_query(self._name, q, self._k, scale)
         self._written.check()
@@ -105,6 +113,8 @@ class LinearMemory(StepMemory):
         Its gradient is the sum of what every rank sends back. float32 (float64 for float64 inputs). Where the layout has several
         ranks the first read takes part in its collective already: ranks may let o, the final state or both enter their losses.
         """
+        if self._breaks_graphs():
+            return _final_state_outside_graphs(self)
         if not self._ends.with_final_states:
             raise InputError(
                 f"{self._name}: final_state() needs a memory that keeps it; this one was written with output_final_state=False. "
@@ -118,6 +128,7 @@ class LinearMemory(StepMemory):
                 self._final_state = self._find_final_state()
         return self._final_state if torch.is_grad_enabled() else self._final_state.detach()
 
+    @unseen_by_checkpointing
     def _find_final_state(self) -> Tensor:
         layout, ends = self._layout, self._ends
         incoming = self.incoming()
@@ -125,7 +136,11 @@ class LinearMemory(StepMemory):
             states = self._form.final_states(ends.final_pieces, ends.final_rows, incoming)
         if layout.num_ranks > 1:
             states = _gather_documents(states, ends.final_documents, layout)
-        return states.squeeze(1) if layout.documents is not None else states.squeeze(0)
+        return states.squeeze(1) if layout.is_packed else states.squeeze(0)
+
+
+_read_outside_graphs = outside_graphs(LinearMemory._read)
+_final_state_outside_graphs = outside_graphs(LinearMemory.final_state)
 
 
 class JoinSum(torch.autograd.Function):
@@ -270,17 +285,46 @@ def write(
     backend: str | None = None,
     chunk_size: int | None = None,
     has_safe_gates: bool = False,
-) -> LinearMemory:
+) -> LinearMemory | OpaqueMemory:
     """Compute the states that this rank's tokens write and start their exchange, without waiting for it; see `longspan.write`.
 
     `has_safe_gates` says that log decays cannot exceed 0 by how they were made, and need no look. A NaN among them, which a
     diverging model makes on some ranks, is then one in the outputs, where every rank comes to know of it.
     """
+    if stops_graphs(layout):
+        return _write_outside_graphs(
+            operator, k, v, gates, initial_state=initial_state, output_final_state=output_final_state, layout=layout,
+            exchange=exchange, backend=backend, chunk_size=chunk_size, has_safe_gates=has_safe_gates,
+        )  # fmt: skip
     variant = VARIANTS[operator]
     topology = resolve_topology(exchange)
     check_flag(operator, "output_final_state", output_final_state)
     layout, backend = check_inputs(variant, k, v, gates, initial_state, layout, backend, chunk_size, has_safe_gates)
-    written = Unchanged(operator, k=k, v=v, **gates)
+    # A compiler traces kernels as they are: they have operators of their own.
+    if has_no_values(k) and (backend == "torch" or not torch.compiler.is_compiling()):
+        return write_opaque(
+            variant, k, v, gates, initial_state, output_final_state, layout, backend, chunk_size, has_safe_gates
+        )
+    return _write(variant, topology, k, v, gates, initial_state, output_final_state, layout, backend, chunk_size)
+
+
+_write_outside_graphs = outside_graphs(write)
+
+
+@unseen_by_checkpointing
+def _write(
+    variant: Variant,
+    topology: Topology,
+    k: Tensor,
+    v: Tensor,
+    gates: Mapping[str, Tensor],
+    initial_state: Tensor | None,
+    output_final_state: bool,
+    layout: SequenceLayout,
+    backend: str,
+    chunk_size: int | None,
+) -> LinearMemory:
+    written = Unchanged(variant.name, k=k, v=v, **gates)
     ends = layout.cached(("end_rows", output_final_state), lambda: _end_rows(layout, output_final_state))
     pending = None
     with phase("longspan.write", k):
@@ -288,14 +332,14 @@ def write(
         end_states = form.write(k, v, _start_states(initial_state, layout), ends.pieces, ends.sent_pieces)
         if layout.num_ranks > 1:
             pending = _start(topology, variant, form, end_states, ends, layout)
-    return LinearMemory(operator, form, layout, k, pending, ends, written)
+    return LinearMemory(variant.name, form, layout, k, pending, ends, written, torch.compiler.is_compiling())
 
 
 def _start_states(initial_state: Tensor | None, layout: SequenceLayout) -> Tensor | None:
     """Rows of the initial state for the pieces of this rank that start a document, ``[n, B, H, K, V]``."""
     if initial_state is None:
         return None
-    by_document = initial_state.unsqueeze(1) if layout.documents is not None else initial_state.unsqueeze(0)
+    by_document = initial_state.unsqueeze(1) if layout.is_packed else initial_state.unsqueeze(0)
     return by_document[[piece.document for piece in layout.pieces if piece.starts_document]]
 
 
@@ -358,7 +402,7 @@ def check_inputs(
     check_same_device(name, k=k, v=v)
     backend = resolve_backend(name, variant.backends, k, v, backend, chunk_size)
     layout = local_layout(k.shape[1]) if layout is None else layout
-    check_layout(layout, k.shape[1], name)
+    check_layout(layout, k.shape[1], name, sends=not has_no_values(k))
     batch, num_tokens, num_key_heads, key_size = k.shape
     num_heads, value_size = v.shape[2:]
     if num_heads % num_key_heads:
@@ -371,10 +415,10 @@ def check_inputs(
     _check_gates(variant, gates, sizes, layout, k, has_safe_gates)
     if initial_state is not None:
         check_tensor(name, "initial_state", initial_state)
-        rows = batch if layout.documents is None else layout.num_documents
+        rows = layout.num_documents if layout.is_packed else batch
         expected = (rows, num_heads, key_size, value_size)
         if tuple(initial_state.shape) != expected or initial_state.dtype != state_dtype(k.dtype):
-            first = "B" if layout.documents is None else "num_documents"
+            first = "num_documents" if layout.is_packed else "B"
             raise InputError(
                 f"{name}: initial_state must be [{first}, H, K, V] = {expected} in {state_dtype(k.dtype)}; got "
                 f"{tuple(initial_state.shape)} in {initial_state.dtype}. Convert it with initial_state.to({state_dtype(k.dtype)})"
@@ -385,7 +429,7 @@ def check_inputs(
 
 def check_packed(name: str, x: Tensor, layout: SequenceLayout) -> None:
     """Raise InputError where a layout has documents and x ``[B, T, ...]`` more than one row."""
-    if layout.documents is not None and x.shape[0] != 1:
+    if layout.is_packed and x.shape[0] != 1:
         raise InputError(
             f"{name}: with documents the batch has one row, B = 1, the packed sequence; got B = {x.shape[0]}. Lay the rows one "
             "after another, with their bounds among the layout's documents"
@@ -427,7 +471,7 @@ def _check_gate(
             f"{gate.name}.detach(), or use an operator whose decay is learned, such as simple_gla"
         )
     # On other devices the check would make the host wait; a compiler does not see values.
-    readable = not is_safe and x.device.type == "cpu" and x.numel() and not torch.compiler.is_compiling()
+    readable = not is_safe and x.device.type == "cpu" and x.numel() and not has_no_values(x)
     if gate.is_log_decay and readable and not bool(x.detach().amax() <= 0):
         raise InputError(
             f"{variant.name}: {gate.name} holds logarithms of decays and must not exceed 0 or be NaN; its largest value on rank "

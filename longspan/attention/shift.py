@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from longspan.attention.convolution import PlaceRows, check_tokens, heads_of, index_of
+from longspan.attention.opaque import SHIFT, bounds_of
 from longspan.exchange.halo import halo_plan, start_halo
 from longspan.first_order import first_order
-from longspan.layout import SequenceLayout
+from longspan.layout import SequenceLayout, stops_graphs
+from longspan.tracing import has_no_values, outside_graphs, unseen_by_checkpointing
 
 
 def token_shift(x: Tensor, layout: SequenceLayout | None = None) -> Tensor:
@@ -31,7 +33,20 @@ def token_shift(x: Tensor, layout: SequenceLayout | None = None) -> Tensor:
     Raises:
         InputError, LayoutError: as `causal_conv1d`.
     """
+    if stops_graphs(layout):
+        return _shift_outside_graphs(x, layout)
     layout = check_tokens(x, layout, "token_shift")
+    if has_no_values(x):
+        y: Tensor = SHIFT(x, bounds_of(layout, x))
+        return y
+    return _shift(x, layout)
+
+
+_shift_outside_graphs = outside_graphs(token_shift)
+
+
+@unseen_by_checkpointing
+def _shift(x: Tensor, layout: SequenceLayout) -> Tensor:
     plan = _shift_plan(layout, x.device)
     if halo_plan(layout, 1).is_empty:
         shifted: Tensor = _Shift.apply(x, plan)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longspan.ops.gated_norm import rms_norm_gated
+from longspan.tracing import unseen_by_checkpointing
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -25,7 +26,9 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(size))
 
+    @unseen_by_checkpointing
     def forward(self, x: Tensor) -> Tensor:
+        # PyTorch computes it in place, bit by bit.
         wide = at_least_float32(x)
         return F.rms_norm(wide, self.weight.shape, self.weight.to(wide.dtype), self.eps).to(x.dtype)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from longspan.checks import check_choice, check_number, check_same_device, check_tensors
 from longspan.errors import InputError
 from longspan.ops.backends import choose_backend, require_gpu, require_package
+from longspan.tracing import unseen_by_checkpointing
 
 BACKENDS = ("torch", "triton")
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "sigmoid": torch.sigmoid}
@@ -49,6 +50,13 @@ def rms_norm_gated(
         InputError: for shapes, dtypes, devices or an activation that do not fit, or a backend that cannot run.
     """
     _check(x, gate, weight, eps, activation)
+    return _computed(x, gate, weight, eps, activation, backend)
+
+
+@unseen_by_checkpointing
+def _computed(
+    x: Tensor, gate: Tensor, weight: Tensor, eps: float, activation: Activation, backend: str | None
+) -> Tensor:
     fits = x.shape[-1] <= MAX_SIZE_OF_KERNELS and not _has_float64(x, gate, weight)
     if choose_backend("rms_norm_gated", BACKENDS, x, fits, backend) == "triton":
         return _by_kernels(x, gate, weight, eps, activation)

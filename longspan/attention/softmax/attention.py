@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from longspan.attention.memory import StepMemory
+from longspan.attention.opaque import bounds_of
 from longspan.attention.softmax.all_gather import AllGather
-from longspan.attention.softmax.blocks import Visibility
+from longspan.attention.softmax.blocks import Visibility, visibility_of
 from longspan.attention.softmax.choice import Shapes, choose
+from longspan.attention.softmax.opaque import SOFTMAX, with_positive_scale
 from longspan.attention.softmax.pair import Local, Reader
 from longspan.attention.softmax.ring import Ring
 from longspan.attention.softmax.ulysses import Ulysses
@@ -25,7 +28,8 @@ from longspan.checks import (
     check_tensor,
 )
 from longspan.errors import InputError
-from longspan.layout import SequenceLayout, check_layout
+from longspan.layout import SequenceLayout, check_layout, stops_graphs
+from longspan.tracing import breaks_graphs, has_no_values, outside_graphs, unseen_by_checkpointing
 
 SoftmaxMethod = Literal["auto", "all_gather", "ring", "ulysses"]
 SOFTMAX_METHODS: tuple[SoftmaxMethod, ...] = ("auto", "all_gather", "ring", "ulysses")
@@ -91,7 +95,7 @@ def write_softmax(
     causal: bool = True,
     window: int | None = None,
     num_heads: int | None = None,
-) -> SoftmaxMemory:
+) -> SoftmaxMemory | OpaqueSoftmaxMemory:
     """Start giving every rank the keys and values it needs, without waiting for them.
 
     Args:
@@ -101,6 +105,10 @@ def write_softmax(
     Whatever runs before ``read`` hides the exchange, and its backward hides the backward exchange. One rank exchanges
     nothing.
     """
+    if stops_graphs(layout):
+        return _write_outside_graphs(
+            k, v, layout=layout, method=method, causal=causal, window=window, num_heads=num_heads
+        )
     check_choice(NAME, "method", method, SOFTMAX_METHODS, "Leave it out for 'auto'")
     if window is not None and not _is_positive(window):
         raise InputError(
@@ -113,11 +121,28 @@ def write_softmax(
     _check_keys(k, v)
     if layout is None:
         layout = SequenceLayout.local(k.shape[1])
-    check_layout(layout, k.shape[1], NAME)
-    visibility = Visibility(
-        layout.document_bounds, causal, None if window is None or window >= layout.seq_len else window
-    )
-    return SoftmaxMemory(k, v, layout, visibility, method, num_heads)
+    check_layout(layout, k.shape[1], NAME, sends=not has_no_values(k))
+    if has_no_values(k):
+        if method == "ulysses" and num_heads is not None:
+            check_heads_of_ulysses(num_heads, layout.num_ranks)
+        return OpaqueSoftmaxMemory(k, v, bounds_of(layout, k), causal, window, method, layout.num_ranks)
+    return _write(k, v, layout, causal, window, method, num_heads)
+
+
+_write_outside_graphs = outside_graphs(write_softmax)
+
+
+@unseen_by_checkpointing
+def _write(
+    k: Tensor,
+    v: Tensor,
+    layout: SequenceLayout,
+    causal: bool,
+    window: int | None,
+    method: SoftmaxMethod,
+    num_heads: int | None,
+) -> SoftmaxMemory:
+    return SoftmaxMemory(k, v, layout, visibility_of(layout, causal, window), method, num_heads)
 
 
 class SoftmaxMemory(StepMemory):
@@ -156,22 +181,53 @@ class SoftmaxMemory(StepMemory):
         Raises:
             InputError: if q does not fit the keys that were written, or k or v was changed in place since.
         """
+        return (_read_outside_graphs if breaks_graphs() else SoftmaxMemory._read)(self, q, scale)
+
+    @unseen_by_checkpointing
+    def _read(self, q: Tensor, scale: float | None) -> Tensor:
         _check_queries(q, self._k)
         self._check_heads(q.shape[2])
         self._written.check()
-        factor = check_scale(NAME, scale, q.shape[-1] ** -0.5)
-        if factor > 0:
-            return self._reader.attend(q, factor)
-        # Kernels mask scores with -inf before they scale them. Zero: every visible key counts alike, whatever its score.
-        return self._reader.attend(-q, -factor) if factor < 0 else self._reader.attend(q * 0.0, 1.0)
+        return self._reader.attend(*with_positive_scale(q, check_scale(NAME, scale, q.shape[-1] ** -0.5)))
 
     def _check_heads(self, num_heads: int) -> None:
-        if self.method == "ulysses" and num_heads % self._num_ranks:
-            raise InputError(
-                f"method 'ulysses' gives each rank an equal number of query heads; got {num_heads} heads for "
-                f"{self._num_ranks} ranks. Use method 'ring' or 'all_gather', which take any number of heads, or a number of "
-                "ranks that divides the heads"
-            )
+        if self.method == "ulysses":
+            check_heads_of_ulysses(num_heads, self._num_ranks)
+
+
+_read_outside_graphs = outside_graphs(SoftmaxMemory._read)
+
+
+@dataclass
+class OpaqueSoftmaxMemory(StepMemory):
+    """What `write_softmax` returns for calls without values: see `longspan.tracing`."""
+
+    _k: Tensor
+    _v: Tensor
+    _bounds: Tensor | None
+    _causal: bool
+    _window: int | None
+    method: SoftmaxMethod
+    _num_ranks: int
+
+    def read(self, q: Tensor, scale: float | None = None) -> Tensor:
+        """As in `SoftmaxMemory`."""
+        _check_queries(q, self._k)
+        if self.method == "ulysses":
+            check_heads_of_ulysses(q.shape[2], self._num_ranks)
+        factor = check_scale(NAME, scale, q.shape[-1] ** -0.5)
+        o: Tensor = SOFTMAX(q, self._k, self._v, self._bounds, self._causal, self._window, factor)[0]
+        return o
+
+
+def check_heads_of_ulysses(num_heads: int, num_ranks: int) -> None:
+    """Raise InputError unless the ranks can have equally many of the query heads."""
+    if num_heads % num_ranks:
+        raise InputError(
+            f"method 'ulysses' gives each rank an equal number of query heads; got {num_heads} heads for "
+            f"{num_ranks} ranks. Use method 'ring' or 'all_gather', which take any number of heads, or a number of "
+            "ranks that divides the heads"
+        )
 
 
 def _is_positive(value: object) -> bool:

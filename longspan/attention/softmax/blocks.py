@@ -23,6 +23,8 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal
 
+from longspan.layout import SequenceLayout
+
 Run = tuple[int, int]
 """Positions [start, stop)."""
 
@@ -75,6 +77,11 @@ class Visibility:
             + (0 if self.causal else _num_visible_after(piece, document, self.window))
             for piece, document in pieces(queries, self.documents)
         )
+
+
+def visibility_of(layout: SequenceLayout, causal: bool, window: int | None) -> Visibility:
+    """Who sees whom of the layout's tokens."""
+    return Visibility(layout.document_bounds, causal, None if window is None or window >= layout.seq_len else window)
 
 
 def plan_blocks(

@@ -1,0 +1,198 @@
+"""One call of every public operator, with random inputs and gradients, for tests of compilers, checkpoints and fake tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import longspan
+from longspan import SequenceLayout, features
+from longspan.ops import VARIANTS
+
+HEADS, SIZE = 4, 8
+Outputs = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of an operator: `function(layout, *tensors)` gives a tuple of tensors.
+
+    shapes: of the tensors by name, "B" and "T" for rows and tokens, "D" for documents, or rows without documents. Names in
+    `constants` take no gradient.
+    """
+
+    function: Callable[..., Outputs]
+    shapes: dict[str, tuple[int | str, ...]]
+    constants: tuple[str, ...] = ()
+
+
+def _outputs(found: Any) -> Outputs:
+    return found if isinstance(found, tuple) else (found,)
+
+
+HEADS_OF_KEYS = ("B", "T", 2, SIZE)
+HEADS_OF_VALUES = ("B", "T", HEADS, SIZE)
+TOKENS = {"q": HEADS_OF_KEYS, "k": HEADS_OF_KEYS, "v": HEADS_OF_VALUES}
+STATE = ("D", HEADS, SIZE, SIZE)
+
+
+def _gate_shapes(operator: str) -> dict[str, tuple[int | str, ...]]:
+    sizes: dict[str, int | str] = {"B": "B", "T": "T", "H": HEADS, "K": SIZE}
+    return {gate.name: tuple(sizes[dim] for dim in gate.dims) for gate in VARIANTS[operator].gates}
+
+
+def _one_call(operator: str) -> Call:
+    names = [gate.name for gate in VARIANTS[operator].gates]
+
+    def function(layout: Any, q: Tensor, k: Tensor, v: Tensor, state: Tensor, *gates: Tensor) -> Outputs:
+        call = getattr(longspan, operator)
+        options = {"initial_state": state, "output_final_state": True, "layout": layout}
+        return _outputs(call(q, k, v, **dict(zip(names, gates, strict=True)), **options))
+
+    constants = tuple(gate.name for gate in VARIANTS[operator].gates if not gate.differentiable)
+    return Call(function, {**TOKENS, "state": STATE, **_gate_shapes(operator)}, constants)
+
+
+def _linear_attention_of_both_sides(layout: Any, q: Tensor, k: Tensor, v: Tensor) -> Outputs:
+    return _outputs(longspan.linear_attention(q, k, v, causal=False, layout=layout))
+
+
+def _retention_of_both_sides(layout: Any, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Outputs:
+    return _outputs(longspan.retention(q, k, v, log_decay, causal=False, layout=layout))
+
+
+def _written_and_read_twice(layout: Any, q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Outputs:
+    memory = longspan.write("simple_gla", k, v, g=g, layout=layout, output_final_state=True)
+    return memory.read(q), memory.read(q.tanh(), 0.3), memory.final_state()
+
+
+def _final_state_alone(layout: Any, k: Tensor, v: Tensor, g: Tensor) -> Outputs:
+    return (longspan.write("gla", k, v, g=g, layout=layout, output_final_state=True).final_state(),)
+
+
+def _normalized(layout: Any, q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Outputs:
+    q, k = features.elu_plus_one(q), features.elu_plus_one(k)
+    return _outputs(longspan.normalized_linear_attention(q, k, v, operator="simple_gla", g=g, layout=layout))
+
+
+def _mamba2(layout: Any, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor) -> Outputs:
+    return _outputs(longspan.mamba2(x, dt, -A.exp(), B, C, D=D, z=z, dt_softplus=True, layout=layout))
+
+
+def _hgrn2(layout: Any, q: Tensor, f: Tensor, i: Tensor, bound: Tensor) -> Outputs:
+    return _outputs(longspan.hgrn2(q, f, i, lower_bound=bound.sigmoid(), layout=layout))
+
+
+def _convolution(layout: Any, x: Tensor, weight: Tensor, bias: Tensor, state: Tensor) -> Outputs:
+    options = {"initial_state": state, "output_final_state": True}
+    return _outputs(longspan.causal_conv1d(x, weight, bias, "silu", layout, **options))
+
+
+def _shift(layout: Any, x: Tensor) -> Outputs:
+    return (longspan.token_shift(x, layout),)
+
+
+def _softmax(layout: Any, q: Tensor, k: Tensor, v: Tensor) -> Outputs:
+    return (longspan.softmax_attention(q, k, v, layout=layout),)
+
+
+def _softmax_of_a_window(layout: Any, q: Tensor, k: Tensor, v: Tensor) -> Outputs:
+    return (longspan.softmax_attention(q, k, v, causal=False, window=20, scale=0.4, layout=layout),)
+
+
+def _softmax_written_and_read(layout: Any, q: Tensor, k: Tensor, v: Tensor) -> Outputs:
+    memory = longspan.write("softmax", k, v, layout=layout, num_heads=HEADS)
+    return (memory.read(q * 2.0),)
+
+
+def _norm(layout: Any, x: Tensor, gate: Tensor, weight: Tensor) -> Outputs:
+    return (longspan.rms_norm_gated(x, gate, weight),)
+
+
+def _features(layout: Any, x: Tensor, bias: Tensor) -> Outputs:
+    g, k = features.hgrn2_log_decay(x, bias.sigmoid())
+    return (
+        *(f(x) for f in (features.elu_plus_one, features.relu, features.unit_length, features.taylor)),
+        features.gla_log_decay(x),
+        features.mamba2_log_decay(x, bias),
+        g,
+        k,
+    )
+
+
+SOFTMAX = {"q": HEADS_OF_VALUES, "k": HEADS_OF_KEYS, "v": HEADS_OF_KEYS}
+GATE = {"g": ("B", "T", HEADS)}
+CALLS = {
+    **{operator: _one_call(operator) for operator in VARIANTS},
+    "linear_attention of both sides": Call(_linear_attention_of_both_sides, TOKENS),
+    "retention of both sides": Call(_retention_of_both_sides, {**TOKENS, "log_decay": (HEADS,)}, ("log_decay",)),
+    "write and read": Call(_written_and_read_twice, {**TOKENS, **GATE}),
+    "final state": Call(
+        _final_state_alone,
+        {"k": HEADS_OF_KEYS, "v": HEADS_OF_VALUES, "g": HEADS_OF_VALUES},
+    ),
+    "normalized": Call(_normalized, {**TOKENS, **GATE}),
+    "mamba2": Call(
+        _mamba2,
+        {
+            "x": HEADS_OF_VALUES,
+            "dt": ("B", "T", HEADS),
+            "A": (HEADS,),
+            "B": HEADS_OF_KEYS,
+            "C": HEADS_OF_KEYS,
+            "D": (HEADS,),
+            "z": HEADS_OF_VALUES,
+        },
+    ),
+    "hgrn2": Call(_hgrn2, {"q": HEADS_OF_VALUES, "f": HEADS_OF_VALUES, "i": HEADS_OF_VALUES, "bound": (HEADS, SIZE)}),
+    "convolution": Call(_convolution, {"x": ("B", "T", 6), "weight": (6, 4), "bias": (6,), "state": ("D", 3, 6)}),
+    "token shift": Call(_shift, {"x": ("B", "T", 6)}),
+    "softmax": Call(_softmax, SOFTMAX),
+    "softmax of a window": Call(_softmax_of_a_window, SOFTMAX),
+    "softmax, write and read": Call(_softmax_written_and_read, SOFTMAX),
+    "norm": Call(_norm, {"x": HEADS_OF_VALUES, "gate": HEADS_OF_VALUES, "weight": (SIZE,)}),
+    "features": Call(_features, {"x": HEADS_OF_VALUES, "bias": (HEADS, SIZE)}),
+}
+
+
+def inputs_of(
+    call: Call, seq_len: int, documents: Sequence[int] | None = None, *, batch: int = 2, seed: int = 0
+) -> list[Tensor]:
+    """Random tensors of a call in float64, for the whole sequence; log decays are at most 0, other gates between 0 and 1."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = batch if documents is None else 1
+    sizes = {"B": rows, "T": seq_len, "D": rows if documents is None else len(documents) - 1}
+    tensors = []
+    for name, shape in call.shapes.items():
+        x = torch.randn([sizes.get(n, n) for n in shape], generator=generator, dtype=torch.float64)  # type: ignore[call-overload]
+        if name in ("g", "log_decay"):
+            x = F.logsigmoid(x)
+        elif name == "beta":
+            x = x.sigmoid()
+        elif name == "k":
+            x = features.unit_length(x)
+        tensors.append(x.requires_grad_(name not in call.constants))
+    return tensors
+
+
+def local_inputs(call: Call, tensors: Sequence[Tensor], layout: SequenceLayout) -> list[Tensor]:
+    """What the rank of `layout` holds of `inputs_of`, as leaves."""
+    held = []
+    for shape, x in zip(call.shapes.values(), tensors, strict=True):
+        own = layout.shard(x.detach()) if "T" in shape else x.detach()
+        held.append(own.clone().requires_grad_(x.requires_grad))
+    return held
+
+
+def results(function: Callable[..., Outputs], layout: Any, tensors: Sequence[Tensor], seed: int = 1) -> list[Tensor]:
+    """The outputs and the gradients of all inputs, for random gradients of the outputs."""
+    outputs = function(layout, *tensors)
+    generator = torch.Generator().manual_seed(seed)
+    grads = [torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x) for x in outputs]
+    leaves = [x for x in tensors if x.requires_grad]
+    return [*(x.detach() for x in outputs), *torch.autograd.grad(outputs, leaves, grads)]
