@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from longspan.attention.softmax import SoftmaxMethod, ring, softmax_attention, tiles, write_softmax
 from longspan.attention.softmax.all_gather import gather_plan
-from longspan.attention.softmax.attention import EXCHANGES
+from longspan.attention.softmax.attention import EXCHANGES, SoftmaxMemory
 from longspan.attention.softmax.blocks import Visibility, length
 from longspan.attention.softmax.ring import journeys, ring_plan
 from longspan.exchange import record_traffic
@@ -419,6 +419,7 @@ def read_after_backward(method: SoftmaxMethod) -> tuple[float, int]:
     layout = SequenceLayout(64, order="zigzag")
     q, k, v, grad = (layout.shard(x).clone().requires_grad_() for x in random_inputs(1, 1, 64, 4, 2, 8))
     memory = write_softmax(k, v, layout=layout, method=method, num_heads=4)
+    assert isinstance(memory, SoftmaxMemory)
     out = memory.read(q)
     out.backward(grad.detach())
     tensors = [x for x in vars(memory._reader._exchange).values() if isinstance(x, Tensor | tuple | Flight)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,7 @@ class Call:
     """
 
     function: Callable[..., Outputs]
-    shapes: dict[str, tuple[int | str, ...]]
+    shapes: Mapping[str, tuple[int | str, ...]]
     constants: tuple[str, ...] = ()
 
 
@@ -89,8 +89,8 @@ def _hgrn2(layout: Any, q: Tensor, f: Tensor, i: Tensor, bound: Tensor) -> Outpu
 
 
 def _convolution(layout: Any, x: Tensor, weight: Tensor, bias: Tensor, state: Tensor) -> Outputs:
-    options = {"initial_state": state, "output_final_state": True}
-    return _outputs(longspan.causal_conv1d(x, weight, bias, "silu", layout, **options))
+    y = longspan.causal_conv1d(x, weight, bias, "silu", layout, initial_state=state, output_final_state=True)
+    return _outputs(y)
 
 
 def _shift(layout: Any, x: Tensor) -> Outputs:
@@ -169,7 +169,8 @@ def inputs_of(
     sizes = {"B": rows, "T": seq_len, "D": rows if documents is None else len(documents) - 1}
     tensors = []
     for name, shape in call.shapes.items():
-        x = torch.randn([sizes.get(n, n) for n in shape], generator=generator, dtype=torch.float64)  # type: ignore[call-overload]
+        dims = [sizes[n] if isinstance(n, str) else n for n in shape]
+        x = torch.randn(dims, generator=generator, dtype=torch.float64)
         if name in ("g", "log_decay"):
             x = F.logsigmoid(x)
         elif name == "beta":
