@@ -104,7 +104,7 @@ def _without_policies() -> Iterator[None]:
 @contextmanager
 def outside_modes() -> Iterator[None]:
     """Plain tensors whatever modes are on, such as one that makes every new tensor a fake one."""
-    if not torch._C._len_torch_dispatch_stack():
+    if torch.compiler.is_compiling() or not torch._C._len_torch_dispatch_stack():
         yield
         return
     from torch.utils._python_dispatch import _disable_current_modes
