@@ -16,7 +16,8 @@ from longspan.attention.linear import check_query
 from longspan.checks import check_choice, check_flag, check_tensor
 from longspan.errors import InputError
 from longspan.exchange import Exchange
-from longspan.layout import SequenceLayout, stops_graphs
+from longspan.layout import SequenceLayout
+from longspan.layout.sequence_layout import stops_graphs
 from longspan.ops import VARIANTS
 from longspan.tracing import outside_graphs
 

@@ -67,7 +67,7 @@ FAULTS: dict[str, Fault] = {
         (f"{CONFORMANCE}[simple_gla-contiguous-all_gather-3]",),
     ),
     "the two segments of a rank swapped in zigzag order": Fault(
-        "longspan/exchange/segments.py",
+        "longspan/layout/gathered.py",
         "segment.rank * layout.num_segments + segment.slot",
         "(segment.rank + 1) * layout.num_segments - 1 - segment.slot",
         (f"{CONFORMANCE}[simple_gla-zigzag-all_gather-3]",),
@@ -103,13 +103,13 @@ FAULTS: dict[str, Fault] = {
         ("tests/attention/test_convolution.py::test_every_rank_equals_the_definition_with_every_gradient", "-k", "3-"),
     ),
     "a causal mask that lets queries see the next key": Fault(
-        "longspan/attention/softmax/blocks.py",
+        "longspan/layout/visibility.py",
         "ahead = 0 if visibility.causal",
         "ahead = 1 if visibility.causal",
         ("tests/attention/test_softmax.py::test_every_rank_equals_dense_attention", "-k", "all_gather-2"),
     ),
     "labels that are shifted after the split": Fault(
-        "longspan/layout.py",
+        "longspan/layout/sequence_layout.py",
         "return self.shard(labels)",
         "return torch.where(self.shard(labels) < 0, ignore_index, self.shard(tokens[:, : self.seq_len]).roll(-1, 1))",
         ("tests/test_layout.py",),

@@ -203,7 +203,7 @@ def _write_package(root: Path, files: dict[str, str]) -> None:
         ({"exchange/b.py": "from longspan import ops", "ops/__init__.py": ""}, "exchange must not import ops"),
         ({"exchange/b.py": "from ..ops.a import f"}, "longspan/exchange/b.py:1: exchange must not import ops"),
         ({"exchange/__init__.py": "from .. import ops", "ops/__init__.py": ""}, "exchange must not import ops"),
-        ({"state.py": "from longspan.layout import SequenceLayout"}, "state must not import layout"),
+        ({"state.py": "from longspan.layout.sequence_layout import SequenceLayout"}, "state must not import layout"),
         ({"ops/a.py": "from longspan import linear_attention"}, "ops must not import longspan"),
         ({"attention/linear.py": "def f():\n    from longspan.models import M"}, ":2: attention must not import"),
         ({"models/m.py": "class M:\n    def f(self):\n        import longspan.train"}, ":3: models must not"),
@@ -249,7 +249,7 @@ def test_what_is_allowed_is_not_reported(tmp_path: Path) -> None:
     _write_package(
         tmp_path,
         {
-            "__init__.py": "from longspan.attention.linear import f\nfrom longspan.layout import SequenceLayout",
+            "__init__.py": "from longspan.attention.linear import f\nfrom longspan.layout.sequence_layout import SequenceLayout",
             "layout.py": "import torch.distributed as dist\nfrom .errors import LayoutError",
             "errors.py": "",
             "ops/a.py": """

@@ -34,7 +34,8 @@ from longspan.checks import check_choice, check_flag, check_not_empty, check_ten
 from longspan.errors import InputError
 from longspan.exchange.halo import halo_plan, start_halo
 from longspan.first_order import first_order
-from longspan.layout import Piece, SequenceLayout, check_layout, stops_graphs
+from longspan.layout import Piece, SequenceLayout
+from longspan.layout.sequence_layout import check_layout, stops_graphs
 from longspan.ops.backends import DTYPES, choose_backend, require_gpu, require_package
 from longspan.tracing import has_no_values, outside_graphs, unseen_by_checkpointing
 

@@ -34,7 +34,8 @@ from longspan.exchange.ranges import named_range
 from longspan.exchange.steps import launch
 from longspan.exchange.traffic import note_collective, waiting
 from longspan.first_order import first_order
-from longspan.layout import SequenceLayout, check_layout, stops_graphs
+from longspan.layout import SequenceLayout
+from longspan.layout.sequence_layout import check_layout, stops_graphs
 from longspan.ops import VARIANTS, Variant
 from longspan.ops.backends import resolve_backend
 from longspan.ops.variant import ChunkForm, Gate, state_dtype

@@ -16,7 +16,8 @@ from longspan.attention.convolution import PlaceRows, check_tokens, heads_of, in
 from longspan.attention.opaque import SHIFT, bounds_of
 from longspan.exchange.halo import halo_plan, start_halo
 from longspan.first_order import first_order
-from longspan.layout import SequenceLayout, stops_graphs
+from longspan.layout import SequenceLayout
+from longspan.layout.sequence_layout import stops_graphs
 from longspan.tracing import has_no_values, outside_graphs, unseen_by_checkpointing
 
 

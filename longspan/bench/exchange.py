@@ -20,11 +20,11 @@ from longspan.errors import LongspanError
 from longspan.exchange import Auto, Exchange, Topology, record_traffic, resolve_topology
 from longspan.exchange.calibration import measured_cluster
 from longspan.exchange.progress import run_beside
-from longspan.exchange.segments import own_segments
 from longspan.exchange.timing import Ranks
 from longspan.exchange.trial import exchange_seconds
 from longspan.launch import EXIT_DONE, Place, start_process_group
 from longspan.layout import SequenceLayout
+from longspan.layout.gathered import own_segments
 from longspan.ops import VARIANTS
 from longspan.plan import Problem, time_of
 from longspan.state import Dense, Identity, Pair, exclusive_scan, exclusive_scan_adjoint

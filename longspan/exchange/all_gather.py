@@ -23,11 +23,11 @@ from torch import Tensor
 
 from longspan.collectives import all_gather_single
 from longspan.exchange.base import Arrived, Handle, ReverseHandle, Topology
-from longspan.exchange.segments import gathered_rows, own_segments, take
 from longspan.exchange.steps import Step, launch
 from longspan.exchange.traffic import note_collective, waiting
 from longspan.exchange.wire import HEADER_BYTES, header_words, pack, unpack_parameter, unpack_states, with_header
 from longspan.layout import SequenceLayout
+from longspan.layout.gathered import gathered_rows, own_segments, take
 from longspan.state import Pair, Transition, exclusive_scan, exclusive_scan_adjoint
 
 

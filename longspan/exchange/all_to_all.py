@@ -33,8 +33,8 @@ from longspan.exchange.rows import (
     scan_by_rows,
     scan_by_rows_adjoint,
 )
-from longspan.exchange.segments import gathered_rows
 from longspan.layout import SequenceLayout
+from longspan.layout.gathered import gathered_rows
 from longspan.state import Pair, Transition
 
 

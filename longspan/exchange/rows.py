@@ -20,7 +20,6 @@ from torch import Tensor
 
 from longspan.exchange.base import Arrived, Handle, ReverseHandle
 from longspan.exchange.progress import Task
-from longspan.exchange.segments import take
 from longspan.exchange.steps import arrived, taken
 from longspan.exchange.swap import swap_in
 from longspan.exchange.wire import (
@@ -33,6 +32,7 @@ from longspan.exchange.wire import (
     without_header,
 )
 from longspan.layout import SequenceLayout
+from longspan.layout.gathered import take
 from longspan.state import Pair, Transition, exclusive_scan, exclusive_scan_adjoint
 
 

@@ -40,8 +40,8 @@ from longspan.exchange.rows import (
     scan_by_rows,
     scan_by_rows_adjoint,
 )
-from longspan.exchange.segments import take
 from longspan.layout import SequenceLayout
+from longspan.layout.gathered import take
 from longspan.state import Pair, Transition
 
 

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from longspan.checks import check_count, check_not_empty, check_tensor, described
 from longspan.errors import InputError, LayoutError
-from longspan.layout import SequenceLayout, check_layout
+from longspan.layout import SequenceLayout
+from longspan.layout.sequence_layout import check_layout
 from longspan.models.config import LinearLlama3Config
 from longspan.models.decays import ChannelDecay, ScalarDecay
 from longspan.models.layers import GatedRMSNorm, RMSNorm, Rotation, SwiGLU, at_least_float32, rotation

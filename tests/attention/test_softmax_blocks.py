@@ -8,7 +8,8 @@ from itertools import pairwise
 
 import pytest
 
-from longspan.attention.softmax.blocks import (
+from longspan.layout import Order, SequenceLayout
+from longspan.layout.visibility import (
     Block,
     Run,
     Visibility,
@@ -20,7 +21,6 @@ from longspan.attention.softmax.blocks import (
     plan_blocks,
     union,
 )
-from longspan.layout import Order, SequenceLayout
 
 
 def positions(runs: list[Run]) -> list[int]:

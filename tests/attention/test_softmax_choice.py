@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from longspan.attention.softmax.attention import write_softmax
-from longspan.attention.softmax.blocks import Visibility
 from longspan.attention.softmax.choice import LARGEST_SHARE, MACHINES, Shapes, choose, cost, gathered_share
 from longspan.layout import Order, SequenceLayout
+from longspan.layout.visibility import Visibility
 from tests.attention.softmax_reference import random_inputs
 from tests.ranks import run_on_ranks
 

@@ -12,12 +12,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from longspan.attention.softmax import SoftmaxMethod, ring, softmax_attention, tiles, write_softmax
 from longspan.attention.softmax.all_gather import gather_plan
 from longspan.attention.softmax.attention import EXCHANGES, SoftmaxMemory
-from longspan.attention.softmax.blocks import Visibility, length
 from longspan.attention.softmax.ring import journeys, ring_plan
 from longspan.exchange import record_traffic
 from longspan.exchange.swap import Flight
 from longspan.exchange.traffic import Event
 from longspan.layout import Order, SequenceLayout
+from longspan.layout.visibility import Visibility, length
 from tests.attention.softmax_reference import Documents, random_inputs
 from tests.compare import relative_error
 from tests.ranks import run_on_ranks

@@ -240,7 +240,7 @@ TWO_PROCESSES = """
     import os, sys, threading, time
     import torch, torch.distributed as dist
     from longspan.exchange.progress import run_beside
-    from longspan.layout import SequenceLayout
+    from longspan.layout.sequence_layout import SequenceLayout
 
     rank = int(sys.argv[1])
     dist.init_process_group("gloo", store=dist.FileStore(sys.argv[2], 2), rank=rank, world_size=2)

@@ -11,8 +11,8 @@ import torch
 from longspan.errors import InputError
 from longspan.exchange import TOPOLOGIES, Exchange, record_traffic, resolve_topology
 from longspan.exchange.progress import run_beside
-from longspan.exchange.segments import own_segments
 from longspan.layout import SequenceLayout
+from longspan.layout.gathered import own_segments
 from longspan.plan import PLANNED, Cluster, Link, Problem, best_num_blocks, gpu_cluster, longest_chain, rank, time_of
 from longspan.state import ChannelDecay, Dense, HeadDecay, Identity, Pair, Transition
 from tests.exchange.scan import random_pair

@@ -24,7 +24,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from longspan.attention.softmax.blocks import (
+from longspan.attention.softmax.pair import Grads, KeyExchange, KeyGrads, own_blocks
+from longspan.attention.softmax.tiles import Merged, Queries
+from longspan.attention.softmax.wire import add_packed, pack, pack_into, take, unpack
+from longspan.collectives import all_gather_single
+from longspan.exchange.steps import launch
+from longspan.exchange.swap import Flight, swap
+from longspan.exchange.traffic import note_collective
+from longspan.layout import SequenceLayout
+from longspan.layout.visibility import (
     Block,
     Run,
     Visibility,
@@ -36,14 +44,6 @@ from longspan.attention.softmax.blocks import (
     needed_keys,
     plan_blocks,
 )
-from longspan.attention.softmax.pair import Grads, KeyExchange, KeyGrads, own_blocks
-from longspan.attention.softmax.tiles import Merged, Queries
-from longspan.attention.softmax.wire import add_packed, pack, pack_into, take, unpack
-from longspan.collectives import all_gather_single
-from longspan.exchange.steps import launch
-from longspan.exchange.swap import Flight, swap
-from longspan.exchange.traffic import note_collective
-from longspan.layout import SequenceLayout
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from torch import Tensor
 from longspan.attention.memory import StepMemory
 from longspan.attention.opaque import bounds_of
 from longspan.attention.softmax.all_gather import AllGather
-from longspan.attention.softmax.blocks import Visibility, visibility_of
 from longspan.attention.softmax.choice import Shapes, choose
 from longspan.attention.softmax.opaque import SOFTMAX, with_positive_scale
 from longspan.attention.softmax.pair import Local, Reader
@@ -28,7 +27,9 @@ from longspan.checks import (
     check_tensor,
 )
 from longspan.errors import InputError
-from longspan.layout import SequenceLayout, check_layout, stops_graphs
+from longspan.layout import SequenceLayout
+from longspan.layout.sequence_layout import check_layout, stops_graphs
+from longspan.layout.visibility import Visibility, visibility_of
 from longspan.tracing import breaks_graphs, has_no_values, outside_graphs, unseen_by_checkpointing
 
 SoftmaxMethod = Literal["auto", "all_gather", "ring", "ulysses"]

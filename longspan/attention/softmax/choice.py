@@ -21,9 +21,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from longspan.attention.softmax.all_gather import gather_plan, remote_keys
-from longspan.attention.softmax.blocks import Visibility, length, plan_blocks
 from longspan.attention.softmax.ring import journeys
 from longspan.layout import SequenceLayout
+from longspan.layout.visibility import Visibility, length, plan_blocks
 
 Method = Literal["all_gather", "ring", "ulysses"]
 

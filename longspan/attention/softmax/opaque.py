@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from longspan.attention.opaque import layout_of
-from longspan.attention.softmax.blocks import visibility_of
 from longspan.attention.softmax.pair import Local
+from longspan.layout.visibility import visibility_of
 from longspan.tracing import OpaqueOperator
 
 

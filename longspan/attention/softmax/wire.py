@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from longspan.attention.softmax.blocks import Run, length, touches
+from longspan.layout.visibility import Run, length, touches
 
 MOSTLY = 0.75
 """A view keeps all of its memory: tokens that are less than this part of a buffer are copied instead."""

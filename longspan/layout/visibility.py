@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal
 
-from longspan.layout import SequenceLayout
+from longspan.layout.sequence_layout import SequenceLayout
 
 Run = tuple[int, int]
 """Positions [start, stop)."""

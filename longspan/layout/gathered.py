@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from longspan.exchange.groups import group_of, kept
-from longspan.layout import SequenceLayout
+from longspan.layout.sequence_layout import SequenceLayout
 
 
 def own_segments(layout: SequenceLayout) -> list[int]:
