@@ -26,8 +26,8 @@ import longspan
 from benchmarks.gpu_sides import OPERATORS, Case, Inputs, exact, fla_side, flash_attention, make_inputs, ours, step
 from benchmarks.harness import Ratio, Table, machine, paired, save
 from longspan.layout import SequenceLayout
-from longspan.ops import VARIANTS
-from longspan.ops.variant import ChunkForm
+from longspan.ops.variants import VARIANTS
+from longspan.ops.variants.variant import ChunkForm
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 

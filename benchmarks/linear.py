@@ -23,8 +23,8 @@ from benchmarks.harness import (
     seconds,
     timed_pairs,
 )
-from longspan.ops import VARIANTS
 from longspan.ops.decay import default_chunk_size
+from longspan.ops.variants import VARIANTS
 
 HEADS = 8
 DTYPES = product_dtypes()

@@ -132,7 +132,7 @@ def _bench_exchange(arguments: list[str]) -> int:
 
 
 def _plan_exchange(arguments: list[str]) -> int:
-    from longspan.ops import VARIANTS
+    from longspan.ops.variants import VARIANTS
     from longspan.plan.options import PlanExchange
 
     options = _parse(PlanExchange, "longspan plan exchange", _PLAN_HELP, arguments[2:])

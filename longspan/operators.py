@@ -18,7 +18,7 @@ from longspan.errors import InputError
 from longspan.exchange import Exchange
 from longspan.layout import SequenceLayout
 from longspan.layout.sequence_layout import stops_graphs
-from longspan.ops import VARIANTS
+from longspan.ops.variants import VARIANTS
 from longspan.tracing import outside_graphs
 
 _LINEAR_OPTIONS = ("causal", "initial_state", "output_final_state", "exchange", "backend", "chunk_size")

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from longspan.ops import VARIANTS, Variant
+from longspan.ops.variants import VARIANTS, Variant
 from tests.attention.test_conformance import errors_on_rank
 from tests.compare import worst
 from tests.ops.test_variants import run, worst_error

@@ -15,7 +15,7 @@ import longspan
 from longspan import features, recipes
 from longspan.errors import InputError
 from longspan.layout import SequenceLayout
-from longspan.ops import VARIANTS
+from longspan.ops.variants import VARIANTS
 from longspan.state import Dense
 from tests.compare import relative_error, worst
 from tests.ranks import run_on_ranks

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from longspan.layout import SequenceLayout
-from longspan.ops import VARIANTS
-from longspan.ops.variant import Gate, Gates, state_dtype
+from longspan.ops.variants import VARIANTS
+from longspan.ops.variants.variant import Gate, Gates, state_dtype
 
 
 @dataclass

@@ -22,7 +22,7 @@ from longspan.errors import InputError
 from longspan.exchange import Exchange, resolve_topology
 from longspan.layout import SequenceLayout
 from longspan.layout.sequence_layout import stops_graphs
-from longspan.ops import VARIANTS
+from longspan.ops.variants import VARIANTS
 from longspan.tracing import breaks_graphs, has_no_values, outside_graphs, unseen_by_checkpointing
 
 

@@ -36,9 +36,9 @@ from longspan.exchange.traffic import note_collective, waiting
 from longspan.first_order import first_order
 from longspan.layout import SequenceLayout
 from longspan.layout.sequence_layout import check_layout, stops_graphs
-from longspan.ops import VARIANTS, Variant
 from longspan.ops.backends import resolve_backend
-from longspan.ops.variant import ChunkForm, Gate, state_dtype
+from longspan.ops.variants import VARIANTS, Variant
+from longspan.ops.variants.variant import ChunkForm, Gate, state_dtype
 from longspan.state import Pair, Transition
 from longspan.tracing import breaks_graphs, has_no_values, outside_graphs, unseen_by_checkpointing
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from longspan.attention.memory import StepMemory
 from longspan.errors import InputError, LayoutError
 from longspan.layout import SequenceLayout
-from longspan.ops.variant import Variant, state_dtype
+from longspan.ops.variants.variant import Variant, state_dtype
 from longspan.tracing import OpaqueOperator
 
 MAX_GATES = 3
@@ -75,7 +75,7 @@ def _linear(
     """o (empty without q), and the final state (empty where it is not wanted)."""
     from longspan.attention.bidirectional import write_bidirectional
     from longspan.attention.linear import write
-    from longspan.ops import VARIANTS
+    from longspan.ops.variants import VARIANTS
 
     given = [gate for gate in (gate_0, gate_1, gate_2) if gate is not None]
     gates = {gate.name: x for gate, x in zip(VARIANTS[operator].gates, given, strict=True)}

@@ -25,7 +25,7 @@ from longspan.exchange.trial import exchange_seconds
 from longspan.launch import EXIT_DONE, Place, start_process_group
 from longspan.layout import SequenceLayout
 from longspan.layout.gathered import own_segments
-from longspan.ops import VARIANTS
+from longspan.ops.variants import VARIANTS
 from longspan.plan import Problem, time_of
 from longspan.state import Dense, Identity, Pair, exclusive_scan, exclusive_scan_adjoint
 

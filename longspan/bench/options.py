@@ -7,7 +7,7 @@ from typing import Literal
 
 from longspan.errors import ConfigError
 from longspan.exchange import TOPOLOGIES
-from longspan.ops import VARIANTS
+from longspan.ops.variants import VARIANTS
 from longspan.plan import PLANNED
 from longspan.plan.options import LayerOptions
 

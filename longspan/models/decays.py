@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from longspan.features import at_least_float32, gla_log_decay, mamba2_log_decay
-from longspan.ops import VARIANTS, Variant
+from longspan.ops.variants import VARIANTS, Variant
 
 LOW_RANK = 16
 """Rank of the projection that makes a gate for every channel (GLA, arXiv 2312.06635)."""

@@ -22,7 +22,7 @@ from longspan.layout import SequenceLayout
 from longspan.models.config import LinearLlama3Config
 from longspan.models.decays import DECAYS
 from longspan.models.layers import GatedRMSNorm, Rotation, rotate
-from longspan.ops import VARIANTS
+from longspan.ops.variants import VARIANTS
 from longspan.state import Dense
 
 

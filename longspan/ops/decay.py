@@ -40,7 +40,7 @@ from longspan.ops.factors import BlockFactors, Factors, WideScores
 from longspan.ops.finite import Harm, all_finite, finite_part, from_then_on, not_finite
 from longspan.ops.gate_gradient import GateGradient
 from longspan.ops.tiling import Block, Tiling, chunks_of_block, tile
-from longspan.ops.variant import ChunkForm, Gates, state_dtype
+from longspan.ops.variants.variant import ChunkForm, Gates, state_dtype
 from longspan.state import Transition
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from longspan.layout import Piece
 from longspan.ops.factors import LOWEST_LOG_DECAY
-from longspan.ops.variant import Gates
+from longspan.ops.variants.variant import Gates
 from longspan.state import HeadDecay, Transition
 
 Ranges = Sequence[tuple[int, int]]

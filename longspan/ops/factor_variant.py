@@ -10,7 +10,7 @@ from torch import Tensor
 
 from longspan.ops.factors import Factors
 from longspan.ops.tiling import Tiling
-from longspan.ops.variant import Gate, Gates, RecurrentForm, Variant
+from longspan.ops.variants.variant import Gate, Gates, RecurrentForm, Variant
 from longspan.state import Transition
 
 

@@ -35,7 +35,7 @@ from longspan.errors import InputError
 from longspan.first_order import first_order
 from longspan.layout import SequenceLayout
 from longspan.ops.backends import MAX_HEAD_SIZE, require_gpu, require_package
-from longspan.ops.variant import ChunkForm, Gates, state_dtype
+from longspan.ops.variants.variant import ChunkForm, Gates, state_dtype
 from longspan.state import Dense, Transition
 
 _FUNCTIONS = {

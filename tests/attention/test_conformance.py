@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 import longspan
 from longspan.exchange import TOPOLOGIES
-from longspan.ops import VARIANTS
+from longspan.ops.variants import VARIANTS
 from tests.compare import relative_error, worst
 from tests.ranks import run_on_ranks
 from tests.unwritten import unwritten_memory_is_nan

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import longspan
 from longspan.exchange import autograd as exchange_nodes
-from longspan.ops import VARIANTS
+from longspan.ops.variants import VARIANTS
 from tests.attention.test_conformance import Case, assert_right, worst_on_rank
 from tests.compare import INFINITE
 from tests.ranks import run_on_ranks

@@ -13,7 +13,7 @@ from torch import Tensor
 import longspan
 from longspan.attention.softmax import SOFTMAX_METHODS
 from longspan.layout import SequenceLayout
-from longspan.ops import VARIANTS
+from longspan.ops.variants import VARIANTS
 from tests.ranks import run_on_ranks
 from tests.variants import make_inputs
 

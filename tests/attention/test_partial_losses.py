@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import longspan
 from longspan.layout import SequenceLayout
-from longspan.ops import VARIANTS
+from longspan.ops.variants import VARIANTS
 from tests.attention.test_conformance import documents_of, packings_of
 from tests.compare import relative_error, worst
 from tests.ranks import run_on_ranks

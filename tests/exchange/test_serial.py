@@ -22,7 +22,7 @@ from longspan.exchange.messages import Mailbox, Receipt
 from longspan.exchange.neighbour import applies
 from longspan.exchange.pipelined import Pipelined
 from longspan.layout import SequenceLayout
-from longspan.ops import VARIANTS
+from longspan.ops.variants import VARIANTS
 from longspan.state import Dense, HeadDecay, Identity, Pair, ScalarDecay, Transition, exclusive_scan
 from tests.compare import relative_error, worst
 from tests.exchange.test_exchange import own_rows

@@ -10,7 +10,7 @@ import pytest
 from longspan.errors import ConfigError
 from longspan.models import LinearLlama3Config
 from longspan.models.decays import DECAYS
-from longspan.ops import VARIANTS
+from longspan.ops.variants import VARIANTS
 
 
 def config(**changes: Any) -> LinearLlama3Config:

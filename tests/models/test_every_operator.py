@@ -14,7 +14,7 @@ from longspan.errors import ConfigError
 from longspan.models import LinearLlama3, LinearLlama3Config
 from longspan.models.decays import DECAYS, ChannelDecay, WriteStrength
 from longspan.models.mixers import LinearMixer
-from longspan.ops import VARIANTS
+from longspan.ops.variants import VARIANTS
 from longspan.state import Dense
 from tests.compare import relative_error, worst
 from tests.models.tiny import random_tokens, tiny_model

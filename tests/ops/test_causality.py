@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 import longspan
-from longspan.ops import VARIANTS
-from longspan.ops.variant import state_dtype
+from longspan.ops.variants import VARIANTS
+from longspan.ops.variants.variant import state_dtype
 from tests.compare import relative_error, worst
 from tests.ops.accuracy import by_recurrence
 

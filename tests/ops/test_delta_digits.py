@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import longspan
-from longspan.ops import VARIANTS
+from longspan.ops.variants import VARIANTS
 from tests.compare import relative_error, worst
 from tests.variants import Inputs, make_inputs
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import longspan
-from longspan.ops import VARIANTS
+from longspan.ops.variants import VARIANTS
 from tests.compare import relative_error, worst
 from tests.ranks import run_on_ranks
 from tests.variants import Inputs, make_inputs, reference

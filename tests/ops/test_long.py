@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import longspan
-from longspan.ops import VARIANTS
+from longspan.ops.variants import VARIANTS
 from tests.compare import relative_error
 from tests.variants import Inputs, make_inputs, reference
 

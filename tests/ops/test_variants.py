@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import longspan
-from longspan.ops import VARIANTS
+from longspan.ops.variants import VARIANTS
 from longspan.state import Dense
 from tests import unwritten
 from tests.compare import relative_error, worst

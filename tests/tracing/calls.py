@@ -12,7 +12,7 @@ from torch import Tensor
 
 import longspan
 from longspan import SequenceLayout, features
-from longspan.ops import VARIANTS
+from longspan.ops.variants import VARIANTS
 
 HEADS, SIZE = 4, 8
 Outputs = tuple[Tensor, ...]

@@ -15,7 +15,7 @@ from longspan.ops.delta.run import DeltaRun
 from longspan.ops.delta.write import DeltaWrite, Link
 from longspan.ops.factor_variant import FactorVariant
 from longspan.ops.tiling import chunks_of_block, tile
-from longspan.ops.variant import ChunkForm, Gates, state_dtype
+from longspan.ops.variants.variant import ChunkForm, Gates, state_dtype
 from longspan.state import Dense, Transition
 
 DEFAULT_CHUNK_SIZE = 64

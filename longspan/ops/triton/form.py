@@ -15,7 +15,7 @@ from longspan.ops.diagonal import carried_final_states, diagonal_transition
 from longspan.ops.triton.launch import contiguous_rows, interpreted
 from longspan.ops.triton.operators import decay_read, decay_write
 from longspan.ops.triton.stretches import Stretches, stretch_length, stretches_of
-from longspan.ops.variant import ChunkForm, Gates
+from longspan.ops.variants.variant import ChunkForm, Gates
 from longspan.state import Transition
 
 

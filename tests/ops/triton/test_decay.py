@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 import longspan
-from longspan.ops import VARIANTS
 from longspan.ops.triton import stretches
+from longspan.ops.variants import VARIANTS
 from tests.compare import relative_error
 from tests.ops.test_variants import run, unwritten_memory_is_nan
 from tests.variants import Inputs, make_inputs, reference

@@ -13,7 +13,7 @@ from torch import Tensor
 from longspan.ops.decay import DecayVariant
 from longspan.ops.factors import ChannelFactors, Factors
 from longspan.ops.tiling import Tiling
-from longspan.ops.variant import Gate, Gates
+from longspan.ops.variants.variant import Gate, Gates
 from longspan.state import ChannelDecay
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from longspan.ops.decay import DecayVariant
 from longspan.ops.factors import Factors, constant_factors
 from longspan.ops.tiling import Tiling
-from longspan.ops.variant import Gate, Gates
+from longspan.ops.variants.variant import Gate, Gates
 from longspan.state import HeadDecay
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from longspan.ops.decay import DecayVariant
 from longspan.ops.factors import Factors, NoDecay
 from longspan.ops.tiling import Tiling
-from longspan.ops.variant import Gates
+from longspan.ops.variants.variant import Gates
 from longspan.state import Identity
 
 

@@ -1,6 +1,6 @@
-"""The delta rule with a decay a token and head (Gated DeltaNet, arXiv 2412.06464).
+"""The delta rule: a token replaces what its key reads (DeltaNet, arXiv 2102.11174, 2406.06484).
 
-S_t = e^{g_t} (I − β_t k_t k_tᵀ) S_{t-1} + β_t k_t v_tᵀ,      o_t = scale · S_tᵀ q_t
+S_t = (I − β_t k_t k_tᵀ) S_{t-1} + β_t k_t v_tᵀ,      o_t = scale · S_tᵀ q_t
 """
 
 from __future__ import annotations
@@ -9,31 +9,30 @@ import torch
 from torch import Tensor
 
 from longspan.ops.delta import DeltaVariant
-from longspan.ops.factors import Factors, token_factors
+from longspan.ops.factors import Factors, NoDecay
 from longspan.ops.tiling import Tiling
-from longspan.ops.variant import Gate, Gates
+from longspan.ops.variants.variant import Gate, Gates
 
 
 def recurrent(
     q: Tensor, k: Tensor, v: Tensor, gates: Gates, scale: float, initial_state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The definition; gates: g ``[B, T, H]``, log decays; beta ``[B, T, H]``."""
+    """The definition; gates: beta ``[B, T, H]``."""
     state, outputs = initial_state, []
     for t in range(q.shape[1]):
         key, value = k[:, t, :, :, None], v[:, t, :, None, :]
-        state = gates["g"][:, t, :, None, None].exp() * state
         state = state + gates["beta"][:, t, :, None, None] * key * (value - key.mT @ state)
         outputs.append(scale * (q[:, t, :, None, :] @ state).squeeze(-2))
     return torch.stack(outputs, dim=1), state
 
 
 def _factors(gates: Gates, tiling: Tiling, num_heads: int, dtype: torch.dtype, state_dtype: torch.dtype) -> Factors:
-    return token_factors(gates["g"], tiling, dtype, state_dtype)
+    return NoDecay(tiling, num_heads, dtype)
 
 
-GATED_DELTA_RULE = DeltaVariant(
-    name="gated_delta_rule",
-    gates=(Gate("g", "BTH", is_log_decay=True), Gate("beta", "BTH")),
+DELTA_RULE = DeltaVariant(
+    name="delta_rule",
+    gates=(Gate("beta", "BTH"),),
     recurrent_form=recurrent,
     factors=_factors,
 )

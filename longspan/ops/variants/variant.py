@@ -1,4 +1,4 @@
-"""What a variant of linear attention is: one object a file of `longspan.ops`, listed in `longspan.ops.VARIANTS`.
+"""What a variant of linear attention is: one object a file of `longspan.ops`, listed in `longspan.ops.variants.VARIANTS`.
 
 The recurrent form is the definition; everything else is compared with it. The chunk form works in phases (write, then read) on
 one rank's tokens: it knows pieces and documents, and nothing of ranks, groups or exchanges.

@@ -11,7 +11,7 @@ from torch import Tensor
 from longspan.ops.delta import DeltaVariant
 from longspan.ops.factors import ChannelFactors, Factors
 from longspan.ops.tiling import Tiling
-from longspan.ops.variant import Gate, Gates
+from longspan.ops.variants.variant import Gate, Gates
 
 
 def recurrent(

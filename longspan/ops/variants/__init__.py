@@ -1,0 +1,25 @@
+"""The variants of linear attention, one a file. A new one is a file and a line here."""
+
+from longspan.ops.variants.delta_rule import DELTA_RULE
+from longspan.ops.variants.gated_delta_rule import GATED_DELTA_RULE
+from longspan.ops.variants.gla import GLA
+from longspan.ops.variants.kda import KDA
+from longspan.ops.variants.linear_attention import LINEAR_ATTENTION
+from longspan.ops.variants.retention import RETENTION
+from longspan.ops.variants.simple_gla import SIMPLE_GLA
+from longspan.ops.variants.variant import Variant
+
+VARIANTS: dict[str, Variant] = {
+    variant.name: variant
+    for variant in (
+        LINEAR_ATTENTION,
+        RETENTION,
+        SIMPLE_GLA,
+        GLA,
+        DELTA_RULE,
+        GATED_DELTA_RULE,
+        KDA,
+    )
+}
+
+__all__ = ["VARIANTS", "Variant"]
