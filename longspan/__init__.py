@@ -17,7 +17,7 @@ from longspan.operators import (
     simple_gla,
     write,
 )
-from longspan.ops.gated_norm import rms_norm_gated
+from longspan.ops.norm import rms_norm_gated
 from longspan.recipes import hgrn2, mamba2, normalized_linear_attention, write_normalized
 
 if TYPE_CHECKING:

@@ -73,7 +73,7 @@ FAULTS: dict[str, Fault] = {
         (f"{CONFORMANCE}[simple_gla-zigzag-all_gather-3]",),
     ),
     "the gradient of the query without the scale": Fault(
-        "longspan/ops/decay.py",
+        "longspan/ops/decay/chunk_form.py",
         "grad_query.view_as(query), _times(factors.query, call.scale), call.scale",
         "grad_query.view_as(query), factors.query",
         (f"{CHUNKS}::test_chunk_form_equals_recurrent_form", "-k", "simple_gla and overlapped"),
@@ -85,13 +85,13 @@ FAULTS: dict[str, Fault] = {
         (f"{CONFORMANCE}[simple_gla-contiguous-all_gather-3]",),
     ),
     "the gradient of a group of heads given to another key head": Fault(
-        "longspan/ops/decay.py",
+        "longspan/ops/decay/chunk_form.py",
         ".unflatten(1, (num_key_heads, -1)).sum(2)",
         ".unflatten(1, (-1, num_key_heads)).sum(1)",
         (f"{CHUNKS}::test_heads_may_share_keys_and_sizes_need_be_no_power_of_two", "-k", "simple_gla"),
     ),
     "a final state to which what entered the rank is added undecayed": Fault(
-        "longspan/ops/diagonal.py",
+        "longspan/ops/decay/carried.py",
         "transition([(piece.start, piece.stop)]).apply(state)",
         "state * 1.0",
         (f"{CONFORMANCE}[simple_gla-contiguous-all_gather-3]",),

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longspan.ops.gated_norm import rms_norm_gated
+from longspan.ops.norm import rms_norm_gated
 from longspan.tracing import unseen_by_checkpointing
 
 

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from longspan.ops.factors import Factors
+from longspan.ops.decay.factors import Factors
 from longspan.ops.tiling import Tiling
 from longspan.ops.variants.variant import Gate, Gates, RecurrentForm, Variant
 from longspan.state import Transition

@@ -5,7 +5,7 @@ through that product a later token would reach earlier ones. So where anything i
 from what is finite, and what the recurrence would make NaN is made NaN afterwards. States need no such care: they hold what
 earlier tokens wrote, and later tokens alone read them.
 
-Shapes: as in `longspan.ops.decay`; n chunks of c tokens in a block.
+Shapes: as in `longspan.ops.decay.chunk_form`; n chunks of c tokens in a block.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from longspan.attention.softmax import SoftmaxMethod, ring, softmax_attention, tiles, write_softmax
+from longspan.attention.softmax import SoftmaxMethod, ring, softmax_attention, write_softmax
 from longspan.attention.softmax.all_gather import gather_plan
 from longspan.attention.softmax.attention import EXCHANGES, SoftmaxMemory
 from longspan.attention.softmax.ring import journeys, ring_plan
@@ -18,6 +18,7 @@ from longspan.exchange.swap import Flight
 from longspan.exchange.traffic import Event
 from longspan.layout import Order, SequenceLayout
 from longspan.layout.visibility import Visibility, length
+from longspan.ops.softmax import merge as tiles
 from tests.attention.softmax_reference import Documents, random_inputs
 from tests.compare import relative_error
 from tests.ranks import run_on_ranks

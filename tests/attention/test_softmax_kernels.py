@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from longspan.attention.softmax import kernels
+from longspan.ops.softmax import block as kernels
 from tests.attention.softmax_reference import random_inputs
 from tests.compare import relative_error
 

@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from longspan.attention.softmax import SoftmaxMethod, kernels, softmax_attention, write_softmax
+from longspan.attention.softmax import SoftmaxMethod, softmax_attention, write_softmax
 from longspan.errors import InputError
 from longspan.layout import Order, SequenceLayout
+from longspan.ops.softmax import block as kernels
 from tests.attention.softmax_reference import Documents, dense_attention, random_inputs
 from tests.compare import relative_error, worst
 from tests.ranks import run_on_ranks

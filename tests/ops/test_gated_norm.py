@@ -9,9 +9,9 @@ from torch import Tensor
 import longspan
 from longspan.errors import InputError
 from longspan.models.layers import GatedRMSNorm
-from longspan.ops import gated_norm
-from longspan.ops.gated_norm import Activation, rms_norm_gated
-from longspan.ops.triton import gated_norm as kernels
+from longspan.ops import norm as gated_norm
+from longspan.ops.norm import Activation, rms_norm_gated
+from longspan.ops.triton import norm as kernels
 from tests.compare import relative_error, worst
 from tests.ops.test_variants import unwritten_memory_is_nan
 

@@ -25,7 +25,6 @@ import torch
 from torch import Tensor
 
 from longspan.attention.softmax.pair import Grads, KeyExchange, KeyGrads, own_blocks
-from longspan.attention.softmax.tiles import Merged, Queries
 from longspan.attention.softmax.wire import add_packed, pack, pack_into, take, unpack
 from longspan.collectives import all_gather_single
 from longspan.exchange.steps import launch
@@ -44,6 +43,7 @@ from longspan.layout.visibility import (
     needed_keys,
     plan_blocks,
 )
+from longspan.ops.softmax.merge import Merged, Queries
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longspan.attention.softmax.tiles import Merged, Queries
 from longspan.first_order import first_order
 from longspan.layout import SequenceLayout
 from longspan.layout.visibility import Block, Visibility, plan_blocks
+from longspan.ops.softmax.merge import Merged, Queries
 
 Grads = tuple[Tensor, Tensor]
 """dk and dv of this rank's tokens, [B, T, H_kv, D]."""

@@ -29,11 +29,11 @@ from torch import Tensor
 
 from longspan.attention.softmax.all_gather import remote_keys
 from longspan.attention.softmax.pair import Grads, KeyExchange, KeyGrads, own_blocks
-from longspan.attention.softmax.tiles import Merged, Queries
 from longspan.attention.softmax.wire import add_packed, pack, pack_into, take, unpack
 from longspan.exchange.swap import Flight, swap
 from longspan.layout import SequenceLayout
 from longspan.layout.visibility import Block, Run, Visibility, length, located, plan_blocks, union
+from longspan.ops.softmax.merge import Merged, Queries
 
 
 @dataclass(frozen=True)

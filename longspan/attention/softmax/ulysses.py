@@ -22,13 +22,13 @@ import torch
 from torch import Tensor
 
 from longspan.attention.softmax.all_gather import remote_keys
-from longspan.attention.softmax.kernels import near_keys
 from longspan.attention.softmax.pair import Grads, MovingExchange, wide
-from longspan.attention.softmax.tiles import Merged, Queries
 from longspan.attention.softmax.wire import take, unpack
 from longspan.exchange.swap import Flight, swap
 from longspan.layout import SequenceLayout
 from longspan.layout.visibility import Block, Run, Visibility, inverse, plan_blocks, touches
+from longspan.ops.softmax.block import near_keys
+from longspan.ops.softmax.merge import Merged, Queries
 
 
 def key_heads_of(rank: int, num_ranks: int, num_key_heads: int) -> Run:

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from longspan.ops.factors import BlockFactors, Factors, WideScores
+from longspan.ops.decay.factors import BlockFactors, Factors, WideScores
+from longspan.ops.decay.gate_gradient import GateGradient
 from longspan.ops.finite import finite_part, from_then_on, until_then
-from longspan.ops.gate_gradient import GateGradient
 from longspan.ops.tiling import Block, Tiling
 
 

@@ -32,7 +32,7 @@ class DeltaVariant(FactorVariant):
         self, k: Tensor, v: Tensor, gates: Gates, layout: SequenceLayout, chunk_size: int | None, backend: str
     ) -> ChunkForm:
         if backend == "fla":
-            from longspan.ops import fla
+            from longspan.ops.fla.delta_rule import delta_rule as fla
 
             return fla.prepare(self.name, k, v, gates, layout, chunk_size)
         num_heads, size = v.shape[2], chunk_size or DEFAULT_CHUNK_SIZE

@@ -28,8 +28,8 @@ import triton
 import triton.language as tl
 from triton.language import constexpr
 
-from longspan.ops.triton.decays import CHANNEL, HEAD, NONE, of_tokens
 from longspan.ops.triton.launch import configs
+from longspan.ops.triton.log_decays import CHANNEL, HEAD, NONE, of_tokens
 from longspan.ops.triton.product import product, product_with_state
 
 CONTRACTED = constexpr(0)

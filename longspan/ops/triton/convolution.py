@@ -21,8 +21,8 @@ import triton.language as tl
 from torch import Tensor
 
 from longspan.layout import SequenceLayout
+from longspan.ops.triton.dispatch import Operator, differentiable
 from longspan.ops.triton.launch import cdiv, contiguous_rows, power_of_2
-from longspan.ops.triton.nodes import Operator, differentiable
 
 # Of a tile: rows and columns, and the warps that compute it.
 TOKENS, CHANNELS, NUM_WARPS = 32, 64, 8

@@ -1,4 +1,4 @@
-"""The chunk form of diagonal transitions by kernels: the phases of `longspan.ops.triton.operators` behind the common interface."""
+"""The chunk form of diagonal transitions by kernels: the phases of `longspan.ops.triton.custom_operators` behind the common interface."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import Tensor
 from longspan.errors import InputError
 from longspan.layout import SequenceLayout
 from longspan.ops.backends import MAX_HEAD_SIZE, TRITON_CHUNK_SIZES, require_gpu
-from longspan.ops.diagonal import carried_final_states, diagonal_transition
+from longspan.ops.decay.carried import carried_final_states, diagonal_transition
+from longspan.ops.triton.custom_operators import decay_read, decay_write
 from longspan.ops.triton.launch import contiguous_rows, interpreted
-from longspan.ops.triton.operators import decay_read, decay_write
 from longspan.ops.triton.stretches import Stretches, stretch_length, stretches_of
 from longspan.ops.variants.variant import ChunkForm, Gates
 from longspan.state import Transition

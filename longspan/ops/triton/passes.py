@@ -1,4 +1,4 @@
-"""The kernels as functions of tensors. Nothing here is differentiated: `longspan.ops.triton.operators` puts the passes together.
+"""The kernels as functions of tensors. Nothing here is differentiated: `longspan.ops.triton.custom_operators` puts the passes together.
 
 Shapes: B batch rows, T tokens, H heads of v and ∂o, H_k heads of q and k, K × V a state, N stretches;
 `longspan.ops.triton.stretches` has the tables, `longspan.ops.triton.attend` the algebra.
@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from longspan.ops.triton import attend as attend_kernels
-from longspan.ops.triton import decays as kinds
-from longspan.ops.triton import gates as gate_kernels
+from longspan.ops.triton import gate_gradient as gate_kernels
+from longspan.ops.triton import log_decays as kinds
 from longspan.ops.triton import states as state_kernels
 from longspan.ops.triton.launch import LOWEST_LOG_DECAY, Tuned, cdiv, power_of_2, precision, strides, tile_size
 
@@ -25,7 +25,7 @@ _WRITE, _ATTEND = Tuned(state_kernels.write_kernel), Tuned(attend_kernels.attend
 class Decay:
     """Log decays as the kernels take them.
 
-    kind: of `longspan.ops.triton.decays`. values: what is looked up at each token, ``[B, T, H]``, or for channels the sums
+    kind: of `longspan.ops.triton.log_decays`. values: what is looked up at each token, ``[B, T, H]``, or for channels the sums
     ``[B, T, H, K]`` of `cumulate`; None for others. log_decay: ``[H]`` or None. chunk_size: C.
     """
 
@@ -316,7 +316,7 @@ def gate_gradient(
     other_end: Tensor | None = None,
     chunk_size: int,
 ) -> Tensor:
-    """∂g in the shape and dtype of g, from sign · (owed − less), both as `Passed.dots`; see `longspan.ops.triton.gates`.
+    """∂g in the shape and dtype of g, from sign · (owed − less), both as `Passed.dots`; see `longspan.ops.triton.gate_gradient`.
 
     of_end: in parts, ``[n, N, B, H]`` or ``[n, N, B, H, K]``. other_end: in one.
     """

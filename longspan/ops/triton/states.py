@@ -12,8 +12,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from longspan.ops.triton.decays import CHANNEL, HEAD, NONE, of_tokens
 from longspan.ops.triton.launch import configs
+from longspan.ops.triton.log_decays import CHANNEL, HEAD, NONE, of_tokens
 from longspan.ops.triton.product import product
 
 

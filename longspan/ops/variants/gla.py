@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from longspan.ops.decay import DecayVariant
-from longspan.ops.factors import ChannelFactors, Factors
+from longspan.ops.decay.chunk_form import DecayVariant
+from longspan.ops.decay.factors import ChannelFactors, Factors
 from longspan.ops.tiling import Tiling
 from longspan.ops.variants.variant import Gate, Gates
 from longspan.state import ChannelDecay

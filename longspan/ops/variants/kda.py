@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from longspan.ops.decay.factors import ChannelFactors, Factors
 from longspan.ops.delta import DeltaVariant
-from longspan.ops.factors import ChannelFactors, Factors
 from longspan.ops.tiling import Tiling
 from longspan.ops.variants.variant import Gate, Gates
 

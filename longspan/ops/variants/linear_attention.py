@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from longspan.ops.decay import DecayVariant
-from longspan.ops.factors import Factors, NoDecay
+from longspan.ops.decay.chunk_form import DecayVariant
+from longspan.ops.decay.factors import Factors, NoDecay
 from longspan.ops.tiling import Tiling
 from longspan.ops.variants.variant import Gates
 from longspan.state import Identity

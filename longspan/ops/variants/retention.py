@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from longspan.ops.decay import DecayVariant
-from longspan.ops.factors import Factors, constant_factors
+from longspan.ops.decay.chunk_form import DecayVariant
+from longspan.ops.decay.factors import Factors, constant_factors
 from longspan.ops.tiling import Tiling
 from longspan.ops.variants.variant import Gate, Gates
 from longspan.state import HeadDecay

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from longspan.ops.triton.gated_norm import gated_norm
-from longspan.ops.triton.nodes import on_device_of_first
+from longspan.ops.triton.dispatch import on_device_of_first
+from longspan.ops.triton.norm import gated_norm
 
 
 def test_a_node_is_named_after_its_operator() -> None:

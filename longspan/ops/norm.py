@@ -67,8 +67,8 @@ def _computed(
 
 def _by_kernels(x: Tensor, gate: Tensor, weight: Tensor, eps: float, activation: Activation) -> Tensor:
     require_package("triton", "triton", "install it with `pip install 'longspan[triton]'`, or use backend='torch'")
-    from longspan.ops.triton.gated_norm import gated_norm
     from longspan.ops.triton.launch import interpreted
+    from longspan.ops.triton.norm import gated_norm
 
     require_gpu("triton", x.device, interpreted())
     if x.shape[-1] > MAX_SIZE_OF_KERNELS:

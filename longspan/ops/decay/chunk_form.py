@@ -8,7 +8,7 @@ N chunks of at most C tokens. b_t is the sum of g from the chunk's first token t
     o_t = scale · [ e^{b_t} S_inᵀ q_t + Σ_{s ≤ t} e^{b_t − b_s} (q_t·k_s) v_s ]
     S_out = e^{b_C} S_in + Σ_s e^{b_C − b_s} k_s v_sᵀ
 
-(Lightning Attention-2, arXiv 2401.04658; GLA, arXiv 2312.06635, section 4). `longspan.ops.factors` turns the decays into factors
+(Lightning Attention-2, arXiv 2401.04658; GLA, arXiv 2312.06635, section 4). `longspan.ops.decay.factors` turns the decays into factors
 of q, k and the states, so that plain matrix products do the rest. g may differ from key channel to key channel: read b_t as a
 diagonal matrix.
 
@@ -18,7 +18,7 @@ Three phases, each linear in what it passes on, so that autograd composes them i
     read (inter)   (q, g, states, incoming states) -> what the tokens read from before their chunk
     read (intra)   (q, k, v, g) -> what they read inside their chunk
 
-Only inputs and the states between chunks are kept for backward; `longspan.ops.gate_gradient` has the gradient of g.
+Only inputs and the states between chunks are kept for backward; `longspan.ops.decay.gate_gradient` has the gradient of g.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from torch import Tensor
 from longspan.first_order import first_order
 from longspan.layout import SequenceLayout
 from longspan.ops.backends import require_package
-from longspan.ops.diagonal import carried_final_states, diagonal_transition
+from longspan.ops.decay.carried import carried_final_states, diagonal_transition
+from longspan.ops.decay.factors import BlockFactors, Factors, WideScores
+from longspan.ops.decay.gate_gradient import GateGradient
 from longspan.ops.factor_variant import FactorVariant
-from longspan.ops.factors import BlockFactors, Factors, WideScores
 from longspan.ops.finite import Harm, all_finite, finite_part, from_then_on, not_finite
-from longspan.ops.gate_gradient import GateGradient
 from longspan.ops.tiling import Block, Tiling, chunks_of_block, tile
 from longspan.ops.variants.variant import ChunkForm, Gates, state_dtype
 from longspan.state import Transition
@@ -205,7 +205,7 @@ class DecayWrite(torch.autograd.Function):
     | k, v | as they came | for the read phase: it sends its gradients through here, where this phase's are added in place |
 
     Forward: S_{n+1} = e^{b_C} S_n + Σ_s e^{b_C − b_s} k_s v_sᵀ. Backward: ∂S_n += e^{b_C} ∂S_{n+1};
-    ∂k_s = e^{b_C − b_s} ∂S_{n+1} v_s; ∂v_s = e^{b_C − b_s} ∂S_{n+1}ᵀ k_s; ∂g as in `longspan.ops.gate_gradient`.
+    ∂k_s = e^{b_C − b_s} ∂S_{n+1} v_s; ∂v_s = e^{b_C − b_s} ∂S_{n+1}ᵀ k_s; ∂g as in `longspan.ops.decay.gate_gradient`.
     """
 
     @staticmethod

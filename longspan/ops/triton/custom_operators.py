@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from longspan.ops.triton import passes
+from longspan.ops.triton.dispatch import Operator, differentiable
 from longspan.ops.triton.launch import contiguous_rows
-from longspan.ops.triton.nodes import Operator, differentiable
 from longspan.ops.triton.passes import COLUMNS, CONTRACTED, Decay, Entering
 
 

@@ -11,7 +11,7 @@ The first is the sum of q_i ⊙ ∂q_i − k_i ⊙ ∂k_i over i ≥ t, if both 
 that, and where decays are strong it is so much larger than all else that its rounding would be all that is left. The other three
 hold nothing that cancels. No sum is longer than a chunk, so that its rounding does not grow with the sequence.
 
-Shapes: as in `longspan.ops.decay`; n chunks of c tokens in a block; D is 1 for g ``[B, T, H]``, K for g ``[B, T, H, K]``.
+Shapes: as in `longspan.ops.decay.chunk_form`; n chunks of c tokens in a block; D is 1 for g ``[B, T, H]``, K for g ``[B, T, H, K]``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from longspan.ops.factors import LOWEST_LOG_DECAY
+from longspan.ops.decay.factors import LOWEST_LOG_DECAY
 from longspan.ops.tiling import Block, Tiling
 
 

@@ -19,8 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from longspan.ops.triton.dispatch import Operator, differentiable
 from longspan.ops.triton.launch import cdiv, power_of_2
-from longspan.ops.triton.nodes import Operator, differentiable
 
 # Numbers of a tile, and the most programs, each of which leaves one row of ∂w to be summed.
 TILE, MAX_PROGRAMS = 4096, 1024

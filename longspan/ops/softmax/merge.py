@@ -10,8 +10,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from longspan.attention.softmax.kernels import block_backward, block_forward, finite_lse
 from longspan.layout.visibility import Block
+from longspan.ops.softmax.block import block_backward, block_forward, finite_lse
 
 
 class Merged:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from longspan.layout import Piece
-from longspan.ops.factors import LOWEST_LOG_DECAY
+from longspan.ops.decay.factors import LOWEST_LOG_DECAY
 from longspan.ops.variants.variant import Gates
 from longspan.state import HeadDecay, Transition
 

@@ -2,7 +2,7 @@
 
 Shapes: B batch rows, T tokens, H heads, K key channels, N stretches. With y what a gradient owes to e^{b_t} or e^{−b_t} of
 token t (q ⊙ ∂q, and −k ⊙ ∂k, without what a token reads of itself), the gradient of a log decay is the sum of y over the rest of
-the stretch, and what the stretch's end owes to the decay over it; see `longspan.ops.gate_gradient`.
+the stretch, and what the stretch's end owes to the decay over it; see `longspan.ops.decay.gate_gradient`.
 """
 
 from __future__ import annotations

@@ -1,0 +1,1 @@
+"""The kernels of flash-linear-attention behind our chunk form."""

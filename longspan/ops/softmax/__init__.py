@@ -1,0 +1,1 @@
+"""Softmax attention of blocks of queries on blocks of keys, and their merge by log-sum-exp."""
