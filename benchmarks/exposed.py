@@ -26,7 +26,7 @@ from torch.profiler import record_function
 
 import longspan
 from longspan.exchange import record_traffic, resolve_topology, start_exchange
-from longspan.exchange.calibration import measured_cluster
+from longspan.exchange.auto.calibration import measured_cluster
 from longspan.ops.variants import VARIANTS
 from longspan.plan import Problem, time_of
 from longspan.state import Pair, ScalarDecay

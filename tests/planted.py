@@ -79,7 +79,7 @@ FAULTS: dict[str, Fault] = {
         (f"{CHUNKS}::test_chunk_form_equals_recurrent_form", "-k", "simple_gla and overlapped"),
     ),
     "NaN in the gradient that one rank receives": Fault(
-        "longspan/exchange/all_gather.py",
+        "longspan/exchange/topologies/all_gather.py",
         "return take(outgoing, [index - first for index in own], layout)",
         'return take(outgoing, [index - first for index in own], layout) * (float("nan") if layout.rank == 1 else 1.0)',
         (f"{CONFORMANCE}[simple_gla-contiguous-all_gather-3]",),

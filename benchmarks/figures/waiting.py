@@ -17,7 +17,7 @@ from benchmarks import exposed
 from benchmarks.cluster import Cluster
 from benchmarks.figures.common import Data, FigureMaker, in_words, lengths_on_axis, pyplot, style
 from benchmarks.harness import in_subprocess
-from longspan.exchange.calibration import measured_cluster
+from longspan.exchange.auto.calibration import measured_cluster
 from longspan.ops.variants import VARIANTS
 from longspan.plan import Cluster as Machines
 from longspan.plan import Problem, gpu_cluster, time_of

@@ -18,10 +18,10 @@ from longspan.bench.options import BenchExchange
 from longspan.bench.report import Figures, Measured, print_figures, write_json
 from longspan.errors import LongspanError
 from longspan.exchange import Auto, Exchange, Topology, record_traffic, resolve_topology
-from longspan.exchange.calibration import measured_cluster
+from longspan.exchange.auto.calibration import measured_cluster
+from longspan.exchange.auto.timing import Ranks
+from longspan.exchange.auto.trial import exchange_seconds
 from longspan.exchange.progress import run_beside
-from longspan.exchange.timing import Ranks
-from longspan.exchange.trial import exchange_seconds
 from longspan.launch import EXIT_DONE, Place, start_process_group
 from longspan.layout import SequenceLayout
 from longspan.layout.gathered import own_segments

@@ -4,17 +4,17 @@ import dataclasses
 from typing import Any
 
 from longspan.errors import InputError
-from longspan.exchange.all_gather import AllGather
-from longspan.exchange.all_to_all import AllToAll
-from longspan.exchange.auto import Auto
+from longspan.exchange.auto.choice import Auto
 from longspan.exchange.autograd import PendingExchange, start_exchange
-from longspan.exchange.base import Arrived, Handle, ReverseHandle, Topology
-from longspan.exchange.neighbour import Neighbour
 from longspan.exchange.options import Exchange
-from longspan.exchange.pipelined import Pipelined
-from longspan.exchange.ring import Ring
+from longspan.exchange.topologies.all_gather import AllGather
+from longspan.exchange.topologies.all_to_all import AllToAll
+from longspan.exchange.topologies.neighbour import Neighbour
+from longspan.exchange.topologies.pipelined import Pipelined
+from longspan.exchange.topologies.ring import Ring
+from longspan.exchange.topologies.two_level import TwoLevel
+from longspan.exchange.topology import Arrived, Handle, ReverseHandle, Topology
 from longspan.exchange.traffic import Traffic, record_traffic
-from longspan.exchange.two_level import TwoLevel
 
 TOPOLOGIES: dict[str, Topology] = {
     topology.name: topology

@@ -26,10 +26,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from longspan.exchange.base import Arrived, Handle, ReverseHandle, Topology
 from longspan.exchange.messages import Mailbox, Receipt
 from longspan.exchange.progress import Task, run_beside
 from longspan.exchange.steps import taken
+from longspan.exchange.topology import Arrived, Handle, ReverseHandle, Topology
 from longspan.exchange.wire import pack, unpack_states
 from longspan.layout import SequenceLayout
 from longspan.layout.gathered import own_segments, take

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from longspan.exchange.all_gather import _Forward, _Reverse
+from longspan.exchange.topologies.all_gather import _Forward, _Reverse
 from longspan.layout import SequenceLayout
 from longspan.state import HeadDecay, Pair, ScalarDecay, Transition
 

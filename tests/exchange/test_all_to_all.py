@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from longspan.exchange import AllToAll, record_traffic
-from longspan.exchange.rows import Shares
+from longspan.exchange.scan_by_rows import Shares
 from longspan.layout import SequenceLayout
 from longspan.state import ChannelDecay, Dense, HeadDecay, Identity, ScalarDecay, Transition
 from tests.compare import worst

@@ -11,11 +11,12 @@ import torch.distributed as dist
 
 import longspan
 from longspan.errors import InputError
-from longspan.exchange import Auto, calibration, record_traffic
-from longspan.exchange.all_gather import AllGather
-from longspan.exchange.all_to_all import AllToAll
+from longspan.exchange import Auto, record_traffic
+from longspan.exchange.auto import calibration
 from longspan.exchange.chain import Chain
-from longspan.exchange.two_level import TwoLevel
+from longspan.exchange.topologies.all_gather import AllGather
+from longspan.exchange.topologies.all_to_all import AllToAll
+from longspan.exchange.topologies.two_level import TwoLevel
 from longspan.layout import ORDERS, SequenceLayout
 from longspan.plan import Cluster, Link
 from longspan.state import ChannelDecay, Dense, HeadDecay, Identity, Pair, ScalarDecay, Transition

@@ -14,8 +14,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from longspan.collectives import all_gather_single
-from longspan.exchange import calibration, record_traffic, timing
-from longspan.exchange.calibration import measured_cluster
+from longspan.exchange import record_traffic
+from longspan.exchange.auto import calibration, timing
+from longspan.exchange.auto.calibration import measured_cluster
 from longspan.layout import SequenceLayout
 from longspan.plan import Cluster
 from longspan.state import Dense, Pair, exclusive_scan

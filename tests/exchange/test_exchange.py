@@ -179,7 +179,7 @@ class NotedWork:
 
 
 def order_of_events(overlapped: bool) -> list[str]:
-    from longspan.exchange import all_gather
+    from longspan.exchange.topologies import all_gather
 
     log: list[str] = []
     original = all_gather._gather

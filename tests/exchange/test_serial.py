@@ -19,8 +19,8 @@ from longspan.exchange import messages as messages_module
 from longspan.exchange.chain import Chain, Passage, chain_of, order_of
 from longspan.exchange.groups import new_group_beside
 from longspan.exchange.messages import Mailbox, Receipt
-from longspan.exchange.neighbour import applies
-from longspan.exchange.pipelined import Pipelined
+from longspan.exchange.topologies.neighbour import applies
+from longspan.exchange.topologies.pipelined import Pipelined
 from longspan.layout import SequenceLayout
 from longspan.ops.variants import VARIANTS
 from longspan.state import Dense, HeadDecay, Identity, Pair, ScalarDecay, Transition, exclusive_scan
@@ -317,7 +317,7 @@ def test_decays_that_forget_need_their_neighbour_alone(order: str) -> None:
 
 
 def test_a_decay_on_another_device_is_read_once_a_version(monkeypatch: pytest.MonkeyPatch) -> None:
-    from longspan.exchange import neighbour
+    from longspan.exchange.topologies import neighbour
 
     reads = []
     original = torch.Tensor.cpu

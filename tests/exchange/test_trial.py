@@ -9,10 +9,11 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from longspan.exchange import Auto, calibration, record_traffic, trial
-from longspan.exchange.all_gather import AllGather
-from longspan.exchange.ring import Ring
-from longspan.exchange.timing import Ranks
+from longspan.exchange import Auto, record_traffic
+from longspan.exchange.auto import calibration, trial
+from longspan.exchange.auto.timing import Ranks
+from longspan.exchange.topologies.all_gather import AllGather
+from longspan.exchange.topologies.ring import Ring
 from longspan.layout import SequenceLayout
 from longspan.plan import Cluster, Link
 from longspan.state import Pair, ScalarDecay

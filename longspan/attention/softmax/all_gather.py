@@ -24,8 +24,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from longspan.attention.softmax.packing import add_packed, pack, pack_into, take, unpack
 from longspan.attention.softmax.pair import Grads, KeyExchange, KeyGrads, own_blocks
-from longspan.attention.softmax.wire import add_packed, pack, pack_into, take, unpack
 from longspan.collectives import all_gather_single
 from longspan.exchange.steps import launch
 from longspan.exchange.swap import Flight, swap

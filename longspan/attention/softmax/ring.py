@@ -28,8 +28,8 @@ import torch
 from torch import Tensor
 
 from longspan.attention.softmax.all_gather import remote_keys
+from longspan.attention.softmax.packing import add_packed, pack, pack_into, take, unpack
 from longspan.attention.softmax.pair import Grads, KeyExchange, KeyGrads, own_blocks
-from longspan.attention.softmax.wire import add_packed, pack, pack_into, take, unpack
 from longspan.exchange.swap import Flight, swap
 from longspan.layout import SequenceLayout
 from longspan.layout.visibility import Block, Run, Visibility, length, located, plan_blocks, union

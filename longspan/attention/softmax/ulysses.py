@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from longspan.attention.softmax.all_gather import remote_keys
+from longspan.attention.softmax.packing import take, unpack
 from longspan.attention.softmax.pair import Grads, MovingExchange, wide
-from longspan.attention.softmax.wire import take, unpack
 from longspan.exchange.swap import Flight, swap
 from longspan.layout import SequenceLayout
 from longspan.layout.visibility import Block, Run, Visibility, inverse, plan_blocks, touches

@@ -17,10 +17,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from longspan.exchange.base import Arrived, Topology
+from longspan.exchange.auto.timing import Ranks
 from longspan.exchange.groups import group_of, kept
 from longspan.exchange.progress import run_beside
-from longspan.exchange.timing import Ranks
+from longspan.exchange.topology import Arrived, Topology
 from longspan.exchange.traffic import unrecorded
 from longspan.layout import SequenceLayout
 from longspan.state import Pair

@@ -20,11 +20,11 @@ from torch import Tensor
 
 from longspan.collectives import all_gather_single
 from longspan.errors import LayoutError
+from longspan.exchange.auto.timing import Ranks
 from longspan.exchange.chain import Chain
 from longspan.exchange.groups import group_of, kept
 from longspan.exchange.nodes import nodes_of
 from longspan.exchange.progress import run_beside
-from longspan.exchange.timing import Ranks
 from longspan.exchange.traffic import unrecorded
 from longspan.layout import SequenceLayout
 from longspan.plan import Cluster, Link

@@ -18,10 +18,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from longspan.exchange.base import Arrived, Handle, ReverseHandle
 from longspan.exchange.progress import Task
 from longspan.exchange.steps import arrived, taken
 from longspan.exchange.swap import swap_in
+from longspan.exchange.topology import Arrived, Handle, ReverseHandle
 from longspan.exchange.wire import (
     HEADER_BYTES,
     header_words,

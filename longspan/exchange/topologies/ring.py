@@ -16,8 +16,8 @@ from dataclasses import dataclass
 
 import torch
 
-from longspan.exchange.base import Topology, Unresolved
 from longspan.exchange.chain import Chain
+from longspan.exchange.topology import Topology, Unresolved
 from longspan.layout import SequenceLayout
 from longspan.state import Pair
 

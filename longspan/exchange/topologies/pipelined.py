@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 import torch
 
-from longspan.exchange.base import Topology, Unresolved
-from longspan.exchange.calibration import measured_cluster
+from longspan.exchange.auto.calibration import measured_cluster
 from longspan.exchange.chain import Chain
 from longspan.exchange.groups import group_of, kept
+from longspan.exchange.topology import Topology, Unresolved
 from longspan.layout import SequenceLayout
 from longspan.plan import Problem, best_num_blocks
 from longspan.state import Pair

@@ -22,8 +22,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from longspan.collectives import all_gather_single
-from longspan.exchange.base import Arrived, Handle, ReverseHandle, Topology
 from longspan.exchange.steps import Step, launch
+from longspan.exchange.topology import Arrived, Handle, ReverseHandle, Topology
 from longspan.exchange.traffic import note_collective, waiting
 from longspan.exchange.wire import HEADER_BYTES, header_words, pack, unpack_parameter, unpack_states, with_header
 from longspan.layout import SequenceLayout

@@ -3,7 +3,7 @@
 Inside its node a rank takes its share of the rows (batch rows × heads) of the node's segments, by an all-to-all. It composes each
 run of consecutive segments that the node holds (one, or two with zigzag) into one pair. Which state enters the runs it finds
 together with the ranks of the same place in the other nodes, its *rail*, by a scan by rows of all nodes' runs
-(`longspan.exchange.rows`). Then it folds its runs from that state, and returns what enters each segment by an all-to-all inside the
+(`longspan.exchange.scan_by_rows`). Then it folds its runs from that state, and returns what enters each segment by an all-to-all inside the
 node. Backward is the same on (Aᵀ, G), with the transitions that forward brought.
 
 P = N · L ranks in N nodes of L, n segments a rank, R = B · H rows. Where L divides R and N divides R / L, a rank sends
@@ -26,10 +26,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from longspan.exchange.base import Arrived, Handle, ReverseHandle, Topology
 from longspan.exchange.nodes import Nodes, node_group, nodes_of, rail_group
 from longspan.exchange.progress import run_beside
-from longspan.exchange.rows import (
+from longspan.exchange.scan_by_rows import (
     PendingScan,
     PendingScanAdjoint,
     RowExchange,
@@ -40,6 +39,7 @@ from longspan.exchange.rows import (
     scan_by_rows,
     scan_by_rows_adjoint,
 )
+from longspan.exchange.topology import Arrived, Handle, ReverseHandle, Topology
 from longspan.layout import SequenceLayout
 from longspan.layout.gathered import take
 from longspan.state import Pair, Transition

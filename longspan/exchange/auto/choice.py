@@ -14,17 +14,17 @@ from dataclasses import dataclass, replace
 import torch
 
 from longspan.errors import LayoutError
-from longspan.exchange.all_gather import AllGather
-from longspan.exchange.all_to_all import AllToAll
-from longspan.exchange.base import Topology, Unresolved
-from longspan.exchange.calibration import measured_cluster
+from longspan.exchange.auto.calibration import measured_cluster
+from longspan.exchange.auto.trial import Candidate, try_out
 from longspan.exchange.groups import group_of, kept
-from longspan.exchange.neighbour import Neighbour, applies
 from longspan.exchange.nodes import nodes_of
-from longspan.exchange.pipelined import Pipelined
-from longspan.exchange.ring import Ring
-from longspan.exchange.trial import Candidate, try_out
-from longspan.exchange.two_level import TwoLevel
+from longspan.exchange.topologies.all_gather import AllGather
+from longspan.exchange.topologies.all_to_all import AllToAll
+from longspan.exchange.topologies.neighbour import Neighbour, applies
+from longspan.exchange.topologies.pipelined import Pipelined
+from longspan.exchange.topologies.ring import Ring
+from longspan.exchange.topologies.two_level import TwoLevel
+from longspan.exchange.topology import Topology, Unresolved
 from longspan.layout import SequenceLayout
 from longspan.plan import PLANNED, Cluster, Cost, Problem, rank
 from longspan.state import Pair

@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from longspan.errors import LayoutError
-from longspan.exchange.base import Topology, Unresolved
 from longspan.exchange.chain import Chain, chain_of
+from longspan.exchange.topology import Topology, Unresolved
 from longspan.layout import SequenceLayout
 from longspan.state import HeadDecay, Pair, Transition
 

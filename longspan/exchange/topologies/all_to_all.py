@@ -1,6 +1,6 @@
 """All-to-all by rows: each rank scans all P · n segments for its share of the rows, so that bytes and folds stop growing with P.
 
-A row is one batch row and head, R = B · H of them, shared out as evenly as may be (`longspan.exchange.rows`); where R < P, some
+A row is one batch row and head, R = B · H of them, shared out as evenly as may be (`longspan.exchange.scan_by_rows`); where R < P, some
 ranks take none. One all-to-all brings the pairs (A, U) of all segments to the owners of their rows, these scan them, and a second
 one brings the state that enters each segment back to its holder. Backward is the same on (Aᵀ, G), with the transitions that forward
 brought. With n segments a rank, and r rows on this rank, a rank sends
@@ -20,9 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from longspan.exchange.base import Arrived, Handle, ReverseHandle, Topology
 from longspan.exchange.progress import run_beside
-from longspan.exchange.rows import (
+from longspan.exchange.scan_by_rows import (
     PendingScan,
     PendingScanAdjoint,
     RowExchange,
@@ -33,6 +32,7 @@ from longspan.exchange.rows import (
     scan_by_rows,
     scan_by_rows_adjoint,
 )
+from longspan.exchange.topology import Arrived, Handle, ReverseHandle, Topology
 from longspan.layout import SequenceLayout
 from longspan.layout.gathered import gathered_rows
 from longspan.state import Pair, Transition

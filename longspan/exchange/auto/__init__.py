@@ -1,0 +1,1 @@
+"""Which topology carries an exchange out: by a cost model, with figures stated or measured."""

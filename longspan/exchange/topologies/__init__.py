@@ -1,0 +1,1 @@
+"""The topologies, one a file."""
