@@ -16,9 +16,9 @@ from benchmarks.cluster import Cluster
 from benchmarks.figures import throughput
 from benchmarks.harness import Table, in_subprocess, paired
 from benchmarks.network import bits_per_second
-from longspan.bench.exchange import measure
-from longspan.bench.options import BenchExchange
-from longspan.bench.report import Figures
+from longspan.commands.bench_exchange import measure
+from longspan.commands.bench_options import BenchExchange
+from longspan.commands.bench_report import Figures
 
 RATES = ("1gbit", "100mbit")
 HEADS, SIZE = 16, 128

@@ -6,8 +6,7 @@ from longspan.attention.convolution import causal_conv1d
 from longspan.attention.shift import token_shift
 from longspan.errors import CheckpointError, ConfigError, DataError, InputError, LayoutError, LongspanError
 from longspan.exchange import Exchange, record_traffic
-from longspan.layout import SequenceLayout
-from longspan.operators import (
+from longspan.functional import (
     delta_rule,
     gated_delta_rule,
     gla,
@@ -17,6 +16,7 @@ from longspan.operators import (
     simple_gla,
     write,
 )
+from longspan.layout import SequenceLayout
 from longspan.ops.norm import rms_norm_gated
 from longspan.recipes import hgrn2, mamba2, normalized_linear_attention, write_normalized
 

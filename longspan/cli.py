@@ -111,7 +111,7 @@ def _train(arguments: list[str]) -> int:
 
 
 def _bench_exchange(arguments: list[str]) -> int:
-    from longspan.bench.options import BenchExchange
+    from longspan.commands.bench_options import BenchExchange
 
     options = _parse(BenchExchange, "longspan bench exchange", _BENCH_HELP, arguments[2:])
     place = None
@@ -124,7 +124,7 @@ def _bench_exchange(arguments: list[str]) -> int:
         return run_local_ranks([sys.executable, "-m", "longspan", *arguments], options.ranks, options.threads)
 
     def run(place: Place, stop: StopRequest) -> int:
-        from longspan.bench.exchange import bench_exchange
+        from longspan.commands.bench_exchange import bench_exchange
 
         return bench_exchange(options, place)
 
@@ -132,8 +132,8 @@ def _bench_exchange(arguments: list[str]) -> int:
 
 
 def _plan_exchange(arguments: list[str]) -> int:
+    from longspan.commands.plan_exchange import PlanExchange
     from longspan.ops.variants import VARIANTS
-    from longspan.plan.options import PlanExchange
 
     options = _parse(PlanExchange, "longspan plan exchange", _PLAN_HELP, arguments[2:])
     try:

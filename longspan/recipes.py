@@ -26,8 +26,8 @@ from longspan.checks import (
 from longspan.errors import InputError
 from longspan.exchange import Exchange
 from longspan.features import at_least_float32, hgrn2_log_decay
+from longspan.functional import gla, simple_gla, write
 from longspan.layout import SequenceLayout
-from longspan.operators import gla, simple_gla, write
 from longspan.ops.variants import VARIANTS
 from longspan.state import Dense
 from longspan.tracing import has_no_values

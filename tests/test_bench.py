@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from longspan.bench import exchange as bench
-from longspan.bench.options import BenchExchange
 from longspan.cli import main
+from longspan.commands import bench_exchange as bench
+from longspan.commands.bench_options import BenchExchange
 from longspan.exchange import Arrived, Handle, Ring, Topology
 from longspan.layout import SequenceLayout
 from longspan.plan import Problem, gpu_cluster, time_of

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from longspan.errors import ConfigError
-from longspan.models.decays import DECAYS
+from longspan.models.gates import DECAYS
 
 LayerKind = Literal["L", "N"]
 

@@ -19,7 +19,7 @@ from longspan.errors import InputError, LayoutError
 from longspan.layout import SequenceLayout
 from longspan.layout.sequence_layout import check_layout
 from longspan.models.config import LinearLlama3Config
-from longspan.models.decays import ChannelDecay, ScalarDecay
+from longspan.models.gates import ChannelDecay, ScalarDecay
 from longspan.models.layers import GatedRMSNorm, RMSNorm, Rotation, SwiGLU, at_least_float32, rotation
 from longspan.models.mixers import LinearCache, LinearMixer, SoftmaxCache, SoftmaxMixer
 

@@ -20,7 +20,7 @@ from longspan.exchange import Exchange
 from longspan.features import elu_plus_one, unit_length
 from longspan.layout import SequenceLayout
 from longspan.models.config import LinearLlama3Config
-from longspan.models.decays import DECAYS
+from longspan.models.gates import DECAYS
 from longspan.models.layers import GatedRMSNorm, Rotation, rotate
 from longspan.ops.variants import VARIANTS
 from longspan.state import Dense

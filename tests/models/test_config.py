@@ -9,7 +9,7 @@ import pytest
 
 from longspan.errors import ConfigError
 from longspan.models import LinearLlama3Config
-from longspan.models.decays import DECAYS
+from longspan.models.gates import DECAYS
 from longspan.ops.variants import VARIANTS
 
 

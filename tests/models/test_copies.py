@@ -22,7 +22,7 @@ from longspan.attention.softmax import write_softmax
 from longspan.errors import InputError
 from longspan.exchange.options import Exchange as ExchangeOptions
 from longspan.models import LinearLlama3
-from longspan.models.decays import DECAYS
+from longspan.models.gates import DECAYS
 from longspan.recipes import write_normalized
 from tests.compare import relative_error, worst
 from tests.models.tiny import random_tokens, tiny_model

@@ -12,7 +12,7 @@ from torch import Tensor
 from longspan import SequenceLayout, parallelize, sum_gradients
 from longspan.errors import ConfigError
 from longspan.models import LinearLlama3, LinearLlama3Config
-from longspan.models.decays import DECAYS, ChannelDecay, WriteStrength
+from longspan.models.gates import DECAYS, ChannelDecay, WriteStrength
 from longspan.models.mixers import LinearMixer
 from longspan.ops.variants import VARIANTS
 from longspan.state import Dense

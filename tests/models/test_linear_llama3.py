@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from longspan.errors import InputError, LayoutError
 from longspan.layout import SequenceLayout
 from longspan.models import LinearLlama3, LinearLlama3Config
-from longspan.models.decays import DECAYS, FixedDecay, ScalarDecay
+from longspan.models.gates import DECAYS, FixedDecay, ScalarDecay
 from longspan.models.layers import rotate, rotation
 from longspan.models.mixers import LinearCache, SoftmaxCache
 from tests.compare import relative_error, worst

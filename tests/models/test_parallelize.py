@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
-import longspan.parallel as parallel_module
+import longspan.parallel.parallelize as parallel_module
 from longspan import SequenceLayout, parallelize, record_traffic, sum_gradients
 from longspan.errors import InputError
 from longspan.models import LinearLlama3
-from longspan.models.decays import DECAYS
+from longspan.models.gates import DECAYS
 from tests.compare import relative_error, worst
 from tests.models.tiny import random_tokens, tiny_model
 from tests.ranks import raised, run_on_ranks

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from longspan.cli import main
+from longspan.commands.plan_exchange import PlanExchange
+from longspan.commands.units import bytes_per_second, seconds
 from longspan.errors import ConfigError
 from longspan.plan import time_of
-from longspan.plan.options import PlanExchange
-from longspan.plan.units import bytes_per_second, seconds
 from longspan.state import ChannelDecay
 
 

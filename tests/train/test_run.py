@@ -16,7 +16,7 @@ import torch.distributed as dist
 from longspan.attention.linear import LinearMemory
 from longspan.launch import EXIT_DONE, EXIT_STOPPED
 from longspan.layout import SequenceLayout
-from longspan.models.decays import DECAYS
+from longspan.models.gates import DECAYS
 from longspan.train.checkpoint import load_checkpoint, newest_checkpoint
 from longspan.train.config import Config
 from longspan.train.loss import loss_sum

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from longspan.commands.plan_exchange import LayerOptions
 from longspan.errors import ConfigError
 from longspan.exchange import TOPOLOGIES
 from longspan.ops.variants import VARIANTS
 from longspan.plan import PLANNED
-from longspan.plan.options import LayerOptions
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from longspan.bench.options import BenchExchange
-from longspan.bench.report import Figures, Measured, print_figures, write_json
+from longspan.commands.bench_options import BenchExchange
+from longspan.commands.bench_report import Figures, Measured, print_figures, write_json
 from longspan.errors import LongspanError
 from longspan.exchange import Auto, Exchange, Topology, record_traffic, resolve_topology
 from longspan.exchange.auto.calibration import measured_cluster

@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 
 import longspan
-from longspan.bench.options import BenchExchange
+from longspan.commands.bench_options import BenchExchange
+from longspan.commands.table import columns
 from longspan.launch import num_cores
 from longspan.plan import Cost
-from longspan.plan.table import columns
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from longspan.commands.table import cost_table
+from longspan.commands.units import bytes_per_second, seconds
 from longspan.plan import PLANNED, rank
 from longspan.plan.cluster import Cluster, Link, gpu_cluster
 from longspan.plan.problem import Problem
-from longspan.plan.table import cost_table
-from longspan.plan.units import bytes_per_second, seconds
 from longspan.state import Transition
 
 

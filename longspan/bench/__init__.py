@@ -1,1 +1,0 @@
-"""Measuring on the ranks at hand: ``longspan bench exchange``."""
