@@ -70,7 +70,7 @@ def write(
     _check_options(operator, options, _LINEAR_OPTIONS)
     if not check_flag(operator, "causal", options.pop("causal", True)):
         return _write_bidirectional(operator, k, v, gates, layout=layout, **options)
-    return linear.write(operator, k, v, gates, layout=layout, **options)
+    return linear.write_linear(operator, k, v, gates, layout=layout, **options)
 
 
 def _check_options(operator: str, options: dict[str, Any], known: tuple[str, ...]) -> None:

@@ -67,7 +67,7 @@ FAULTS: dict[str, Fault] = {
         (f"{CONFORMANCE}[simple_gla-contiguous-all_gather-3]",),
     ),
     "the two segments of a rank swapped in zigzag order": Fault(
-        "longspan/layout/gathered.py",
+        "longspan/exchange/segments.py",
         "segment.rank * layout.num_segments + segment.slot",
         "(segment.rank + 1) * layout.num_segments - 1 - segment.slot",
         (f"{CONFORMANCE}[simple_gla-zigzag-all_gather-3]",),

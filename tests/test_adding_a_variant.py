@@ -82,20 +82,20 @@ def test_it_is_used_as_the_page_says() -> None:
 
 
 def test_the_page_changes_lines_that_are_there() -> None:
-    listing = (PROJECT_ROOT / "longspan" / "ops" / "__init__.py").read_text(encoding="utf-8")
+    listing = (PROJECT_ROOT / "longspan" / "ops" / "variants" / "__init__.py").read_text(encoding="utf-8")
     added = []
     for diff in blocks("diff"):
         added += [line[1:] for line in diff.splitlines() if line.startswith("+")]
         assert "\n".join(line[1:] for line in diff.splitlines() if line.startswith(" ")) in listing
     with listed(THE_FILE) as name:
         constant = name.upper()
-        assert added == [f"from longspan.ops.{name} import {constant}", f"        {constant},"]
-        assert f"longspan/ops/{name}.py" in PAGE
+        assert added == [f"from longspan.ops.variants.{name} import {constant}", f"        {constant},"]
+        assert f"longspan/ops/variants/{name}.py" in PAGE
 
 
 def test_what_the_page_points_to_is_there() -> None:
     for path in re.findall(r"`((?:longspan/|ops/)?[a-z_/]+\.py)`", PAGE):
-        if path != "longspan/ops/shared_gla.py":
+        if path != "longspan/ops/variants/shared_gla.py":
             found = path if path.startswith("longspan/") else f"longspan/{path}"
             assert (PROJECT_ROOT / found).exists(), path
     for word in ("DecayVariant", "DeltaVariant", "ChunkForm"):

@@ -20,7 +20,7 @@ PROJECT_ROOT = Path(__file__).resolve().parent.parent
 # "longspan" itself is the facade, `longspan/__init__.py`.
 FOUNDATION = {"errors", "checks", "first_order", "state", "modes", "tracing", "layout"}
 # What works on this rank's tokens alone, and so has no use for `collectives`.
-SINGLE_DEVICE = FOUNDATION | {"ops", "exchange", "attention", "operators", "features", "recipes"}
+SINGLE_DEVICE = FOUNDATION | {"ops", "exchange", "attention", "functional", "features", "recipes"}
 MODELS = SINGLE_DEVICE | {"collectives", "models", "integrations", "parallel"}
 ALLOWED = {
     "errors": set(),
@@ -35,18 +35,18 @@ ALLOWED = {
     "plan": FOUNDATION,
     "exchange": FOUNDATION | {"collectives", "plan"},
     "attention": FOUNDATION | {"collectives", "ops", "exchange"},
-    "operators": FOUNDATION | {"ops", "exchange", "attention"},
+    "functional": FOUNDATION | {"ops", "exchange", "attention"},
     "features": {"errors", "checks"},
-    "recipes": FOUNDATION | {"ops", "exchange", "attention", "operators", "features"},
+    "recipes": FOUNDATION | {"ops", "exchange", "attention", "functional", "features"},
     "models": SINGLE_DEVICE,
     "parallel": SINGLE_DEVICE | {"collectives", "models"},
     "integrations": SINGLE_DEVICE | {"collectives", "models", "parallel"},
     "longspan": MODELS,
-    "bench": MODELS | {"longspan", "plan", "launch"},
     "data": FOUNDATION,
     "launch": {"errors"},
     "train": MODELS | {"longspan", "data", "launch"},
-    "cli": MODELS | {"longspan", "plan", "bench", "data", "launch", "train"},
+    "commands": MODELS | {"longspan", "plan", "launch"},
+    "cli": MODELS | {"longspan", "plan", "commands", "data", "launch", "train"},
     "__main__": {"cli"},
 }
 WITHOUT_DISTRIBUTED = {"ops", "models"}

@@ -15,7 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longspan.attention.linear import JoinSum, LinearMemory, check_inputs, check_query, phase, sum_over_ranks, write
+from longspan.attention.linear import (
+    JoinSum,
+    LinearMemory,
+    check_inputs,
+    check_query,
+    profiled,
+    sum_over_ranks,
+    write_linear,
+)
 from longspan.attention.memory import StepMemory
 from longspan.attention.opaque import OpaqueMemory, write_opaque
 from longspan.errors import InputError
@@ -50,7 +58,7 @@ class SummedMemory(StepMemory):
         heads = self._states.shape[2]
         states = self._states.to(q.dtype)
         outputs = []
-        with phase("longspan.read", q):
+        with profiled("longspan.read", q):
             for piece in self._layout.pieces:
                 queries = q[:, piece.start : piece.stop].transpose(1, 2)
                 if queries.shape[1] != heads:
@@ -127,8 +135,8 @@ def _write(
         states = _summed_states(k, v, layout, backend, chunk_size)
         return SummedMemory(k, states, layout, torch.compiler.is_compiling())
     options: dict[str, Any] = {"exchange": exchange, "backend": backend, "chunk_size": chunk_size}
-    after = write(operator, k, v, gates, layout=layout, **options)
-    before = write(operator, k.flip(1), v.flip(1), gates, layout=layout.mirrored, **options)
+    after = write_linear(operator, k, v, gates, layout=layout, **options)
+    before = write_linear(operator, k.flip(1), v.flip(1), gates, layout=layout.mirrored, **options)
     return TwoSidedMemory(k, v, after, before)
 
 
@@ -136,7 +144,7 @@ def _summed_states(k: Tensor, v: Tensor, layout: SequenceLayout, backend: str, c
     """What each document's tokens wrote, on every rank: ``[num_documents, B, H, K, V]``, by one all-reduce."""
     variant = VARIANTS["linear_attention"]
     pieces = range(len(layout.pieces))
-    with phase("longspan.write", k):
+    with profiled("longspan.write", k):
         ends = variant.prepare(k, v, {}, layout, chunk_size, backend).write(k, v, None, pieces, pieces)
     documents = torch.tensor([piece.document for piece in layout.pieces], device=k.device)
     states = ends.new_zeros(layout.num_documents, *ends.shape[1:]).index_add(0, documents, ends)

@@ -40,7 +40,7 @@ from longspan.ops.backends import DTYPES, choose_backend, require_gpu, require_p
 from longspan.tracing import has_no_values, outside_graphs, unseen_by_checkpointing
 
 ACTIVATIONS = ("silu", "swish")
-BACKENDS = ("torch", "triton")
+CONVOLUTION_BACKENDS = ("torch", "triton")
 MAX_TAPS_OF_KERNELS = 8
 # Numbers of a tile: small enough that its handful of temporaries stay in a core's cache, large enough that calling an
 # operator costs little. Elsewhere there is no such cache, and launches are what costs.
@@ -94,7 +94,7 @@ def causal_conv1d(
         )  # fmt: skip
     check_tensors("causal_conv1d", x=x, weight=weight)
     fits = weight.dim() == 2 and weight.shape[1] <= MAX_TAPS_OF_KERNELS
-    backend = choose_backend("causal_conv1d", BACKENDS, x, fits, backend)
+    backend = choose_backend("causal_conv1d", CONVOLUTION_BACKENDS, x, fits, backend)
     layout = check_tokens(x, layout, "causal_conv1d", backend)
     _check_parameters(x, weight, bias, activation)
     check_flag("causal_conv1d", "output_final_state", output_final_state)

@@ -45,7 +45,7 @@ from longspan.tracing import breaks_graphs, has_no_values, outside_graphs, unsee
 
 @dataclass
 class LinearMemory(StepMemory):
-    """What `write` has written: read it with queries, once or several times."""
+    """What `write_linear` has written: read it with queries, once or several times."""
 
     _name: str
     _form: ChunkForm
@@ -88,7 +88,7 @@ class LinearMemory(StepMemory):
     def _read(self, q: Tensor, scale: float | None, overlapped: bool) -> Tensor:
         factor = check_query(self._name, q, self._k, scale)
         self._written.check()
-        with phase("longspan.read", q):
+        with profiled("longspan.read", q):
             o = self._form.read(q, lambda: self.incoming(q), factor, overlapped)
         if self._ends.with_final_states and self._layout.num_ranks > 1:
             # A rank whose loss takes o alone runs the final states' collectives backward, too, as one that takes them does.
@@ -133,7 +133,7 @@ class LinearMemory(StepMemory):
     def _find_final_state(self) -> Tensor:
         layout, ends = self._layout, self._ends
         incoming = self.incoming()
-        with phase("longspan.final_state", self._k):
+        with profiled("longspan.final_state", self._k):
             states = self._form.final_states(ends.final_pieces, ends.final_rows, incoming)
         if layout.num_ranks > 1:
             states = _gather_documents(states, ends.final_documents, layout)
@@ -185,7 +185,7 @@ class _After(torch.autograd.Function):
 
 
 @contextmanager
-def phase(name: str, x: Tensor) -> Iterator[None]:
+def profiled(name: str, x: Tensor) -> Iterator[None]:
     """A named stretch of a profile, without autocast, which would put float32 states through bfloat16 products."""
     with named_range(name), without_autocast(x):
         yield
@@ -273,7 +273,7 @@ def local_layout(seq_len: int) -> SequenceLayout:
     return SequenceLayout.local(seq_len) if torch.compiler.is_compiling() else _kept_local_layout(seq_len)
 
 
-def write(
+def write_linear(
     operator: str,
     k: Tensor,
     v: Tensor,
@@ -309,7 +309,7 @@ def write(
     return _write(variant, topology, k, v, gates, initial_state, output_final_state, layout, backend, chunk_size)
 
 
-_write_outside_graphs = outside_graphs(write)
+_write_outside_graphs = outside_graphs(write_linear)
 
 
 @unseen_by_checkpointing
@@ -328,7 +328,7 @@ def _write(
     written = Unchanged(variant.name, k=k, v=v, **gates)
     ends = layout.cached(("end_rows", output_final_state), lambda: _end_rows(layout, output_final_state))
     pending = None
-    with phase("longspan.write", k):
+    with profiled("longspan.write", k):
         form = variant.prepare(k, v, gates, layout, chunk_size, backend)
         end_states = form.write(k, v, _start_states(initial_state, layout), ends.pieces, ends.sent_pieces)
         if layout.num_ranks > 1:
@@ -505,7 +505,11 @@ def _summed(x: Tensor, layout: SequenceLayout, phase: str) -> Tensor:
     note_collective("all_reduce", phase, 2 * (num_ranks - 1) * total.numel() * total.element_size() // num_ranks)
     with waiting():
         launch(
-            layout, x.device, "all_reduce", phase, lambda group, _: dist.all_reduce(total, group=group, async_op=True)
+            layout,
+            x.device,
+            "all_reduce",
+            phase,
+            lambda group, _: dist.all_reduce(total, group=group, async_op=True),
         ).wait()
     return total
 

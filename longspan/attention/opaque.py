@@ -74,7 +74,7 @@ def _linear(
 ) -> tuple[Tensor, Tensor]:
     """o (empty without q), and the final state (empty where it is not wanted)."""
     from longspan.attention.bidirectional import write_bidirectional
-    from longspan.attention.linear import write
+    from longspan.attention.linear import write_linear
     from longspan.ops.variants import VARIANTS
 
     given = [gate for gate in (gate_0, gate_1, gate_2) if gate is not None]
@@ -83,7 +83,9 @@ def _linear(
     if not causal:
         assert q is not None
         return write_bidirectional(operator, k, v, gates, **options).read(q, scale), k.new_empty(0)
-    memory = write(operator, k, v, gates, initial_state=initial_state, output_final_state=output_final_state, **options)
+    memory = write_linear(
+        operator, k, v, gates, initial_state=initial_state, output_final_state=output_final_state, **options
+    )
     o = k.new_empty(0) if q is None else memory.read(q, scale)
     return o, memory.final_state() if output_final_state else k.new_empty(0)
 
@@ -110,7 +112,7 @@ LINEAR = OpaqueOperator(
 
 @dataclass
 class OpaqueMemory(StepMemory):
-    """What `write` returns for calls without values: all is computed where it is read."""
+    """What `write_linear` returns for calls without values: all is computed where it is read."""
 
     _k: Tensor
     _v: Tensor

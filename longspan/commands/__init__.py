@@ -1,1 +1,1 @@
-"""The commands of ``longspan``, one a file."""
+"""The commands of ``longspan``, one per file."""

@@ -19,12 +19,12 @@ from longspan.commands.bench_report import Figures, Measured, print_figures, wri
 from longspan.errors import LongspanError
 from longspan.exchange import Auto, Exchange, Topology, record_traffic, resolve_topology
 from longspan.exchange.auto.calibration import measured_cluster
-from longspan.exchange.auto.timing import Ranks
+from longspan.exchange.auto.timing import RankClock
 from longspan.exchange.auto.trial import exchange_seconds
 from longspan.exchange.progress import run_beside
+from longspan.exchange.segments import own_segments
 from longspan.launch import EXIT_DONE, Place, start_process_group
 from longspan.layout import SequenceLayout
-from longspan.layout.gathered import own_segments
 from longspan.ops.variants import VARIANTS
 from longspan.plan import Problem, time_of
 from longspan.state import Dense, Identity, Pair, exclusive_scan, exclusive_scan_adjoint
@@ -105,7 +105,7 @@ def measure(options: BenchExchange, device: torch.device) -> Figures:
     sent = {name: _check(name, topology, case, options.bfloat16) for name, topology in topologies.items()}
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in topologies}
     names = list(topologies)
-    ranks = Ranks(case.layout, device)
+    ranks = RankClock(case.layout, device)
     for repeat in range(options.repeats):
         # In another order each time, so that none always follows the same one.
         for name in names[repeat % len(names) :] + names[: repeat % len(names)]:
@@ -174,7 +174,7 @@ def _check(name: str, topology: Topology, case: _Case, bfloat16: bool) -> _Sent:
     wrong = [float(not error <= TOLERANCES[bfloat16]) for error in errors]
     phases = [traffic.of_phase("forward"), traffic.of_phase("backward")]
     counted = [float(count) for phase in phases for count in (phase.bytes_sent, phase.num_messages)]
-    forward, backward, *most = Ranks(case.layout, case.pair.state.device).largest([*wrong, *counted])
+    forward, backward, *most = RankClock(case.layout, case.pair.state.device).largest([*wrong, *counted])
     if forward or backward:
         raise WrongResultError(
             f"{name} does not compute the scan {'forward' if forward else 'backward'} (on this rank, errors of {errors[0]:.1e} "

@@ -50,7 +50,7 @@ class PreparedData:
         }
 
 
-def prepare(recipe: Recipe, folder: Path) -> float:
+def prepare_corpus(recipe: Recipe, folder: Path) -> float:
     """Write the prepared data of `recipe` into `folder`, unless it is there already; return the seconds that it took.
 
     Raises:
@@ -85,7 +85,7 @@ def prepare(recipe: Recipe, folder: Path) -> float:
 
 
 def open_prepared(folder: Path) -> PreparedData:
-    """Open what `prepare` wrote, checking every byte of it.
+    """Open what `prepare_corpus` wrote, checking every byte of it.
 
     Raises:
         DataError: if a file is missing, damaged, or does not belong to the others.

@@ -19,7 +19,7 @@ import numpy as np
 
 from longspan.errors import DataError
 
-FORMAT = "longspan-tokens-1"
+TOKEN_FILE_FORMAT = "longspan-tokens-1"
 _DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 
 
@@ -60,7 +60,7 @@ def write_token_file(
     offsets = np.concatenate([[0], np.cumsum([len(document) for document in documents])])
     tokens = np.concatenate([np.asarray(document, dtype=_DTYPES[dtype]) for document in documents])
     info = TokenFileInfo(
-        format=FORMAT,
+        format=TOKEN_FILE_FORMAT,
         dtype=dtype,
         num_tokens=len(tokens),
         vocab_size=vocab_size,
@@ -121,8 +121,8 @@ def _read_info(path: Path) -> TokenFileInfo:
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path} cannot be read: {error}. Prepare the data again") from error
     names = set(TokenFileInfo.__dataclass_fields__)
-    if not isinstance(values, dict) or set(values) != names or values["format"] != FORMAT:
-        raise DataError(f"{path} does not describe a token file of format {FORMAT}. Prepare the data again")
+    if not isinstance(values, dict) or set(values) != names or values["format"] != TOKEN_FILE_FORMAT:
+        raise DataError(f"{path} does not describe a token file of format {TOKEN_FILE_FORMAT}. Prepare the data again")
     dtype = values["dtype"]
     if not isinstance(dtype, str) or dtype not in _DTYPES:
         raise DataError(f"{path}: dtype {dtype!r} is not one of {', '.join(_DTYPES)}. Prepare the data again")

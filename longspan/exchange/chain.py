@@ -28,16 +28,16 @@ from torch import Tensor
 
 from longspan.exchange.messages import Mailbox, Receipt
 from longspan.exchange.progress import Task, run_beside
+from longspan.exchange.segments import own_segments, reorder_rows
 from longspan.exchange.steps import taken
 from longspan.exchange.topology import Arrived, Handle, ReverseHandle, Topology
-from longspan.exchange.wire import pack, unpack_states
+from longspan.exchange.wire import pack_pairs, unpack_states
 from longspan.layout import SequenceLayout
-from longspan.layout.gathered import own_segments, take
 from longspan.state import Pair, Transition
 
 
 @dataclass(frozen=True)
-class Run:
+class ChainRun:
     """Segments that `rank` holds and that follow each other in the direction of travel.
 
     number: counts the runs of all ranks. rows: the segments' local numbers. cuts: for each, whether what enters does not leave.
@@ -57,7 +57,7 @@ class Run:
         return self.source is None or any(self.cuts)
 
 
-def chain_of(layout: SequenceLayout, reverse: bool, cuts: tuple[bool, ...] | None = None) -> tuple[Run, ...]:
+def chain_of(layout: SequenceLayout, reverse: bool, cuts: tuple[bool, ...] | None = None) -> tuple[ChainRun, ...]:
     """The runs of all ranks in the direction of travel.
 
     cuts: for each segment in global order; None: where a document starts.
@@ -65,10 +65,10 @@ def chain_of(layout: SequenceLayout, reverse: bool, cuts: tuple[bool, ...] | Non
     return layout.cached(("chain", reverse, cuts), lambda: _chain(layout, reverse, cuts))
 
 
-def _chain(layout: SequenceLayout, reverse: bool, cuts: Sequence[bool] | None) -> tuple[Run, ...]:
+def _chain(layout: SequenceLayout, reverse: bool, cuts: Sequence[bool] | None) -> tuple[ChainRun, ...]:
     bounds = set(layout.document_bounds)
     numbered = list(enumerate(layout.all_segments))
-    runs: list[Run] = []
+    runs: list[ChainRun] = []
     previous = None
     for index, segment in reversed(numbered) if reverse else numbered:
         cut = segment.starts_document if cuts is None else cuts[index]
@@ -82,7 +82,7 @@ def _chain(layout: SequenceLayout, reverse: bool, cuts: Sequence[bool] | None) -
             if passes:
                 source = runs[-1].rank
                 runs[-1] = replace(runs[-1], target=segment.rank)
-            runs.append(Run(len(runs), segment.rank, (segment.slot,), (cut,), source))
+            runs.append(ChainRun(len(runs), segment.rank, (segment.slot,), (cut,), source))
         previous = segment
     return tuple(runs)
 
@@ -103,7 +103,7 @@ class Chain(Topology):
     def start(self, pair: Pair, layout: SequenceLayout) -> Handle:
         parameter = pair.transition.parameter
         if pair.transition.is_known:
-            parameter = take(parameter, own_segments(layout), layout)
+            parameter = reorder_rows(parameter, own_segments(layout), layout)
         transition = type(pair.transition)(parameter)
         return _Forward(_launch(self, pair.state, transition, layout, "forward"), parameter)
 
@@ -160,7 +160,7 @@ def _launch(chain: Chain, states: Tensor, transition: Transition, layout: Sequen
 
 
 @dataclass(frozen=True)
-class Order:
+class MessageOrder:
     """In which order a rank asks for its messages.
 
     ahead: numbers of independent runs whose states are sent first. all_at_once: all receives are asked for before anything is sent.
@@ -170,7 +170,7 @@ class Order:
     all_at_once: bool
 
 
-def order_of(runs: Sequence[Run], layout: SequenceLayout, in_batches: bool) -> Order:
+def order_of(runs: Sequence[ChainRun], layout: SequenceLayout, in_batches: bool) -> MessageOrder:
     """The order for the runs of all ranks.
 
     in_batches: a rank's messages go in batches, each of which begins when the one before has been received (NCCL). What is
@@ -179,7 +179,7 @@ def order_of(runs: Sequence[Run], layout: SequenceLayout, in_batches: bool) -> O
     """
     all_at_once = not in_batches or all(run.is_independent or run.target is None for run in runs)
     may_send_ahead = all_at_once or layout.num_segments == 1
-    return Order(frozenset(run.number for run in runs if run.is_independent and may_send_ahead), all_at_once)
+    return MessageOrder(frozenset(run.number for run in runs if run.is_independent and may_send_ahead), all_at_once)
 
 
 class Passage:
@@ -197,7 +197,7 @@ class Passage:
         edges = [size * block // num_blocks for block in range(num_blocks + 1)]
         self._blocks = [slice(start, stop) for start, stop in pairwise(edges)]
 
-    def carry(self, runs: Sequence[Run], order: Order) -> Tensor:
+    def carry(self, runs: Sequence[ChainRun], order: MessageOrder) -> Tensor:
         """Take part with this rank's `runs`, in the direction of travel; returns what enters each segment."""
         mailbox, blocks = self._mailbox, range(len(self._blocks))
         by_number = {run.number: run for run in runs}
@@ -225,16 +225,16 @@ class Passage:
         mailbox.close()
         return self._incoming
 
-    def _expect(self, run: Run, block: int, receipts: dict[tuple[int, int], Receipt]) -> None:
+    def _expect(self, run: ChainRun, block: int, receipts: dict[tuple[int, int], Receipt]) -> None:
         if run.source is None or (run.number, block) in receipts:
             return
         shape = self._states[0, ..., self._blocks[block]].shape
         buffer = torch.empty((1, shape.numel()), dtype=self._wire_dtype, device=self._states.device)
         receipts[run.number, block] = self._mailbox.receive(buffer, run.source, self._tag(run.number - 1, block))
 
-    def _send(self, run: Run, block: int, leaving: Tensor | None) -> None:
+    def _send(self, run: ChainRun, block: int, leaving: Tensor | None) -> None:
         if run.target is not None and leaving is not None:
-            self._mailbox.send(pack(leaving, None, self._wire_dtype), run.target, self._tag(run.number, block))
+            self._mailbox.send(pack_pairs(leaving, None, self._wire_dtype), run.target, self._tag(run.number, block))
 
     def _tag(self, link: int, block: int) -> int:
         return link * len(self._blocks) + block
@@ -242,7 +242,7 @@ class Passage:
     def _unpack(self, buffer: Tensor, block: int) -> Tensor:
         return unpack_states(buffer, self._states[0, ..., self._blocks[block]].shape, self._states.dtype)
 
-    def _pass(self, run: Run, block: int, entering: Tensor | None) -> Tensor | None:
+    def _pass(self, run: ChainRun, block: int, entering: Tensor | None) -> Tensor | None:
         """Take block ``[1, B, H, K, columns]`` through a run, noting what enters its segments; returns what leaves it, if anything.
 
         entering: None where nothing enters, or what enters does not matter for what leaves.

@@ -19,20 +19,20 @@ import torch.distributed as dist
 from torch import Tensor
 
 from longspan.exchange.progress import Task
+from longspan.exchange.segments import reorder_rows
 from longspan.exchange.steps import arrived, taken
 from longspan.exchange.swap import swap_in
 from longspan.exchange.topology import Arrived, Handle, ReverseHandle
 from longspan.exchange.wire import (
     HEADER_BYTES,
     header_words,
-    pack,
+    pack_pairs,
     unpack_parameter,
     unpack_states,
     with_header,
     without_header,
 )
 from longspan.layout import SequenceLayout
-from longspan.layout.gathered import take
 from longspan.state import Pair, Transition, exclusive_scan, exclusive_scan_adjoint
 
 
@@ -107,7 +107,7 @@ class RowExchange:
 
         ``[n, 1, R, K, V]`` in, ``[M · n, 1, r, K, V]`` in the order of the scan out.
         """
-        received = self._deal(pack(_by_row(states), None, self.state_dtype), states.shape[0])
+        received = self._deal(pack_pairs(_by_row(states), None, self.state_dtype), states.shape[0])
         return unpack_states(received, states.shape[3:], states.dtype).view(self._dealt_shape(states))
 
     def deal_pair(self, pair: Pair) -> tuple[Tensor, Tensor]:
@@ -116,7 +116,7 @@ class RowExchange:
         # A transition's numbers laid out by row, as a state's are.
         width = prod(transition.parameter_shape((1, 1, 1, *states.shape[3:])))
         numbers = _by_row(transition.parameter.reshape(*states.shape[:3], width))
-        received = self._deal(pack(_by_row(states), numbers, self.state_dtype), states.shape[0])
+        received = self._deal(pack_pairs(_by_row(states), numbers, self.state_dtype), states.shape[0])
         parameter = unpack_parameter(received, states.shape[3:], numbers.shape[1:], states.dtype)
         dealt = unpack_states(received, states.shape[3:], states.dtype).reshape(shape)
         return dealt, parameter.view(transition.parameter_shape(shape))
@@ -133,7 +133,7 @@ class RowExchange:
         sent = packed.view(shares.num_rows, num_stretches * numbers)
         received = self._swap(sent, counts, [own] * members)
         by_member = received.unflatten(0, (members, own)).unflatten(2, (num_stretches, numbers)).transpose(1, 2)
-        return take(by_member.flatten(0, 1), self.order, self.layout).flatten(0, 1)
+        return reorder_rows(by_member.flatten(0, 1), self.order, self.layout).flatten(0, 1)
 
     def collect(self, states: Tensor) -> Tensor:
         """The way back: ``[M · n, 1, r, K, V]`` in the order of the scan to this rank's stretches ``[n, 1, R, K, V]``."""
@@ -143,8 +143,8 @@ class RowExchange:
             ("places", tuple(self.order)), lambda: sorted(range(total), key=self.order.__getitem__)
         )
         numbers = prod(state_shape)
-        packed = pack(states.flatten(0, 2), None, self.state_dtype).view(total, own, numbers)
-        by_member = take(packed, place, self.layout).view(shares.num_members, num_stretches, own, numbers)
+        packed = pack_pairs(states.flatten(0, 2), None, self.state_dtype).view(total, own, numbers)
+        by_member = reorder_rows(packed, place, self.layout).view(shares.num_members, num_stretches, own, numbers)
         sent = by_member.transpose(1, 2).reshape(shares.num_members * own, num_stretches * numbers)
         received = self._swap(sent, [own] * shares.num_members, shares.counts)
         rows = received.unflatten(1, (num_stretches, numbers)).flatten(0, 1)

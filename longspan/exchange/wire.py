@@ -21,7 +21,7 @@ from torch import Tensor
 HEADER_BYTES = 8
 
 
-def pack(states: Tensor, parameter: Tensor | None = None, state_dtype: torch.dtype | None = None) -> Tensor:
+def pack_pairs(states: Tensor, parameter: Tensor | None = None, state_dtype: torch.dtype | None = None) -> Tensor:
     """States and transitions as rows ``[n, numbers]``, contiguous, in the dtype of the wire.
 
     Args:
@@ -56,12 +56,12 @@ def without_header(rows: Tensor) -> Tensor:
 
 
 def unpack_states(rows: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """The states of `pack`'s rows: ``[n, *shape]`` in `dtype`; shares memory with `rows` where no conversion is needed."""
+    """The states of `pack_pairs`'s rows: ``[n, *shape]`` in `dtype`; shares memory with `rows` where no conversion is needed."""
     return rows[:, : prod(shape)].to(dtype).unflatten(1, tuple(shape))
 
 
 def unpack_parameter(rows: Tensor, state_shape: Sequence[int], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """The transitions' parameter of `pack`'s rows: ``[n, *shape]`` in `dtype`, bit for bit, in memory of its own.
+    """The transitions' parameter of `pack_pairs`'s rows: ``[n, *shape]`` in `dtype`, bit for bit, in memory of its own.
 
     A copy, for two reasons: the bits of an odd number of narrow states leave it unaligned, and what is kept for the backward
     exchange must not keep everyone's states alive.

@@ -1,4 +1,4 @@
-"""Which tokens of a sequence a rank holds, and which of them see each other: integers alone."""
+"""Which tokens of a sequence a rank holds, and which of them see each other."""
 
 from longspan.layout.sequence_layout import ORDERS, Order, Piece, Segment, SequenceLayout
 

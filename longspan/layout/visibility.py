@@ -8,7 +8,7 @@ The keys that a run of queries may see are cut into blocks of three kinds, the o
 
 What the causal, window or document mask removes whole is in no block. A causal window of w tokens is a band: cut into runs
 of w queries, each run is a causal square on itself and an anticausal square on the w − 1 keys before it, so a band costs
-what its pairs cost and takes no mask either. Equal blocks at equal distances are one `Block` with a `count`: they run as
+what its pairs cost and takes no mask either. Equal blocks at equal distances are one `VisibleBlock` with a `count`: they run as
 batch rows of one kernel call.
 
 Positions are *global* (in the sequence), *local* (in a rank's tokens, `SequenceLayout.segments` laid end to end) or in a
@@ -35,7 +35,7 @@ LARGEST_GROUPED = 1024
 
 
 @dataclass(frozen=True)
-class Block:
+class VisibleBlock:
     """`count` blocks of queries (local positions) and keys (positions in a buffer), each `period` after the one before."""
 
     query_start: int
@@ -86,7 +86,7 @@ def visibility_of(layout: SequenceLayout, causal: bool, window: int | None) -> V
 
 def plan_blocks(
     queries: Sequence[Run], keys: Sequence[Run], visibility: Visibility, *, opening: bool = False
-) -> tuple[Block, ...]:
+) -> tuple[VisibleBlock, ...]:
     """The blocks of a rank's queries on a buffer of keys.
 
     Args:
@@ -95,7 +95,7 @@ def plan_blocks(
         visibility: who sees whom.
         opening: whether these are the first blocks of the queries. Those that open then come first.
     """
-    blocks: list[Block] = []
+    blocks: list[VisibleBlock] = []
     query_offset = 0
     for run in queries:
         for piece, document in pieces(run, visibility.documents):
@@ -181,7 +181,7 @@ def located(runs: Sequence[Run], buffer: Sequence[Run]) -> list[Run]:
     return [run for _, _, run in sorted(found)]
 
 
-def inverse(places: Sequence[Run]) -> list[Run]:
+def inverse_places(places: Sequence[Run]) -> list[Run]:
     """The inverse of a permutation: given where consecutive tokens go, which tokens stand at positions 0, 1, 2, ..."""
     sources: list[tuple[int, Run]] = []
     offset = 0
@@ -199,7 +199,7 @@ def touches(runs: Sequence[Run]) -> bool:
 # ------------------------------------------------------------------------------------------------------------ geometry
 
 
-def _blocks(queries: Run, keys: Run, visibility: Visibility) -> Iterator[Block]:
+def _blocks(queries: Run, keys: Run, visibility: Visibility) -> Iterator[VisibleBlock]:
     """Blocks of a run of queries and a run of keys of one document, in global positions."""
     window = visibility.window
     # Query i sees the keys from i - behind to i + ahead.
@@ -218,7 +218,7 @@ def _blocks(queries: Run, keys: Run, visibility: Visibility) -> Iterator[Block]:
         yield from _up_to((start, stop), (max(keys[0], left, right), min(keys[1], stop + ahead)), ahead)
 
 
-def _up_to(queries: Run, keys: Run, ahead: int | None) -> Iterator[Block]:
+def _up_to(queries: Run, keys: Run, ahead: int | None) -> Iterator[VisibleBlock]:
     """Blocks in which query i sees the keys up to i + ahead; all of them where `ahead` is None."""
     if keys[0] >= keys[1]:
         return
@@ -229,17 +229,17 @@ def _up_to(queries: Run, keys: Run, ahead: int | None) -> Iterator[Block]:
     first = max(queries[0], keys[0] - ahead)
     last = max(first, min(queries[1], keys[1] - ahead))
     if first < last:
-        yield Block(first, last - first, first + ahead, last - first, "causal")
+        yield VisibleBlock(first, last - first, first + ahead, last - first, "causal")
         yield from _full((first, last), (keys[0], first + ahead))
     yield from _full((last, queries[1]), keys)
 
 
-def _full(queries: Run, keys: Run) -> Iterator[Block]:
+def _full(queries: Run, keys: Run) -> Iterator[VisibleBlock]:
     if queries[0] < queries[1] and keys[0] < keys[1]:
-        yield Block(queries[0], queries[1] - queries[0], keys[0], keys[1] - keys[0], "full")
+        yield VisibleBlock(queries[0], queries[1] - queries[0], keys[0], keys[1] - keys[0], "full")
 
 
-def _mirrored(blocks: Iterable[Block]) -> Iterator[Block]:
+def _mirrored(blocks: Iterable[VisibleBlock]) -> Iterator[VisibleBlock]:
     """Blocks with every position x at −x: "up to" becomes "from"."""
     for block in blocks:
         yield replace(
@@ -274,7 +274,7 @@ def _sum_of_smaller(first: int, last: int, limit: int | None) -> int:
 # -------------------------------------------------------------------------------------------------------- fewer blocks
 
 
-def _joined(blocks: list[Block]) -> list[Block]:
+def _joined(blocks: list[VisibleBlock]) -> list[VisibleBlock]:
     """The same pairs in fewer blocks: full blocks side by side, and squares that a full block makes one larger square."""
     size = len(blocks) + 1
     while len(blocks) < size:
@@ -283,15 +283,15 @@ def _joined(blocks: list[Block]) -> list[Block]:
     return _joined_squares(blocks)
 
 
-def _joined_along(side: Literal["query", "key"], blocks: list[Block]) -> list[Block]:
+def _joined_along(side: Literal["query", "key"], blocks: list[VisibleBlock]) -> list[VisibleBlock]:
     """Full blocks with the same queries or keys, and adjacent on the other `side`, as one."""
 
-    def key(block: Block) -> tuple[bool, int, int, int]:
+    def key(block: VisibleBlock) -> tuple[bool, int, int, int]:
         queries, keys = (block.query_start, block.num_queries), (block.key_start, block.num_keys)
         same, start = (keys, queries[0]) if side == "query" else (queries, keys[0])
         return block.mask == "full", *same, start
 
-    joined: list[Block] = []
+    joined: list[VisibleBlock] = []
     for block in sorted(blocks, key=key):
         last = joined[-1] if joined else None
         if last is not None and block.mask == "full" and key(last)[:3] == key(block)[:3]:
@@ -305,10 +305,10 @@ def _joined_along(side: Literal["query", "key"], blocks: list[Block]) -> list[Bl
     return joined
 
 
-def _joined_squares(blocks: list[Block]) -> list[Block]:
+def _joined_squares(blocks: list[VisibleBlock]) -> list[VisibleBlock]:
     """Two causal squares on one diagonal with the full block below the first as one square."""
     full = {(x.query_start, x.num_queries, x.key_start, x.num_keys): x for x in blocks if x.mask == "full"}
-    squares: list[Block] = []
+    squares: list[VisibleBlock] = []
     for block in sorted((x for x in blocks if x.mask == "causal"), key=lambda x: x.query_start):
         if squares:
             last = squares[-1]
@@ -326,7 +326,7 @@ def _joined_squares(blocks: list[Block]) -> list[Block]:
     return [*squares, *full.values(), *mirrored]
 
 
-def _opened(blocks: list[Block], num_queries: int) -> list[Block]:
+def _opened(blocks: list[VisibleBlock], num_queries: int) -> list[VisibleBlock]:
     """Blocks that open first, if such blocks hold every query; by position."""
     blocks = sorted(blocks, key=lambda x: (x.mask != "causal", x.query_start, x.key_start))
     for order in (blocks, sorted(blocks, key=lambda x: -x.num_queries)):
@@ -353,9 +353,9 @@ def _overlaps(run: Run, runs: list[Run]) -> bool:
     return any(a < run[1] and run[0] < b for a, b in runs[max(0, index - 1) : index + 1])
 
 
-def _grouped(blocks: list[Block]) -> list[Block]:
+def _grouped(blocks: list[VisibleBlock]) -> list[VisibleBlock]:
     """Small equal blocks at equal distances as one."""
-    grouped: list[Block] = []
+    grouped: list[VisibleBlock] = []
     for block in blocks:
         if grouped:
             last = grouped[-1]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from longspan.errors import ConfigError
-from longspan.models.gates import DECAYS
+from longspan.models.gates import GATE_BUILDERS
 
 LayerKind = Literal["L", "N"]
 
@@ -85,8 +85,8 @@ class LinearLlama3Config:
             )
         names = (self.operator,) if isinstance(self.operator, str) else self.operator
         for name in names:
-            if name not in DECAYS:
-                raise ConfigError(f"operator must be one of {', '.join(DECAYS)}; got {name!r}")
+            if name not in GATE_BUILDERS:
+                raise ConfigError(f"operator must be one of {', '.join(GATE_BUILDERS)}; got {name!r}")
         num_linear = self.layer_kinds.count("L")
         if not isinstance(self.operator, str) and len(self.operator) != num_linear:
             raise ConfigError(

@@ -19,7 +19,7 @@ LOW_RANK = 16
 """Rank of the projection that makes a gate for every channel (GLA, arXiv 2312.06635)."""
 
 
-class Gates(nn.ModuleDict):
+class GateModules(nn.ModuleDict):
     """The gates of an operator that has none or several, by name."""
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
@@ -29,7 +29,7 @@ class Gates(nn.ModuleDict):
         return made
 
 
-class FixedDecay(nn.Module):
+class ConstantDecayGate(nn.Module):
     """Retention: head h multiplies its state by 1 − 2^(−5−h·s) a token (arXiv 2307.08621, equation 8).
 
     s spreads the heads over time constants of 2^5 to 2^12 tokens, whatever their number; RetNet's eight heads have s =
@@ -53,7 +53,7 @@ class FixedDecay(nn.Module):
         return {"log_decay": self._on_device[key]}
 
 
-class ScalarDecay(nn.Module):
+class ScalarDecayGate(nn.Module):
     """One log decay a token and head, g = −e^A_log · softplus(x·W + dt_bias) (Mamba-2, arXiv 2405.21060).
 
     Never above zero, computed in float32 or wider. It starts with one time constant a head, from less than a token
@@ -81,7 +81,7 @@ class ScalarDecay(nn.Module):
         return {"g": mamba2_log_decay(self.dt_proj(x), self.A_log, self.dt_bias)}
 
 
-class ChannelDecay(nn.Module):
+class ChannelDecayGate(nn.Module):
     """One log decay a token and key channel, g = log σ(x·W₁·W₂ + bias) / 16 (GLA, arXiv 2312.06635).
 
     Never above zero, computed in float32 or wider. It starts at a time constant of 23 tokens in every channel.
@@ -121,19 +121,19 @@ class WriteStrength(nn.Module):
 
 # What makes a gate, by the gate's name and dimensions: (dim, num_heads, head_dim) -> module.
 _MAKERS: dict[tuple[str, str], Callable[[int, int, int], nn.Module]] = {
-    ("log_decay", "H"): lambda dim, num_heads, head_dim: FixedDecay(num_heads),
-    ("g", "BTH"): lambda dim, num_heads, head_dim: ScalarDecay(dim, num_heads),
-    ("g", "BTHK"): ChannelDecay,
+    ("log_decay", "H"): lambda dim, num_heads, head_dim: ConstantDecayGate(num_heads),
+    ("g", "BTH"): lambda dim, num_heads, head_dim: ScalarDecayGate(dim, num_heads),
+    ("g", "BTHK"): ChannelDecayGate,
     ("beta", "BTH"): lambda dim, num_heads, head_dim: WriteStrength(dim, num_heads),
 }
 
 
 def _make_gates(variant: Variant, dim: int, num_heads: int, head_dim: int) -> nn.Module:
     made = {gate.name: _MAKERS[gate.name, gate.dims](dim, num_heads, head_dim) for gate in variant.gates}
-    return next(iter(made.values())) if len(made) == 1 else Gates(made)
+    return next(iter(made.values())) if len(made) == 1 else GateModules(made)
 
 
-DECAYS: dict[str, Callable[[int, int, int], nn.Module]] = {
+GATE_BUILDERS: dict[str, Callable[[int, int, int], nn.Module]] = {
     name: partial(_make_gates, variant)
     for name, variant in VARIANTS.items()
     if all((gate.name, gate.dims) in _MAKERS for gate in variant.gates)

@@ -19,7 +19,7 @@ from longspan.errors import InputError, LayoutError
 from longspan.layout import SequenceLayout
 from longspan.layout.sequence_layout import check_layout
 from longspan.models.config import LinearLlama3Config
-from longspan.models.gates import ChannelDecay, ScalarDecay
+from longspan.models.gates import ChannelDecayGate, ScalarDecayGate
 from longspan.models.layers import GatedRMSNorm, RMSNorm, Rotation, SwiGLU, at_least_float32, rotation
 from longspan.models.mixers import LinearCache, LinearMixer, SoftmaxCache, SoftmaxMixer
 
@@ -59,7 +59,7 @@ class SequenceParallel:
         return type(None), ()
 
 
-class Block(nn.Module):
+class HybridBlock(nn.Module):
     """x + mixer(norm(x)), then x + feed_forward(norm(x))."""
 
     def __init__(self, config: LinearLlama3Config, operator: str) -> None:
@@ -87,7 +87,7 @@ class LinearLlama3(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
-        self.blocks = nn.ModuleList(Block(config, operator) for operator in config.layer_operators)
+        self.blocks = nn.ModuleList(HybridBlock(config, operator) for operator in config.layer_operators)
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
         if config.tie_embeddings:
@@ -170,7 +170,7 @@ class LinearLlama3(nn.Module):
         x = self.embedding(tokens)
         by = self._rotation(torch.full((1,), cache.num_tokens, device=tokens.device))
         for block, layer_cache in zip(self.blocks, cache.layers, strict=True):
-            assert isinstance(block, Block)
+            assert isinstance(block, HybridBlock)
             x = block.step(x, layer_cache, by)
         cache.num_tokens += 1
         return self._logits(x)
@@ -193,7 +193,7 @@ class LinearLlama3(nn.Module):
                 module.weight.copy_(drawn)
             elif isinstance(module, RMSNorm | GatedRMSNorm):
                 module.weight.fill_(1.0)
-            elif isinstance(module, ScalarDecay | ChannelDecay):
+            elif isinstance(module, ScalarDecayGate | ChannelDecayGate):
                 module.reset_parameters()
 
     def num_parameters(self) -> int:

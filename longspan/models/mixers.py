@@ -20,7 +20,7 @@ from longspan.exchange import Exchange
 from longspan.features import elu_plus_one, unit_length
 from longspan.layout import SequenceLayout
 from longspan.models.config import LinearLlama3Config
-from longspan.models.gates import DECAYS
+from longspan.models.gates import GATE_BUILDERS
 from longspan.models.layers import GatedRMSNorm, Rotation, rotate
 from longspan.ops.variants import VARIANTS
 from longspan.state import Dense
@@ -88,7 +88,7 @@ class LinearMixer(nn.Module):
         self.q_proj, self.k_proj, self.v_proj, self.gate_proj = (
             nn.Linear(config.dim, inner, bias=False) for _ in range(4)
         )
-        self.decay = DECAYS[operator](config.dim, self.num_heads, self.head_dim)
+        self.decay = GATE_BUILDERS[operator](config.dim, self.num_heads, self.head_dim)
         self.has_unit_keys = VARIANTS[operator].transition is Dense
         self.norm = GatedRMSNorm(self.head_dim, config.norm_eps)
         self.out_proj = nn.Linear(inner, config.dim, bias=False)
@@ -96,14 +96,16 @@ class LinearMixer(nn.Module):
     def forward(self, x: Tensor, layout: SequenceLayout | None, by: Rotation | None) -> Tensor:
         """x and the result are [B, T, C]; `by` is for softmax layers."""
         k, v, gates = self._written(x)
-        memory = linear.write(self.operator, k, v, gates, layout=layout, exchange=self.exchange, has_safe_gates=True)
+        memory = linear.write_linear(
+            self.operator, k, v, gates, layout=layout, exchange=self.exchange, has_safe_gates=True
+        )
         q, gate = self._features(self.q_proj(x)), self.gate_proj(x)
         return self._out(memory.read(q), gate)
 
     def step(self, x: Tensor, cache: LinearCache, by: Rotation | None) -> Tensor:
         """The layer's output for the next token [B, 1, C], after those in `cache`."""
         k, v, gates = self._written(x)
-        memory = linear.write(
+        memory = linear.write_linear(
             self.operator,
             k,
             v,

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from longspan.ops.tiling import Block
+from longspan.ops.tiling import ChunkBlock
 
 
 def all_finite(*tensors: Tensor) -> bool:
@@ -31,7 +31,7 @@ def finite_part(x: Tensor) -> Tensor:
     return torch.where(x.isfinite(), x, 0.0)
 
 
-def not_finite(x: Tensor, block: Block, num_heads: int) -> Tensor:
+def not_finite(x: Tensor, block: ChunkBlock, num_heads: int) -> Tensor:
     """Where ``x [B, T, H_k, D]`` is not finite at the block's tokens, ``[B, H, n, c, D]``; False at padding."""
     mask = ~block.take(x).isfinite()
     if block.valid is not None:
@@ -62,7 +62,7 @@ class Harm:
     grad: Tensor
 
     @classmethod
-    def of(cls, block: Block, num_heads: int, q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> Harm:
+    def of(cls, block: ChunkBlock, num_heads: int, q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> Harm:
         return cls(*(not_finite(x, block, num_heads) for x in (q, k, v, grad)))
 
     @property

@@ -14,8 +14,8 @@ from longspan.errors import InputError
 from longspan.ops.backends import choose_backend, require_gpu, require_package
 from longspan.tracing import unseen_by_checkpointing
 
-BACKENDS = ("torch", "triton")
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "sigmoid": torch.sigmoid}
+NORM_BACKENDS = ("torch", "triton")
+GATE_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "sigmoid": torch.sigmoid}
 MAX_SIZE_OF_KERNELS = 8192
 
 Activation = Literal["silu", "sigmoid"]
@@ -58,11 +58,11 @@ def _computed(
     x: Tensor, gate: Tensor, weight: Tensor, eps: float, activation: Activation, backend: str | None
 ) -> Tensor:
     fits = x.shape[-1] <= MAX_SIZE_OF_KERNELS and not _has_float64(x, gate, weight)
-    if choose_backend("rms_norm_gated", BACKENDS, x, fits, backend) == "triton":
+    if choose_backend("rms_norm_gated", NORM_BACKENDS, x, fits, backend) == "triton":
         return _by_kernels(x, gate, weight, eps, activation)
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     normal = F.rms_norm(wide, weight.shape, weight.to(wide.dtype), eps).to(x.dtype)
-    return (normal * ACTIVATIONS[activation](gate)).to(x.dtype)
+    return (normal * GATE_ACTIVATIONS[activation](gate)).to(x.dtype)
 
 
 def _by_kernels(x: Tensor, gate: Tensor, weight: Tensor, eps: float, activation: Activation) -> Tensor:
@@ -105,5 +105,9 @@ def _check(x: Tensor, gate: Tensor, weight: Tensor, eps: float, activation: str)
     check_same_device("rms_norm_gated", x=x, gate=gate, weight=weight)
     check_number("rms_norm_gated", "eps", eps, at_least=0.0)
     check_choice(
-        "rms_norm_gated", "activation", activation, ACTIVATIONS, "For another one, use torch.nn.functional.rms_norm"
+        "rms_norm_gated",
+        "activation",
+        activation,
+        GATE_ACTIVATIONS,
+        "For another one, use torch.nn.functional.rms_norm",
     )

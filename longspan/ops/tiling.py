@@ -23,7 +23,7 @@ from longspan.layout import Piece, SequenceLayout
 
 
 @dataclass(frozen=True)
-class Block:
+class ChunkBlock:
     """Chunks that are computed in one batch.
 
     A block of full chunks has consecutive chunk numbers and tokens ``[start, start + num_chunks · chunk_size)``. A block of tails
@@ -95,7 +95,7 @@ class Tiling:
 
     chunk_size: int
     pieces: tuple[PieceSlots, ...]
-    blocks: tuple[Block, ...]
+    blocks: tuple[ChunkBlock, ...]
     num_chunks: int
     num_slots: int
     num_tokens: int
@@ -146,7 +146,7 @@ def _build(pieces: Sequence[Piece], chunk_size: int, block_chunks: int, device: 
     longest = max((piece.num_tokens for piece in pieces), default=1)
     chunk_size = min(chunk_size, longest)
     piece_slots: list[PieceSlots] = []
-    blocks: list[Block] = []
+    blocks: list[ChunkBlock] = []
     tails: list[_Tail] = []
     chunk = slot = 0
     for piece in pieces:
@@ -154,7 +154,7 @@ def _build(pieces: Sequence[Piece], chunk_size: int, block_chunks: int, device: 
         for first in range(0, num_full, block_chunks):
             count = min(block_chunks, num_full - first)
             blocks.append(
-                Block(
+                ChunkBlock(
                     chunks=slice(chunk + first, chunk + first + count),
                     slots=slice(slot + first, slot + first + count),
                     num_chunks=count,
@@ -198,7 +198,7 @@ class _Tail:
     piece: Piece
 
 
-def _tail_block(tails: Sequence[_Tail], device: torch.device) -> Block:
+def _tail_block(tails: Sequence[_Tail], device: torch.device) -> ChunkBlock:
     size = tails[-1].length
     continuing = tuple(
         (slice(index, index + 1), tail.piece.segment)
@@ -207,13 +207,15 @@ def _tail_block(tails: Sequence[_Tail], device: torch.device) -> Block:
     )
     if len(tails) == 1:
         chunk, slot = tails[0].chunk, tails[0].slot
-        return Block(slice(chunk, chunk + 1), slice(slot, slot + 1), 1, size, tails[0].token, continuing=continuing)
+        return ChunkBlock(
+            slice(chunk, chunk + 1), slice(slot, slot + 1), 1, size, tails[0].token, continuing=continuing
+        )
     rows = [(tail.length, tail.token, tail.chunk, tail.slot) for tail in tails]
     lengths, tokens, chunks, slots = torch.tensor(rows).unbind(1)
     places = torch.arange(size)
     valid = places < lengths[:, None]
     index = tokens[:, None] + places * valid
-    return Block(
+    return ChunkBlock(
         chunks=chunks.to(device),
         slots=slots.to(device),
         num_chunks=len(tails),

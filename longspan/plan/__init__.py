@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from longspan.errors import InputError
 from longspan.plan.cluster import Cluster, Link, gpu_cluster
 from longspan.plan.collective import all_gather, all_to_all, two_level
-from longspan.plan.cost import Cost, Phase
+from longspan.plan.cost import Cost, DirectionCost
 from longspan.plan.problem import Problem, longest_chain
 from longspan.plan.serial import neighbour, pipelined, ring
 
@@ -60,7 +60,7 @@ def best_num_blocks(problem: Problem, cluster: Cluster) -> int:
     )
 
 
-def rank(problem: Problem, cluster: Cluster, topologies: Iterable[str] = PLANNED) -> list[Cost]:
+def by_cost(problem: Problem, cluster: Cluster, topologies: Iterable[str] = PLANNED) -> list[Cost]:
     """The costs of `topologies`, cheapest first; of two equal ones, the one named first."""
     return sorted((time_of(name, problem, cluster) for name in topologies), key=lambda cost: cost.seconds)
 
@@ -69,12 +69,12 @@ __all__ = [
     "PLANNED",
     "Cluster",
     "Cost",
+    "DirectionCost",
     "Link",
-    "Phase",
     "Problem",
     "best_num_blocks",
+    "by_cost",
     "gpu_cluster",
     "longest_chain",
-    "rank",
     "time_of",
 ]

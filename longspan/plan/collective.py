@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from longspan.plan.cluster import Cluster
-from longspan.plan.cost import Phase
+from longspan.plan.cost import DirectionCost
 from longspan.plan.problem import Problem
 
 
-def all_gather(problem: Problem, cluster: Cluster, backward: bool) -> Phase:
+def all_gather(problem: Problem, cluster: Cluster, backward: bool) -> DirectionCost:
     """LASP-2: one all-gather of n pairs a rank, then every rank folds the segments before its own.
 
     An all-gather passes blocks round a ring of the ranks: P − 1 steps, in each of which every rank sends n · (|U| + |A|) to the
@@ -18,10 +18,10 @@ def all_gather(problem: Problem, cluster: Cluster, backward: bool) -> Phase:
     steps = problem.num_ranks - 1
     block = problem.segments_per_rank * (problem.state if backward else problem.pair)
     folds = (problem.num_segments - 1) * cluster.fold(problem.fold_size(problem.num_rows), at_once=True)
-    return Phase(steps * cluster.gather_step(block) + folds, folds, steps * block, steps, steps)
+    return DirectionCost(steps * cluster.gather_step(block) + folds, folds, steps * block, steps, steps)
 
 
-def all_to_all(problem: Problem, cluster: Cluster, backward: bool) -> Phase:
+def all_to_all(problem: Problem, cluster: Cluster, backward: bool) -> DirectionCost:
     """All-to-all by rows: every rank scans all segments for r = R / P rows, and sends back what enters each segment.
 
     Two all-to-alls, n · (|U| + |A|) · (P − 1) / P a rank there (n · |U| · (P − 1) / P backward) and n · |U| · (P − 1) / P back,
@@ -42,10 +42,10 @@ def all_to_all(problem: Problem, cluster: Cluster, backward: bool) -> Phase:
     seconds += (problem.num_segments - 1) * cluster.fold(problem.fold_size(largest), at_once=True)
     sent = max(sent_by_rows(ranks, rows, own, stretches, there, problem.row_state) for own in shares)
     messages = max(messages_by_rows(ranks, rows, own > 0) for own in shares)
-    return Phase(seconds, 0.0, sent, messages, 2)
+    return DirectionCost(seconds, 0.0, sent, messages, 2)
 
 
-def two_level(problem: Problem, cluster: Cluster, backward: bool) -> Phase:
+def two_level(problem: Problem, cluster: Cluster, backward: bool) -> DirectionCost:
     """All-to-all by rows inside each of N nodes of m ranks, and for the nodes' runs of segments along rails of N ranks.
 
     In its node a rank takes R / m rows of the node's n runs of m segments, composes each run to one pair in m − 1 steps, and folds
@@ -80,7 +80,7 @@ def two_level(problem: Problem, cluster: Cluster, backward: bool) -> Phase:
         for own, part in shares
     ]
     steps = 2 * (members > 1) + 2 * (nodes > 1)
-    return Phase(seconds, 0.0, max(sent), max(messages), steps)
+    return DirectionCost(seconds, 0.0, max(sent), max(messages), steps)
 
 
 def _shares(rows: int, members: int) -> set[int]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Phase:
+class DirectionCost:
     """One direction of an exchange.
 
     seconds: from the start until the last rank has what it needs.
@@ -30,8 +30,8 @@ class Cost:
     """What one exchange costs with a topology; num_blocks is set where the topology has blocks."""
 
     topology: str
-    forward: Phase
-    backward: Phase
+    forward: DirectionCost
+    backward: DirectionCost
     num_blocks: int | None = None
 
     @property

@@ -8,11 +8,11 @@ the gradients of states go the same way in the other direction, with the same si
 from __future__ import annotations
 
 from longspan.plan.cluster import Cluster
-from longspan.plan.cost import Phase
+from longspan.plan.cost import DirectionCost
 from longspan.plan.problem import Problem
 
 
-def ring(problem: Problem, cluster: Cluster) -> Phase:
+def ring(problem: Problem, cluster: Cluster) -> DirectionCost:
     """LASP's ring: h hops, each a whole state, and a fold at each segment that the state passes.
 
     seconds = Σ_hops (latency + |U| / bandwidth) + folds · fold(R), with folds = h + n − 2 (n P − 2 for one document): the first
@@ -21,10 +21,10 @@ def ring(problem: Problem, cluster: Cluster) -> Phase:
     size = problem.fold_size(problem.num_rows)
     seconds = cluster.hops(problem.chain, _between_nodes(problem, cluster), problem.state, _folds(problem), size)
     messages = _messages(problem)
-    return Phase(seconds, 0.0, messages * problem.state, messages, problem.chain)
+    return DirectionCost(seconds, 0.0, messages * problem.state, messages, problem.chain)
 
 
-def pipelined(problem: Problem, cluster: Cluster, num_blocks: int) -> Phase:
+def pipelined(problem: Problem, cluster: Cluster, num_blocks: int) -> DirectionCost:
     """ZeCO's All-Scan: the ring in M blocks of the state, cut along V.
 
     The first block takes the ring's way, h hops of |U| / M and as many folds of a block. The M − 1 others follow it, each behind
@@ -38,10 +38,10 @@ def pipelined(problem: Problem, cluster: Cluster, num_blocks: int) -> Phase:
     first = cluster.hops(problem.chain, _between_nodes(problem, cluster), block, _folds(problem), size)
     seconds = first + (num_blocks - 1) * problem.segments_per_rank * cluster.follow(block, size)
     messages = _messages(problem)
-    return Phase(seconds, 0.0, messages * problem.state, messages * num_blocks, problem.chain - 1 + num_blocks)
+    return DirectionCost(seconds, 0.0, messages * problem.state, messages * num_blocks, problem.chain - 1 + num_blocks)
 
 
-def neighbour(problem: Problem, cluster: Cluster) -> Phase:
+def neighbour(problem: Problem, cluster: Cluster) -> DirectionCost:
     """One message a segment to the owner of the next, all at once, and no fold: for states that reach no further.
 
     seconds = latency + (n − 1) · gap + n · |U| / bandwidth, on the slower of the links inside and between nodes. For two
@@ -51,7 +51,7 @@ def neighbour(problem: Problem, cluster: Cluster) -> Phase:
         return ring(problem, cluster)
     messages = _messages(problem)
     seconds = cluster.to_next(messages * problem.state, messages)
-    return Phase(seconds, 0.0, messages * problem.state, messages, 1)
+    return DirectionCost(seconds, 0.0, messages * problem.state, messages, 1)
 
 
 def _messages(problem: Problem) -> int:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from longspan.errors import CheckpointError
 
-FORMAT = "longspan-checkpoint-1"
+CHECKPOINT_FORMAT = "longspan-checkpoint-1"
 MANIFEST = "manifest.json"
 _TEMPORARY = ".writing-"
 _DISCARDED = ".removing-"
@@ -165,7 +165,7 @@ def _folder_name(step: Any) -> str:
 
 
 def _manifest(step: Any, files: dict[str, dict[str, Any]]) -> bytes:
-    body = {"files": files, "format": FORMAT, "step": step}
+    body = {"files": files, "format": CHECKPOINT_FORMAT, "step": step}
     checksum = hashlib.sha256(_canonical(body)).hexdigest()
     return _canonical(body | {"sha256": checksum})
 
@@ -189,8 +189,8 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         values: Any = json.loads(content)
     except (OSError, ValueError, RecursionError) as error:
         raise _damaged(manifest, f"cannot be read: {error}") from error
-    if not isinstance(values, dict) or values.get("format") != FORMAT:
-        raise _damaged(manifest, f"is no manifest of format {FORMAT}")
+    if not isinstance(values, dict) or values.get("format") != CHECKPOINT_FORMAT:
+        raise _damaged(manifest, f"is no manifest of format {CHECKPOINT_FORMAT}")
     files = values.get("files")
     if not isinstance(files, dict) or not _is_manifest_of(content, values.get("step"), files):
         raise _damaged(manifest, "has changed since it was written: its checksum is another")

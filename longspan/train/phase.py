@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from longspan.launch import Place
 
 
-class Phase:
+class RunPhase:
     """The present activity and, once steps are made, the step it belongs to (counted from 1)."""
 
     def __init__(self) -> None:

@@ -10,14 +10,14 @@ from pathlib import Path
 import torch
 
 import longspan
-from longspan.data.prepare import PreparedData, Recipe, open_prepared, prepare
+from longspan.data.prepare import PreparedData, Recipe, open_prepared, prepare_corpus
 from longspan.errors import CheckpointError, ConfigError
 from longspan.launch import EXIT_DONE, EXIT_STOPPED, Place, StopRequest, num_cores
 from longspan.train import config as configs
 from longspan.train.checkpoint import Checkpoint, load_checkpoint, newest_checkpoint, remove_leftovers
 from longspan.train.config import Config
 from longspan.train.finish import finish
-from longspan.train.phase import Phase
+from longspan.train.phase import RunPhase
 from longspan.train.ranks import Ranks
 from longspan.train.report import Report
 from longspan.train.run_folder import RunFolder, create_run_folder, writing
@@ -37,7 +37,7 @@ def train(config: Config, place: Place, stop: StopRequest, resume: RunFolder | N
     Raises:
         LongspanError: for what the user can mend, on every rank.
     """
-    phase = Phase()
+    phase = RunPhase()
     with phase.noted(place):
         torch.set_num_threads(config.parallel.threads or max(1, num_cores() // place.local_world_size))
         phase.name = "meeting the other ranks"
@@ -49,11 +49,11 @@ def train(config: Config, place: Place, stop: StopRequest, resume: RunFolder | N
 
 
 def train_on(
-    ranks: Ranks, config: Config, stop: StopRequest, resume: RunFolder | None = None, phase: Phase | None = None
+    ranks: Ranks, config: Config, stop: StopRequest, resume: RunFolder | None = None, phase: RunPhase | None = None
 ) -> int:
     """`train` on ranks that have met."""
     start = time.perf_counter()
-    phase = phase or Phase()
+    phase = phase or RunPhase()
     torch.manual_seed(config.train.seed)
     ranks.agree(_facts(config, resume))
     ranks.arrange(configs.check_degrees(config, ranks.world_size), config.parallel.sp)
@@ -137,7 +137,7 @@ def _prepare_data(config: Config, folder: RunFolder, ranks: Ranks) -> PreparedDa
         vocab_size=data.vocab_size,
         seed=config.train.seed,
     )
-    ranks.from_first(lambda: prepare(recipe, path))
+    ranks.from_first(lambda: prepare_corpus(recipe, path))
     prepared = ranks.together(lambda: open_prepared(path))
     ranks.agree(prepared.fingerprint)
     return prepared
@@ -149,7 +149,7 @@ def _build(
     folder: RunFolder,
     data: PreparedData,
     report: Report,
-    phase: Phase,
+    phase: RunPhase,
     saved: Checkpoint | None,
 ) -> Trainer:
     trainer = Trainer(config, ranks, folder, data, report, phase)

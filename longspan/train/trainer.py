@@ -33,7 +33,7 @@ from longspan.train.optimizer import (
     optimizer_tensors,
     set_learning_rate,
 )
-from longspan.train.phase import Phase
+from longspan.train.phase import RunPhase
 from longspan.train.ranks import Ranks
 from longspan.train.report import Report
 from longspan.train.run_folder import RunFolder
@@ -49,7 +49,7 @@ class Trainer:
     """Model, optimizer, data and counters of a run; `step` is the number of optimizer steps that are behind it."""
 
     def __init__(
-        self, config: Config, ranks: Ranks, folder: RunFolder, data: PreparedData, report: Report, phase: Phase
+        self, config: Config, ranks: Ranks, folder: RunFolder, data: PreparedData, report: Report, phase: RunPhase
     ) -> None:
         self.config = config
         self.ranks = ranks

@@ -10,12 +10,12 @@ import pytest
 
 from longspan.layout import Order, SequenceLayout
 from longspan.layout.visibility import (
-    Block,
     Run,
     Visibility,
+    VisibleBlock,
     difference,
     intersection,
-    inverse,
+    inverse_places,
     located,
     needed_keys,
     plan_blocks,
@@ -33,7 +33,7 @@ def sees(visibility: Visibility, query: int, key: int) -> bool:
     return same and near and (key <= query or not visibility.causal)
 
 
-def pairs_of(block: Block) -> list[tuple[int, int]]:
+def pairs_of(block: VisibleBlock) -> list[tuple[int, int]]:
     visible = {
         "full": lambda query, key: True,
         "causal": lambda query, key: key <= query,
@@ -112,7 +112,7 @@ def test_runs_are_sets_of_positions() -> None:
 
 def test_an_inverse_puts_tokens_where_they_go() -> None:
     places = [(4, 7), (0, 1), (3, 4), (1, 3)]
-    sources = positions(inverse(places))
+    sources = positions(inverse_places(places))
     assert [positions(places)[source] for source in sources] == list(range(7))
 
 

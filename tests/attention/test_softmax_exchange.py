@@ -145,7 +145,7 @@ def order_of_ring() -> tuple[list[str], list[str]]:
     """Sends of keys and of gradients, waits and blocks of this rank, in order, forward and backward."""
     events: list[str] = []
     modules: list[tuple[Any, str, str]] = [
-        (ring.Ring, "_send", "keys"),
+        (ring.RingKeys, "_send", "keys"),
         (ring._Grads, "pass_on", "grads"),
         (Flight, "wait", "wait"),
         (tiles, "block_forward", "block"),

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from longspan.data.prepare import Recipe, open_prepared, prepare
+from longspan.data.prepare import Recipe, open_prepared, prepare_corpus
 from longspan.data.tokens import open_token_file, sidecar_path, write_token_file
 from longspan.errors import DataError
 
@@ -106,9 +106,9 @@ def recipe(tmp_path: Path) -> Recipe:
 
 def test_prepared_data_opens_and_is_not_prepared_twice(recipe: Recipe, tmp_path: Path) -> None:
     folder = tmp_path / "data"
-    prepare(recipe, folder)
+    prepare_corpus(recipe, folder)
     written = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
-    prepare(recipe, folder)
+    prepare_corpus(recipe, folder)
     assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == written
     data = open_prepared(folder)
     ends = [stop - 1 for stop in data.train.info.documents[1:]]
@@ -120,36 +120,36 @@ def test_prepared_data_opens_and_is_not_prepared_twice(recipe: Recipe, tmp_path:
 
 
 def test_preparing_twice_gives_the_same_bytes(recipe: Recipe, tmp_path: Path) -> None:
-    prepare(recipe, tmp_path / "one")
-    prepare(recipe, tmp_path / "two")
+    prepare_corpus(recipe, tmp_path / "one")
+    prepare_corpus(recipe, tmp_path / "two")
     assert open_prepared(tmp_path / "one").fingerprint == open_prepared(tmp_path / "two").fingerprint
 
 
 def test_data_prepared_otherwise_is_refused(recipe: Recipe, tmp_path: Path) -> None:
-    prepare(recipe, tmp_path / "data")
+    prepare_corpus(recipe, tmp_path / "data")
     other = Recipe(**(vars(recipe) | {"vocab_size": 270}))
     with pytest.raises(DataError, match="prepared otherwise: vocab_size was 280, now 270"):
-        prepare(other, tmp_path / "data")
+        prepare_corpus(other, tmp_path / "data")
 
 
 def test_another_tokenizer_than_at_preparation_is_refused(recipe: Recipe, tmp_path: Path) -> None:
-    prepare(recipe, tmp_path / "data")
+    prepare_corpus(recipe, tmp_path / "data")
     (tmp_path / "data" / "tokenizer.json").write_text('{"kind": "bytes"}')
     with pytest.raises(DataError, match=r"tokenizer.json is not the tokenizer that train.bin was prepared with"):
         open_prepared(tmp_path / "data")
 
 
 def test_a_vocabulary_that_is_not_the_tokenizers_is_refused(recipe: Recipe, tmp_path: Path) -> None:
-    prepare(recipe, tmp_path / "data")
+    prepare_corpus(recipe, tmp_path / "data")
     change(tmp_path / "data" / "train.bin", vocab_size=1000)
     with pytest.raises(DataError, match="was prepared for a vocabulary of 1000; the tokenizer has"):
         open_prepared(tmp_path / "data")
 
 
 def test_a_preparation_that_was_cut_off_is_made_again(recipe: Recipe, tmp_path: Path) -> None:
-    prepare(recipe, tmp_path / "data")
+    prepare_corpus(recipe, tmp_path / "data")
     expected = open_prepared(tmp_path / "data").fingerprint
     (tmp_path / "data" / "recipe.json").unlink()
     (tmp_path / "data" / "train.bin").write_bytes(b"half")
-    prepare(recipe, tmp_path / "data")
+    prepare_corpus(recipe, tmp_path / "data")
     assert open_prepared(tmp_path / "data").fingerprint == expected

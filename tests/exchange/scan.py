@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 
 from longspan.exchange import Topology, start_exchange
+from longspan.exchange.segments import own_segments
 from longspan.layout import SequenceLayout
-from longspan.layout.gathered import own_segments
 from longspan.state import Dense, Identity, Pair, Transition, exclusive_scan
 from tests.compare import relative_error
 from tests.unwritten import unwritten_memory_is_nan

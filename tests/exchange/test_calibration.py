@@ -156,7 +156,7 @@ def cluster_of_a_known_network() -> Cluster:
         patch.setattr(calibration, "dist", network)
         patch.setattr(calibration, "all_gather_single", network.all_gather)
         patch.setattr(calibration, "exclusive_scan", network.scan)
-        patch.setattr(timing.Ranks, "one", lambda _, function: network.time(function))
+        patch.setattr(timing.RankClock, "one", lambda _, function: network.time(function))
         patch.setattr(calibration, "Chain", network.chain)
         return measured_cluster(layout, CPU)
 

@@ -10,7 +10,7 @@ import torch
 import longspan
 from longspan.errors import InputError
 from longspan.exchange import TOPOLOGIES, resolve_topology
-from longspan.exchange.wire import pack, unpack_parameter, unpack_states, wire_bytes
+from longspan.exchange.wire import pack_pairs, unpack_parameter, unpack_states, wire_bytes
 from longspan.layout import SequenceLayout
 from longspan.state import Dense, ScalarDecay, Transition
 from tests.compare import worst
@@ -74,7 +74,7 @@ def test_transitions_cross_the_wire_bit_for_bit_and_states_rounded_once(
     # An odd number of numbers a state, so that what follows it is not aligned.
     states, parameter = torch.randn(3, 1, 5, 3, dtype=dtype), torch.randn(3, 2, 4, dtype=dtype)
     parameter[0, 0] = torch.tensor([-torch.inf, torch.nan, 1e-40, -0.0], dtype=dtype)
-    rows = pack(states, parameter, state_dtype)
+    rows = pack_pairs(states, parameter, state_dtype)
     assert rows.nbytes == wire_bytes(states.numel(), parameter.numel(), dtype, state_dtype)
     arrived = unpack_states(rows, states.shape[1:], dtype)
     assert arrived.dtype == dtype
@@ -85,7 +85,7 @@ def test_transitions_cross_the_wire_bit_for_bit_and_states_rounded_once(
 
 def test_without_transitions_the_wire_holds_states_alone() -> None:
     states = torch.randn(2, 3, 5).transpose(1, 2)
-    rows = pack(states)
+    rows = pack_pairs(states)
     assert rows.is_contiguous() and rows.shape == (2, 15)
     assert torch.equal(unpack_states(rows, (5, 3), torch.float32), states)
 

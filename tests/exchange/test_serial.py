@@ -19,7 +19,7 @@ from longspan.exchange import messages as messages_module
 from longspan.exchange.chain import Chain, Passage, chain_of, order_of
 from longspan.exchange.groups import new_group_beside
 from longspan.exchange.messages import Mailbox, Receipt
-from longspan.exchange.topologies.neighbour import applies
+from longspan.exchange.topologies.neighbour import only_neighbours_meet
 from longspan.exchange.topologies.pipelined import Pipelined
 from longspan.layout import SequenceLayout
 from longspan.ops.variants import VARIANTS
@@ -259,16 +259,18 @@ def test_neighbour_holds_where_no_document_passes_through_a_third_rank(
 ) -> None:
     for layout in layouts_of(40, num_ranks, order, documents):
         _, own = pair_of(ScalarDecay, layout)
-        assert applies(own, layout) is holds
+        assert only_neighbours_meet(own, layout) is holds
 
 
 @pytest.mark.parametrize(("log_decay", "holds"), [(-120.0, True), (-100.0, False)])
 def test_neighbour_holds_for_decays_that_are_zero_over_a_segment_in_float32(log_decay: float, holds: bool) -> None:
     for layout in layouts_of(40, 4, "contiguous", None):
         parameter = torch.tensor([[log_decay, -1e4]]).expand(4, 2)
-        assert applies(Pair(HeadDecay(parameter), torch.zeros(1, 1, 2, 3, 3)), layout) is holds
+        assert only_neighbours_meet(Pair(HeadDecay(parameter), torch.zeros(1, 1, 2, 3, 3)), layout) is holds
         # The same decay is far from zero in float64.
-        assert not applies(Pair(HeadDecay(parameter.double()), torch.zeros(1, 1, 2, 3, 3).double()), layout)
+        assert not only_neighbours_meet(
+            Pair(HeadDecay(parameter.double()), torch.zeros(1, 1, 2, 3, 3).double()), layout
+        )
 
 
 def test_documents_and_decays_cut_the_chain_together() -> None:
@@ -276,8 +278,8 @@ def test_documents_and_decays_cut_the_chain_together() -> None:
     parameter = torch.tensor([[0.0], [-1e4], [0.0], [0.0]])
     for layout in layouts_of(40, 4, "contiguous", [0, 25, 40]):
         transition = HeadDecay(parameter).cut([s.starts_document for s in layout.all_segments])
-        assert applies(Pair(transition, torch.zeros(1, 1, 1, 3, 3)), layout)
-        assert not applies(Pair(ScalarDecay(torch.zeros(1, 1, 1)), torch.zeros(1, 1, 1, 3, 3)), layout)
+        assert only_neighbours_meet(Pair(transition, torch.zeros(1, 1, 1, 3, 3)), layout)
+        assert not only_neighbours_meet(Pair(ScalarDecay(torch.zeros(1, 1, 1)), torch.zeros(1, 1, 1, 3, 3)), layout)
 
 
 def refused_neighbour() -> list[Any]:
@@ -331,11 +333,11 @@ def test_a_decay_on_another_device_is_read_once_a_version(monkeypatch: pytest.Mo
     log_decay, decay_value = torch.empty(2, device="meta"), -20.0
     layout = SequenceLayout.for_rank(40, 4, 0)
     pair = Pair(HeadDecay(torch.empty(4, 2, device="meta"), log_decay), torch.zeros(1, 1, 2, 3, 3))
-    assert [applies(pair, layout) for _ in range(3)] == [True] * 3
+    assert [only_neighbours_meet(pair, layout) for _ in range(3)] == [True] * 3
     assert reads == ["meta"]
     log_decay.mul_(0.5)
     decay_value = -1.0
-    assert [applies(pair, layout) for _ in range(3)] == [False] * 3
+    assert [only_neighbours_meet(pair, layout) for _ in range(3)] == [False] * 3
     assert reads == ["meta"] * 2
     assert len(neighbour._read) >= 1
 

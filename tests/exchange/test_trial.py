@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from longspan.exchange import Auto, record_traffic
 from longspan.exchange.auto import calibration, trial
-from longspan.exchange.auto.timing import Ranks
+from longspan.exchange.auto.timing import RankClock
 from longspan.exchange.topologies.all_gather import AllGather
 from longspan.exchange.topologies.ring import Ring
 from longspan.layout import SequenceLayout
@@ -101,7 +101,7 @@ def tried_for_real() -> tuple[list[float | None], list[str], int, bool]:
     candidates = [trial.Candidate(AllGather(), 0.0), trial.Candidate(ring, 0.0), trial.Candidate(ring, 1e9)]
     with record_traffic() as traffic, Seen() as seen:
         found = trial.try_out(candidates, pair, layout)
-    forward, backward = trial.exchange_seconds(ring, pair, pair.state, Ranks(layout, pair.state.device))
+    forward, backward = trial.exchange_seconds(ring, pair, pair.state, RankClock(layout, pair.state.device))
     return [*found, forward, backward], seen.names, traffic.num_collectives, bool((pair.state == 1).all())
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from longspan.errors import ConfigError
 from longspan.models import LinearLlama3Config
-from longspan.models.gates import DECAYS
+from longspan.models.gates import GATE_BUILDERS
 from longspan.ops.variants import VARIANTS
 
 
@@ -29,7 +29,7 @@ def test_each_linear_layer_can_have_its_own_operator() -> None:
 
 
 def test_every_operator_of_a_layer_is_a_variant() -> None:
-    assert set(DECAYS) <= set(VARIANTS)
+    assert set(GATE_BUILDERS) <= set(VARIANTS)
 
 
 def test_a_config_survives_json() -> None:

@@ -22,7 +22,7 @@ from longspan.attention.softmax import write_softmax
 from longspan.errors import InputError
 from longspan.exchange.options import Exchange as ExchangeOptions
 from longspan.models import LinearLlama3
-from longspan.models.gates import DECAYS
+from longspan.models.gates import GATE_BUILDERS
 from longspan.recipes import write_normalized
 from tests.compare import relative_error, worst
 from tests.models.tiny import random_tokens, tiny_model
@@ -90,7 +90,7 @@ def call(model: LinearLlama3, tokens: Tensor, layout: SequenceLayout) -> Tensor:
     return logits
 
 
-@pytest.mark.parametrize("operator", ["simple_gla", *(pytest.param(n, marks=pytest.mark.slow) for n in DECAYS)])
+@pytest.mark.parametrize("operator", ["simple_gla", *(pytest.param(n, marks=pytest.mark.slow) for n in GATE_BUILDERS)])
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_copies_of_a_parallel_model_are_parallel_and_a_loaded_one_is_a_model(num_ranks: int, operator: str) -> None:
     for differences in run_on_ranks(num_ranks, copies_of_a_model, operator):

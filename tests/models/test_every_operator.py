@@ -12,7 +12,7 @@ from torch import Tensor
 from longspan import SequenceLayout, parallelize, sum_gradients
 from longspan.errors import ConfigError
 from longspan.models import LinearLlama3, LinearLlama3Config
-from longspan.models.gates import DECAYS, ChannelDecay, WriteStrength
+from longspan.models.gates import GATE_BUILDERS, ChannelDecayGate, WriteStrength
 from longspan.models.mixers import LinearMixer
 from longspan.ops.variants import VARIANTS
 from longspan.state import Dense
@@ -22,7 +22,7 @@ from tests.ranks import run_on_ranks
 
 
 def test_every_operator_makes_a_layer() -> None:
-    assert list(DECAYS) == list(VARIANTS)
+    assert list(GATE_BUILDERS) == list(VARIANTS)
 
 
 def test_an_unknown_operator_is_refused_with_the_names_of_all() -> None:
@@ -93,7 +93,7 @@ def test_keys_of_a_delta_rule_have_unit_length(operator: str) -> None:
 
 def test_gates_of_a_bfloat16_layer_are_float32() -> None:
     x = torch.randn(2, 30, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
-    decay, strength = ChannelDecay(16, 4, 6).bfloat16(), WriteStrength(16, 4).bfloat16()
+    decay, strength = ChannelDecayGate(16, 4, 6).bfloat16(), WriteStrength(16, 4).bfloat16()
     g, beta = decay(x)["g"], strength(x)["beta"]
     assert g.shape == (2, 30, 4, 6)
     assert beta.shape == (2, 30, 4)
@@ -102,5 +102,5 @@ def test_gates_of_a_bfloat16_layer_are_float32() -> None:
 
 
 def test_channel_decays_start_at_the_stated_time_constant() -> None:
-    g = ChannelDecay(16, 4, 6)(torch.zeros(1, 1, 16))["g"]
+    g = ChannelDecayGate(16, 4, 6)(torch.zeros(1, 1, 16))["g"]
     torch.testing.assert_close(-1 / g, torch.full_like(g, 23.08), rtol=1e-3, atol=0)

@@ -13,14 +13,14 @@ import torch.nn.functional as F
 from longspan.errors import InputError, LayoutError
 from longspan.layout import SequenceLayout
 from longspan.models import LinearLlama3, LinearLlama3Config
-from longspan.models.gates import DECAYS, FixedDecay, ScalarDecay
+from longspan.models.gates import GATE_BUILDERS, ConstantDecayGate, ScalarDecayGate
 from longspan.models.layers import rotate, rotation
 from longspan.models.mixers import LinearCache, SoftmaxCache
 from tests.compare import relative_error, worst
 from tests.models.tiny import random_tokens, tiny_model
 
 HYBRIDS: list[dict[str, Any]] = [
-    *({"operator": operator} for operator in DECAYS),
+    *({"operator": operator} for operator in GATE_BUILDERS),
     {"pattern": "NL", "operator": ("retention", "simple_gla"), "num_kv_heads": None, "tie_embeddings": True},
     {"pattern": "N", "num_kv_heads": 1, "head_dim": 6},
     {"pattern": "LN", "window": 20},
@@ -86,7 +86,7 @@ def test_packed_documents_are_as_if_each_were_alone(changes: dict[str, Any]) -> 
     assert relative_error(packed, torch.cat(alone, dim=1)) < 1e-11
 
 
-@pytest.mark.parametrize("operator", DECAYS)
+@pytest.mark.parametrize("operator", GATE_BUILDERS)
 def test_initial_weights_depend_on_the_seed_alone(operator: str) -> None:
     config = LinearLlama3Config(vocab_size=50, dim=32, hidden_dim=48, operator=operator)
     model, other = LinearLlama3(config), LinearLlama3(config)
@@ -135,7 +135,7 @@ def test_number_of_parameters_and_operations() -> None:
     assert windowed.flops_per_token(200) == 6 * matrices + 12 * 32 * 8 + 12 * 32 * (50 * 0.75 + 25 * 0.25)
 
 
-@pytest.mark.parametrize("operator", DECAYS)
+@pytest.mark.parametrize("operator", GATE_BUILDERS)
 def test_a_bfloat16_model_stays_close_to_float32(operator: str) -> None:
     """Norms, decays and angles of a bfloat16 model are computed in float32, so a long sequence does not drift."""
     config = LinearLlama3Config(vocab_size=29, dim=32, hidden_dim=48, operator=operator)
@@ -151,7 +151,7 @@ def test_a_bfloat16_model_stays_close_to_float32(operator: str) -> None:
 
 
 def test_decays_are_float32_in_a_bfloat16_model() -> None:
-    fixed, scalar = FixedDecay(8).bfloat16(), ScalarDecay(16, 4).bfloat16()
+    fixed, scalar = ConstantDecayGate(8).bfloat16(), ScalarDecayGate(16, 4).bfloat16()
     log_decay = fixed(torch.zeros(1, 1, 16, dtype=torch.bfloat16))["log_decay"]
     assert log_decay.dtype == torch.float32
     torch.testing.assert_close(log_decay.exp(), 1 - 2.0 ** -torch.arange(5.0, 13.0))
@@ -161,7 +161,7 @@ def test_decays_are_float32_in_a_bfloat16_model() -> None:
 
 
 def test_scalar_decay_starts_with_mamba_2s_steps() -> None:
-    decay = ScalarDecay(16, 3).double()
+    decay = ScalarDecayGate(16, 3).double()
     g = decay(torch.zeros(1, 1, 16, dtype=torch.float64))["g"]
     torch.testing.assert_close(g[0, 0], -torch.tensor([0.001, 8.5 * 0.01, 1.6], dtype=torch.float64), rtol=1e-5, atol=0)
 
@@ -177,7 +177,7 @@ def test_rotary_embedding_keeps_relative_positions_exact_a_million_tokens_on() -
     assert not torch.allclose(scores[0], (q * k).sum(), atol=1e-2)
 
 
-@pytest.mark.parametrize("operator", DECAYS)
+@pytest.mark.parametrize("operator", GATE_BUILDERS)
 def test_the_loss_falls_on_a_text_that_repeats(operator: str) -> None:
     config = LinearLlama3Config(vocab_size=29, dim=32, num_layers=2, pattern="LN", hidden_dim=64, operator=operator)
     model = LinearLlama3(config)

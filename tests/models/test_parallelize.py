@@ -15,7 +15,7 @@ import longspan.parallel.parallelize as parallel_module
 from longspan import SequenceLayout, parallelize, record_traffic, sum_gradients
 from longspan.errors import InputError
 from longspan.models import LinearLlama3
-from longspan.models.gates import DECAYS
+from longspan.models.gates import GATE_BUILDERS
 from tests.compare import relative_error, worst
 from tests.models.tiny import random_tokens, tiny_model
 from tests.ranks import raised, run_on_ranks
@@ -64,7 +64,7 @@ def assert_equal(answers: list[dict[str, float]]) -> None:
         assert worst(answer) <= TOLERANCE, sorted(answer.items(), key=lambda item: -item[1])[:3]
 
 
-@pytest.mark.parametrize("operator", DECAYS)
+@pytest.mark.parametrize("operator", GATE_BUILDERS)
 @pytest.mark.parametrize("order", ["contiguous", "zigzag"])
 @pytest.mark.parametrize("num_ranks", [2, 3])
 def test_a_hybrid_over_ranks_equals_one_process(operator: str, order: str, num_ranks: int) -> None:

@@ -24,7 +24,8 @@ from torch import Tensor
 
 import longspan
 from longspan.errors import InputError
-from longspan.ops import VARIANTS, backends
+from longspan.ops import backends
+from longspan.ops.variants import VARIANTS
 from tests.attention.test_conformance import documents_of, errors_on_rank
 from tests.compare import relative_error, worst, worst_of
 from tests.ops.test_variants import run, unwritten_memory_is_nan, worst_error

@@ -11,9 +11,9 @@ import torch
 from longspan.errors import InputError
 from longspan.exchange import TOPOLOGIES, Exchange, record_traffic, resolve_topology
 from longspan.exchange.progress import run_beside
+from longspan.exchange.segments import own_segments
 from longspan.layout import SequenceLayout
-from longspan.layout.gathered import own_segments
-from longspan.plan import PLANNED, Cluster, Link, Problem, best_num_blocks, gpu_cluster, longest_chain, rank, time_of
+from longspan.plan import PLANNED, Cluster, Link, Problem, best_num_blocks, by_cost, gpu_cluster, longest_chain, time_of
 from longspan.state import ChannelDecay, Dense, HeadDecay, Identity, Pair, Transition
 from tests.exchange.scan import random_pair
 from tests.ranks import run_on_ranks
@@ -223,7 +223,7 @@ def test_what_a_rank_sends_grows_with_the_ranks_for_all_gather_alone() -> None:
 
 def test_many_nodes_make_two_level_the_cheapest() -> None:
     problem = replace(layer(4096), num_rows=16)
-    costs = rank(problem, gpu_cluster(4096), [name for name in PLANNED if name != "neighbour"])
+    costs = by_cost(problem, gpu_cluster(4096), [name for name in PLANNED if name != "neighbour"])
     assert costs[0].topology == "two_level"
     assert [cost.seconds for cost in costs] == sorted(cost.seconds for cost in costs)
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from longspan.data.documents import read_corpus
-from longspan.data.prepare import Recipe, open_prepared, prepare
+from longspan.data.prepare import Recipe, open_prepared, prepare_corpus
 from longspan.errors import CheckpointError, ConfigError, DataError, LongspanError
 from longspan.train.checkpoint import (
     MANIFEST,
@@ -181,7 +181,7 @@ def prepared(tmp_path: Path) -> tuple[Recipe, Path]:
     text = tmp_path / "text.jsonl"
     text.write_text("".join(json.dumps({"text": f"document number {number}"}) + "\n" for number in range(8)))
     recipe = Recipe(str(text), (".jsonl",), "text", 10**6, 0.3, "bpe", 270, 0)
-    prepare(recipe, tmp_path / "data")
+    prepare_corpus(recipe, tmp_path / "data")
     return recipe, tmp_path / "data"
 
 
@@ -190,7 +190,7 @@ def test_any_prepared_file_is_whole_or_refused(prepared: tuple[Recipe, Path], na
     recipe, folder = prepared
 
     def read() -> None:
-        prepare(recipe, folder)
+        prepare_corpus(recipe, folder)
         open_prepared(folder)
 
     path = folder / name
@@ -204,7 +204,7 @@ def test_data_that_cannot_be_written_is_refused(prepared: tuple[Recipe, Path], t
     (tmp_path / "file").write_text("no folder")
     for folder in (tmp_path / "file", tmp_path / ("x" * 5000)):
         with pytest.raises(DataError, match=r"another data\.folder"):
-            prepare(prepared[0], folder)
+            prepare_corpus(prepared[0], folder)
 
 
 # -------------------------------------------------------------------------------------------------- config and run folder

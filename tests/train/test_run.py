@@ -16,7 +16,7 @@ import torch.distributed as dist
 from longspan.attention.linear import LinearMemory
 from longspan.launch import EXIT_DONE, EXIT_STOPPED
 from longspan.layout import SequenceLayout
-from longspan.models.gates import DECAYS
+from longspan.models.gates import GATE_BUILDERS
 from longspan.train.checkpoint import load_checkpoint, newest_checkpoint
 from longspan.train.config import Config
 from longspan.train.loss import loss_sum
@@ -261,7 +261,7 @@ def test_many_bad_steps_in_a_row_stop_the_run_with_its_checkpoint(corpus: Path, 
     assert [path.name for path in sorted((run / "checkpoints").iterdir())] == ["step-00000003", "step-00000004"]
 
 
-@pytest.mark.parametrize("operator", DECAYS)
+@pytest.mark.parametrize("operator", GATE_BUILDERS)
 def test_a_diverging_run_skips_its_steps_whatever_the_operator(corpus: Path, tmp_path: Path, operator: str) -> None:
     run = tmp_path / "run"
     values = {"model__operator": operator, "train__max_skipped_steps": 2, "validation__every": 1}

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from longspan.attention.softmax.packing import add_packed, pack, pack_into, take, unpack
+from longspan.attention.softmax.packing import add_packed, pack_into, pack_keys, take_runs, unpack
 from longspan.attention.softmax.pair import Grads, KeyExchange, KeyGrads, own_blocks
 from longspan.collectives import all_gather_single
 from longspan.exchange.steps import launch
@@ -32,27 +32,27 @@ from longspan.exchange.swap import Flight, swap
 from longspan.exchange.traffic import note_collective
 from longspan.layout import SequenceLayout
 from longspan.layout.visibility import (
-    Block,
     Run,
     Visibility,
+    VisibleBlock,
     difference,
     intersection,
-    inverse,
+    inverse_places,
     length,
     located,
     needed_keys,
     plan_blocks,
 )
-from longspan.ops.softmax.merge import Merged, Queries
+from longspan.ops.softmax.merge import Merged, QueryTile
 
 
 @dataclass(frozen=True)
 class GatherPlan:
     """What one rank computes and exchanges: the keys it needs of others stand in its *buffer*, in global order."""
 
-    local: tuple[Block, ...]
+    local: tuple[VisibleBlock, ...]
     """Blocks on this rank's own keys."""
-    remote: tuple[Block, ...]
+    remote: tuple[VisibleBlock, ...]
     """Blocks on the buffer."""
     exchanges: bool
     """Whether any rank needs another's keys; the same on all of them."""
@@ -104,7 +104,7 @@ def _plan(layout: SequenceLayout, visibility: Visibility) -> GatherPlan:
         arriving = [run for own in held for run in (*own, (length(own) - longest, 0))]
         arrivals = located(buffer, arriving)
     else:
-        arrivals = inverse([run for runs in returns for run in runs])
+        arrivals = inverse_places([run for runs in returns for run in runs])
     return GatherPlan(
         local=own_blocks(layout, visibility),
         remote=plan_blocks(held[rank], buffer, visibility),
@@ -116,7 +116,7 @@ def _plan(layout: SequenceLayout, visibility: Visibility) -> GatherPlan:
     )
 
 
-class AllGather(KeyExchange):
+class AllGatherKeys(KeyExchange):
     """The collectives of one layer: what brings the keys in its forward, what returns their gradients in its backward."""
 
     def __init__(self, layout: SequenceLayout, visibility: Visibility) -> None:
@@ -147,7 +147,7 @@ class AllGather(KeyExchange):
             )
             self._arriving = Flight(work, everyone, mine)
         else:
-            mine = pack(k, v, [run for runs in plan.departures for run in runs])
+            mine = pack_keys(k, v, [run for runs in plan.departures for run in runs])
             self._arriving = swap(mine, plan.num_departing, plan.num_arriving, layout, "forward")
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -164,7 +164,7 @@ class AllGather(KeyExchange):
             if self._arriving is None:
                 self.start(k, v)
             assert self._arriving is not None
-            self._buffer = take(self._arriving.wait(), self._plan.arrivals)
+            self._buffer = take_runs(self._arriving.wait(), self._plan.arrivals)
             self._arriving = None
         return self._buffer
 
@@ -176,10 +176,10 @@ class AllGather(KeyExchange):
     ) -> tuple[Tensor, Grads | None]:
         q, k, v, out, lse, buffer = saved
         plan = self._plan
-        queries = Queries(q, out, lse, grad_out, scale)
+        queries = QueryTile(q, out, lse, grad_out, scale)
         grads = queries.backward(plan.remote, *unpack(buffer))
         if returns_key_grads:
-            mine = pack(grads[0].to(k.dtype), grads[1].to(k.dtype), [run for runs in plan.returns for run in runs])
+            mine = pack_keys(grads[0].to(k.dtype), grads[1].to(k.dtype), [run for runs in plan.returns for run in runs])
             self._returning[read] = swap(mine, plan.num_arriving, plan.num_departing, self._layout, "backward")
         # They are on their way: the blocks below need the memory.
         del grads

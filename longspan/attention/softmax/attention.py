@@ -10,11 +10,11 @@ from torch import Tensor
 
 from longspan.attention.memory import StepMemory
 from longspan.attention.opaque import bounds_of
-from longspan.attention.softmax.all_gather import AllGather
+from longspan.attention.softmax.all_gather import AllGatherKeys
 from longspan.attention.softmax.choice import Shapes, choose
 from longspan.attention.softmax.opaque import SOFTMAX, with_positive_scale
 from longspan.attention.softmax.pair import Local, Reader
-from longspan.attention.softmax.ring import Ring
+from longspan.attention.softmax.ring import RingKeys
 from longspan.attention.softmax.ulysses import Ulysses
 from longspan.checks import (
     Unchanged,
@@ -35,9 +35,13 @@ from longspan.tracing import breaks_graphs, has_no_values, outside_graphs, unsee
 SoftmaxMethod = Literal["auto", "all_gather", "ring", "ulysses"]
 SOFTMAX_METHODS: tuple[SoftmaxMethod, ...] = ("auto", "all_gather", "ring", "ulysses")
 NAME = "softmax attention"
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+SOFTMAX_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
-EXCHANGES: dict[str, type[AllGather | Ring | Ulysses]] = {"all_gather": AllGather, "ring": Ring, "ulysses": Ulysses}
+EXCHANGES: dict[str, type[AllGatherKeys | RingKeys | Ulysses]] = {
+    "all_gather": AllGatherKeys,
+    "ring": RingKeys,
+    "ulysses": Ulysses,
+}
 """The code of each method."""
 
 
@@ -244,8 +248,8 @@ def _check_keys(k: Tensor, v: Tensor) -> None:
             f"got k {tuple(k.shape)} and v {tuple(v.shape)}. Heads are a dimension of their own: k.unflatten(-1, (H_kv, D))"
         )
     check_not_empty(NAME, "k", k)
-    if k.dtype not in DTYPES:
-        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+    if k.dtype not in SOFTMAX_DTYPES:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in SOFTMAX_DTYPES)
         raise InputError(
             f"softmax attention takes {names}; got k of {k.dtype}. Convert it with k.float() or .to(dtype)"
         )

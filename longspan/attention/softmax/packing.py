@@ -17,7 +17,7 @@ MOSTLY = 0.75
 """A view keeps all of its memory: tokens that are less than this part of a buffer are copied instead."""
 
 
-def pack(k: Tensor, v: Tensor, runs: Sequence[Run]) -> Tensor:
+def pack_keys(k: Tensor, v: Tensor, runs: Sequence[Run]) -> Tensor:
     """The tokens of `runs`, one run after another, of k and v [B, T, H_kv, D]; in the dtype of k."""
     packed = k.new_empty((length(runs), k.shape[0], 2, *k.shape[2:]))
     pack_into(packed, k, v, runs)
@@ -25,7 +25,7 @@ def pack(k: Tensor, v: Tensor, runs: Sequence[Run]) -> Tensor:
 
 
 def pack_into(packed: Tensor, k: Tensor, v: Tensor, runs: Sequence[Run]) -> None:
-    """`pack`, into a tensor that is there."""
+    """`pack_keys`, into a tensor that is there."""
     offset = 0
     for start, stop in runs:
         for slot, x in enumerate((k, v)):
@@ -48,7 +48,7 @@ def add_packed(grads: tuple[Tensor, Tensor], runs: Sequence[Run], packed: Tensor
         offset += stop - start
 
 
-def take(packed: Tensor, runs: Sequence[Run]) -> Tensor:
+def take_runs(packed: Tensor, runs: Sequence[Run]) -> Tensor:
     """The tokens of `runs`, one run after another; a view where they lie so and are most of the tensor."""
     runs = [run for run in runs if run[0] < run[1]]
     if runs and touches(runs) and runs[-1][1] - runs[0][0] >= MOSTLY * packed.shape[0]:

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from longspan.first_order import first_order
 from longspan.layout import SequenceLayout
-from longspan.layout.visibility import Block, Visibility, plan_blocks
-from longspan.ops.softmax.merge import Merged, Queries
+from longspan.layout.visibility import Visibility, VisibleBlock, plan_blocks
+from longspan.ops.softmax.merge import Merged, QueryTile
 
 Grads = tuple[Tensor, Tensor]
 """dk and dv of this rank's tokens, [B, T, H_kv, D]."""
@@ -110,7 +110,7 @@ class Local(KeyExchange):
         self, grad_out: Tensor, saved: tuple[Tensor, ...], scale: float, read: int, returns_key_grads: bool
     ) -> tuple[Tensor, Grads | None]:
         q, k, v, out, lse = saved
-        queries = Queries(q, out, lse, grad_out, scale)
+        queries = QueryTile(q, out, lse, grad_out, scale)
         key_grads = queries.backward(self._blocks, k, v)
         return queries.dq, key_grads
 
@@ -146,7 +146,7 @@ def wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def own_blocks(layout: SequenceLayout, visibility: Visibility) -> tuple[Block, ...]:
+def own_blocks(layout: SequenceLayout, visibility: Visibility) -> tuple[VisibleBlock, ...]:
     """Blocks of this rank's queries on its own keys, planned once a layout."""
     return layout.cached(
         ("softmax_own_blocks", visibility),

@@ -28,12 +28,12 @@ import torch
 from torch import Tensor
 
 from longspan.attention.softmax.all_gather import remote_keys
-from longspan.attention.softmax.packing import add_packed, pack, pack_into, take, unpack
+from longspan.attention.softmax.packing import add_packed, pack_into, pack_keys, take_runs, unpack
 from longspan.attention.softmax.pair import Grads, KeyExchange, KeyGrads, own_blocks
 from longspan.exchange.swap import Flight, swap
 from longspan.layout import SequenceLayout
-from longspan.layout.visibility import Block, Run, Visibility, length, located, plan_blocks, union
-from longspan.ops.softmax.merge import Merged, Queries
+from longspan.layout.visibility import Run, Visibility, VisibleBlock, length, located, plan_blocks, union
+from longspan.ops.softmax.merge import Merged, QueryTile
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Journey:
 class Round:
     """What one rank does in round d, with the keys of the rank d places before it."""
 
-    blocks: tuple[Block, ...]
+    blocks: tuple[VisibleBlock, ...]
     """Blocks of this rank's queries on the message of keys."""
     leaving: tuple[Run, ...]
     """The tokens that leave for the next rank when the round begins: runs of the keys in hand, those of the round before.
@@ -89,7 +89,7 @@ class Round:
 class RingPlan:
     """What one rank computes and exchanges."""
 
-    local: tuple[Block, ...]
+    local: tuple[VisibleBlock, ...]
     rounds: tuple[Round, ...]
     own: Journey
     """The journey of this rank's keys."""
@@ -173,7 +173,7 @@ def _global(runs: Sequence[Run], held: Sequence[Run]) -> list[Run]:
     return found
 
 
-class Ring(KeyExchange):
+class RingKeys(KeyExchange):
     """The rounds of one layer."""
 
     def __init__(self, layout: SequenceLayout, visibility: Visibility) -> None:
@@ -206,7 +206,7 @@ class Ring(KeyExchange):
     ) -> tuple[Tensor, Grads | None]:
         q, k, v, out, lse = saved
         flight = self._depart(k, v, "backward")
-        queries = Queries(q, out, lse, grad_out, scale)
+        queries = QueryTile(q, out, lse, grad_out, scale)
         own = queries.backward(self._plan.local, k, v)
         grads = _Grads(self._layout, self._plan)
         for number, this in enumerate(self._plan.rounds):
@@ -234,11 +234,11 @@ class Ring(KeyExchange):
 
     def _depart(self, k: Tensor, v: Tensor, phase: str) -> Flight:
         """This rank's keys leave."""
-        return self._send(pack(k, v, self._plan.rounds[0].leaving), 0, phase)
+        return self._send(pack_keys(k, v, self._plan.rounds[0].leaving), 0, phase)
 
     def _pass_on(self, keys: Tensor, number: int, phase: str) -> Flight:
         """The keys in hand leave in round `number`, counted from 0, as far as they are needed."""
-        return self._send(take(keys, self._plan.rounds[number].leaving), number, phase)
+        return self._send(take_runs(keys, self._plan.rounds[number].leaving), number, phase)
 
     def _send(self, leaving: Tensor, number: int, phase: str) -> Flight:
         rank, num_ranks = self._layout.rank, self._layout.num_ranks
@@ -269,7 +269,7 @@ class _Grads:
         else:
             mine = keys.new_zeros((this.num_grads, *keys.shape[1:]), dtype=dtype)
             for slot, grad in enumerate(share):
-                rows = take(grad.transpose(0, 1), this.seen_in_keys)
+                rows = take_runs(grad.transpose(0, 1), this.seen_in_keys)
                 _add(mine[:, :, slot], this.seen_in_grads, rows)
         before = self._wait()
         if before is not None:

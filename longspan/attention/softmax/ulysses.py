@@ -22,13 +22,13 @@ import torch
 from torch import Tensor
 
 from longspan.attention.softmax.all_gather import remote_keys
-from longspan.attention.softmax.packing import take, unpack
+from longspan.attention.softmax.packing import take_runs, unpack
 from longspan.attention.softmax.pair import Grads, MovingExchange, wide
 from longspan.exchange.swap import Flight, swap
 from longspan.layout import SequenceLayout
-from longspan.layout.visibility import Block, Run, Visibility, inverse, plan_blocks, touches
+from longspan.layout.visibility import Run, Visibility, VisibleBlock, inverse_places, plan_blocks, touches
 from longspan.ops.softmax.block import near_keys
-from longspan.ops.softmax.merge import Merged, Queries
+from longspan.ops.softmax.merge import Merged, QueryTile
 
 
 def key_heads_of(rank: int, num_ranks: int, num_key_heads: int) -> Run:
@@ -42,7 +42,7 @@ class UlyssesPlan:
 
     exchanges: bool
     """Whether any rank sees another's keys."""
-    blocks: tuple[Block, ...]
+    blocks: tuple[VisibleBlock, ...]
     """Blocks of the whole sequence on itself."""
     to_sequence: tuple[Run, ...]
     """The runs of the ranks' tokens, laid rank by rank, that make the sequence."""
@@ -61,7 +61,7 @@ def _plan(layout: SequenceLayout, visibility: Visibility) -> UlyssesPlan:
     return UlyssesPlan(
         exchanges=any(remote_keys(layout, visibility)),
         blocks=plan_blocks(sequence, sequence, visibility, opening=True),
-        to_sequence=tuple(inverse(by_rank)),
+        to_sequence=tuple(inverse_places(by_rank)),
         to_ranks=tuple(by_rank),
     )
 
@@ -109,7 +109,7 @@ class Ulysses(MovingExchange):
         self, grad_out: Tensor, saved: tuple[Tensor, ...], scale: float, read: int, returns_key_grads: bool
     ) -> tuple[Tensor, Grads | None]:
         q, keys, values, out, lse = saved
-        queries = Queries(q, out, lse, grad_out, scale)
+        queries = QueryTile(q, out, lse, grad_out, scale)
         sources = self._key_heads(q.shape[2], q.device)
         grads = queries.backward(self._plan.blocks, _spread(keys, sources), _spread(values, sources))
         if returns_key_grads:
@@ -150,14 +150,14 @@ class Ulysses(MovingExchange):
             assert self._arriving is not None
             start, stop = self._heads_of(k.shape[2])[self._layout.rank]
             arrived = self._arriving.wait().view(self._layout.seq_len, k.shape[0], 2, stop - start, k.shape[3])
-            k, v = unpack(take(arrived, self._plan.to_sequence))
+            k, v = unpack(take_runs(arrived, self._plan.to_sequence))
             self._keys = near_keys(k), near_keys(v)
             self._arriving = None
         return self._keys
 
     def _return(self, grad: Tensor) -> Flight:
         """dk or dv [B, N, n, D] of the sequence on its way to the ranks that hold its tokens."""
-        sent = take(grad.transpose(0, 1), self._plan.to_ranks).contiguous()
+        sent = take_runs(grad.transpose(0, 1), self._plan.to_ranks).contiguous()
         numbers, own = sent[0].numel(), self._layout.num_local_tokens
         heads = self._heads_of(self._num_key_heads)
         arriving = [own * numbers // grad.shape[2] * (stop - start) for start, stop in heads]
@@ -208,12 +208,12 @@ class Ulysses(MovingExchange):
 
     def _wait_heads(self, flight: Flight) -> Tensor:
         """[B, N, h, D]"""
-        return take(flight.wait(), self._plan.to_sequence).transpose(0, 1)
+        return take_runs(flight.wait(), self._plan.to_sequence).transpose(0, 1)
 
     def _to_tokens(self, x: Tensor, phase: str) -> Flight:
         """[B, N, h, D] of this rank's heads, to all heads of the ranks' tokens."""
         num_ranks, num_tokens = self._layout.num_ranks, self._layout.num_local_tokens
-        sent = take(x.transpose(0, 1), self._plan.to_ranks).contiguous()
+        sent = take_runs(x.transpose(0, 1), self._plan.to_ranks).contiguous()
         return swap(sent, self._layout.tokens_of, [num_tokens] * num_ranks, self._layout, phase)
 
     def _wait_tokens(self, flight: Flight) -> Tensor:

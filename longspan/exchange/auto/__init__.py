@@ -1,1 +1,1 @@
-"""Which topology carries an exchange out: by a cost model, with figures stated or measured."""
+"""Which topology carries an exchange out: by a cost model with measured figures, and a trial."""

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from longspan.collectives import all_gather_single
 from longspan.errors import LayoutError
-from longspan.exchange.auto.timing import Ranks
+from longspan.exchange.auto.timing import RankClock
 from longspan.exchange.chain import Chain
 from longspan.exchange.groups import group_of, kept
 from longspan.exchange.nodes import nodes_of
@@ -77,7 +77,7 @@ def _measure(layout: SequenceLayout, device: torch.device, ranks_per_node: int) 
         _log.info(
             "measures the links of %d ranks and how fast they fold states, once for the process group", layout.num_ranks
         )
-    ranks = Ranks(layout, device)
+    ranks = RankClock(layout, device)
     num_ranks, rank = layout.num_ranks, layout.rank
     links: list[Link] = []
     if ranks_per_node > 1:
@@ -113,7 +113,7 @@ def _measure(layout: SequenceLayout, device: torch.device, ranks_per_node: int) 
 # -------------------------------------------------------------------------------------------------------------------- links
 
 
-def _measure_link(ranks: Ranks, distance: int, target: int, source: int) -> Link:
+def _measure_link(ranks: RankClock, distance: int, target: int, source: int) -> Link:
     """The kind of link between ranks 0 and `distance`; `target`, `source`: whom this rank sends to and hears at once with all."""
     rank = ranks.layout.rank
 
@@ -142,7 +142,7 @@ def _measure_link(ranks: Ranks, distance: int, target: int, source: int) -> Link
     return Link(latency, bandwidth, gap, sharing=max(1.0, (seconds - latency) * bandwidth / size))
 
 
-def _lead(ranks: Ranks, group: dist.ProcessGroup, other: int) -> list[float]:
+def _lead(ranks: RankClock, group: dist.ProcessGroup, other: int) -> list[float]:
     """Latency, gap, and a payload with its seconds, as measured by the one of two ranks that starts; `_follow` is the other."""
     word = _bytes(4, ranks.device)
 
@@ -165,7 +165,7 @@ def _lead(ranks: Ranks, group: dist.ProcessGroup, other: int) -> list[float]:
         size *= 4
 
 
-def _follow(ranks: Ranks, group: dist.ProcessGroup) -> None:
+def _follow(ranks: RankClock, group: dist.ProcessGroup) -> None:
     word = _bytes(4, ranks.device)
 
     def answer(x: Tensor, exchanges: int, times: int = 1) -> None:
@@ -200,7 +200,7 @@ def _bytes(size: int, device: torch.device) -> Tensor:
 # -------------------------------------------------------------------------------------------------------------- collectives
 
 
-def _measure_collectives(ranks: Ranks, link: Link) -> tuple[Link, Link]:
+def _measure_collectives(ranks: RankClock, link: Link) -> tuple[Link, Link]:
     """A step of an all-gather, and an all-to-all, of all ranks; `link` tells how large a payload takes long enough."""
     num_ranks = ranks.layout.num_ranks
     others = num_ranks - 1
@@ -230,7 +230,7 @@ def _measure_collectives(ranks: Ranks, link: Link) -> tuple[Link, Link]:
 # -------------------------------------------------------------------------------------------------------------------- chain
 
 
-def _measure_chain(ranks: Ranks, ranks_per_node: int) -> tuple[float, float]:
+def _measure_chain(ranks: RankClock, ranks_per_node: int) -> tuple[float, float]:
     """Seconds of a hop, and by which blocks follow each other, of states so small that their size does not matter."""
     num_ranks = ranks.layout.num_ranks
     layout = SequenceLayout(num_ranks, ranks.layout.group, ranks_per_node=ranks_per_node)
@@ -259,7 +259,7 @@ class _Folds:
     sharing: float
 
 
-def _measure_folds(ranks: Ranks) -> _Folds:
+def _measure_folds(ranks: RankClock) -> _Folds:
     small, decay, dense = (4, 1, 1, 4, 4), (4, 1, 16, 128, 128), (4, 1, 4, 128, 128)
 
     def alone(group: dist.ProcessGroup) -> list[float]:
@@ -275,12 +275,12 @@ def _measure_folds(ranks: Ranks) -> _Folds:
     return _Folds(latency, bandwidth, flops / products, max(1.0, at_once / decay_seconds))
 
 
-def _fold_seconds(ranks: Ranks, kind: type[Transition], shape: tuple[int, ...]) -> float:
+def _fold_seconds(ranks: RankClock, kind: type[Transition], shape: tuple[int, ...]) -> float:
     """Seconds of one fold of states ``[n, B, H, K, V]``, in a scan of n, on this rank."""
     return ranks.alone(_folds_of(ranks, kind, shape), _FOLD_REPEATS) / (shape[0] - 1)
 
 
-def _folds_of(ranks: Ranks, kind: type[Transition], shape: tuple[int, ...]) -> Callable[[], object]:
+def _folds_of(ranks: RankClock, kind: type[Transition], shape: tuple[int, ...]) -> Callable[[], object]:
     """A scan of states ``[n, B, H, K, V]``, which takes n − 1 folds."""
     states = torch.zeros(shape, device=ranks.device)
     pair = Pair(kind(torch.zeros(kind.parameter_shape(shape), device=ranks.device)), states)

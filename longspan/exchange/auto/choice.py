@@ -20,13 +20,13 @@ from longspan.exchange.groups import group_of, kept
 from longspan.exchange.nodes import nodes_of
 from longspan.exchange.topologies.all_gather import AllGather
 from longspan.exchange.topologies.all_to_all import AllToAll
-from longspan.exchange.topologies.neighbour import Neighbour, applies
+from longspan.exchange.topologies.neighbour import Neighbour, only_neighbours_meet
 from longspan.exchange.topologies.pipelined import Pipelined
 from longspan.exchange.topologies.ring import Ring
 from longspan.exchange.topologies.two_level import TwoLevel
 from longspan.exchange.topology import Topology, Unresolved
 from longspan.layout import SequenceLayout
-from longspan.plan import PLANNED, Cluster, Cost, Problem, rank
+from longspan.plan import PLANNED, Cluster, Cost, Problem, by_cost
 from longspan.state import Pair
 
 _log = logging.getLogger("longspan")
@@ -85,7 +85,7 @@ class Auto(Unresolved):
             InputError: if the given cluster has another number of ranks than the layout.
         """
         device, problem = pair.state.device, self._problem(pair, layout)
-        reaches_no_further = applies(pair, layout)
+        reaches_no_further = only_neighbours_meet(pair, layout)
         key = ("costs", self.cluster, device.type, layout.ranks_per_node, problem, reaches_no_further)
 
         def rank_topologies() -> list[Cost]:
@@ -93,7 +93,7 @@ class Auto(Unresolved):
             excluded = set() if reaches_no_further else {"neighbour"}
             if not _has_two_levels(layout, cluster):
                 excluded.add("two_level")
-            costs = rank(problem, cluster, [name for name in PLANNED if name not in excluded])
+            costs = by_cost(problem, cluster, [name for name in PLANNED if name not in excluded])
             if layout.rank == 0:
                 listed = ", ".join(f"{cost.topology} {cost.seconds * 1e3:.2f} ms" for cost in costs)
                 _log.info(

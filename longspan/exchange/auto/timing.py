@@ -16,7 +16,7 @@ from longspan.layout import SequenceLayout
 
 
 @dataclass(frozen=True)
-class Ranks:
+class RankClock:
     """The ranks that measure together, seen from one of them; each calls the same methods in the same order."""
 
     layout: SequenceLayout

@@ -17,7 +17,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from longspan.exchange.auto.timing import Ranks
+from longspan.exchange.auto.timing import RankClock
 from longspan.exchange.groups import group_of, kept
 from longspan.exchange.progress import run_beside
 from longspan.exchange.topology import Arrived, Topology
@@ -80,7 +80,7 @@ def _try_out(candidates: Sequence[Candidate], pair: Pair, layout: SequenceLayout
     transition = type(pair.transition)(torch.zeros_like(pair.transition.parameter))
     sample = Pair(transition, torch.zeros_like(pair.state))
     narrow = Pair(transition, sample.state[..., :1].contiguous())
-    ranks = Ranks(layout, pair.state.device)
+    ranks = RankClock(layout, pair.state.device)
     times: list[list[float]] = [[] for _ in candidates]
 
     def measure(number: int) -> None:
@@ -110,7 +110,7 @@ def _try_out(candidates: Sequence[Candidate], pair: Pair, layout: SequenceLayout
     return [statistics.median(taken) if taken else None for taken in times]
 
 
-def exchange_seconds(topology: Topology, pair: Pair, grad: Tensor, ranks: Ranks) -> tuple[float, float]:
+def exchange_seconds(topology: Topology, pair: Pair, grad: Tensor, ranks: RankClock) -> tuple[float, float]:
     """Seconds of one exchange forward, and backward: of the rank that takes longest, from when all are ready; equal on all ranks.
 
     topology: one that `Topology.resolve` returned. pair: as `Topology.start` takes it. grad: G ``[num_segments, B, H, K, V]``.

@@ -1,1 +1,1 @@
-"""The topologies, one a file."""
+"""The topologies, one per file."""

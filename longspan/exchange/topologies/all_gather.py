@@ -22,12 +22,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from longspan.collectives import all_gather_single
+from longspan.exchange.segments import gathered_rows, own_segments, reorder_rows
 from longspan.exchange.steps import Step, launch
 from longspan.exchange.topology import Arrived, Handle, ReverseHandle, Topology
 from longspan.exchange.traffic import note_collective, waiting
-from longspan.exchange.wire import HEADER_BYTES, header_words, pack, unpack_parameter, unpack_states, with_header
+from longspan.exchange.wire import HEADER_BYTES, header_words, pack_pairs, unpack_parameter, unpack_states, with_header
 from longspan.layout import SequenceLayout
-from longspan.layout.gathered import gathered_rows, own_segments, take
 from longspan.state import Pair, Transition, exclusive_scan, exclusive_scan_adjoint
 
 
@@ -58,7 +58,7 @@ class _Forward(Handle):
             return Arrived(torch.zeros_like(state), transition.parameter)
         with waiting():
             self.work.wait()
-        rows = take(self.gathered, gathered_rows(layout), layout)
+        rows = reorder_rows(self.gathered, gathered_rows(layout), layout)
         shape = state.shape[1:]
         parameter = transition.parameter
         if not transition.is_known:
@@ -66,7 +66,7 @@ class _Forward(Handle):
         needed = max(own) + 1
         states = unpack_states(rows[:needed], shape, state.dtype)
         prefix = exclusive_scan(Pair(type(transition)(parameter[:needed]), states))
-        return Arrived(take(prefix, own, layout), parameter)
+        return Arrived(reorder_rows(prefix, own, layout), parameter)
 
 
 @dataclass
@@ -85,10 +85,10 @@ class _Reverse(ReverseHandle):
             return torch.zeros_like(like)
         with waiting():
             self.work.wait()
-        rows = take(self.gathered, gathered_rows(layout), layout)
+        rows = reorder_rows(self.gathered, gathered_rows(layout), layout)
         grads = unpack_states(rows[first:], like.shape[1:], like.dtype)
         outgoing = exclusive_scan_adjoint(type(self.transition)(self.transition.parameter[first:]), grads)
-        return take(outgoing, [index - first for index in own], layout)
+        return reorder_rows(outgoing, [index - first for index in own], layout)
 
 
 @dataclass(frozen=True)
@@ -103,11 +103,11 @@ class AllGather(Topology):
 
     def start(self, pair: Pair, layout: SequenceLayout) -> Handle:
         sent = None if pair.transition.is_known else pair.transition.parameter
-        gathered, work = _gather(pack(pair.state, sent, self.state_dtype), layout, "forward")
+        gathered, work = _gather(pack_pairs(pair.state, sent, self.state_dtype), layout, "forward")
         return _Forward(gathered, work, pair, layout)
 
     def start_reverse(
         self, kind: type[Transition], context: Tensor, grad_incoming: Tensor, layout: SequenceLayout
     ) -> ReverseHandle:
-        gathered, work = _gather(pack(grad_incoming, None, self.state_dtype), layout, "backward")
+        gathered, work = _gather(pack_pairs(grad_incoming, None, self.state_dtype), layout, "backward")
         return _Reverse(gathered, work, kind(context), layout, grad_incoming)

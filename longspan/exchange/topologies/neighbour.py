@@ -36,7 +36,7 @@ class Neighbour(Unresolved):
     state_dtype: torch.dtype | None = None
 
     def resolve(self, pair: Pair, layout: SequenceLayout) -> Topology:
-        if not applies(pair, layout):
+        if not only_neighbours_meet(pair, layout):
             raise LayoutError(
                 "the exchange 'neighbour' holds where no document spans more than two ranks' segments, or where every head's "
                 f"decay over a segment is zero in {pair.state.dtype}; neither is so for {type(pair.transition).__name__} "
@@ -46,7 +46,7 @@ class Neighbour(Unresolved):
         return Chain(self.name, self.state_dtype, cuts=_cuts(pair.transition, layout))
 
 
-def applies(pair: Pair, layout: SequenceLayout) -> bool:
+def only_neighbours_meet(pair: Pair, layout: SequenceLayout) -> bool:
     """Whether sending each state to the next segment alone is the whole exchange; the same answer on every rank.
 
     Transitions are read where every rank knows them: at no cost on the CPU. On other devices the host waits once for the log decay

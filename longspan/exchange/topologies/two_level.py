@@ -3,8 +3,8 @@
 Inside its node a rank takes its share of the rows (batch rows × heads) of the node's segments, by an all-to-all. It composes each
 run of consecutive segments that the node holds (one, or two with zigzag) into one pair. Which state enters the runs it finds
 together with the ranks of the same place in the other nodes, its *rail*, by a scan by rows of all nodes' runs
-(`longspan.exchange.scan_by_rows`). Then it folds its runs from that state, and returns what enters each segment by an all-to-all inside the
-node. Backward is the same on (Aᵀ, G), with the transitions that forward brought.
+(`longspan.exchange.scan_by_rows`). Then it folds its runs from that state, and returns what enters each segment by an all-to-all
+inside the node. Backward is the same on (Aᵀ, G), with the transitions that forward brought.
 
 P = N · L ranks in N nodes of L, n segments a rank, R = B · H rows. Where L divides R and N divides R / L, a rank sends
 
@@ -39,9 +39,9 @@ from longspan.exchange.scan_by_rows import (
     scan_by_rows,
     scan_by_rows_adjoint,
 )
+from longspan.exchange.segments import reorder_rows
 from longspan.exchange.topology import Arrived, Handle, ReverseHandle, Topology
 from longspan.layout import SequenceLayout
-from longspan.layout.gathered import take
 from longspan.state import Pair, Transition
 
 
@@ -142,8 +142,8 @@ class _Levels:
         """
         own = self.node.shares.of_known(parameter)
         layout = self.node.layout
-        steps = [kind(take(own, step, layout)) for step in self.runs.own_steps]
-        return steps, _composed([kind(take(own, step, layout)) for step in self.runs.all_steps])
+        steps = [kind(reorder_rows(own, step, layout)) for step in self.runs.own_steps]
+        return steps, _composed([kind(reorder_rows(own, step, layout)) for step in self.runs.all_steps])
 
     def steps(self, stretches: Tensor) -> tuple[Tensor, ...]:
         """``[L · n, ...]`` in the node's order by step, ``[n, ...]`` each."""

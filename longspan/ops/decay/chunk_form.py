@@ -8,9 +8,9 @@ N chunks of at most C tokens. b_t is the sum of g from the chunk's first token t
     o_t = scale · [ e^{b_t} S_inᵀ q_t + Σ_{s ≤ t} e^{b_t − b_s} (q_t·k_s) v_s ]
     S_out = e^{b_C} S_in + Σ_s e^{b_C − b_s} k_s v_sᵀ
 
-(Lightning Attention-2, arXiv 2401.04658; GLA, arXiv 2312.06635, section 4). `longspan.ops.decay.factors` turns the decays into factors
-of q, k and the states, so that plain matrix products do the rest. g may differ from key channel to key channel: read b_t as a
-diagonal matrix.
+(Lightning Attention-2, arXiv 2401.04658; GLA, arXiv 2312.06635, section 4). `longspan.ops.decay.factors` turns the decays into
+factors of q, k and the states, so that plain matrix products do the rest. g may differ from key channel to key channel: read b_t
+as a diagonal matrix.
 
 Three phases, each linear in what it passes on, so that autograd composes them in any order:
 
@@ -39,7 +39,7 @@ from longspan.ops.decay.factors import BlockFactors, Factors, WideScores
 from longspan.ops.decay.gate_gradient import GateGradient
 from longspan.ops.factor_variant import FactorVariant
 from longspan.ops.finite import Harm, all_finite, finite_part, from_then_on, not_finite
-from longspan.ops.tiling import Block, Tiling, chunks_of_block, tile
+from longspan.ops.tiling import ChunkBlock, Tiling, chunks_of_block, tile
 from longspan.ops.variants.variant import ChunkForm, Gates, state_dtype
 from longspan.state import Transition
 
@@ -76,7 +76,7 @@ def _scaled(x: Tensor, factor: Tensor | None, num_heads: int, scale: float = 1.0
 
 
 def _put_scaled(
-    target: Tensor, block: Block, values: Tensor, factor: Tensor | None, scale: float = 1.0, add: bool = False
+    target: Tensor, block: ChunkBlock, values: Tensor, factor: Tensor | None, scale: float = 1.0, add: bool = False
 ) -> None:
     """Write or add ``values [B, H, n, c, K] · factor`` (`scale` without one) to ``target [B, T, H_k, K]``, shared heads summed."""
     num_key_heads, num_heads = target.shape[2], values.shape[1]
@@ -106,7 +106,7 @@ def _flat(x: Tensor) -> Tensor:
     return x.reshape(-1, *x.shape[-2:])
 
 
-def _states_of(call: Call, block: Block, factors: BlockFactors, states: Tensor, incoming: Tensor | None) -> Tensor:
+def _states_of(call: Call, block: ChunkBlock, factors: BlockFactors, states: Tensor, incoming: Tensor | None) -> Tensor:
     """The states that enter the block's chunks, with what arrived from other ranks, times e^m: ``[B, H, n, K, V]``."""
     state = states[block.slots].permute(1, 2, 0, 3, 4)
     if incoming is not None:
@@ -165,7 +165,7 @@ def _put_states(states: Tensor, slots: slice | Tensor, values: Tensor, factor: T
     states[slots] = scaled.permute(2, 0, 1, 3, 4).to(states.dtype)
 
 
-def _scan(call: Call, block: Block, slots: Sequence[Tensor]) -> None:
+def _scan(call: Call, block: ChunkBlock, slots: Sequence[Tensor]) -> None:
     """Turn what a block's chunks wrote into running states, in place, while they are in cache: ``S_{n+1} = e^{b_C} S_n + U_n``.
 
     The blocks of a piece come in its order, its tail last, so that the state before a block is final.
@@ -178,7 +178,7 @@ def _scan(call: Call, block: Block, slots: Sequence[Tensor]) -> None:
             slots[slot + 1].addcmul_(slots[slot], totals[chunk])
 
 
-def _scan_adjoint(call: Call, block: Block, slots: Sequence[Tensor]) -> None:
+def _scan_adjoint(call: Call, block: ChunkBlock, slots: Sequence[Tensor]) -> None:
     """The scan's adjoint for a block's chunks, in place: ``∂S_n += e^{b_C} ∂S_{n+1}``; blocks are taken in reverse."""
     totals = call.factors.totals
     for chunk, slot in reversed(block.chunks_and_slots):
@@ -364,7 +364,7 @@ class DecayRead(torch.autograd.Function):
 
 
 def _scores(
-    call: Call, block: Block, factors: BlockFactors, g: Tensor | None, q: Tensor, k: Tensor, query: Tensor
+    call: Call, block: ChunkBlock, factors: BlockFactors, g: Tensor | None, q: Tensor, k: Tensor, query: Tensor
 ) -> tuple[Tensor, Tensor, WideScores | None]:
     """scale · e^{b_t − b_s} (q_t·k_s) for s ≤ t, ``[B·H·n, c, c]``; the keys it used; and, for a wide block, its backward."""
     if not call.factors.is_wide(block):
@@ -399,7 +399,7 @@ class _InsideBackward:
         return q, k, v, do
 
     def put(
-        self, block: Block, factors: BlockFactors, query: Tensor, grad_out: Tensor, grad_query: Tensor | None
+        self, block: ChunkBlock, factors: BlockFactors, query: Tensor, grad_out: Tensor, grad_query: Tensor | None
     ) -> None:
         """Write the block's gradients, with those of q through the states, ∂(scaled q) ``[B·H·n, c, K]``, in `grad_query`."""
         call, num_heads = self.call, self.call.num_heads
@@ -481,7 +481,7 @@ class _InsideBackward:
 
 
 def _incoming_gradient(
-    block: Block,
+    block: ChunkBlock,
     factors: BlockFactors,
     grad_state: Tensor,
     incoming: Tensor,
@@ -508,9 +508,9 @@ class DecayVariant(FactorVariant):
     ) -> ChunkForm:
         if backend == "triton":
             require_package("triton", "triton", "pip install 'longspan[triton]'")
-            from longspan.ops.triton.form import prepare
+            from longspan.ops.triton.form import prepare_kernels
 
-            return prepare(self.transition, k, v, gates, layout, chunk_size)
+            return prepare_kernels(self.transition, k, v, gates, layout, chunk_size)
         num_heads = v.shape[2]
         size = chunk_size or default_chunk_size(k.dtype)
         tiling = tile(layout, size, chunks_of_block(k, v, size), k.device)

@@ -23,7 +23,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from longspan.ops.tiling import Block, Tiling
+from longspan.ops.tiling import ChunkBlock, Tiling
 
 # The widest half-range of b in a chunk for which e^b / r and r / e^b are formed apart. float32 and bfloat16 reach e^{±87}:
 # at 40 a factor keeps 20 decades above the smallest normal number, and an unmasked product overflows at worst to an infinity
@@ -68,22 +68,22 @@ class Factors(ABC):
     """The factors of a call."""
 
     @abstractmethod
-    def block(self, block: Block, g: Tensor | None) -> BlockFactors:
+    def block(self, block: ChunkBlock, g: Tensor | None) -> BlockFactors:
         """The factors of one block; `g` are the call's log decays, where they differ from token to token."""
 
     are_large: ClassVar[bool] = False
     """Whether the factors of tokens are as large as q, so that forming them again costs more than keeping them."""
 
-    def restore(self, block: Block, g: Tensor | None, query: Tensor) -> BlockFactors:
+    def restore(self, block: ChunkBlock, g: Tensor | None, query: Tensor) -> BlockFactors:
         """The factors of one block, given `BlockFactors.query` as `block` made it."""
         return self.block(block, g)
 
     @abstractmethod
-    def query(self, block: Block, g: Tensor | None) -> Tensor | None:
+    def query(self, block: ChunkBlock, g: Tensor | None) -> Tensor | None:
         """`BlockFactors.query` of one block, alone."""
 
     @abstractmethod
-    def enter(self, block: Block) -> Tensor | None:
+    def enter(self, block: ChunkBlock) -> Tensor | None:
         """`BlockFactors.enter` of one block, alone."""
 
     @property
@@ -92,16 +92,16 @@ class Factors(ABC):
         """For each chunk e^{b_C}, ``[B or 1, H, D, 1]`` in the dtype of the states; None is 1."""
 
     @abstractmethod
-    def total(self, block: Block) -> Tensor | None:
+    def total(self, block: ChunkBlock) -> Tensor | None:
         """e^{b_C} of the block's chunks, ``[B or 1, H, n, D, 1]`` in the dtype of the states; None is 1."""
 
     @abstractmethod
-    def is_wide(self, block: Block) -> bool:
+    def is_wide(self, block: ChunkBlock) -> bool:
         """Whether any chunk of the block is wide."""
 
     @abstractmethod
     def wide_scores(
-        self, block: Block, g: Tensor | None, q: Tensor, k: Tensor, scale: float = 1.0
+        self, block: ChunkBlock, g: Tensor | None, q: Tensor, k: Tensor, scale: float = 1.0
     ) -> tuple[Tensor, WideScores]:
         """Scores of a wide block, times `scale`, from q and k without factors ``[B, H, n, c, K]``, contiguous.
 
@@ -126,28 +126,28 @@ class NoDecay(Factors):
         if tiling.valid is not None and any(block.valid is not None for block in tiling.blocks):
             self._mask = tiling.valid.to(dtype)[None, None, :, :, None].expand(-1, num_heads, -1, -1, -1)
 
-    def block(self, block: Block, g: Tensor | None) -> BlockFactors:
+    def block(self, block: ChunkBlock, g: Tensor | None) -> BlockFactors:
         mask = self.query(block, g)
         return BlockFactors(mask, mask, None, None, None)
 
-    def query(self, block: Block, g: Tensor | None) -> Tensor | None:
+    def query(self, block: ChunkBlock, g: Tensor | None) -> Tensor | None:
         return None if self._mask is None else self._mask[:, :, block.chunks, : block.chunk_size]
 
-    def enter(self, block: Block) -> None:
+    def enter(self, block: ChunkBlock) -> None:
         return None
 
     @property
     def totals(self) -> None:
         return None
 
-    def total(self, block: Block) -> None:
+    def total(self, block: ChunkBlock) -> None:
         return None
 
-    def is_wide(self, block: Block) -> bool:
+    def is_wide(self, block: ChunkBlock) -> bool:
         return False
 
     def wide_scores(
-        self, block: Block, g: Tensor | None, q: Tensor, k: Tensor, scale: float = 1.0
+        self, block: ChunkBlock, g: Tensor | None, q: Tensor, k: Tensor, scale: float = 1.0
     ) -> tuple[Tensor, WideScores]:
         raise AssertionError("nothing decays, so no chunk is wide")
 
@@ -200,7 +200,7 @@ class HeadFactors(Factors):
         self._exponents = every_chunk(exponents)
         self._fractions = every_chunk(query_fraction.unsqueeze(-1)), every_chunk(key_fraction.unsqueeze(-1))
 
-    def block(self, block: Block, g: Tensor | None) -> BlockFactors:
+    def block(self, block: ChunkBlock, g: Tensor | None) -> BlockFactors:
         chunks, size = block.chunks, block.chunk_size
         return BlockFactors(
             query=self._query[:, :, chunks, :size],
@@ -210,24 +210,24 @@ class HeadFactors(Factors):
             prefix=self._prefix[:, :, chunks],
         )
 
-    def query(self, block: Block, g: Tensor | None) -> Tensor:
+    def query(self, block: ChunkBlock, g: Tensor | None) -> Tensor:
         return self._query[:, :, block.chunks, : block.chunk_size]
 
-    def enter(self, block: Block) -> Tensor:
+    def enter(self, block: ChunkBlock) -> Tensor:
         return self._enter[:, :, block.chunks]
 
     @cached_property
     def totals(self) -> tuple[Tensor, ...]:
         return self._total.unbind(2)
 
-    def total(self, block: Block) -> Tensor:
+    def total(self, block: ChunkBlock) -> Tensor:
         return self._total[:, :, block.chunks]
 
-    def is_wide(self, block: Block) -> bool:
+    def is_wide(self, block: ChunkBlock) -> bool:
         return any_chunk(self._wide, block)
 
     def wide_scores(
-        self, block: Block, g: Tensor | None, q: Tensor, k: Tensor, scale: float = 1.0
+        self, block: ChunkBlock, g: Tensor | None, q: Tensor, k: Tensor, scale: float = 1.0
     ) -> tuple[Tensor, WideScores]:
         chunks, size = block.chunks, block.chunk_size
         query, key = (fractions[:, :, chunks, :size] for fractions in self._fractions)
@@ -312,10 +312,10 @@ class ChannelFactors(Factors):
     def totals(self) -> tuple[Tensor, ...]:
         return self._total.unbind(2)
 
-    def total(self, block: Block) -> Tensor:
+    def total(self, block: ChunkBlock) -> Tensor:
         return self._total[:, :, block.chunks]
 
-    def _decays(self, block: Block, g: Tensor | None) -> Tensor:
+    def _decays(self, block: ChunkBlock, g: Tensor | None) -> Tensor:
         """e^g of the block, ``[B, H, n, c, K]`` in the dtype of the states; 1 at a chunk's first token and at padding."""
         assert g is not None
         decays = block.take(g).to(self._state_dtype, memory_format=torch.contiguous_format, copy=True)
@@ -326,12 +326,12 @@ class ChannelFactors(Factors):
 
     are_large = True
 
-    def _query(self, block: Block, decays: Tensor) -> Tensor:
+    def _query(self, block: ChunkBlock, decays: Tensor) -> Tensor:
         """e^b / r, with the e^g of `_decays`, which it overwrites."""
         # cumprod_ would copy.
         return torch.cumprod(decays, 3).mul_(self._less_reference[:, :, block.chunks].unsqueeze(3))
 
-    def block(self, block: Block, g: Tensor | None) -> BlockFactors:
+    def block(self, block: ChunkBlock, g: Tensor | None) -> BlockFactors:
         decays = self._decays(block, g)
         query = self._query(block, decays)
         key, leave = query.reciprocal(), query[:, :, :, -1].clone()
@@ -341,20 +341,20 @@ class ChannelFactors(Factors):
             leave = leave.masked_fill_(wide, 1.0)
         return self._factors(block, self._masked(block, query), self._masked(block, key), leave)
 
-    def restore(self, block: Block, g: Tensor | None, query: Tensor) -> BlockFactors:
+    def restore(self, block: ChunkBlock, g: Tensor | None, query: Tensor) -> BlockFactors:
         # A wide chunk needs the decays themselves, and padding has hidden the last token's factor.
         if self.is_wide(block) or block.valid is not None:
             return self.block(block, g)
         return self._factors(block, query, query.reciprocal(), query[:, :, :, -1])
 
-    def query(self, block: Block, g: Tensor | None) -> Tensor:
+    def query(self, block: ChunkBlock, g: Tensor | None) -> Tensor:
         return self._masked(block, self._query(block, self._decays(block, g))).to(self._dtype)
 
     @staticmethod
-    def _masked(block: Block, factor: Tensor) -> Tensor:
+    def _masked(block: ChunkBlock, factor: Tensor) -> Tensor:
         return factor if block.valid is None else factor.masked_fill_(~block.valid[..., None], 0.0)
 
-    def _factors(self, block: Block, query: Tensor, key: Tensor, leave: Tensor) -> BlockFactors:
+    def _factors(self, block: ChunkBlock, query: Tensor, key: Tensor, leave: Tensor) -> BlockFactors:
         return BlockFactors(
             query=query.to(self._dtype),
             key=key.to(self._dtype),
@@ -363,14 +363,14 @@ class ChannelFactors(Factors):
             prefix=self._prefix[:, :, block.chunks],
         )
 
-    def enter(self, block: Block) -> Tensor:
+    def enter(self, block: ChunkBlock) -> Tensor:
         return self._enter[:, :, block.chunks]
 
-    def is_wide(self, block: Block) -> bool:
+    def is_wide(self, block: ChunkBlock) -> bool:
         return any_chunk(self._wide, block)
 
     def wide_scores(
-        self, block: Block, g: Tensor | None, q: Tensor, k: Tensor, scale: float = 1.0
+        self, block: ChunkBlock, g: Tensor | None, q: Tensor, k: Tensor, scale: float = 1.0
     ) -> tuple[Tensor, WideScores]:
         decays = self._decays(block, g)
         query = self._query(block, decays)
@@ -473,7 +473,7 @@ def wide_chunks(wide: Tensor) -> tuple[bool, ...]:
     return tuple(wide.any(0).any(0).tolist())
 
 
-def any_chunk(flags: tuple[bool, ...], block: Block) -> bool:
+def any_chunk(flags: tuple[bool, ...], block: ChunkBlock) -> bool:
     """Whether a flag is set for any chunk of the block."""
     if isinstance(block.chunks, slice):
         return any(flags[block.chunks])

@@ -11,7 +11,8 @@ The first is the sum of q_i ⊙ ∂q_i − k_i ⊙ ∂k_i over i ≥ t, if both 
 that, and where decays are strong it is so much larger than all else that its rounding would be all that is left. The other three
 hold nothing that cancels. No sum is longer than a chunk, so that its rounding does not grow with the sequence.
 
-Shapes: as in `longspan.ops.decay.chunk_form`; n chunks of c tokens in a block; D is 1 for g ``[B, T, H]``, K for g ``[B, T, H, K]``.
+Shapes: as in `longspan.ops.decay.chunk_form`; n chunks of c tokens in a block; D is 1 for g ``[B, T, H]``, K for
+g ``[B, T, H, K]``.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from longspan.ops.decay.factors import LOWEST_LOG_DECAY
-from longspan.ops.tiling import Block, Tiling
+from longspan.ops.tiling import ChunkBlock, Tiling
 
 
 class GateGradient:
@@ -97,7 +98,7 @@ class GateGradient:
             self._of_prefix = grad.new_zeros(shape)
         self._of_prefix[:, :, chunks] += self._over_states(grad, incoming.unsqueeze(2).expand_as(grad))
 
-    def close(self, block: Block) -> None:
+    def close(self, block: ChunkBlock) -> None:
         """Turn what was added for `block` into ∂g of its tokens."""
         if self._of_tokens is not None:
             of_tokens = self._of_tokens

@@ -14,7 +14,7 @@ from torch import Tensor
 from longspan.ops.decay.factors import BlockFactors, Factors, WideScores
 from longspan.ops.decay.gate_gradient import GateGradient
 from longspan.ops.finite import finite_part, from_then_on, until_then
-from longspan.ops.tiling import Block, Tiling
+from longspan.ops.tiling import ChunkBlock, Tiling
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def flat(x: Tensor) -> Tensor:
     return x.reshape(-1, *x.shape[-2:])
 
 
-def product(first: Tensor, second: Tensor) -> Tensor:
+def batched_product(first: Tensor, second: Tensor) -> Tensor:
     """Matrix products of ``[n, B, H, a, b]`` and ``[n, B, H, b, c]``."""
     return torch.bmm(flat(first), flat(second)).view(*first.shape[:-1], second.shape[-1])
 
@@ -67,43 +67,43 @@ def causal_product(lower: Tensor, rows: Tensor, finite: bool) -> Tensor:
     No later token reaches an earlier one. finite: nothing in the rows is NaN or infinite.
     """
     if finite:
-        return product(lower, rows)
-    return product(lower, finite_part(rows)).masked_fill_(from_then_on(~rows.isfinite()), torch.nan)
+        return batched_product(lower, rows)
+    return batched_product(lower, finite_part(rows)).masked_fill_(from_then_on(~rows.isfinite()), torch.nan)
 
 
 def anticausal_product(lower: Tensor, rows: Tensor, finite: bool) -> Tensor:
     """As `causal_product`, with the transposed matrix: no earlier token reaches a later one."""
     if finite:
-        return product(lower.mT, rows)
-    return product(lower.mT, finite_part(rows)).masked_fill_(until_then(~rows.isfinite()), torch.nan)
+        return batched_product(lower.mT, rows)
+    return batched_product(lower.mT, finite_part(rows)).masked_fill_(until_then(~rows.isfinite()), torch.nan)
 
 
-def rows_of(x: Tensor, block: Block, columns: int | None = None) -> Tensor:
+def block_rows(x: Tensor, block: ChunkBlock, columns: int | None = None) -> Tensor:
     """The block's rows of ``x [N, B, H, C, D]`` (and the first `columns` of its columns): a view, or a copy of gathered chunks."""
     taken = x[block.chunks, :, :, : block.chunk_size]
     return taken if columns is None else taken[..., :columns]
 
 
-def put_rows(target: Tensor, block: Block, values: Tensor) -> None:
+def put_rows(target: Tensor, block: ChunkBlock, values: Tensor) -> None:
     """Write ``values [n, B, H, c, D]`` to the block's rows of ``target [N, B, H, C, D or more]``."""
     target[block.chunks, :, :, : block.chunk_size, : values.shape[-1]] = values
 
 
-def put_product(target: Tensor, block: Block, first: Tensor, second: Tensor) -> None:
+def put_product(target: Tensor, block: ChunkBlock, first: Tensor, second: Tensor) -> None:
     """Write the matrix products of ``first`` and ``second`` to the block's rows of ``target [N, B, H, C, D]``."""
     if isinstance(block.chunks, slice):
         out = target[block.chunks, :, :, : block.chunk_size]
         torch.bmm(flat(first), flat(second), out=out.view(-1, *out.shape[-2:]))
     else:
-        put_rows(target, block, product(first, second))
+        put_rows(target, block, batched_product(first, second))
 
 
-def poison_rows(target: Tensor, block: Block, mask: Tensor) -> None:
+def poison_rows(target: Tensor, block: ChunkBlock, mask: Tensor) -> None:
     """Set the block's rows of ``target [N, B, H, C, D]`` to NaN where ``mask [n, B, H, c, D or 1]`` holds."""
-    put_rows(target, block, rows_of(target, block).masked_fill(mask, torch.nan))
+    put_rows(target, block, block_rows(target, block).masked_fill(mask, torch.nan))
 
 
-def take(call: DeltaCall, block: Block, x: Tensor) -> Tensor:
+def take_block(call: DeltaCall, block: ChunkBlock, x: Tensor) -> Tensor:
     """The block's tokens of ``x [B, T, H or H_k, D]`` as ``[n, B, H, c, D]`` in the call's dtype, heads repeated; may be a view.
 
     Padding is zero.
@@ -119,7 +119,7 @@ def take(call: DeltaCall, block: Block, x: Tensor) -> Tensor:
     return taken
 
 
-def put(target: Tensor, block: Block, values: Tensor, add: bool = False) -> None:
+def put(target: Tensor, block: ChunkBlock, values: Tensor, add: bool = False) -> None:
     """Write or add ``values [n, B, H, c, D]`` to the block's tokens of ``target [B, T, H or H_k, D]``, summed over shared heads."""
     values = values.movedim(0, 2)
     if target.shape[2] != values.shape[1]:
@@ -163,38 +163,38 @@ class Keys:
         return times(self.behind, self.leave)
 
 
-def block_factors(call: DeltaCall, block: Block, g: Tensor | None, decays: Tensor | None) -> BlockFactors:
+def block_factors(call: DeltaCall, block: ChunkBlock, g: Tensor | None, decays: Tensor | None) -> BlockFactors:
     """The factors of a block, from what the write phase kept of them where it did."""
     if decays is None:
         return call.factors.block(block, g)
-    return call.factors.restore(block, g, rows_of(decays, block).movedim(0, 2))
+    return call.factors.restore(block, g, block_rows(decays, block).movedim(0, 2))
 
 
-def block_keys(call: DeltaCall, block: Block, k: Tensor, g: Tensor | None, decays: Tensor | None) -> Keys:
+def block_keys(call: DeltaCall, block: ChunkBlock, k: Tensor, g: Tensor | None, decays: Tensor | None) -> Keys:
     """The keys of a block."""
     factors = block_factors(call, block, g, decays)
     query, key = _by_chunks(factors.query), _by_chunks(factors.key)
     enter, leave = _row(factors.enter), _row(factors.leave)
-    plain = take(call, block, k)
+    plain = take_block(call, block, k)
     behind = scaled(plain, key)
     # Without a decay the two are one tensor, and without padding all three.
     ahead = behind if factors.query is factors.key else scaled(plain, query)
     return Keys(query, key, enter, leave, behind if key is None else plain, ahead, behind)
 
 
-def leaving_keys(call: DeltaCall, block: Block, k: Tensor, g: Tensor | None, decays: Tensor | None) -> Tensor:
+def leaving_keys(call: DeltaCall, block: ChunkBlock, k: Tensor, g: Tensor | None, decays: Tensor | None) -> Tensor:
     """`Keys.leaving` of a block, alone."""
     factors = block_factors(call, block, g, decays)
-    return times(scaled(take(call, block, k), _by_chunks(factors.key)), _row(factors.leave))
+    return times(scaled(take_block(call, block, k), _by_chunks(factors.key)), _row(factors.leave))
 
 
-def _query_factor(call: DeltaCall, block: Block, g: Tensor | None, decays: Tensor | None) -> Tensor | None:
+def _query_factor(call: DeltaCall, block: ChunkBlock, g: Tensor | None, decays: Tensor | None) -> Tensor | None:
     """e^{b−m} of a block, ``[n, B or 1, H, c, D]``, as kept by the write phase where it was."""
-    return _by_chunks(call.factors.query(block, g)) if decays is None else rows_of(decays, block)
+    return _by_chunks(call.factors.query(block, g)) if decays is None else block_rows(decays, block)
 
 
 @dataclass(frozen=True)
-class Queries:
+class QueryBlock:
     """Of one block: factors laid out by chunks, scale · q and q̂, ``[n, B, H, c, K]``."""
 
     query: Tensor | None
@@ -203,16 +203,16 @@ class Queries:
 
 
 def block_queries(
-    call: DeltaCall, block: Block, q: Tensor, scale: float, g: Tensor | None, decays: Tensor | None
-) -> Queries:
+    call: DeltaCall, block: ChunkBlock, q: Tensor, scale: float, g: Tensor | None, decays: Tensor | None
+) -> QueryBlock:
     """The queries of a block for the keys of their chunk."""
     query = _query_factor(call, block, g, decays)
-    plain = take(call, block, q) * scale
-    return Queries(query, plain, scaled(plain, query))
+    plain = take_block(call, block, q) * scale
+    return QueryBlock(query, plain, scaled(plain, query))
 
 
 def state_factor(
-    call: DeltaCall, block: Block, scale: float, g: Tensor | None, decays: Tensor | None
+    call: DeltaCall, block: ChunkBlock, scale: float, g: Tensor | None, decays: Tensor | None
 ) -> Tensor | float:
     """What turns a block's q into queries for the state before their chunk: scale · e^b, ``[n, B or 1, H, c, D]``."""
     query = _query_factor(call, block, g, decays)
@@ -223,14 +223,14 @@ def state_factor(
 
 
 def scores(
-    call: DeltaCall, block: Block, g: Tensor | None, rows: Tensor, columns: Tensor, ahead: Tensor, behind: Tensor
+    call: DeltaCall, block: ChunkBlock, g: Tensor | None, rows: Tensor, columns: Tensor, ahead: Tensor, behind: Tensor
 ) -> tuple[Tensor, WideScores | None]:
     """Decayed products of rows (queries or keys) with keys, ``[n, B, H, c, c]``; what a wide block needs for its backward.
 
     rows, columns: without factors, for wide blocks; ahead, behind: with them.
     """
     if not call.factors.is_wide(block):
-        return product(ahead, behind.mT), None
+        return batched_product(ahead, behind.mT), None
     decayed, wide = call.factors.wide_scores(block, g, rows.movedim(0, 2), columns.movedim(0, 2))
     return decayed.movedim(2, 0), wide
 
@@ -255,7 +255,7 @@ class TokenSums:
         if ticket is not None and total is None:
             self.total = torch.zeros(ticket.shape, dtype=call.dtype, device=ticket.device)
 
-    def add(self, block: Block, x: Tensor, grad: Tensor, less: tuple[Tensor, Tensor] | None = None) -> None:
+    def add(self, block: ChunkBlock, x: Tensor, grad: Tensor, less: tuple[Tensor, Tensor] | None = None) -> None:
         """Add ``x ⊙ ∂x``, ``[n, B, H, c, K]``, and take off that of `less`; summed over K for a decay a head."""
         if self.total is None:
             return

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from longspan.ops.delta.call import DeltaCall, leaving_keys
-from longspan.ops.tiling import Block
+from longspan.ops.tiling import ChunkBlock
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Step:
         return self.slots + 1
 
 
-def steps(call: DeltaCall, block: Block, pieces: Collection[int]) -> Sequence[Step]:
+def steps(call: DeltaCall, block: ChunkBlock, pieces: Collection[int]) -> Sequence[Step]:
     """What to go through of a block, in order, for the chunks of `pieces`."""
     if not pieces:
         return ()
@@ -67,7 +67,7 @@ def walk(
                 yield step, leaving
 
 
-class Chain:
+class ChunkChain:
     """The tensors of a call by chunk or slot, as batches of B·H matrices.
 
     weights W, updates Ũ ``[N, B, H, C, ·]``; totals as `DeltaCall.totals`.

@@ -12,7 +12,7 @@ from longspan.layout import SequenceLayout
 from longspan.ops.delta.call import DeltaCall
 from longspan.ops.delta.read import DeltaRead, DeltaScores
 from longspan.ops.delta.run import DeltaRun
-from longspan.ops.delta.write import DeltaWrite, Link
+from longspan.ops.delta.write import DeltaWrite, PhaseLink
 from longspan.ops.factor_variant import FactorVariant
 from longspan.ops.tiling import chunks_of_block, tile
 from longspan.ops.variants.variant import ChunkForm, Gates, state_dtype
@@ -32,9 +32,9 @@ class DeltaVariant(FactorVariant):
         self, k: Tensor, v: Tensor, gates: Gates, layout: SequenceLayout, chunk_size: int | None, backend: str
     ) -> ChunkForm:
         if backend == "fla":
-            from longspan.ops.fla.delta_rule import delta_rule as fla
+            from longspan.ops.fla.delta_rule import prepare_fla
 
-            return fla.prepare(self.name, k, v, gates, layout, chunk_size)
+            return prepare_fla(self.name, k, v, gates, layout, chunk_size)
         num_heads, size = v.shape[2], chunk_size or DEFAULT_CHUNK_SIZE
         tiling = tile(layout, size, chunks_of_block(k, v, size), k.device)
         dtype = state_dtype(k.dtype)
@@ -61,7 +61,7 @@ class DeltaChunkForm(ChunkForm):
     gates: Gates
     _written: _Written | None = None
     _start_states: Tensor | None = None
-    _link: Link = field(default_factory=lambda: Link(frozenset()))
+    _link: PhaseLink = field(default_factory=lambda: PhaseLink(frozenset()))
     _products: dict[int, Tensor] = field(default_factory=dict)
     _run: tuple[Tensor, Tensor] | None = None
 
@@ -72,7 +72,7 @@ class DeltaChunkForm(ChunkForm):
     def write(
         self, k: Tensor, v: Tensor, start_states: Tensor | None, end_pieces: Sequence[int], sent_pieces: Sequence[int]
     ) -> Tensor:
-        self._link = Link(frozenset(sent_pieces))
+        self._link = PhaseLink(frozenset(sent_pieces))
         updates, weights, ends, products, *rest = DeltaWrite.apply(
             k, v, self.gates["beta"], self._g, start_states, self.call, tuple(end_pieces), self._link
         )

@@ -9,7 +9,7 @@ _BASE = 16
 """Rows that are solved one after another; larger inverses are products of smaller ones."""
 
 
-def inverse(lower: Tensor) -> Tensor:
+def unit_lower_inverse(lower: Tensor) -> Tensor:
     """(I + L)⁻¹ for strictly lower L ``[..., C, C]``.
 
     Halves recurse; from 16 rows down by forward substitution. Powers of L, whose entries grow where keys resemble each other, are
@@ -23,9 +23,9 @@ def inverse(lower: Tensor) -> Tensor:
     first, last = lower[..., :half, :half], lower[..., half:, half:]
     result = torch.zeros_like(lower)
     if 2 * half == size:
-        inverse_first, inverse_last = inverse(torch.stack([first, last]))
+        inverse_first, inverse_last = unit_lower_inverse(torch.stack([first, last]))
     else:
-        inverse_first, inverse_last = inverse(first), inverse(last)
+        inverse_first, inverse_last = unit_lower_inverse(first), unit_lower_inverse(last)
     result[..., :half, :half], result[..., half:, half:] = inverse_first, inverse_last
     result[..., half:, :half] = -inverse_last @ (lower[..., half:, :half] @ inverse_first)
     return result

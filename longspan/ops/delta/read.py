@@ -12,24 +12,24 @@ from longspan.ops.delta.call import (
     DeltaCall,
     TokenSums,
     anticausal_product,
+    batched_product,
     block_keys,
     block_queries,
+    block_rows,
     causal_product,
     flat,
     poison_rows,
-    product,
     put,
     put_product,
     put_rows,
-    rows_of,
     scaled,
     scores,
     state_factor,
-    take,
+    take_block,
     times,
     wide_backward,
 )
-from longspan.ops.delta.write import Link
+from longspan.ops.delta.write import PhaseLink
 from longspan.ops.finite import all_finite, finite_part, from_then_on, until_then
 
 
@@ -55,7 +55,7 @@ class DeltaScores(torch.autograd.Function):
         g: Tensor | None,
         decays: Tensor | None,
         call: DeltaCall,
-        link: Link,
+        link: PhaseLink,
         scale: float,
     ) -> tuple[Tensor | None, ...]:
         found = call.allocate(q, call.tiling.chunk_size, call.tiling.chunk_size)
@@ -81,7 +81,7 @@ class DeltaScores(torch.autograd.Function):
         for block in call.tiling.blocks:
             keys = block_keys(call, block, k, g, decays)
             queries = block_queries(call, block, q, ctx.scale, g, decays)
-            grad = rows_of(grad_scores, block, block.chunk_size).tril()
+            grad = block_rows(grad_scores, block, block.chunk_size).tril()
             own = None
             if sums.total is not None:
                 # No gate decays what a token reads of itself: its share of ∂g would be rounding alone.
@@ -127,17 +127,17 @@ class DeltaRead(torch.autograd.Function):
         g: Tensor | None,
         decays: Tensor | None,
         call: DeltaCall,
-        link: Link,
+        link: PhaseLink,
         scale: float,
     ) -> Tensor:
         o = q.new_empty(*q.shape[:2], call.num_heads, corrected.shape[-1])
         # What a token writes is still in the state at the end of its piece, where it is not finite.
         finite = all_finite(states[[entry.last_slot for entry in call.tiling.pieces]])
         for block in call.tiling.blocks:
-            query = scaled(take(call, block, q), state_factor(call, block, scale, g, decays))
-            out = product(query, states[block.slots])
-            update = rows_of(corrected, block)
-            score = rows_of(found, block, block.chunk_size)
+            query = scaled(take_block(call, block, q), state_factor(call, block, scale, g, decays))
+            out = batched_product(query, states[block.slots])
+            update = block_rows(corrected, block)
+            score = block_rows(found, block, block.chunk_size)
             flat(out).baddbmm_(flat(score), flat(update if finite else finite_part(update)))
             if not finite:
                 out.masked_fill_(from_then_on(~update.isfinite()), torch.nan)
@@ -160,18 +160,18 @@ class DeltaRead(torch.autograd.Function):
         grad_states[[entry.last_slot for entry in call.tiling.pieces]] = 0.0
         for block in call.tiling.blocks:
             factor = state_factor(call, block, ctx.scale, g, decays)
-            query = scaled(take(call, block, q), factor)
-            grad_out = take(call, block, do).contiguous()
-            update, score = rows_of(corrected, block), rows_of(found, block, block.chunk_size)
+            query = scaled(take_block(call, block, q), factor)
+            grad_out = take_block(call, block, do).contiguous()
+            update, score = block_rows(corrected, block), block_rows(found, block, block.chunk_size)
             if isinstance(block.chunks, slice) and block.chunk_size == call.tiling.chunk_size:
                 put_product(grad_found, block, grad_out, update.mT)
             else:
-                put_rows(grad_found, block, product(grad_out, update.mT))
+                put_rows(grad_found, block, batched_product(grad_out, update.mT))
             put_product(grad_corrected, block, score.mT, grad_out if finite else finite_part(grad_out))
             if not finite:
                 poison_rows(grad_corrected, block, until_then(~grad_out.isfinite()))
-            grad_states[block.slots] = product(query.mT, grad_out)
-            grad_query = product(grad_out, states[block.slots].mT)
+            grad_states[block.slots] = batched_product(query.mT, grad_out)
+            grad_query = batched_product(grad_out, states[block.slots].mT)
             sums.add(block, query, grad_query)
             put(dq, block, grad_query * factor)
         return grad_found, dq, sums.total, grad_states, grad_corrected, None, None, None, None, None

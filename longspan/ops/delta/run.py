@@ -9,8 +9,8 @@ from torch import Tensor
 
 from longspan.first_order import first_order
 from longspan.ops.delta.call import DeltaCall
-from longspan.ops.delta.chain import Chain, walk
-from longspan.ops.delta.write import Link, start_rows
+from longspan.ops.delta.chain import ChunkChain, walk
+from longspan.ops.delta.write import PhaseLink, start_rows
 
 
 class DeltaRun(torch.autograd.Function):
@@ -40,7 +40,7 @@ class DeltaRun(torch.autograd.Function):
         start_states: Tensor | None,
         incoming: Tensor | None,
         call: DeltaCall,
-        link: Link,
+        link: PhaseLink,
     ) -> tuple[Tensor, Tensor]:
         states, corrected = link.states, link.corrected
         link.states = link.corrected = None
@@ -57,7 +57,7 @@ class DeltaRun(torch.autograd.Function):
                 states[entry.first_slot] = start_states[starts[number]]
             else:
                 states[entry.first_slot] = 0.0
-        chain = Chain(call, weights, updates)
+        chain = ChunkChain(call, weights, updates)
         for step, leaving in walk(call, left, k, g, decays):
             chain.advance(step, leaving, states, corrected)
         ctx.call, ctx.link = call, link
@@ -70,9 +70,9 @@ class DeltaRun(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_states, grad_corrected = grads
         call: DeltaCall = ctx.call
-        link: Link = ctx.link
+        link: PhaseLink = ctx.link
         weights, decays, k, g, states, corrected = ctx.saved_tensors
-        chain = Chain(call, weights, None)
+        chain = ChunkChain(call, weights, None)
         here = frozenset(range(len(call.tiling.pieces))) - link.sent
         for step, leaving in walk(call, here, k, g, decays, reverse=True):
             chain.retreat(step, leaving, grad_states, grad_corrected)

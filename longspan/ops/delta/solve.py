@@ -16,17 +16,17 @@ from torch import Tensor
 from longspan.ops.delta.call import (
     DeltaCall,
     Keys,
+    batched_product,
     block_keys,
     poison_rows,
-    product,
     put_product,
     put_rows,
     scores,
-    take,
+    take_block,
 )
-from longspan.ops.delta.inverse import inverse
+from longspan.ops.delta.inverse import unit_lower_inverse
 from longspan.ops.finite import finite_part, from_then_on
-from longspan.ops.tiling import Block
+from longspan.ops.tiling import ChunkBlock
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class System:
     weighted: Tensor
     bad: Tensor | None
 
-    def put(self, target: Tensor, block: Block, rows: Tensor, finite: bool) -> None:
+    def put(self, target: Tensor, block: ChunkBlock, rows: Tensor, finite: bool) -> None:
         """Write T (β x) for ``rows x [n, B, H, c, D]`` to the block's rows of ``target [N, B, H, C, D]``.
 
         finite: x is known to be finite wherever keys and β are.
@@ -53,30 +53,32 @@ class System:
         if self.weighted.dtype == target.dtype:
             put_product(target, block, self.weighted, rows)
         else:
-            put_rows(target, block, product(self.weighted, rows.to(self.weighted.dtype)))
+            put_rows(target, block, batched_product(self.weighted, rows.to(self.weighted.dtype)))
         if bad is not None:
             poison_rows(target, block, from_then_on(bad))
 
 
-def solve(call: DeltaCall, block: Block, k: Tensor, beta: Tensor, g: Tensor | None) -> System:
+def solve(call: DeltaCall, block: ChunkBlock, k: Tensor, beta: Tensor, g: Tensor | None) -> System:
     """The system of one block."""
     keys = block_keys(call, block, k, g, None)
-    strength = take(call, block, beta.unsqueeze(-1))
+    strength = take_block(call, block, beta.unsqueeze(-1))
     lower = _lower(call, block, g, keys, strength, call.dtype)
     if _is_at_most_one(lower):
-        inverted = inverse(lower)
+        inverted = unit_lower_inverse(lower)
         return System(keys, inverted, inverted * strength.mT, None)
     if call.dtype != torch.float64 and not _is_at_most_one(finite_part(lower)):
         lower = _lower(call, block, g, keys, strength, torch.float64)
     good = strength.isfinite()
     for x in (lower, keys.ahead):
         good &= x.isfinite().all(-1, keepdim=True)
-    inverted = inverse(finite_part(lower))
+    inverted = unit_lower_inverse(finite_part(lower))
     is_known_good = good.device.type == "cpu" and bool(good.all())
     return System(keys, inverted, inverted * finite_part(strength).mT, None if is_known_good else ~good)
 
 
-def _lower(call: DeltaCall, block: Block, g: Tensor | None, keys: Keys, strength: Tensor, dtype: torch.dtype) -> Tensor:
+def _lower(
+    call: DeltaCall, block: ChunkBlock, g: Tensor | None, keys: Keys, strength: Tensor, dtype: torch.dtype
+) -> Tensor:
     """L = tril(β k̂ k̃ᵀ, −1) in `dtype`."""
     plain, ahead, behind = (x.to(dtype) for x in (keys.plain, keys.ahead, keys.behind))
     products, _ = scores(call, block, g, plain, plain, ahead, behind)

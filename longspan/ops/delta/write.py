@@ -12,27 +12,27 @@ from longspan.first_order import first_order
 from longspan.ops.delta.call import (
     DeltaCall,
     anticausal_product,
+    batched_product,
     block_keys,
+    block_rows,
     causal_product,
     flat,
     gate_gradient,
-    product,
     put,
     put_rows,
-    rows_of,
     scores,
-    take,
+    take_block,
     ticket_like,
     times,
     wide_backward,
 )
-from longspan.ops.delta.chain import Chain, steps, walk
+from longspan.ops.delta.chain import ChunkChain, steps, walk
 from longspan.ops.delta.solve import solve
 from longspan.ops.finite import all_finite
 
 
 @dataclass
-class Link:
+class PhaseLink:
     """What the write and run nodes of one call hand to each other.
 
     sent: numbers of the pieces whose end another rank receives. states, corrected: in forward what write has gone through already
@@ -88,7 +88,7 @@ class DeltaWrite(torch.autograd.Function):
         start_states: Tensor | None,
         call: DeltaCall,
         end_pieces: tuple[int, ...],
-        link: Link,
+        link: PhaseLink,
     ) -> tuple[Tensor | None, ...]:
         key_size, value_size, chunk_size = k.shape[-1], v.shape[-1], call.tiling.chunk_size
         updates = call.allocate(k, chunk_size, value_size)
@@ -103,7 +103,7 @@ class DeltaWrite(torch.autograd.Function):
             if decays is not None and keys.query is not None:
                 put_rows(decays, block, keys.query)
             put_rows(inverses, block, system.inverse)
-            system.put(updates, block, take(call, block, v), finite)
+            system.put(updates, block, take_block(call, block, v), finite)
             system.put(weights, block, times(keys.ahead, keys.enter), True)
         ends, products = _fold(call, k, g, decays, updates, weights, start_states, end_pieces, link)
         ctx.call, ctx.end_pieces, ctx.link, ctx.has_start = call, end_pieces, link, start_states is not None
@@ -117,7 +117,7 @@ class DeltaWrite(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         _, _, grad_ends, _, dk, _, sums = grads
         call: DeltaCall = ctx.call
-        link: Link = ctx.link
+        link: PhaseLink = ctx.link
         states, corrected, grad_states, grad_corrected = (
             link.states,
             link.corrected,
@@ -135,23 +135,23 @@ class DeltaWrite(torch.autograd.Function):
         dk = torch.zeros_like(k) if dk is None else dk
         dv, dbeta = torch.empty_like(v), torch.empty_like(beta)
         gate = gate_gradient(call, g, ctx.needs_input_grad[3])
-        chain, finite = Chain(call, weights, None), link.finite_keys and link.finite_upstream
+        chain, finite = ChunkChain(call, weights, None), link.finite_keys and link.finite_upstream
         for block in reversed(call.tiling.blocks):
             keys = block_keys(call, block, k, g, decays)
             if of_block := steps(call, block, link.sent):
                 leaving = keys.leaving
                 for step in reversed(of_block):
                     chain.retreat(step, leaving, grad_states, grad_corrected)
-            strength = take(call, block, beta.unsqueeze(-1))
-            value = take(call, block, v)
-            update = rows_of(corrected, block)
+            strength = take_block(call, block, beta.unsqueeze(-1))
+            value = take_block(call, block, v)
+            update = block_rows(corrected, block)
             state, grad_next = states[block.slots], grad_states[block.next_slots]
-            triangle = rows_of(inverses, block, block.chunk_size)
-            grad_right = anticausal_product(triangle, rows_of(grad_corrected, block), finite)
-            grad_lower = product(grad_right, update.mT).tril_(-1).neg_()
-            from_before = times(product(grad_right, state.mT), keys.enter)
+            triangle = block_rows(inverses, block, block.chunk_size)
+            grad_right = anticausal_product(triangle, block_rows(grad_corrected, block), finite)
+            grad_lower = batched_product(grad_right, update.mT).tril_(-1).neg_()
+            from_before = times(batched_product(grad_right, state.mT), keys.enter)
             grad_strength = torch.linalg.vecdot(grad_right, value)
-            grad_leaving = times(product(update, grad_next.mT), keys.leave)
+            grad_leaving = times(batched_product(update, grad_next.mT), keys.leave)
             if call.factors.is_wide(block):
                 # The rows of L are k with its β, so that both gradients come from one call.
                 _, wide = scores(call, block, g, strength * keys.plain, keys.plain, keys.ahead, keys.behind)
@@ -193,14 +193,14 @@ def _fold(
     weights: Tensor,
     start_states: Tensor | None,
     end_pieces: tuple[int, ...],
-    link: Link,
+    link: PhaseLink,
 ) -> tuple[Tensor, Tensor]:
     """What leaves the sent pieces: their end states and, where they continue a document, the product of their transitions."""
     batch, heads, _, key_size = weights.shape[1:]
     value_size = updates.shape[-1]
     ends = weights.new_zeros(len(end_pieces), batch, heads, key_size, value_size)
     products = weights.new_zeros(len(end_pieces), batch, heads, key_size, key_size)
-    chain, starts = Chain(call, weights, updates), start_rows(call)
+    chain, starts = ChunkChain(call, weights, updates), start_rows(call)
     link.done = link.sent & starts.keys()
     if link.done:
         # From its document's start a piece's states are the true ones, whatever arrives.

@@ -46,7 +46,7 @@ _FUNCTIONS = {
 """By variant: the module, the function, and the chunk sizes that it takes."""
 
 
-def prepare(
+def prepare_fla(
     name: str, k: Tensor, v: Tensor, gates: Gates, layout: SequenceLayout, chunk_size: int | None
 ) -> FlaChunkForm:
     """Begin a call of the variant `name` on the tokens that `layout` gives this rank; k ``[B, T, H_k, K]``, v ``[B, T, H, V]``.

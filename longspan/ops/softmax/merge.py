@@ -10,7 +10,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from longspan.layout.visibility import Block
+from longspan.layout.visibility import VisibleBlock
 from longspan.ops.softmax.block import block_backward, block_forward, finite_lse
 
 
@@ -37,7 +37,7 @@ class Merged:
         assert self._lse is not None
         return finite_lse(self._lse)
 
-    def add(self, blocks: Iterable[Block], k: Tensor, v: Tensor, scale: float) -> None:
+    def add(self, blocks: Iterable[VisibleBlock], k: Tensor, v: Tensor, scale: float) -> None:
         """Let the queries attend to the keys [B, L, H_kv, D] of `blocks`, too."""
         for block in blocks:
             q = query_tile(self._q, block)
@@ -46,7 +46,7 @@ class Merged:
                 out, lse = out.flip(1), lse.flip(2)
             self._merge(block, out, lse)
 
-    def _merge(self, block: Block, out: Tensor, lse: Tensor) -> None:
+    def _merge(self, block: VisibleBlock, out: Tensor, lse: Tensor) -> None:
         if self._out is None or self._lse is None:
             if block.opens and block.count == 1 and block.num_queries == self._q.shape[1]:
                 # All queries, for the first time: nothing to copy.
@@ -87,7 +87,7 @@ class Total:
         self._shape, self._like = shape, like
         self._sum: Tensor | None = None
 
-    def add(self, start: int, size: int, block: Block, grad: Tensor) -> None:
+    def add(self, start: int, size: int, block: VisibleBlock, grad: Tensor) -> None:
         """Add grad [B · count, size, heads, D] to the tokens from `start` on, and its repetitions."""
         if self._sum is None:
             if block.count == 1 and size == self._shape[1]:
@@ -114,7 +114,7 @@ class Total:
         return self._sum
 
 
-class Queries:
+class QueryTile:
     """What backward knows of a rank's queries, and the sum of their gradients.
 
     q, out, grad_out: [B, T, H, D]; out and lse [B, H, T] merged over all blocks of all keys.
@@ -129,7 +129,7 @@ class Queries:
         """The gradient of all queries that `backward` has gathered so far, [B, T, H, D] in q's dtype."""
         return self._dq.sum.to(self._q.dtype)
 
-    def backward(self, blocks: Iterable[Block], k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(self, blocks: Iterable[VisibleBlock], k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients of `blocks`: dk and dv [B, L, H_kv, D], in float32 or float64 where several blocks have summed."""
         dk, dv = Total(k.shape, k), Total(v.shape, v)
         for block in blocks:
@@ -151,24 +151,24 @@ class Queries:
         return dk.sum, dv.sum
 
 
-def query_tile(x: Tensor, block: Block) -> Tensor:
+def query_tile(x: Tensor, block: VisibleBlock) -> Tensor:
     """The block's queries of x [B, T, H, D], as [B · count, num_queries, H, D]; from the last to the first if anticausal."""
     return _tile(x, block.query_start, block.num_queries, block)
 
 
-def key_tiles(block: Block, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def key_tiles(block: VisibleBlock, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """The block's keys and values of [B, L, H_kv, D], as [B · count, num_keys, H_kv, D]."""
     start, size = block.key_start, block.num_keys
     return _tile(k, start, size, block), _tile(v, start, size, block)
 
 
-def _tile(x: Tensor, start: int, size: int, block: Block) -> Tensor:
+def _tile(x: Tensor, start: int, size: int, block: VisibleBlock) -> Tensor:
     tile = _strided(x, 1, start, size, block).flatten(0, 1)
     # A square in which query i sees key i and later ones is, read backwards, one in which it sees earlier ones.
     return tile.flip(1) if block.mask == "anticausal" else tile
 
 
-def _strided(x: Tensor, dim: int, start: int, size: int, block: Block) -> Tensor:
+def _strided(x: Tensor, dim: int, start: int, size: int, block: VisibleBlock) -> Tensor:
     """A view of the tokens of a block: dimension `dim` of x, of tokens, as two, [count, size]."""
     if block.count == 1:
         return x.narrow(dim, start, size).unsqueeze(dim)

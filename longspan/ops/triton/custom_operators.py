@@ -81,7 +81,7 @@ def _write(
     nothing = k.new_empty(0, dtype=torch.float32)
     states, ends, totals = nothing, nothing.clone(), None
     if not is_plain:
-        states, totals = passes.write(k, v, decay, table, num_slots)
+        states, totals = passes.write_pass(k, v, decay, table, num_slots)
         ends = states.new_empty(num_ends, batch, num_heads, k.shape[-1], value_size)
         passes.scan(states, totals, pieces, decay.kind, starts=start_states, ends=ends if num_ends else None)
     return (
@@ -212,7 +212,7 @@ def _write_backward(
     dg = k.new_empty(0)
     if g is not None:
         assert of_k.dots is not None
-        dg = passes.gate_gradient(
+        dg = passes.gate_gradient_pass(
             g, table, of_k.dots, owed,
             sign=-1.0, of_end=of_k.of_end, other_end=end, chunk_size=chunk_size,
         )  # fmt: skip
@@ -396,7 +396,7 @@ def _read_backward(
     grad_arriving = torch.zeros_like(arriving) if arriving is not None else None
     if states is not None or arriving is not None:
         num_slots = table.shape[0] + pieces.shape[0]
-        d, _ = passes.write(q, do, decay, table, num_slots, scale=scale, reverse=True)
+        d, _ = passes.write_pass(q, do, decay, table, num_slots, scale=scale, reverse=True)
         passes.scan(d, None if decay.is_none else totals, pieces, decay.kind, ends=grad_arriving, reverse=True)
     of_end = None
     if g is not None and _arrives(arriving):
@@ -422,7 +422,7 @@ def _read_backward(
         owed, end = of_q.dots, of_end
     elif g is not None:
         assert of_q.dots is not None
-        dg = passes.gate_gradient(
+        dg = passes.gate_gradient_pass(
             g, table, of_q.dots, less,
             sign=1.0, of_end=None if of_end is None else of_end.unsqueeze(0), chunk_size=chunk_size,
         )  # fmt: skip

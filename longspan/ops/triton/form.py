@@ -1,4 +1,4 @@
-"""The chunk form of diagonal transitions by kernels: the phases of `longspan.ops.triton.custom_operators` behind the common interface."""
+"""The chunk form of diagonal transitions by kernels: the phases of `custom_operators` behind the common interface."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from longspan.ops.variants.variant import ChunkForm, Gates
 from longspan.state import Transition
 
 
-def default_chunk_size(of_channels: bool, head_size: int, dtype: torch.dtype) -> int:
+def kernel_chunk_size(of_channels: bool, head_size: int, dtype: torch.dtype) -> int:
     """Tokens in a chunk where the caller does not say: as many as leave the state of a large head its registers.
 
     of_channels: where every key channel has its own decay, scores cost a product for each halving of the chunk.
@@ -29,7 +29,7 @@ def default_chunk_size(of_channels: bool, head_size: int, dtype: torch.dtype) ->
     return 32 if of_channels else 64
 
 
-def prepare(
+def prepare_kernels(
     transition_type: type[Transition],
     k: Tensor,
     v: Tensor,
@@ -45,7 +45,7 @@ def prepare(
     _check(k, v, chunk_size)
     g = gates.get("g")
     of_channels = g is not None and g.dim() == 4
-    size = chunk_size or default_chunk_size(of_channels, max(k.shape[3], v.shape[3]), k.dtype)
+    size = chunk_size or kernel_chunk_size(of_channels, max(k.shape[3], v.shape[3]), k.dtype)
     num_programs = v.shape[0] * v.shape[2] * -(-v.shape[3] // 64)
     length = max(size, stretch_length(layout, num_programs, _num_processors(k.device)))
     return TritonChunkForm(transition_type, gates, layout, size, length)

@@ -1,4 +1,4 @@
-"""The kernels as functions of tensors. Nothing here is differentiated: `longspan.ops.triton.custom_operators` puts the passes together.
+"""The kernels as functions of tensors. Nothing here is differentiated: `custom_operators` puts the passes together.
 
 Shapes: B batch rows, T tokens, H heads of v and ∂o, H_k heads of q and k, K × V a state, N stretches;
 `longspan.ops.triton.stretches` has the tables, `longspan.ops.triton.attend` the algebra.
@@ -74,7 +74,7 @@ def cumulate(g: Tensor, table: Tensor, chunk_size: int, dtype: torch.dtype) -> T
     return sums
 
 
-def write(
+def write_pass(
     left: Tensor,
     right: Tensor,
     decay: Decay,
@@ -203,7 +203,7 @@ def shape_of_owed(g: Tensor, x: Tensor) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Passed:
-    """What a pass gives: out ``[B, T, H, V]``; dots and of_end, if asked for, as `gate_gradient` takes them."""
+    """What a pass gives: out ``[B, T, H, V]``; dots and of_end, if asked for, as `gate_gradient_pass` takes them."""
 
     out: Tensor
     dots: Tensor | None
@@ -305,7 +305,7 @@ def attend(
     return Passed(out, dots, of_end)
 
 
-def gate_gradient(
+def gate_gradient_pass(
     g: Tensor,
     table: Tensor,
     owed: Tensor,

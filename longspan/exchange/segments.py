@@ -32,7 +32,7 @@ def gathered_rows(layout: SequenceLayout) -> list[int]:
     return layout.cached("gathered rows", find)
 
 
-def take(rows: Tensor, order: Sequence[int], layout: SequenceLayout) -> Tensor:
+def reorder_rows(rows: Tensor, order: Sequence[int], layout: SequenceLayout) -> Tensor:
     """``rows[order]`` along the first dimension.
 
     The rows themselves, not a copy, where the order is the one they are in. The index is made on the device once a process group,
