@@ -80,8 +80,8 @@ FAULTS: dict[str, Fault] = {
     ),
     "NaN in the gradient that one rank receives": Fault(
         "longspan/exchange/topologies/all_gather.py",
-        "return take(outgoing, [index - first for index in own], layout)",
-        'return take(outgoing, [index - first for index in own], layout) * (float("nan") if layout.rank == 1 else 1.0)',
+        "return reorder_rows(outgoing, [index - first for index in own], layout)",
+        'return reorder_rows(outgoing, [index - first for index in own], layout) * (float("nan") if layout.rank == 1 else 1.0)',
         (f"{CONFORMANCE}[simple_gla-contiguous-all_gather-3]",),
     ),
     "the gradient of a group of heads given to another key head": Fault(

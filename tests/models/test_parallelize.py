@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
-import longspan.parallel.parallelize as parallel_module
+import longspan.parallel.apply as parallel_module
 from longspan import SequenceLayout, parallelize, record_traffic, sum_gradients
 from longspan.errors import InputError
 from longspan.models import LinearLlama3

@@ -14,7 +14,7 @@ import json, sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from longspan.ops.triton import attend, convolution, decays, gated_norm, gates, states
+from longspan.ops.triton import attend, convolution, gate_gradient, log_decays, norm, states
 
 BF16, F32, I32 = "*bf16", "*fp32", "*i32"
 ATTEND = dict(a=BF16, b=BF16, c=BF16, out=BF16, g=F32, log_decay=F32, states=F32, arriving=F32, carried=F32, dotted=BF16, dots=F32,
@@ -62,7 +62,7 @@ CASES = {
     "attend, float16": (attend.attend_kernel, *attended(2, 0, False, size=64, dtype="*fp16"), 4),
     "attend, float32": (attend.attend_kernel, *attended(1, 0, True, size=64, block=32, dtype=F32), 4),
     "attend, channel, float32": (attend.attend_kernel, *attended(3, 1, True, size=64, block=32, chunk=32, dtype=F32), 4),
-    "cumulate, float64": (decays.cumulate_kernel, dict(g=F32, b="*fp64", table=I32), dict(LOWEST=-128.0, C=32, BK=64), 4),
+    "cumulate, float64": (log_decays.cumulate_kernel, dict(g=F32, b="*fp64", table=I32), dict(LOWEST=-128.0, C=32, BK=64), 4),
     # A launch makes constants of sizes that are 1.
     "attend, heads of one number": (attend.attend_kernel, *attended(2, 0, False, 16, 16, num_contracted=1, num_columns=1), 4),
     "write, none": (states.write_kernel, *written(0, False), 4),
@@ -71,16 +71,16 @@ CASES = {
     "scan": (states.scan_kernel, dict(states=F32, totals=F32, starts=F32, ends=F32, pieces=I32),
              dict(HAS_STARTS=True, HAS_ENDS=True, DECAY=3, REVERSE=True, BK=32, BV=32), 4),
     "carry": (states.carry_kernel, dict(totals=F32, carried=F32, pieces=I32), dict(REVERSE=False, BK=128), 4),
-    "cumulate": (decays.cumulate_kernel, dict(g=F32, b=F32, table=I32), dict(LOWEST=-128.0, C=32, BK=64), 4),
-    "gates, channel": (gates.gate_kernel, GATES, GATE_FLAGS, 4),
-    "gates, token": (gates.gate_kernel, GATES, dict(GATE_FLAGS, BK=1, num_channels=1), 4),
+    "cumulate": (log_decays.cumulate_kernel, dict(g=F32, b=F32, table=I32), dict(LOWEST=-128.0, C=32, BK=64), 4),
+    "gates, channel": (gate_gradient.gate_kernel, GATES, GATE_FLAGS, 4),
+    "gates, token": (gate_gradient.gate_kernel, GATES, dict(GATE_FLAGS, BK=1, num_channels=1), 4),
     "convolution": (convolution.inside_kernel, *convolved(**INSIDE), convolution.NUM_WARPS),
     "convolution, backward": (convolution.inside_backward_kernel, *convolved(**BACKWARD), convolution.NUM_WARPS),
     "convolution of one number": (convolution.inside_backward_kernel, *convolved(**BACKWARD, **ONES), convolution.NUM_WARPS),
     "convolution, heads": (convolution.heads_kernel, *convolved(BW=4), 1),
-    "norm": (gated_norm.forward_kernel, NORM, dict(SILU=True, ROWS=32, BD=128), 4),
-    "norm, backward": (gated_norm.backward_kernel, NORM, dict(SILU=True, ROWS=32, BD=128), 4),
-    "norm of a whole row": (gated_norm.backward_kernel, NORM, dict(SILU=False, ROWS=1, BD=8192), 8),
+    "norm": (norm.forward_kernel, NORM, dict(SILU=True, ROWS=32, BD=128), 4),
+    "norm, backward": (norm.backward_kernel, NORM, dict(SILU=True, ROWS=32, BD=128), 4),
+    "norm of a whole row": (norm.backward_kernel, NORM, dict(SILU=False, ROWS=1, BD=8192), 8),
     "convolution, heads, backward": (convolution.heads_backward_kernel, *convolved(BW=4), 1),
 }
 
