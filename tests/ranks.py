@@ -13,6 +13,9 @@ the ranks of each world size serve every test of the session. A call that fails 
 of step with each other: they are killed, and the next call starts fresh ones. Use `raised` for errors that a test
 expects: it catches them on the rank, and the ranks stay.
 
+A group of gloo is a thread that wakes a hundred times a second, on every rank. Tests make hundreds of groups, so the ranks leave
+all of them, and meet anew, whenever they have come to a few.
+
 The ranks run gloo with one thread each, listen on loopback alone, use the warning filters of the calling test, and
 have torch.distributed's debug level DETAIL, which turns collectives that do not match into Python errors.
 """
@@ -22,6 +25,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import faulthandler
+import gc
 import multiprocessing
 import os
 import pickle
@@ -45,6 +49,11 @@ START_TIMEOUT = 180.0
 # After one rank has failed, the others get this long to report their own errors before they are stopped.
 GRACE_AFTER_FAILURE = 1.0
 LOG_TAIL_CHARACTERS = 6000
+# Groups of a rank, the default one included, beyond which the ranks meet anew before their next call.
+MOST_GROUPS = 6
+# A rank that computes for less than this share of a time is stuck: on a machine that is busy with other things, too, it gets more.
+STUCK_SHARE = 0.005
+LONGEST_WAIT = 10
 
 
 @dataclass(frozen=True)
@@ -76,7 +85,9 @@ def run_on_ranks(num_ranks: int, function: Callable[..., Any], *args: Any, timeo
     Args:
         num_ranks: number of processes, 1 or more; one rank is a process with a group of one, too.
         function: defined at module level of an importable module.
-        timeout: seconds until the call is given up (not counting the start of the ranks).
+        timeout: seconds after which the call is given up if no rank that is awaited has computed anything in them, so that a busy
+            machine fails no test. After ten times as long it is given up in any case (on systems that do not tell what a process
+            has computed, only then).
 
     Raises:
         RankError: a rank raised, died, or did not answer in time.
@@ -127,6 +138,8 @@ class _Pool:
         self.folder = Path(tempfile.mkdtemp(prefix=f"longspan-ranks-{num_ranks}-"))
         self.processes: list[BaseProcess] = []
         self.connections: list[Connection] = []
+        self.num_groups = 1
+        self.meetings = 0
         try:
             for rank in range(num_ranks):
                 self._start(rank)
@@ -147,23 +160,35 @@ class _Pool:
         self.connections.append(ours)
 
     def call(self, function: Callable[..., Any], args: tuple[Any, ...], timeout: float) -> list[Any]:
-        request = pickle.dumps((list(sys.path), _warning_filters(), pickle.dumps((function, args))))
+        if self.num_groups > MOST_GROUPS:
+            self.meetings += 1
+            self._send((self.meetings, None, None))
+            self._collect("meeting anew", START_TIMEOUT)
+        self._send((list(sys.path), _warning_filters(), pickle.dumps((function, args))))
+        return self._collect(f"{function.__module__}.{function.__qualname__}", timeout)
+
+    def _send(self, request: tuple[Any, ...]) -> None:
         for connection in self.connections:
             # A rank that died since the last call shows in `_collect`, with its log.
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-                connection.send_bytes(request)
-        return self._collect(f"{function.__module__}.{function.__qualname__}", timeout)
+                connection.send_bytes(pickle.dumps(request))
 
     def _collect(self, what: str, timeout: float) -> list[Any]:
         """Wait for one answer of every rank."""
         values: dict[int, Any] = {}
         errors: dict[int, RankFailure] = {}
         waiting = {connection: rank for rank, connection in enumerate(self.connections)}
-        deadline = time.monotonic() + timeout
+        begun = time.monotonic()
+        deadline = begun + LONGEST_WAIT * timeout
+        progress = _Progress(timeout)
         while waiting:
-            ready = wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
+            patience = min(timeout / 4, max(0.0, deadline - time.monotonic()))
+            ready = wait(list(waiting), timeout=patience)
             if not ready:
-                break
+                awaited = [self.processes[rank].pid for rank in waiting.values()]
+                if time.monotonic() >= deadline or progress.has_ended(awaited):
+                    break
+                continue
             for connection in ready:
                 assert isinstance(connection, Connection)
                 rank = waiting.pop(connection)
@@ -175,7 +200,7 @@ class _Pool:
                     if isinstance(answer, RankFailure):
                         errors[rank] = answer
                     else:
-                        values[rank] = answer[0]
+                        values[rank], self.num_groups = answer
             if errors:
                 deadline = min(deadline, time.monotonic() + GRACE_AFTER_FAILURE)
         if errors:
@@ -184,7 +209,8 @@ class _Pool:
         if waiting:
             late = sorted(waiting.values())
             stacks = self._stacks(late)
-            timeouts = {r: RankFailure("TimeoutError", f"no answer after {timeout} s", stacks[r]) for r in late}
+            seconds = time.monotonic() - begun
+            timeouts = {r: RankFailure("TimeoutError", f"no answer after {seconds:.0f} s", stacks[r]) for r in late}
             raise RankError(f"{what} ran out of time on ranks {late} of {self.num_ranks}", timeouts)
         return [values[rank] for rank in range(self.num_ranks)]
 
@@ -213,6 +239,40 @@ class _Pool:
         for connection in self.connections:
             connection.close()
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+class _Progress:
+    """Whether processes compute, asked again and again."""
+
+    def __init__(self, patience: float) -> None:
+        self.patience = patience
+        self.since = time.monotonic()
+        self.seconds: float | None = None
+
+    def has_ended(self, process_ids: list[int | None]) -> bool:
+        """Whether none of them has computed anything for as long as `patience`; False where the system does not tell."""
+        now = time.monotonic()
+        seconds = _computed_seconds(process_ids)
+        if seconds is None:
+            return False
+        if self.seconds is None or abs(seconds - self.seconds) > STUCK_SHARE * self.patience:
+            self.since, self.seconds = now, seconds
+        return now - self.since >= self.patience
+
+
+def _computed_seconds(process_ids: list[int | None]) -> float | None:
+    """Processor time of the processes' threads, without gloo's, which wake to find nothing; None where the system does not tell."""
+    if not Path("/proc/self/task").exists():
+        return None
+    ticks = 0
+    for process_id in process_ids:
+        for thread in Path(f"/proc/{process_id}/task").glob("*/stat"):
+            # A thread or process may have ended since it was listed.
+            with contextlib.suppress(OSError):
+                name, _, numbers = thread.read_text().rpartition(")")
+                if "gloo" not in name:
+                    ticks += sum(map(int, numbers.split()[11:13]))
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def _log_path(folder: Path, rank: int) -> Path:
@@ -250,28 +310,39 @@ def _serve(rank: int, num_ranks: int, connection: Connection, folder: Path) -> N
             os.environ["GLOO_SOCKET_IFNAME"] = name
     torch.set_num_threads(1)
     dist.set_debug_level(dist.DebugLevel.DETAIL)
-    store = dist.FileStore(str(folder / "store"), num_ranks)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks)
-    connection.send_bytes(pickle.dumps((None,)))
+
+    def meet(number: int) -> bytes:
+        store = dist.FileStore(str(folder / f"store-{number}"), num_ranks)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks)
+        return pickle.dumps((None, 1))
+
+    connection.send_bytes(meet(0))
     while True:
         try:
-            request = connection.recv_bytes()
+            request = pickle.loads(connection.recv_bytes())
         except EOFError:
             os._exit(0)
-        connection.send_bytes(_answer(request))
+        if isinstance(request[0], int):
+            dist.destroy_process_group()
+            gc.collect()
+            connection.send_bytes(meet(request[0]))
+        else:
+            connection.send_bytes(_answer(*request))
 
 
-def _answer(request: bytes) -> bytes:
-    """The pickled one-tuple of the call's value, or the pickled `RankFailure`."""
+def _answer(path: list[str], filters: list[tuple[Any, ...]], call: bytes) -> bytes:
+    """The pickled pair of the call's value and the number of groups that the rank then is in, or the pickled `RankFailure`."""
+    from torch.distributed import distributed_c10d
+
     try:
-        path, filters, call = pickle.loads(request)
         sys.path.extend(entry for entry in path if entry not in sys.path)
         function, args = pickle.loads(call)
         with warnings.catch_warnings():
             warnings.resetwarnings()
             for arguments in reversed(filters):
                 warnings.filterwarnings(*arguments)
-            return pickle.dumps((function(*args),))
+            value = function(*args)
+        return pickle.dumps((value, len(distributed_c10d._world.pg_map)))
     except BaseException as error:
         # Everything, SystemExit included: the parent decides what becomes of this process.
         return pickle.dumps(RankFailure(type(error).__name__, str(error), traceback.format_exc()))

@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import time
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
+import longspan
+from tests.compare import worst
 from tests.ranks import RankError, raised, run_on_ranks
 
 
@@ -209,3 +212,29 @@ def test_a_function_that_ranks_cannot_import_is_refused() -> None:
     function.__module__ = "__main__"
     with pytest.raises(ValueError, match="defined in __main__"):
         run_on_ranks(2, function)
+
+
+def _gloo_threads_after_an_exchange_in_a_new_group() -> int:
+    layout = longspan.SequenceLayout(8, dist.new_group(list(range(dist.get_world_size()))))
+    q = torch.randn(1, 4, 2, 3, requires_grad=True)
+    o = longspan.linear_attention(q, q, q, layout=layout, exchange="all_to_all")
+    assert isinstance(o, torch.Tensor)
+    o.sum().backward()
+    return sum("gloo" in name.read_text() for name in Path("/proc/self/task").glob("*/comm"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="the system does not list threads")
+def test_groups_that_tests_make_do_not_pile_up() -> None:
+    counts = [worst(run_on_ranks(2, _gloo_threads_after_an_exchange_in_a_new_group)) for _ in range(8)]
+    # A call makes a group, and those of its exchange beside it: after a few calls the ranks leave all of them.
+    assert worst(counts[4:]) <= worst(counts[:4])
+
+
+def _compute(seconds: float) -> None:
+    begun = time.process_time()
+    while time.process_time() - begun < seconds:
+        pass
+
+
+def test_a_rank_that_computes_is_not_taken_for_one_that_hangs() -> None:
+    assert run_on_ranks(2, _compute, 1.3, timeout=1.0) == [None, None]
