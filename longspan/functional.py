@@ -6,6 +6,7 @@ H_k), K key size, V value size.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -85,7 +86,7 @@ def _write_bidirectional(
     operator: str,
     k: Tensor,
     v: Tensor,
-    gates: dict[str, Tensor],
+    gates: dict[str, Any],
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     **options: Any,
@@ -199,7 +200,7 @@ def retention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    log_decay: Tensor,
+    log_decay: Tensor | Sequence[float],
     *,
     scale: float | None = None,
     causal: bool = True,
@@ -213,7 +214,9 @@ def retention(
     """Retention: ``S_t = e^{log_decay_h} S_{t-1} + k_t v_tᵀ``, ``o_t = scale · S_tᵀ q_t`` (arXiv 2307.08621, 2401.04658).
 
     Args:
-        log_decay: ``[H]``, at most 0: a constant, which takes no gradient.
+        log_decay: H numbers, each at most 0: a constant, which takes no gradient. A list, or a tensor ``[H]`` on any device. Give
+            ranks on GPUs a list or a tensor on the CPU: `auto` then knows whether states outlive a segment (see `neighbour`), and
+            the host never waits to learn it.
         causal: False lets every token read all tokens of its document: ``o_t = scale · Σ_s e^{|t−s| log_decay} (q_t·k_s) v_s``.
         q, k, v and the rest: as in `linear_attention`.
 

@@ -132,11 +132,11 @@ class Identity(_LogDecay):
 class HeadDecay(_LogDecay):
     """A = γ_h^length (Lightning Attention, RetNet). parameter: ``[n, H]``, length · log γ_h, or −inf.
 
-    log_decay: log γ ``[H]``, the tensor that the parameter was made from, where it is at hand. It outlives a call, so that what the
-    host learns of it need not be asked of the device each time.
+    log_decay: log γ of each head as the host knows them; None where a device alone does. The host reads no parameter of another
+    device than the CPU: it would wait.
     """
 
-    log_decay: Tensor | None = None
+    log_decay: tuple[float, ...] | None = None
 
     is_known = True
     state_dims = (0, 2)

@@ -16,12 +16,14 @@ import torch
 from torch import Tensor
 
 from longspan.attention.linear import (
+    Given,
     JoinSum,
     LinearMemory,
     check_inputs,
     check_query,
     profiled,
     sum_over_ranks,
+    tensors_of,
     write_linear,
 )
 from longspan.attention.memory import StepMemory
@@ -92,7 +94,7 @@ def write_bidirectional(
     operator: str,
     k: Tensor,
     v: Tensor,
-    gates: Mapping[str, Tensor],
+    given: Given,
     *,
     layout: SequenceLayout | None = None,
     exchange: str | Exchange = "auto",
@@ -107,8 +109,9 @@ def write_bidirectional(
         )
     if stops_graphs(layout):
         return _write_outside_graphs(
-            operator, k, v, gates, layout=layout, exchange=exchange, backend=backend, chunk_size=chunk_size
+            operator, k, v, given, layout=layout, exchange=exchange, backend=backend, chunk_size=chunk_size
         )
+    gates = tensors_of(VARIANTS[operator], given)
     resolve_topology(exchange)
     layout, backend = check_inputs(VARIANTS[operator], k, v, gates, None, layout, backend, chunk_size)
     # A compiler traces kernels as they are: they have operators of their own.

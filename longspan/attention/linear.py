@@ -273,11 +273,31 @@ def local_layout(seq_len: int) -> SequenceLayout:
     return SequenceLayout.local(seq_len) if torch.compiler.is_compiling() else _kept_local_layout(seq_len)
 
 
+Given = Mapping[str, Tensor | Sequence[float]]
+"""Gates as a user gives them: tensors, and numbers for constants."""
+
+
+def tensors_of(variant: Variant, given: Given) -> Mapping[str, Tensor]:
+    """`given`, with constants that are numbers as tensors on the CPU, float64."""
+    constants = {gate.name for gate in variant.gates if not gate.differentiable}
+    gates: dict[str, Any] = {}
+    for name, x in given.items():
+        if name in constants and isinstance(x, list | tuple):
+            try:
+                x = torch.tensor(x, dtype=torch.float64, device="cpu")
+            except (TypeError, ValueError) as error:
+                raise InputError(
+                    f"{variant.name}: {name} must be numbers, one a head, or a tensor; got {x!r}. Pass a list of floats"
+                ) from error
+        gates[name] = x
+    return gates
+
+
 def write_linear(
     operator: str,
     k: Tensor,
     v: Tensor,
-    gates: Mapping[str, Tensor],
+    given: Given,
     *,
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
@@ -294,10 +314,11 @@ def write_linear(
     """
     if stops_graphs(layout):
         return _write_outside_graphs(
-            operator, k, v, gates, initial_state=initial_state, output_final_state=output_final_state, layout=layout,
+            operator, k, v, given, initial_state=initial_state, output_final_state=output_final_state, layout=layout,
             exchange=exchange, backend=backend, chunk_size=chunk_size, has_safe_gates=has_safe_gates,
         )  # fmt: skip
     variant = VARIANTS[operator]
+    gates = tensors_of(variant, given)
     topology = resolve_topology(exchange)
     check_flag(operator, "output_final_state", output_final_state)
     layout, backend = check_inputs(variant, k, v, gates, initial_state, layout, backend, chunk_size, has_safe_gates)
@@ -465,7 +486,8 @@ def _check_gate(
             f"{variant.name}: {gate.name} must be a floating-point tensor [{', '.join(gate.dims)}] = {expected}; got "
             f"{x.dtype} of shape {tuple(x.shape)}. Expand what is the same for several, as with {gate.name}.expand{expected}"
         )
-    check_same_device(variant.name, **{"k": k, gate.name: x})
+    if gate.differentiable or x.device.type != "cpu":
+        check_same_device(variant.name, **{"k": k, gate.name: x})
     if not gate.differentiable and x.requires_grad:
         raise InputError(
             f"{variant.name}: {gate.name} is a constant and takes no gradient; got one that requires it. Pass "

@@ -40,17 +40,10 @@ class ConstantDecayGate(nn.Module):
         super().__init__()
         spread = 7 / max(1, num_heads - 1)
         self.log_decay = tuple(math.log1p(-(2.0 ** (-5 - head * spread))) for head in range(num_heads))
-        # Not a buffer: casting the model to bfloat16 would round 1 - 2^-12 to 1.
-        self._on_device: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        key = (x.device, dtype)
-        if key not in self._on_device:
-            # An inference tensor kept from a first call in inference mode could not be used in training.
-            with torch.inference_mode(False):
-                self._on_device[key] = torch.tensor(self.log_decay, dtype=dtype, device=x.device)
-        return {"log_decay": self._on_device[key]}
+    def forward(self, x: Tensor) -> dict[str, tuple[float, ...]]:
+        # Numbers and not a buffer: the host needs them, and casting the model to bfloat16 would round 1 - 2^-12 to 1.
+        return {"log_decay": self.log_decay}
 
 
 class ScalarDecayGate(nn.Module):

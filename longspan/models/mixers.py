@@ -119,7 +119,7 @@ class LinearMixer(nn.Module):
         cache.state = memory.final_state()
         return self._out(o, self.gate_proj(x))
 
-    def _written(self, x: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def _written(self, x: Tensor) -> tuple[Tensor, Tensor, linear.Given]:
         return self._features(self.k_proj(x)), self._heads(self.v_proj(x)), self.decay(x)
 
     def _out(self, o: Tensor, gate: Tensor) -> Tensor:

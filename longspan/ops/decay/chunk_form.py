@@ -34,7 +34,7 @@ from torch import Tensor
 from longspan.first_order import first_order
 from longspan.layout import SequenceLayout
 from longspan.ops.backends import require_package
-from longspan.ops.decay.carried import carried_final_states, diagonal_transition
+from longspan.ops.decay.carried import carried_final_states, diagonal_transition, on_device
 from longspan.ops.decay.factors import BlockFactors, Factors, WideScores
 from longspan.ops.decay.gate_gradient import GateGradient
 from longspan.ops.factor_variant import FactorVariant
@@ -515,7 +515,8 @@ class DecayVariant(FactorVariant):
         size = chunk_size or default_chunk_size(k.dtype)
         tiling = tile(layout, size, chunks_of_block(k, v, size), k.device)
         states = state_dtype(k.dtype)
-        call = Call(tiling, self.factors(gates, tiling, num_heads, k.dtype, states), 1.0, num_heads, states)
+        near = {name: on_device(x, layout, k.device) for name, x in gates.items()}
+        call = Call(tiling, self.factors(near, tiling, num_heads, k.dtype, states), 1.0, num_heads, states)
         return DecayChunkForm(self.transition, call, gates)
 
 
@@ -566,4 +567,5 @@ class DecayChunkForm(ChunkForm):
         return carried_final_states(self._ends[list(rows)], of_pieces, incoming, self.transition)
 
     def transition(self, ranges: Sequence[tuple[int, int]]) -> Transition:
-        return diagonal_transition(self.transition_type, self.gates, ranges, self.call.state_dtype)
+        device = self.call.tiling.table.device
+        return diagonal_transition(self.transition_type, self.gates, ranges, self.call.state_dtype, device)

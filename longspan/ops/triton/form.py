@@ -11,7 +11,7 @@ from torch import Tensor
 from longspan.errors import InputError
 from longspan.layout import SequenceLayout
 from longspan.ops.backends import MAX_HEAD_SIZE, TRITON_CHUNK_SIZES, require_gpu
-from longspan.ops.decay.carried import carried_final_states, diagonal_transition
+from longspan.ops.decay.carried import carried_final_states, diagonal_transition, on_device
 from longspan.ops.triton.custom_operators import decay_read, decay_write
 from longspan.ops.triton.launch import contiguous_rows, interpreted
 from longspan.ops.triton.stretches import Stretches, stretch_length, stretches_of
@@ -48,7 +48,7 @@ def prepare_kernels(
     size = chunk_size or kernel_chunk_size(of_channels, max(k.shape[3], v.shape[3]), k.dtype)
     num_programs = v.shape[0] * v.shape[2] * -(-v.shape[3] // 64)
     length = max(size, stretch_length(layout, num_programs, _num_processors(k.device)))
-    return TritonChunkForm(transition_type, gates, layout, size, length)
+    return TritonChunkForm(transition_type, gates, layout, size, length, k.device)
 
 
 def _check(k: Tensor, v: Tensor, chunk_size: int | None) -> None:
@@ -94,6 +94,7 @@ class TritonChunkForm(ChunkForm):
     layout: SequenceLayout
     chunk_size: int
     length: int
+    device: torch.device
     _stretches: Stretches | None = None
     _written: _Written | None = None
 
@@ -101,6 +102,11 @@ class TritonChunkForm(ChunkForm):
     def _g(self) -> Tensor | None:
         g = self.gates.get("g")
         return None if g is None else contiguous_rows(g)
+
+    @property
+    def _log_decay(self) -> Tensor | None:
+        log_decay = self.gates.get("log_decay")
+        return None if log_decay is None else on_device(log_decay, self.layout, self.device)
 
     def write(
         self, k: Tensor, v: Tensor, start_states: Tensor | None, end_pieces: Sequence[int], sent_pieces: Sequence[int]
@@ -110,7 +116,7 @@ class TritonChunkForm(ChunkForm):
         start_states = None if start_states is None else start_states.contiguous()
         is_plain = start_states is None and not end_pieces and stretches.is_one_a_piece
         states, ends, totals, sums, *tickets = decay_write(
-            k, v, self._g, self.gates.get("log_decay"), start_states,
+            k, v, self._g, self._log_decay, start_states,
             stretches.table, stretches.pieces, stretches.starting, stretches.num_slots, stretches.num_ends, self.chunk_size,
             is_plain,
         )  # fmt: skip
@@ -137,7 +143,7 @@ class TritonChunkForm(ChunkForm):
         arriving = None if arriving is None else arriving.contiguous()
         k, v, states = (written.k, written.v, written.states) if own else (None, None, None)
         o: Tensor = decay_read(
-            q, k, v, self._g, self.gates.get("log_decay"), states, arriving, written.totals, written.sums,
+            q, k, v, self._g, self._log_decay, states, arriving, written.totals, written.sums,
             *(written.tickets if own else _NO_TICKETS), stretches.table, stretches.pieces,
             scale, written.v.shape[2], written.v.shape[3], self.chunk_size,
         )  # fmt: skip
@@ -149,4 +155,4 @@ class TritonChunkForm(ChunkForm):
         return carried_final_states(own, [self.layout.pieces[number] for number in pieces], incoming, self.transition)
 
     def transition(self, ranges: Sequence[tuple[int, int]]) -> Transition:
-        return diagonal_transition(self.transition_type, self.gates, ranges, torch.float32)
+        return diagonal_transition(self.transition_type, self.gates, ranges, torch.float32, self.device)
