@@ -14,7 +14,7 @@ of step with each other: they are killed, and the next call starts fresh ones. U
 expects: it catches them on the rank, and the ranks stay.
 
 A group of gloo is a thread that wakes a hundred times a second, on every rank. Tests make hundreds of groups, so the ranks leave
-all of them, and meet anew, whenever they have come to a few.
+all of them, and meet anew, after a call that leaves more than a few.
 
 The ranks run gloo with one thread each, listen on loopback alone, use the warning filters of the calling test, and
 have torch.distributed's debug level DETAIL, which turns collectives that do not match into Python errors.
@@ -49,8 +49,8 @@ START_TIMEOUT = 180.0
 # After one rank has failed, the others get this long to report their own errors before they are stopped.
 GRACE_AFTER_FAILURE = 1.0
 LOG_TAIL_CHARACTERS = 6000
-# Groups of a rank, the default one included, beyond which the ranks meet anew before their next call.
-MOST_GROUPS = 6
+# Groups of a rank, the default one included, beyond which the ranks meet anew after a call.
+MOST_GROUPS = 5
 # A rank that computes for less than this share of a time is stuck: on a machine that is busy with other things, too, it gets more.
 STUCK_SHARE = 0.005
 LONGEST_WAIT = 10
@@ -140,6 +140,7 @@ class _Pool:
         self.connections: list[Connection] = []
         self.num_groups = 1
         self.meetings = 0
+        self.is_meeting = False
         try:
             for rank in range(num_ranks):
                 self._start(rank)
@@ -160,12 +161,16 @@ class _Pool:
         self.connections.append(ours)
 
     def call(self, function: Callable[..., Any], args: tuple[Any, ...], timeout: float) -> list[Any]:
+        if self.is_meeting:
+            self._collect("meeting anew", START_TIMEOUT)
+            self.is_meeting = False
+        self._send((list(sys.path), _warning_filters(), pickle.dumps((function, args))))
+        values = self._collect(f"{function.__module__}.{function.__qualname__}", timeout)
         if self.num_groups > MOST_GROUPS:
             self.meetings += 1
             self._send((self.meetings, None, None))
-            self._collect("meeting anew", START_TIMEOUT)
-        self._send((list(sys.path), _warning_filters(), pickle.dumps((function, args))))
-        return self._collect(f"{function.__module__}.{function.__qualname__}", timeout)
+            self.is_meeting = True
+        return values
 
     def _send(self, request: tuple[Any, ...]) -> None:
         for connection in self.connections:
