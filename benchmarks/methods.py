@@ -17,7 +17,7 @@ from torch import Tensor
 
 import longspan
 from benchmarks.harness import require_close, seconds
-from longspan.exchange.traffic import Traffic, note_collective, record_traffic, waiting
+from longspan.comm.traffic import Traffic, note_collective, record_traffic, waiting
 
 Method = Callable[[Tensor, Tensor, Tensor, longspan.SequenceLayout], Tensor]
 

@@ -28,13 +28,13 @@ from longspan.checks import (
     check_tensor,
     check_tensors,
 )
+from longspan.comm.numbering import launch
+from longspan.comm.profiling import named_range
+from longspan.comm.traffic import note_collective, waiting
 from longspan.errors import InputError
 from longspan.exchange import Exchange, PendingExchange, Topology, resolve_topology, start_exchange
-from longspan.exchange.ranges import named_range
-from longspan.exchange.steps import launch
-from longspan.exchange.traffic import note_collective, waiting
 from longspan.first_order import first_order
-from longspan.layout import SequenceLayout
+from longspan.layout import SequenceLayout, group_of
 from longspan.layout.sequence_layout import check_layout, stops_graphs
 from longspan.ops.backends import resolve_backend
 from longspan.ops.variants import VARIANTS, Variant
@@ -527,7 +527,7 @@ def _summed(x: Tensor, layout: SequenceLayout, phase: str) -> Tensor:
     note_collective("all_reduce", phase, 2 * (num_ranks - 1) * total.numel() * total.element_size() // num_ranks)
     with waiting():
         launch(
-            layout,
+            group_of(layout),
             x.device,
             "all_reduce",
             phase,

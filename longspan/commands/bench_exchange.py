@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from longspan.comm.background import run_beside
 from longspan.commands.bench_options import BenchExchange
 from longspan.commands.bench_report import Figures, Measured, print_figures, write_json
 from longspan.errors import LongspanError
@@ -21,10 +22,9 @@ from longspan.exchange import Auto, Exchange, Topology, record_traffic, resolve_
 from longspan.exchange.auto.calibration import measured_cluster
 from longspan.exchange.auto.timing import RankClock
 from longspan.exchange.auto.trial import exchange_seconds
-from longspan.exchange.progress import run_beside
 from longspan.exchange.segments import own_segments
 from longspan.launch import EXIT_DONE, Place, start_process_group
-from longspan.layout import SequenceLayout
+from longspan.layout import SequenceLayout, group_of
 from longspan.ops.variants import VARIANTS
 from longspan.plan import Problem, time_of
 from longspan.state import Dense, Identity, Pair, exclusive_scan, exclusive_scan_adjoint
@@ -164,7 +164,7 @@ def _check(name: str, topology: Topology, case: _Case, bfloat16: bool) -> _Sent:
     with record_traffic() as traffic:
         results = _run(topology, case)
         # A rank that has nothing to wait for may not have sent yet.
-        run_beside(case.layout, case.pair.state.device, lambda _: None).wait()
+        run_beside(group_of(case.layout), case.pair.state.device, lambda _: None).wait()
     expected = (case.incoming, case.outgoing)
     errors = [
         float((got - right).abs().max() / right.abs().max().clamp_min(1.0))

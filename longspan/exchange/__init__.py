@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+from longspan.comm.traffic import Traffic, record_traffic
 from longspan.errors import InputError
 from longspan.exchange.auto.choice import Auto
 from longspan.exchange.autograd import PendingExchange, start_exchange
@@ -14,7 +15,6 @@ from longspan.exchange.topologies.pipelined import Pipelined
 from longspan.exchange.topologies.ring import Ring
 from longspan.exchange.topologies.two_level import TwoLevel
 from longspan.exchange.topology import Arrived, Handle, ReverseHandle, Topology
-from longspan.exchange.traffic import Traffic, record_traffic
 
 TOPOLOGIES: dict[str, Topology] = {
     topology.name: topology

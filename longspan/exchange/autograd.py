@@ -14,12 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longspan.exchange.groups import group_of
-from longspan.exchange.ranges import named_range
-from longspan.exchange.steps import backward_of, steps_of
+from longspan.comm.numbering import backward_of, steps_of
+from longspan.comm.profiling import named_range
 from longspan.exchange.topology import Handle, ReverseHandle, Topology
 from longspan.first_order import first_order
-from longspan.layout import SequenceLayout
+from longspan.layout import SequenceLayout, group_of
 from longspan.state import Pair, Transition
 
 

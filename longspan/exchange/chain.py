@@ -26,13 +26,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from longspan.exchange.messages import Mailbox, Receipt
-from longspan.exchange.progress import Task, run_beside
+from longspan.comm.background import Task, run_beside
+from longspan.comm.numbering import taken
+from longspan.comm.point_to_point import Mailbox, Receipt
 from longspan.exchange.segments import own_segments, reorder_rows
-from longspan.exchange.steps import taken
 from longspan.exchange.topology import Arrived, Handle, ReverseHandle, Topology
 from longspan.exchange.wire import pack_pairs, unpack_states
-from longspan.layout import SequenceLayout
+from longspan.layout import SequenceLayout, group_of
 from longspan.state import Pair, Transition
 
 
@@ -152,7 +152,7 @@ def _launch(chain: Chain, states: Tensor, transition: Transition, layout: Sequen
         mailbox = Mailbox(group, states.device, chain.name, phase, taken().tag)
         return Passage(chain, states, transition, mailbox).carry(own, order_of(runs, layout, in_batches=not on_cpu))
 
-    task = run_beside(layout, states.device, work, "messages", name=chain.name, phase=phase)
+    task = run_beside(group_of(layout), states.device, work, "messages", name=chain.name, phase=phase)
     # Who receives nothing need not wait until its messages have left; if they fail, so does the next exchange. On CUDA, waiting
     # holds up nothing, and keeps the memory of what is sent.
     receives = any(run.source is not None or len(run.rows) > 1 for run in own)

@@ -32,10 +32,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longspan.comm.all_to_all import Flight, swap
 from longspan.errors import LayoutError
-from longspan.exchange.swap import Flight, swap
 from longspan.first_order import first_order
-from longspan.layout import SequenceLayout
+from longspan.layout import SequenceLayout, group_of
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ class _Messages:
         if plan.exchanges:
             send_sizes = [sum(run.shape[1] for run in outgoing.get(rank, ())) for rank in range(layout.num_ranks)]
             receive_sizes = [_num_tokens(incoming.get(rank, ())) for rank in range(layout.num_ranks)]
-            self._flight = swap(sent, send_sizes, receive_sizes, layout, phase, name="halo")
+            self._flight = swap(sent, send_sizes, receive_sizes, group_of(layout), phase, name="halo")
 
     def wait(self) -> list[tuple[Fetch, Tensor]]:
         """What arrived: each fetch and its tokens ``[B, tokens, C]``."""

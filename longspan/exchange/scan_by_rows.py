@@ -18,10 +18,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from longspan.exchange.progress import Task
+from longspan.comm.all_to_all import swap_in
+from longspan.comm.background import Task
+from longspan.comm.numbering import arrived, taken
 from longspan.exchange.segments import reorder_rows
-from longspan.exchange.steps import arrived, taken
-from longspan.exchange.swap import swap_in
 from longspan.exchange.topology import Arrived, Handle, ReverseHandle
 from longspan.exchange.wire import (
     HEADER_BYTES,
@@ -32,7 +32,7 @@ from longspan.exchange.wire import (
     with_header,
     without_header,
 )
-from longspan.layout import SequenceLayout
+from longspan.layout import SequenceLayout, group_of
 from longspan.state import Pair, Transition, exclusive_scan, exclusive_scan_adjoint
 
 
@@ -162,7 +162,7 @@ class RowExchange:
             shares.group, shares.place, sent, send_rows, receive_rows, self.phase, header_bytes=HEADER_BYTES
         )
         flight.work.wait()
-        arrived(header_words(flight.received), self.layout, step)
+        arrived(header_words(flight.received), group_of(self.layout), step)
         return without_header(flight.received)
 
 

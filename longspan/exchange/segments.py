@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from longspan.exchange.groups import group_of, kept
-from longspan.layout.sequence_layout import SequenceLayout
+from longspan.comm.groups import kept
+from longspan.layout import SequenceLayout, group_of
 
 
 def own_segments(layout: SequenceLayout) -> list[int]:

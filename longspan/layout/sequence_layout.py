@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from longspan.checks import check_tensor, described, is_int
-from longspan.collectives import all_gather_single
+from longspan.comm.collectives import all_gather_single
 from longspan.errors import InputError, LayoutError
 from longspan.first_order import first_order
 from longspan.modes import built_for_every_mode
@@ -575,6 +575,12 @@ def _length(what: str, x: Tensor, dim: int) -> int:
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def group_of(layout: SequenceLayout) -> dist.ProcessGroup:
+    """The process group of a layout of two ranks or more."""
+    assert layout.group is not None and layout.num_ranks > 1
+    return layout.group
 
 
 def _resolve_group(group: Any) -> tuple[dist.ProcessGroup | None, int, int, int | None]:

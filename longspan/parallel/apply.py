@@ -15,9 +15,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from longspan.attention.softmax import SOFTMAX_METHODS, SoftmaxMethod
+from longspan.comm.traffic import note_collective, waiting
 from longspan.errors import InputError
 from longspan.exchange import Exchange, resolve_topology
-from longspan.exchange.traffic import note_collective, waiting
 from longspan.layout import SequenceLayout
 from longspan.models.linear_llama3 import LinearLlama3, SequenceParallel
 from longspan.models.mixers import LinearMixer, SoftmaxMixer

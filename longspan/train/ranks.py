@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from longspan import errors
-from longspan.collectives import all_gather_single
+from longspan.comm.collectives import all_gather_single
 from longspan.errors import ConfigError, LongspanError
 from longspan.launch import Place, start_process_group
 

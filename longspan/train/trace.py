@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, _ExperimentalConfig, profile
 
-from longspan.exchange.ranges import named_range
+from longspan.comm.profiling import named_range
 from longspan.train.run_folder import writing
 
 

@@ -9,11 +9,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from longspan.comm.profiling import named_range
+from longspan.comm.traffic import Traffic, record_traffic
 from longspan.data.batches import TrainingBatches, validation_sequences
 from longspan.data.prepare import PreparedData
 from longspan.errors import CheckpointError, DataError, LongspanError
-from longspan.exchange.ranges import named_range
-from longspan.exchange.traffic import Traffic, record_traffic
 from longspan.launch import StopRequest
 from longspan.layout import SequenceLayout
 from longspan.models import LinearLlama3

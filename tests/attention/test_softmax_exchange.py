@@ -13,9 +13,9 @@ from longspan.attention.softmax import SoftmaxMethod, ring, softmax_attention, w
 from longspan.attention.softmax.all_gather import gather_plan
 from longspan.attention.softmax.attention import EXCHANGES, SoftmaxMemory
 from longspan.attention.softmax.ring import journeys, ring_plan
+from longspan.comm.all_to_all import Flight
+from longspan.comm.traffic import Event
 from longspan.exchange import record_traffic
-from longspan.exchange.swap import Flight
-from longspan.exchange.traffic import Event
 from longspan.layout import Order, SequenceLayout
 from longspan.layout.visibility import Visibility, length
 from longspan.ops.softmax import merge as tiles

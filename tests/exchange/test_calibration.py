@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from longspan.collectives import all_gather_single
+from longspan.comm.collectives import all_gather_single
 from longspan.exchange import record_traffic
 from longspan.exchange.auto import calibration, timing
 from longspan.exchange.auto.calibration import measured_cluster

@@ -10,10 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from longspan.comm.all_to_all import Flight
 from longspan.errors import LayoutError
 from longspan.exchange import halo, record_traffic
 from longspan.exchange.halo import Fetch, PendingHalo, halo_plan, start_halo
-from longspan.exchange.swap import Flight
 from longspan.layout import Order, SequenceLayout
 from tests.compare import relative_error, worst
 from tests.exchange.test_exchange import Noted, NotedWork

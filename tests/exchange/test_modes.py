@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 import longspan
+from longspan.comm.numbering import destroy
 from longspan.exchange import TOPOLOGIES
-from longspan.exchange.steps import destroy
 from longspan.layout import SequenceLayout
 from tests.compare import relative_error, worst
 from tests.ranks import run_on_ranks

@@ -12,8 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 import longspan
+from longspan.comm.numbering import destroy
 from longspan.errors import ExchangeError
-from longspan.exchange.steps import destroy
 from longspan.layout import SequenceLayout
 from tests.attention.test_partial_losses import ALL, error_of
 from tests.ranks import run_on_ranks

@@ -13,15 +13,15 @@ import torch
 import torch.distributed as dist
 
 import longspan
+from longspan.comm import point_to_point
+from longspan.comm.groups import new_group_beside
+from longspan.comm.point_to_point import Mailbox, Receipt
 from longspan.errors import InputError, LayoutError
 from longspan.exchange import TOPOLOGIES, Exchange, record_traffic, resolve_topology, start_exchange
-from longspan.exchange import messages as messages_module
 from longspan.exchange.chain import Chain, Passage, chain_of, order_of
-from longspan.exchange.groups import new_group_beside
-from longspan.exchange.messages import Mailbox, Receipt
 from longspan.exchange.topologies.neighbour import only_neighbours_meet
 from longspan.exchange.topologies.pipelined import Pipelined
-from longspan.layout import SequenceLayout
+from longspan.layout import SequenceLayout, group_of
 from longspan.ops.variants import VARIANTS
 from longspan.state import Dense, HeadDecay, Identity, Pair, ScalarDecay, Transition, exclusive_scan
 from tests.compare import relative_error, worst
@@ -65,9 +65,9 @@ def messages_each_way(exchange: Any, order: Any, documents: list[int] | None) ->
 
 def drain(layout: SequenceLayout) -> None:
     """Wait until this rank's works are done."""
-    from longspan.exchange.progress import run_beside
+    from longspan.comm.background import run_beside
 
-    run_beside(layout, torch.device("cpu"), lambda group: None, "messages").wait()
+    run_beside(group_of(layout), torch.device("cpu"), lambda group: None, "messages").wait()
 
 
 @pytest.mark.parametrize("num_ranks", [2, 4])
@@ -154,7 +154,7 @@ def test_the_number_of_blocks_that_the_cost_model_chooses_is_the_same_on_every_r
 def order_of_sends(name: str, documents: list[int] | None, phase: str) -> list[str]:
     """What this rank does for one exchange while its main thread waits for its worker's last step, and not for the exchange."""
     layout, log, done = SequenceLayout(40, documents=documents), [], threading.Event()
-    original = messages_module.Mailbox
+    original = point_to_point.Mailbox
 
     class Noted(original):  # type: ignore[valid-type, misc]
         def send(self, *args: Any) -> None:
@@ -226,7 +226,7 @@ def exchanges_without_waiting(num_exchanges: int) -> float:
 
 
 def test_exchanges_under_way_do_not_mix_and_may_be_more_than_a_rank_sends_ahead() -> None:
-    assert worst(run_on_ranks(3, exchanges_without_waiting, 4 * messages_module.MAX_EXCHANGES_AHEAD)) < 1e-11
+    assert worst(run_on_ranks(3, exchanges_without_waiting, 4 * point_to_point.MAX_EXCHANGES_AHEAD)) < 1e-11
 
 
 # ------------------------------------------------------------------------------------------------------------- neighbour holds

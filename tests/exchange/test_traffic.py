@@ -13,11 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from longspan.comm.background import run_beside
 from longspan.exchange import TOPOLOGIES, Topology, record_traffic
-from longspan.exchange.progress import run_beside
-from longspan.exchange.traffic import note_collective, waiting
 from longspan.exchange.wire import HEADER_BYTES
-from longspan.layout import SequenceLayout
+from longspan.layout import SequenceLayout, group_of
 from longspan.state import ChannelDecay, Dense, HeadDecay, Transition
 from tests.exchange.scan import errors_of_scan
 from tests.ranks import run_on_ranks
@@ -172,7 +171,7 @@ def topology_with(name: str, state_dtype: torch.dtype | None) -> Topology:
 
 def drain(layout: SequenceLayout) -> None:
     """Wait until this rank has started all that it sends: what it need not wait for may still lie before it."""
-    run_beside(layout, torch.device("cpu"), lambda group: torch.zeros(0)).wait()
+    run_beside(group_of(layout), torch.device("cpu"), lambda group: torch.zeros(0)).wait()
 
 
 def counted_and_expected(name: str, order: Any, state_dtype: torch.dtype | None) -> list[tuple[Accounts, Accounts]]:
@@ -212,26 +211,3 @@ def test_the_counter_says_what_the_formula_says_and_what_torch_is_asked_for(
         for found in run_on_ranks(num_ranks, counted_and_expected, name, order, state_dtype):
             for counted, expected in found:
                 assert counted == expected
-
-
-def test_recorders_nest_and_count_messages_and_waiting() -> None:
-    with record_traffic() as outer:
-        note_collective("all_gather", "forward", 12, 3)
-        with record_traffic() as inner:
-            note_collective("ring", "backward", 5)
-        # Both have seen the same waiting, and the inner one is no longer told.
-        with waiting():
-            pass
-    note_collective("ring", "backward", 7)
-    assert (outer.num_collectives, outer.num_messages, outer.bytes_sent) == (2, 4, 17)
-    assert (inner.num_collectives, inner.num_messages, inner.bytes_sent) == (1, 1, 5)
-    assert (outer.count("forward"), outer.of_phase("backward").bytes_sent) == (1, 5)
-    assert outer.wait_seconds > 0 and inner.wait_seconds == 0
-
-
-def test_two_recorders_that_saw_the_same_are_told_apart() -> None:
-    with record_traffic() as outer:
-        with record_traffic():
-            pass
-        note_collective("ring", "forward", 5)
-    assert outer.bytes_sent == 5

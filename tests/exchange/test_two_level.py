@@ -10,9 +10,7 @@ import torch.distributed as dist
 
 import longspan
 from longspan.errors import LayoutError
-from longspan.exchange import TwoLevel, nodes, record_traffic
-from longspan.exchange.groups import kept
-from longspan.exchange.nodes import nodes_of, ranks_per_host
+from longspan.exchange import TwoLevel, record_traffic
 from longspan.layout import SequenceLayout
 from longspan.state import ChannelDecay, Dense, HeadDecay, Identity, ScalarDecay, Transition
 from tests.compare import relative_error, worst
@@ -79,55 +77,6 @@ def test_all_ranks_of_a_node_send_out_of_it_no_more_than_one_pair_and_what_comes
         assert ranks_per_node * sum(event[0] for event in events[1:3]) < segments * (2 * state + transition)
 
 
-@pytest.mark.parametrize(
-    ("hosts", "size"), [(["a"], 1), (["a", "a"], 2), (["a", "b"], 1), (["b", "b", "a", "a"], 2), (["a"] * 3, 3)]
-)
-def test_hosts_with_equally_many_consecutive_ranks_are_nodes(hosts: list[str], size: int) -> None:
-    assert ranks_per_host(hosts) == size
-
-
-@pytest.mark.parametrize("hosts", [["a", "b", "a", "b"], ["a", "a", "b"], ["a", "b", "b", "a"]])
-def test_other_hosts_are_refused_with_the_way_out(hosts: list[str]) -> None:
-    with pytest.raises(LayoutError, match=r"(?s)a \(\d\), b \(\d\).*ranks_per_node.*'all_to_all'"):
-        ranks_per_host(hosts)
-
-
-def nodes_by_names(names: list[str]) -> Any:
-    """The nodes of ranks whose hosts would have these names."""
-    asked = []
-
-    def gethostname() -> str:
-        asked.append(1)
-        return names[dist.get_rank()]
-
-    group = dist.new_group(list(range(len(names))))
-    original = nodes.socket.gethostname
-    nodes.socket.gethostname = gethostname
-    try:
-        found = [nodes_of(SequenceLayout(64, group)) for _ in range(2)]
-    finally:
-        nodes.socket.gethostname = original
-    assert found[0] == found[1]
-    return found[0], len(asked)
-
-
-def test_nodes_are_hosts_unless_the_layout_says_otherwise_and_hosts_are_asked_once() -> None:
-    results = run_on_ranks(4, nodes_by_names, ["one", "one", "two", "two"])
-    assert [(found.node, found.place, found.num_nodes) for found, _ in results] == [
-        (0, 0, 2),
-        (0, 1, 2),
-        (1, 0, 2),
-        (1, 1, 2),
-    ]
-    assert [asked for _, asked in results] == [1, 1, 1, 1]
-
-
-def test_hosts_that_are_no_nodes_are_refused_on_every_rank_before_any_exchange() -> None:
-    for name, message in run_on_ranks(3, raised, nodes_by_names, ["one", "two", "one"]):
-        assert name == "LayoutError"
-        assert "one (1), two (1), one (1)" in message
-
-
 def layer_on_mesh(shape: tuple[int, ...], names: tuple[str, ...], part: Any) -> tuple[int | None, list[str], float]:
     mesh: Any = dist.device_mesh.init_device_mesh("cpu", shape, mesh_dim_names=names)
     layout = SequenceLayout(24, mesh[part] if part else mesh)
@@ -181,22 +130,3 @@ def test_a_mesh_of_another_kind_is_refused(
 def test_nodes_must_have_equally_many_ranks(ranks_per_node: Any) -> None:
     with pytest.raises(LayoutError, match="ranks_per_node"):
         SequenceLayout.for_rank(64, 4, 1, ranks_per_node=ranks_per_node)
-
-
-def groups_made() -> list[int]:
-    group = dist.new_group(list(range(4)))
-    layout = SequenceLayout(64, group, ranks_per_node=2)
-    found = [
-        [id(make(layout, nodes_of(layout), "forward")) for make in (nodes.node_group, nodes.rail_group)]
-        for _ in range(2)
-    ]
-    assert found[0] == found[1]
-    sizes = [
-        dist.get_world_size(make(layout, nodes_of(layout), "backward")) for make in (nodes.node_group, nodes.rail_group)
-    ]
-    assert kept(group, "host names", list) == []
-    return sizes
-
-
-def test_groups_of_nodes_and_rails_are_made_once_and_hosts_not_asked_where_the_layout_knows() -> None:
-    assert run_on_ranks(4, groups_made) == [[2, 2]] * 4

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+from longspan.comm.background import run_beside
 from longspan.errors import InputError
 from longspan.exchange import TOPOLOGIES, Exchange, record_traffic, resolve_topology
-from longspan.exchange.progress import run_beside
 from longspan.exchange.segments import own_segments
-from longspan.layout import SequenceLayout
+from longspan.layout import SequenceLayout, group_of
 from longspan.plan import PLANNED, Cluster, Link, Problem, best_num_blocks, by_cost, gpu_cluster, longest_chain, time_of
 from longspan.state import ChannelDecay, Dense, HeadDecay, Identity, Pair, Transition
 from tests.exchange.scan import random_pair
@@ -42,7 +42,7 @@ def most_sent(
         arrived = resolved.start(own_pair, layout).wait()
         resolved.start_reverse(kind, arrived.context, torch.ones_like(own_pair.state), layout).wait()
         # A rank that has nothing to wait for may not have sent yet.
-        run_beside(layout, torch.device("cpu"), lambda _: None).wait()
+        run_beside(group_of(layout), torch.device("cpu"), lambda _: None).wait()
     phases = [traffic.of_phase("forward"), traffic.of_phase("backward")]
     return [(phase.bytes_sent, phase.num_messages) for phase in phases]
 

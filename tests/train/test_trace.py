@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch.profiler import profile
 
+from longspan.comm.profiling import named_range
 from longspan.errors import ConfigError
-from longspan.exchange.ranges import named_range
 from tests.ranks import run_on_ranks
 from tests.train.tiny import metrics, tiny_config, train_here, write_corpus
 

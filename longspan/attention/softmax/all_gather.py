@@ -26,11 +26,11 @@ from torch import Tensor
 
 from longspan.attention.softmax.packing import add_packed, pack_into, pack_keys, take_runs, unpack
 from longspan.attention.softmax.pair import Grads, KeyExchange, KeyGrads, own_blocks
-from longspan.collectives import all_gather_single
-from longspan.exchange.steps import launch
-from longspan.exchange.swap import Flight, swap
-from longspan.exchange.traffic import note_collective
-from longspan.layout import SequenceLayout
+from longspan.comm.all_to_all import Flight, swap
+from longspan.comm.collectives import all_gather_single
+from longspan.comm.numbering import launch
+from longspan.comm.traffic import note_collective
+from longspan.layout import SequenceLayout, group_of
 from longspan.layout.visibility import (
     Run,
     Visibility,
@@ -139,7 +139,7 @@ class AllGatherKeys(KeyExchange):
             others = layout.num_ranks - 1
             note_collective("all_gather", "forward", others * mine.nbytes, others)
             work = launch(
-                layout,
+                group_of(layout),
                 mine.device,
                 "keys and values",
                 "forward",
@@ -148,7 +148,7 @@ class AllGatherKeys(KeyExchange):
             self._arriving = Flight(work, everyone, mine)
         else:
             mine = pack_keys(k, v, [run for runs in plan.departures for run in runs])
-            self._arriving = swap(mine, plan.num_departing, plan.num_arriving, layout, "forward")
+            self._arriving = swap(mine, plan.num_departing, plan.num_arriving, group_of(layout), "forward")
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, tuple[Tensor, ...]]:
         merged = Merged(q)
@@ -180,7 +180,9 @@ class AllGatherKeys(KeyExchange):
         grads = queries.backward(plan.remote, *unpack(buffer))
         if returns_key_grads:
             mine = pack_keys(grads[0].to(k.dtype), grads[1].to(k.dtype), [run for runs in plan.returns for run in runs])
-            self._returning[read] = swap(mine, plan.num_arriving, plan.num_departing, self._layout, "backward")
+            self._returning[read] = swap(
+                mine, plan.num_arriving, plan.num_departing, group_of(self._layout), "backward"
+            )
         # They are on their way: the blocks below need the memory.
         del grads
         own = queries.backward(plan.local, k, v)

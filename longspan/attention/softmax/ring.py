@@ -30,8 +30,8 @@ from torch import Tensor
 from longspan.attention.softmax.all_gather import remote_keys
 from longspan.attention.softmax.packing import add_packed, pack_into, pack_keys, take_runs, unpack
 from longspan.attention.softmax.pair import Grads, KeyExchange, KeyGrads, own_blocks
-from longspan.exchange.swap import Flight, swap
-from longspan.layout import SequenceLayout
+from longspan.comm.all_to_all import Flight, swap
+from longspan.layout import SequenceLayout, group_of
 from longspan.layout.visibility import Run, Visibility, VisibleBlock, length, located, plan_blocks, union
 from longspan.ops.softmax.merge import Merged, QueryTile
 
@@ -245,7 +245,7 @@ class RingKeys(KeyExchange):
         sizes, arriving = [0] * num_ranks, [0] * num_ranks
         sizes[(rank + 1) % num_ranks] = leaving.shape[0]
         arriving[rank - 1] = self._plan.rounds[number].num_arriving
-        return swap(leaving, sizes, arriving, self._layout, phase)
+        return swap(leaving, sizes, arriving, group_of(self._layout), phase)
 
 
 class _Grads:
@@ -281,7 +281,7 @@ class _Grads:
         if this.comes_home_from is not None:
             arriving[this.comes_home_from] += length(self._plan.own.grads[-1])
         self._sizes, self._home_from = arriving, this.comes_home_from
-        self._flight = swap(mine, sizes, arriving, self._layout, "backward")
+        self._flight = swap(mine, sizes, arriving, group_of(self._layout), "backward")
 
     def add_home(self, total: Grads) -> None:
         """Wait for the last round, and add what came home to the gradients of this rank's tokens."""

@@ -18,15 +18,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from longspan.collectives import all_gather_single
+from longspan.comm.background import run_beside
+from longspan.comm.collectives import all_gather_single
+from longspan.comm.groups import kept
+from longspan.comm.hosts import nodes_of
+from longspan.comm.traffic import unrecorded
 from longspan.errors import LayoutError
 from longspan.exchange.auto.timing import RankClock
 from longspan.exchange.chain import Chain
-from longspan.exchange.groups import group_of, kept
-from longspan.exchange.nodes import nodes_of
-from longspan.exchange.progress import run_beside
-from longspan.exchange.traffic import unrecorded
-from longspan.layout import SequenceLayout
+from longspan.layout import SequenceLayout, group_of
 from longspan.plan import Cluster, Link
 from longspan.state import ChannelDecay, Dense, Pair, Transition, exclusive_scan
 
@@ -56,7 +56,7 @@ def measured_cluster(layout: SequenceLayout, device: torch.device) -> Cluster:
 
     def measure() -> Cluster:
         # Exchanges that are still under way are counted.
-        run_beside(layout, device, lambda _: None).wait()
+        run_beside(group_of(layout), device, lambda _: None).wait()
         with unrecorded():
             return _measure(layout, device, ranks_per_node)
 
@@ -66,7 +66,7 @@ def measured_cluster(layout: SequenceLayout, device: torch.device) -> Cluster:
 def _ranks_per_node(layout: SequenceLayout) -> int:
     """As in `nodes_of`; 1 where hosts make no equal nodes: then every link is taken for one between nodes."""
     try:
-        return nodes_of(layout).ranks_per_node
+        return nodes_of(group_of(layout), layout.ranks_per_node).ranks_per_node
     except LayoutError:
         return 1
 

@@ -13,11 +13,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from longspan.comm.groups import kept
+from longspan.comm.hosts import nodes_of
 from longspan.errors import LayoutError
 from longspan.exchange.auto.calibration import measured_cluster
 from longspan.exchange.auto.trial import Candidate, try_out
-from longspan.exchange.groups import group_of, kept
-from longspan.exchange.nodes import nodes_of
 from longspan.exchange.topologies.all_gather import AllGather
 from longspan.exchange.topologies.all_to_all import AllToAll
 from longspan.exchange.topologies.neighbour import Neighbour, only_neighbours_meet
@@ -25,7 +25,7 @@ from longspan.exchange.topologies.pipelined import Pipelined
 from longspan.exchange.topologies.ring import Ring
 from longspan.exchange.topologies.two_level import TwoLevel
 from longspan.exchange.topology import Topology, Unresolved
-from longspan.layout import SequenceLayout
+from longspan.layout import SequenceLayout, group_of
 from longspan.plan import PLANNED, Cluster, Cost, Problem, by_cost
 from longspan.state import Pair
 
@@ -121,6 +121,6 @@ def _has_two_levels(layout: SequenceLayout, cluster: Cluster) -> bool:
     if cluster.num_nodes == 1 or cluster.ranks_per_node == 1:
         return False
     try:
-        return nodes_of(layout).ranks_per_node == cluster.ranks_per_node
+        return nodes_of(group_of(layout), layout.ranks_per_node).ranks_per_node == cluster.ranks_per_node
     except LayoutError:
         return False

@@ -11,8 +11,8 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
-from longspan.exchange.progress import Operations, run_beside
-from longspan.layout import SequenceLayout
+from longspan.comm.background import Operations, run_beside
+from longspan.layout import SequenceLayout, group_of
 
 
 @dataclass(frozen=True)
@@ -24,11 +24,11 @@ class RankClock:
 
     def messages(self, work: Callable[[dist.ProcessGroup], list[float]]) -> list[float]:
         """The largest of all ranks' values, one by one; `work` sends messages."""
-        return self.largest(run_beside(self.layout, self.device, work, "messages").wait())
+        return self.largest(run_beside(group_of(self.layout), self.device, work, "messages").wait())
 
     def collectives(self, work: Callable[[dist.ProcessGroup], list[float]]) -> list[float]:
         """The largest of all ranks' values, one by one; `work` may make collectives."""
-        return self.largest(run_beside(self.layout, self.device, work).wait())
+        return self.largest(run_beside(group_of(self.layout), self.device, work).wait())
 
     def largest(self, values: list[float]) -> list[float]:
         """The largest of all ranks' values, one by one; no rank has them before all have come."""
@@ -39,7 +39,7 @@ class RankClock:
             dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
             return [float(value) for value in largest.tolist()[1:]]
 
-        return run_beside(self.layout, self.device, reduce).wait()
+        return run_beside(group_of(self.layout), self.device, reduce).wait()
 
     def alone(self, function: Callable[[], object], repeats: int) -> float:
         """Shortest time of a call on this rank, after one that is not counted: what else runs on the machine only adds to it."""
@@ -68,7 +68,7 @@ class RankClock:
 
         for _ in range(1 + repeats):
             self.largest([])
-            run_beside(self.layout, self.device, timed, operations).wait()
+            run_beside(group_of(self.layout), self.device, timed, operations).wait()
         return statistics.median(self.largest(times[1:]))
 
     def one(self, function: Callable[[], object]) -> float:

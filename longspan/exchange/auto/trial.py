@@ -17,12 +17,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from longspan.comm.background import run_beside
+from longspan.comm.groups import kept
+from longspan.comm.traffic import unrecorded
 from longspan.exchange.auto.timing import RankClock
-from longspan.exchange.groups import group_of, kept
-from longspan.exchange.progress import run_beside
 from longspan.exchange.topology import Arrived, Topology
-from longspan.exchange.traffic import unrecorded
-from longspan.layout import SequenceLayout
+from longspan.layout import SequenceLayout, group_of
 from longspan.state import Pair
 
 _log = logging.getLogger("longspan")
@@ -56,7 +56,7 @@ def try_out(candidates: Sequence[Candidate], pair: Pair, layout: SequenceLayout)
             "tries the topologies that are close for states %s, once for the process group", tuple(pair.state.shape)
         )
     # Exchanges that are still under way are counted.
-    run_beside(layout, device, lambda _: None).wait()
+    run_beside(group_of(layout), device, lambda _: None).wait()
     done: Future[list[float | None]] = Future()
 
     def work() -> None:

@@ -21,13 +21,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from longspan.collectives import all_gather_single
+from longspan.comm.collectives import all_gather_single
+from longspan.comm.numbering import Step, launch
+from longspan.comm.traffic import note_collective, waiting
 from longspan.exchange.segments import gathered_rows, own_segments, reorder_rows
-from longspan.exchange.steps import Step, launch
 from longspan.exchange.topology import Arrived, Handle, ReverseHandle, Topology
-from longspan.exchange.traffic import note_collective, waiting
 from longspan.exchange.wire import HEADER_BYTES, header_words, pack_pairs, unpack_parameter, unpack_states, with_header
-from longspan.layout import SequenceLayout
+from longspan.layout import SequenceLayout, group_of
 from longspan.state import Pair, Transition, exclusive_scan, exclusive_scan_adjoint
 
 
@@ -41,7 +41,7 @@ def _gather(local: Tensor, layout: SequenceLayout, phase: str) -> tuple[Tensor, 
     def collective(group: dist.ProcessGroup, step: Step) -> Any:
         return all_gather_single(out, with_header(local, step.word), group, async_op=True)
 
-    return out, launch(layout, local.device, "all_gather", phase, collective, lambda: header_words(out))
+    return out, launch(group_of(layout), local.device, "all_gather", phase, collective, lambda: header_words(out))
 
 
 @dataclass

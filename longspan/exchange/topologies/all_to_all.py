@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from longspan.exchange.progress import run_beside
+from longspan.comm.background import run_beside
 from longspan.exchange.scan_by_rows import (
     PendingScan,
     PendingScanAdjoint,
@@ -34,7 +34,7 @@ from longspan.exchange.scan_by_rows import (
 )
 from longspan.exchange.segments import gathered_rows
 from longspan.exchange.topology import Arrived, Handle, ReverseHandle, Topology
-from longspan.layout import SequenceLayout
+from longspan.layout import SequenceLayout, group_of
 from longspan.state import Pair, Transition
 
 
@@ -52,7 +52,7 @@ class AllToAll(Topology):
         def work(group: dist.ProcessGroup) -> Arrived:
             return self._scan(pair, layout, group)
 
-        return PendingScan(run_beside(layout, pair.state.device, work, name=self.name))
+        return PendingScan(run_beside(group_of(layout), pair.state.device, work, name=self.name))
 
     def start_reverse(
         self, kind: type[Transition], context: Tensor, grad_incoming: Tensor, layout: SequenceLayout
@@ -60,7 +60,9 @@ class AllToAll(Topology):
         def work(group: dist.ProcessGroup) -> Tensor:
             return self._scan_adjoint(kind, context, grad_incoming, layout, group)
 
-        return PendingScanAdjoint(run_beside(layout, grad_incoming.device, work, name=self.name, phase="backward"))
+        return PendingScanAdjoint(
+            run_beside(group_of(layout), grad_incoming.device, work, name=self.name, phase="backward")
+        )
 
     def _scan(self, pair: Pair, layout: SequenceLayout, group: dist.ProcessGroup) -> Arrived:
         incoming, transition = scan_by_rows(self._rows(pair.state, layout, group, "forward"), pair_of_rows(pair))

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 
 import torch
 
+from longspan.comm.groups import kept
 from longspan.exchange.auto.calibration import measured_cluster
 from longspan.exchange.chain import Chain
-from longspan.exchange.groups import group_of, kept
 from longspan.exchange.topology import Topology, Unresolved
-from longspan.layout import SequenceLayout
+from longspan.layout import SequenceLayout, group_of
 from longspan.plan import Problem, best_num_blocks
 from longspan.state import Pair
 

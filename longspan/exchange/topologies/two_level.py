@@ -26,8 +26,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from longspan.exchange.nodes import Nodes, node_group, nodes_of, rail_group
-from longspan.exchange.progress import run_beside
+from longspan.comm.background import run_beside
+from longspan.comm.hosts import Nodes, node_group, nodes_of, rail_group
 from longspan.exchange.scan_by_rows import (
     PendingScan,
     PendingScanAdjoint,
@@ -41,7 +41,7 @@ from longspan.exchange.scan_by_rows import (
 )
 from longspan.exchange.segments import reorder_rows
 from longspan.exchange.topology import Arrived, Handle, ReverseHandle, Topology
-from longspan.layout import SequenceLayout
+from longspan.layout import SequenceLayout, group_of
 from longspan.state import Pair, Transition
 
 
@@ -59,7 +59,7 @@ class TwoLevel(Topology):
 
     def start(self, pair: Pair, layout: SequenceLayout) -> Handle:
         two = self._levels(pair.state, layout, "forward")
-        return PendingScan(run_beside(layout, pair.state.device, lambda _: _scan(pair, two), name=self.name))
+        return PendingScan(run_beside(group_of(layout), pair.state.device, lambda _: _scan(pair, two), name=self.name))
 
     def start_reverse(
         self, kind: type[Transition], context: Tensor, grad_incoming: Tensor, layout: SequenceLayout
@@ -69,15 +69,22 @@ class TwoLevel(Topology):
         def work(_: dist.ProcessGroup) -> Tensor:
             return _scan_adjoint(kind, context, grad_incoming, two)
 
-        return PendingScanAdjoint(run_beside(layout, grad_incoming.device, work, name=self.name, phase="backward"))
+        return PendingScanAdjoint(
+            run_beside(group_of(layout), grad_incoming.device, work, name=self.name, phase="backward")
+        )
 
     def _levels(self, states: Tensor, layout: SequenceLayout, phase: str) -> _Levels:
-        nodes = nodes_of(layout)
+        nodes = nodes_of(group_of(layout), layout.ranks_per_node)
         runs = _runs_of(layout, nodes)
         in_node = Shares(
-            node_group(layout, nodes, phase), nodes.ranks_per_node, nodes.place, states.shape[1] * states.shape[2]
+            node_group(group_of(layout), nodes, phase),
+            nodes.ranks_per_node,
+            nodes.place,
+            states.shape[1] * states.shape[2],
         )
-        on_rail = Shares(rail_group(layout, nodes, phase), nodes.num_nodes, nodes.node, in_node.counts[nodes.place])
+        on_rail = Shares(
+            rail_group(group_of(layout), nodes, phase), nodes.num_nodes, nodes.node, in_node.counts[nodes.place]
+        )
         return _Levels(
             runs,
             RowExchange(in_node, runs.node_order, layout, self.state_dtype, phase),

@@ -6,7 +6,7 @@ A topology of several steps (receive, fold, send; all-to-all, scan, all-to-all) 
 - On the CPU the work runs in a daemon thread, one per process group, in the order of the calls.
 - On CUDA the host only queues the work, at once, on a side stream, one per process group: nothing in it may make the host wait.
 
-The work is given process groups of its own, with the ranks of the layout's, made at the first use. Operations of a group are
+The work is given process groups of its own, with the ranks of the caller's, made at the first use. Operations of a group are
 matched by their order, and the order between a thread and the main thread differs from rank to rank. Messages have a group apart
 from that of collectives: ranks send and receive unequal numbers of them, which a collective of the same group would take for a
 mismatch (gloo with TORCH_DISTRIBUTED_DEBUG=DETAIL).
@@ -29,12 +29,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from longspan.comm.groups import kept, new_group_beside
+from longspan.comm.numbering import Step, Steps, begin, close_connections, own_groups, steps_of, taking, watch
+from longspan.comm.profiling import named_range
+from longspan.comm.traffic import waiting
 from longspan.errors import ExchangeError
-from longspan.exchange.groups import group_of, kept, new_group_beside
-from longspan.exchange.ranges import named_range
-from longspan.exchange.steps import Step, Steps, begin, close_connections, own_groups, steps_of, taking, watch
-from longspan.exchange.traffic import waiting
-from longspan.layout import SequenceLayout
 
 T = TypeVar("T")
 Work = Callable[[dist.ProcessGroup], T]
@@ -55,7 +54,7 @@ class Task(ABC, Generic[T]):
 
 
 def run_beside(
-    layout: SequenceLayout,
+    group: dist.ProcessGroup,
     device: torch.device,
     work: Work[T],
     operations: Operations = "collectives",
@@ -66,25 +65,24 @@ def run_beside(
     """Run `work` beside the main thread.
 
     Args:
-        layout: of two ranks or more.
+        group: of two ranks or more.
         device: where the tensors are. The work sees them as they are at the call.
         work: called with the process group for its operations, without gradients and without autocast. It returns tensors, or
             tuples, lists or dataclasses of them, that it has made or been given. It must not write into what it has been given.
         operations: what the work does on its group, collectives or point-to-point messages, never both.
-        name, phase: of the exchange, as `longspan.exchange.steps` takes them.
+        name, phase: of the exchange, as `longspan.comm.numbering.begin` takes them.
 
-    Every rank of the layout's group calls this for the same work, in the same order. Works of one group run one after another.
+    Every rank of the group calls this for the same work, in the same order. Works of one group run one after another.
     Once a work has failed, so do those that had been begun after it; the next one that is begun has new groups.
 
     Raises:
         ExchangeError: if a work failed for whose result nobody waited.
     """
-    group = group_of(layout)
-    step = begin(layout, name, phase)
+    step = begin(group, name, phase)
     if device.type == "cpu":
         sides = own_groups(group, (operations,), lambda side: _dedicated(group, f"{operations} {side}", device))
-        worker = kept(group, "worker", lambda: _Worker(f"longspan-exchange-rank-{layout.rank}"))
-        return worker.submit(work, sides[phase == "backward"], layout, step)
+        worker = kept(group, "worker", lambda: _Worker(f"longspan-exchange-rank-{group.rank()}"))
+        return worker.submit(work, sides[phase == "backward"], group, step)
     dedicated = kept(group, ("beside", operations, device.type), lambda: _dedicated(group, operations, device))
     stream = kept(group, ("stream", device), lambda: torch.Stream(device))
     with taking(step):
@@ -124,10 +122,10 @@ class _Worker:
         weakref.finalize(self, _end, self._works, running, thread)
         _log.info("a thread begins, %s: exchanges of several steps run in it", name)
 
-    def submit(self, work: Work[T], group: dist.ProcessGroup, layout: SequenceLayout, step: Step) -> Task[T]:
+    def submit(self, work: Work[T], own: dist.ProcessGroup, group: dist.ProcessGroup, step: Step) -> Task[T]:
         done: Future[T] = Future()
-        self._works.put((work, group, done, steps_of(group_of(layout)), step))
-        return _ThreadTask(done, layout, step)
+        self._works.put((work, own, done, steps_of(group), step))
+        return _ThreadTask(done, group, step)
 
 
 def _serve(works: SimpleQueue[_Item | None], running: list[dist.ProcessGroup]) -> None:
@@ -162,8 +160,8 @@ def _end(works: SimpleQueue[_Item | None], running: list[dist.ProcessGroup], thr
 
 
 class _ThreadTask(Task[T]):
-    def __init__(self, done: Future[T], layout: SequenceLayout, step: Step) -> None:
-        self._done, self._layout, self._step = done, layout, step
+    def __init__(self, done: Future[T], group: dist.ProcessGroup, step: Step) -> None:
+        self._done, self._group, self._step = done, group, step
 
     def wait(self) -> T:
         def wait_for(seconds: float) -> bool:
@@ -176,7 +174,7 @@ class _ThreadTask(Task[T]):
             return True
 
         with waiting():
-            watch(wait_for, self._layout, self._step)
+            watch(wait_for, self._group, self._step)
             return self._done.result()
 
 

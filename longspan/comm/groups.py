@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from longspan.layout import SequenceLayout
 from longspan.modes import built_for_every_mode
 
 T = TypeVar("T")
@@ -42,12 +41,6 @@ def forget(group: dist.ProcessGroup, which: Callable[[Any], bool]) -> list[Any]:
     """Keep no longer what has a key that `which` picks; returns it."""
     entries = _kept.setdefault(group, {})
     return [entries.pop(key) for key in list(entries) if which(key)]
-
-
-def group_of(layout: SequenceLayout) -> dist.ProcessGroup:
-    """The layout's process group, of two ranks or more."""
-    assert layout.group is not None and layout.num_ranks > 1
-    return layout.group
 
 
 def new_group_beside(

@@ -13,9 +13,8 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from longspan.exchange.steps import Step, launch
-from longspan.exchange.traffic import note_collective, waiting
-from longspan.layout import SequenceLayout
+from longspan.comm.numbering import Step, launch
+from longspan.comm.traffic import note_collective, waiting
 
 
 @dataclass
@@ -37,18 +36,18 @@ def swap(
     sent: Tensor,
     send_sizes: Sequence[int],
     receive_sizes: Sequence[int],
-    layout: SequenceLayout,
+    group: dist.ProcessGroup,
     phase: str,
     name: str = "all_to_all",
 ) -> Flight:
-    """`swap_in` over the ranks of a layout."""
+    """`swap_in` as an exchange of its own among the ranks of a group, numbered as `longspan.comm.numbering.launch` does."""
     flights: list[Flight] = []
 
-    def collective(group: dist.ProcessGroup, step: Step) -> Any:
-        flights.append(swap_in(group, layout.rank, sent, send_sizes, receive_sizes, phase, name))
+    def collective(channel: dist.ProcessGroup, step: Step) -> Any:
+        flights.append(swap_in(channel, group.rank(), sent, send_sizes, receive_sizes, phase, name))
         return flights[0].work
 
-    work = launch(layout, sent.device, name, phase, collective)
+    work = launch(group, sent.device, name, phase, collective)
     return replace(flights[0], work=work)
 
 

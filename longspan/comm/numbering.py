@@ -28,9 +28,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d
 
+from longspan.comm.groups import forget, kept, new_group_beside, timeout_of
 from longspan.errors import ExchangeError, OutOfStepError
-from longspan.exchange.groups import forget, group_of, kept, new_group_beside, timeout_of
-from longspan.layout import SequenceLayout
 
 # A wait that takes longer is looked into, and looked into again.
 SECONDS_UNTIL_A_LOOK = 1.0
@@ -102,7 +101,7 @@ class Steps:
 
 
 def steps_of(group: dist.ProcessGroup) -> Steps:
-    """The steps of a layout's group."""
+    """The steps of a group."""
     return kept(group, "steps", Steps)
 
 
@@ -116,13 +115,12 @@ def backward_of(number: int) -> Iterator[None]:
         _forward_of.reset(token)
 
 
-def begin(layout: SequenceLayout, name: str, phase: str) -> Step:
-    """The step of an exchange that is about to be launched; to be called on every rank of the layout's group.
+def begin(group: dist.ProcessGroup, name: str, phase: str) -> Step:
+    """The step of an exchange that is about to be launched; to be called on every rank of the group.
 
     Raises:
         ExchangeError: if an earlier exchange of the group has failed unseen.
     """
-    group = group_of(layout)
     steps = steps_of(group)
     while steps.failure is None and steps.unread and steps.unread[0][0].query():
         _, words, step = steps.unread.popleft()
@@ -139,9 +137,8 @@ def begin(layout: SequenceLayout, name: str, phase: str) -> Step:
     return Step(steps.epoch, steps.number, label)
 
 
-def channel(layout: SequenceLayout, device: torch.device, phase: str) -> dist.ProcessGroup:
-    """The process group for collectives of the calling thread: one of our own for each phase on the CPU, else the layout's."""
-    group = group_of(layout)
+def channel(group: dist.ProcessGroup, device: torch.device, phase: str) -> dist.ProcessGroup:
+    """The process group for collectives of the calling thread: one of our own for each phase on the CPU, else `group` itself."""
     if device.type != "cpu":
         return group
     sides = own_groups(group, ("direct",), lambda side: new_group_beside(group, None, f"longspan direct {side}"))
@@ -159,7 +156,7 @@ def own_groups(
 
 
 def launch(
-    layout: SequenceLayout,
+    group: dist.ProcessGroup,
     device: torch.device,
     name: str,
     phase: str,
@@ -174,19 +171,19 @@ def launch(
     Returns:
         What is to be waited for, by ``wait()``, which raises as `watch` does.
     """
-    step = begin(layout, name, phase)
-    group = channel(layout, device, phase)
+    step = begin(group, name, phase)
+    own = channel(group, device, phase)
     try:
-        work = collective(group, step)
+        work = collective(own, step)
     except RuntimeError as error:
-        raise _told(group_of(layout), error, step) from error
-    return _Watched(work, layout, step, device, words)
+        raise _told(group, error, step) from error
+    return _Watched(work, group, step, device, words)
 
 
 @dataclass(frozen=True)
 class _Watched:
     work: Any
-    layout: SequenceLayout
+    group: dist.ProcessGroup
     step: Step
     device: torch.device
     words: Callable[[], Tensor] | None
@@ -195,7 +192,7 @@ class _Watched:
         if self.device.type != "cpu":
             self.work.wait()
             if self.words is not None:
-                arrived(self.words(), self.layout, self.step)
+                arrived(self.words(), self.group, self.step)
             return
 
         def wait_for(seconds: float) -> bool:
@@ -208,10 +205,10 @@ class _Watched:
             return True
 
         words, step = self.words, self.step
-        watch(wait_for, self.layout, step, None if words is None else lambda: step.check(words()))
+        watch(wait_for, self.group, step, None if words is None else lambda: step.check(words()))
 
 
-def arrived(words: Tensor, layout: SequenceLayout, step: Step) -> None:
+def arrived(words: Tensor, group: dist.ProcessGroup, step: Step) -> None:
     """Check the words of messages that arrived: at once on the CPU; elsewhere when a later exchange finds them on the host.
 
     Raises:
@@ -223,7 +220,7 @@ def arrived(words: Tensor, layout: SequenceLayout, step: Step) -> None:
     on_host = torch.empty(words.shape, dtype=words.dtype, pin_memory=True)
     on_host.copy_(words, non_blocking=True)
     event = torch.accelerator.current_stream(words.device).record_event()
-    steps_of(group_of(layout)).unread.append((event, on_host, step))
+    steps_of(group).unread.append((event, on_host, step))
 
 
 @contextmanager
@@ -244,7 +241,7 @@ def taken() -> Step:
 
 
 def watch(
-    wait_for: Callable[[float], bool], layout: SequenceLayout, step: Step, check: Callable[[], None] | None = None
+    wait_for: Callable[[float], bool], group: dist.ProcessGroup, step: Step, check: Callable[[], None] | None = None
 ) -> None:
     """Wait until `wait_for`, given seconds, says that it is done; then `check` what arrived.
 
@@ -252,7 +249,6 @@ def watch(
         OutOfStepError: on every rank that waits, where ranks have begun different exchanges.
         ExchangeError: where a rank does not come before the group's timeout, or the exchange fails in another way.
     """
-    group = group_of(layout)
     deadline = time.monotonic() + timeout_of(group).total_seconds()
     pause = SECONDS_UNTIL_A_LOOK
     try:

@@ -1,4 +1,4 @@
-"""Which ranks share a node: what the layout says, or the names of the hosts, asked once per process group."""
+"""Which ranks share a node: what the caller says, or the names of the hosts, asked once per process group."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from typing import Any
 
 import torch.distributed as dist
 
+from longspan.comm.groups import kept, new_group_beside
+from longspan.comm.numbering import own_groups
 from longspan.errors import LayoutError
-from longspan.exchange.groups import group_of, kept, new_group_beside
-from longspan.exchange.steps import own_groups
-from longspan.layout import SequenceLayout
 
 
 @dataclass(frozen=True)
@@ -29,21 +28,19 @@ class Nodes:
     place: int
 
 
-def nodes_of(layout: SequenceLayout) -> Nodes:
-    """The nodes of a layout's ranks.
+def nodes_of(group: dist.ProcessGroup, ranks_per_node: int | None = None) -> Nodes:
+    """The nodes of a group's ranks.
 
-    From `SequenceLayout.ranks_per_node`; else from the hosts' names, one collective at the first call for a process group, in
+    Of `ranks_per_node` consecutive ranks each. None takes the hosts' names, by one collective at the first call for the group, in
     which all ranks take part.
 
     Raises:
         LayoutError: on every rank, where a host's ranks are not consecutive, or hosts differ in their number of ranks.
     """
-    ranks_per_node = layout.ranks_per_node
     if ranks_per_node is None:
-        group = group_of(layout)
         ranks_per_node = ranks_per_host(kept(group, "host names", lambda: _host_names(group)))
-    node, place = divmod(layout.rank, ranks_per_node)
-    return Nodes(layout.num_ranks // ranks_per_node, ranks_per_node, node, place)
+    node, place = divmod(group.rank(), ranks_per_node)
+    return Nodes(group.size() // ranks_per_node, ranks_per_node, node, place)
 
 
 def ranks_per_host(hosts: Sequence[str]) -> int:
@@ -75,22 +72,21 @@ def _host_names(group: dist.ProcessGroup) -> list[str]:
     return names
 
 
-def node_group(layout: SequenceLayout, nodes: Nodes, phase: str) -> dist.ProcessGroup | None:
+def node_group(group: dist.ProcessGroup, nodes: Nodes, phase: str) -> dist.ProcessGroup | None:
     """A process group of this rank's node for one phase, made at the first call; None for a node of one rank."""
     if nodes.ranks_per_node == 1:
         return None
     first = nodes.node * nodes.ranks_per_node
-    return _kept_group(layout, ("node", nodes), phase, range(first, first + nodes.ranks_per_node))
+    return _kept_group(group, ("node", nodes), phase, range(first, first + nodes.ranks_per_node))
 
 
-def rail_group(layout: SequenceLayout, nodes: Nodes, phase: str) -> dist.ProcessGroup | None:
+def rail_group(group: dist.ProcessGroup, nodes: Nodes, phase: str) -> dist.ProcessGroup | None:
     """A process group of one phase of this rank's rail, the ranks of the same place in every node; None for a single node."""
     if nodes.num_nodes == 1:
         return None
-    return _kept_group(layout, ("rail", nodes), phase, range(nodes.place, layout.num_ranks, nodes.ranks_per_node))
+    return _kept_group(group, ("rail", nodes), phase, range(nodes.place, group.size(), nodes.ranks_per_node))
 
 
-def _kept_group(layout: SequenceLayout, key: tuple[str, Nodes], phase: str, members: range) -> dist.ProcessGroup:
-    group = group_of(layout)
+def _kept_group(group: dist.ProcessGroup, key: tuple[str, Nodes], phase: str, members: range) -> dist.ProcessGroup:
     sides = own_groups(group, key, lambda side: new_group_beside(group, members, f"longspan {key[0]} {side}"))
     return sides[phase == "backward"]

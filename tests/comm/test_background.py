@@ -17,26 +17,31 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from longspan.exchange.groups import kept, new_group_beside
-from longspan.exchange.progress import run_beside
-from longspan.exchange.traffic import record_traffic
-from longspan.layout import SequenceLayout
+from longspan.comm.background import run_beside
+from longspan.comm.groups import kept, new_group_beside
+from longspan.comm.traffic import record_traffic
 from tests.ranks import raised, run_on_ranks
 
 CPU = torch.device("cpu")
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
 
 
+def world() -> dist.ProcessGroup:
+    group = dist.group.WORLD
+    assert group is not None
+    return group
+
+
 def sum_beside_sums() -> list[float]:
     """Collectives of the work and of the main thread: rank 0 does the work's first, the others the main thread's."""
-    layout, rank = SequenceLayout(8), dist.get_rank()
+    rank = dist.get_rank()
 
     def work(group: dist.ProcessGroup) -> Tensor:
         total = torch.tensor([float(rank)])
         dist.all_reduce(total, group=group)
         return total
 
-    task = run_beside(layout, CPU, work)
+    task = run_beside(world(), CPU, work)
     if rank == 0:
         task.wait()
     own = torch.tensor([1.0])
@@ -49,7 +54,7 @@ def test_collectives_of_the_work_and_of_the_main_thread_do_not_mix() -> None:
 
 
 def results_in_order() -> list[Any]:
-    layout, log = SequenceLayout(8), []
+    log: list[int] = []
 
     def work(number: int) -> Callable[[dist.ProcessGroup], int]:
         def note(group: dist.ProcessGroup) -> int:
@@ -58,7 +63,7 @@ def results_in_order() -> list[Any]:
 
         return note
 
-    tasks = [run_beside(layout, CPU, work(number)) for number in range(5)]
+    tasks = [run_beside(world(), CPU, work(number)) for number in range(5)]
     values = [task.wait() for task in reversed(tasks)]
     return [log, values, threading.current_thread() is threading.main_thread()]
 
@@ -69,7 +74,7 @@ def test_works_run_in_the_order_of_the_calls_and_may_be_waited_for_in_any() -> N
 
 def progress_without_waiting() -> list[str]:
     """What happens while the main thread does nothing for the exchange."""
-    layout, rank = SequenceLayout(8), dist.get_rank()
+    rank = dist.get_rank()
     log: list[str] = []
     arrived = threading.Event()
 
@@ -84,7 +89,7 @@ def progress_without_waiting() -> list[str]:
         arrived.set()
         return x
 
-    task = run_beside(layout, CPU, work, "messages")
+    task = run_beside(world(), CPU, work, "messages")
     assert arrived.wait(30)
     log.append("waits")
     task.wait()
@@ -96,10 +101,9 @@ def test_several_steps_are_done_before_anyone_waits() -> None:
 
 
 def modes_of_the_work() -> tuple[bool, torch.dtype, str]:
-    layout = SequenceLayout(8)
     x = torch.ones(4, 4, requires_grad=True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        product = run_beside(layout, CPU, lambda group: x @ x).wait()
+        product = run_beside(world(), CPU, lambda group: x @ x).wait()
         return product.requires_grad, product.dtype, str((x @ x).dtype)
 
 
@@ -108,12 +112,10 @@ def test_the_work_keeps_no_graph_and_computes_in_the_dtype_of_the_states_under_a
 
 
 def groups_that_works_see() -> list[bool]:
-    layout = SequenceLayout(8)
-    seen = [run_beside(layout, CPU, lambda group: group).wait() for _ in range(2)]
-    seen += [run_beside(SequenceLayout(9), CPU, lambda group: group, "messages").wait() for _ in range(2)]
+    seen = [run_beside(world(), CPU, lambda group: group).wait() for _ in range(2)]
+    seen += [run_beside(world(), CPU, lambda group: group, "messages").wait() for _ in range(2)]
     names = [group.group_name for group in seen]
-    assert layout.group is not None
-    return [names[0] == names[1], names[2] == names[3], len({names[0], names[2], layout.group.group_name}) == 3]
+    return [names[0] == names[1], names[2] == names[3], len({names[0], names[2], world().group_name}) == 3]
 
 
 def test_groups_are_made_once_apart_for_collectives_and_messages() -> None:
@@ -121,7 +123,7 @@ def test_groups_are_made_once_apart_for_collectives_and_messages() -> None:
 
 
 def collectives_after_unequal_messages() -> float:
-    layout, rank = SequenceLayout(8), dist.get_rank()
+    rank = dist.get_rank()
 
     def message(group: dist.ProcessGroup) -> None:
         x = torch.ones(1)
@@ -135,8 +137,8 @@ def collectives_after_unequal_messages() -> float:
         dist.all_reduce(total, group=group)
         return total
 
-    run_beside(layout, CPU, message, "messages").wait()
-    return run_beside(layout, CPU, collective).wait().item()
+    run_beside(world(), CPU, message, "messages").wait()
+    return run_beside(world(), CPU, collective).wait().item()
 
 
 def test_unequal_counts_of_messages_are_not_taken_for_a_mismatch_of_collectives() -> None:
@@ -146,7 +148,6 @@ def test_unequal_counts_of_messages_are_not_taken_for_a_mismatch_of_collectives(
 def failures() -> list[Any]:
     group = dist.new_group()
     assert isinstance(group, dist.ProcessGroup)
-    layout = SequenceLayout(8, group)
 
     def fail(group: dist.ProcessGroup) -> None:
         raise ValueError("the work went wrong")
@@ -157,11 +158,11 @@ def failures() -> list[Any]:
         begun.wait()
 
     # The first is under way until the others have been begun.
-    run_beside(layout, CPU, wait)
-    first, second = run_beside(layout, CPU, fail), run_beside(layout, CPU, lambda group: 1)
+    run_beside(group, CPU, wait)
+    first, second = run_beside(group, CPU, fail), run_beside(group, CPU, lambda group: 1)
     begun.set()
     told = [raised(first.wait), raised(first.wait), raised(second.wait)]
-    return [*told, run_beside(layout, CPU, lambda group: 1).wait()]
+    return [*told, run_beside(group, CPU, lambda group: 1).wait()]
 
 
 def test_what_the_work_raises_is_raised_where_it_is_waited_for_and_by_works_begun_before() -> None:
@@ -173,9 +174,8 @@ def test_what_the_work_raises_is_raised_where_it_is_waited_for_and_by_works_begu
 
 
 def waiting_time() -> float:
-    layout = SequenceLayout(8)
     with record_traffic() as traffic:
-        run_beside(layout, CPU, lambda group: time.sleep(0.05)).wait()
+        run_beside(world(), CPU, lambda group: time.sleep(0.05)).wait()
     return traffic.wait_seconds
 
 
@@ -239,19 +239,18 @@ def test_a_group_beside_may_join_ranks_that_are_in_unequal_numbers_of_groups() -
 TWO_PROCESSES = """
     import os, sys, threading, time
     import torch, torch.distributed as dist
-    from longspan.exchange.progress import run_beside
-    from longspan.layout.sequence_layout import SequenceLayout
+    from longspan.comm.background import run_beside
 
     rank = int(sys.argv[1])
     dist.init_process_group("gloo", store=dist.FileStore(sys.argv[2], 2), rank=rank, world_size=2)
-    layout = SequenceLayout(8)
+    world = dist.group.WORLD
 
     def receive(group):
         x = torch.zeros(1)
         dist.recv(x, group=group, group_src=1 - rank)
         return x
 
-    run_beside(layout, torch.device("cpu"), lambda group: None, "messages").wait()
+    run_beside(world, torch.device("cpu"), lambda group: None, "messages").wait()
     dist.barrier()
 """
 
@@ -284,7 +283,7 @@ def test_a_rank_that_dies_is_an_error_where_its_message_is_waited_for(tmp_path: 
         if rank == 1:
             os._exit(7)
         try:
-            run_beside(layout, torch.device("cpu"), receive, "messages").wait()
+            run_beside(world, torch.device("cpu"), receive, "messages").wait()
         except RuntimeError as error:
             print("told:", type(error).__name__)
             os._exit(0)
@@ -298,7 +297,7 @@ def test_a_rank_that_dies_is_an_error_where_its_message_is_waited_for(tmp_path: 
 def test_a_process_ends_although_its_work_still_waits_for_a_message(tmp_path: Path) -> None:
     code = """
         begun = threading.Event()
-        task = run_beside(layout, torch.device("cpu"), lambda group: (begun.set(), receive(group)), "messages")
+        task = run_beside(world, torch.device("cpu"), lambda group: (begun.set(), receive(group)), "messages")
         begun.wait()
         print("ends")
     """
@@ -313,7 +312,7 @@ def test_the_thread_ends_with_its_group(tmp_path: Path) -> None:
             return [thread for thread in threading.enumerate() if thread.name.startswith("longspan")]
 
         (thread,) = threads()
-        del layout
+        del world
         dist.destroy_process_group()
         thread.join(20)
         print("threads left:", len(threads()))

@@ -16,9 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from longspan.exchange.groups import kept
-from longspan.exchange.steps import NUM_TAGS
-from longspan.exchange.traffic import note_collective
+from longspan.comm.groups import kept
+from longspan.comm.numbering import NUM_TAGS
+from longspan.comm.traffic import note_collective
 
 # How many exchanges a rank may be ahead of the rank that takes its messages, which bounds the memory of sends under way.
 MAX_EXCHANGES_AHEAD = 4

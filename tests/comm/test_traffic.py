@@ -1,0 +1,28 @@
+"""Recorders of traffic nest, and each is told apart."""
+
+from __future__ import annotations
+
+from longspan.comm.traffic import note_collective, record_traffic, waiting
+
+
+def test_recorders_nest_and_count_messages_and_waiting() -> None:
+    with record_traffic() as outer:
+        note_collective("all_gather", "forward", 12, 3)
+        with record_traffic() as inner:
+            note_collective("ring", "backward", 5)
+        # Both have seen the same waiting, and the inner one is no longer told.
+        with waiting():
+            pass
+    note_collective("ring", "backward", 7)
+    assert (outer.num_collectives, outer.num_messages, outer.bytes_sent) == (2, 4, 17)
+    assert (inner.num_collectives, inner.num_messages, inner.bytes_sent) == (1, 1, 5)
+    assert (outer.count("forward"), outer.of_phase("backward").bytes_sent) == (1, 5)
+    assert outer.wait_seconds > 0 and inner.wait_seconds == 0
+
+
+def test_two_recorders_that_saw_the_same_are_told_apart() -> None:
+    with record_traffic() as outer:
+        with record_traffic():
+            pass
+        note_collective("ring", "forward", 5)
+    assert outer.bytes_sent == 5
