@@ -10,15 +10,18 @@ from longspan.functional import (
     delta_rule,
     gated_delta_rule,
     gla,
+    hgrn2,
     kda,
     linear_attention,
+    mamba2,
+    normalized_linear_attention,
     retention,
     simple_gla,
     write,
+    write_normalized,
 )
 from longspan.layout import SequenceLayout
 from longspan.ops.norm import rms_norm_gated
-from longspan.recipes import hgrn2, mamba2, normalized_linear_attention, write_normalized
 
 if TYPE_CHECKING:
     from longspan.attention.softmax import softmax_attention

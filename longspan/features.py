@@ -1,4 +1,4 @@
-"""Feature maps of queries and keys, and log decays from logits: what is computed a token before an operator is called.
+"""Feature maps of queries and keys, and log decays: what is computed token by token, or once, before an operator is called.
 
 Shapes: B batch rows, T tokens, H heads, K channels of a head. Everything here works token by token, so that it is the same on
 one device and on the tokens of a rank.
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longspan.checks import check_count, check_number, check_tensors
+from longspan.checks import check_count, check_number, check_tensors, is_int
 from longspan.errors import InputError
 
 
@@ -155,7 +155,7 @@ def mamba2_log_decay(dt: Tensor, A_log: Tensor, dt_bias: Tensor | None = None) -
     return -at_least_float32(A_log).exp() * F.softplus(steps)
 
 
-_BOUND_REMEDY = "Pass a number in [0, 1], or the tensor of longspan.recipes.hgrn2_lower_bounds"
+_BOUND_REMEDY = "Pass a number in [0, 1], or the tensor of longspan.features.hgrn2_lower_bounds"
 
 
 def hgrn2_log_decay(logits: Tensor, lower_bound: Tensor | float = 0.0) -> tuple[Tensor, Tensor]:
@@ -195,6 +195,65 @@ def hgrn2_log_decay(logits: Tensor, lower_bound: Tensor | float = 0.0) -> tuple[
     unbounded = F.logsigmoid(x) + bound * (-x).clamp(max=60.0).exp()
     near_zero = torch.where(has_bound, f.log(), unbounded)
     return torch.where(k <= 0.5, near_one, near_zero), k
+
+
+def hgrn2_lower_bounds(logits: Tensor) -> Tensor:
+    """Lower bounds of the forget gates of all layers, which rise from 0 with depth (HGRN, arXiv 2311.04823).
+
+    Args:
+        logits: one learned parameter for all layers, ``[num_layers, ...]``, such as ``[num_layers, H, K]``.
+
+    Returns:
+        The shape of logits: row l is the sum of rows 1 to l of the softmax over layers, and row 0 is 0.
+    """
+    check_tensors("hgrn2_lower_bounds", logits=logits)
+    if logits.dim() < 1 or logits.shape[0] == 0:
+        raise InputError(
+            f"hgrn2_lower_bounds takes logits [num_layers, ...] of at least one layer; got shape {tuple(logits.shape)}. Make one "
+            "parameter for all layers"
+        )
+    shares = logits.softmax(0)
+    return torch.cat([torch.zeros_like(shares[:1]), shares[1:].cumsum(0)])
+
+
+def retnet_log_decay(num_heads: int, *, dtype: torch.dtype = torch.float32) -> Tensor:
+    """RetNet's log decays, log(1 − 2^(−5−h)) for head h, ``[num_heads]`` (arXiv 2307.08621, equation 8)."""
+    check_count("retnet_log_decay", "num_heads", num_heads)
+    heads = torch.arange(num_heads, dtype=torch.float64)
+    return torch.log1p(-torch.exp2(-5 - heads)).to(dtype)
+
+
+def lightning_log_decay(
+    num_heads: int, layer: int = 0, num_layers: int = 1, *, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Lightning Attention's log decays, ``[num_heads]``, as in TransNormerLLM and MiniMax-01 (arXiv 2307.14995, 2501.08313).
+
+    −slope_h · (1 − layer / (num_layers − 1) + 1e-5), where the slopes are ALiBi's: 2^(−8 (h + 1) / H) for H a power of two;
+    otherwise those of the power of two below, followed by every other one of the power of two above.
+
+    Args:
+        num_heads: H.
+        layer: number of the layer, from 0; deeper layers forget more slowly, the last one hardly at all.
+        num_layers: number of layers.
+
+    Raises:
+        InputError: for a layer that is not one of num_layers.
+    """
+    check_count("lightning_log_decay", "num_heads", num_heads)
+    check_count("lightning_log_decay", "num_layers", num_layers)
+    if not is_int(layer) or not 0 <= layer < num_layers:
+        raise InputError(
+            f"layer must be one of {num_layers} layers, 0 to {num_layers - 1}; got {layer!r}. Count layers from 0"
+        )
+    factor = 1.0 - layer / max(1, num_layers - 1) + 1e-5
+    return (-factor * torch.tensor(_alibi_slopes(num_heads), dtype=torch.float64)).to(dtype)
+
+
+def _alibi_slopes(num_heads: int) -> list[float]:
+    below = 1 << (num_heads.bit_length() - 1)
+    slopes = [2.0 ** (-8 * (head + 1) / below) for head in range(below)]
+    above = [2.0 ** (-8 * (head + 1) / (2 * below)) for head in range(0, 2 * below, 2)]
+    return slopes + above[: num_heads - below]
 
 
 def at_least_float32(x: Tensor) -> Tensor:

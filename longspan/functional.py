@@ -7,132 +7,30 @@ H_k), K key size, V value size.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
 
-from longspan.attention import linear
-from longspan.attention.bidirectional import write_bidirectional
-from longspan.attention.linear import check_query
-from longspan.checks import check_choice, check_flag, check_tensor
-from longspan.errors import InputError
+from longspan.attention.by_name import apply_operator, write
+from longspan.attention.hgrn2 import hgrn2
+from longspan.attention.mamba2 import mamba2
+from longspan.attention.normalized import normalized_linear_attention, write_normalized
 from longspan.exchange import Exchange
 from longspan.layout import SequenceLayout
-from longspan.layout.sequence_layout import stops_graphs
-from longspan.ops.variants import VARIANTS
-from longspan.tracing import outside_graphs
 
-_LINEAR_OPTIONS = ("causal", "initial_state", "output_final_state", "exchange", "backend", "chunk_size")
-_SOFTMAX_OPTIONS = ("causal", "window", "method", "num_heads")
-_GATE_NAMES = sorted({gate.name for variant in VARIANTS.values() for gate in variant.gates})
-
-
-def write(
-    operator: str,
-    k: Tensor,
-    v: Tensor,
-    *,
-    layout: SequenceLayout | None = None,
-    **options: Any,
-) -> Any:
-    """Write what later tokens need and start its exchange, without waiting; read it with ``.read(q)`` when the queries are there.
-
-    Args:
-        operator: the name of an operator (``"linear_attention"``, ``"retention"``, ``"simple_gla"``, ``"gla"``, ``"delta_rule"``,
-            ``"gated_delta_rule"``, ``"kda"``), or ``"softmax"``.
-        k: ``[B, T, H_k, K]``.
-        v: ``[B, T, H, V]``, the dtype of k.
-        layout: which tokens this rank holds; None is one device.
-        options: the operator's gates by name (`g`, `beta`, `log_decay`), and its options: for linear attention `causal`,
-            `initial_state`, `output_final_state`, `exchange`, `backend`, `chunk_size` as in the one-call operators; for softmax
-            `causal`, `window`, `method`, `num_heads`.
-
-    Returns:
-        An object with ``.read(q, scale=None) -> o [B, T, H, V]``; for linear attention also ``.final_state()``, if it was
-        written with ``output_final_state=True``.
-
-    Everything computed between `write` and `read` that needs no other rank hides the exchange, forward and backward:
-
-        memory = longspan.write("simple_gla", k, v, g=g, layout=layout)
-        q = q_proj(x)
-        o = memory.read(q)
-
-    Raises:
-        InputError: for shapes, dtypes, gates or options that do not fit.
-        LayoutError: for another number of tokens than the layout's.
-    """
-    if operator == "softmax":
-        from longspan.attention.softmax import write_softmax
-
-        _check_options(operator, options, _SOFTMAX_OPTIONS)
-        return write_softmax(k, v, layout=layout, **options)
-    check_choice("write", "operator", operator, ("softmax", *VARIANTS), "See docs/adding_a_variant.md for adding one")
-    gates = {name: options.pop(name) for name in _GATE_NAMES if name in options}
-    _check_options(operator, options, _LINEAR_OPTIONS)
-    if not check_flag(operator, "causal", options.pop("causal", True)):
-        return _write_bidirectional(operator, k, v, gates, layout=layout, **options)
-    return linear.write_linear(operator, k, v, gates, layout=layout, **options)
-
-
-def _check_options(operator: str, options: dict[str, Any], known: tuple[str, ...]) -> None:
-    unknown = [name for name in options if name not in known]
-    if unknown:
-        raise InputError(
-            f"{operator} has the options {', '.join(known)}, and its gates; got {', '.join(unknown)}. Leave them out"
-        )
-
-
-def _write_bidirectional(
-    operator: str,
-    k: Tensor,
-    v: Tensor,
-    gates: dict[str, Any],
-    initial_state: Tensor | None = None,
-    output_final_state: bool = False,
-    **options: Any,
-) -> Any:
-    if initial_state is not None or output_final_state:
-        raise InputError(
-            f"{operator}: with causal=False there is no state before or after the sequence; got "
-            f"{'output_final_state=True' if initial_state is None else 'an initial_state'}. Leave out initial_state and "
-            "output_final_state"
-        )
-    return write_bidirectional(operator, k, v, gates, **options)
-
-
-def _one_call(
-    operator: str,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gates: dict[str, Any],
-    scale: float | None,
-    output_final_state: bool,
-    **options: Any,
-) -> Tensor | tuple[Tensor, Tensor]:
-    check_tensor(operator, "k", k)
-    check_query(operator, q, k, scale)
-    # One stop of a graph instead of one a phase.
-    call = _write_and_read_outside_graphs if stops_graphs(options["layout"]) else _write_and_read
-    return call(operator, q, k, v, gates, scale, output_final_state, options)
-
-
-def _write_and_read(
-    operator: str,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gates: dict[str, Any],
-    scale: float | None,
-    output_final_state: bool,
-    options: dict[str, Any],
-) -> Tensor | tuple[Tensor, Tensor]:
-    memory = write(operator, k, v, **gates, output_final_state=output_final_state, **options)
-    o: Tensor = memory.read(q, scale)
-    return (o, memory.final_state()) if output_final_state else o
-
-
-_write_and_read_outside_graphs = outside_graphs(_write_and_read)
+__all__ = [
+    "delta_rule",
+    "gated_delta_rule",
+    "gla",
+    "hgrn2",
+    "kda",
+    "linear_attention",
+    "mamba2",
+    "normalized_linear_attention",
+    "retention",
+    "simple_gla",
+    "write",
+    "write_normalized",
+]
 
 
 def linear_attention(
@@ -179,7 +77,7 @@ def linear_attention(
         InputError: for shapes, dtypes or options that do not fit, or a backend that cannot run.
         LayoutError: for another number of tokens than the layout's.
     """
-    return _one_call(
+    return apply_operator(
         "linear_attention",
         q,
         k,
@@ -226,7 +124,7 @@ def retention(
     Raises:
         InputError, LayoutError: as in `linear_attention`; and InputError for a log_decay above 0, or one that requires a gradient.
     """
-    return _one_call(
+    return apply_operator(
         "retention",
         q,
         k,
@@ -273,7 +171,7 @@ def simple_gla(
     Raises:
         InputError, LayoutError: as in `linear_attention`; and InputError for a g above 0 or NaN (looked at on the CPU only).
     """
-    return _one_call(
+    return apply_operator(
         "simple_gla",
         q,
         k,
@@ -317,7 +215,7 @@ def gla(
     Raises:
         InputError, LayoutError: as in `linear_attention`; and InputError for a g above 0 or NaN (looked at on the CPU only).
     """
-    return _one_call(
+    return apply_operator(
         "gla",
         q,
         k,
@@ -365,7 +263,7 @@ def delta_rule(
     Raises:
         InputError, LayoutError: as in `linear_attention`.
     """
-    return _one_call(
+    return apply_operator(
         "delta_rule",
         q,
         k,
@@ -416,7 +314,7 @@ def gated_delta_rule(
     Raises:
         InputError, LayoutError: as in `linear_attention`; and InputError for a g above 0 or NaN (looked at on the CPU only).
     """
-    return _one_call(
+    return apply_operator(
         "gated_delta_rule",
         q,
         k,
@@ -467,7 +365,7 @@ def kda(
     Raises:
         InputError, LayoutError: as in `linear_attention`; and InputError for a g above 0 or NaN (looked at on the CPU only).
     """
-    return _one_call(
+    return apply_operator(
         "kda",
         q,
         k,

@@ -207,3 +207,40 @@ def test_a_lower_bound_that_is_no_decay_is_refused(bound: float) -> None:
         match=r"lower_bound must be a (decay between 0 and 1|finite number); got .*Pass a number in \[0, 1\]",
     ):
         features.hgrn2_log_decay(torch.zeros(2), bound)
+
+
+def test_hgrn2s_lower_bounds_rise_from_zero_with_depth() -> None:
+    bounds = features.hgrn2_lower_bounds(torch.randn(5, 2, 3, generator=torch.Generator().manual_seed(0)))
+    assert bounds.shape == (5, 2, 3)
+    assert (bounds[0] == 0).all()
+    assert (bounds.diff(dim=0) > 0).all()
+    assert (bounds[-1] < 1).all()
+    # Shares of 0.1, 0.2, 0.3 and 0.4.
+    rising = features.hgrn2_lower_bounds(torch.arange(1.0, 5.0).log()[:, None])
+    torch.testing.assert_close(rising[:, 0], torch.tensor([0.0, 0.2, 0.5, 0.9]))
+
+
+def test_retnets_decays_are_those_of_its_paper() -> None:
+    got = features.retnet_log_decay(8, dtype=torch.float64)
+    torch.testing.assert_close(got.exp(), 1 - 2.0 ** -torch.arange(5, 13, dtype=torch.float64), rtol=1e-14, atol=0)
+    assert features.retnet_log_decay(3).dtype == torch.float32
+
+
+def test_lightning_attentions_decays_are_those_of_its_models() -> None:
+    first = -features.lightning_log_decay(8, 0, 5, dtype=torch.float64)
+    torch.testing.assert_close(first / (1 + 1e-5), 0.5 ** torch.arange(1, 9, dtype=torch.float64))
+    third = -features.lightning_log_decay(8, 2, 5, dtype=torch.float64)
+    torch.testing.assert_close(third, first / (1 + 1e-5) * (0.5 + 1e-5))
+    last = -features.lightning_log_decay(8, 4, 5, dtype=torch.float64)
+    torch.testing.assert_close(last, first / (1 + 1e-5) * 1e-5)
+    # Twelve heads: the slopes of eight, and every other one of sixteen.
+    exponents = [1, 2, 3, 4, 5, 6, 7, 8, 0.5, 1.5, 2.5, 3.5]
+    got = -features.lightning_log_decay(12, dtype=torch.float64)
+    expected = (1 + 1e-5) * 2.0 ** -torch.tensor(exponents, dtype=torch.float64)
+    torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("layer", [-1, 5])
+def test_a_layer_that_does_not_exist_has_no_decay(layer: int) -> None:
+    with pytest.raises(InputError, match=rf"layer must be one of 5 layers, 0 to 4; got {layer}"):
+        features.lightning_log_decay(8, layer, 5)

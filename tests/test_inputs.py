@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate
 
 import longspan
-from longspan import InputError, LayoutError, SequenceLayout, features, recipes
+from longspan import InputError, LayoutError, SequenceLayout, features
 from longspan.exchange import record_traffic
 from longspan.models import LinearLlama3, LinearLlama3Config
 from tests.ranks import raised, run_on_ranks
@@ -134,7 +134,7 @@ def operators(num_tokens: int) -> dict[str, Operator]:
     found["gla_log_decay"] = Operator(features.gla_log_decay, {"logits": q}, gla_bad, False, True)
     mamba_logits = {"dt": make(2), "A_log": torch.ones(2), "dt_bias": torch.ones(2)}
     found["mamba2_log_decay"] = Operator(features.mamba2_log_decay, mamba_logits, {}, False, True)
-    found["hgrn2_lower_bounds"] = Operator(recipes.hgrn2_lower_bounds, {"logits": torch.ones(3, 2)}, {}, False, True)
+    found["hgrn2_lower_bounds"] = Operator(features.hgrn2_lower_bounds, {"logits": torch.ones(3, 2)}, {}, False, True)
     return found
 
 
@@ -298,11 +298,11 @@ def test_small_functions_and_the_model_refuse_what_does_not_fit() -> None:
     model: Any = LinearLlama3(LinearLlama3Config(vocab_size=16, dim=8, num_layers=1, num_heads=2))
     tokens = torch.zeros(1, 4, dtype=torch.int64)
     anything: Any = features
-    decays: Any = recipes.lightning_log_decay
+    decays: Any = features.lightning_log_decay
     maker: Any = SequenceLayout
     calls: list[Callable[[], Any]] = []
-    calls += [partial(recipes.retnet_log_decay, bad) for bad in NO_COUNTS]
-    calls += [partial(recipes.lightning_log_decay, bad) for bad in NO_COUNTS]
+    calls += [partial(features.retnet_log_decay, bad) for bad in NO_COUNTS]
+    calls += [partial(features.lightning_log_decay, bad) for bad in NO_COUNTS]
     calls += [partial(decays, 4, bad, 3) for bad in (3, -1, 1.0, True, "1")]
     calls += [partial(anything.Rebased, bad) for bad in NO_COUNTS]
     calls += [partial(anything.Rebased, 4, bad) for bad in NO_COUNTS]

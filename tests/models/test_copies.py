@@ -18,12 +18,12 @@ from torch.distributed.fsdp import fully_shard
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from longspan import Exchange, SequenceLayout, parallelize, sum_gradients, write
+from longspan.attention.normalized import write_normalized
 from longspan.attention.softmax import write_softmax
 from longspan.errors import InputError
 from longspan.exchange.options import Exchange as ExchangeOptions
 from longspan.models import LinearLlama3
 from longspan.models.gates import GATE_BUILDERS
-from longspan.recipes import write_normalized
 from tests.compare import relative_error, worst
 from tests.models.tiny import random_tokens, tiny_model
 from tests.ranks import raised, run_on_ranks

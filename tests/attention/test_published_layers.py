@@ -1,4 +1,5 @@
-"""Recipes equal the plain recurrences of their papers in float64: outputs, states and every gradient, on every rank."""
+"""Mamba-2, HGRN2 and normalized linear attention equal the plain recurrences of their papers in float64: outputs, states and every
+gradient, on every rank."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import longspan
-from longspan import features, recipes
+from longspan import features
 from longspan.errors import InputError
 from longspan.layout import SequenceLayout
 from longspan.ops.variants import VARIANTS
@@ -32,7 +33,7 @@ def random_values(shapes: dict[str, tuple[int, ...]], seed: int = 0) -> dict[str
     return {name: torch.randn(shape, generator=generator, dtype=torch.float64) for name, shape in shapes.items()}
 
 
-# Each recipe: its inputs, its call, and its recurrence for one document. What has a token dimension is in PER_TOKEN.
+# Each layer: its inputs, its call, and its recurrence for one document. What has a token dimension is in PER_TOKEN.
 
 PER_TOKEN = {"q", "k", "v", "g", "x", "dt", "B", "C", "z", "f", "i"}
 
@@ -54,7 +55,7 @@ def mamba2_values(batch: int, seq_len: int) -> Values:
 
 
 def mamba2_call(values: Values, **options: Any) -> Any:
-    return recipes.mamba2(**values, dt_softplus=True, **options)
+    return longspan.mamba2(**values, dt_softplus=True, **options)
 
 
 def mamba2_plain(x: Values, state: Tensor) -> Result:
@@ -84,7 +85,7 @@ def hgrn2_values(batch: int, seq_len: int) -> Values:
 
 
 def hgrn2_call(values: Values, **options: Any) -> Any:
-    return recipes.hgrn2(**values, **options)
+    return longspan.hgrn2(**values, **options)
 
 
 def hgrn2_plain(x: Values, state: Tensor) -> Result:
@@ -119,10 +120,10 @@ def normalized_values(operator: str) -> Callable[[int, int], Values]:
 def normalized_call(operator: str) -> Callable[..., Any]:
     constants: dict[str, Any] = {}
     if operator == "retention":
-        constants["log_decay"] = recipes.retnet_log_decay(HEADS, dtype=torch.float64)
+        constants["log_decay"] = features.retnet_log_decay(HEADS, dtype=torch.float64)
 
     def call(values: Values, **options: Any) -> Any:
-        return recipes.normalized_linear_attention(**values, **constants, operator=operator, eps=0.01, **options)
+        return longspan.normalized_linear_attention(**values, **constants, operator=operator, eps=0.01, **options)
 
     return call
 
@@ -149,7 +150,7 @@ def normalized_plain(operator: str) -> Callable[[Values, Tensor], Result]:
 
 
 NORMALIZED = ("linear_attention", "retention", "simple_gla", "gla")
-RECIPES: dict[str, tuple[Callable[[int, int], Values], Callable[..., Any], Callable[[Values, Tensor], Result], int]] = {
+LAYERS: dict[str, tuple[Callable[[int, int], Values], Callable[..., Any], Callable[[Values, Tensor], Result], int]] = {
     "mamba2": (mamba2_values, mamba2_call, mamba2_plain, VALUE_SIZE),
     "hgrn2": (hgrn2_values, hgrn2_call, hgrn2_plain, VALUE_SIZE),
     **{
@@ -164,9 +165,9 @@ RECIPES: dict[str, tuple[Callable[[int, int], Values], Callable[..., Any], Calla
 }
 
 
-def plain_result(recipe: str, values: Values, initial: Tensor, documents: list[int] | None) -> Result:
+def plain_result(layer: str, values: Values, initial: Tensor, documents: list[int] | None) -> Result:
     """The recurrence, document by document."""
-    _, _, plain, _ = RECIPES[recipe]
+    _, _, plain, _ = LAYERS[layer]
     if documents is None:
         return plain(values, initial)
     results = []
@@ -176,9 +177,9 @@ def plain_result(recipe: str, values: Values, initial: Tensor, documents: list[i
     return torch.cat([o for o, _ in results], dim=1), torch.cat([state for _, state in results])
 
 
-def errors_on_rank(recipe: str, seq_len: int, order: Any, documents: list[int] | None) -> dict[str, float]:
+def errors_on_rank(layer: str, seq_len: int, order: Any, documents: list[int] | None) -> dict[str, float]:
     """Errors of this rank's outputs and gradients against the recurrence of the whole sequence."""
-    make, call, _, value_size = RECIPES[recipe]
+    make, call, _, value_size = LAYERS[layer]
     batch = 2 if documents is None else 1
     values = make(batch, seq_len)
     num_states = batch if documents is None else len(documents) - 1
@@ -194,7 +195,7 @@ def errors_on_rank(recipe: str, seq_len: int, order: Any, documents: list[int] |
     leaves = {**values, "initial": extra["initial"].abs()}
     for leaf in leaves.values():
         leaf.requires_grad_()
-    o_plain, final_plain = plain_result(recipe, {name: leaves[name] for name in values}, leaves["initial"], documents)
+    o_plain, final_plain = plain_result(layer, {name: leaves[name] for name in values}, leaves["initial"], documents)
     loss = (o_plain * extra["grad_o"]).sum() + dist.get_world_size() * (final_plain * extra["grad_final"]).sum()
     expected = dict(zip(names, torch.autograd.grad(loss, [leaves[name] for name in names]), strict=True))
 
@@ -225,19 +226,19 @@ def errors_on_rank(recipe: str, seq_len: int, order: Any, documents: list[int] |
     return errors
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("num_ranks", [1, 2, 3])
 @pytest.mark.parametrize("order", ["contiguous", "zigzag"])
-def test_a_recipe_equals_its_recurrence_on_every_rank(recipe: str, num_ranks: int, order: str) -> None:
+def test_a_layer_equals_its_recurrence_on_every_rank(layer: str, num_ranks: int, order: str) -> None:
     for documents in (None, PACKED):
-        for rank, errors in enumerate(run_on_ranks(num_ranks, errors_on_rank, recipe, 41, order, documents)):
+        for rank, errors in enumerate(run_on_ranks(num_ranks, errors_on_rank, layer, 41, order, documents)):
             assert len(errors) >= 6
             assert worst(errors) < TOLERANCE, (rank, documents, errors)
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_a_state_carries_a_recipe_from_prefill_to_single_tokens(recipe: str) -> None:
-    make, call, plain, value_size = RECIPES[recipe]
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_state_carries_a_layer_from_prefill_to_single_tokens(layer: str) -> None:
+    make, call, plain, value_size = LAYERS[layer]
     values = make(2, 20)
     nothing = torch.zeros(2, HEADS, KEY_SIZE, value_size, dtype=torch.float64)
     o_plain, final_plain = plain(values, nothing)
@@ -261,7 +262,7 @@ def test_weights_that_add_up_to_one_give_back_a_constant() -> None:
     values = normalized_values("linear_attention")(2, 30)
     values["v"] = torch.full_like(values["v"], 7.0)
     for causal in (True, False):
-        o = recipes.normalized_linear_attention(**values, eps=0.0, causal=causal)
+        o = longspan.normalized_linear_attention(**values, eps=0.0, causal=causal)
         torch.testing.assert_close(o, values["v"])
 
 
@@ -275,7 +276,7 @@ def test_every_token_reads_all_of_them_without_causality(operator: str) -> None:
         "bthk,bshk->bhts", *(values[name].repeat_interleave(HEADS // KEY_HEADS, dim=2) for name in ("q", "k"))
     )
     if operator == "retention":
-        decay = recipes.retnet_log_decay(HEADS, dtype=torch.float64)[:, None, None]
+        decay = features.retnet_log_decay(HEADS, dtype=torch.float64)[:, None, None]
         weights = weights * ((positions[:, None] - positions).abs() * decay).exp()
     document = torch.bucketize(positions, torch.tensor(PACKED[1:], dtype=torch.float64), right=True)
     weights = weights * (document[:, None] == document)
@@ -291,10 +292,10 @@ def test_every_token_reads_all_of_them_without_causality(operator: str) -> None:
 
 def test_what_is_written_is_read_later_and_more_than_once() -> None:
     values = normalized_values("linear_attention")(2, 30)
-    memory = recipes.write_normalized(values["k"], values["v"], eps=0.01)
+    memory = longspan.write_normalized(values["k"], values["v"], eps=0.01)
     other = features.elu_plus_one(random_values({"q": values["q"].shape}, seed=4)["q"])
     for q in (values["q"], other):
-        expected = recipes.normalized_linear_attention(q, values["k"], values["v"], eps=0.01)
+        expected = longspan.normalized_linear_attention(q, values["k"], values["v"], eps=0.01)
         torch.testing.assert_close(memory.read(q), expected)
 
 
@@ -304,7 +305,7 @@ def collectives_of_a_normalized_call() -> tuple[int, int, int]:
         name: layout.shard(value).requires_grad_() for name, value in normalized_values("simple_gla")(2, 40).items()
     }
     with longspan.record_traffic() as traffic:
-        o = recipes.normalized_linear_attention(**values, operator="simple_gla", exchange="all_gather", layout=layout)
+        o = longspan.normalized_linear_attention(**values, operator="simple_gla", exchange="all_gather", layout=layout)
         assert isinstance(o, Tensor)
         o.sum().backward()
     return traffic.count("forward"), traffic.count("backward"), traffic.num_collectives
@@ -318,9 +319,9 @@ def test_the_denominator_travels_in_the_same_exchange() -> None:
 def test_an_operator_without_weights_is_refused(operator: str) -> None:
     x = torch.zeros(1, 4, 2, 3)
     with pytest.raises(InputError, match=rf"one of 'linear_attention', 'retention', .*; got '{operator}'"):
-        recipes.normalized_linear_attention(x, x, x, operator=operator)
+        longspan.normalized_linear_attention(x, x, x, operator=operator)
     with pytest.raises(InputError, match="got 'softmax'"):
-        recipes.write_normalized(x, x, operator="softmax")
+        longspan.write_normalized(x, x, operator="softmax")
 
 
 @pytest.mark.parametrize("phi", [features.elu_plus_one, features.taylor])
@@ -328,8 +329,8 @@ def test_a_normalized_output_in_bfloat16_stays_within_two_roundings_of_float64(p
     """A denominator of 2,000 tokens must not be summed in bfloat16, which would stop growing at 256."""
     values = random_values({"q": (1, 2000, 2, 16), "k": (1, 2000, 2, 16), "v": (1, 2000, 2, 32)})
     q, k, v = phi(values["q"]).bfloat16(), phi(values["k"]).bfloat16(), (values["v"] + 1).bfloat16()
-    exact = recipes.normalized_linear_attention(q.double(), k.double(), v.double())
-    got = recipes.normalized_linear_attention(q, k, v)
+    exact = longspan.normalized_linear_attention(q.double(), k.double(), v.double())
+    got = longspan.normalized_linear_attention(q, k, v)
     assert isinstance(exact, Tensor)
     assert isinstance(got, Tensor)
     assert got.dtype == torch.bfloat16
@@ -357,7 +358,7 @@ def test_mamba2_without_the_optional_arguments_is_the_bare_recurrence() -> None:
     # softplus and its inverse cancel, and so do a gate of z σ(z) = 1 and a D of 0.
     one = torch.full_like(values["z"], 1.2784645427610738)
     full = {**bare, "dt": bare["dt"].expm1().log(), "dt_bias": zero, "D": zero[:, None], "z": one}
-    torch.testing.assert_close(recipes.mamba2(**bare), mamba2_plain(full, torch.zeros(()))[0])
+    torch.testing.assert_close(longspan.mamba2(**bare), mamba2_plain(full, torch.zeros(()))[0])
 
 
 def test_mamba2_in_bfloat16_keeps_its_steps_in_float32() -> None:
@@ -368,7 +369,7 @@ def test_mamba2_in_bfloat16_keeps_its_steps_in_float32() -> None:
     assert y.dtype == torch.bfloat16
     assert ((y.double() - exact).square().mean() / exact.square().mean()).sqrt() < 5e-3
     nothing = torch.zeros(1, 300, 1, 3, dtype=torch.bfloat16)
-    _, state = recipes.mamba2(
+    _, state = longspan.mamba2(
         nothing[..., :2],
         torch.full((1, 300, 1), 0.00123),
         torch.tensor([-1.234]),
@@ -400,7 +401,7 @@ def test_mamba2_refuses_what_does_not_fit(changes: dict[str, Any], message: str)
     values: dict[str, Any] = {name: value.float() for name, value in mamba2_values(1, 6).items()}
     values["dt"], values["dt_bias"] = values["dt"].abs(), values["dt_bias"].abs()
     with pytest.raises(InputError, match=message):
-        recipes.mamba2(**{**values, **changes})
+        longspan.mamba2(**{**values, **changes})
 
 
 # HGRN2, RetNet, Lightning Attention.
@@ -411,41 +412,4 @@ def test_hgrn2_has_a_lower_bound_of_zero_unless_told() -> None:
     del values["lower_bound"]
     zeros = torch.zeros(HEADS, KEY_SIZE, dtype=torch.float64)
     expected, _ = hgrn2_plain({**values, "lower_bound": zeros}, torch.zeros(()))
-    torch.testing.assert_close(recipes.hgrn2(**values), expected)
-
-
-def test_hgrn2s_lower_bounds_rise_from_zero_with_depth() -> None:
-    bounds = recipes.hgrn2_lower_bounds(torch.randn(5, 2, 3, generator=torch.Generator().manual_seed(0)))
-    assert bounds.shape == (5, 2, 3)
-    assert (bounds[0] == 0).all()
-    assert (bounds.diff(dim=0) > 0).all()
-    assert (bounds[-1] < 1).all()
-    # Shares of 0.1, 0.2, 0.3 and 0.4.
-    rising = recipes.hgrn2_lower_bounds(torch.arange(1.0, 5.0).log()[:, None])
-    torch.testing.assert_close(rising[:, 0], torch.tensor([0.0, 0.2, 0.5, 0.9]))
-
-
-def test_retnets_decays_are_those_of_its_paper() -> None:
-    got = recipes.retnet_log_decay(8, dtype=torch.float64)
-    torch.testing.assert_close(got.exp(), 1 - 2.0 ** -torch.arange(5, 13, dtype=torch.float64), rtol=1e-14, atol=0)
-    assert recipes.retnet_log_decay(3).dtype == torch.float32
-
-
-def test_lightning_attentions_decays_are_those_of_its_models() -> None:
-    first = -recipes.lightning_log_decay(8, 0, 5, dtype=torch.float64)
-    torch.testing.assert_close(first / (1 + 1e-5), 0.5 ** torch.arange(1, 9, dtype=torch.float64))
-    third = -recipes.lightning_log_decay(8, 2, 5, dtype=torch.float64)
-    torch.testing.assert_close(third, first / (1 + 1e-5) * (0.5 + 1e-5))
-    last = -recipes.lightning_log_decay(8, 4, 5, dtype=torch.float64)
-    torch.testing.assert_close(last, first / (1 + 1e-5) * 1e-5)
-    # Twelve heads: the slopes of eight, and every other one of sixteen.
-    exponents = [1, 2, 3, 4, 5, 6, 7, 8, 0.5, 1.5, 2.5, 3.5]
-    got = -recipes.lightning_log_decay(12, dtype=torch.float64)
-    expected = (1 + 1e-5) * 2.0 ** -torch.tensor(exponents, dtype=torch.float64)
-    torch.testing.assert_close(got, expected)
-
-
-@pytest.mark.parametrize("layer", [-1, 5])
-def test_a_layer_that_does_not_exist_has_no_decay(layer: int) -> None:
-    with pytest.raises(InputError, match=rf"layer must be one of 5 layers, 0 to 4; got {layer}"):
-        recipes.lightning_log_decay(8, layer, 5)
+    torch.testing.assert_close(longspan.hgrn2(**values), expected)

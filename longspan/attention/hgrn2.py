@@ -1,0 +1,60 @@
+"""HGRN2's recurrence over ranks: `hgrn2`."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from longspan.attention.by_name import apply_operator
+from longspan.checks import check_same_device, check_tensors
+from longspan.exchange import Exchange
+from longspan.features import hgrn2_log_decay
+from longspan.layout import SequenceLayout
+
+
+def hgrn2(
+    q: Tensor,
+    f: Tensor,
+    i: Tensor,
+    *,
+    lower_bound: Tensor | float = 0.0,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    layout: SequenceLayout | None = None,
+    exchange: str | Exchange = "auto",
+    backend: str | None = None,
+    chunk_size: int | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """HGRN2's recurrence ``S_t = Diag(f_t) S_{t-1} + (1 − f_t) i_tᵀ``, ``o_t = S_tᵀ q_t`` (arXiv 2404.07904).
+
+    It is `longspan.gla` with k = 1 − f, v = i, g = log f and scale 1.
+
+    Args:
+        q: ``[B, T, H, K]``, the paper's output gate; float64, float32 or bfloat16.
+        f: logits of the forget gate ``[B, T, H, K]``, in any of these dtypes: f_t = lower_bound + (1 − lower_bound) · σ(f).
+        i: values ``[B, T, H, V]`` in the dtype of q.
+        lower_bound: a number in [0, 1] or a tensor that broadcasts with f, such as ``[H, K]``, from `hgrn2_lower_bounds`.
+        initial_state, output_final_state, layout, exchange, backend, chunk_size: as in `longspan.gla`.
+
+    Returns:
+        o ``[B, T, H, V]`` in the dtype of q; with `output_final_state`, the pair (o, final_state).
+
+    Raises:
+        InputError, LayoutError: as in `longspan.gla`.
+    """
+    check_tensors("hgrn2", q=q, f=f, i=i)
+    check_same_device("hgrn2", q=q, f=f, i=i)
+    g, k = hgrn2_log_decay(f, lower_bound)
+    return apply_operator(
+        "gla",
+        q,
+        k.to(q.dtype),
+        i,
+        {"g": g},
+        1.0,
+        output_final_state,
+        initial_state=initial_state,
+        layout=layout,
+        exchange=exchange,
+        backend=backend,
+        chunk_size=chunk_size,
+    )
