@@ -17,12 +17,10 @@ from torch import Tensor
 
 from longspan.attention.linear import (
     Given,
-    JoinSum,
     LinearMemory,
     check_inputs,
     check_query,
     profiled,
-    sum_over_ranks,
     tensors_of,
     write_linear,
 )
@@ -30,6 +28,7 @@ from longspan.attention.memory import StepMemory
 from longspan.attention.opaque import OpaqueMemory, write_opaque
 from longspan.errors import InputError
 from longspan.exchange import Exchange, resolve_topology
+from longspan.exchange.all_reduce import JoinSum, sum_over_ranks
 from longspan.layout import SequenceLayout
 from longspan.layout.sequence_layout import stops_graphs
 from longspan.ops.variants import VARIANTS

@@ -28,14 +28,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longspan.attention.linear import JoinSum, check_packed, sum_over_ranks
 from longspan.attention.opaque import CONVOLUTION, bounds_of
 from longspan.checks import check_choice, check_flag, check_not_empty, check_tensor, check_tensors
 from longspan.errors import InputError
+from longspan.exchange.all_reduce import JoinSum, sum_over_ranks
 from longspan.exchange.halo import halo_plan, start_halo
 from longspan.first_order import first_order
 from longspan.layout import Piece, SequenceLayout
-from longspan.layout.sequence_layout import check_layout, stops_graphs
+from longspan.layout.sequence_layout import check_layout, check_packed, stops_graphs
 from longspan.ops.backends import DTYPES, choose_backend, require_gpu, require_package
 from longspan.tracing import has_no_values, outside_graphs, unseen_by_checkpointing
 

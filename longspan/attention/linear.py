@@ -13,7 +13,6 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from longspan.attention.memory import StepMemory
@@ -28,14 +27,13 @@ from longspan.checks import (
     check_tensor,
     check_tensors,
 )
-from longspan.comm.numbering import launch
 from longspan.comm.profiling import named_range
-from longspan.comm.traffic import note_collective, waiting
 from longspan.errors import InputError
 from longspan.exchange import Exchange, PendingExchange, Topology, resolve_topology, start_exchange
+from longspan.exchange.all_reduce import sum_over_ranks
 from longspan.first_order import first_order
-from longspan.layout import SequenceLayout, group_of
-from longspan.layout.sequence_layout import check_layout, stops_graphs
+from longspan.layout import SequenceLayout
+from longspan.layout.sequence_layout import check_layout, check_packed, stops_graphs
 from longspan.ops.backends import resolve_backend
 from longspan.ops.variants import VARIANTS, Variant
 from longspan.ops.variants.variant import ChunkForm, Gate, state_dtype
@@ -142,27 +140,6 @@ class LinearMemory(StepMemory):
 
 _read_outside_graphs = outside_graphs(LinearMemory._read)
 _final_state_outside_graphs = outside_graphs(LinearMemory.final_state)
-
-
-class JoinSum(torch.autograd.Function):
-    """What `sum_over_ranks` returned where this rank's part takes no gradient; joins the sum's backward, whose result it drops.
-
-    | | shape | |
-    |---|---|---|
-    | x, y | any | y = x |
-    | leaf | [] | takes a gradient, so that the node is in the graph |
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, leaf: Tensor, layout: SequenceLayout) -> Tensor:
-        ctx.layout = layout
-        return x.detach()
-
-    @staticmethod
-    @first_order
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, None]:
-        _summed(grads[0], ctx.layout, "backward")
-        return None, None, None
 
 
 class _After(torch.autograd.Function):
@@ -449,15 +426,6 @@ def check_inputs(
     return layout, backend
 
 
-def check_packed(name: str, x: Tensor, layout: SequenceLayout) -> None:
-    """Raise InputError where a layout has documents and x ``[B, T, ...]`` more than one row."""
-    if layout.is_packed and x.shape[0] != 1:
-        raise InputError(
-            f"{name}: with documents the batch has one row, B = 1, the packed sequence; got B = {x.shape[0]}. Lay the rows one "
-            "after another, with their bounds among the layout's documents"
-        )
-
-
 def _check_gates(
     variant: Variant,
     gates: Mapping[str, Tensor],
@@ -502,49 +470,8 @@ def _check_gate(
         )
 
 
-class _SumOverRanks(torch.autograd.Function):
-    """y = sum of x over the ranks, on every rank. Backward: ∂x = sum of ∂y over the ranks.
-
-    | | shape |
-    |---|---|
-    | x, y | any |
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, layout: SequenceLayout) -> Tensor:
-        ctx.layout = layout
-        return _summed(x, layout, "forward")
-
-    @staticmethod
-    @first_order
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _summed(grads[0], ctx.layout, "backward"), None
-
-
-def _summed(x: Tensor, layout: SequenceLayout, phase: str) -> Tensor:
-    total = x.clone(memory_format=torch.contiguous_format)
-    num_ranks = layout.num_ranks
-    note_collective("all_reduce", phase, 2 * (num_ranks - 1) * total.numel() * total.element_size() // num_ranks)
-    with waiting():
-        launch(
-            group_of(layout),
-            x.device,
-            "all_reduce",
-            phase,
-            lambda group, _: dist.all_reduce(total, group=group, async_op=True),
-        ).wait()
-    return total
-
-
 def _gather_documents(states: Tensor, documents: Sequence[int], layout: SequenceLayout) -> Tensor:
     """Final states of all documents ``[num_documents, B, H, K, V]`` on every rank, from those that end on each."""
     index = torch.tensor(documents, dtype=torch.int64, device=states.device)
     everyone = states.new_zeros(layout.num_documents, *states.shape[1:]).index_copy(0, index, states)
     return sum_over_ranks(everyone, layout)
-
-
-def sum_over_ranks(x: Tensor, layout: SequenceLayout) -> Tensor:
-    """The sum of `x` over the layout's ranks, on every rank; its gradient is summed over them too."""
-    assert layout.group is not None
-    summed: Tensor = _SumOverRanks.apply(x, layout)
-    return summed

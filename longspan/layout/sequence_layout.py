@@ -561,6 +561,15 @@ def check_layout(layout: object, length: int, what: str, sends: bool = True) -> 
         layout.check_group(what)
 
 
+def check_packed(name: str, x: Tensor, layout: SequenceLayout) -> None:
+    """Raise InputError where a layout has documents and x ``[B, T, ...]`` more than one row."""
+    if layout.is_packed and x.shape[0] != 1:
+        raise InputError(
+            f"{name}: with documents the batch has one row, B = 1, the packed sequence; got B = {x.shape[0]}. Lay the rows one "
+            "after another, with their bounds among the layout's documents"
+        )
+
+
 def _length(what: str, x: Tensor, dim: int) -> int:
     """The size of dimension `dim` of x; raises InputError where x is no plain tensor or has no such dimension."""
     check_tensor(what, "x", x)
