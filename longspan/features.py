@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longspan.checks import check_count, check_number, check_tensors, is_int
+from longspan.dtypes import at_least_float32
 from longspan.errors import InputError
 
 
@@ -254,8 +255,3 @@ def _alibi_slopes(num_heads: int) -> list[float]:
     slopes = [2.0 ** (-8 * (head + 1) / below) for head in range(below)]
     above = [2.0 ** (-8 * (head + 1) / (2 * below)) for head in range(0, 2 * below, 2)]
     return slopes + above[: num_heads - below]
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """`x` in float32 if its dtype is narrower, as gates and step sizes are computed."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))

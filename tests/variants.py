@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longspan.dtypes import accumulation_dtype
 from longspan.layout import SequenceLayout
 from longspan.ops.variants import VARIANTS
-from longspan.ops.variants.variant import Gate, Gates, state_dtype
+from longspan.ops.variants.variant import Gate, Gates
 
 
 @dataclass
@@ -64,7 +65,7 @@ def make_inputs(
         shape = [sizes[dim] for dim in gate.dims]
         uniform = torch.rand(shape, generator=generator, dtype=torch.float64)
         values = -decay * uniform if gate.is_log_decay else uniform
-        return values.to(state_dtype(dtype)).requires_grad_(gate.differentiable)
+        return values.to(accumulation_dtype(dtype)).requires_grad_(gate.differentiable)
 
     num_states = batch if documents is None else len(documents) - 1
     keys = normal(batch, seq_len, key_heads, key_size).detach()
@@ -73,9 +74,9 @@ def make_inputs(
         k=(keys / keys.norm(dim=-1, keepdim=True)).requires_grad_(),
         v=normal(batch, seq_len, heads, value_size),
         gates={gate.name: gate_values(gate) for gate in VARIANTS[name].gates},
-        initial_state=normal(num_states, heads, key_size, value_size, dtype=state_dtype(dtype)),
+        initial_state=normal(num_states, heads, key_size, value_size, dtype=accumulation_dtype(dtype)),
         grad_o=normal(batch, seq_len, heads, value_size).detach(),
-        grad_final=normal(num_states, heads, key_size, value_size, dtype=state_dtype(dtype)).detach(),
+        grad_final=normal(num_states, heads, key_size, value_size, dtype=accumulation_dtype(dtype)).detach(),
         documents=documents,
         differentiable=[gate.name for gate in VARIANTS[name].gates if gate.differentiable],
     )

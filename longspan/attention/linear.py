@@ -28,6 +28,7 @@ from longspan.checks import (
     check_tensors,
 )
 from longspan.comm.profiling import named_range
+from longspan.dtypes import accumulation_dtype
 from longspan.errors import InputError
 from longspan.exchange import Exchange, PendingExchange, Topology, resolve_topology, start_exchange
 from longspan.exchange.all_reduce import sum_over_ranks
@@ -36,7 +37,7 @@ from longspan.layout import SequenceLayout
 from longspan.layout.sequence_layout import check_layout, check_packed, stops_graphs
 from longspan.ops.backends import resolve_backend
 from longspan.ops.variants import VARIANTS, Variant
-from longspan.ops.variants.variant import ChunkForm, Gate, state_dtype
+from longspan.ops.variants.variant import ChunkForm, Gate
 from longspan.state import Pair, Transition
 from longspan.tracing import breaks_graphs, has_no_values, outside_graphs, unseen_by_checkpointing
 
@@ -416,11 +417,12 @@ def check_inputs(
         check_tensor(name, "initial_state", initial_state)
         rows = layout.num_documents if layout.is_packed else batch
         expected = (rows, num_heads, key_size, value_size)
-        if tuple(initial_state.shape) != expected or initial_state.dtype != state_dtype(k.dtype):
+        dtype = accumulation_dtype(k.dtype)
+        if tuple(initial_state.shape) != expected or initial_state.dtype != dtype:
             first = "num_documents" if layout.is_packed else "B"
             raise InputError(
-                f"{name}: initial_state must be [{first}, H, K, V] = {expected} in {state_dtype(k.dtype)}; got "
-                f"{tuple(initial_state.shape)} in {initial_state.dtype}. Convert it with initial_state.to({state_dtype(k.dtype)})"
+                f"{name}: initial_state must be [{first}, H, K, V] = {expected} in {dtype}; got "
+                f"{tuple(initial_state.shape)} in {initial_state.dtype}. Convert it with initial_state.to({dtype})"
             )
         check_same_device(name, k=k, initial_state=initial_state)
     return layout, backend

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from longspan.attention.by_name import apply_operator
 from longspan.checks import check_count, check_flag, check_not_empty, check_same_device, check_tensors
+from longspan.dtypes import at_least_float32
 from longspan.errors import InputError
 from longspan.exchange import Exchange
-from longspan.features import at_least_float32
 from longspan.layout import SequenceLayout
 from longspan.tracing import has_no_values
 

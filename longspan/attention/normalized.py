@@ -14,8 +14,8 @@ from torch import Tensor
 from longspan.attention.by_name import write
 from longspan.attention.linear import check_query
 from longspan.checks import check_not_empty, check_number, check_tensors
+from longspan.dtypes import at_least_float32
 from longspan.errors import InputError
-from longspan.features import at_least_float32
 from longspan.ops.variants import VARIANTS
 from longspan.state import Dense
 

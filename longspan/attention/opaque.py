@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from longspan.attention.memory import StepMemory
+from longspan.dtypes import accumulation_dtype
 from longspan.errors import InputError, LayoutError
 from longspan.layout import SequenceLayout
-from longspan.ops.variants.variant import Variant, state_dtype
+from longspan.ops.variants.variant import Variant
 from longspan.tracing import OpaqueOperator
 
 MAX_GATES = 3
@@ -96,7 +97,7 @@ def _linear_fake(q, k, v, gate_0, gate_1, gate_2, initial_state, bounds, operato
         o = v.new_empty(v.shape)
     if output_final_state:
         rows = k.shape[0] if bounds is None else bounds.shape[0] - 1
-        final_state = k.new_empty(rows, v.shape[2], k.shape[3], v.shape[3], dtype=state_dtype(k.dtype))
+        final_state = k.new_empty(rows, v.shape[2], k.shape[3], v.shape[3], dtype=accumulation_dtype(k.dtype))
     return o, final_state
 
 

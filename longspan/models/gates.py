@@ -12,7 +12,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from longspan.features import at_least_float32, gla_log_decay, mamba2_log_decay
+from longspan.dtypes import at_least_float32
+from longspan.features import gla_log_decay, mamba2_log_decay
 from longspan.ops.variants import VARIANTS, Variant
 
 LOW_RANK = 16

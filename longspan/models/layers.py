@@ -9,13 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from longspan.dtypes import at_least_float32
 from longspan.ops.norm import rms_norm_gated
 from longspan.tracing import unseen_by_checkpointing
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """`x` in float32 if its dtype is narrower: norms, gates and angles are not computed in bfloat16."""
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 class RMSNorm(nn.Module):

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from longspan.checks import check_count, check_not_empty, check_tensor, described
+from longspan.dtypes import accumulation_dtype, at_least_float32
 from longspan.errors import InputError, LayoutError
 from longspan.layout import SequenceLayout
 from longspan.layout.sequence_layout import check_layout
 from longspan.models.config import LinearLlama3Config
 from longspan.models.gates import ChannelDecayGate, ScalarDecayGate
-from longspan.models.layers import GatedRMSNorm, RMSNorm, Rotation, SwiGLU, at_least_float32, rotation
+from longspan.models.layers import GatedRMSNorm, RMSNorm, Rotation, SwiGLU, rotation
 from longspan.models.mixers import LinearCache, LinearMixer, SoftmaxCache, SoftmaxMixer
 
 INIT_STD = 0.02
@@ -247,7 +248,7 @@ class LinearLlama3(nn.Module):
     def _rotation(self, positions: Tensor) -> Rotation | None:
         if "N" not in self.config.layer_kinds:
             return None
-        dtype = torch.promote_types(self.norm.weight.dtype, torch.float32)
+        dtype = accumulation_dtype(self.norm.weight.dtype)
         return rotation(positions, self.config.size_of_head, self.config.rope_theta, dtype)
 
     def _logits(self, x: Tensor) -> Tensor:

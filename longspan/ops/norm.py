@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longspan.checks import check_choice, check_number, check_same_device, check_tensors
+from longspan.dtypes import at_least_float32
 from longspan.errors import InputError
 from longspan.ops.backends import choose_backend, require_gpu, require_package
 from longspan.tracing import unseen_by_checkpointing
@@ -60,7 +61,7 @@ def _computed(
     fits = x.shape[-1] <= MAX_SIZE_OF_KERNELS and not _has_float64(x, gate, weight)
     if choose_backend("rms_norm_gated", NORM_BACKENDS, x, fits, backend) == "triton":
         return _by_kernels(x, gate, weight, eps, activation)
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    wide = at_least_float32(x)
     normal = F.rms_norm(wide, weight.shape, weight.to(wide.dtype), eps).to(x.dtype)
     return (normal * GATE_ACTIVATIONS[activation](gate)).to(x.dtype)
 

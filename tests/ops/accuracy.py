@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 import longspan
+from longspan.dtypes import accumulation_dtype
 from longspan.ops.variants import VARIANTS
-from longspan.ops.variants.variant import state_dtype
 from tests.compare import relative_error
 
 GATES: Mapping[str, Callable[[Tensor], Tensor]] = {
@@ -82,7 +82,7 @@ def by_chunks(
     name: str, inputs: dict[str, Tensor], upstream: dict[str, Tensor], dtype: torch.dtype, backend: str
 ) -> dict[str, Tensor]:
     """Outputs and gradients of the operator; states and gates in the dtype of states."""
-    x = _leaves(name, inputs, lambda key: dtype if key in ("q", "k", "v") else state_dtype(dtype))
+    x = _leaves(name, inputs, lambda key: dtype if key in ("q", "k", "v") else accumulation_dtype(dtype))
     gates = {gate.name: x[gate.name] for gate in VARIANTS[name].gates}
     options: dict[str, Any] = {
         **gates,

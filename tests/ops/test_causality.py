@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 import longspan
+from longspan.dtypes import accumulation_dtype
 from longspan.ops.variants import VARIANTS
-from longspan.ops.variants.variant import state_dtype
 from tests.compare import relative_error, worst
 from tests.ops.accuracy import by_recurrence
 
@@ -24,10 +24,10 @@ def inputs_of(name: str, seq_len: int, dtype: torch.dtype, decay: float, seed: i
     generator = torch.Generator().manual_seed(seed)
     sizes = {"B": 1, "T": seq_len, "H": 2, "K": 16}
     inputs = {key: torch.randn(1, seq_len, 2, 16, generator=generator).to(dtype) for key in ("q", "k", "v")}
-    inputs["initial_state"] = torch.randn(1, 2, 16, 16, generator=generator).to(state_dtype(dtype))
+    inputs["initial_state"] = torch.randn(1, 2, 16, 16, generator=generator).to(accumulation_dtype(dtype))
     for gate in VARIANTS[name].gates:
         shape = [sizes[dim] for dim in gate.dims]
-        inputs[gate.name] = (-decay * torch.rand(shape, generator=generator)).to(state_dtype(dtype))
+        inputs[gate.name] = (-decay * torch.rand(shape, generator=generator)).to(accumulation_dtype(dtype))
     return inputs
 
 

@@ -31,6 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longspan.dtypes import accumulation_dtype
 from longspan.first_order import first_order
 from longspan.layout import SequenceLayout
 from longspan.ops.backends import require_package
@@ -40,7 +41,7 @@ from longspan.ops.decay.gate_gradient import GateGradient
 from longspan.ops.factor_variant import FactorVariant
 from longspan.ops.finite import Harm, all_finite, finite_part, from_then_on, not_finite
 from longspan.ops.tiling import ChunkBlock, Tiling, chunks_of_block, tile
-from longspan.ops.variants.variant import ChunkForm, Gates, state_dtype
+from longspan.ops.variants.variant import ChunkForm, Gates
 from longspan.state import Transition
 
 
@@ -514,7 +515,7 @@ class DecayVariant(FactorVariant):
         num_heads = v.shape[2]
         size = chunk_size or default_chunk_size(k.dtype)
         tiling = tile(layout, size, chunks_of_block(k, v, size), k.device)
-        states = state_dtype(k.dtype)
+        states = accumulation_dtype(k.dtype)
         near = {name: on_device(x, layout, k.device) for name, x in gates.items()}
         call = Call(tiling, self.factors(near, tiling, num_heads, k.dtype, states), 1.0, num_heads, states)
         return DecayChunkForm(self.transition, call, gates)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from longspan.dtypes import accumulation_dtype
 from longspan.layout import SequenceLayout
 from longspan.ops.delta.call import DeltaCall
 from longspan.ops.delta.read import DeltaRead, DeltaScores
@@ -15,7 +16,7 @@ from longspan.ops.delta.run import DeltaRun
 from longspan.ops.delta.write import DeltaWrite, PhaseLink
 from longspan.ops.factor_variant import FactorVariant
 from longspan.ops.tiling import chunks_of_block, tile
-from longspan.ops.variants.variant import ChunkForm, Gates, state_dtype
+from longspan.ops.variants.variant import ChunkForm, Gates
 from longspan.state import Dense, Transition
 
 DEFAULT_CHUNK_SIZE = 64
@@ -37,7 +38,7 @@ class DeltaVariant(FactorVariant):
             return prepare_fla(self.name, k, v, gates, layout, chunk_size)
         num_heads, size = v.shape[2], chunk_size or DEFAULT_CHUNK_SIZE
         tiling = tile(layout, size, chunks_of_block(k, v, size), k.device)
-        dtype = state_dtype(k.dtype)
+        dtype = accumulation_dtype(k.dtype)
         factors = self.factors(gates, tiling, num_heads, dtype, dtype)
         return DeltaChunkForm(DeltaCall(tiling, factors, num_heads, dtype), gates)
 

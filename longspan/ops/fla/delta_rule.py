@@ -31,11 +31,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longspan.dtypes import accumulation_dtype
 from longspan.errors import InputError
 from longspan.first_order import first_order
 from longspan.layout import SequenceLayout
 from longspan.ops.backends import MAX_HEAD_SIZE, require_gpu, require_package
-from longspan.ops.variants.variant import ChunkForm, Gates, state_dtype
+from longspan.ops.variants.variant import ChunkForm, Gates
 from longspan.state import Dense, Transition
 
 _FUNCTIONS = {
@@ -210,7 +211,9 @@ class FlaChunkForm(ChunkForm):
         self, k: Tensor, v: Tensor, start_states: Tensor | None, end_pieces: Sequence[int], sent_pieces: Sequence[int]
     ) -> Tensor:
         shape = (v.shape[0], v.shape[2], k.shape[3], v.shape[3])
-        nothing: Tensor = _Nothing.apply(shape, state_dtype(k.dtype), k, v, start_states, *self._call.gates.values())
+        nothing: Tensor = _Nothing.apply(
+            shape, accumulation_dtype(k.dtype), k, v, start_states, *self._call.gates.values()
+        )
         wants_finals = any(self._layout.pieces[number].ends_document for number in end_pieces)
         self._written = _Written(k, v, start_states, nothing, wants_finals)
         ends = self._write_sent(k, v, start_states, nothing, sent_pieces) if sent_pieces else {}

@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from longspan.layout import SequenceLayout
@@ -99,8 +98,3 @@ class Variant(ABC):
         self, k: Tensor, v: Tensor, gates: Gates, layout: SequenceLayout, chunk_size: int | None, backend: str
     ) -> ChunkForm:
         """Begin a call of the chunk form on the tokens that `layout` gives this rank, with one of `backends`."""
-
-
-def state_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of states for activations of `dtype`: float64 for float64, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
