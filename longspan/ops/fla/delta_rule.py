@@ -57,7 +57,7 @@ def prepare_fla(
     """
     module, function_name, chunk_sizes = _FUNCTIONS[name]
     require_package("fla", "fla", "pip install 'longspan[fla]', or use backend='torch'")
-    from longspan.ops.triton.launch import LOWEST_LOG_DECAY, interpreted
+    from longspan.ops.triton.launch import LOWEST_KERNEL_LOG_DECAY, interpreted
 
     require_gpu("fla", k.device, interpreted())
     if name == "delta_rule" and k.dtype == torch.float32:
@@ -74,7 +74,7 @@ def prepare_fla(
         )
     function = getattr(import_module(module), function_name)
     # The functions take differences of sums of g: a decay to nothing would be NaN there.
-    gates = {key: gate.clamp(min=LOWEST_LOG_DECAY) if key == "g" else gate for key, gate in gates.items()}
+    gates = {key: gate.clamp(min=LOWEST_KERNEL_LOG_DECAY) if key == "g" else gate for key, gate in gates.items()}
     shares_keys = name != "delta_rule"
     return FlaChunkForm(_Call(function, gates, shares_keys, chunk_size), layout)
 

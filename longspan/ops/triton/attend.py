@@ -1,7 +1,7 @@
 """The kernel that reads: one causal pass over every stretch, which gives outputs and all gradients.
 
-Shapes: B batch rows, T tokens, H heads, N stretches of chunks of C tokens. With an operand a to ask with, b to be asked, c to
-be read, and Z the state that enters the stretch (``b cᵀ`` summed over all that came before):
+Shapes: B batch rows, T tokens, H heads, N stretches of chunks of C tokens. With a in the place of queries, b of
+keys, c of values, and Z the state that enters the stretch (``b cᵀ`` summed over all that came before):
 
     out_t = scale_out · [ e^{x_t} Zᵀ a_t + scale_in · Σ_{s ≤ t} e^{x_t − x_s} (a_t · b_s) c_s ]
     Z ← e^{b_C} Z + scale_in · Σ_s e^{b_C − x_s} b_s c_sᵀ
@@ -45,7 +45,7 @@ def _tile(x, tokens, token_stride, columns, num_columns, is_token):
 
 @triton.jit
 def _square(places, half, REVERSE: tl.constexpr):
-    """Which pairs (asking, asked) ``[C, C]`` lie in a square between a later and an earlier half of `half` tokens."""
+    """Which pairs (query, key) ``[C, C]`` lie in a square between a later and an earlier half of `half` tokens."""
     same = (places // (2 * half))[:, None] == (places // (2 * half))[None, :]
     later = places // half % 2 == 1
     if REVERSE:
@@ -98,7 +98,7 @@ def attend_kernel(
     carried,
     dotted,
     dots,
-    met,
+    other_states,
     of_end,
     table,
     scale_in,
@@ -135,7 +135,7 @@ def attend_kernel(
     HAS_STATES: tl.constexpr,
     HAS_ARRIVING: tl.constexpr,
     HAS_DOTS: tl.constexpr,
-    HAS_MET: tl.constexpr,
+    HAS_OTHER_STATES: tl.constexpr,
     INSIDE: tl.constexpr,
     LOADS_SCALE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -149,10 +149,10 @@ def attend_kernel(
     a, b ``[B, T, ·, K]``, c ``[B, T, ·, V]``, out ``[B, T, H, V]`` contiguous, K and V whatever is contracted and left. states
     ``[num_slots, B, H, ·, ·]`` with strides for rows (contracted) and columns: with a transposed state they are swapped.
     arriving ``[·, B, H, ·, ·]``: what enters the piece from elsewhere, reaching the slot times e^carried. INSIDE: whether
-    tokens of the stretch ask each other (without, only the state is read). dots ``[V blocks, B, T, H]``: Σ out ⊙ dotted over
+    tokens of the stretch read each other (without, only the state is read). dots ``[V blocks, B, T, H]``: Σ out ⊙ dotted over
     the block's columns, with dotted ``[B, T, ·, V]``, but for what a token reads of itself, which no gate decays; where decays
-    belong to columns not summed, ``[B, T, H, V]``. of_end: Σ Z ⊙ met, of the entering state and that of ``met``, laid out as
-    states, in the same slot, ``[V blocks, N, B, H]``; where decays belong to columns summed over rows alone, ``[N, B, H, V]``.
+    belong to columns not summed, ``[B, T, H, V]``. of_end: Σ Z ⊙ Z', of the entering state and that of ``other_states``, laid out
+    as states, in the same slot, ``[V blocks, N, B, H]``; where decays belong to columns summed over rows alone, ``[N, B, H, V]``.
     scale_in: a number, or, LOADS_SCALE, a pointer to one. Program (stretch, V block; batch and head).
     """
     column_blocks = tl.cdiv(num_columns, BV)
@@ -198,23 +198,27 @@ def attend_kernel(
             )
             if DECAY == CHANNEL:
                 if AXIS == CONTRACTED:
-                    way = tl.load(carried + place * num_contracted + rows, mask=rows < num_contracted, other=0.0)
-                    entering *= tl.exp(way)[:, None]
+                    log_carried = tl.load(
+                        carried + place * num_contracted + rows, mask=rows < num_contracted, other=0.0
+                    )
+                    entering *= tl.exp(log_carried)[:, None]
                 else:
-                    way = tl.load(carried + place * num_columns + columns, mask=columns < num_columns, other=0.0)
-                    entering *= tl.exp(way)[None, :]
+                    log_carried = tl.load(
+                        carried + place * num_columns + columns, mask=columns < num_columns, other=0.0
+                    )
+                    entering *= tl.exp(log_carried)[None, :]
             elif DECAY != NONE:
                 entering *= tl.exp(tl.load(carried + place))
             state += entering
-    if HAS_MET:
-        meeting = state * tl.load(met + place * size + tile, mask=is_state, other=0.0)
-        met_at = stretch.to(tl.int64) * tl.num_programs(1) + head_index
+    if HAS_OTHER_STATES:
+        products = state * tl.load(other_states + place * size + tile, mask=is_state, other=0.0)
+        end_at = stretch.to(tl.int64) * tl.num_programs(1) + head_index
         if DECAY == CHANNEL:
-            tl.store(of_end + met_at * num_columns + columns, tl.sum(meeting, axis=0), mask=columns < num_columns)
+            tl.store(of_end + end_at * num_columns + columns, tl.sum(products, axis=0), mask=columns < num_columns)
         else:
             num_stretches = tl.num_programs(0) // column_blocks
-            met_at += block.to(tl.int64) * num_stretches * tl.num_programs(1)
-            tl.store(of_end + met_at, tl.sum(tl.sum(meeting, axis=1), axis=0))
+            end_at += block.to(tl.int64) * num_stretches * tl.num_programs(1)
+            tl.store(of_end + end_at, tl.sum(tl.sum(products, axis=1), axis=0))
 
     num_chunks = tl.cdiv(stop - first, C)
     for step in range(num_chunks):
@@ -222,12 +226,12 @@ def attend_kernel(
         num_valid = tl.minimum(stop - start, C)
         tokens = (start + places).to(tl.int64)
         is_token = places < num_valid
-        asking = _tile(a, tokens, a_token, rows, num_contracted, is_token)
+        query = _tile(a, tokens, a_token, rows, num_contracted, is_token)
         if INSIDE:
-            asked = _tile(b, tokens, b_token, rows, num_contracted, is_token)
-            read = _tile(c, tokens, c_token, columns, num_columns, is_token)
-            is_finite = _is_finite(read)
-            finite = tl.where(is_finite, read, 0.0).to(read.dtype)
+            key = _tile(b, tokens, b_token, rows, num_contracted, is_token)
+            value = _tile(c, tokens, c_token, columns, num_columns, is_token)
+            is_finite = _is_finite(value)
+            finite = tl.where(is_finite, value, 0.0).to(value.dtype)
         of_itself = tl.zeros([C], tl.float32)
         if DECAY == CHANNEL:
             channels = rows if AXIS == CONTRACTED else columns
@@ -238,38 +242,38 @@ def attend_kernel(
             )
             x = total[None, :] - sums if REVERSE else sums
             if AXIS == CONTRACTED:
-                decayed = (asking * tl.exp(x.to(tl.float32))).to(asking.dtype)
+                decayed = (query * tl.exp(x.to(tl.float32))).to(query.dtype)
                 result = product_with_state(decayed, state, PRECISION)
                 state *= tl.exp(total.to(tl.float32))[:, None]
             else:
-                result = product_with_state(asking, state, PRECISION) * tl.exp(x.to(tl.float32))
+                result = product_with_state(query, state, PRECISION) * tl.exp(x.to(tl.float32))
                 state *= tl.exp(total.to(tl.float32))[None, :]
             if INSIDE:
                 if AXIS == CONTRACTED:
-                    own = tl.sum(asking.to(tl.float32) * asked.to(tl.float32), axis=1)
+                    own = tl.sum(query.to(tl.float32) * key.to(tl.float32), axis=1)
                     scores = tl.where(places[:, None] == places[None, :], own[:, None], 0.0)
                     for level in tl.range(LEVELS, num_stages=1):
                         half = C >> (level + 1)
                         factor = _from_reference(g, g_token, start, sums, places, half, rows, num_contracted, num_valid)
                         square = product(
-                            (asking * factor).to(asking.dtype), tl.trans((asked * factor).to(asked.dtype)), PRECISION
+                            (query * factor).to(query.dtype), tl.trans((key * factor).to(key.dtype)), PRECISION
                         )
                         scores += tl.where(_square(places, half, REVERSE), square, 0.0)
-                    result += product((scores * scale).to(read.dtype), finite, PRECISION)
-                    leaving = (asked * tl.exp((total[None, :] - x).to(tl.float32)) * scale).to(asked.dtype)
-                    state += product(tl.trans(leaving), read, PRECISION)
+                    result += product((scores * scale).to(value.dtype), finite, PRECISION)
+                    leaving = (key * tl.exp((total[None, :] - x).to(tl.float32)) * scale).to(key.dtype)
+                    state += product(tl.trans(leaving), value, PRECISION)
                 else:
-                    scores = product(asking, tl.trans(asked), PRECISION) * scale
+                    scores = product(query, tl.trans(key), PRECISION) * scale
                     of_itself = tl.sum(tl.where(places[:, None] == places[None, :], scores, 0.0), axis=1)
                     for level in tl.range(LEVELS, num_stages=1):
                         half = C >> (level + 1)
                         factor = _from_reference(g, g_token, start, sums, places, half, columns, num_columns, num_valid)
-                        square = tl.where(_square(places, half, REVERSE), scores, 0.0).to(read.dtype)
-                        result += product(square, (finite * factor).to(read.dtype), PRECISION) * factor
-                    leaving = (read * tl.exp((total[None, :] - x).to(tl.float32)) * scale).to(read.dtype)
-                    state += product(tl.trans(asked), leaving, PRECISION)
+                        square = tl.where(_square(places, half, REVERSE), scores, 0.0).to(value.dtype)
+                        result += product(square, (finite * factor).to(value.dtype), PRECISION) * factor
+                    leaving = (value * tl.exp((total[None, :] - x).to(tl.float32)) * scale).to(value.dtype)
+                    state += product(tl.trans(key), leaving, PRECISION)
         else:
-            result = product_with_state(asking, state, PRECISION)
+            result = product_with_state(query, state, PRECISION)
             if DECAY != NONE:
                 x, rest, total, total_rest = of_tokens(
                     g, g_token, constant, start, num_valid, LOWEST, DECAY, REVERSE, C
@@ -277,7 +281,7 @@ def attend_kernel(
                 result *= tl.exp(x + rest)[:, None]
                 state *= tl.exp(total + total_rest)
             if INSIDE:
-                scores = product(asking, tl.trans(asked), PRECISION) * scale
+                scores = product(query, tl.trans(key), PRECISION) * scale
                 factor = tl.full([C], 1.0, tl.float32) * scale
                 if DECAY != NONE:
                     between = (x[:, None] - x[None, :]) + (rest[:, None] - rest[None, :])
@@ -291,8 +295,8 @@ def attend_kernel(
                     is_own = places[:, None] == places[None, :]
                     of_itself = tl.sum(tl.where(is_own, scores, 0.0), axis=1)
                     scores = tl.where(is_own, 0.0, scores)
-                result += product(scores.to(read.dtype), finite, PRECISION)
-                state += product(tl.trans(asked), (read * factor[:, None]).to(read.dtype), PRECISION)
+                result += product(scores.to(value.dtype), finite, PRECISION)
+                state += product(tl.trans(key), (value * factor[:, None]).to(value.dtype), PRECISION)
         if INSIDE:
             result = _spoil(result, is_finite, REVERSE)
         result *= scale_out
@@ -309,7 +313,7 @@ def attend_kernel(
                 part = block.to(tl.int64) * (tl.num_programs(1) // num_heads) * num_tokens * num_heads
                 tl.store(dots + part + row, tl.sum(result * beside, axis=1), mask=is_token)
         if INSIDE and (HAS_DOTS or (DECAY == CHANNEL and AXIS == COLUMNS)):
-            result += (of_itself * scale_out)[:, None] * read.to(tl.float32)
+            result += (of_itself * scale_out)[:, None] * value.to(tl.float32)
         target = ((batch * num_tokens + tokens) * num_heads + head)[:, None] * num_columns + columns[None, :]
         tl.store(
             out + target, result.to(out.dtype.element_ty), mask=is_token[:, None] & (columns < num_columns)[None, :]

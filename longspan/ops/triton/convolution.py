@@ -236,12 +236,12 @@ def heads_backward_kernel(
                 grad = tl.where(is_channel, grad * _silu_slope(z), 0.0)
             tl.store(grad_z_heads + row, grad, mask=is_channel)
             grad_tokens += tl.where(seen[:, None], grad[None, :] * factors, 0.0)
-            # Column m of the weight met the token m places behind the row's first one.
-            met = places + offset < W - 1
+            # Column m of the weight is multiplied with the token m places behind the row's first one.
+            is_tap = places + offset < W - 1
             values = tl.load(
-                before + target + offset * num_channels, mask=met[:, None] & is_channel[None, :], other=0.0
+                before + target + offset * num_channels, mask=is_tap[:, None] & is_channel[None, :], other=0.0
             ).to(tl.float32)
-            share += tl.where(met[:, None] & is_channel[None, :], grad[None, :] * values, 0.0)
+            share += tl.where(is_tap[:, None] & is_channel[None, :], grad[None, :] * values, 0.0)
     tl.store(grad_before + target, grad_tokens.to(grad_before.dtype.element_ty), mask=is_target)
     tl.store(sums + target, share, mask=is_target)
 

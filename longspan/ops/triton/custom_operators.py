@@ -6,7 +6,7 @@ Shapes: B batch rows, T tokens, H heads of v, H_k heads of q and k, K × V a sta
 The gradients of k and v need the gradient of the state that leaves this rank's segments, which arrives from other ranks after
 the read phase's backward has run; so they are found in the write phase's backward, in one pass each that needs q and ∂o as
 well. These travel on *tickets*: outputs of write, without values, that the first read of a memory takes, and as whose
-"gradients" it hands back q, ∂o and its scale, and what ∂q owes to the gates, whose gradient then is one sum. A second read has
+"gradients" it hands back q, ∂o and its scale, and the products q ⊙ ∂q, which the gradient of the gates sums. A second read has
 no tickets, and gives its share of the gradients itself.
 Likewise the gradient that read returns for the states is private to the pair: the running states of the reversed scan, D, which
 are right as they are in the write phase's passes.
@@ -64,7 +64,7 @@ def _write(
     | ends | [num_ends, B, H, K, V] | S behind the pieces that have an end row |
     | totals | [N, B, H] or [N, B, H, K] | log decay over each stretch; empty where nothing decays |
     | sums | [B, T, H, K] | for decays of channels: sums inside chunks; empty for others |
-    | tickets | of q, ∂o, scale, of what ∂q owes, of the end | without values; see the module's page |
+    | tickets | of q, ∂o, scale, of q ⊙ ∂q, of the end | without values; see the module's page |
 
     Backward, with D the sum of what reads handed back, λ = ∂ends and Z = D + e^{suffix} λ: ∂k and ∂v by the reversed passes of
     `longspan.ops.triton.attend`; ∂g = Σ_{later in the stretch} (q ⊙ ∂q − k ⊙ ∂k) + ⟨S, Z⟩ at the stretch's end, with what the
@@ -94,21 +94,21 @@ def _write(
 
 
 def _tickets(k: Tensor, v: Tensor, g: Tensor | None, table: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """One number each, in the shapes and dtypes of q, ∂o, the scale, what ∂q owes to the gates (the dots of `passes.attend`),
-    and what the ends of stretches owe, ``[N, B, H]`` or ``[N, B, H, K]``. The last two are empty without g."""
+    """One number each, in the shapes and dtypes of q, ∂o, the scale, q ⊙ ∂q (the dots of `passes.attend`), and of the part of the
+    gates' gradient at the ends of stretches, ``[N, B, H]`` or ``[N, B, H, K]``. The last two are empty without g."""
 
     def ticket(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.empty_strided(shape, (0,) * len(shape), dtype=dtype, device=k.device)
 
-    owed: tuple[int, ...] = (0,)
+    query_dots: tuple[int, ...] = (0,)
     end: tuple[int, ...] = (0,)
     if g is not None:
-        owed, end = passes.shape_of_owed(g, k), (table.shape[0], g.shape[0], *g.shape[2:])
+        query_dots, end = passes.shape_of_dots(g, k), (table.shape[0], g.shape[0], *g.shape[2:])
     return (
         ticket(k.shape, k.dtype),
         ticket(v.shape, v.dtype),
         ticket((), torch.float32),
-        ticket(owed, torch.float32),
+        ticket(query_dots, torch.float32),
         ticket(end, torch.float32),
     )
 
@@ -139,7 +139,7 @@ def _setup_write(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
 
 
 def _write_gradients(ctx: Any, backward: Callable[..., Any], *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    d, grad_ends, _, _, q, do, scale, owed, end = grads
+    d, grad_ends, _, _, q, do, scale, query_dots, end = grads
     k, v, g, log_decay, table, pieces, starting, states, totals, sums = ctx.saved_tensors
     chunk_size = ctx.chunk_size
     dk, dv, dg, grad_start = backward(
@@ -158,7 +158,7 @@ def _write_gradients(ctx: Any, backward: Callable[..., Any], *grads: Tensor | No
         q,
         do,
         scale,
-        owed,
+        query_dots,
         end,
         chunk_size,
         ctx.has_start,
@@ -189,7 +189,7 @@ def _write_backward(
     q: Tensor | None,
     do: Tensor | None,
     scale: Tensor | None,
-    owed: Tensor | None,
+    query_dots: Tensor | None,
     end: Tensor | None,
     chunk_size: int,
     has_start: bool,
@@ -204,7 +204,7 @@ def _write_backward(
     dotted = None if g is None else k
     of_k = passes.attend(
         v, do, q, decay, entering, table,
-        num_columns=k.shape[-1], axis=COLUMNS, dotted=dotted, met=None if g is None else states, **common,
+        num_columns=k.shape[-1], axis=COLUMNS, dotted=dotted, other_states=None if g is None else states, **common,
     )  # fmt: skip
     dk = of_k.out
     entering = Entering(d, grad_ends, suffix)
@@ -213,7 +213,7 @@ def _write_backward(
     if g is not None:
         assert of_k.dots is not None
         dg = passes.gate_gradient_pass(
-            g, table, of_k.dots, owed,
+            g, table, of_k.dots, query_dots,
             sign=-1.0, of_end=of_k.of_end, other_end=end, chunk_size=chunk_size,
         )  # fmt: skip
     grad_start = k.new_empty(0, dtype=torch.float32)
@@ -275,7 +275,7 @@ def _read(
     ticket_q: Tensor | None,
     ticket_o: Tensor | None,
     ticket_scale: Tensor | None,
-    ticket_owed: Tensor | None,
+    ticket_query_dots: Tensor | None,
     ticket_end: Tensor | None,
     table: Tensor,
     pieces: Tensor,
@@ -326,7 +326,7 @@ def _read_gradients(ctx: Any, backward: Callable[..., Any], do: Tensor) -> tuple
     q, k, v, g, log_decay, states, arriving, totals, sums, table, pieces = ctx.saved_tensors
     do = contiguous_rows(do)
     needs = ctx.needs_input_grad
-    dq, dk, dv, dg, d, grad_arriving, owed, end = backward(
+    dq, dk, dv, dg, d, grad_arriving, query_dots, end = backward(
         do,
         q,
         k,
@@ -347,7 +347,7 @@ def _read_gradients(ctx: Any, backward: Callable[..., Any], do: Tensor) -> tuple
     tickets: tuple[Tensor | None, ...] = (None,) * 5
     if ctx.has_tickets:
         scale = torch.full((), ctx.scale, dtype=torch.float32, device=q.device)
-        tickets = (q, do, scale, owed if has_gate else None, end if has_gate and _arrives(arriving) else None)
+        tickets = (q, do, scale, query_dots if has_gate else None, end if has_gate and _arrives(arriving) else None)
     return (
         dq,
         dk if inside else None,
@@ -380,8 +380,8 @@ def _read_backward(
     has_tickets: bool,
     chunk_size: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """∂q; ∂k and ∂v of the inside of stretches, and ∂g (without tickets); D; ∂arriving; what ∂q and the stretches' ends owe to the
-    gates (for tickets). Empty where there is none; see `decay_read`."""
+    """∂q; ∂k and ∂v of the inside of stretches, and ∂g (without tickets); D; ∂arriving; q ⊙ ∂q and the part of the gates'
+    gradient at the ends of stretches (for tickets). Empty where there is none; see `decay_read`."""
     decay = Decay.of(g, log_decay, sums, chunk_size)
     carried = _carried(decay, totals, pieces, arriving)
     num_heads, value_size = do.shape[2:]
@@ -405,7 +405,7 @@ def _read_backward(
         if entered is not None:
             products = entered * d.index_select(0, slots)
             of_end = products.sum(-1) if decay.is_of_channels else products.sum((-1, -2))
-    less = None
+    key_dots = None
     dk, dv, dg = (q.new_empty(0) for _ in range(3))
     if not has_tickets and k is not None and v is not None:
         reverse: dict[str, Any] = {**common, "reverse": True, "scale_in": scale}
@@ -415,29 +415,29 @@ def _read_backward(
         )  # fmt: skip
         dk = of_k.out
         dv = passes.attend(k, q, do, decay, Entering(), table, num_columns=value_size, axis=CONTRACTED, **reverse).out
-        less = of_k.dots
+        key_dots = of_k.dots
         dk = _sum_heads(dk, k.shape[2])
-    owed = end = None
+    query_dots = end = None
     if g is not None and has_tickets:
-        owed, end = of_q.dots, of_end
+        query_dots, end = of_q.dots, of_end
     elif g is not None:
         assert of_q.dots is not None
         dg = passes.gate_gradient_pass(
-            g, table, of_q.dots, less,
+            g, table, of_q.dots, key_dots,
             sign=1.0, of_end=None if of_end is None else of_end.unsqueeze(0), chunk_size=chunk_size,
         )  # fmt: skip
     grad_q = _sum_heads(dq, q.shape[2])
-    grad_arriving, owed, end = (q.new_empty(0) if x is None else x for x in (grad_arriving, owed, end))
-    return grad_q, dk, dv, dg, d, grad_arriving, owed, end
+    grad_arriving, query_dots, end = (q.new_empty(0) if x is None else x for x in (grad_arriving, query_dots, end))
+    return grad_q, dk, dv, dg, d, grad_arriving, query_dots, end
 
 
 def _read_backward_fake(do, q, k, v, g, log_decay, states, arriving, *rest):  # type: ignore[no-untyped-def]
     _, _, table, pieces, _, has_tickets, _ = rest
     inside = k is not None and not has_tickets
     nothing = [q.new_empty(0) for _ in range(6)]
-    owed, end = nothing[4:]
+    query_dots, end = nothing[4:]
     if g is not None and has_tickets:
-        owed = q.new_empty(passes.shape_of_owed(g, q), dtype=torch.float32)
+        query_dots = q.new_empty(passes.shape_of_dots(g, q), dtype=torch.float32)
         if _arrives(arriving):
             end = q.new_empty(table.shape[0], g.shape[0], *g.shape[2:], dtype=torch.float32)
     states_like = q.new_empty(0, dtype=torch.float32)
@@ -451,7 +451,7 @@ def _read_backward_fake(do, q, k, v, g, log_decay, states, arriving, *rest):  # 
         nothing[2] if g is None or has_tickets else torch.empty_like(g, memory_format=torch.contiguous_format),
         states_like,
         nothing[3] if arriving is None else torch.empty_like(arriving),
-        owed,
+        query_dots,
         end,
     )
 

@@ -1,8 +1,8 @@
 """The kernel of the gradient of log decays.
 
-Shapes: B batch rows, T tokens, H heads, K key channels, N stretches. With y what a gradient owes to e^{b_t} or e^{−b_t} of
-token t (q ⊙ ∂q, and −k ⊙ ∂k, without what a token reads of itself), the gradient of a log decay is the sum of y over the rest of
-the stretch, and what the stretch's end owes to the decay over it; see `longspan.ops.decay.gate_gradient`.
+Shapes: B batch rows, T tokens, H heads, K key channels, N stretches. With y the share of e^{b_t} or e^{−b_t} of
+token t in a gradient (q ⊙ ∂q, and −k ⊙ ∂k, without what a token reads of itself), the gradient of a log decay is the sum of y over
+the rest of the stretch, plus the share of the decay over it in the state at its end; see `longspan.ops.decay.gate_gradient`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import triton.language as tl
 @triton.jit
 def gate_kernel(
     sums,
-    less_sums,
+    subtracted_sums,
     of_end,
     other_end,
     g,
@@ -30,7 +30,7 @@ def gate_kernel(
     g_token,
     g_head,
     LOWEST: tl.constexpr,
-    HAS_LESS: tl.constexpr,
+    HAS_SUBTRACTED: tl.constexpr,
     HAS_END: tl.constexpr,
     HAS_OTHER_END: tl.constexpr,
     C: tl.constexpr,
@@ -38,7 +38,7 @@ def gate_kernel(
 ):
     """∂g of a stretch, zero where g lies below LOWEST.
 
-    y = sign · (Σ sums − Σ less_sums), float32 ``[num_sums, B, T, H]`` or, for decays of channels, ``[num_sums, B, T, H, K]``.
+    y = sign · (Σ sums − Σ subtracted_sums), float32 ``[num_sums, B, T, H]``, or ``[num_sums, B, T, H, K]`` for decays of channels.
     of_end: ``[num_ends, N, B, H]`` or ``[1, N, B, H, K]``; other_end: likewise, in one part. out ``[B, T, H]`` or
     ``[B, T, H, K]``, contiguous.
     Program (stretch, channels; batch and head).
@@ -72,8 +72,8 @@ def gate_kernel(
         size = (tl.num_programs(1) // num_heads).to(tl.int64) * num_tokens * num_heads * num_channels
         for number in range(num_sums):
             y += tl.load(sums + number * size + row, mask=mask, other=0.0)
-            if HAS_LESS:
-                y -= tl.load(less_sums + number * size + row, mask=mask, other=0.0)
+            if HAS_SUBTRACTED:
+                y -= tl.load(subtracted_sums + number * size + row, mask=mask, other=0.0)
         y *= sign
         # The sum over the rest of the chunk, token t itself included.
         result = tl.cumsum(y, axis=0, reverse=True) + later[None, :]

@@ -12,7 +12,7 @@ import triton
 from torch import Tensor
 
 # Below this the kernels take a log decay for its limit: e^{-128} is zero in float32, and sums of a chunk stay exact to 1e-3.
-LOWEST_LOG_DECAY = -128.0
+LOWEST_KERNEL_LOG_DECAY = -128.0
 
 
 _INTERPRETED = bool(triton.knobs.runtime.interpret)

@@ -15,7 +15,7 @@ from longspan.ops.triton import attend as attend_kernels
 from longspan.ops.triton import gate_gradient as gate_kernels
 from longspan.ops.triton import log_decays as kinds
 from longspan.ops.triton import states as state_kernels
-from longspan.ops.triton.launch import LOWEST_LOG_DECAY, Tuned, cdiv, power_of_2, precision, strides, tile_size
+from longspan.ops.triton.launch import LOWEST_KERNEL_LOG_DECAY, Tuned, cdiv, power_of_2, precision, strides, tile_size
 
 CONTRACTED, COLUMNS = attend_kernels.CONTRACTED.value, attend_kernels.COLUMNS.value
 _WRITE, _ATTEND = Tuned(state_kernels.write_kernel), Tuned(attend_kernels.attend_kernel)
@@ -69,7 +69,16 @@ def cumulate(g: Tensor, table: Tensor, chunk_size: int, dtype: torch.dtype) -> T
     grid = (table.shape[0] * cdiv(size, block), batch * num_heads)
     if table.shape[0]:
         kinds.cumulate_kernel[grid](
-            g, sums, table, num_tokens, num_heads, size, *strides(g), LOWEST=LOWEST_LOG_DECAY, C=chunk_size, BK=block
+            g,
+            sums,
+            table,
+            num_tokens,
+            num_heads,
+            size,
+            *strides(g),
+            LOWEST=LOWEST_KERNEL_LOG_DECAY,
+            C=chunk_size,
+            BK=block,
         )
     return sums
 
@@ -121,7 +130,7 @@ def write_pass(
                 *strides(right),
                 *decay.strides(),
             ),
-            LOWEST=LOWEST_LOG_DECAY,
+            LOWEST=LOWEST_KERNEL_LOG_DECAY,
             DECAY=decay.kind,
             REVERSE=reverse,
             PRECISION=precision(left.dtype),
@@ -196,7 +205,7 @@ def _column_blocks(dtype: torch.dtype, num_columns: int) -> tuple[int, int]:
     return block, cdiv(num_columns, block)
 
 
-def shape_of_owed(g: Tensor, x: Tensor) -> tuple[int, ...]:
+def shape_of_dots(g: Tensor, x: Tensor) -> tuple[int, ...]:
     """Of the dots that `attend` gives for x ``[B, T, ·, K]``."""
     return (1 if g.dim() == 4 else _column_blocks(x.dtype, x.shape[-1])[1], *g.shape)
 
@@ -225,15 +234,15 @@ def attend(
     scale_out: float = 1.0,
     reverse: bool = False,
     dotted: Tensor | None = None,
-    met: Tensor | None = None,
+    other_states: Tensor | None = None,
 ) -> Passed:
     """One pass of `longspan.ops.triton.attend`; b and c None: only the entering state is read.
 
     a, b ``[B, T, ·, K]``, c ``[B, T, ·, V]``; out ``[B, T, H, V]`` in the dtype of a, V is `num_columns`. scale_in: a number, or a
     float32 scalar tensor. dotted ``[B, T, ·, V]``: also return Σ out ⊙ dotted but for what tokens read of themselves, float32, in
     parts ``[n, B, T, H]`` to be summed over n, or, for decays of channels, which must belong to the columns, ``[1, B, T, H, V]``.
-    met ``[num_slots, B, H, ·, ·]``: also return what it and the entering states have in common, if any enter, in parts
-    ``[n, N, B, H]``, or by column ``[1, N, B, H, V]`` for decays of channels, which must belong to the columns.
+    other_states ``[num_slots, B, H, ·, ·]``: also return the sum of its products with the entering states, if any enter,
+    in parts ``[n, N, B, H]``, or by column ``[1, N, B, H, V]`` for decays of channels, which must belong to the columns.
     """
     batch, num_tokens, _, num_contracted = a.shape
     out = a.new_empty(batch, num_tokens, num_heads, num_columns)
@@ -243,7 +252,7 @@ def attend(
         shape = (1, *out.shape) if decay.is_of_channels else (num_blocks, *out.shape[:3])
         dots = torch.empty(shape, dtype=torch.float32, device=a.device)
     of_end = None
-    if met is not None and (entering.states is not None or entering.arriving is not None):
+    if other_states is not None and (entering.states is not None or entering.arriving is not None):
         parts, tail = (1, (num_columns,)) if decay.is_of_channels else (num_blocks, ())
         of_end = torch.empty(parts, table.shape[0], batch, num_heads, *tail, dtype=torch.float32, device=a.device)
     # A state's own columns lie side by side; transposed, its rows do.
@@ -266,7 +275,7 @@ def attend(
                 entering.carried,
                 beside,
                 dots,
-                met,
+                other_states,
                 of_end,
                 table,
                 scale_in,
@@ -286,14 +295,14 @@ def attend(
                 *decay.strides(),
                 *state_strides,
             ),
-            LOWEST=LOWEST_LOG_DECAY,
+            LOWEST=LOWEST_KERNEL_LOG_DECAY,
             DECAY=decay.kind,
             AXIS=axis,
             REVERSE=reverse,
             HAS_STATES=entering.states is not None,
             HAS_ARRIVING=entering.arriving is not None,
             HAS_DOTS=dots is not None,
-            HAS_MET=of_end is not None,
+            HAS_OTHER_STATES=of_end is not None,
             INSIDE=inside,
             LOADS_SCALE=isinstance(scale_in, Tensor),
             PRECISION=precision(a.dtype),
@@ -308,15 +317,15 @@ def attend(
 def gate_gradient_pass(
     g: Tensor,
     table: Tensor,
-    owed: Tensor,
-    less: Tensor | None,
+    dots: Tensor,
+    subtracted: Tensor | None,
     *,
     sign: float,
     of_end: Tensor | None,
     other_end: Tensor | None = None,
     chunk_size: int,
 ) -> Tensor:
-    """∂g in the shape and dtype of g, from sign · (owed − less), both as `Passed.dots`; see `longspan.ops.triton.gate_gradient`.
+    """∂g in the shape and dtype of g, from sign · (dots − subtracted), both as `Passed.dots`; see `ops/triton/gate_gradient.py`.
 
     of_end: in parts, ``[n, N, B, H]`` or ``[n, N, B, H, K]``. other_end: in one.
     """
@@ -326,8 +335,8 @@ def gate_gradient_pass(
     block = min(64, power_of_2(size))
     if table.shape[0]:
         gate_kernels.gate_kernel[(table.shape[0] * cdiv(size, block), batch * num_heads)](
-            owed,
-            owed if less is None else less,
+            dots,
+            dots if subtracted is None else subtracted,
             of_end,
             other_end,
             g,
@@ -337,11 +346,11 @@ def gate_gradient_pass(
             num_tokens,
             num_heads,
             size,
-            owed.shape[0],
+            dots.shape[0],
             0 if of_end is None else of_end.shape[0],
             *strides(g),
-            LOWEST=LOWEST_LOG_DECAY,
-            HAS_LESS=less is not None,
+            LOWEST=LOWEST_KERNEL_LOG_DECAY,
+            HAS_SUBTRACTED=subtracted is not None,
             HAS_END=of_end is not None,
             HAS_OTHER_END=other_end is not None,
             C=chunk_size,

@@ -18,7 +18,7 @@ from longspan.ops.triton import attend, convolution, gate_gradient, log_decays, 
 
 BF16, F32, I32 = "*bf16", "*fp32", "*i32"
 ATTEND = dict(a=BF16, b=BF16, c=BF16, out=BF16, g=F32, log_decay=F32, states=F32, arriving=F32, carried=F32, dotted=BF16, dots=F32,
-              met=F32, of_end=F32, table=I32, scale_in=F32, scale_out="fp32")
+              other_states=F32, of_end=F32, table=I32, scale_in=F32, scale_out="fp32")
 WRITE = dict(left=BF16, right=BF16, g=F32, log_decay=F32, states=F32, totals=F32, table=I32, scale="fp32")
 FLAGS = dict(LOWEST=-128.0, PRECISION="native")
 
@@ -31,7 +31,8 @@ def attended(decay, axis, reverse, size=128, block=64, chunk=64, dtype=BF16, **c
     types["g"] = "*fp64" if decay == 3 and dtype == F32 else F32
     constants = {**FLAGS, **state, "PRECISION": "float32" if dtype == F32 else "native", **constants}
     return types, dict(constants, DECAY=decay, AXIS=axis, REVERSE=reverse, HAS_STATES=True, HAS_ARRIVING=True,
-                       HAS_DOTS=decay == 2 or decay == 3 and axis == 1, HAS_MET=axis == 1, INSIDE=True, LOADS_SCALE=reverse,
+                       HAS_DOTS=decay == 2 or decay == 3 and axis == 1, HAS_OTHER_STATES=axis == 1, INSIDE=True,
+                       LOADS_SCALE=reverse,
                        C=chunk, LEVELS=chunk.bit_length() - 1, BK=size, BV=block)
 
 
@@ -45,8 +46,11 @@ def convolved(**constants):
     return types, dict(constants, SILU=True, W=4, BC=convolution.CHANNELS)
 
 
-GATES = {**dict.fromkeys(("sums", "less_sums", "of_end", "other_end"), F32), "g": F32, "out": F32, "table": I32, "sign": "fp32"}
-GATE_FLAGS = dict(LOWEST=-128.0, HAS_LESS=True, HAS_END=True, HAS_OTHER_END=True, C=32, BK=64)
+GATES = {
+    **dict.fromkeys(("sums", "subtracted_sums", "of_end", "other_end"), F32),
+    "g": F32, "out": F32, "table": I32, "sign": "fp32",
+}
+GATE_FLAGS = dict(LOWEST=-128.0, HAS_SUBTRACTED=True, HAS_END=True, HAS_OTHER_END=True, C=32, BK=64)
 NORM = dict.fromkeys(("x", "gate", "weight", "y", "grad_y", "grad_x", "grad_gate"), BF16) | {"sums": F32, "eps": "fp32"}
 INSIDE = dict(HAS_BIAS=True, HAS_HEADS=True, BT=convolution.TOKENS)
 BACKWARD = dict(INSIDE, NEEDS_X=True, NEEDS_SUMS=True)
