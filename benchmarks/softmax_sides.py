@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -94,15 +94,8 @@ def our_step(method: str, tensors: Tensors, layout: SequenceLayout | None, setti
 
 
 def _attend(method: str, tensors: Tensors, layout: SequenceLayout | None, setting: Setting) -> Tensor:
-    return longspan.softmax_attention(
-        tensors.q,
-        tensors.k,
-        tensors.v,
-        causal=setting.causal,
-        window=setting.window,
-        layout=layout,
-        method=method,  # type: ignore[arg-type]
-    )
+    options: dict[str, Any] = {"window": setting.window, "method": method}
+    return longspan.softmax_attention(tensors.q, tensors.k, tensors.v, causal=setting.causal, layout=layout, **options)
 
 
 def our_step_alone(tensors: Tensors, layout: SequenceLayout, setting: Setting) -> Step:

@@ -133,7 +133,7 @@ def inputs_of(name: str, layout: SequenceLayout) -> tuple[list[Tensor], Callable
         },
         "causal_conv1d": ([x, weight], lambda *t: ops.causal_conv1d(*t, layout=layout)),
         "silu convolution": ([x, weight], lambda *t: ops.causal_conv1d(*t, None, "silu", layout)),
-        "token_shift": ([x], lambda t: ops.token_shift(t, layout)),
+        "token_shift": ([x], lambda t: ops.token_shift(t, layout=layout)),
         "hgrn2": ([q, k, v], lambda *t: ops.hgrn2(*t, layout=layout)),
         "normalized": ([q, k, v], lambda *t: ops.normalized_linear_attention(*t, layout=layout)),
     }

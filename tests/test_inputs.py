@@ -98,7 +98,11 @@ def operators(num_tokens: int) -> dict[str, Operator]:
         "kda": Operator(longspan.kda, {**attention, **channels, **beta}, LINEAR_BAD),
         "softmax_attention": Operator(longspan.softmax_attention, attention, SOFTMAX_BAD),
         "causal_conv1d": Operator(longspan.causal_conv1d, conv, conv_bad),
-        "token_shift": Operator(longspan.token_shift, {"x": make(6)}),
+        "token_shift": Operator(
+            longspan.token_shift,
+            {"x": make(6)},
+            {"output_final_state": NO_FLAGS, "initial_state": (0.0, torch.zeros(1, 5), torch.zeros(1, 6).double())},
+        ),
         "normalized": Operator(
             longspan.normalized_linear_attention,
             attention,

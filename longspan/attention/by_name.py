@@ -21,7 +21,7 @@ from longspan.ops.variants import VARIANTS
 from longspan.tracing import outside_graphs
 
 _LINEAR_OPTIONS = ("causal", "initial_state", "output_final_state", "exchange", "backend", "chunk_size")
-_SOFTMAX_OPTIONS = ("causal", "window", "method", "num_heads")
+_SOFTMAX_OPTIONS = ("causal", "window", "initial_state", "output_final_state", "method", "num_heads")
 _GATE_NAMES = sorted({gate.name for variant in VARIANTS.values() for gate in variant.gates})
 
 
@@ -43,11 +43,11 @@ def write(
         layout: which tokens this rank holds; None is one device.
         options: the operator's gates by name (`g`, `beta`, `log_decay`), and its options: for linear attention `causal`,
             `initial_state`, `output_final_state`, `exchange`, `backend`, `chunk_size` as in the one-call operators; for softmax
-            `causal`, `window`, `method`, `num_heads`.
+            `causal`, `window`, `initial_state`, `output_final_state`, `method`, `num_heads`.
 
     Returns:
-        An object with ``.read(q, scale=None) -> o [B, T, H, V]``; for linear attention also ``.final_state()``, if it was
-        written with ``output_final_state=True``.
+        An object with ``.read(q, scale=None) -> o [B, T, H, V]``; also with ``.final_state()``, if it was written with
+        ``output_final_state=True``.
 
     Everything computed between `write` and `read` that needs no other rank hides the exchange, forward and backward:
 

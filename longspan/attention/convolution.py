@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longspan.attention.opaque import CONVOLUTION, bounds_of
+from longspan.attention.together import Together
 from longspan.checks import check_choice, check_flag, check_not_empty, check_tensor, check_tensors
 from longspan.errors import InputError
 from longspan.exchange.all_reduce import JoinSum, sum_over_ranks
@@ -99,7 +100,7 @@ def causal_conv1d(
     _check_parameters(x, weight, bias, activation)
     check_flag("causal_conv1d", "output_final_state", output_final_state)
     width = weight.shape[1] - 1
-    _check_initial_state(initial_state, x, width, layout)
+    check_initial_state("causal_conv1d", initial_state, x, (width,), "the W - 1 tokens before", layout)
     # A compiler traces kernels as they are: they have operators of their own.
     if has_no_values(x) and (backend == "torch" or not torch.compiler.is_compiling()):
         bounds = bounds_of(layout, x)
@@ -127,18 +128,18 @@ def _computed(
     make_form = _triton_form if backend == "triton" else _torch_form
     form = make_form(layout, width, with_initial, x, activation is not None)
     with_halo = not halo_plan(layout, width).is_empty
-    joins = torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in (weight, bias))
+    joins = torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in (weight, bias, initial_state))
     pending = start_halo(x, layout, width, adds_in_place=True, joins=joins) if with_halo else None
     y, z_heads = form.inside(x if pending is None else pending.x, weight, bias)
     halo = None if pending is None else pending.wait()
     if halo is not None or with_initial:
-        heads = _cached_heads(layout, width, with_initial, x.device)
-        before = _before_heads(halo, initial_state if with_initial else None, heads, layout)
+        heads = kept_heads(layout, width, with_initial, x.device)
+        before = before_heads(halo, initial_state if with_initial else None, heads, layout)
         y = PlaceRows.apply(y, form.of_heads(z_heads, before, weight), heads.rows)
     if not output_final_state:
         return y
-    final_state = _final_state(x, initial_state, layout, width, joins=y.requires_grad)
-    return _Together.apply(y, final_state) if layout.num_ranks > 1 else (y, final_state)
+    final_state = final_tokens(x, initial_state, layout, width, joins=y.requires_grad)
+    return Together.apply(y, final_state) if layout.num_ranks > 1 else (y, final_state)
 
 
 # ------------------------------------------------------------------------------------------------------------------- checks
@@ -191,16 +192,20 @@ def _check_parameters(x: Tensor, weight: Tensor, bias: Tensor | None, activation
     check_choice("causal_conv1d", "activation", activation, ACTIVATIONS, remedy, or_none=True)
 
 
-def _check_initial_state(initial_state: Tensor | None, x: Tensor, width: int, layout: SequenceLayout) -> None:
+def check_initial_state(
+    name: str, initial_state: Tensor | None, x: Tensor, width: tuple[int, ...], meaning: str, layout: SequenceLayout
+) -> None:
+    """Raise InputError unless the initial state of x ``[B, T, C]`` is None or of a shape ``[B or num_documents, *width, C]``."""
     if initial_state is None:
         return
-    check_tensor("causal_conv1d", "initial_state", initial_state)
+    check_tensor(name, "initial_state", initial_state)
     rows, first = (layout.num_documents, "num_documents") if layout.is_packed else (x.shape[0], "B")
-    expected = (rows, width, x.shape[2])
+    expected = (rows, *width, x.shape[2])
     fits = initial_state.dtype == x.dtype and initial_state.device == x.device
     if tuple(initial_state.shape) != expected or not fits:
+        dims = ", ".join([first, *("W-1" for _ in width), "C"])
         raise InputError(
-            f"causal_conv1d: initial_state must be the W - 1 tokens before, [{first}, W-1, C] = {expected} in {x.dtype} on "
+            f"{name}: initial_state must be {meaning}, [{dims}] = {expected} in {x.dtype} on "
             f"{x.device}; got {tuple(initial_state.shape)} in {initial_state.dtype} on {initial_state.device}. Convert it with "
             "initial_state.to(x)"
         )
@@ -285,7 +290,7 @@ def _conv_plan(layout: SequenceLayout, width: int, with_initial: bool, x: Tensor
     limit = max(fewest, numbers // (num_channels * rows_of_batch))
 
     def build() -> _ConvPlan:
-        heads = _cached_heads(layout, width, with_initial, x.device)
+        heads = kept_heads(layout, width, with_initial, x.device)
         tiles = tuple(_tiles(layout.pieces, width, limit, heads.rows.tolist(), x.device))
         return _ConvPlan(width, heads, tiles, rows_of_batch)
 
@@ -317,7 +322,8 @@ def heads_of(layout: SequenceLayout, width: int, with_initial: bool, device: tor
     )
 
 
-def _cached_heads(layout: SequenceLayout, width: int, with_initial: bool, device: torch.device) -> Heads:
+def kept_heads(layout: SequenceLayout, width: int, with_initial: bool, device: torch.device) -> Heads:
+    """`heads_of`, made once a layout."""
     key = ("heads", width, with_initial, device)
     return layout.cached(key, lambda: heads_of(layout, width, with_initial, device))
 
@@ -429,7 +435,7 @@ def _triton_form(layout: SequenceLayout, width: int, with_initial: bool, x: Tens
         raise InputError(
             f"backend='triton' takes up to {MAX_TAPS_OF_KERNELS} taps; got a weight of {width + 1}. Use backend='torch'"
         )
-    heads = _cached_heads(layout, width, with_initial, x.device)
+    heads = kept_heads(layout, width, with_initial, x.device)
     key = ("convolution_rows", width, with_initial, x.device)
     return TritonConvolution(layout.cached(key, lambda: rows_of(layout, width, heads.rows, heads.head)), silu)
 
@@ -556,7 +562,7 @@ def _backpropagate(grad_z: Tensor, tile: _Tile, taps: Tensor, given: Tensor | No
 # ---------------------------------------------------------------------------------------------------------------- head rows
 
 
-def _before_heads(halo: Tensor | None, initial_state: Tensor | None, heads: Heads, layout: SequenceLayout) -> Tensor:
+def before_heads(halo: Tensor | None, initial_state: Tensor | None, heads: Heads, layout: SequenceLayout) -> Tensor:
     """The W − 1 tokens before each head, ``[heads, B, W-1, C]``."""
     continuing = None if halo is None else halo.index_select(0, heads.segments)
     if initial_state is None:
@@ -613,24 +619,6 @@ class PlaceRows(torch.autograd.Function):
 # -------------------------------------------------------------------------------------------------------------- final state
 
 
-class _Together(torch.autograd.Function):
-    """Both outputs as they are; the backward of either runs that of both, whose collectives every rank takes part in."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, final_state: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.set_materialize_grads(False)
-        outputs = y.detach(), final_state.detach()
-        ctx.mark_non_differentiable(
-            *(out for out, x in zip(outputs, (y, final_state), strict=True) if not x.requires_grad)
-        )
-        return outputs
-
-    @staticmethod
-    @first_order
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return grads
-
-
 @dataclass(frozen=True)
 class _FinalRows:
     """Local rows among the last W − 1 tokens of their document, and their places among D · (W − 1).
@@ -663,7 +651,7 @@ def _final_rows(layout: SequenceLayout, width: int, device: torch.device) -> _Fi
     return _FinalRows(*(index_of(numbers, device) for numbers in (rows, places, kept, kept_from)))
 
 
-def _final_state(x: Tensor, initial_state: Tensor | None, layout: SequenceLayout, width: int, joins: bool) -> Tensor:
+def final_tokens(x: Tensor, initial_state: Tensor | None, layout: SequenceLayout, width: int, joins: bool) -> Tensor:
     """The last W − 1 tokens, ``[B, W-1, C]``, or of each document, ``[D, W-1, C]``, on every rank.
 
     joins: take part in the sum's backward even if x takes no gradient here: that of other ranks may.

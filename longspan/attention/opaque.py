@@ -238,10 +238,29 @@ CONVOLUTION = OpaqueOperator(
 )
 
 
-def _shift(x: Tensor, bounds: Tensor | None) -> tuple[Tensor]:
+def _shift(
+    x: Tensor, initial_state: Tensor | None, bounds: Tensor | None, output_final_state: bool
+) -> tuple[Tensor, Tensor]:
+    """y, and the final state (empty where it is not wanted)."""
     from longspan.attention.shift import token_shift
 
-    return (token_shift(x, layout_of(x, bounds)),)
+    found = token_shift(
+        x, initial_state=initial_state, output_final_state=output_final_state, layout=layout_of(x, bounds)
+    )
+    return found if isinstance(found, tuple) else (found, x.new_empty(0))
 
 
-SHIFT = OpaqueOperator("longspan::shift", "Tensor x, Tensor? bounds", 1, _shift, lambda x, _: (x.new_empty(x.shape),))
+def _shift_fake(x, initial_state, bounds, output_final_state):  # type: ignore[no-untyped-def]
+    final_state = x.new_empty(0)
+    if output_final_state:
+        final_state = x.new_empty(x.shape[0] if bounds is None else bounds.shape[0] - 1, x.shape[2])
+    return x.new_empty(x.shape), final_state
+
+
+SHIFT = OpaqueOperator(
+    "longspan::shift",
+    "Tensor x, Tensor? initial_state, Tensor? bounds, bool output_final_state",
+    2,
+    _shift,
+    _shift_fake,
+)

@@ -1,19 +1,29 @@
 """The token before each, along a sequence whose tokens are split over ranks: `token_shift`.
 
-Shapes: B batch rows, T this rank's tokens (all tokens without a layout), C channels. The nodes are those of
+Shapes: B batch rows, T this rank's tokens (all tokens without a layout), C channels, D documents. The nodes are those of
 `longspan.attention.convolution`, with a halo of one token.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
-from longspan.attention.convolution import PlaceRows, check_tokens, heads_of, index_of
+from longspan.attention.convolution import (
+    PlaceRows,
+    before_heads,
+    check_initial_state,
+    check_tokens,
+    final_tokens,
+    index_of,
+    kept_heads,
+)
 from longspan.attention.opaque import SHIFT, bounds_of
+from longspan.attention.together import Together
+from longspan.checks import check_flag
 from longspan.exchange.halo import halo_plan, start_halo
 from longspan.first_order import first_order
 from longspan.layout import SequenceLayout
@@ -21,62 +31,114 @@ from longspan.layout.sequence_layout import stops_graphs
 from longspan.tracing import has_no_values, outside_graphs, unseen_by_checkpointing
 
 
-def token_shift(x: Tensor, layout: SequenceLayout | None = None) -> Tensor:
-    """The token before each: ``y_t = x_{t-1}``, zero at a document's start.
+@overload
+def token_shift(
+    x: Tensor,
+    *,
+    initial_state: Tensor | None = ...,
+    output_final_state: Literal[False] = ...,
+    layout: SequenceLayout | None = ...,
+) -> Tensor: ...
+
+
+@overload
+def token_shift(
+    x: Tensor,
+    *,
+    initial_state: Tensor | None = ...,
+    output_final_state: Literal[True],
+    layout: SequenceLayout | None = ...,
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def token_shift(
+    x: Tensor,
+    *,
+    initial_state: Tensor | None = ...,
+    output_final_state: bool,
+    layout: SequenceLayout | None = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...
+
+
+def token_shift(
+    x: Tensor,
+    *,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    layout: SequenceLayout | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The token before each: ``y_t = x_{t-1}``; at a document's start the initial state, or zero.
 
     Args:
         x: ``[B, T, C]``, float64, float32 or bfloat16; T is this rank's number of tokens, or the whole length without a layout.
+        initial_state: the token before the first global one, ``[B, C]``, or before each document, ``[num_documents, C]``; the dtype
+            of x; the same on every rank, its gradient a rank's share. None is zeros.
+        output_final_state: also return the last token (of each document) on every rank: the initial state of what follows.
         layout: which tokens this rank holds, and the documents; None is one device and one document. With documents, B is 1.
 
     Returns:
-        ``[B, T, C]`` in the dtype of x. Every rank must take the same calls in the same order, backward too.
+        ``[B, T, C]`` in the dtype of x; with `output_final_state`, the pair (y, final_state), final_state shaped like
+        `initial_state`. Its gradient is the sum of what every rank sends back. Ranks may let y, the final state or both enter their
+        losses.
+
+    Every rank must take the same calls in the same order, backward too.
 
     Raises:
         InputError, LayoutError: as `causal_conv1d`.
     """
     if stops_graphs(layout):
-        return _shift_outside_graphs(x, layout)
+        return _shift_outside_graphs(
+            x, initial_state=initial_state, output_final_state=output_final_state, layout=layout
+        )
     layout = check_tokens(x, layout, "token_shift")
+    check_flag("token_shift", "output_final_state", output_final_state)
+    check_initial_state("token_shift", initial_state, x, (), "the token before", layout)
     if has_no_values(x):
-        y: Tensor = SHIFT(x, bounds_of(layout, x))
-        return y
-    return _shift(x, layout)
+        y, final_state = SHIFT(x, initial_state, bounds_of(layout, x), output_final_state)
+    else:
+        y, final_state = _shift(x, initial_state, layout, output_final_state)
+    return (y, final_state) if output_final_state else y
 
 
 _shift_outside_graphs = outside_graphs(token_shift)
 
 
 @unseen_by_checkpointing
-def _shift(x: Tensor, layout: SequenceLayout) -> Tensor:
+def _shift(
+    x: Tensor, initial_state: Tensor | None, layout: SequenceLayout, output_final_state: bool
+) -> tuple[Tensor, Tensor | None]:
     plan = _shift_plan(layout, x.device)
-    if halo_plan(layout, 1).is_empty:
-        shifted: Tensor = _Shift.apply(x, plan)
-        return shifted
-    pending = start_halo(x, layout, 1, adds_in_place=True)
-    y = _Shift.apply(pending.x, plan)
-    first = pending.wait().index_select(0, plan.head_segments)
-    placed: Tensor = PlaceRows.apply(y, first.squeeze(2).transpose(0, 1), plan.head_rows)
-    return placed
+    states = None if initial_state is None else initial_state.unsqueeze(1)
+    pending = None
+    if not halo_plan(layout, 1).is_empty:
+        joins = torch.is_grad_enabled() and initial_state is not None and initial_state.requires_grad
+        pending = start_halo(x, layout, 1, adds_in_place=True, joins=joins)
+    y: Tensor = _Shift.apply(x if pending is None else pending.x, plan)
+    halo = None if pending is None else pending.wait()
+    if halo is not None or states is not None:
+        heads = kept_heads(layout, 1, states is not None, x.device)
+        first = before_heads(halo, states, heads, layout).index_select(0, heads.head)
+        y = PlaceRows.apply(y, first.squeeze(2).transpose(0, 1), heads.rows)
+    if not output_final_state:
+        return y, None
+    final_state = final_tokens(x, states, layout, 1, joins=y.requires_grad).squeeze(1)
+    return Together.apply(y, final_state) if layout.num_ranks > 1 else (y, final_state)
 
 
 @dataclass(frozen=True)
 class _ShiftPlan:
-    """Local rows of the first and last token of each piece; segments whose first token continues a document, and their rows."""
+    """Local rows of the first and last token of each piece."""
 
     starts: Tensor
     ends: Tensor
-    head_segments: Tensor
-    head_rows: Tensor
 
 
 def _shift_plan(layout: SequenceLayout, device: torch.device) -> _ShiftPlan:
     def build() -> _ShiftPlan:
-        heads = heads_of(layout, 1, False, device)
         return _ShiftPlan(
             starts=index_of([piece.start for piece in layout.pieces], device),
             ends=index_of([piece.stop - 1 for piece in layout.pieces], device),
-            head_segments=heads.segments,
-            head_rows=heads.rows,
         )
 
     return layout.cached(("token_shift", device), build)

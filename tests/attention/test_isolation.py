@@ -179,7 +179,7 @@ def changed_by_others(kind: str, order: Any, option: Any) -> list[str]:
             )
             outputs = {"o": y, "final_state": final}
         else:
-            outputs = {"o": longspan.token_shift(leaves["x"], layout)}
+            outputs = {"o": longspan.token_shift(leaves["x"], layout=layout)}
         upstream = [inputs["grad_final"] if key == "final_state" else layout.shard(inputs["grad_o"]) for key in outputs]
         grads = torch.autograd.grad(list(outputs.values()), list(leaves.values()), upstream)
         return {key: x.detach() for key, x in outputs.items()}, dict(zip(leaves, grads, strict=True))

@@ -224,7 +224,7 @@ def order_of_events(method: SoftmaxMethod) -> list[str]:
             return grads[0].clone()
 
     exchange: Any = EXCHANGES[method]
-    names = ("start", "attend", "backward", "finish")
+    names = ("start", "attend_first", "attend_rest", "backward", "finish")
     originals = {name: getattr(exchange, name) for name in names}
 
     def recorded(name: str) -> Any:
@@ -254,7 +254,8 @@ def test_the_query_projection_hides_the_exchange_and_its_backward_the_return(met
         assert events == [
             "start",
             "query projection",
-            "attend",
+            "attend_first",
+            "attend_rest",
             "backward",
             "query projection's backward",
             "finish",

@@ -220,8 +220,8 @@ def test_a_block_in_which_a_query_sees_nothing_has_no_share(form: str, monkeypat
 def test_a_scale_that_learns_or_is_no_number_is_refused() -> None:
     q, k, v, _ = random_inputs(1, 1, 6, 2, 2, 4)
     with pytest.raises(InputError, match=r"takes no gradient; got a Parameter .*Multiply q by it and pass scale=1\.0"):
-        softmax_attention(q, k, v, scale=torch.nn.Parameter(torch.tensor(0.5)))  # type: ignore[arg-type]
+        softmax_attention(q, k, v, scale=torch.nn.Parameter(torch.tensor(0.5)))  # type: ignore[call-overload]
     for scale in (float("nan"), float("inf"), "0.5", [1.0], True, torch.ones(2)):
         with pytest.raises(InputError, match=r"scale must be a .*number"):
             softmax_attention(q, k, v, scale=scale)  # type: ignore[arg-type]
-    assert torch.equal(softmax_attention(q, k, v, scale=torch.tensor(0.5)), softmax_attention(q, k, v, scale=0.5))  # type: ignore[arg-type]
+    assert torch.equal(softmax_attention(q, k, v, scale=torch.tensor(0.5)), softmax_attention(q, k, v, scale=0.5))  # type: ignore[call-overload]

@@ -36,7 +36,7 @@ def layers(layout: SequenceLayout | None, exchange: str, inputs: dict[str, Tenso
     o, state = longspan.simple_gla(q, k, v, g, output_final_state=True, layout=layout, exchange=exchange)
     x, weight = o.flatten(2), torch.linspace(-1.0, 1.0, 24, dtype=torch.float64).view(8, 3)
     y, tokens = longspan.causal_conv1d(x, weight, output_final_state=True, layout=layout)
-    shifted = longspan.token_shift(y, layout)
+    shifted = longspan.token_shift(y, layout=layout)
     attended = longspan.softmax_attention(q, k, v, layout=layout)
     return [o, state, y, tokens, shifted, attended]
 

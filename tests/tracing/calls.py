@@ -94,7 +94,11 @@ def _convolution(layout: Any, x: Tensor, weight: Tensor, bias: Tensor, state: Te
 
 
 def _shift(layout: Any, x: Tensor) -> Outputs:
-    return (longspan.token_shift(x, layout),)
+    return (longspan.token_shift(x, layout=layout),)
+
+
+def _shift_from_a_state(layout: Any, x: Tensor, state: Tensor) -> Outputs:
+    return _outputs(longspan.token_shift(x, initial_state=state, output_final_state=True, layout=layout))
 
 
 def _softmax(layout: Any, q: Tensor, k: Tensor, v: Tensor) -> Outputs:
@@ -108,6 +112,16 @@ def _softmax_of_a_window(layout: Any, q: Tensor, k: Tensor, v: Tensor) -> Output
 def _softmax_written_and_read(layout: Any, q: Tensor, k: Tensor, v: Tensor) -> Outputs:
     memory = longspan.write("softmax", k, v, layout=layout, num_heads=HEADS)
     return (memory.read(q * 2.0),)
+
+
+def _softmax_after_a_past(layout: Any, q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor) -> Outputs:
+    if layout is not None and layout.is_packed:
+        # Documents have no past.
+        return (longspan.softmax_attention(q, k, v, layout=layout) + 0.0 * (past_k.sum() + past_v.sum()),)
+    o, final = longspan.softmax_attention(
+        q, k, v, window=20, initial_state=(past_k, past_v), output_final_state=True, layout=layout
+    )
+    return o, *final
 
 
 def _norm(layout: Any, x: Tensor, gate: Tensor, weight: Tensor) -> Outputs:
@@ -152,9 +166,13 @@ CALLS = {
     "hgrn2": Call(_hgrn2, {"q": HEADS_OF_VALUES, "f": HEADS_OF_VALUES, "i": HEADS_OF_VALUES, "bound": (HEADS, SIZE)}),
     "convolution": Call(_convolution, {"x": ("B", "T", 6), "weight": (6, 4), "bias": (6,), "state": ("D", 3, 6)}),
     "token shift": Call(_shift, {"x": ("B", "T", 6)}),
+    "token shift from a state": Call(_shift_from_a_state, {"x": ("B", "T", 6), "before": ("D", 6)}),
     "softmax": Call(_softmax, SOFTMAX),
     "softmax of a window": Call(_softmax_of_a_window, SOFTMAX),
     "softmax, write and read": Call(_softmax_written_and_read, SOFTMAX),
+    "softmax after a past": Call(
+        _softmax_after_a_past, {**SOFTMAX, "past_k": ("B", 5, 2, SIZE), "past_v": ("B", 5, 2, SIZE)}
+    ),
     "norm": Call(_norm, {"x": HEADS_OF_VALUES, "gate": HEADS_OF_VALUES, "weight": (SIZE,)}),
     "features": Call(_features, {"x": HEADS_OF_VALUES, "bias": (HEADS, SIZE)}),
 }

@@ -150,13 +150,13 @@ class AllGatherKeys(KeyExchange):
             mine = pack_keys(k, v, [run for runs in plan.departures for run in runs])
             self._arriving = swap(mine, plan.num_departing, plan.num_arriving, group_of(layout), "forward")
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, tuple[Tensor, ...]]:
-        merged = Merged(q)
+    def attend_first(self, merged: Merged, k: Tensor, v: Tensor, scale: float) -> None:
         merged.add(self._plan.local, k, v, scale)
+
+    def attend_rest(self, merged: Merged, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, ...]:
         buffer = self._wait_buffer(k, v)
         merged.add(self._plan.remote, *unpack(buffer), scale)
-        out = merged.out
-        return out, (q, k, v, out, merged.lse, buffer)
+        return k, v, buffer
 
     def _wait_buffer(self, k: Tensor, v: Tensor) -> Tensor:
         """The keys that this rank needs of others, [R, B, 2, H_kv, D]."""
@@ -172,11 +172,10 @@ class AllGatherKeys(KeyExchange):
         self._buffer = None
 
     def backward(
-        self, grad_out: Tensor, saved: tuple[Tensor, ...], scale: float, read: int, returns_key_grads: bool
-    ) -> tuple[Tensor, Grads | None]:
-        q, k, v, out, lse, buffer = saved
+        self, queries: QueryTile, kept: tuple[Tensor, ...], read: int, returns_key_grads: bool
+    ) -> Grads | None:
+        k, v, buffer = kept
         plan = self._plan
-        queries = QueryTile(q, out, lse, grad_out, scale)
         grads = queries.backward(plan.remote, *unpack(buffer))
         if returns_key_grads:
             mine = pack_keys(grads[0].to(k.dtype), grads[1].to(k.dtype), [run for runs in plan.returns for run in runs])
@@ -188,7 +187,7 @@ class AllGatherKeys(KeyExchange):
         own = queries.backward(plan.local, k, v)
         if returns_key_grads:
             self._grads.keep(read, own)
-        return queries.dq, None
+        return None
 
     def finish(self, shape: torch.Size) -> Grads:
         total = self._grads.total()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -12,10 +12,12 @@ from longspan.attention.memory import StepMemory
 from longspan.attention.opaque import bounds_of
 from longspan.attention.softmax.all_gather import AllGatherKeys
 from longspan.attention.softmax.choice import Shapes, choose
+from longspan.attention.softmax.final_state import KeysAndValues, final_keys
 from longspan.attention.softmax.opaque import SOFTMAX, with_positive_scale
-from longspan.attention.softmax.pair import Local, Reader
+from longspan.attention.softmax.pair import Local, Past, Reader
 from longspan.attention.softmax.ring import RingKeys
 from longspan.attention.softmax.ulysses import Ulysses
+from longspan.attention.together import Together
 from longspan.checks import (
     Unchanged,
     check_choice,
@@ -25,6 +27,7 @@ from longspan.checks import (
     check_same_device,
     check_scale,
     check_tensor,
+    described,
 )
 from longspan.errors import InputError
 from longspan.layout import SequenceLayout
@@ -45,6 +48,54 @@ EXCHANGES: dict[str, type[AllGatherKeys | RingKeys | Ulysses]] = {
 """The code of each method."""
 
 
+@overload
+def softmax_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = ...,
+    window: int | None = ...,
+    scale: float | None = ...,
+    initial_state: KeysAndValues | None = ...,
+    output_final_state: Literal[False] = ...,
+    layout: SequenceLayout | None = ...,
+    method: SoftmaxMethod = ...,
+) -> Tensor: ...
+
+
+@overload
+def softmax_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = ...,
+    window: int | None = ...,
+    scale: float | None = ...,
+    initial_state: KeysAndValues | None = ...,
+    output_final_state: Literal[True],
+    layout: SequenceLayout | None = ...,
+    method: SoftmaxMethod = ...,
+) -> tuple[Tensor, KeysAndValues]: ...
+
+
+@overload
+def softmax_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = ...,
+    window: int | None = ...,
+    scale: float | None = ...,
+    initial_state: KeysAndValues | None = ...,
+    output_final_state: bool,
+    layout: SequenceLayout | None = ...,
+    method: SoftmaxMethod = ...,
+) -> Tensor | tuple[Tensor, KeysAndValues]: ...
+
+
 def softmax_attention(
     q: Tensor,
     k: Tensor,
@@ -53,9 +104,11 @@ def softmax_attention(
     causal: bool = True,
     window: int | None = None,
     scale: float | None = None,
+    initial_state: KeysAndValues | None = None,
+    output_final_state: bool = False,
     layout: SequenceLayout | None = None,
     method: SoftmaxMethod = "auto",
-) -> Tensor:
+) -> Tensor | tuple[Tensor, KeysAndValues]:
     """Exact softmax attention o_i = Σ_j softmax_j(scale · q_i·k_j) v_j of this rank's tokens over the whole sequence.
 
     Args:
@@ -66,6 +119,11 @@ def softmax_attention(
         window: a token sees the last `window` tokens, itself included; with ``causal=False`` also the next
             ``window - 1``, those less than `window` away on either side. None is no limit.
         scale: a finite number of either sign; None is ``D ** -0.5``. It takes no gradient: a learned one multiplies q.
+        initial_state: keys and values of the L tokens before the first global one, ``(k, v)``, each ``[B, L, H_kv, D]``, L at least
+            0, as `output_final_state` returned them; the same on every rank, their gradient a rank's share. For causal attention
+            without documents. None is none.
+        output_final_state: also return the keys and values of all tokens so far, the initial state's included, on every rank: the
+            initial state of what follows. With a window, of the last ``window - 1`` alone, which are all that it sees.
         layout: who holds which tokens, and the documents, which never see each other; None is one device and one
             document.
         method: how queries meet the keys of other ranks. ``"all_gather"`` (LASP-2, arXiv 2502.07563) brings the keys and
@@ -74,12 +132,14 @@ def softmax_attention(
             memory and a count of operations and bytes, the same on every rank (docs/softmax.md).
 
     Returns:
-        ``[B, T, H, D]`` in q's dtype. Every rank must take the same calls in the same order, backward too. Gradients
-        are those of the sum over ranks of what each rank backpropagates.
+        ``[B, T, H, D]`` in q's dtype; with `output_final_state`, the pair (o, final_state), final_state shaped like
+        `initial_state`. Its gradient is the sum of what every rank sends back; ranks may let o, the final state or both enter their
+        losses. Every rank must take the same calls in the same order, backward too. Gradients are those of the sum over ranks of
+        what each rank backpropagates.
 
     Raises:
         InputError: for shapes, dtypes, devices, a window or a method that do not fit; for ``"ulysses"`` with a number of query
-            heads that is no multiple of the number of ranks.
+            heads that is no multiple of the number of ranks; for an initial or final state with ``causal=False`` or documents.
         LayoutError: if T is not the layout's number of local tokens.
 
     No mask or score tensor is built, and blocks that the causal, window or document mask removes whole are neither
@@ -87,8 +147,12 @@ def softmax_attention(
     """
     _check_queries(q, k)
     check_scale(NAME, scale, 1.0)
-    memory = write_softmax(k, v, layout=layout, method=method, causal=causal, window=window, num_heads=q.shape[2])
-    return memory.read(q, scale)
+    memory = write_softmax(
+        k, v, layout=layout, method=method, causal=causal, window=window, num_heads=q.shape[2],
+        initial_state=initial_state, output_final_state=output_final_state,
+    )  # fmt: skip
+    o = memory.read(q, scale)
+    return (o, memory.final_state()) if output_final_state else o
 
 
 def write_softmax(
@@ -100,6 +164,8 @@ def write_softmax(
     causal: bool = True,
     window: int | None = None,
     num_heads: int | None = None,
+    initial_state: KeysAndValues | None = None,
+    output_final_state: bool = False,
 ) -> SoftmaxMemory | OpaqueSoftmaxMemory:
     """Start giving every rank the keys and values it needs, without waiting for them.
 
@@ -112,8 +178,9 @@ def write_softmax(
     """
     if stops_graphs(layout):
         return _write_outside_graphs(
-            k, v, layout=layout, method=method, causal=causal, window=window, num_heads=num_heads
-        )
+            k, v, layout=layout, method=method, causal=causal, window=window, num_heads=num_heads,
+            initial_state=initial_state, output_final_state=output_final_state,
+        )  # fmt: skip
     check_choice(NAME, "method", method, SOFTMAX_METHODS, "Leave it out for 'auto'")
     if window is not None and not _is_positive(window):
         raise InputError(
@@ -127,11 +194,15 @@ def write_softmax(
     if layout is None:
         layout = SequenceLayout.local(k.shape[1])
     check_layout(layout, k.shape[1], NAME, sends=not has_no_values(k))
+    check_flag(NAME, "output_final_state", output_final_state)
+    past = _check_state(initial_state, output_final_state, k, layout, causal)
     if has_no_values(k):
         if method == "ulysses" and num_heads is not None:
             check_heads_of_ulysses(num_heads, layout.num_ranks)
-        return OpaqueSoftmaxMemory(k, v, bounds_of(layout, k), causal, window, method, layout.num_ranks)
-    return _write(k, v, layout, causal, window, method, num_heads)
+        return OpaqueSoftmaxMemory(
+            k, v, past, output_final_state, bounds_of(layout, k), causal, window, method, layout.num_ranks
+        )
+    return _write(k, v, past, output_final_state, layout, causal, window, method, num_heads)
 
 
 _write_outside_graphs = outside_graphs(write_softmax)
@@ -141,13 +212,17 @@ _write_outside_graphs = outside_graphs(write_softmax)
 def _write(
     k: Tensor,
     v: Tensor,
+    past: KeysAndValues | None,
+    output_final_state: bool,
     layout: SequenceLayout,
     causal: bool,
     window: int | None,
     method: SoftmaxMethod,
     num_heads: int | None,
 ) -> SoftmaxMemory:
-    return SoftmaxMemory(k, v, layout, visibility_of(layout, causal, window), method, num_heads)
+    visibility = visibility_of(layout, causal, window)
+    before = None if past is None else Past(*past, layout.seq_len, window)
+    return SoftmaxMemory(k, v, before, output_final_state, window, layout, visibility, method, num_heads)
 
 
 class SoftmaxMemory(StepMemory):
@@ -160,6 +235,9 @@ class SoftmaxMemory(StepMemory):
         self,
         k: Tensor,
         v: Tensor,
+        past: Past | None,
+        with_final_state: bool,
+        window: int | None,
         layout: SequenceLayout,
         visibility: Visibility,
         method: SoftmaxMethod,
@@ -170,15 +248,19 @@ class SoftmaxMemory(StepMemory):
             shapes = Shapes(rows, num_heads or key_heads, key_heads, dim, k.element_size())
             method = choose(layout, visibility, shapes, k.device.type) if layout.num_ranks > 1 else "all_gather"
         self.method: SoftmaxMethod = method
-        self._k, self._num_ranks = k, layout.num_ranks
-        self._written = Unchanged(NAME, k=k, v=v)
+        self._k, self._v, self._past, self._window, self._layout = k, v, past, window, layout
+        self._with_final_state = with_final_state
+        self._final_state: KeysAndValues | None = None
+        self._with_gradients = torch.is_grad_enabled()
+        before = {} if past is None else {"initial_state[0]": past.k, "initial_state[1]": past.v}
+        self._written = Unchanged(NAME, k=k, v=v, **before)
         if num_heads is not None:
             self._check_heads(num_heads)
         exchange = EXCHANGES[method](layout, visibility) if layout.num_ranks > 1 else None
         if exchange is None or not exchange.exchanges:
-            self._reader = Reader(k, v, Local(layout, visibility))
+            self._reader = Reader(k, v, Local(layout, visibility), layout, past)
         else:
-            self._reader = Reader(k, v, exchange)
+            self._reader = Reader(k, v, exchange, layout, past)
 
     def read(self, q: Tensor, scale: float | None = None) -> Tensor:
         """Attention ``[B, T, H, D]`` of the queries ``[B, T, H, D]`` of this rank's tokens; see `softmax_attention`.
@@ -193,14 +275,48 @@ class SoftmaxMemory(StepMemory):
         _check_queries(q, self._k)
         self._check_heads(q.shape[2])
         self._written.check()
-        return self._reader.attend(*with_positive_scale(q, check_scale(NAME, scale, q.shape[-1] ** -0.5)))
+        o = self._reader.attend(*with_positive_scale(q, check_scale(NAME, scale, q.shape[-1] ** -0.5)))
+        if self._with_final_state and self._layout.num_ranks > 1:
+            # Whichever of them a rank's loss takes, it runs the collectives of all backward, as every other rank.
+            takes_gradient = q.requires_grad or (self._past is not None and self._past.takes_gradient)
+            o, *tied = Together.apply(o, *self._found_final_state(takes_gradient))
+            if torch.is_grad_enabled() or not self._with_gradients:
+                self._final_state = tied[0], tied[1]
+        return o
+
+    def final_state(self) -> KeysAndValues:
+        """Keys and values of all tokens so far, or of the last ``window - 1``, on every rank: see `softmax_attention`.
+
+        Raises:
+            InputError: where the memory was written without ``output_final_state=True``, or k or v was changed in place since.
+
+        Where the layout has several ranks, ask for it after a read, which has gathered it: ranks may then let o, the final state or
+        both enter their losses.
+        """
+        return (_final_state_outside_graphs if breaks_graphs() else SoftmaxMemory._kept_final_state)(self)
+
+    def _kept_final_state(self) -> KeysAndValues:
+        _check_has_final_state(self._with_final_state)
+        self._written.check()
+        k, v = self._found_final_state(True)
+        return (k, v) if torch.is_grad_enabled() else (k.detach(), v.detach())
+
+    @unseen_by_checkpointing
+    def _found_final_state(self, joins: bool) -> KeysAndValues:
+        if self._final_state is None:
+            past = None if self._past is None else (self._past.k, self._past.v)
+            with torch.set_grad_enabled(self._with_gradients):
+                joins = joins and self._with_gradients
+                self._final_state = final_keys(self._k, self._v, past, self._layout, self._window, joins)
+        return self._final_state
 
     def _check_heads(self, num_heads: int) -> None:
         if self.method == "ulysses":
-            check_heads_of_ulysses(num_heads, self._num_ranks)
+            check_heads_of_ulysses(num_heads, self._layout.num_ranks)
 
 
 _read_outside_graphs = outside_graphs(SoftmaxMemory._read)
+_final_state_outside_graphs = outside_graphs(SoftmaxMemory._kept_final_state)
 
 
 @dataclass
@@ -209,6 +325,8 @@ class OpaqueSoftmaxMemory(StepMemory):
 
     _k: Tensor
     _v: Tensor
+    _past: KeysAndValues | None
+    _with_final_state: bool
     _bounds: Tensor | None
     _causal: bool
     _window: int | None
@@ -221,8 +339,14 @@ class OpaqueSoftmaxMemory(StepMemory):
         if self.method == "ulysses":
             check_heads_of_ulysses(q.shape[2], self._num_ranks)
         factor = check_scale(NAME, scale, q.shape[-1] ** -0.5)
-        o: Tensor = SOFTMAX(q, self._k, self._v, self._bounds, self._causal, self._window, factor)[0]
+        past = (None, None) if self._past is None else self._past
+        o: Tensor = SOFTMAX(q, self._k, self._v, *past, self._bounds, self._causal, self._window, factor)[0]
         return o
+
+    def final_state(self) -> KeysAndValues:
+        """As in `SoftmaxMemory`."""
+        _check_has_final_state(self._with_final_state)
+        return final_keys(self._k, self._v, self._past, SequenceLayout.local(self._k.shape[1]), self._window, False)
 
 
 def check_heads_of_ulysses(num_heads: int, num_ranks: int) -> None:
@@ -233,6 +357,52 @@ def check_heads_of_ulysses(num_heads: int, num_ranks: int) -> None:
             f"{num_ranks} ranks. Use method 'ring' or 'all_gather', which take any number of heads, or a number of "
             "ranks that divides the heads"
         )
+
+
+def _check_has_final_state(has_it: bool) -> None:
+    if not has_it:
+        raise InputError(
+            f"{NAME}: final_state() needs a memory that keeps it; this one was written with output_final_state=False. Write it "
+            "with output_final_state=True"
+        )
+
+
+def _check_state(
+    initial_state: object, output_final_state: bool, k: Tensor, layout: SequenceLayout, causal: bool
+) -> KeysAndValues | None:
+    """The initial state, where it is one that k and the layout take."""
+    given = "an initial_state" if initial_state is not None else "output_final_state=True"
+    if initial_state is None and not output_final_state:
+        return None
+    if not causal:
+        raise InputError(
+            f"{NAME}: with causal=False there is no state before or after the sequence; got {given}. Leave out initial_state and "
+            "output_final_state, or put the earlier tokens' keys and values before k and v"
+        )
+    if layout.is_packed:
+        raise InputError(
+            f"{NAME}: documents have keys and values of different lengths, and no state together; got {given} and a layout of "
+            f"{layout.num_documents} documents. Take one call for each document, or rows of a batch, without documents"
+        )
+    if initial_state is None:
+        return None
+    if not isinstance(initial_state, tuple | list) or len(initial_state) != 2:
+        raise InputError(
+            f"{NAME}: initial_state must be the pair (k, v) of earlier tokens, as output_final_state=True returned it; got "
+            f"{described(initial_state)}. Leave it out where there are none"
+        )
+    past_k, past_v = initial_state
+    rows, _, heads, dim = k.shape
+    for name, x in (("initial_state[0]", past_k), ("initial_state[1]", past_v)):
+        check_tensor(NAME, name, x)
+        fits = x.dim() == 4 and (x.shape[0], *x.shape[2:]) == (rows, heads, dim) and x.shape == past_k.shape
+        if not fits or x.dtype != k.dtype:
+            raise InputError(
+                f"{NAME}: {name} must be [B, L, H_kv, D] = ({rows}, L, {heads}, {dim}) in {k.dtype}, as k is, and L the same for "
+                f"keys and values; got {tuple(x.shape)} in {x.dtype}. Pass what output_final_state=True returned"
+            )
+        check_same_device(NAME, **{"k": k, name: x})
+    return past_k, past_v
 
 
 def _is_positive(value: object) -> bool:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from longspan.attention.opaque import layout_of
-from longspan.attention.softmax.pair import Local
-from longspan.layout.visibility import visibility_of
+from longspan.attention.softmax.pair import Local, Past, attend
+from longspan.layout.visibility import VisibleBlock, visibility_of
+from longspan.ops.softmax.merge import QueryTile
 from longspan.tracing import OpaqueOperator
 
 
@@ -26,18 +27,39 @@ def with_positive_scale(q: Tensor, scale: float) -> tuple[Tensor, float]:
     return (-q, -scale) if scale < 0 else (q * 0.0, 1.0)
 
 
-def _local(k: Tensor, bounds: Tensor | None, causal: bool, window: int | None) -> Local:
+def _parts(
+    k: Tensor,
+    v: Tensor,
+    past_k: Tensor | None,
+    past_v: Tensor | None,
+    bounds: Tensor | None,
+    causal: bool,
+    window: int | None,
+) -> tuple[Local, tuple[VisibleBlock, ...]]:
+    """The exchange of one device, and the blocks on the keys of the past."""
     layout = layout_of(k, bounds)
-    return Local(layout, visibility_of(layout, causal, window))
+    local = Local(layout, visibility_of(layout, causal, window))
+    if past_k is None or past_v is None:
+        return local, ()
+    return local, Past(past_k, past_v, layout.seq_len, window).blocks(layout.segments)
 
 
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, bounds: Tensor | None, causal: bool, window: int | None, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    past_k: Tensor | None,
+    past_v: Tensor | None,
+    bounds: Tensor | None,
+    causal: bool,
+    window: int | None,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
     """o, and the log-sum-exp that backward needs."""
     q, scale = with_positive_scale(q, scale)
-    o, (*_, lse) = _local(k, bounds, causal, window).attend(q, k, v, scale)
-    return o, lse
+    local, past_blocks = _parts(k, v, past_k, past_v, bounds, causal, window)
+    found = attend(local, q, k, v, (past_k, past_v), past_blocks, scale)
+    return found.out, found.lse
 
 
 def _attend_fake(q: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
@@ -52,22 +74,28 @@ def _gradient(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    past_k: Tensor | None,
+    past_v: Tensor | None,
     bounds: Tensor | None,
     causal: bool,
     window: int | None,
     scale: float,
 ) -> tuple[Tensor | None, ...]:
-    local = _local(k, bounds, causal, window)
+    local, past_blocks = _parts(k, v, past_k, past_v, bounds, causal, window)
     signed, positive = with_positive_scale(q, scale)
-    dq, key_grads = local.backward(gradients[0], (signed, k, v, *outputs), positive, 0, False)
-    assert key_grads is not None
-    dk, dv = (x.to(q.dtype) for x in key_grads)
-    return dq if scale > 0 else dq * (scale / positive), dk, dv, None
+    queries = QueryTile(signed, outputs[0], outputs[1], gradients[0], positive)
+    key_grads = local.backward(queries, (k, v), 0, False)
+    past_grads = None
+    if past_k is not None and past_v is not None:
+        past_grads = queries.backward(past_blocks, past_k, past_v)
+    found = [x.to(q.dtype) for grads in (key_grads, past_grads) if grads is not None for x in grads]
+    dq = queries.dq if scale > 0 else queries.dq * (scale / positive)
+    return dq, *found, *[None] * (5 - len(found))
 
 
 SOFTMAX = OpaqueOperator(
     "longspan::softmax",
-    "Tensor q, Tensor k, Tensor v, Tensor? bounds, bool causal, int? window, float scale",
+    "Tensor q, Tensor k, Tensor v, Tensor? past_k, Tensor? past_v, Tensor? bounds, bool causal, int? window, float scale",
     2,
     _attend,
     _attend_fake,

@@ -1,12 +1,12 @@
 """A softmax layer over ranks as two autograd nodes, so that what stands between write and read hides the exchange.
 
     write    keys and values are sent on their way: `KeyExchange.start`
-    read     the queries attend, and wait for keys as they need them: `KeyExchange.attend`
+    read     the queries attend, and wait for keys as they need them: `KeyExchange.attend_first`, `KeyExchange.attend_rest`
 
     read's backward     everything is computed, and the last gradients are sent on their way: `KeyExchange.backward`
     write's backward    waits for the gradients that other ranks owe this rank's keys, and sums: `KeyExchange.finish`
 
-A method of exchange is one class with these four functions. An object of it serves one `write_softmax` and any number of
+A method of exchange is one class with these functions. An object of it serves one `write_softmax` and any number of
 reads. A method that attends elsewhere than where the tokens are has two more nodes, before and after the read
 (`MovingExchange`): so autograd lets go of the tensors of one step before the next one allocates its own.
 """
@@ -14,6 +14,8 @@ reads. A method that attends elsewhere than where the tokens are has two more no
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,7 +23,7 @@ from torch import Tensor
 
 from longspan.first_order import first_order
 from longspan.layout import SequenceLayout
-from longspan.layout.visibility import Visibility, VisibleBlock, plan_blocks
+from longspan.layout.visibility import Run, Visibility, VisibleBlock, plan_blocks
 from longspan.ops.softmax.merge import Merged, QueryTile
 
 Grads = tuple[Tensor, Tensor]
@@ -42,16 +44,21 @@ class KeyExchange(ABC):
         """Send this rank's keys and values on their way."""
 
     @abstractmethod
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The output o, and what `backward` must be given."""
+    def attend_first(self, merged: Merged, k: Tensor, v: Tensor, scale: float) -> None:
+        """Let every query attend to some keys, without waiting where there are any that it need not wait for."""
+
+    @abstractmethod
+    def attend_rest(self, merged: Merged, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, ...]:
+        """Let them attend to all others; returns what `backward` must be given."""
 
     @abstractmethod
     def backward(
-        self, grad_out: Tensor, saved: tuple[Tensor, ...], scale: float, read: int, returns_key_grads: bool
-    ) -> tuple[Tensor, Grads | None]:
-        """dq of the read number `read`, and its dk and dv: None if `finish` gives them.
+        self, queries: QueryTile, kept: tuple[Tensor, ...], read: int, returns_key_grads: bool
+    ) -> Grads | None:
+        """dk and dv of the read number `read`: None if `finish` gives them. `queries` gathers dq.
 
-        returns_key_grads: whether ranks owe each other gradients of keys, the same on all of them; `finish` is then called.
+        kept: what `attend_rest` returned. returns_key_grads: whether ranks owe each other gradients of keys, the same on all of
+        them; `finish` is then called.
         """
 
     @abstractmethod
@@ -72,8 +79,8 @@ class KeyExchange(ABC):
 class MovingExchange(KeyExchange):
     """A `KeyExchange` whose queries move to where they attend, and whose outputs move back.
 
-    Shapes: q, o [B, T, H, D] of this rank's tokens; there, [B, S, h, D]. `attend` and `backward` are given queries, outputs and
-    their gradients as they are there.
+    Shapes: q, o [B, T, H, D] of this rank's tokens; there, [B, S, h, D], all tokens in order. `attend_first`, `attend_rest` and
+    `backward` are given queries, outputs and their gradients as they are there.
     """
 
     @abstractmethod
@@ -88,6 +95,10 @@ class MovingExchange(KeyExchange):
     def back_with_key_grads(self, dq: Tensor, read: int) -> Tensor:
         """Gradients of the queries of a read back to their tokens, and those of its keys and values, if any, on their way."""
 
+    @abstractmethod
+    def key_heads_there(self, x: Tensor, num_heads: int) -> Tensor:
+        """Of keys or values [B, L, H_kv, D] those that h of `num_heads` H query heads read there; differentiable."""
+
 
 class Local(KeyExchange):
     """No exchange: this rank's queries see keys of this rank alone."""
@@ -100,25 +111,50 @@ class Local(KeyExchange):
     def start(self, k: Tensor, v: Tensor) -> None:
         raise AssertionError("nothing to send")
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, tuple[Tensor, ...]]:
-        merged = Merged(q)
+    def attend_first(self, merged: Merged, k: Tensor, v: Tensor, scale: float) -> None:
         merged.add(self._blocks, k, v, scale)
-        out = merged.out
-        return out, (q, k, v, out, merged.lse)
+
+    def attend_rest(self, merged: Merged, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, ...]:
+        return k, v
 
     def backward(
-        self, grad_out: Tensor, saved: tuple[Tensor, ...], scale: float, read: int, returns_key_grads: bool
-    ) -> tuple[Tensor, Grads | None]:
-        q, k, v, out, lse = saved
-        queries = QueryTile(q, out, lse, grad_out, scale)
-        key_grads = queries.backward(self._blocks, k, v)
-        return queries.dq, key_grads
+        self, queries: QueryTile, kept: tuple[Tensor, ...], read: int, returns_key_grads: bool
+    ) -> Grads | None:
+        k, v = kept
+        return queries.backward(self._blocks, k, v)
 
     def release(self) -> None:
         pass
 
     def finish(self, shape: torch.Size) -> Grads:
         raise AssertionError("nothing to wait for")
+
+
+@dataclass(frozen=True)
+class Past:
+    """Keys and values of tokens before the first global one, the same on every rank; whoever sees them computes without asking.
+
+    k, v: [B, L, H_kv, D]. seq_len, window: of the tokens that follow, as in `softmax_attention`.
+    """
+
+    k: Tensor
+    v: Tensor
+    seq_len: int
+    window: int | None
+
+    @property
+    def takes_gradient(self) -> bool:
+        """Whether the keys or the values do; the same on every rank."""
+        return self.k.requires_grad or self.v.requires_grad
+
+    def blocks(self, queries: Sequence[Run]) -> tuple[VisibleBlock, ...]:
+        """Blocks of the queries of global runs, in ascending order, on these keys."""
+        num_past = self.k.shape[1]
+        # No query further on than that sees any; runs after one that is cut are cut whole.
+        last = self.seq_len if self.window is None else min(self.seq_len, self.window - 1)
+        seeing = [(start + num_past, min(stop, last) + num_past) for start, stop in queries if start < last]
+        visibility = Visibility((0, num_past + self.seq_len), True, self.window)
+        return plan_blocks(seeing, [(0, num_past)], visibility) if num_past else ()
 
 
 class KeyGrads:
@@ -157,8 +193,12 @@ def own_blocks(layout: SequenceLayout, visibility: Visibility) -> tuple[VisibleB
 class Reader:
     """The pair of nodes around an exchange."""
 
-    def __init__(self, k: Tensor, v: Tensor, exchange: KeyExchange) -> None:
-        self._k, self._v, self._exchange = k, v, exchange
+    def __init__(self, k: Tensor, v: Tensor, exchange: KeyExchange, layout: SequenceLayout, past: Past | None) -> None:
+        self._k, self._v, self._exchange, self._past = k, v, exchange, past
+        self._past_blocks: tuple[VisibleBlock, ...] = ()
+        if past is not None:
+            moves = isinstance(exchange, MovingExchange)
+            self._past_blocks = past.blocks([(0, layout.seq_len)] if moves else layout.segments)
         self._num_reads = 0
         self._ticket: Tensor | None = _Start.apply(k, v, exchange) if exchange.exchanges else None
 
@@ -167,18 +207,57 @@ class Reader:
         read = self._num_reads
         self._num_reads += 1
         exchange = self._exchange
-        if exchange.exchanges and torch.is_grad_enabled() and q.requires_grad:
+        past: tuple[Tensor | None, Tensor | None] = (None, None)
+        if self._past is not None:
+            past = self._past.k, self._past.v
+        wants_gradient = q.requires_grad or (self._past is not None and self._past.takes_gradient)
+        if exchange.exchanges and torch.is_grad_enabled() and wants_gradient:
             assert self._ticket is not None
             if not self._ticket.requires_grad:
                 # Other ranks' keys may take gradients where this rank's do not.
                 self._ticket = _Join.apply(self._k.new_zeros(1, requires_grad=True), exchange, self._k.shape)
         if not isinstance(exchange, MovingExchange):
-            out: Tensor = _Attend.apply(q, self._k, self._v, self._ticket, exchange, scale, read)
+            out: Tensor = _Attend.apply(
+                q, self._k, self._v, self._ticket, *past, self._past_blocks, exchange, scale, read
+            )
             return out
+        if self._past is not None:
+            heads = q.shape[2]
+            past = exchange.key_heads_there(self._past.k, heads), exchange.key_heads_there(self._past.v, heads)
         q_there, ticket = _There.apply(q, self._ticket, exchange, read)
-        moved: Tensor = _Attend.apply(q_there, self._k, self._v, ticket, exchange, scale, read)
+        moved: Tensor = _Attend.apply(
+            q_there, self._k, self._v, ticket, *past, self._past_blocks, exchange, scale, read
+        )
         back: Tensor = _Back.apply(moved, exchange)
         return back
+
+
+@dataclass(frozen=True)
+class Attended:
+    """Outputs, and what their backward must be given beside queries and keys of the past."""
+
+    out: Tensor
+    lse: Tensor
+    kept: tuple[Tensor, ...]
+
+
+def attend(
+    exchange: KeyExchange,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    past: tuple[Tensor | None, Tensor | None],
+    past_blocks: tuple[VisibleBlock, ...],
+    scale: float,
+) -> Attended:
+    """Attention of q on the keys that `exchange` brings, and on those of the past: one merge."""
+    merged = Merged(q)
+    exchange.attend_first(merged, k, v, scale)
+    past_k, past_v = past
+    if past_k is not None and past_v is not None:
+        merged.add(past_blocks, past_k, past_v, scale)
+    kept = exchange.attend_rest(merged, k, v, scale)
+    return Attended(merged.out, merged.lse, kept)
 
 
 class _Start(torch.autograd.Function):
@@ -236,32 +315,48 @@ class _Attend(torch.autograd.Function):
     | q, o | [B, T, H, D] | this rank's queries and outputs |
     | k, v | [B, T, H_kv, D] | this rank's keys and values |
     | ticket | [1], or None | from `_Start`; None where no rank needs another's keys |
+    | past_k, past_v | [B, L, H_kv, D], or None | of earlier tokens |
     | lse | [B, H, T] | log-sum-exp over all keys that a query sees, saved for backward |
 
-    Forward: o_i = softmax_j(scale · q_i·K_j) V_j over the keys j that i sees, K and V those of all ranks. Backward:
+    Forward: o_i = softmax_j(scale · q_i·K_j) V_j over the keys j that i sees, K and V those of all ranks and of the past. Backward:
     P = exp(scale · q Kᵀ − lse) and delta = rowsum(do ⊙ o): dV = Pᵀ do, dS = P ⊙ (do Vᵀ − delta), dq = scale · dS K,
-    dK = scale · dSᵀ q.
+    dK = scale · dSᵀ q. Gradients of the past are those of this rank's queries alone.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, ticket: Tensor | None, exchange: KeyExchange, scale: float, read: int
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        ticket: Tensor | None,
+        past_k: Tensor | None,
+        past_v: Tensor | None,
+        past_blocks: tuple[VisibleBlock, ...],
+        exchange: KeyExchange,
+        scale: float,
+        read: int,
     ) -> Tensor:
-        out, saved = exchange.attend(q, k, v, scale)
-        ctx.save_for_backward(*saved)
-        ctx.exchange, ctx.scale, ctx.read = exchange, scale, read
-        return out
+        found = attend(exchange, q, k, v, (past_k, past_v), past_blocks, scale)
+        ctx.save_for_backward(q, found.out, found.lse, past_k, past_v, *found.kept)
+        ctx.past_blocks, ctx.exchange, ctx.scale, ctx.read = past_blocks, exchange, scale, read
+        return found.out
 
     @staticmethod
     @first_order
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         exchange: KeyExchange = ctx.exchange
         returns_key_grads: bool = ctx.needs_input_grad[3]
-        dq, key_grads = exchange.backward(grad_out, ctx.saved_tensors, ctx.scale, ctx.read, returns_key_grads)
+        q, out, lse, past_k, past_v, *kept = ctx.saved_tensors
+        queries = QueryTile(q, out, lse, grad_out, ctx.scale)
+        key_grads = exchange.backward(queries, tuple(kept), ctx.read, returns_key_grads)
+        past_grads = None if past_k is None else queries.backward(ctx.past_blocks, past_k, past_v)
         # The graph holds the exchange as long as the output lives.
         exchange.release()
-        dk, dv = (x.to(dq.dtype) for x in key_grads) if key_grads else (None, None)
-        return dq, dk, dv, grad_out.new_zeros(1) if returns_key_grads else None, None, None, None
+        dk, dv = (x.to(q.dtype) for x in key_grads) if key_grads else (None, None)
+        past_dk, past_dv = (x.to(q.dtype) for x in past_grads) if past_grads else (None, None)
+        ticket = grad_out.new_zeros(1) if returns_key_grads else None
+        return queries.dq, dk, dv, ticket, past_dk, past_dv, None, None, None, None
 
 
 class _There(torch.autograd.Function):

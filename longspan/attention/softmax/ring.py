@@ -187,26 +187,26 @@ class RingKeys(KeyExchange):
     def start(self, k: Tensor, v: Tensor) -> None:
         self._started = self._depart(k, v, "forward")
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def attend_first(self, merged: Merged, k: Tensor, v: Tensor, scale: float) -> None:
         # A second read sends the keys around once more.
-        flight = self._started or self._depart(k, v, "forward")
-        self._started = None
-        merged = Merged(q)
+        self._started = self._started or self._depart(k, v, "forward")
         merged.add(self._plan.local, k, v, scale)
+
+    def attend_rest(self, merged: Merged, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, ...]:
+        flight, self._started = self._started, None
         for number, this in enumerate(self._plan.rounds):
+            assert flight is not None
             keys = flight.wait()
             if number + 1 < len(self._plan.rounds):
                 flight = self._pass_on(keys, number + 1, "forward")
             merged.add(this.blocks, *unpack(keys), scale)
-        out = merged.out
-        return out, (q, k, v, out, merged.lse)
+        return k, v
 
     def backward(
-        self, grad_out: Tensor, saved: tuple[Tensor, ...], scale: float, read: int, returns_key_grads: bool
-    ) -> tuple[Tensor, Grads | None]:
-        q, k, v, out, lse = saved
+        self, queries: QueryTile, kept: tuple[Tensor, ...], read: int, returns_key_grads: bool
+    ) -> Grads | None:
+        k, v = kept
         flight = self._depart(k, v, "backward")
-        queries = QueryTile(q, out, lse, grad_out, scale)
         own = queries.backward(self._plan.local, k, v)
         grads = _Grads(self._layout, self._plan)
         for number, this in enumerate(self._plan.rounds):
@@ -219,7 +219,7 @@ class RingKeys(KeyExchange):
         if returns_key_grads:
             self._homecoming[read] = grads
             self._grads.keep(read, own)
-        return queries.dq, None
+        return None
 
     def release(self) -> None:
         # Keys are sent around anew for every read.

@@ -97,24 +97,28 @@ class Ulysses(MovingExchange):
     def back(self, x: Tensor, phase: str) -> Tensor:
         return self._wait_tokens(self._to_tokens(x, phase))
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def key_heads_there(self, x: Tensor, num_heads: int) -> Tensor:
+        start, stop = self._heads_of(x.shape[2])[self._layout.rank]
+        sources = self._key_heads(num_heads // self._layout.num_ranks, x.shape[2], x.device)
+        return _spread(x[:, :, start:stop], sources)
+
+    def attend_first(self, merged: Merged, k: Tensor, v: Tensor, scale: float) -> None:
         keys, values = self._wait_keys(k, v)
-        sources = self._key_heads(q.shape[2], q.device)
-        merged = Merged(q)
+        sources = self._key_heads(merged.num_heads, self._num_key_heads, k.device)
         merged.add(self._plan.blocks, _spread(keys, sources), _spread(values, sources), scale)
-        out = merged.out
-        return out, (q, keys, values, out, merged.lse)
+
+    def attend_rest(self, merged: Merged, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, ...]:
+        return self._wait_keys(k, v)
 
     def backward(
-        self, grad_out: Tensor, saved: tuple[Tensor, ...], scale: float, read: int, returns_key_grads: bool
-    ) -> tuple[Tensor, Grads | None]:
-        q, keys, values, out, lse = saved
-        queries = QueryTile(q, out, lse, grad_out, scale)
-        sources = self._key_heads(q.shape[2], q.device)
+        self, queries: QueryTile, kept: tuple[Tensor, ...], read: int, returns_key_grads: bool
+    ) -> Grads | None:
+        keys, values = kept
+        sources = self._key_heads(queries.num_heads, self._num_key_heads, keys.device)
         grads = queries.backward(self._plan.blocks, _spread(keys, sources), _spread(values, sources))
         if returns_key_grads:
             self._key_grads[read] = [_summed(grad, sources, keys).to(keys.dtype) for grad in grads]
-        return queries.dq, None
+        return None
 
     def back_with_key_grads(self, dq: Tensor, read: int) -> Tensor:
         flight = self._to_tokens(dq, "backward")
@@ -185,9 +189,9 @@ class Ulysses(MovingExchange):
             total[:, :, start:stop] += part
         return total
 
-    def _key_heads(self, here: int, device: torch.device) -> Tensor | None:
+    def _key_heads(self, here: int, num_key_heads: int, device: torch.device) -> Tensor | None:
         """For each of `here` query heads of this rank, its key head's number at this rank; None where the kernels group so."""
-        rank, num_ranks, num_key_heads = self._layout.rank, self._layout.num_ranks, self._num_key_heads
+        rank, num_ranks = self._layout.rank, self._layout.num_ranks
         group = here * num_ranks // num_key_heads
         first, last = key_heads_of(rank, num_ranks, num_key_heads)
         sources = [(rank * here + head) // group - first for head in range(here)]

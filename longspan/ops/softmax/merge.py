@@ -26,6 +26,11 @@ class Merged:
         self._lse: Tensor | None = None
 
     @property
+    def num_heads(self) -> int:
+        """Number of query heads H."""
+        return self._q.shape[2]
+
+    @property
     def out(self) -> Tensor:
         """[B, T, H, D] in q's dtype."""
         assert self._out is not None
@@ -123,6 +128,11 @@ class QueryTile:
     def __init__(self, q: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor, scale: float) -> None:
         self._q, self._out, self._lse, self._grad_out, self._scale = q, out, lse, grad_out, scale
         self._dq = Total(q.shape, q)
+
+    @property
+    def num_heads(self) -> int:
+        """Number of query heads H."""
+        return self._q.shape[2]
 
     @property
     def dq(self) -> Tensor:
