@@ -152,7 +152,7 @@ def softmax_peers(quick: bool) -> Table:
             "ms",
             "best peer of kind and order / ours",
             "over two threads",
-            "MiB a rank",
+            "MiB per rank",
         ],
     )
     for seq_len, rounds in lengths.items():

@@ -142,7 +142,7 @@ def mamba2_log_decay(dt: Tensor, A_log: Tensor, dt_bias: Tensor | None = None) -
     Args:
         dt: logits of the step size, ``[B, T, H]`` for `longspan.simple_gla` and `longspan.gated_delta_rule`; ``[B, T, H, K]`` for
             `longspan.gla` and `longspan.kda`.
-        A_log: ``[H]``; or what broadcasts with dt, such as ``[H, 1]`` for a decay a channel.
+        A_log: ``[H]``; or what broadcasts with dt, such as ``[H, 1]`` for a decay per channel.
         dt_bias: what broadcasts with dt, or None.
 
     Returns:

@@ -10,13 +10,13 @@ section 4). Variants of linear attention differ in the form of A alone.
 Shapes: n stretches, B batch rows, H heads, K key size, V value size. States are ``[n, B, H, K, V]``. A transition object holds
 the transitions of n stretches in one parameter tensor:
 
-| class        | parameter         | A                         | numbers sent a stretch |
-|--------------|-------------------|---------------------------|------------------------|
-| Identity     | log A, [n]        | 1                         | 0                      |
-| HeadDecay    | log A, [n, H]     | γ_h^length                | 0                      |
-| ScalarDecay  | log A, [n, B, H]  | one number a head         | B·H                    |
-| ChannelDecay | log A, [n, B, H, K] | one number a key channel | B·H·K                  |
-| Dense        | A, [n, B, H, K, K] | a matrix                 | B·H·K·K                |
+| class        | parameter           | A                          | numbers sent per stretch |
+|--------------|---------------------|----------------------------|--------------------------|
+| Identity     | log A, [n]          | 1                          | 0                        |
+| HeadDecay    | log A, [n, H]       | γ_h^length                 | 0                        |
+| ScalarDecay  | log A, [n, B, H]    | one number per head        | B·H                      |
+| ChannelDecay | log A, [n, B, H, K] | one number per key channel | B·H·K                    |
+| Dense        | A, [n, B, H, K, K]  | a matrix                   | B·H·K·K                  |
 
 A stretch in which a packed document starts has a zero transition: log A = −inf (Dense: a zero matrix), and needs no special
 case anywhere. Nothing crosses a zero transition, NaN and infinity included: it selects zero, where a product would be NaN.
@@ -143,14 +143,14 @@ class HeadDecay(_LogDecay):
 
 
 class ScalarDecay(_LogDecay):
-    """A = one number a head (Mamba-2, simple GLA). parameter: ``[n, B, H]``, the sum of the stretch's log decays, or −inf."""
+    """A = one number per head (Mamba-2, simple GLA). parameter: ``[n, B, H]``, the sum of the stretch's log decays, or −inf."""
 
     is_known = False
     state_dims = (0, 1, 2)
 
 
 class ChannelDecay(_LogDecay):
-    """A = one number a key channel (GLA, HGRN2). parameter: ``[n, B, H, K]``, sums of log decays, or −inf."""
+    """A = one number per key channel (GLA, HGRN2). parameter: ``[n, B, H, K]``, sums of log decays, or −inf."""
 
     is_known = False
     state_dims = (0, 1, 2, 3)

@@ -1,4 +1,4 @@
-"""What every test shares: one thread a process, as on the ranks; Triton's interpreter; the ranks end with the session."""
+"""What every test shares: one thread per process, as on the ranks; Triton's interpreter; the ranks end with the session."""
 
 from __future__ import annotations
 

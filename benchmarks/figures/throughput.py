@@ -67,7 +67,7 @@ def _draw(data: Data) -> Any:
     axes.set_yscale("log")
     axes.set(
         xlabel=f"tokens of the sequence; a line ends where the next step might take more than {_LONGEST_STEP:g} s",
-        ylabel="tokens a second, forward + backward",
+        ylabel="tokens per second, forward + backward",
         title=f"{data['hosts']} emulated hosts on one machine, {in_words(data['rate'])} each\n{data['shape']}",
     )
     figure.legend(fontsize=9, loc="outside right upper")

@@ -105,7 +105,7 @@ def _measure(quick: bool) -> Data:
         "rank": rank,
         "rate": rate,
         "exchange": exchange,
-        "shape": f"{OPERATOR} B1 H{HEADS} K = V = {SIZE}, width {WIDTH}, float32, {num_tokens:,} tokens a rank",
+        "shape": f"{OPERATOR} B1 H{HEADS} K = V = {SIZE}, width {WIDTH}, float32, {num_tokens:,} tokens per rank",
         "source": "torch.profiler, all threads of one rank",
         "spans": spans,
     }

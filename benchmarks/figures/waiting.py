@@ -85,7 +85,7 @@ def _draw(data: Data) -> Any:
         left.plot(*_points(data["measured_seconds"][name]), label=name, **(look | {"linestyle": "none"}))
     left.set(
         ylabel="ms exposed in a layer, forward + backward",
-        title=f"hosts with {in_words(data['rate'])} each, {data['tokens_a_rank']:,} tokens a rank\n"
+        title=f"hosts with {in_words(data['rate'])} each, {data['tokens_a_rank']:,} tokens per rank\n"
         "markers: measured, sharing two cores; lines: modelled for these\ndashed: modelled for hosts with cores of their own",
     )
     for name, by_ranks in data["gpus_modelled_seconds"].items():

@@ -37,7 +37,7 @@ from longspan.tracing import breaks_graphs, has_no_values, outside_graphs, unsee
 
 @dataclass
 class SummedMemory(StepMemory):
-    """What all tokens wrote, without decay: one state a document."""
+    """What all tokens wrote, without decay: one state per document."""
 
     _k: Tensor
     _states: Tensor

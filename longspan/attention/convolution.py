@@ -8,7 +8,7 @@ in this order, and run backward in the reverse one:
     start halo     x -> sends launched
     inside         x -> y, and z of the head rows    every token, as if nothing stood before the rank's pieces   (_Inside)
     wait           -> the halo
-    heads          z of the head rows, halo -> their y                                     (at most W − 1 rows a segment)
+    heads          z of the head rows, halo -> their y                                     (at most W − 1 rows per segment)
     place          y, written in place                                                                         (PlaceRows)
 
 so that the one pass over all tokens hides the exchange in both directions.

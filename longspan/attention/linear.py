@@ -265,7 +265,7 @@ def tensors_of(variant: Variant, given: Given) -> Mapping[str, Tensor]:
                 x = torch.tensor(x, dtype=torch.float64, device="cpu")
             except (TypeError, ValueError) as error:
                 raise InputError(
-                    f"{variant.name}: {name} must be numbers, one a head, or a tensor; got {x!r}. Pass a list of floats"
+                    f"{variant.name}: {name} must be numbers, one per head, or a tensor; got {x!r}. Pass a list of floats"
                 ) from error
         gates[name] = x
     return gates

@@ -366,7 +366,7 @@ def _close_epoch(group: dist.ProcessGroup, steps: Steps) -> None:
 
 
 def destroy(group: dist.ProcessGroup) -> None:
-    """Destroy a group with all that was made beside it: gloo's idle groups wake a hundred times a second."""
+    """Destroy a group with all that was made beside it: gloo's idle groups wake a hundred times per second."""
     dist.barrier(group)
     _close_epoch(group, steps_of(group))
     dist.destroy_process_group(group)

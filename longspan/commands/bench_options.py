@@ -27,7 +27,7 @@ class BenchExchange(LayerOptions):
     repeats: int = 11
     """Measurements of each topology, in turn with the others; the median is shown."""
     threads: int = 1
-    """CPU threads a rank."""
+    """CPU threads per rank."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where the states are: ranks on the CPU use gloo, those on GPUs NCCL."""
     timeout_seconds: float = 120.0

@@ -21,7 +21,7 @@ def columns(heading: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def cost_table(costs: Iterable[Cost], compute_seconds: float) -> str:
-    """One line a topology: times, what is left of them beside a computation of `compute_seconds` each way, bytes, messages, steps.
+    """One line per topology: times, what stays exposed beside a computation of `compute_seconds` each way, bytes, messages, steps.
 
     Bytes, messages and steps are of both directions.
     """

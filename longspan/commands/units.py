@@ -21,7 +21,7 @@ _TIMES = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "ns": 1e-9}
 
 
 def bytes_per_second(text: str) -> float:
-    """A rate with its unit, bits (``"1gbit"``, ``"100mbit"``) or bytes (``"45GB"``), a second, in bytes a second."""
+    """A rate with its unit, bits (``"1gbit"``, ``"100mbit"``) or bytes (``"45GB"``) per second, in bytes per second."""
     return _parse(text.lower(), _RATES, "a rate such as 1gbit, 100mbit or 45GB (each a second)")
 
 

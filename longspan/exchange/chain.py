@@ -175,7 +175,7 @@ def order_of(runs: Sequence[ChainRun], layout: SequenceLayout, in_batches: bool)
 
     in_batches: a rank's messages go in batches, each of which begins when the one before has been received (NCCL). What is
     batched ahead of its step could then stand before what it waits for. It cannot where nothing waits for anything, or where the
-    chain is a line, with one segment a rank: all waiting goes one way.
+    chain is a line, with one segment per rank: all waiting goes one way.
     """
     all_at_once = not in_batches or all(run.is_independent or run.target is None for run in runs)
     may_send_ahead = all_at_once or layout.num_segments == 1

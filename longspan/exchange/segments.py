@@ -35,8 +35,8 @@ def gathered_rows(layout: SequenceLayout) -> list[int]:
 def reorder_rows(rows: Tensor, order: Sequence[int], layout: SequenceLayout) -> Tensor:
     """``rows[order]`` along the first dimension.
 
-    The rows themselves, not a copy, where the order is the one they are in. The index is made on the device once a process group,
-    and not once a batch, because copying it there makes the host wait.
+    The rows themselves, not a copy, where the order is the one they are in. The index is made on the device once per process group,
+    and not once per batch, because copying it there makes the host wait.
     """
     order = tuple(order)
     if order == tuple(range(rows.shape[0])):

@@ -90,7 +90,7 @@ class SequenceLayout:
     """How one sequence of `seq_len` tokens is split over the ranks of `group`.
 
     Args:
-        seq_len: global number of tokens N, at least one a rank; no multiple of anything.
+        seq_len: global number of tokens N, at least one per rank; no multiple of anything.
         group: ProcessGroup; DeviceMesh of one dimension; or DeviceMesh of nodes × ranks of a node, whose first dimension is named
             ``"node"``. None is the default group, or one rank where none is initialised.
         order: ``"contiguous"`` (rank r holds the r-th of P runs) or ``"zigzag"`` (runs r and 2P-1-r of 2P).
@@ -102,7 +102,7 @@ class SequenceLayout:
     Raises:
         LayoutError: for a length, group, order, documents or ranks_per_node that do not fit.
 
-    A layout is immutable and holds no tensors of the caller. Build one a batch and hand it to every layer.
+    A layout is immutable and holds no tensors of the caller. Build one per batch and hand it to every layer.
     """
 
     def __init__(

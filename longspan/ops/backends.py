@@ -1,4 +1,4 @@
-"""Which code computes an operator: what each backend takes, and which one a call gets that does not say.
+"""Which code computes an operator: what each backend takes, and which one a call gets that names none.
 
     torch    plain PyTorch operations; any device, float64 included
     triton   our kernels; NVIDIA GPUs, or Triton's interpreter on the CPU

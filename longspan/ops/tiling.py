@@ -137,7 +137,7 @@ def chunks_of_block(k: Tensor, v: Tensor, chunk_size: int) -> int:
 
 
 def tile(layout: SequenceLayout, chunk_size: int, block_chunks: int, device: torch.device) -> Tiling:
-    """Cut `layout`'s local tokens into chunks of `chunk_size`, computed `block_chunks` at a time; built once a layout."""
+    """Cut `layout`'s local tokens into chunks of `chunk_size`, computed `block_chunks` at a time; built once per layout."""
     key = ("tiling", chunk_size, block_chunks, device)
     return layout.cached(key, lambda: _build(layout.pieces, chunk_size, block_chunks, device))
 

@@ -211,7 +211,7 @@ class RunConfig:
     tensorboard: bool = False
     """Write the metrics for TensorBoard, too (needs the extra longspan[tensorboard])."""
     trace_step: int | None = None
-    """Write a Chrome trace of this optimizer step, counted from 1, into traces/ in the run folder, one file a rank."""
+    """Write a Chrome trace of this optimizer step, counted from 1, into traces/ in the run folder, one file per rank."""
 
 
 @dataclass(frozen=True)

@@ -121,7 +121,7 @@ def _print(trainer: Trainer, summary: dict[str, Any], text: str) -> None:
         "speed",
         f"{trainer.totals.tokens:,} tokens in {summary['seconds_in_steps']:.0f} s: "
         f"{summary['tokens_per_second']:,.0f} tokens/s, {summary['wait_share']:.1%} of the time waiting for other "
-        f"ranks; {summary['memory_bytes'] / 2**30:.2f} GiB a rank at most",
+        f"ranks; {summary['memory_bytes'] / 2**30:.2f} GiB per rank at most",
     )
     folder = trainer.folder
     report.heading(

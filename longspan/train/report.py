@@ -80,7 +80,7 @@ class Report:
                 self._bar.stop()
 
     def step(self, record: dict[str, Any]) -> None:
-        """Show a step: loss, tokens a second, share of time waiting for other ranks, peak memory of a rank."""
+        """Show a step: loss, tokens per second, share of time waiting for other ranks, peak memory of a rank."""
         numbers = (
             f"loss {record['loss']:.3f}  {record['tokens_per_second']:,.0f} tokens/s  "
             f"waiting {record['wait_share']:.0%}  {record['memory_bytes'] / 2**30:.2f} GiB"

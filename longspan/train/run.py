@@ -79,7 +79,7 @@ def train_on(
 
     traced = config.run.trace_step
     if traced is not None and traced > trainer.step:
-        report.heading("trace", f"of step {traced}: {folder.traces}, one file a rank")
+        report.heading("trace", f"of step {traced}: {folder.traces}, one file per rank")
     ranks.from_first(lambda: _write_start(trainer))
     stopped = trainer.run(stop)
     trainer.metrics.close()

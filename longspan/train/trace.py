@@ -1,4 +1,4 @@
-"""A Chrome trace of one training step, one file a rank: what ran when, for chrome://tracing or ui.perfetto.dev."""
+"""A Chrome trace of one training step, one file per rank: what ran when, for chrome://tracing or ui.perfetto.dev."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ def changed_bits(
 
 
 def kept(results: Tensors, by_document: set[str], layout: SequenceLayout, document: int) -> Tensors:
-    """What belongs to the other documents: rows of those that have one a document, this rank's tokens of the rest."""
+    """What belongs to the other documents: rows of those that have one per document, this rank's tokens of the rest."""
     tokens = [row for piece in layout.pieces if piece.document != document for row in range(piece.start, piece.stop)]
     documents = [number for number in range(layout.num_documents) if number != document]
     return {key: x[documents] if key in by_document else x[:, tokens] for key, x in results.items()}

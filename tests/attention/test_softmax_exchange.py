@@ -190,7 +190,7 @@ def test_zigzag_gives_every_rank_the_same_pairs_in_every_round(num_ranks: int) -
 
 
 def test_ulysses_sends_the_same_whatever_is_masked() -> None:
-    # 8 tokens a rank. Keys of one head to two ranks; queries, outputs and both gradients of two heads of DIM to two ranks.
+    # 8 tokens per rank. Keys of one head to two ranks; queries, outputs and both gradients of two heads of DIM to two ranks.
     keys, queries = 2 * 8, 2 * 8 * 2 // 2
     for options in ({}, {"causal": False}, {"window": 4}, {"order": "zigzag"}):
         assert sent(3, "forward", "ulysses", **options) == [keys + 2 * queries] * 3

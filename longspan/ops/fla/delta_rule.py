@@ -14,7 +14,7 @@ and autograd goes through both by the library's own backward: the second call's 
 those of ``[U, A]``. A sent piece is thus gone through twice, in both directions.
 
 Pieces become the sequences of one call by their bounds (``cu_seqlens``), rows of a batch laid one after another. The bounds are
-made once a layout, on the device and on the CPU, so that no call waits for the device.
+made once per layout, on the device and on the CPU, so that no call waits for the device.
 
 Functions and conventions are those of version 0.6: ``[B, T, H, ·]`` tensors, states ``[N, H, K, V]`` in float32, natural
 logarithms of decays. `chunk_delta_rule` has as many heads of q and k as of v, and takes no float32. They leave `torch.compile`'s

@@ -4,7 +4,7 @@ Shapes: B batch rows, T tokens of this rank, C channels, W taps, n heads, R head
 
 Each is an operator of PyTorch with its gradient, so that `torch.compile` keeps one graph. The convolution is bound by memory:
 forward reads x and writes y, backward reads x and ∂y and writes ∂x. What backward needs of the pre-activation z it computes again,
-W² multiply-adds a number, from rows that lie in the cache. Gradients of the parameters are summed tile by tile and then over
+W² multiply-adds per number, from rows that lie in the cache. Gradients of the parameters are summed tile by tile and then over
 tiles, in one order.
 """
 

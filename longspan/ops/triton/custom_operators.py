@@ -50,7 +50,7 @@ def _write(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """States between stretches, and what the other phases need.
 
-    is_plain: nothing enters or leaves a stretch (no start states, no ends, one stretch a piece). Then states and totals
+    is_plain: nothing enters or leaves a stretch (no start states, no ends, one stretch per piece). Then states and totals
     are empty, and nothing is computed before the queries are there.
 
     | | shape | |

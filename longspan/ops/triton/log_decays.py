@@ -1,6 +1,6 @@
 """Log decays inside a chunk, as the kernels look them up.
 
-C tokens a chunk, the first `num_valid` of them there. b_t is the sum of log decays from the chunk's first token to t, itself
+C tokens per chunk, the first `num_valid` of them there. b_t is the sum of log decays from the chunk's first token to t, itself
 included. Forward in time a token sees e^{x_t} of what enters the chunk, x = b; reversed it sees e^{x_t} of what enters from behind,
 x_t = b_C − b_t. Either way
 
@@ -10,7 +10,7 @@ A sum of strong decays has no digits left for what the weak ones between them ad
 two parts: whole multiples of 2⁻¹⁰, whose sums and differences are exact, and the rest, which is small. Sums of channels are
 float64 for float32 inputs; with two bytes an input the digits of float32 are enough.
 
-Kinds of decay (DECAY): none; one a head (constant); one a token and head; one a token and key channel.
+Kinds of decay (DECAY): none; one per head (constant); one per token and head; one per token and key channel.
 """
 
 from __future__ import annotations

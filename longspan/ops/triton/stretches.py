@@ -25,9 +25,9 @@ PIECE_COLUMNS = ("first_slot", "last_slot", "number", "start_row", "end_row", "s
 class Stretches:
     """The stretches of a call.
 
-    table: int32 ``[N, 5]``, a stretch a row: its tokens [start, stop), the slot it reads, the segment whose incoming state its
+    table: int32 ``[N, 5]``, a stretch per row: its tokens [start, stop), the slot it reads, the segment whose incoming state its
         piece continues, the row of its piece's end state among those asked for. −1 is none.
-    pieces: int32 ``[P, 6]``, a piece a row: its slots, first and last; its number; the rows of its start state and of its end
+    pieces: int32 ``[P, 6]``, a piece per row: its slots, first and last; its number; the rows of its start state and of its end
         state; the segment that it continues. −1 is none.
     starting: int64, the numbers of the pieces that start a document.
     """
@@ -50,7 +50,7 @@ def stretch_length(layout: SequenceLayout, num_programs_a_stretch: int, num_proc
 
 
 def stretches_of(layout: SequenceLayout, length: int, end_pieces: tuple[int, ...], device: torch.device) -> Stretches:
-    """The stretches of `length` tokens of a layout's local tokens; built once a layout, with no wait for the device after that."""
+    """The stretches of `length` tokens of a layout's local tokens, built once per layout: later calls wait for no device."""
     key = ("stretches", length, end_pieces, device)
     return layout.cached(key, lambda: _build(layout, length, end_pieces, device))
 

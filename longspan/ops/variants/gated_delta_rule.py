@@ -1,4 +1,4 @@
-"""The delta rule with a decay a token and head (Gated DeltaNet, arXiv 2412.06464).
+"""The delta rule with a decay per token and head (Gated DeltaNet, arXiv 2412.06464).
 
 S_t = e^{g_t} (I − β_t k_t k_tᵀ) S_{t-1} + β_t k_t v_tᵀ,      o_t = scale · S_tᵀ q_t
 """

@@ -1,4 +1,4 @@
-"""Gated linear attention: one log decay a token and key channel (GLA, arXiv 2312.06635; HGRN2, arXiv 2404.07904).
+"""Gated linear attention: one log decay per token and key channel (GLA, arXiv 2312.06635; HGRN2, arXiv 2404.07904).
 
     S_t = Diag(e^{g_t}) S_{t-1} + k_t v_tᵀ,      o_t = scale · S_tᵀ q_t
 

@@ -1,4 +1,4 @@
-"""The delta rule with a decay a token and key channel (Kimi Delta Attention, arXiv 2510.26692).
+"""The delta rule with a decay per token and key channel (Kimi Delta Attention, arXiv 2510.26692).
 
 S_t = (I − β_t k_t k_tᵀ) Diag(e^{g_t}) S_{t-1} + β_t k_t v_tᵀ,      o_t = scale · S_tᵀ q_t
 """

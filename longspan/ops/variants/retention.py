@@ -1,4 +1,4 @@
-"""Retention: a constant decay a head (RetNet, arXiv 2307.08621; Lightning Attention, arXiv 2401.04658).
+"""Retention: a constant decay per head (RetNet, arXiv 2307.08621; Lightning Attention, arXiv 2401.04658).
 
 S_t = γ_h S_{t-1} + k_t v_tᵀ,      o_t = scale · S_tᵀ q_t,      γ_h = e^{log_decay_h}
 """

@@ -1,4 +1,4 @@
-"""Simple gated linear attention: one log decay a token and head (Mamba-2's SSD, arXiv 2405.21060; simple GLA in 2312.06635).
+"""Simple gated linear attention: one log decay per token and head (Mamba-2's SSD, arXiv 2405.21060; simple GLA in 2312.06635).
 
 S_t = e^{g_t} S_{t-1} + k_t v_tᵀ,      o_t = scale · S_tᵀ q_t
 """
