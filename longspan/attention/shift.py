@@ -12,15 +12,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from longspan.attention.convolution import (
-    PlaceRows,
-    before_heads,
-    check_initial_state,
-    check_tokens,
-    final_tokens,
-    index_of,
-    kept_heads,
-)
+from longspan.attention.convolution import before_heads, check_initial_state, check_tokens, final_tokens
 from longspan.attention.opaque import SHIFT, bounds_of
 from longspan.attention.together import Together
 from longspan.checks import check_flag
@@ -28,6 +20,7 @@ from longspan.exchange.halo import halo_plan, start_halo
 from longspan.first_order import first_order
 from longspan.layout import SequenceLayout
 from longspan.layout.sequence_layout import stops_graphs
+from longspan.ops.convolution import PlaceRows, index_of, kept_heads
 from longspan.tracing import has_no_values, outside_graphs, unseen_by_checkpointing
 
 

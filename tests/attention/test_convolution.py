@@ -13,13 +13,14 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from longspan.attention import convolution, shift
+from longspan.attention import shift
 from longspan.attention.convolution import causal_conv1d
 from longspan.attention.shift import token_shift
 from longspan.comm.all_to_all import Flight
 from longspan.errors import InputError, LayoutError
 from longspan.exchange import halo, record_traffic
 from longspan.layout import Order, SequenceLayout
+from longspan.ops import convolution
 from tests.compare import relative_error, worst, worst_of
 from tests.exchange.test_exchange import Noted, NotedWork
 from tests.ranks import raised, run_on_ranks

@@ -1,6 +1,6 @@
 """The short causal convolution by kernels: inside a rank's tokens, and for the head rows, whose taps reach before their piece.
 
-Shapes: B batch rows, T tokens of this rank, C channels, W taps, n heads, R head rows; see `longspan.attention.convolution`.
+Shapes: B batch rows, T tokens of this rank, C channels, W taps, n heads, R head rows; see `longspan.ops.convolution`.
 
 Each is an operator of PyTorch with its gradient, so that `torch.compile` keeps one graph. The convolution is bound by memory:
 forward reads x and writes y, backward reads x and ∂y and writes ∂x. What backward needs of the pre-activation z it computes again,
@@ -265,7 +265,7 @@ def _inside(
     | rows | [3, T] int32 | see `Rows` |
     | z_heads | [B, R, C] | z of the head rows, float32; their y is computed without what it lacks |
 
-    Forward and backward: as in `longspan.attention.convolution`.
+    Forward and backward: as in `longspan.ops.convolution`.
     """
     batch, num_tokens, num_channels = x.shape
     y = torch.empty_like(x, memory_format=torch.contiguous_format)

@@ -9,10 +9,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from longspan.attention import convolution
 from longspan.attention.convolution import causal_conv1d
 from longspan.errors import InputError
 from longspan.layout import Order, SequenceLayout
+from longspan.ops import convolution
 from longspan.ops.triton import launch
 from longspan.ops.triton.convolution import HEADS, INSIDE, rows_of
 from tests import unwritten
