@@ -8,56 +8,45 @@ Shapes: B batch rows, T tokens (this rank's where a layout is given), C channels
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Literal, cast, overload
 
 import torch
 from torch import Tensor, nn
 
-from longspan.checks import check_count, check_not_empty, check_tensor, described
+from longspan.checks import check_flag, check_not_empty, check_tensor, described
 from longspan.dtypes import accumulation_dtype, at_least_float32
-from longspan.errors import InputError, LayoutError
+from longspan.errors import InputError
 from longspan.layout import SequenceLayout
 from longspan.layout.sequence_layout import check_layout
 from longspan.models.config import LinearLlama3Config
-from longspan.models.gates import ChannelDecayGate, ScalarDecayGate
-from longspan.models.layers import GatedRMSNorm, RMSNorm, Rotation, SwiGLU, rotation
-from longspan.models.mixers import LinearCache, LinearMixer, SoftmaxCache, SoftmaxMixer
-
-INIT_STD = 0.02
-
-
-@dataclass
-class Cache:
-    """What the model remembers while it decodes.
-
-    A linear layer takes constant memory, a softmax layer a key and a value a token that is still seen.
-    """
-
-    batch_size: int
-    layers: list[LinearCache | SoftmaxCache]
-    num_tokens: int = 0
+from longspan.models.feed_forward import FeedForward, SwiGLU
+from longspan.models.initial import InitialWeights
+from longspan.models.mixers import Context, LayerMemory, SequenceMixer, SequenceParallel, build_mixer
+from longspan.models.mixers.mixer import check_layout_of_model, operations_of_matrices
+from longspan.models.norms import RMSNorm
+from longspan.models.rotary import Rotation, rotation
 
 
 @dataclass(frozen=True)
-class SequenceParallel:
-    """The group that a model was parallelized for; `group` is a process group, or None for one process without any.
+class ModelMemory:
+    """What a model remembers of the tokens so far, the same on every rank; it carries gradients.
 
-    A copy of the model in this process is of the same group. Pickled, this is None: a group belongs to its process, and what is
-    loaded is a model that was not parallelized.
+    A linear layer takes constant memory, a softmax layer a key and a value for each token that is still seen.
     """
 
-    group: Any
-    num_ranks: int
+    num_tokens: int
+    layers: tuple[LayerMemory, ...]
 
-    def __copy__(self) -> SequenceParallel:
-        return self
+    def detach(self) -> ModelMemory:
+        """The same numbers without their graph: where a segment's gradients end."""
+        return ModelMemory(self.num_tokens, tuple(layer.detach() for layer in self.layers))
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> SequenceParallel:
-        return self
-
-    def __reduce__(self) -> tuple[type[None], tuple[()]]:
-        return type(None), ()
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all layers."""
+        return sum(layer.num_bytes for layer in self.layers)
 
 
 class HybridBlock(nn.Module):
@@ -66,19 +55,26 @@ class HybridBlock(nn.Module):
     def __init__(self, config: LinearLlama3Config, operator: str) -> None:
         super().__init__()
         self.mixer_norm = RMSNorm(config.dim, config.norm_eps)
-        self.mixer = SoftmaxMixer(config) if operator == "softmax" else LinearMixer(config, operator)
+        self.mixer: SequenceMixer = build_mixer(config, operator)
         self.feed_forward_norm = RMSNorm(config.dim, config.norm_eps)
-        self.feed_forward = SwiGLU(config.dim, config.hidden_dim)
+        self.feed_forward: FeedForward = SwiGLU(config.dim, config.hidden_dim)
 
-    def forward(self, x: Tensor, layout: SequenceLayout | None, by: Rotation | None) -> Tensor:
-        """x and the result are [B, T, C]; `by` turns queries and keys of softmax layers."""
-        x = x + self.mixer(self.mixer_norm(x), layout, by)
-        return x + self.feed_forward(self.feed_forward_norm(x))
+    def forward(self, x: Tensor, context: Context) -> tuple[Tensor, LayerMemory | None]:
+        """x and the result are [B, T, C]; also what the mixer remembers, if it is asked for."""
+        mixed, memory = self.mixer(self.mixer_norm(x), context)
+        x = x + mixed
+        return x + self.feed_forward(self.feed_forward_norm(x), context), memory
 
-    def step(self, x: Tensor, cache: Any, by: Rotation | None) -> Tensor:
-        """The block's output for the next token, [B, 1, C]."""
-        x = x + self.mixer.step(self.mixer_norm(x), cache, by)
-        return x + self.feed_forward(self.feed_forward_norm(x))
+    def init_weights(self, initial: InitialWeights) -> None:
+        """Set the initial weights."""
+        initial.fill(self.mixer_norm)
+        self.mixer.init_weights(initial)
+        initial.fill(self.feed_forward_norm)
+        self.feed_forward.init_weights(initial)
+
+    def flops_per_token(self, seq_len: int) -> float:
+        """Operations of forward and backward for one token of a sequence of `seq_len`."""
+        return self.mixer.flops_per_token(seq_len) + self.feed_forward.flops_per_token()
 
 
 class LinearLlama3(nn.Module):
@@ -96,19 +92,62 @@ class LinearLlama3(nn.Module):
         self.sequence_parallel: SequenceParallel | None = None
         self.init_weights(0)
 
-    def forward(self, tokens: Tensor, layout: SequenceLayout | None = None) -> Tensor:
+    @overload
+    def forward(
+        self,
+        tokens: Tensor,
+        layout: SequenceLayout | None = ...,
+        *,
+        memory: ModelMemory | None = ...,
+        output_memory: Literal[False] = ...,
+    ) -> Tensor: ...
+
+    @overload
+    def forward(
+        self,
+        tokens: Tensor,
+        layout: SequenceLayout | None = ...,
+        *,
+        memory: ModelMemory | None = ...,
+        output_memory: Literal[True],
+    ) -> tuple[Tensor, ModelMemory]: ...
+
+    @overload
+    def forward(
+        self,
+        tokens: Tensor,
+        layout: SequenceLayout | None = ...,
+        *,
+        memory: ModelMemory | None = ...,
+        output_memory: bool,
+    ) -> Tensor | tuple[Tensor, ModelMemory]: ...
+
+    def forward(
+        self,
+        tokens: Tensor,
+        layout: SequenceLayout | None = None,
+        *,
+        memory: ModelMemory | None = None,
+        output_memory: bool = False,
+    ) -> Tensor | tuple[Tensor, ModelMemory]:
         """Logits of the token after each of `tokens`.
 
         Args:
             tokens: int64 ``[B, T]``: whole sequences, or with a layout this rank's tokens of them.
             layout: which tokens these are; needed once the model is parallelized, and for packed documents (B is 1
                 then). ``SequenceLayout.local`` says that they are whole sequences, parallelized or not.
+            memory: what the model remembers of the tokens before these, from an earlier call; None is nothing. Its gradient on a
+                rank is that rank's share.
+            output_memory: also return what it remembers afterwards, on every rank: `memory` of the tokens that follow. A prompt
+                over ranks, and then token by token on one of them (``SequenceLayout.local(1)``, if the model is parallelized),
+                is the same call.
 
         Returns:
-            ``[B, T, vocab_size]``, float32 (float64 for float64 weights).
+            ``[B, T, vocab_size]``, float32 (float64 for float64 weights); with `output_memory`, the pair (logits, memory).
 
         Raises:
-            InputError: for tokens of another shape or dtype.
+            InputError: for tokens of another shape or dtype, for a memory of another model or batch, and for a memory with packed
+                documents.
             LayoutError: if T is not the layout's number of tokens, or the layout is not of the group that the model was
                 parallelized for.
 
@@ -121,81 +160,38 @@ class LinearLlama3(nn.Module):
                 f"tokens must be int64 [B, T]; got {tokens.dtype} of shape {tuple(tokens.shape)}. Pass token ids, rows.long()"
             )
         check_not_empty("the model", "tokens", tokens, "row and token")
-        self._check_layout(layout)
+        check_layout_of_model(layout, self.sequence_parallel)
+        check_flag("the model", "output_memory", output_memory)
+        self._check_memory(memory, output_memory, layout)
         if layout is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)
         else:
             check_layout(layout, tokens.shape[1], "the model")
             positions = layout.document_positions_on(tokens.device)
+        if memory is not None:
+            positions = positions + memory.num_tokens
+        context = Context(layout, positions, self._rotation(positions), outputs_memory=output_memory)
         x = self.embedding(tokens)
-        by = self._rotation(positions)
-        for block in self.blocks:
-            x = block(x, layout, by)
-        return self._logits(x)
+        found: list[LayerMemory] = []
+        for index, block in enumerate(self._blocks()):
+            x, of_layer = block(x, context if memory is None else context.after(memory.layers[index]))
+            if of_layer is not None:
+                found.append(of_layer)
+        logits = at_least_float32(self.head(self.norm(x)))
+        if not output_memory:
+            return logits
+        num_tokens = tokens.shape[1] if layout is None else layout.seq_len
+        return logits, ModelMemory(num_tokens + (0 if memory is None else memory.num_tokens), tuple(found))
 
-    def init_cache(self, batch_size: int) -> Cache:
-        """An empty cache for decoding `batch_size` rows on one device.
-
-        Raises:
-            InputError: for a batch_size that is no int of at least 1.
-        """
-        check_count("init_cache()", "batch_size", batch_size)
-        layers: list[LinearCache | SoftmaxCache] = []
-        for operator in self.config.layer_operators:
-            layers.append(SoftmaxCache(self.config.window) if operator == "softmax" else LinearCache())
-        return Cache(batch_size, layers)
-
-    def step(self, tokens: Tensor, cache: Cache) -> Tensor:
-        """Logits after the next token of each row; the token joins the cache.
-
-        Args:
-            tokens: int64 ``[B, 1]``.
-            cache: from `init_cache(B)`; changed in place.
-
-        Returns:
-            ``[B, 1, vocab_size]``: what `forward` gives at this position, on one device.
-
-        Raises:
-            InputError: for tokens of another shape or dtype.
-        """
-        check_tensor("step()", "tokens", tokens)
-        if not isinstance(cache, Cache):
-            raise InputError(
-                f"step() takes the cache that init_cache() made; got {described(cache)}. Make one for each sequence"
-            )
-        if tokens.shape != (cache.batch_size, 1) or tokens.dtype != torch.int64:
-            raise InputError(
-                f"step() takes one token of each row, int64 [{cache.batch_size}, 1]; "
-                f"got {tokens.dtype} of shape {tuple(tokens.shape)}. Make a cache for as many rows with init_cache()"
-            )
-        x = self.embedding(tokens)
-        by = self._rotation(torch.full((1,), cache.num_tokens, device=tokens.device))
-        for block, layer_cache in zip(self.blocks, cache.layers, strict=True):
-            assert isinstance(block, HybridBlock)
-            x = block.step(x, layer_cache, by)
-        cache.num_tokens += 1
-        return self._logits(x)
-
-    @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """Llama's initial weights, drawn on the CPU from `seed`: the same on every device and rank.
-
-        Matrices are normal with deviation 0.02, those that write into the residual stream with 0.02 / √(2 ·
-        num_layers).
-        """
-        generator = torch.Generator().manual_seed(seed)
-        residual_std = INIT_STD / (2 * self.config.num_layers) ** 0.5
-        for name, module in self.named_modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                std = residual_std if name.endswith(("out_proj", "down_proj")) else INIT_STD
-                if module is self.head and self.config.tie_embeddings:
-                    continue
-                drawn = torch.empty(module.weight.shape).normal_(std=std, generator=generator)
-                module.weight.copy_(drawn)
-            elif isinstance(module, RMSNorm | GatedRMSNorm):
-                module.weight.fill_(1.0)
-            elif isinstance(module, ScalarDecayGate | ChannelDecayGate):
-                module.reset_parameters()
+        """Llama's initial weights, drawn on the CPU from `seed`: the same on every device and rank."""
+        initial = InitialWeights(seed, self.config.num_layers)
+        initial.fill(self.embedding)
+        for block in self._blocks():
+            block.init_weights(initial)
+        initial.fill(self.norm)
+        if not self.config.tie_embeddings:
+            initial.fill(self.head)
 
     def num_parameters(self) -> int:
         """Number of trained numbers; a tied matrix counts once."""
@@ -204,52 +200,36 @@ class LinearLlama3(nn.Module):
     def flops_per_token(self, seq_len: int) -> float:
         """Floating-point operations of forward and backward for one token of a sequence of `seq_len`.
 
-        Six for each number of a matrix; in a softmax layer, the two products of forward and four of backward with the
-        tokens that a token sees on average, seq_len / 2 without a window; in a linear layer, the same products with one
-        state a head (the recurrent form: what a chunk form computes inside its chunks comes on top). Recomputation is not
-        counted.
+        Six for each number of a matrix, and what the mixers count on top of theirs. Recomputation is not counted.
         """
-        config = self.config
-        matrices = sum(module.weight.numel() for module in self.modules() if isinstance(module, nn.Linear))
-        inner = config.num_heads * config.size_of_head
-        window = seq_len if config.window is None else min(config.window, seq_len)
-        seen = {"L": config.size_of_head, "N": window - window**2 / (2 * seq_len)}
-        mixing = sum(12 * inner * seen[kind] for kind in config.layer_kinds)
-        return 6 * matrices + mixing
+        return operations_of_matrices(self.head) + sum(block.flops_per_token(seq_len) for block in self._blocks())
 
-    def _check_layout(self, layout: SequenceLayout | None) -> None:
-        ours = self.sequence_parallel
-        if layout is not None and not isinstance(layout, SequenceLayout):
-            raise InputError(
-                f"the model: layout must be a SequenceLayout or None; got {described(layout)}. Build one as "
-                "SequenceLayout(seq_len, group)"
-            )
-        if ours is None:
-            if layout is not None and layout.num_ranks > 1:
-                raise LayoutError(
-                    f"the layout splits the sequence over {layout.num_ranks} ranks, and the model is not parallelized. "
-                    "Call longspan.parallelize(model, group) first"
-                )
-        elif layout is None:
-            if ours.num_ranks > 1:
-                raise LayoutError(
-                    f"the model is parallelized over {ours.num_ranks} ranks and needs a layout: without one, each rank "
-                    "would take its tokens for the whole sequence. Call model(layout.shard(tokens), layout=layout)"
-                )
-        elif layout.num_ranks == 1 and layout.group is None:
-            # SequenceLayout.local(): the caller says that these are whole sequences.
+    def _blocks(self) -> Iterator[HybridBlock]:
+        return (cast(HybridBlock, block) for block in self.blocks)
+
+    def _check_memory(self, memory: object, output_memory: bool, layout: SequenceLayout | None) -> None:
+        if memory is None and not output_memory:
             return
-        elif layout.group is not ours.group:
-            raise LayoutError(
-                f"the layout is of another group, of {layout.num_ranks} ranks, than the model, parallelized over "
-                f"{ours.num_ranks}. Build the layout with the group that was given to longspan.parallelize()"
+        if layout is not None and layout.is_packed:
+            raise InputError(
+                f"the model: packed documents have no memory together; got {layout.num_documents} documents and "
+                f"{'output_memory=True' if memory is None else 'a memory'}. Take one call for each document, or rows of a batch"
+            )
+        if memory is None:
+            return
+        if not isinstance(memory, ModelMemory):
+            raise InputError(
+                f"the model: memory must be what a call with output_memory=True returned, or None; got {described(memory)}. Leave "
+                "it out where a sequence starts"
+            )
+        if len(memory.layers) != len(self.blocks):
+            raise InputError(
+                f"the model: memory must have one part for each of the {len(self.blocks)} layers; got {len(memory.layers)}. Pass "
+                "what this very model returned"
             )
 
     def _rotation(self, positions: Tensor) -> Rotation | None:
-        if "N" not in self.config.layer_kinds:
+        if not any(block.mixer.rotates for block in self._blocks()):
             return None
         dtype = accumulation_dtype(self.norm.weight.dtype)
         return rotation(positions, self.config.size_of_head, self.config.rope_theta, dtype)
-
-    def _logits(self, x: Tensor) -> Tensor:
-        return at_least_float32(self.head(self.norm(x)))

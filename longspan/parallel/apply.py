@@ -15,12 +15,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from longspan.attention.softmax import SOFTMAX_METHODS, SoftmaxMethod
+from longspan.checks import described
 from longspan.comm.traffic import note_collective, waiting
 from longspan.errors import InputError
 from longspan.exchange import Exchange, resolve_topology
 from longspan.layout import SequenceLayout
-from longspan.models.linear_llama3 import LinearLlama3, SequenceParallel
-from longspan.models.mixers import LinearMixer, SoftmaxMixer
+from longspan.models.mixers import ParallelOptions, SequenceMixer, SequenceParallel
+from longspan.parallel.adapters import adapter_of
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 BUCKET_BYTES = 32 * 2**20
 """Gradients are summed this many bytes at a time: enough to hide latency, little beside the model."""
 
-Model = TypeVar("Model", bound=LinearLlama3)
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def parallelize(
@@ -41,33 +42,44 @@ def parallelize(
     """Let `model` run on sequences that are split over the ranks of a group; changed in place and returned.
 
     Args:
-        model: with the same weights on every rank.
+        model: a `longspan.models.LinearLlama3`, any module whose token-mixing layers are `longspan.models.mixers.SequenceMixer`s,
+            or one whose class has an adapter (`longspan.parallel.register_adapter`); with the same weights on every rank.
         mesh_or_group: process group or DeviceMesh (such as ``mesh["sp"]``), as in `SequenceLayout`; None is the default group.
         exchange: how linear layers exchange their states, as in the operators.
         softmax_method: how softmax layers exchange keys and values, as in `softmax_attention`.
 
     Afterwards ``model(layout.shard(tokens), layout=layout)`` takes a layout of this very group, and no call without
-    one where the group has several ranks. Sum the gradients with `sum_gradients`.
+    one where the group has several ranks: its mixers refuse others. Sum the gradients with `sum_gradients`. Whose place a model
+    has is kept as its ``sequence_parallel``.
 
     Raises:
-        InputError: for a model of another kind, or a name that is not an exchange or a method.
+        InputError: for a model that has no such mixer and no adapter, or a name that is not an exchange or a method.
         LayoutError: for a group that this rank is not in, or a mesh that is not one of sequence-parallel ranks.
     """
-    if not isinstance(model, LinearLlama3):
+    if not isinstance(model, nn.Module):
         raise InputError(
-            f"parallelize() takes a longspan.models.LinearLlama3; got {type(model).__name__}. In a model of your own, "
-            "give the layout to the operators"
+            f"parallelize() takes a torch.nn.Module; got {described(model)}. Pass the model itself, not its output"
         )
     resolve_topology(exchange)
     if softmax_method not in SOFTMAX_METHODS:
         raise InputError(f"softmax_method must be one of {', '.join(SOFTMAX_METHODS)}; got {softmax_method!r}")
     group, num_ranks = _resolve(mesh_or_group)
-    for module in model.modules():
-        if isinstance(module, LinearMixer):
-            module.exchange = exchange
-        elif isinstance(module, SoftmaxMixer):
-            module.method = softmax_method
-    model.sequence_parallel = SequenceParallel(group, num_ranks)
+    options, place = ParallelOptions(exchange, softmax_method), SequenceParallel(group, num_ranks)
+    adapter = adapter_of(type(model))
+    if adapter is not None:
+        adapter(model, options, place)
+    else:
+        mixers = [module for module in model.modules() if isinstance(module, SequenceMixer)]
+        if not mixers:
+            raise InputError(
+                f"parallelize() takes a model whose layers mix tokens by a longspan.models.mixers.SequenceMixer; got "
+                f"{type(model).__name__}, which has none. Derive its attention from SequenceMixer, say how its class takes a "
+                "layout with longspan.parallel.register_adapter(), or give the layout to the operators"
+            )
+        for mixer in mixers:
+            mixer.set_parallel(options, place)
+    # A module takes any attribute.
+    model.sequence_parallel = place  # type: ignore[assignment]
     return model
 
 

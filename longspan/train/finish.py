@@ -68,7 +68,8 @@ def _sample(trainer: Trainer) -> str:
         return ""
     model = trainer.model_for_one_process()
     seed = trainer.config.train.seed
-    return generate(model, trainer.data.tokenizer, sample.prompt, sample.tokens, sample.temperature, seed)
+    device = trainer.ranks.device
+    return generate(model, trainer.data.tokenizer, sample.prompt, sample.tokens, sample.temperature, seed, device)
 
 
 def _summary(trainer: Trainer, seconds: float) -> dict[str, Any]:

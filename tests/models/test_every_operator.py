@@ -11,7 +11,7 @@ from torch import Tensor
 
 from longspan import SequenceLayout, parallelize, sum_gradients
 from longspan.errors import ConfigError
-from longspan.models import LinearLlama3, LinearLlama3Config
+from longspan.models import LinearLlama3, LinearLlama3Config, ModelMemory
 from longspan.models.gates import GATE_BUILDERS, ChannelDecayGate, WriteStrength
 from longspan.models.mixers import LinearMixer
 from longspan.ops.variants import VARIANTS
@@ -71,12 +71,16 @@ def test_two_ranks_equal_one_process(operator: str) -> None:
 
 
 @pytest.mark.parametrize("operator", VARIANTS)
-def test_a_step_gives_the_logits_of_forward(operator: str) -> None:
+def test_token_by_token_a_model_gives_the_logits_of_one_call(operator: str) -> None:
     model, tokens = model_of(operator), random_tokens(2, 70)
-    cache = model.init_cache(2)
+    memory: ModelMemory | None = None
+    found = []
     with torch.no_grad():
         want = model(tokens)
-        got = torch.cat([model.step(tokens[:, [position]], cache) for position in range(70)], dim=1)
+        for position in range(70):
+            logits, memory = model(tokens[:, [position]], memory=memory, output_memory=True)
+            found.append(logits)
+    got = torch.cat(found, dim=1)
     assert want.abs().max() > 0.1
     assert relative_error(got, want) < 1e-11
 
@@ -86,7 +90,8 @@ def test_keys_of_a_delta_rule_have_unit_length(operator: str) -> None:
     """With longer ones, and beta near 1, a state may grow without bound."""
     (mixer,) = (module for module in model_of(operator).modules() if isinstance(module, LinearMixer))
     generator = torch.Generator().manual_seed(0)
-    keys, _, gates = mixer._written(10 * torch.randn(1, 40, 16, generator=generator, dtype=torch.float64))
+    x = 10 * torch.randn(1, 40, 16, generator=generator, dtype=torch.float64)
+    keys, gates = mixer._features(mixer.k_proj(x)), mixer.decay(x)
     torch.testing.assert_close(keys.norm(dim=-1), torch.ones(1, 40, 2).double(), rtol=1e-3, atol=0)
     beta = torch.as_tensor(gates["beta"])
     assert 0 < beta.min() < beta.max() < 1

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from longspan.errors import InputError, LayoutError
 from longspan.layout import SequenceLayout
-from longspan.models import LinearLlama3, LinearLlama3Config
+from longspan.models import LinearLlama3, LinearLlama3Config, ModelMemory
 from longspan.models.gates import GATE_BUILDERS, ConstantDecayGate, ScalarDecayGate
-from longspan.models.layers import rotate, rotation
-from longspan.models.mixers import LinearCache, SoftmaxCache
+from longspan.models.rotary import rotate, rotation
 from tests.compare import relative_error, worst
 from tests.models.tiny import random_tokens, tiny_model
 
@@ -27,40 +27,65 @@ HYBRIDS: list[dict[str, Any]] = [
 ]
 
 
+def decoded(model: LinearLlama3, tokens: Tensor, lengths: list[int]) -> tuple[Tensor, ModelMemory]:
+    """Logits of the tokens taken in so many at a time, and what is remembered of all."""
+    memory: ModelMemory | None = None
+    logits = []
+    for part in tokens.split(lengths, dim=1):
+        found, memory = model(part, memory=memory, output_memory=True)
+        logits.append(found)
+    assert memory is not None
+    return torch.cat(logits, dim=1), memory
+
+
 @pytest.mark.parametrize("changes", HYBRIDS, ids=str)
-def test_decoding_step_by_step_gives_the_logits_of_forward(changes: dict[str, Any]) -> None:
+def test_a_prompt_and_then_token_by_token_gives_the_logits_of_one_call(changes: dict[str, Any]) -> None:
     model, tokens = tiny_model(**changes), random_tokens(2, 140)
-    cache = model.init_cache(2)
     with torch.no_grad():
-        want = model(tokens)
-        got = torch.cat([model.step(tokens[:, [position]], cache) for position in range(tokens.shape[1])], dim=1)
+        want, memory = model(tokens, output_memory=True)
+        got, after = decoded(model, tokens, [70, 3, *[1] * 67])
     assert want.abs().max() > 0.1
     assert relative_error(got, want) < 1e-11
+    assert after.num_tokens == memory.num_tokens == 140
+    for one, other in zip(after.layers, memory.layers, strict=True):
+        assert worst(relative_error(one.tensors[name], other.tensors[name]) for name in other.tensors) < 1e-11
 
 
-def test_a_linear_layers_cache_does_not_grow() -> None:
-    model, tokens = tiny_model(pattern="LN"), random_tokens(1, 100)
-    cache = model.init_cache(1)
-    sizes = []
+@pytest.mark.parametrize("changes", HYBRIDS, ids=str)
+def test_segments_of_time_give_the_gradients_of_one_call(changes: dict[str, Any]) -> None:
+    model, alone, tokens = tiny_model(**changes), tiny_model(**changes), random_tokens(2, 60)
+    upstream = torch.randn(2, 60, 29, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    got, _ = decoded(model, tokens, [25, 20, 15])
+    got.backward(upstream)
+    alone(tokens).backward(upstream)
+    for (name, parameter), expected in zip(model.named_parameters(), alone.parameters(), strict=True):
+        assert parameter.grad is not None and expected.grad is not None
+        assert relative_error(parameter.grad, expected.grad) < 1e-10, name
+
+
+def test_a_detached_memory_ends_a_segments_gradients() -> None:
+    model, tokens = tiny_model(), random_tokens(1, 12)
+    _, memory = model(tokens, output_memory=True)
+    assert all(x.requires_grad for layer in memory.layers for x in layer.tensors.values())
+    detached = memory.detach()
+    assert not any(x.requires_grad for layer in detached.layers for x in layer.tensors.values())
+    (kept,), (cut,) = (model(tokens[:, :1], memory=m)[:, 0].detach() for m in (memory, detached))
+    assert torch.equal(kept, cut)
+
+
+def test_a_linear_layers_memory_does_not_grow_and_a_softmax_layers_does() -> None:
+    model, tokens = tiny_model(pattern="LN", num_layers=2), random_tokens(1, 100)
     with torch.no_grad():
-        for position in range(100):
-            model.step(tokens[:, [position]], cache)
-            states = [layer.state for layer in cache.layers if isinstance(layer, LinearCache)]
-            sizes.append(sum(state.numel() for state in states if state is not None))
-    assert set(sizes) == {2 * 4 * 4 * 4}
-    assert [layer.num_tokens for layer in cache.layers if isinstance(layer, SoftmaxCache)] == [100, 100]
+        memories = [decoded(model, tokens[:, :length], [length])[1] for length in (1, 50, 100)]
+    assert [memory.layers[0].num_bytes for memory in memories] == [4 * 4 * 4 * 8] * 3
+    assert [memory.layers[1].num_bytes for memory in memories] == [2 * length * 2 * 4 * 8 for length in (1, 50, 100)]
 
 
-def test_a_softmax_layers_cache_holds_no_more_than_its_window_needs() -> None:
+def test_a_softmax_layers_memory_holds_no_more_than_its_window_needs() -> None:
     model, tokens = tiny_model(pattern="N", window=20), random_tokens(1, 200)
-    cache = model.init_cache(1)
     with torch.no_grad():
-        for position in range(200):
-            model.step(tokens[:, [position]], cache)
-    for layer in cache.layers:
-        assert isinstance(layer, SoftmaxCache)
-        assert layer.keys is not None
-        assert layer.keys.shape[1] == 64
+        _, memory = decoded(model, tokens, [1] * 200)
+    assert {x.shape[1] for layer in memory.layers for x in layer.tensors.values()} == {19}
 
 
 @pytest.mark.parametrize("changes", HYBRIDS, ids=str)
@@ -213,10 +238,20 @@ def test_tokens_of_another_form_are_refused(tokens: torch.Tensor, message: str) 
         tiny_model()(tokens)
 
 
-def test_a_step_takes_one_token_of_each_row() -> None:
-    model = tiny_model()
-    with pytest.raises(InputError, match=r"int64 \[2, 1\]; got torch.int64 of shape \(1, 1\)"):
-        model.step(random_tokens(1, 1), model.init_cache(2))
+def test_a_memory_that_does_not_fit_is_refused() -> None:
+    model, tokens = tiny_model(), random_tokens(1, 4)
+    _, memory = model(tokens, output_memory=True)
+    wrong: Any = memory.layers
+    with pytest.raises(InputError, match="memory must be what a call with output_memory=True returned, or None; got"):
+        model(tokens, memory=wrong)
+    with pytest.raises(InputError, match="one part for each of the 4 layers; got 3"):
+        model(tokens, memory=ModelMemory(4, memory.layers[:3]))
+    with pytest.raises(InputError, match=r"initial_state must be \[B, H, K, V\] = \(2, 4, 4, 4\)"):
+        model(random_tokens(2, 4), memory=memory)
+    with pytest.raises(InputError, match="packed documents have no memory together; got 2 documents and a memory"):
+        model(tokens, SequenceLayout.local(4, [0, 1, 4]), memory=memory)
+    with pytest.raises(InputError, match="got 2 documents and output_memory=True"):
+        model(tokens, SequenceLayout.local(4, [0, 1, 4]), output_memory=True)
 
 
 def test_a_layout_of_another_length_is_refused() -> None:

@@ -169,9 +169,13 @@ def test_names_that_do_not_exist_are_refused() -> None:
         parallelize(tiny_model(), None, softmax_method=wrong)
 
 
-def test_another_model_is_refused() -> None:
-    other: Any = nn.Linear(2, 2)
-    with pytest.raises(InputError, match=r"takes a longspan.models.LinearLlama3; got Linear. .*give the layout"):
+def test_a_model_without_mixers_and_without_an_adapter_is_refused() -> None:
+    with pytest.raises(
+        InputError, match=r"got Linear, which has none. Derive .*register_adapter\(\), or give the layout"
+    ):
+        parallelize(nn.Linear(2, 2), None)
+    other: Any = 3
+    with pytest.raises(InputError, match=r"takes a torch.nn.Module; got 3 \(int\)"):
         parallelize(other, None)
 
 

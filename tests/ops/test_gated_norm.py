@@ -8,7 +8,7 @@ from torch import Tensor
 
 import longspan
 from longspan.errors import InputError
-from longspan.models.layers import GatedRMSNorm
+from longspan.models.norms import GatedRMSNorm
 from longspan.ops import norm as gated_norm
 from longspan.ops.norm import Activation, rms_norm_gated
 from longspan.ops.triton import norm as kernels

@@ -1,0 +1,197 @@
+"""The seam between a model and what mixes its tokens: `SequenceMixer`, and the `Context` that it is called with.
+
+Training, prefill over ranks, decoding and training in segments of time are one call with other contexts:
+
+    whole sequences          no layout, or a local one; nothing remembered
+    over ranks               the layout of this rank's tokens
+    prefill                  either of them, and the memory is asked for
+    decoding                 one token, after what is remembered of those before
+    segments of time         some tokens, after what is remembered, with or without its gradients
+
+Shapes: B batch rows, T tokens of this rank, C channels of the residual stream.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from longspan.attention.softmax import SoftmaxMethod
+from longspan.checks import described
+from longspan.errors import InputError, LayoutError
+from longspan.exchange import Exchange
+from longspan.layout import SequenceLayout
+from longspan.models.initial import InitialWeights
+from longspan.models.rotary import Rotation
+
+
+@dataclass(frozen=True)
+class LayerMemory:
+    """What a layer remembers of the tokens so far, by name; empty before the first.
+
+    tensors: such as the memory state of linear attention, ``{"state": [B, H, K, V]}``, the last taps of a convolution,
+    ``{"taps": [B, W-1, C]}``, keys and values, ``{"keys": [B, L, H_kv, D], "values": ...}``, or several of them. The same on
+    every rank. They carry gradients: to what they were computed from, and from what is computed of them.
+    """
+
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def get(self, name: str) -> Tensor | None:
+        """A tensor, or None before the first token."""
+        return self.tensors.get(name)
+
+    def detach(self) -> LayerMemory:
+        """The same numbers without their graph: where a segment's gradients end."""
+        return LayerMemory({name: x.detach() for name, x in self.tensors.items()})
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(x.numel() * x.element_size() for x in self.tensors.values())
+
+
+@dataclass(frozen=True)
+class Context:
+    """Which tokens a layer is given, and what came before them.
+
+    layout: which tokens of the sequence these are; None is whole sequences. positions: int64 ``[T]``, of each token in its
+    document, earlier tokens counted. rotation: of these positions, where a mixer of the model `rotates`. memory: what this layer
+    remembers of earlier tokens. outputs_memory: whether to return what it remembers afterwards.
+    """
+
+    layout: SequenceLayout | None
+    positions: Tensor
+    rotation: Rotation | None = None
+    memory: LayerMemory = LayerMemory()
+    outputs_memory: bool = False
+
+    def after(self, memory: LayerMemory) -> Context:
+        """This context with what another layer remembers."""
+        return replace(self, memory=memory)
+
+
+@dataclass(frozen=True)
+class ParallelOptions:
+    """How layers exchange what they need of other ranks: a mixer takes what concerns it.
+
+    exchange: of states, as in the operators. softmax_method: of keys and values, as in `softmax_attention`.
+    """
+
+    exchange: str | Exchange = "auto"
+    softmax_method: SoftmaxMethod = "auto"
+
+
+@dataclass(frozen=True)
+class SequenceParallel:
+    """The group that a model was parallelized for; `group` is a process group, or None for one process without any.
+
+    A copy of the model in this process is of the same group. Pickled, this is None: a group belongs to its process, and what is
+    loaded is a model that was not parallelized.
+    """
+
+    group: Any
+    num_ranks: int
+
+    def __copy__(self) -> SequenceParallel:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SequenceParallel:
+        return self
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        return type(None), ()
+
+
+class SequenceMixer(nn.Module, ABC):
+    """The interface between a model and a layer that mixes tokens: attention of any kind, a convolution, a recurrence.
+
+    A model of any kind whose token-mixing layers are such modules can be given to `longspan.parallelize`.
+    """
+
+    rotates: bool = False
+    """Whether it turns queries and keys by `Context.rotation`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parallel = ParallelOptions()
+        self.sequence_parallel: SequenceParallel | None = None
+
+    def forward(self, x: Tensor, context: Context) -> tuple[Tensor, LayerMemory | None]:
+        """Mix the tokens.
+
+        Args:
+            x: ``[B, T, C]``.
+            context: which tokens these are, and what is remembered of earlier ones.
+
+        Returns:
+            ``[B, T, C]``, and what the layer remembers afterwards, on every rank: None unless ``context.outputs_memory``.
+
+        Raises:
+            LayoutError: where the mixer was parallelized and the layout is none of that group's.
+        """
+        check_layout_of_model(context.layout, self.sequence_parallel)
+        return self.mix(x, context)
+
+    @abstractmethod
+    def mix(self, x: Tensor, context: Context) -> tuple[Tensor, LayerMemory | None]:
+        """`forward`, of a context that has been checked."""
+
+    @abstractmethod
+    def init_weights(self, initial: InitialWeights) -> None:
+        """Set the initial weights."""
+
+    @abstractmethod
+    def flops_per_token(self, seq_len: int) -> float:
+        """Floating-point operations of forward and backward for one token of a sequence of `seq_len`.
+
+        Six for each number of a matrix, and the two products of forward and four of backward of each channel with what it mixes.
+        Recomputation is not counted.
+        """
+
+    def set_parallel(self, options: ParallelOptions, place: SequenceParallel) -> None:
+        """Take the options of a parallel run, and the group whose layouts the mixer is called with from now on."""
+        self.parallel, self.sequence_parallel = options, place
+
+
+def operations_of_matrices(module: nn.Module) -> float:
+    """Six operations for each number of the linear maps of a module, forward and backward, a token."""
+    return 6.0 * sum(part.weight.numel() for part in module.modules() if isinstance(part, nn.Linear))
+
+
+def check_layout_of_model(layout: object, place: SequenceParallel | None) -> None:
+    """Raise unless a layout is one that a model may be called with that was parallelized for `place`, or was not (None).
+
+    Raises:
+        InputError: for what is no layout.
+        LayoutError: for a layout of another group, none where one is needed, or one of several ranks where the model was not
+            parallelized.
+    """
+    if layout is not None and not isinstance(layout, SequenceLayout):
+        raise InputError(
+            f"the model: layout must be a SequenceLayout or None; got {described(layout)}. Build one as "
+            "SequenceLayout(seq_len, group)"
+        )
+    if place is None:
+        if layout is not None and layout.num_ranks > 1:
+            raise LayoutError(
+                f"the layout splits the sequence over {layout.num_ranks} ranks, and the model is not parallelized. "
+                "Call longspan.parallelize(model, group) first"
+            )
+    elif layout is None:
+        if place.num_ranks > 1:
+            raise LayoutError(
+                f"the model is parallelized over {place.num_ranks} ranks and needs a layout: without one, each rank "
+                "would take its tokens for the whole sequence. Call model(layout.shard(tokens), layout=layout)"
+            )
+    elif layout.num_ranks == 1 and layout.group is None:
+        # SequenceLayout.local(): the caller says that these are whole sequences.
+        return
+    elif layout.group is not place.group:
+        raise LayoutError(
+            f"the layout is of another group, of {layout.num_ranks} ranks, than the model, parallelized over "
+            f"{place.num_ranks}. Build the layout with the group that was given to longspan.parallelize()"
+        )

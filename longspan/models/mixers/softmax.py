@@ -1,0 +1,67 @@
+"""Softmax attention (N): writes first and reads last, so that the query projection hides the exchange between ranks.
+
+Shapes: B batch rows, T tokens of this rank, L tokens so far, C channels of the residual stream, H heads, H_kv key and value heads,
+D head dimension.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from longspan.attention.softmax import write_softmax
+from longspan.models.config import LinearLlama3Config
+from longspan.models.initial import InitialWeights
+from longspan.models.mixers.mixer import Context, LayerMemory, SequenceMixer, operations_of_matrices
+from longspan.models.rotary import rotate
+
+
+class SoftmaxMixer(SequenceMixer):
+    """Llama 3's attention: rotary embedding and grouped queries.
+
+    It remembers ``{"keys": [B, L, H_kv, D], "values": [B, L, H_kv, D]}``; with a window the last ``window - 1`` tokens.
+    """
+
+    rotates = True
+
+    def __init__(self, config: LinearLlama3Config) -> None:
+        super().__init__()
+        self.window = config.window
+        self.num_heads, self.head_dim = config.num_heads, config.size_of_head
+        inner, kv_inner = config.num_heads * self.head_dim, config.kv_heads * self.head_dim
+        self.q_proj = nn.Linear(config.dim, inner, bias=False)
+        self.k_proj = nn.Linear(config.dim, kv_inner, bias=False)
+        self.v_proj = nn.Linear(config.dim, kv_inner, bias=False)
+        self.out_proj = nn.Linear(inner, config.dim, bias=False)
+
+    def mix(self, x: Tensor, context: Context) -> tuple[Tensor, LayerMemory | None]:
+        assert context.rotation is not None
+        k, v = rotate(self._heads(self.k_proj(x)), context.rotation), self._heads(self.v_proj(x))
+        keys, values = context.memory.get("keys"), context.memory.get("values")
+        memory = write_softmax(
+            k,
+            v,
+            initial_state=None if keys is None or values is None else (keys, values),
+            output_final_state=context.outputs_memory,
+            layout=context.layout,
+            method=self.parallel.softmax_method,
+            window=self.window,
+            num_heads=self.num_heads,
+        )
+        q = rotate(self._heads(self.q_proj(x)), context.rotation)
+        out: Tensor = self.out_proj(memory.read(q).flatten(2))
+        if not context.outputs_memory:
+            return out, None
+        keys, values = memory.final_state()
+        return out, LayerMemory({"keys": keys, "values": values})
+
+    def init_weights(self, initial: InitialWeights) -> None:
+        initial.fill(self, residual=(self.out_proj,))
+
+    def flops_per_token(self, seq_len: int) -> float:
+        window = seq_len if self.window is None else min(self.window, seq_len)
+        # What a token sees on average.
+        seen = window - window**2 / (2 * seq_len)
+        return operations_of_matrices(self) + 12 * self.num_heads * self.head_dim * seen
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self.head_dim))
