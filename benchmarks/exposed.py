@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 import longspan
+from longspan.attention.linear import LinearMemory
 from longspan.exchange import record_traffic, resolve_topology, start_exchange
 from longspan.exchange.auto.calibration import measured_cluster
 from longspan.ops.variants import VARIANTS
@@ -75,6 +76,7 @@ class Layer:
             k, v, g = self.written()
             memory = longspan.write(OPERATOR, k, v, g=g, layout=layout, exchange=exchange)
         if blocking:
+            assert isinstance(memory, LinearMemory)
             memory.incoming()
         with record_function("between"):
             q, gate = self.asked(self.x)

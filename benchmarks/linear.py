@@ -218,7 +218,7 @@ def _schedule_times(operator: str, dtype: torch.dtype, seq_len: int, pairs: int)
         key: split.shard(x.detach()).requires_grad_(x.requires_grad) if x.dim() > 2 else x
         for key, x in make_tensors(seq_len, 64, dtype, operator).items()
     }
-    gates = {gate.name: local[gate.name] for gate in VARIANTS[operator].gates}
+    gates: dict[str, Any] = {gate.name: local[gate.name] for gate in VARIANTS[operator].gates}
     leaves = [local["q"], local["k"], local["v"], *(x for x in gates.values() if x.requires_grad)]
 
     def run(overlapped: bool) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -43,8 +44,9 @@ def run(
 ) -> dict[str, Tensor]:
     """The output and every gradient."""
     leaves = {name: x.clone().requires_grad_() for name, x in values.items() if name != "grad"}
-    gates = {name: x for name, x in leaves.items() if name not in ("q", "k", "v")}
-    memory = longspan.write(operator, leaves["k"], leaves["v"], **gates, layout=layout, exchange=exchange)
+    options: dict[str, Any] = {name: x for name, x in leaves.items() if name not in ("q", "k", "v")}
+    options["exchange"] = exchange
+    memory = longspan.write(operator, leaves["k"], leaves["v"], **options, layout=layout)
     o = memory.read(leaves["q"])
     o.backward(values["grad"])
     return {"o": o.detach()} | {f"∂{name}": x.grad for name, x in leaves.items() if x.grad is not None}

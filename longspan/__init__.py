@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from longspan.attention.convolution import causal_conv1d
+from longspan.attention.memory import Memory, StateMemory
 from longspan.attention.shift import token_shift
 from longspan.errors import CheckpointError, ConfigError, DataError, InputError, LayoutError, LongspanError
 from longspan.exchange import Exchange, record_traffic
@@ -37,7 +38,9 @@ __all__ = [
     "InputError",
     "LayoutError",
     "LongspanError",
+    "Memory",
     "SequenceLayout",
+    "StateMemory",
     "causal_conv1d",
     "delta_rule",
     "gated_delta_rule",

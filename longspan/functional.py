@@ -7,6 +7,7 @@ H_k), K key size, V value size.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal, overload
 
 from torch import Tensor
 
@@ -31,6 +32,57 @@ __all__ = [
     "write",
     "write_normalized",
 ]
+
+
+@overload
+def linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = ...,
+    causal: bool = ...,
+    initial_state: Tensor | None = ...,
+    output_final_state: Literal[False] = ...,
+    layout: SequenceLayout | None = ...,
+    exchange: str | Exchange = ...,
+    backend: str | None = ...,
+    chunk_size: int | None = ...,
+) -> Tensor: ...
+
+
+@overload
+def linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = ...,
+    causal: bool = ...,
+    initial_state: Tensor | None = ...,
+    output_final_state: Literal[True],
+    layout: SequenceLayout | None = ...,
+    exchange: str | Exchange = ...,
+    backend: str | None = ...,
+    chunk_size: int | None = ...,
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = ...,
+    causal: bool = ...,
+    initial_state: Tensor | None = ...,
+    output_final_state: bool,
+    layout: SequenceLayout | None = ...,
+    exchange: str | Exchange = ...,
+    backend: str | None = ...,
+    chunk_size: int | None = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
 def linear_attention(
@@ -94,6 +146,60 @@ def linear_attention(
     )
 
 
+@overload
+def retention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | Sequence[float],
+    *,
+    scale: float | None = ...,
+    causal: bool = ...,
+    initial_state: Tensor | None = ...,
+    output_final_state: Literal[False] = ...,
+    layout: SequenceLayout | None = ...,
+    exchange: str | Exchange = ...,
+    backend: str | None = ...,
+    chunk_size: int | None = ...,
+) -> Tensor: ...
+
+
+@overload
+def retention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | Sequence[float],
+    *,
+    scale: float | None = ...,
+    causal: bool = ...,
+    initial_state: Tensor | None = ...,
+    output_final_state: Literal[True],
+    layout: SequenceLayout | None = ...,
+    exchange: str | Exchange = ...,
+    backend: str | None = ...,
+    chunk_size: int | None = ...,
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def retention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | Sequence[float],
+    *,
+    scale: float | None = ...,
+    causal: bool = ...,
+    initial_state: Tensor | None = ...,
+    output_final_state: bool,
+    layout: SequenceLayout | None = ...,
+    exchange: str | Exchange = ...,
+    backend: str | None = ...,
+    chunk_size: int | None = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...
+
+
 def retention(
     q: Tensor,
     k: Tensor,
@@ -139,6 +245,57 @@ def retention(
         backend=backend,
         chunk_size=chunk_size,
     )
+
+
+@overload
+def simple_gla(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    *,
+    scale: float | None = ...,
+    initial_state: Tensor | None = ...,
+    output_final_state: Literal[False] = ...,
+    layout: SequenceLayout | None = ...,
+    exchange: str | Exchange = ...,
+    backend: str | None = ...,
+    chunk_size: int | None = ...,
+) -> Tensor: ...
+
+
+@overload
+def simple_gla(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    *,
+    scale: float | None = ...,
+    initial_state: Tensor | None = ...,
+    output_final_state: Literal[True],
+    layout: SequenceLayout | None = ...,
+    exchange: str | Exchange = ...,
+    backend: str | None = ...,
+    chunk_size: int | None = ...,
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def simple_gla(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    *,
+    scale: float | None = ...,
+    initial_state: Tensor | None = ...,
+    output_final_state: bool,
+    layout: SequenceLayout | None = ...,
+    exchange: str | Exchange = ...,
+    backend: str | None = ...,
+    chunk_size: int | None = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
 def simple_gla(
@@ -187,6 +344,57 @@ def simple_gla(
     )
 
 
+@overload
+def gla(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    *,
+    scale: float | None = ...,
+    initial_state: Tensor | None = ...,
+    output_final_state: Literal[False] = ...,
+    layout: SequenceLayout | None = ...,
+    exchange: str | Exchange = ...,
+    backend: str | None = ...,
+    chunk_size: int | None = ...,
+) -> Tensor: ...
+
+
+@overload
+def gla(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    *,
+    scale: float | None = ...,
+    initial_state: Tensor | None = ...,
+    output_final_state: Literal[True],
+    layout: SequenceLayout | None = ...,
+    exchange: str | Exchange = ...,
+    backend: str | None = ...,
+    chunk_size: int | None = ...,
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def gla(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    *,
+    scale: float | None = ...,
+    initial_state: Tensor | None = ...,
+    output_final_state: bool,
+    layout: SequenceLayout | None = ...,
+    exchange: str | Exchange = ...,
+    backend: str | None = ...,
+    chunk_size: int | None = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...
+
+
 def gla(
     q: Tensor,
     k: Tensor,
@@ -229,6 +437,57 @@ def gla(
         backend=backend,
         chunk_size=chunk_size,
     )
+
+
+@overload
+def delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    *,
+    scale: float | None = ...,
+    initial_state: Tensor | None = ...,
+    output_final_state: Literal[False] = ...,
+    layout: SequenceLayout | None = ...,
+    exchange: str | Exchange = ...,
+    backend: str | None = ...,
+    chunk_size: int | None = ...,
+) -> Tensor: ...
+
+
+@overload
+def delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    *,
+    scale: float | None = ...,
+    initial_state: Tensor | None = ...,
+    output_final_state: Literal[True],
+    layout: SequenceLayout | None = ...,
+    exchange: str | Exchange = ...,
+    backend: str | None = ...,
+    chunk_size: int | None = ...,
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    *,
+    scale: float | None = ...,
+    initial_state: Tensor | None = ...,
+    output_final_state: bool,
+    layout: SequenceLayout | None = ...,
+    exchange: str | Exchange = ...,
+    backend: str | None = ...,
+    chunk_size: int | None = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
 def delta_rule(
@@ -277,6 +536,60 @@ def delta_rule(
         backend=backend,
         chunk_size=chunk_size,
     )
+
+
+@overload
+def gated_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    *,
+    scale: float | None = ...,
+    initial_state: Tensor | None = ...,
+    output_final_state: Literal[False] = ...,
+    layout: SequenceLayout | None = ...,
+    exchange: str | Exchange = ...,
+    backend: str | None = ...,
+    chunk_size: int | None = ...,
+) -> Tensor: ...
+
+
+@overload
+def gated_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    *,
+    scale: float | None = ...,
+    initial_state: Tensor | None = ...,
+    output_final_state: Literal[True],
+    layout: SequenceLayout | None = ...,
+    exchange: str | Exchange = ...,
+    backend: str | None = ...,
+    chunk_size: int | None = ...,
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def gated_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    *,
+    scale: float | None = ...,
+    initial_state: Tensor | None = ...,
+    output_final_state: bool,
+    layout: SequenceLayout | None = ...,
+    exchange: str | Exchange = ...,
+    backend: str | None = ...,
+    chunk_size: int | None = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
 def gated_delta_rule(
@@ -328,6 +641,60 @@ def gated_delta_rule(
         backend=backend,
         chunk_size=chunk_size,
     )
+
+
+@overload
+def kda(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    *,
+    scale: float | None = ...,
+    initial_state: Tensor | None = ...,
+    output_final_state: Literal[False] = ...,
+    layout: SequenceLayout | None = ...,
+    exchange: str | Exchange = ...,
+    backend: str | None = ...,
+    chunk_size: int | None = ...,
+) -> Tensor: ...
+
+
+@overload
+def kda(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    *,
+    scale: float | None = ...,
+    initial_state: Tensor | None = ...,
+    output_final_state: Literal[True],
+    layout: SequenceLayout | None = ...,
+    exchange: str | Exchange = ...,
+    backend: str | None = ...,
+    chunk_size: int | None = ...,
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def kda(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    *,
+    scale: float | None = ...,
+    initial_state: Tensor | None = ...,
+    output_final_state: bool,
+    layout: SequenceLayout | None = ...,
+    exchange: str | Exchange = ...,
+    backend: str | None = ...,
+    chunk_size: int | None = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
 def kda(

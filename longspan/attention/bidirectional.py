@@ -8,9 +8,10 @@ the causal form on the layout, and on the mirrored layout for the tokens after; 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -35,9 +36,32 @@ from longspan.ops.variants import VARIANTS
 from longspan.tracing import breaks_graphs, has_no_values, outside_graphs, unseen_by_checkpointing
 
 
+class MemoryOfBothSides(StepMemory, ABC):
+    """What every token reads whole: there is no state before or after it."""
+
+    _name: ClassVar[str]
+
+    @abstractmethod
+    def read(self, q: Tensor, scale: float | None = None) -> Tensor:
+        """What the tokens read, o ``[B, T, H, V]`` for q ``[B, T, H_k, K]``."""
+
+    def read_overlapped(self, q: Tensor, scale: float | None = None) -> Tensor:
+        """`read`: nothing is computed before the exchange has ended."""
+        return self.read(q, scale)
+
+    def final_state(self) -> Tensor:
+        """Raises InputError."""
+        raise InputError(
+            f"{self._name}: with causal=False there is no state before or after the sequence; final_state() was called. Leave the "
+            "call out, or write with causal=True"
+        )
+
+
 @dataclass
-class SummedMemory(StepMemory):
+class SummedMemory(MemoryOfBothSides):
     """What all tokens wrote, without decay: one state per document."""
+
+    _name = "linear_attention"
 
     _k: Tensor
     _states: Tensor
@@ -72,8 +96,10 @@ _read_summed_outside_graphs = outside_graphs(SummedMemory._read)
 
 
 @dataclass
-class TwoSidedMemory(StepMemory):
+class TwoSidedMemory(MemoryOfBothSides):
     """What tokens wrote for those after them, and, mirrored, for those before them."""
+
+    _name = "retention"
 
     _k: Tensor
     _v: Tensor

@@ -6,23 +6,77 @@ H_k), K key size, V value size.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, overload
 
 from torch import Tensor
 
 from longspan.attention import linear
 from longspan.attention.bidirectional import write_bidirectional
 from longspan.attention.linear import check_query
+from longspan.attention.memory import Memory, StateMemory
 from longspan.checks import check_choice, check_flag, check_tensor
 from longspan.errors import InputError
+from longspan.exchange import Exchange
 from longspan.layout import SequenceLayout
 from longspan.layout.sequence_layout import stops_graphs
 from longspan.ops.variants import VARIANTS
 from longspan.tracing import outside_graphs
 
+if TYPE_CHECKING:
+    from longspan.attention.softmax import SoftmaxMethod
+
 _LINEAR_OPTIONS = ("causal", "initial_state", "output_final_state", "exchange", "backend", "chunk_size")
 _SOFTMAX_OPTIONS = ("causal", "window", "initial_state", "output_final_state", "method", "num_heads")
 _GATE_NAMES = sorted({gate.name for variant in VARIANTS.values() for gate in variant.gates})
+
+
+class LinearOptions(TypedDict, total=False):
+    """What `write` takes for linear attention beside k, v and the layout: gates, and options as in the one-call operators."""
+
+    g: Tensor
+    beta: Tensor
+    log_decay: Tensor | Sequence[float]
+    causal: bool
+    initial_state: Tensor | None
+    output_final_state: bool
+    exchange: str | Exchange
+    backend: str | None
+    chunk_size: int | None
+
+
+class SoftmaxOptions(TypedDict, total=False):
+    """What `write` takes for softmax attention beside k, v and the layout: options as in `softmax_attention`."""
+
+    causal: bool
+    window: int | None
+    initial_state: tuple[Tensor, Tensor] | None
+    output_final_state: bool
+    method: SoftmaxMethod
+    num_heads: int | None
+
+
+# A string that is not known to be "softmax" names linear attention.
+@overload
+def write(  # type: ignore[overload-overlap]
+    operator: Literal["softmax"],
+    k: Tensor,
+    v: Tensor,
+    *,
+    layout: SequenceLayout | None = ...,
+    **options: Unpack[SoftmaxOptions],
+) -> Memory[tuple[Tensor, Tensor]]: ...
+
+
+@overload
+def write(
+    operator: str,
+    k: Tensor,
+    v: Tensor,
+    *,
+    layout: SequenceLayout | None = ...,
+    **options: Unpack[LinearOptions],
+) -> StateMemory: ...
 
 
 def write(
@@ -32,7 +86,7 @@ def write(
     *,
     layout: SequenceLayout | None = None,
     **options: Any,
-) -> Any:
+) -> StateMemory | Memory[tuple[Tensor, Tensor]]:
     """Write what later tokens need and start its exchange, without waiting; read it with ``.read(q)`` when the queries are there.
 
     Args:
@@ -46,8 +100,8 @@ def write(
             `causal`, `window`, `initial_state`, `output_final_state`, `method`, `num_heads`.
 
     Returns:
-        An object with ``.read(q, scale=None) -> o [B, T, H, V]``; also with ``.final_state()``, if it was written with
-        ``output_final_state=True``.
+        A `longspan.Memory`: ``.read(q, scale=None) -> o [B, T, H, V]``, and ``.final_state()`` if it was written with
+        ``output_final_state=True``; for linear attention also ``.read_overlapped(q, scale=None)``.
 
     Everything computed between `write` and `read` that needs no other rank hides the exchange, forward and backward:
 
@@ -88,7 +142,7 @@ def _write_bidirectional(
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     **options: Any,
-) -> Any:
+) -> StateMemory:
     if initial_state is not None or output_final_state:
         raise InputError(
             f"{operator}: with causal=False there is no state before or after the sequence; got "
@@ -129,8 +183,8 @@ def _write_and_read(
     output_final_state: bool,
     options: dict[str, Any],
 ) -> Tensor | tuple[Tensor, Tensor]:
-    memory = write(operator, k, v, **gates, output_final_state=output_final_state, **options)
-    o: Tensor = memory.read(q, scale)
+    memory: StateMemory = write(operator, k, v, **gates, output_final_state=output_final_state, **options)
+    o = memory.read(q, scale)
     return (o, memory.final_state()) if output_final_state else o
 
 

@@ -19,6 +19,7 @@ The passes themselves stand in longspan/ops/convolution.py.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, overload
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +47,48 @@ from longspan.ops.convolution import (
 from longspan.tracing import has_no_values, outside_graphs, unseen_by_checkpointing
 
 ACTIVATIONS = ("silu", "swish")
+
+
+@overload
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = ...,
+    activation: str | None = ...,
+    layout: SequenceLayout | None = ...,
+    *,
+    initial_state: Tensor | None = ...,
+    output_final_state: Literal[False] = ...,
+    backend: str | None = ...,
+) -> Tensor: ...
+
+
+@overload
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = ...,
+    activation: str | None = ...,
+    layout: SequenceLayout | None = ...,
+    *,
+    initial_state: Tensor | None = ...,
+    output_final_state: Literal[True],
+    backend: str | None = ...,
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = ...,
+    activation: str | None = ...,
+    layout: SequenceLayout | None = ...,
+    *,
+    initial_state: Tensor | None = ...,
+    output_final_state: bool,
+    backend: str | None = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
 def causal_conv1d(

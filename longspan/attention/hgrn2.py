@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 from torch import Tensor
 
 from longspan.attention.by_name import apply_operator
@@ -9,6 +11,54 @@ from longspan.checks import check_same_device, check_tensors
 from longspan.exchange import Exchange
 from longspan.features import hgrn2_log_decay
 from longspan.layout import SequenceLayout
+
+
+@overload
+def hgrn2(
+    q: Tensor,
+    f: Tensor,
+    i: Tensor,
+    *,
+    lower_bound: Tensor | float = ...,
+    initial_state: Tensor | None = ...,
+    output_final_state: Literal[False] = ...,
+    layout: SequenceLayout | None = ...,
+    exchange: str | Exchange = ...,
+    backend: str | None = ...,
+    chunk_size: int | None = ...,
+) -> Tensor: ...
+
+
+@overload
+def hgrn2(
+    q: Tensor,
+    f: Tensor,
+    i: Tensor,
+    *,
+    lower_bound: Tensor | float = ...,
+    initial_state: Tensor | None = ...,
+    output_final_state: Literal[True],
+    layout: SequenceLayout | None = ...,
+    exchange: str | Exchange = ...,
+    backend: str | None = ...,
+    chunk_size: int | None = ...,
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def hgrn2(
+    q: Tensor,
+    f: Tensor,
+    i: Tensor,
+    *,
+    lower_bound: Tensor | float = ...,
+    initial_state: Tensor | None = ...,
+    output_final_state: bool,
+    layout: SequenceLayout | None = ...,
+    exchange: str | Exchange = ...,
+    backend: str | None = ...,
+    chunk_size: int | None = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
 def hgrn2(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -12,6 +14,72 @@ from longspan.errors import InputError
 from longspan.exchange import Exchange
 from longspan.layout import SequenceLayout
 from longspan.tracing import has_no_values
+
+
+@overload
+def mamba2(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    D: Tensor | None = ...,
+    z: Tensor | None = ...,
+    dt_bias: Tensor | None = ...,
+    dt_softplus: bool = ...,
+    n_groups: int | None = ...,
+    initial_state: Tensor | None = ...,
+    output_final_state: Literal[False] = ...,
+    layout: SequenceLayout | None = ...,
+    exchange: str | Exchange = ...,
+    backend: str | None = ...,
+    chunk_size: int | None = ...,
+) -> Tensor: ...
+
+
+@overload
+def mamba2(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    D: Tensor | None = ...,
+    z: Tensor | None = ...,
+    dt_bias: Tensor | None = ...,
+    dt_softplus: bool = ...,
+    n_groups: int | None = ...,
+    initial_state: Tensor | None = ...,
+    output_final_state: Literal[True],
+    layout: SequenceLayout | None = ...,
+    exchange: str | Exchange = ...,
+    backend: str | None = ...,
+    chunk_size: int | None = ...,
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def mamba2(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    D: Tensor | None = ...,
+    z: Tensor | None = ...,
+    dt_bias: Tensor | None = ...,
+    dt_softplus: bool = ...,
+    n_groups: int | None = ...,
+    initial_state: Tensor | None = ...,
+    output_final_state: bool,
+    layout: SequenceLayout | None = ...,
+    exchange: str | Exchange = ...,
+    backend: str | None = ...,
+    chunk_size: int | None = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
 def mamba2(

@@ -2,9 +2,44 @@
 
 from __future__ import annotations
 
-from typing import NoReturn, SupportsIndex
+from typing import NoReturn, Protocol, SupportsIndex, TypeVar
+
+from torch import Tensor
 
 from longspan.errors import InputError
+
+State = TypeVar("State", covariant=True)
+
+
+class Memory(Protocol[State]):
+    """What `longspan.write` returns: read it with queries, once or several times.
+
+    State is a tensor ``[B, H, K, V]`` for linear attention, and a pair of tensors ``[B, L, H_kv, D]`` for softmax attention.
+    """
+
+    def read(self, q: Tensor, scale: float | None = None) -> Tensor:
+        """What the tokens read: o ``[B, T, H, V]`` for q ``[B, T, H_k, K]``; the first read waits for the exchange.
+
+        Raises:
+            InputError: for a q or a scale that does not fit, or where what was written has been changed in place since.
+        """
+        ...
+
+    def final_state(self) -> State:
+        """The state after the last token (of each document), on every rank.
+
+        Raises:
+            InputError: where the memory was written without ``output_final_state=True``.
+        """
+        ...
+
+
+class StateMemory(Memory[Tensor], Protocol):
+    """A memory of linear attention."""
+
+    def read_overlapped(self, q: Tensor, scale: float | None = None) -> Tensor:
+        """`read`, in LASP-2's own schedule: what tokens read inside their chunks is computed before the exchange is waited for."""
+        ...
 
 
 class StepMemory:

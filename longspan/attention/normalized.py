@@ -5,17 +5,21 @@ Shapes: B batch rows, T tokens (this rank's tokens where a layout is given), H h
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Literal, TypedDict, Unpack, overload
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from longspan.attention.by_name import write
 from longspan.attention.linear import check_query
+from longspan.attention.memory import StateMemory
 from longspan.checks import check_not_empty, check_number, check_tensors
 from longspan.dtypes import at_least_float32
 from longspan.errors import InputError
+from longspan.exchange import Exchange
+from longspan.layout import SequenceLayout
 from longspan.ops.variants import VARIANTS
 from longspan.state import Dense
 
@@ -24,7 +28,7 @@ from longspan.state import Dense
 class NormalizedMemory:
     """What `write_normalized` has written: read it with queries, once or several times."""
 
-    _memory: Any
+    _memory: StateMemory
     _eps: float
 
     def read(self, q: Tensor) -> Tensor:
@@ -37,19 +41,37 @@ class NormalizedMemory:
 
     def final_state(self) -> Tensor:
         """The state after the last token (of each document), ``[B, H, K, V + 1]``: S, and in the last column z."""
-        state: Tensor = self._memory.final_state()
-        return state
+        return self._memory.final_state()
+
+
+class DecayOptions(TypedDict, total=False):
+    """What an operator takes whose transition is a decay: its gates, and options as in `longspan.write`."""
+
+    g: Tensor
+    log_decay: Tensor | Sequence[float]
+    layout: SequenceLayout | None
+    causal: bool
+    initial_state: Tensor | None
+    exchange: str | Exchange
+    backend: str | None
+    chunk_size: int | None
 
 
 def write_normalized(
-    k: Tensor, v: Tensor, *, operator: str = "linear_attention", eps: float = 1e-6, **options: Any
+    k: Tensor,
+    v: Tensor,
+    *,
+    operator: str = "linear_attention",
+    eps: float = 1e-6,
+    output_final_state: bool = False,
+    **options: Unpack[DecayOptions],
 ) -> NormalizedMemory:
     """The first phase of `normalized_linear_attention`: write, and start the exchange without waiting for it.
 
     Args:
         k: φ(k) ``[B, T, H_k, K]``.
         v: ``[B, T, H, V]``.
-        operator, eps, options: as in `normalized_linear_attention`.
+        operator, eps, output_final_state, options: as in `normalized_linear_attention`.
 
     Returns:
         An object with ``.read(q) -> o [B, T, H, V]``, and ``.final_state()`` where written with ``output_final_state=True``.
@@ -69,11 +91,57 @@ def write_normalized(
         )
     # The denominator q·z is what a value of 1 would read: one column more, and z travels with S in the same exchange.
     with_ones = F.pad(v, (0, 1), value=1.0)
-    return NormalizedMemory(write(operator, k, with_ones, **options), eps)
+    return NormalizedMemory(write(operator, k, with_ones, output_final_state=output_final_state, **options), eps)
+
+
+@overload
+def normalized_linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    operator: str = ...,
+    eps: float = ...,
+    output_final_state: Literal[False] = ...,
+    **options: Unpack[DecayOptions],
+) -> Tensor: ...
+
+
+@overload
+def normalized_linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    operator: str = ...,
+    eps: float = ...,
+    output_final_state: Literal[True],
+    **options: Unpack[DecayOptions],
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def normalized_linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    operator: str = ...,
+    eps: float = ...,
+    output_final_state: bool,
+    **options: Unpack[DecayOptions],
+) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
 def normalized_linear_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, operator: str = "linear_attention", eps: float = 1e-6, **options: Any
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    operator: str = "linear_attention",
+    eps: float = 1e-6,
+    output_final_state: bool = False,
+    **options: Unpack[DecayOptions],
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Linear attention whose weights add up to 1: ``o_t = S_tᵀ q_t / (z_t·q_t + eps)`` (arXiv 2006.16236, without its feature map).
 
@@ -85,8 +153,9 @@ def normalized_linear_attention(
         v: ``[B, T, H, V]``, the same dtype.
         operator: ``"linear_attention"``, or another whose transition is a decay, with its gates in `options`.
         eps: added to every denominator.
-        options: gates by name (`g`, `log_decay`) and `layout`, `causal`, `initial_state`, `output_final_state`, `exchange`,
-            `backend`, `chunk_size`, as in `longspan.write`. States are ``[B, H, K, V + 1]``: S, and in the last column z.
+        output_final_state: also return the state after the last token (of each document), on every rank.
+        options: gates by name (`g`, `log_decay`) and `layout`, `causal`, `initial_state`, `exchange`, `backend`, `chunk_size`, as
+            in `longspan.write`. States are ``[B, H, K, V + 1]``: S, and in the last column z.
 
     Returns:
         o ``[B, T, H, V]`` in the dtype of q; with ``output_final_state=True``, the pair (o, final_state).
@@ -101,6 +170,6 @@ def normalized_linear_attention(
     """
     check_tensors("normalized_linear_attention", k=k)
     check_query("normalized_linear_attention", q, k, None)
-    memory = write_normalized(k, v, operator=operator, eps=eps, **options)
+    memory = write_normalized(k, v, operator=operator, eps=eps, output_final_state=output_final_state, **options)
     o = memory.read(q)
-    return (o, memory.final_state()) if options.get("output_final_state") else o
+    return (o, memory.final_state()) if output_final_state else o

@@ -67,7 +67,7 @@ def linear_call(name: str, exchange: str, chunk_size: int | None) -> Call:
             for key, x in inputs.items()
             if not key.startswith("grad")
         }
-        gates = {gate.name: leaves[gate.name] for gate in VARIANTS[name].gates if gate.name in leaves}
+        gates: Any = {gate.name: leaves[gate.name] for gate in VARIANTS[name].gates if gate.name in leaves}
         if name == "retention":
             gates["log_decay"] = torch.tensor([-0.1, -0.7], dtype=torch.float64)
         memory = longspan.write(
@@ -168,7 +168,7 @@ def changed_by_others(kind: str, order: Any, option: Any) -> list[str]:
                 )
             }
         elif kind == "both directions":
-            gates = {"log_decay": torch.tensor([-0.1, -0.7], dtype=torch.float64)} if option == "retention" else {}
+            gates: Any = {"log_decay": torch.tensor([-0.1, -0.7], dtype=torch.float64)} if option == "retention" else {}
             memory = longspan.write(
                 option, leaves["k"], leaves["v"], **gates, causal=False, layout=layout, exchange="all_gather"
             )

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import longspan
+from longspan.attention.softmax import SOFTMAX_METHODS, SoftmaxMethod
 from longspan.layout import SequenceLayout
 from longspan.ops.variants import VARIANTS
 from tests.attention.test_conformance import documents_of, packings_of
@@ -188,12 +189,13 @@ def error_of_layer(kind: str, order: Any, part: str) -> float:
         if kind == "convolution":
             return list(longspan.causal_conv1d(given["x"], given["weight"], layout=layout, output_final_state=True))
         if kind in ("linear_attention", "retention"):
-            gates = {"log_decay": torch.full((6,), -0.1, dtype=torch.float64)} if kind == "retention" else {}
-            memory = longspan.write(
+            gates: Any = {"log_decay": torch.full((6,), -0.1, dtype=torch.float64)} if kind == "retention" else {}
+            memory: longspan.Memory[Any] = longspan.write(
                 kind, given["k"], given["v"], **gates, causal=False, layout=layout, exchange="all_gather"
             )
         else:
-            memory = longspan.write("softmax", given["k"], given["v"], layout=layout, method=kind, num_heads=6)
+            methods: dict[str, SoftmaxMethod] = {name: name for name in SOFTMAX_METHODS}
+            memory = longspan.write("softmax", given["k"], given["v"], layout=layout, method=methods[kind], num_heads=6)
         return [memory.read(given["q"]), memory.read(given["q"])]
 
     def loss(outputs: list[Tensor], layout: SequenceLayout, taken: str) -> Tensor:

@@ -108,7 +108,7 @@ def traffic_of_layer(seq_len: int, order: Any, operator: str) -> dict[str, Any]:
     originals = {name: getattr(dist, name) for name in names if hasattr(dist, name)}
     layout = SequenceLayout(seq_len, order=order)
     q, k, v = (torch.randn(1, layout.num_local_tokens, 2, size, requires_grad=True) for size in (4, 4, 6))
-    gates = {"g": -torch.rand(1, layout.num_local_tokens, 2)} if operator == "simple_gla" else {}
+    gates: Any = {"g": -torch.rand(1, layout.num_local_tokens, 2)} if operator == "simple_gla" else {}
     try:
         for name, original in originals.items():
             setattr(dist, name, spy(name, original))

@@ -345,7 +345,7 @@ def test_a_constant_comes_as_numbers_or_as_a_tensor() -> None:
         ]
         assert torch.equal(*(memory.read(q) for memory in memories))
     with pytest.raises(InputError, match="log_decay must be numbers"):
-        longspan.write("retention", k, v, log_decay=["fast", "slow"])
+        longspan.write("retention", k, v, log_decay=["fast", "slow"])  # type: ignore[list-item]
 
 
 # ------------------------------------------------------------------------------------------------------------------- the chain

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise, product
+from typing import Any
 
 import pytest
 import torch
@@ -32,7 +33,7 @@ def inputs_of(name: str, seq_len: int, dtype: torch.dtype, decay: float, seed: i
 
 
 def call(name: str, inputs: dict[str, Tensor], backend: str, documents: list[int] | None = None) -> Tensor:
-    gates = {gate.name: inputs[gate.name] for gate in VARIANTS[name].gates}
+    gates: dict[str, Any] = {gate.name: inputs[gate.name] for gate in VARIANTS[name].gates}
     layout = None if documents is None else longspan.SequenceLayout.local(inputs["v"].shape[1], documents)
     initial = inputs["initial_state"]
     if documents is not None:
