@@ -113,7 +113,7 @@ def _train(arguments: list[str]) -> int:
 def _bench_exchange(arguments: list[str]) -> int:
     from longspan.commands.bench_options import BenchExchange
 
-    options = _parse(BenchExchange, "longspan bench exchange", _BENCH_HELP, arguments[2:])
+    options = _parse_options(BenchExchange, "longspan bench exchange", _BENCH_HELP, arguments[2:])
     place = None
     try:
         place = place_of_this_process()
@@ -135,7 +135,7 @@ def _plan_exchange(arguments: list[str]) -> int:
     from longspan.commands.plan_exchange import PlanExchange
     from longspan.ops.variants import VARIANTS
 
-    options = _parse(PlanExchange, "longspan plan exchange", _PLAN_HELP, arguments[2:])
+    options = _parse_options(PlanExchange, "longspan plan exchange", _PLAN_HELP, arguments[2:])
     try:
         if options.operator not in VARIANTS:
             raise ConfigError(f"operator must be one of {', '.join(VARIANTS)}; got {options.operator!r}")
@@ -145,7 +145,7 @@ def _plan_exchange(arguments: list[str]) -> int:
     return EXIT_DONE
 
 
-def _parse(options: type[Options], command: str, description: str, arguments: list[str]) -> Options:
+def _parse_options(options: type[Options], command: str, description: str, arguments: list[str]) -> Options:
     """The options that the arguments of a command ask for; ends the process where they ask for help, or do not fit."""
     import tyro
 

@@ -133,7 +133,7 @@ def write_bidirectional(
             f"{operator!r}. Read it causally, once on the tokens and once on x.flip(1) with layout.mirrored"
         )
     if stops_graphs(layout):
-        return _write_outside_graphs(
+        return _write_both_ways_outside_graphs(
             operator, k, v, given, layout=layout, exchange=exchange, backend=backend, chunk_size=chunk_size
         )
     gates = tensors_of(VARIANTS[operator], given)
@@ -142,14 +142,14 @@ def write_bidirectional(
     # A compiler traces kernels as they are: they have operators of their own.
     if has_no_values(k) and (backend == "torch" or not torch.compiler.is_compiling()):
         return write_opaque(VARIANTS[operator], k, v, gates, None, False, layout, backend, chunk_size, causal=False)
-    return _write(operator, k, v, gates, layout, exchange, backend, chunk_size)
+    return _write_both_ways(operator, k, v, gates, layout, exchange, backend, chunk_size)
 
 
-_write_outside_graphs = outside_graphs(write_bidirectional)
+_write_both_ways_outside_graphs = outside_graphs(write_bidirectional)
 
 
 @unseen_by_checkpointing
-def _write(
+def _write_both_ways(
     operator: str,
     k: Tensor,
     v: Tensor,

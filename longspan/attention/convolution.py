@@ -148,14 +148,14 @@ def causal_conv1d(
         bounds = bounds_of(layout, x)
         y, final_state = CONVOLUTION(x, weight, bias, initial_state, bounds, activation, output_final_state)
         return (y, final_state) if output_final_state else y
-    return _computed(x, weight, bias, activation, layout, initial_state, output_final_state, backend)
+    return _convolve_over_ranks(x, weight, bias, activation, layout, initial_state, output_final_state, backend)
 
 
 _convolve_outside_graphs = outside_graphs(causal_conv1d)
 
 
 @unseen_by_checkpointing
-def _computed(
+def _convolve_over_ranks(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,

@@ -73,11 +73,11 @@ class LinearMemory(StepMemory):
 
         The first read waits for the exchange.
         """
-        return (_read_outside_graphs if self._breaks_graphs() else LinearMemory._read)(self, q, scale, False)
+        return (_read_linear_outside_graphs if self._breaks_graphs() else LinearMemory._read)(self, q, scale, False)
 
     def read_overlapped(self, q: Tensor, scale: float | None = None) -> Tensor:
         """`read`, in LASP-2's own schedule: what tokens read inside their chunks is computed before the exchange is waited for."""
-        return (_read_outside_graphs if self._breaks_graphs() else LinearMemory._read)(self, q, scale, True)
+        return (_read_linear_outside_graphs if self._breaks_graphs() else LinearMemory._read)(self, q, scale, True)
 
     def _breaks_graphs(self) -> bool:
         """Whether a compiler traces this call, and not the one that wrote this memory."""
@@ -114,7 +114,7 @@ class LinearMemory(StepMemory):
         ranks the first read takes part in its collective already: ranks may let o, the final state or both enter their losses.
         """
         if self._breaks_graphs():
-            return _final_state_outside_graphs(self)
+            return _final_linear_state_outside_graphs(self)
         if not self._ends.with_final_states:
             raise InputError(
                 f"{self._name}: final_state() needs a memory that keeps it; this one was written with output_final_state=False. "
@@ -139,8 +139,8 @@ class LinearMemory(StepMemory):
         return states.squeeze(1) if layout.is_packed else states.squeeze(0)
 
 
-_read_outside_graphs = outside_graphs(LinearMemory._read)
-_final_state_outside_graphs = outside_graphs(LinearMemory.final_state)
+_read_linear_outside_graphs = outside_graphs(LinearMemory._read)
+_final_linear_state_outside_graphs = outside_graphs(LinearMemory.final_state)
 
 
 class _After(torch.autograd.Function):
@@ -291,7 +291,7 @@ def write_linear(
     diverging model makes on some ranks, is then one in the outputs, where every rank comes to know of it.
     """
     if stops_graphs(layout):
-        return _write_outside_graphs(
+        return _write_linear_outside_graphs(
             operator, k, v, given, initial_state=initial_state, output_final_state=output_final_state, layout=layout,
             exchange=exchange, backend=backend, chunk_size=chunk_size, has_safe_gates=has_safe_gates,
         )  # fmt: skip
@@ -305,14 +305,14 @@ def write_linear(
         return write_opaque(
             variant, k, v, gates, initial_state, output_final_state, layout, backend, chunk_size, has_safe_gates
         )
-    return _write(variant, topology, k, v, gates, initial_state, output_final_state, layout, backend, chunk_size)
+    return _write_linear(variant, topology, k, v, gates, initial_state, output_final_state, layout, backend, chunk_size)
 
 
-_write_outside_graphs = outside_graphs(write_linear)
+_write_linear_outside_graphs = outside_graphs(write_linear)
 
 
 @unseen_by_checkpointing
-def _write(
+def _write_linear(
     variant: Variant,
     topology: Topology,
     k: Tensor,

@@ -140,7 +140,7 @@ def mamba2(
     check_not_empty("mamba2", "x", x)
     check_same_device("mamba2", x=x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias)
     batch, num_tokens, num_heads, head_dim = x.shape
-    B, C = (_grouped(name, value, n_groups, num_heads) for name, value in (("B", B), ("C", C)))
+    B, C = (_in_groups(name, value, n_groups, num_heads) for name, value in (("B", B), ("C", C)))
     _expect("dt", dt, (batch, num_tokens, num_heads), "[B, T, H]")
     _expect("A", A, (num_heads,), "[H]")
     if D is not None and tuple(D.shape) not in ((num_heads,), (num_heads, head_dim)):
@@ -179,7 +179,7 @@ def mamba2(
     return y if final_state is None else (y, final_state)
 
 
-def _grouped(name: str, value: Tensor, n_groups: int | None, num_heads: int) -> Tensor:
+def _in_groups(name: str, value: Tensor, n_groups: int | None, num_heads: int) -> Tensor:
     """B or C as ``[B, T, G, N]``."""
     if value.dim() == 3 and n_groups is not None and n_groups > 0 and value.shape[-1] % n_groups == 0:
         value = value.unflatten(-1, (n_groups, -1))

@@ -238,7 +238,7 @@ CONVOLUTION = OpaqueOperator(
 )
 
 
-def _shift(
+def _shift_without_values(
     x: Tensor, initial_state: Tensor | None, bounds: Tensor | None, output_final_state: bool
 ) -> tuple[Tensor, Tensor]:
     """y, and the final state (empty where it is not wanted)."""
@@ -261,6 +261,6 @@ SHIFT = OpaqueOperator(
     "longspan::shift",
     "Tensor x, Tensor? initial_state, Tensor? bounds, bool output_final_state",
     2,
-    _shift,
+    _shift_without_values,
     _shift_fake,
 )

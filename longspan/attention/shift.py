@@ -90,7 +90,7 @@ def token_shift(
     if has_no_values(x):
         y, final_state = SHIFT(x, initial_state, bounds_of(layout, x), output_final_state)
     else:
-        y, final_state = _shift(x, initial_state, layout, output_final_state)
+        y, final_state = _shift_over_ranks(x, initial_state, layout, output_final_state)
     return (y, final_state) if output_final_state else y
 
 
@@ -98,7 +98,7 @@ _shift_outside_graphs = outside_graphs(token_shift)
 
 
 @unseen_by_checkpointing
-def _shift(
+def _shift_over_ranks(
     x: Tensor, initial_state: Tensor | None, layout: SequenceLayout, output_final_state: bool
 ) -> tuple[Tensor, Tensor | None]:
     plan = _shift_plan(layout, x.device)

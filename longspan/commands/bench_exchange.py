@@ -102,7 +102,7 @@ def measure(options: BenchExchange, device: torch.device) -> Figures:
         ).resolve(case.pair, case.layout)
         for name, cost in modelled.items()
     }
-    sent = {name: _check(name, topology, case, options.bfloat16) for name, topology in topologies.items()}
+    sent = {name: _sent_if_right(name, topology, case, options.bfloat16) for name, topology in topologies.items()}
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in topologies}
     names = list(topologies)
     ranks = RankClock(case.layout, device)
@@ -159,7 +159,7 @@ def _run(topology: Topology, case: _Case) -> tuple[Tensor, Tensor]:
     return arrived.incoming, topology.start_reverse(kind, arrived.context, case.grad, case.layout).wait()
 
 
-def _check(name: str, topology: Topology, case: _Case, bfloat16: bool) -> _Sent:
+def _sent_if_right(name: str, topology: Topology, case: _Case, bfloat16: bool) -> _Sent:
     """What is sent; raises WrongResultError unless the topology is right on every rank."""
     with record_traffic() as traffic:
         results = _run(topology, case)

@@ -22,15 +22,15 @@ _TIMES = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "ns": 1e-9}
 
 def bytes_per_second(text: str) -> float:
     """A rate with its unit, bits (``"1gbit"``, ``"100mbit"``) or bytes (``"45GB"``) per second, in bytes per second."""
-    return _parse(text.lower(), _RATES, "a rate such as 1gbit, 100mbit or 45GB (each a second)")
+    return _parse_quantity(text.lower(), _RATES, "a rate such as 1gbit, 100mbit or 45GB (each a second)")
 
 
 def seconds(text: str) -> float:
     """A time with its unit (``"15us"``, ``"0.2ms"``), in seconds."""
-    return _parse(text, _TIMES, "a time such as 15us, 0.2ms or 1s")
+    return _parse_quantity(text, _TIMES, "a time such as 15us, 0.2ms or 1s")
 
 
-def _parse(text: str, units: dict[str, float], expected: str) -> float:
+def _parse_quantity(text: str, units: dict[str, float], expected: str) -> float:
     match = re.fullmatch(r"([0-9]+\.?[0-9]*|\.[0-9]+)(?:e([-+]?[0-9]+))? *([a-zµ]+)", text.strip())
     if match is None or match[3] not in units:
         raise ConfigError(f"{text!r} is not {expected}")

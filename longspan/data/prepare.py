@@ -58,7 +58,7 @@ def prepare_corpus(recipe: Recipe, folder: Path) -> float:
     """
     start = time.perf_counter()
     recipe_path = folder / "recipe.json"
-    written = json.dumps(_as_json(recipe), indent=1)
+    written = json.dumps(_recipe_as_json(recipe), indent=1)
     if _exists(recipe_path):
         _check_same_recipe(recipe, recipe_path)
         return time.perf_counter() - start
@@ -119,7 +119,7 @@ def _checksum(tokenizer: Tokenizer) -> str:
     return hashlib.sha256(tokenizer.to_json().encode()).hexdigest()
 
 
-def _as_json(recipe: Recipe) -> dict[str, Any]:
+def _recipe_as_json(recipe: Recipe) -> dict[str, Any]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(recipe).items()}
 
 
@@ -135,7 +135,7 @@ def _check_same_recipe(recipe: Recipe, path: Path) -> None:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path} cannot be read: {error}. Remove {path.parent} to prepare the data again") from error
-    expected = _as_json(recipe)
+    expected = _recipe_as_json(recipe)
     if found != expected:
         keys = [key for key in expected if not isinstance(found, dict) or found.get(key) != expected[key]]
         changes = "; ".join(

@@ -429,7 +429,7 @@ class SequenceLayout:
                 [self.seq_len if size == dim % x.dim() else -1 for size in range(x.dim())]
             )
         self.check_group("gather()")
-        return _gather(self, x, dim)
+        return _gather_tokens(self, x, dim)
 
     def check_local_length(self, length: int, what: str) -> None:
         """Raise LayoutError unless `length` is this rank's number of tokens; `what` names the caller."""
@@ -530,7 +530,7 @@ class SequenceLayout:
         everyone: list[Any] = [None] * self.num_ranks
         dist.all_gather_object(everyone, mine, group=self.group)
         rows = [
-            f"{key}: " + ", ".join(f"rank {rank} has {_short(other[key])}" for rank, other in enumerate(everyone))
+            f"{key}: " + ", ".join(f"rank {rank} has {_shortened(other[key])}" for rank, other in enumerate(everyone))
             for key in mine
             if any(other[key] != mine[key] for other in everyone)
         ]
@@ -581,7 +581,7 @@ def _length(what: str, x: Tensor, dim: int) -> int:
     return x.shape[dim]
 
 
-def _short(value: Any) -> str:
+def _shortened(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
 
@@ -630,7 +630,7 @@ def _group_of_mesh(mesh: DeviceMesh) -> Any:
         )
     ranks = mesh.mesh.flatten().tolist()
     if ranks != sorted(ranks):
-        raise LayoutError(f"a mesh of nodes x ranks must hold its ranks in rising order; got {_short(ranks)}")
+        raise LayoutError(f"a mesh of nodes x ranks must hold its ranks in rising order; got {_shortened(ranks)}")
     return dist.group.WORLD if len(ranks) == dist.get_world_size() else mesh._flatten().get_group()
 
 
@@ -677,11 +677,11 @@ def _check_documents(documents: Any, seq_len: int, num_ranks: int) -> tuple[int,
         bounds = tuple(operator.index(bound) for bound in documents)
     except TypeError:
         raise LayoutError(
-            f"documents must be global cu_seqlens, ints [0, ..., {seq_len}]; got {_short(documents)} "
+            f"documents must be global cu_seqlens, ints [0, ..., {seq_len}]; got {_shortened(documents)} "
             f"({type(documents).__name__}). Round what is not whole, and give one list for all documents"
         ) from None
     if len(bounds) < 2 or bounds[0] != 0:
-        raise LayoutError(f"documents must be global cu_seqlens [0, ..., {seq_len}]; got {_short(list(bounds))}")
+        raise LayoutError(f"documents must be global cu_seqlens [0, ..., {seq_len}]; got {_shortened(list(bounds))}")
     for number, (left, right) in enumerate(pairwise(bounds), 1):
         if right <= left:
             raise LayoutError(
@@ -706,7 +706,7 @@ def _last_at_or_before(bounds: tuple[int, ...], position: int) -> int:
 
 
 @unseen_by_checkpointing
-def _gather(layout: SequenceLayout, x: Tensor, dim: int) -> Tensor:
+def _gather_tokens(layout: SequenceLayout, x: Tensor, dim: int) -> Tensor:
     gathered: Tensor = _Gather.apply(x.movedim(dim, 0), layout)
     return gathered.movedim(0, dim)
 

@@ -112,7 +112,7 @@ def plan_blocks(
                 key_offset += stop - start
         query_offset += run[1] - run[0]
     joined = _joined(blocks)
-    return tuple(_grouped(_opened(joined, query_offset) if opening else joined))
+    return tuple(_merged_equal_blocks(_opened(joined, query_offset) if opening else joined))
 
 
 def needed_keys(queries: Sequence[Run], visibility: Visibility) -> list[Run]:
@@ -353,7 +353,7 @@ def _overlaps(run: Run, runs: list[Run]) -> bool:
     return any(a < run[1] and run[0] < b for a, b in runs[max(0, index - 1) : index + 1])
 
 
-def _grouped(blocks: list[VisibleBlock]) -> list[VisibleBlock]:
+def _merged_equal_blocks(blocks: list[VisibleBlock]) -> list[VisibleBlock]:
     """Small equal blocks at equal distances as one."""
     grouped: list[VisibleBlock] = []
     for block in blocks:

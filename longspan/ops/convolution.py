@@ -104,7 +104,7 @@ def _conv_plan(layout: SequenceLayout, width: int, with_initial: bool, x: Tensor
 
     def build() -> _ConvPlan:
         heads = kept_heads(layout, width, with_initial, x.device)
-        tiles = tuple(_tiles(layout.pieces, width, limit, heads.rows.tolist(), x.device))
+        tiles = tuple(_cut_into_tiles(layout.pieces, width, limit, heads.rows.tolist(), x.device))
         return _ConvPlan(width, heads, tiles, rows_of_batch)
 
     return layout.cached(("convolution", width, with_initial, rows_of_batch, limit, x.device), build)
@@ -155,7 +155,7 @@ class _Run:
     slot: int
 
 
-def _tiles(
+def _cut_into_tiles(
     pieces: Sequence[Piece], width: int, limit: int, head_rows: list[int], device: torch.device
 ) -> Iterator[_Tile]:
     """Cut pieces into tiles of at most `limit` slots; short pieces share a tile."""
@@ -167,7 +167,7 @@ def _tiles(
             slot = runs[-1].slot + runs[-1].stop - runs[-1].start + width if runs else 0
             # Spreading costs a copy: a tile that is half full is left as it is.
             if runs and 2 * slot >= limit:
-                yield _tile(runs, context, width, head_rows, device)
+                yield _make_tile(runs, context, width, head_rows, device)
                 runs, slot = [], 0
             if not runs:
                 context = min(width, row - piece.start)
@@ -175,13 +175,13 @@ def _tiles(
             runs.append(_Run(row, stop, slot))
             row = stop
             if row < piece.stop:
-                yield _tile(runs, context, width, head_rows, device)
+                yield _make_tile(runs, context, width, head_rows, device)
                 runs = []
     if runs:
-        yield _tile(runs, context, width, head_rows, device)
+        yield _make_tile(runs, context, width, head_rows, device)
 
 
-def _tile(runs: list[_Run], context: int, width: int, head_rows: list[int], device: torch.device) -> _Tile:
+def _make_tile(runs: list[_Run], context: int, width: int, head_rows: list[int], device: torch.device) -> _Tile:
     start, stop = runs[0].start, runs[-1].stop
     heads = slice(bisect_left(head_rows, start), bisect_left(head_rows, stop))
     head_slots = torch.tensor(head_rows[heads], dtype=torch.int64) - start

@@ -50,12 +50,12 @@ def rms_norm_gated(
     Raises:
         InputError: for shapes, dtypes, devices or an activation that do not fit, or a backend that cannot run.
     """
-    _check(x, gate, weight, eps, activation)
-    return _computed(x, gate, weight, eps, activation, backend)
+    _check_norm(x, gate, weight, eps, activation)
+    return _norm_and_gate(x, gate, weight, eps, activation, backend)
 
 
 @unseen_by_checkpointing
-def _computed(
+def _norm_and_gate(
     x: Tensor, gate: Tensor, weight: Tensor, eps: float, activation: Activation, backend: str | None
 ) -> Tensor:
     fits = x.shape[-1] <= MAX_SIZE_OF_KERNELS and not _has_float64(x, gate, weight)
@@ -86,7 +86,7 @@ def _has_float64(*tensors: Tensor) -> bool:
     return any(x.dtype == torch.float64 for x in tensors)
 
 
-def _check(x: Tensor, gate: Tensor, weight: Tensor, eps: float, activation: str) -> None:
+def _check_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float, activation: str) -> None:
     check_tensors("rms_norm_gated", x=x, gate=gate, weight=weight)
     if x.dim() < 1 or x.shape[-1] == 0:
         raise InputError(

@@ -139,10 +139,10 @@ def chunks_of_block(k: Tensor, v: Tensor, chunk_size: int) -> int:
 def tile(layout: SequenceLayout, chunk_size: int, block_chunks: int, device: torch.device) -> Tiling:
     """Cut `layout`'s local tokens into chunks of `chunk_size`, computed `block_chunks` at a time; built once per layout."""
     key = ("tiling", chunk_size, block_chunks, device)
-    return layout.cached(key, lambda: _build(layout.pieces, chunk_size, block_chunks, device))
+    return layout.cached(key, lambda: _build_tiling(layout.pieces, chunk_size, block_chunks, device))
 
 
-def _build(pieces: Sequence[Piece], chunk_size: int, block_chunks: int, device: torch.device) -> Tiling:
+def _build_tiling(pieces: Sequence[Piece], chunk_size: int, block_chunks: int, device: torch.device) -> Tiling:
     longest = max((piece.num_tokens for piece in pieces), default=1)
     chunk_size = min(chunk_size, longest)
     piece_slots: list[PieceSlots] = []

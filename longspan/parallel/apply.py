@@ -115,7 +115,7 @@ def sum_gradients(
     for parameter in trained:
         _check_mesh(parameter, process_group)
     for bucket in _buckets(trained):
-        flat = torch.cat([_gradient(parameter).flatten() for parameter in bucket])
+        flat = torch.cat([_gradient_on_this_rank(parameter).flatten() for parameter in bucket])
         note_collective("all_reduce", "backward", 2 * (num_ranks - 1) * flat.nbytes // num_ranks)
         with waiting():
             dist.all_reduce(flat, group=process_group)
@@ -168,7 +168,7 @@ def _on_this_rank(x: Any) -> Tensor:
     return local
 
 
-def _gradient(parameter: nn.Parameter) -> Tensor:
+def _gradient_on_this_rank(parameter: nn.Parameter) -> Tensor:
     """This rank's gradient, dense; zero where there is none."""
     if parameter.grad is None:
         return torch.zeros_like(_on_this_rank(parameter))

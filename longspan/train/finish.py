@@ -99,12 +99,12 @@ def _finite(value: float) -> float | None:
 
 
 def _as_markdown(trainer: Trainer, summary: dict[str, Any], text: str) -> str:
-    rows = "\n".join(f"| {key.replace('_', ' ')} | {_short(value)} |" for key, value in summary.items())
+    rows = "\n".join(f"| {key.replace('_', ' ')} | {_with_separators(value)} |" for key, value in summary.items())
     sample = f"\n## Sample\n\n~~~~\n{trainer.config.sample.prompt}{text}\n~~~~\n" if text else ""
     return f"# {trainer.folder.path.name}\n\n| | |\n|---|---|\n{rows}\n\n![Loss](loss.png)\n{sample}"
 
 
-def _short(value: Any) -> str:
+def _with_separators(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:,.4f}"
     return f"{value:,}" if isinstance(value, int) else str(value)

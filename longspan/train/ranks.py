@@ -105,12 +105,12 @@ class Ranks:
                 outcome = {"value": function()}
             except LongspanError as error:
                 failure = error
-                outcome = _as_json(error)
+                outcome = _error_as_json(error)
         outcome = self.gather_json(outcome)[0]
         if failure is not None:
             raise failure
         if "error" in outcome:
-            raise _from_json(outcome)
+            raise _error_from_json(outcome)
         value: Value = outcome["value"]
         return value
 
@@ -123,10 +123,10 @@ class Ranks:
             value = function()
         except LongspanError as error:
             failure = error
-            outcome = _as_json(error)
+            outcome = _error_as_json(error)
         for rank, other in enumerate(self.gather_json(outcome)):
             if "error" in other:
-                raise failure if failure is not None and rank == self.rank else _from_json(other)
+                raise failure if failure is not None and rank == self.rank else _error_from_json(other)
         return value  # type: ignore[return-value]
 
     def agree(self, facts: dict[str, Any]) -> None:
@@ -167,10 +167,10 @@ def choose_device(device: str, place: Place) -> torch.device:
     return torch.device("cpu")
 
 
-def _as_json(error: LongspanError) -> dict[str, str]:
+def _error_as_json(error: LongspanError) -> dict[str, str]:
     return {"error": type(error).__name__, "message": str(error)}
 
 
-def _from_json(outcome: dict[str, str]) -> LongspanError:
+def _error_from_json(outcome: dict[str, str]) -> LongspanError:
     kind: type[LongspanError] = getattr(errors, outcome["error"], LongspanError)
     return kind(outcome["message"])

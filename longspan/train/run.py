@@ -67,7 +67,7 @@ def train_on(
     phase.name = "preparing the data"
     data = _prepare_data(config, folder, ranks)
     phase.name = "building the model"
-    trainer = ranks.together(lambda: _build(config, ranks, folder, data, report, phase, saved))
+    trainer = ranks.together(lambda: _build_trainer(config, ranks, folder, data, report, phase, saved))
     report.heading("data", _describe_data(trainer))
     report.heading("model", _describe_model(trainer))
 
@@ -143,7 +143,7 @@ def _prepare_data(config: Config, folder: RunFolder, ranks: Ranks) -> PreparedDa
     return prepared
 
 
-def _build(
+def _build_trainer(
     config: Config,
     ranks: Ranks,
     folder: RunFolder,

@@ -122,7 +122,7 @@ def _compare(parallel_model: nn.Module, alone: nn.Module, tokens: Tensor, total:
     for (name, parameter), (_, expected) in zip(
         parallel_model.named_parameters(), alone.named_parameters(), strict=True
     ):
-        squares[name] = float((_gradient(parameter) - _gradient(expected)).square().sum())
+        squares[name] = float((_gradient_or_zero(parameter) - _gradient_or_zero(expected)).square().sum())
     norm_alone = float(gradient_norm(alone))
     difference = math.sqrt(sum(squares.values()))
     return {
@@ -135,7 +135,7 @@ def _compare(parallel_model: nn.Module, alone: nn.Module, tokens: Tensor, total:
     }
 
 
-def _gradient(parameter: nn.Parameter) -> Tensor:
+def _gradient_or_zero(parameter: nn.Parameter) -> Tensor:
     return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
 
 

@@ -188,7 +188,7 @@ class _Nothing(torch.autograd.Function):
 
 
 @dataclass(frozen=True)
-class _Written:
+class _GivenToWrite:
     """What write was given, for the later phases; nothing: zeros ``[B, H, K, V]``."""
 
     k: Tensor
@@ -203,7 +203,7 @@ class FlaChunkForm(ChunkForm):
 
     def __init__(self, call: _Call, layout: SequenceLayout) -> None:
         self._call, self._layout = call, layout
-        self._written: _Written | None = None
+        self._written: _GivenToWrite | None = None
         self._transitions: dict[tuple[int, int], Tensor] = {}
         self._finals: Tensor | None = None
 
@@ -215,7 +215,7 @@ class FlaChunkForm(ChunkForm):
             shape, accumulation_dtype(k.dtype), k, v, start_states, *self._call.gates.values()
         )
         wants_finals = any(self._layout.pieces[number].ends_document for number in end_pieces)
-        self._written = _Written(k, v, start_states, nothing, wants_finals)
+        self._written = _GivenToWrite(k, v, start_states, nothing, wants_finals)
         ends = self._write_sent(k, v, start_states, nothing, sent_pieces) if sent_pieces else {}
         rows = [ends.get(number, nothing) for number in end_pieces]
         return torch.stack(rows) if rows else nothing.unsqueeze(0)[:0]

@@ -37,7 +37,7 @@ COLUMNS = constexpr(1)
 
 
 @triton.jit
-def _tile(x, tokens, token_stride, columns, num_columns, is_token):
+def _load_rows(x, tokens, token_stride, columns, num_columns, is_token):
     """``[C, D]`` of a head's rows; zero where there is no token or no column."""
     mask = is_token[:, None] & (columns < num_columns)[None, :]
     return tl.load(x + tokens[:, None] * token_stride + columns[None, :], mask=mask, other=0.0)
@@ -59,7 +59,7 @@ def _from_reference(g, g_token, start, b, places, half, columns, num_columns, nu
     """e^{−|b_t − b_reference|} ``[C, D]``; the reference is the last token of the earlier half of t's square."""
     reference = places // (2 * half) * (2 * half) + half - 1
     tokens = (start + reference).to(tl.int64)
-    at_reference = _tile(g, tokens, g_token, columns, num_columns, reference < num_valid)
+    at_reference = _load_rows(g, tokens, g_token, columns, num_columns, reference < num_valid)
     return tl.exp(-tl.abs(b - at_reference).to(tl.float32))
 
 
@@ -226,17 +226,17 @@ def attend_kernel(
         num_valid = tl.minimum(stop - start, C)
         tokens = (start + places).to(tl.int64)
         is_token = places < num_valid
-        query = _tile(a, tokens, a_token, rows, num_contracted, is_token)
+        query = _load_rows(a, tokens, a_token, rows, num_contracted, is_token)
         if INSIDE:
-            key = _tile(b, tokens, b_token, rows, num_contracted, is_token)
-            value = _tile(c, tokens, c_token, columns, num_columns, is_token)
+            key = _load_rows(b, tokens, b_token, rows, num_contracted, is_token)
+            value = _load_rows(c, tokens, c_token, columns, num_columns, is_token)
             is_finite = _is_finite(value)
             finite = tl.where(is_finite, value, 0.0).to(value.dtype)
         of_itself = tl.zeros([C], tl.float32)
         if DECAY == CHANNEL:
             channels = rows if AXIS == CONTRACTED else columns
             num_channels = num_contracted if AXIS == CONTRACTED else num_columns
-            sums = _tile(g, tokens, g_token, channels, num_channels, is_token)
+            sums = _load_rows(g, tokens, g_token, channels, num_channels, is_token)
             total = tl.load(
                 g + (start + num_valid - 1).to(tl.int64) * g_token + channels, mask=channels < num_channels, other=0.0
             )
@@ -301,7 +301,7 @@ def attend_kernel(
             result = _spoil(result, is_finite, REVERSE)
         result *= scale_out
         if HAS_DOTS:
-            beside = _tile(dotted, tokens, dotted_token, columns, num_columns, is_token).to(tl.float32)
+            beside = _load_rows(dotted, tokens, dotted_token, columns, num_columns, is_token).to(tl.float32)
             row = (batch * num_tokens + tokens) * num_heads + head
             if DECAY == CHANNEL:
                 tl.store(

@@ -34,7 +34,7 @@ def _sum_heads(x: Tensor, num_heads: int) -> Tensor:
 # -------------------------------------------------------------------------------------------------------------------- write
 
 
-def _write(
+def _write_by_kernels(
     k: Tensor,
     v: Tensor,
     g: Tensor | None,
@@ -456,7 +456,7 @@ def _read_backward_fake(do, q, k, v, g, log_decay, states, arriving, *rest):  # 
     )
 
 
-WRITE = Operator("longspan::decay_write", _write, _write_fake)
+WRITE = Operator("longspan::decay_write", _write_by_kernels, _write_fake)
 READ = Operator("longspan::decay_read", _read, _read_fake)
 decay_write = differentiable(
     WRITE,

@@ -42,7 +42,7 @@ def prepare_kernels(
     Raises:
         InputError: for a device, dtype, head size or chunk size that the kernels do not take.
     """
-    _check(k, v, chunk_size)
+    _check_kernels_take(k, v, chunk_size)
     g = gates.get("g")
     of_channels = g is not None and g.dim() == 4
     size = chunk_size or kernel_chunk_size(of_channels, max(k.shape[3], v.shape[3]), k.dtype)
@@ -51,7 +51,7 @@ def prepare_kernels(
     return TritonChunkForm(transition_type, gates, layout, size, length, k.device)
 
 
-def _check(k: Tensor, v: Tensor, chunk_size: int | None) -> None:
+def _check_kernels_take(k: Tensor, v: Tensor, chunk_size: int | None) -> None:
     require_gpu("triton", k.device, interpreted())
     if max(k.shape[3], v.shape[3]) > MAX_HEAD_SIZE:
         raise InputError(
@@ -70,7 +70,7 @@ def _num_processors(device: torch.device) -> int:
 
 
 @dataclass(frozen=True)
-class _Written:
+class _WrittenByKernels:
     """What `decay_write` returned, with the inputs that read needs once more."""
 
     k: Tensor
@@ -96,7 +96,7 @@ class TritonChunkForm(ChunkForm):
     length: int
     device: torch.device
     _stretches: Stretches | None = None
-    _written: _Written | None = None
+    _written: _WrittenByKernels | None = None
 
     @property
     def _g(self) -> Tensor | None:
@@ -121,7 +121,7 @@ class TritonChunkForm(ChunkForm):
             is_plain,
         )  # fmt: skip
         self._stretches = stretches
-        self._written = _Written(k, v, None if is_plain else states, ends, totals, sums, tuple(tickets))
+        self._written = _WrittenByKernels(k, v, None if is_plain else states, ends, totals, sums, tuple(tickets))
         return ends
 
     def read(self, q: Tensor, wait: Callable[[], Tensor | None], scale: float, overlapped: bool) -> Tensor:
@@ -136,7 +136,7 @@ class TritonChunkForm(ChunkForm):
         arriving = wait()
         return own if arriving is None else own + self._read(q, self._written, False, arriving, scale)
 
-    def _read(self, q: Tensor, written: _Written, own: bool, arriving: Tensor | None, scale: float) -> Tensor:
+    def _read(self, q: Tensor, written: _WrittenByKernels, own: bool, arriving: Tensor | None, scale: float) -> Tensor:
         """Read what this rank's own tokens wrote, or what arrives, or both."""
         stretches = self._stretches
         assert stretches is not None

@@ -88,7 +88,7 @@ def backward_kernel(
     tl.store(sums + tl.program_id(0) * size + columns, share, mask=columns < size)
 
 
-def _tiles(x: Tensor) -> tuple[int, dict[str, int]]:
+def _tile_sizes(x: Tensor) -> tuple[int, dict[str, int]]:
     """The number of tiles of all rows of x, and their sizes."""
     size = x.shape[-1]
     block = power_of_2(size)
@@ -99,7 +99,7 @@ def _tiles(x: Tensor) -> tuple[int, dict[str, int]]:
 def _forward(x: Tensor, gate: Tensor, weight: Tensor, eps: float, silu: bool) -> Tensor:
     """y of contiguous x and gate ``[..., D]`` and weight ``[D]``; forward and backward: see the module's page."""
     y = torch.empty_like(x)
-    num_tiles, sizes = _tiles(x)
+    num_tiles, sizes = _tile_sizes(x)
     if num_tiles:
         forward_kernel[(num_tiles,)](x, gate, weight, y, x.numel() // x.shape[-1], x.shape[-1], eps, SILU=silu, **sizes)
     return y
@@ -114,7 +114,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """∂x, ∂gate, and ∂weight in float32."""
     grad_x, grad_gate = torch.empty_like(x), torch.empty_like(gate)
-    num_tiles, sizes = _tiles(x)
+    num_tiles, sizes = _tile_sizes(x)
     tiles_a_program = max(1, cdiv(num_tiles, MAX_PROGRAMS))
     num_programs = cdiv(num_tiles, tiles_a_program)
     sums = torch.empty(num_programs, x.shape[-1], dtype=torch.float32, device=x.device)

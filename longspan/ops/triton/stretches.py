@@ -52,10 +52,12 @@ def stretch_length(layout: SequenceLayout, num_programs_a_stretch: int, num_proc
 def stretches_of(layout: SequenceLayout, length: int, end_pieces: tuple[int, ...], device: torch.device) -> Stretches:
     """The stretches of `length` tokens of a layout's local tokens, built once per layout: later calls wait for no device."""
     key = ("stretches", length, end_pieces, device)
-    return layout.cached(key, lambda: _build(layout, length, end_pieces, device))
+    return layout.cached(key, lambda: _build_stretches(layout, length, end_pieces, device))
 
 
-def _build(layout: SequenceLayout, length: int, end_pieces: tuple[int, ...], device: torch.device) -> Stretches:
+def _build_stretches(
+    layout: SequenceLayout, length: int, end_pieces: tuple[int, ...], device: torch.device
+) -> Stretches:
     end_rows = {number: row for row, number in enumerate(end_pieces)}
     table: list[tuple[int, ...]] = []
     pieces: list[tuple[int, ...]] = []
