@@ -26,10 +26,10 @@ from torch.profiler import record_function
 
 import longspan
 from longspan.attention.linear import LinearMemory
-from longspan.exchange import record_traffic, resolve_topology, start_exchange
-from longspan.exchange.auto.calibration import measured_cluster
+from longspan.exchange import TOPOLOGIES, exchange_named, record_traffic, start_exchange
+from longspan.exchange.auto.figures import figures_of
 from longspan.ops.variants import VARIANTS
-from longspan.plan import Problem, time_of
+from longspan.plan import Problem
 from longspan.state import Pair, ScalarDecay
 
 OPERATOR = "simple_gla"
@@ -209,14 +209,14 @@ def paced(taken: Stretches, sides: list[Side], repeats: int) -> dict[Side, Expos
     parameter = (-torch.rand(ScalarDecay.parameter_shape(shape))).requires_grad_()
     grad = torch.randn(shape)
     problem = Problem.of_states(transition, shape, layout)
-    cluster = measured_cluster(layout, state.device)
+    cluster = figures_of(layout, state.device).cluster
 
     def run(side: Side, taken: Stretches = taken) -> list[float]:
         name, blocking = side
-        topology = resolve_topology(name)
+        exchange = exchange_named(name)
         begun = time.perf_counter()
         written = _Pace.apply(state, taken.before, taken.before_backward)
-        pending = start_exchange(topology, Pair(ScalarDecay(parameter), written), layout)
+        pending = start_exchange(exchange, Pair(ScalarDecay(parameter), written), layout)
         incoming = pending.wait() if blocking else None
         asked = _Pace.apply(x, taken.between, taken.between_backward)
         arrived = pending.wait() if incoming is None else incoming
@@ -234,7 +234,7 @@ def paced(taken: Stretches, sides: list[Side], repeats: int) -> dict[Side, Expos
         name, blocking = side
         modelled: list[float | None] = [None, None]
         if name != "auto":
-            cost = time_of(name, problem, cluster)
+            cost = TOPOLOGIES[name]().cost(problem, cluster)
             hides = [0.0, 0.0] if blocking else [taken.between, taken.between_backward]
             modelled = [
                 phase.exposed(hidden) for phase, hidden in zip((cost.forward, cost.backward), hides, strict=True)

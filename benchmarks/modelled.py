@@ -9,7 +9,8 @@ P ranks of T tokens, width D = heads · head size, F the width of the feed-forwa
 from __future__ import annotations
 
 from benchmarks.harness import Table
-from longspan.plan import Problem, gpu_cluster, time_of
+from longspan.exchange import TOPOLOGIES
+from longspan.plan import Problem, gpu_cluster
 from longspan.state import Identity
 
 RANKS, SEQ_LEN = 64, 2**21
@@ -44,7 +45,7 @@ def softmax_attention() -> float:
 def states_exposed(topology: str, hides: float) -> float:
     """Seconds of an exchange of states, both ways, that `hides` seconds forward and twice as long backward do not hide."""
     problem = Problem(RANKS, HEADS, SIZE, SIZE, Identity)
-    cost = time_of(topology, problem, gpu_cluster(RANKS))
+    cost = TOPOLOGIES[topology]().cost(problem, gpu_cluster(RANKS))
     return cost.forward.exposed(hides) + cost.backward.exposed(_BACKWARD * hides)
 
 

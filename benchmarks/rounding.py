@@ -15,6 +15,7 @@ from torch import Tensor
 
 import longspan
 from benchmarks.harness import Table, machine, run_ranks
+from longspan.exchange import TOPOLOGIES as EXCHANGES
 
 SEQ_LEN, NUM_HEADS, SIZE = 2048, 4, 64
 OPERATORS = ("simple_gla", "gated_delta_rule")
@@ -60,7 +61,7 @@ def squares(operator: str, reference: str) -> list[dict[str, tuple[float, float]
     exact = {name: layout.shard(x) for name, x in torch.load(reference).items()}
     found = []
     for topology, state_dtype in CASES:
-        got = run(operator, values, layout, longspan.Exchange(topology, state_dtype=state_dtype))
+        got = run(operator, values, layout, EXCHANGES[topology](state_dtype))
         sums = {name: (got[name] - exact[name]).square().sum() for name in exact}
         found.append({name: (float(sums[name]), float(exact[name].square().sum())) for name in exact})
     return found

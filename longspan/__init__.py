@@ -6,7 +6,7 @@ from longspan.attention.convolution import causal_conv1d
 from longspan.attention.memory import Memory, StateMemory
 from longspan.attention.shift import token_shift
 from longspan.errors import CheckpointError, ConfigError, DataError, InputError, LayoutError, LongspanError
-from longspan.exchange import Exchange, record_traffic
+from longspan.exchange import record_traffic
 from longspan.functional import (
     delta_rule,
     gated_delta_rule,
@@ -34,7 +34,6 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "DataError",
-    "Exchange",
     "InputError",
     "LayoutError",
     "LongspanError",

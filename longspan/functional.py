@@ -15,7 +15,7 @@ from longspan.attention.by_name import apply_operator, write
 from longspan.attention.hgrn2 import hgrn2
 from longspan.attention.mamba2 import mamba2
 from longspan.attention.normalized import normalized_linear_attention, write_normalized
-from longspan.exchange import Exchange
+from longspan.exchange import Exchanger
 from longspan.layout import SequenceLayout
 
 __all__ = [
@@ -45,7 +45,7 @@ def linear_attention(
     initial_state: Tensor | None = ...,
     output_final_state: Literal[False] = ...,
     layout: SequenceLayout | None = ...,
-    exchange: str | Exchange = ...,
+    exchange: str | Exchanger = ...,
     backend: str | None = ...,
     chunk_size: int | None = ...,
 ) -> Tensor: ...
@@ -62,7 +62,7 @@ def linear_attention(
     initial_state: Tensor | None = ...,
     output_final_state: Literal[True],
     layout: SequenceLayout | None = ...,
-    exchange: str | Exchange = ...,
+    exchange: str | Exchanger = ...,
     backend: str | None = ...,
     chunk_size: int | None = ...,
 ) -> tuple[Tensor, Tensor]: ...
@@ -79,7 +79,7 @@ def linear_attention(
     initial_state: Tensor | None = ...,
     output_final_state: bool,
     layout: SequenceLayout | None = ...,
-    exchange: str | Exchange = ...,
+    exchange: str | Exchanger = ...,
     backend: str | None = ...,
     chunk_size: int | None = ...,
 ) -> Tensor | tuple[Tensor, Tensor]: ...
@@ -95,7 +95,7 @@ def linear_attention(
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     layout: SequenceLayout | None = None,
-    exchange: str | Exchange = "auto",
+    exchange: str | Exchanger = "auto",
     backend: str | None = None,
     chunk_size: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -113,8 +113,8 @@ def linear_attention(
         layout: which tokens this rank holds; None is one device. With documents, B is 1.
         exchange: how states travel between ranks: ``"auto"``, the cheapest by a cost model; the name of a topology
             (``"all_gather"``, ``"ring"``, ``"pipelined"``, ``"all_to_all"``, ``"two_level"``, ``"neighbour"``: docs/exchange.md);
-            or a `longspan.Exchange` with options, such as bfloat16 states. With ``causal=False`` the sum of all states is wanted,
-            not a prefix: it is an all-reduce, of states in their own dtype, in any case.
+            or a topology with options, such as ``longspan.exchange.Ring(state_dtype=torch.bfloat16)``. With ``causal=False``
+            the sum of all states is wanted, not a prefix: it is an all-reduce, of states in their own dtype, in any case.
         backend: which code computes: ``"torch"``, plain PyTorch operations on any device; ``"triton"``, our kernels, for
             `linear_attention`, `retention`, `simple_gla` and `gla` on NVIDIA GPUs; ``"fla"``, the kernels of
             flash-linear-attention where it is installed, for `delta_rule`, `gated_delta_rule` and `kda` on GPUs. The last two take
@@ -158,7 +158,7 @@ def retention(
     initial_state: Tensor | None = ...,
     output_final_state: Literal[False] = ...,
     layout: SequenceLayout | None = ...,
-    exchange: str | Exchange = ...,
+    exchange: str | Exchanger = ...,
     backend: str | None = ...,
     chunk_size: int | None = ...,
 ) -> Tensor: ...
@@ -176,7 +176,7 @@ def retention(
     initial_state: Tensor | None = ...,
     output_final_state: Literal[True],
     layout: SequenceLayout | None = ...,
-    exchange: str | Exchange = ...,
+    exchange: str | Exchanger = ...,
     backend: str | None = ...,
     chunk_size: int | None = ...,
 ) -> tuple[Tensor, Tensor]: ...
@@ -194,7 +194,7 @@ def retention(
     initial_state: Tensor | None = ...,
     output_final_state: bool,
     layout: SequenceLayout | None = ...,
-    exchange: str | Exchange = ...,
+    exchange: str | Exchanger = ...,
     backend: str | None = ...,
     chunk_size: int | None = ...,
 ) -> Tensor | tuple[Tensor, Tensor]: ...
@@ -211,7 +211,7 @@ def retention(
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     layout: SequenceLayout | None = None,
-    exchange: str | Exchange = "auto",
+    exchange: str | Exchanger = "auto",
     backend: str | None = None,
     chunk_size: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -258,7 +258,7 @@ def simple_gla(
     initial_state: Tensor | None = ...,
     output_final_state: Literal[False] = ...,
     layout: SequenceLayout | None = ...,
-    exchange: str | Exchange = ...,
+    exchange: str | Exchanger = ...,
     backend: str | None = ...,
     chunk_size: int | None = ...,
 ) -> Tensor: ...
@@ -275,7 +275,7 @@ def simple_gla(
     initial_state: Tensor | None = ...,
     output_final_state: Literal[True],
     layout: SequenceLayout | None = ...,
-    exchange: str | Exchange = ...,
+    exchange: str | Exchanger = ...,
     backend: str | None = ...,
     chunk_size: int | None = ...,
 ) -> tuple[Tensor, Tensor]: ...
@@ -292,7 +292,7 @@ def simple_gla(
     initial_state: Tensor | None = ...,
     output_final_state: bool,
     layout: SequenceLayout | None = ...,
-    exchange: str | Exchange = ...,
+    exchange: str | Exchanger = ...,
     backend: str | None = ...,
     chunk_size: int | None = ...,
 ) -> Tensor | tuple[Tensor, Tensor]: ...
@@ -308,7 +308,7 @@ def simple_gla(
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     layout: SequenceLayout | None = None,
-    exchange: str | Exchange = "auto",
+    exchange: str | Exchanger = "auto",
     backend: str | None = None,
     chunk_size: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -355,7 +355,7 @@ def gla(
     initial_state: Tensor | None = ...,
     output_final_state: Literal[False] = ...,
     layout: SequenceLayout | None = ...,
-    exchange: str | Exchange = ...,
+    exchange: str | Exchanger = ...,
     backend: str | None = ...,
     chunk_size: int | None = ...,
 ) -> Tensor: ...
@@ -372,7 +372,7 @@ def gla(
     initial_state: Tensor | None = ...,
     output_final_state: Literal[True],
     layout: SequenceLayout | None = ...,
-    exchange: str | Exchange = ...,
+    exchange: str | Exchanger = ...,
     backend: str | None = ...,
     chunk_size: int | None = ...,
 ) -> tuple[Tensor, Tensor]: ...
@@ -389,7 +389,7 @@ def gla(
     initial_state: Tensor | None = ...,
     output_final_state: bool,
     layout: SequenceLayout | None = ...,
-    exchange: str | Exchange = ...,
+    exchange: str | Exchanger = ...,
     backend: str | None = ...,
     chunk_size: int | None = ...,
 ) -> Tensor | tuple[Tensor, Tensor]: ...
@@ -405,7 +405,7 @@ def gla(
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     layout: SequenceLayout | None = None,
-    exchange: str | Exchange = "auto",
+    exchange: str | Exchanger = "auto",
     backend: str | None = None,
     chunk_size: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -450,7 +450,7 @@ def delta_rule(
     initial_state: Tensor | None = ...,
     output_final_state: Literal[False] = ...,
     layout: SequenceLayout | None = ...,
-    exchange: str | Exchange = ...,
+    exchange: str | Exchanger = ...,
     backend: str | None = ...,
     chunk_size: int | None = ...,
 ) -> Tensor: ...
@@ -467,7 +467,7 @@ def delta_rule(
     initial_state: Tensor | None = ...,
     output_final_state: Literal[True],
     layout: SequenceLayout | None = ...,
-    exchange: str | Exchange = ...,
+    exchange: str | Exchanger = ...,
     backend: str | None = ...,
     chunk_size: int | None = ...,
 ) -> tuple[Tensor, Tensor]: ...
@@ -484,7 +484,7 @@ def delta_rule(
     initial_state: Tensor | None = ...,
     output_final_state: bool,
     layout: SequenceLayout | None = ...,
-    exchange: str | Exchange = ...,
+    exchange: str | Exchanger = ...,
     backend: str | None = ...,
     chunk_size: int | None = ...,
 ) -> Tensor | tuple[Tensor, Tensor]: ...
@@ -500,7 +500,7 @@ def delta_rule(
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     layout: SequenceLayout | None = None,
-    exchange: str | Exchange = "auto",
+    exchange: str | Exchanger = "auto",
     backend: str | None = None,
     chunk_size: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -550,7 +550,7 @@ def gated_delta_rule(
     initial_state: Tensor | None = ...,
     output_final_state: Literal[False] = ...,
     layout: SequenceLayout | None = ...,
-    exchange: str | Exchange = ...,
+    exchange: str | Exchanger = ...,
     backend: str | None = ...,
     chunk_size: int | None = ...,
 ) -> Tensor: ...
@@ -568,7 +568,7 @@ def gated_delta_rule(
     initial_state: Tensor | None = ...,
     output_final_state: Literal[True],
     layout: SequenceLayout | None = ...,
-    exchange: str | Exchange = ...,
+    exchange: str | Exchanger = ...,
     backend: str | None = ...,
     chunk_size: int | None = ...,
 ) -> tuple[Tensor, Tensor]: ...
@@ -586,7 +586,7 @@ def gated_delta_rule(
     initial_state: Tensor | None = ...,
     output_final_state: bool,
     layout: SequenceLayout | None = ...,
-    exchange: str | Exchange = ...,
+    exchange: str | Exchanger = ...,
     backend: str | None = ...,
     chunk_size: int | None = ...,
 ) -> Tensor | tuple[Tensor, Tensor]: ...
@@ -603,7 +603,7 @@ def gated_delta_rule(
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     layout: SequenceLayout | None = None,
-    exchange: str | Exchange = "auto",
+    exchange: str | Exchanger = "auto",
     backend: str | None = None,
     chunk_size: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -655,7 +655,7 @@ def kda(
     initial_state: Tensor | None = ...,
     output_final_state: Literal[False] = ...,
     layout: SequenceLayout | None = ...,
-    exchange: str | Exchange = ...,
+    exchange: str | Exchanger = ...,
     backend: str | None = ...,
     chunk_size: int | None = ...,
 ) -> Tensor: ...
@@ -673,7 +673,7 @@ def kda(
     initial_state: Tensor | None = ...,
     output_final_state: Literal[True],
     layout: SequenceLayout | None = ...,
-    exchange: str | Exchange = ...,
+    exchange: str | Exchanger = ...,
     backend: str | None = ...,
     chunk_size: int | None = ...,
 ) -> tuple[Tensor, Tensor]: ...
@@ -691,7 +691,7 @@ def kda(
     initial_state: Tensor | None = ...,
     output_final_state: bool,
     layout: SequenceLayout | None = ...,
-    exchange: str | Exchange = ...,
+    exchange: str | Exchanger = ...,
     backend: str | None = ...,
     chunk_size: int | None = ...,
 ) -> Tensor | tuple[Tensor, Tensor]: ...
@@ -708,7 +708,7 @@ def kda(
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     layout: SequenceLayout | None = None,
-    exchange: str | Exchange = "auto",
+    exchange: str | Exchanger = "auto",
     backend: str | None = None,
     chunk_size: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:

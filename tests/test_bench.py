@@ -16,9 +16,9 @@ from torch import Tensor
 from longspan.cli import main
 from longspan.commands import bench_exchange as bench
 from longspan.commands.bench_options import BenchExchange
-from longspan.exchange import Arrived, Handle, Ring, Topology
+from longspan.exchange import TOPOLOGIES, Arrived, Carrier, Handle, Pipelined, Ring, Topology
 from longspan.layout import SequenceLayout
-from longspan.plan import Problem, gpu_cluster, time_of
+from longspan.plan import Problem, gpu_cluster
 from longspan.state import ChannelDecay, Pair
 from tests.ranks import raised, run_on_ranks
 
@@ -39,7 +39,8 @@ def test_each_topology_is_measured_both_ways_with_what_it_sends() -> None:
             assert row.low_seconds <= row.seconds <= row.high_seconds
             name = figures.choice if row.topology == "auto" else row.topology
             assert row.modelled.topology == name
-            expected = time_of(name, problem, gpu_cluster(2), row.modelled.num_blocks)
+            topology = Pipelined(None, row.modelled.num_blocks) if name == "pipelined" else TOPOLOGIES[name]()
+            expected = topology.cost(problem, gpu_cluster(2))
             assert (row.bytes_sent, row.num_messages) == (expected.bytes_sent, expected.num_messages)
 
 
@@ -51,10 +52,10 @@ def test_neighbour_is_measured_where_nothing_is_left_of_a_state_and_refused_else
         assert name == "LayoutError"
 
 
-class WrongForward(Ring):
+class WrongForward(Ring, Carrier):
     """A ring whose last rank receives a wrong state."""
 
-    def resolve(self, pair: Pair, layout: SequenceLayout) -> Topology:
+    def resolve(self, pair: Pair, layout: SequenceLayout) -> Carrier:
         return self
 
     def start(self, pair: Pair, layout: SequenceLayout) -> Handle:
@@ -67,8 +68,10 @@ class WrongForward(Ring):
 
         return Received()
 
-    def start_reverse(self, kind: Any, context: Tensor, grad_incoming: Tensor, layout: SequenceLayout) -> Any:
-        pair = Pair(kind(context), grad_incoming)
+    def start_reverse(
+        self, kind: Any, context: tuple[Tensor, ...], grad_incoming: Tensor, layout: SequenceLayout
+    ) -> Any:
+        pair = Pair(kind(*context), grad_incoming)
         return Ring().resolve(pair, layout).start_reverse(kind, context, grad_incoming, layout)
 
 
@@ -78,14 +81,16 @@ class NaNBackward(WrongForward):
     def start(self, pair: Pair, layout: SequenceLayout) -> Handle:
         return Ring().resolve(pair, layout).start(pair, layout)
 
-    def start_reverse(self, kind: Any, context: Tensor, grad_incoming: Tensor, layout: SequenceLayout) -> Any:
+    def start_reverse(
+        self, kind: Any, context: tuple[Tensor, ...], grad_incoming: Tensor, layout: SequenceLayout
+    ) -> Any:
         grads = grad_incoming * torch.nan if layout.rank == 1 else grad_incoming
         return super().start_reverse(kind, context, grads, layout)
 
 
 def measure_wrong(wrong: type[Topology]) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bench, "resolve_topology", lambda exchange: wrong())
+        patch.setitem(TOPOLOGIES, "ring", wrong)
         bench.measure(replace(TINY, topologies=("ring",)), torch.device("cpu"))
 
 

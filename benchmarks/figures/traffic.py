@@ -9,7 +9,8 @@ import torch
 from benchmarks import methods
 from benchmarks.figures.common import Data, FigureMaker, lengths_on_axis, pyplot, style
 from benchmarks.harness import run_ranks
-from longspan.plan import Problem, gpu_cluster, time_of
+from longspan.exchange import TOPOLOGIES
+from longspan.plan import Problem, gpu_cluster
 from longspan.state import Identity
 
 _TOPOLOGIES = {
@@ -40,7 +41,7 @@ def _measure(quick: bool) -> Data:
     }
     problem = Problem(num_ranks, methods.HEADS, methods.SIZE, methods.SIZE, Identity)
     cluster = gpu_cluster(num_ranks)
-    formula = {name: time_of(topology, problem, cluster).bytes_sent for name, topology in _TOPOLOGIES.items()}
+    formula = {name: TOPOLOGIES[topology]().cost(problem, cluster).bytes_sent for name, topology in _TOPOLOGIES.items()}
     for name, num_bytes in formula.items():
         if any(counted != num_bytes for counted in most[name]):
             raise SystemExit(f"{name} sends {most[name]} bytes where its formula says {num_bytes}; no figure is drawn")

@@ -17,17 +17,18 @@ from benchmarks import exposed
 from benchmarks.cluster import Cluster
 from benchmarks.figures.common import Data, FigureMaker, in_words, lengths_on_axis, pyplot, style
 from benchmarks.harness import in_subprocess
-from longspan.exchange.auto.calibration import measured_cluster
+from longspan.exchange import TOPOLOGIES
+from longspan.exchange.auto.figures import figures_of
 from longspan.ops.variants import VARIANTS
 from longspan.plan import Cluster as Machines
-from longspan.plan import Problem, gpu_cluster, time_of
+from longspan.plan import Problem, gpu_cluster
 
 _TOPOLOGIES = ("all_gather", "ring", "pipelined", "all_to_all")
 _MOST_RANKS = 4096
 
 
 def _calibrated() -> Machines:
-    return measured_cluster(longspan.SequenceLayout(dist.get_world_size()), torch.device("cpu"))
+    return figures_of(longspan.SequenceLayout(dist.get_world_size()), torch.device("cpu")).cluster
 
 
 def _problem(num_ranks: int) -> Problem:
@@ -64,7 +65,7 @@ def _measure(quick: bool) -> Data:
             name: {str(ranks): _modelled(name, ranks, machines, taken) for ranks in counts} for name in _TOPOLOGIES
         },
         "gpus_modelled_seconds": {
-            name: {str(ranks): time_of(name, _problem(ranks), gpu_cluster(ranks)).seconds for ranks in counts}
+            name: {str(ranks): TOPOLOGIES[name]().cost(_problem(ranks), gpu_cluster(ranks)).seconds for ranks in counts}
             for name in (*_TOPOLOGIES, "two_level", "neighbour")
         },
         "gpus_assumed": asdict(gpu_cluster(_MOST_RANKS)),
@@ -72,7 +73,7 @@ def _measure(quick: bool) -> Data:
 
 
 def _modelled(name: str, num_ranks: int, machines: Machines, taken: exposed.Stretches) -> float:
-    cost = time_of(name, _problem(num_ranks), machines.with_ranks(num_ranks))
+    cost = TOPOLOGIES[name]().cost(_problem(num_ranks), machines.with_ranks(num_ranks))
     return cost.forward.exposed(taken.between) + cost.backward.exposed(taken.between_backward)
 
 

@@ -28,7 +28,7 @@ from longspan.attention.linear import (
 from longspan.attention.memory import StepMemory
 from longspan.attention.opaque import OpaqueMemory, write_opaque
 from longspan.errors import InputError
-from longspan.exchange import Exchange, resolve_topology
+from longspan.exchange import Exchanger, exchange_named
 from longspan.exchange.all_reduce import JoinSum, sum_over_ranks
 from longspan.layout import SequenceLayout
 from longspan.layout.sequence_layout import stops_graphs
@@ -122,7 +122,7 @@ def write_bidirectional(
     given: Given,
     *,
     layout: SequenceLayout | None = None,
-    exchange: str | Exchange = "auto",
+    exchange: str | Exchanger = "auto",
     backend: str | None = None,
     chunk_size: int | None = None,
 ) -> SummedMemory | TwoSidedMemory | OpaqueMemory:
@@ -137,7 +137,7 @@ def write_bidirectional(
             operator, k, v, given, layout=layout, exchange=exchange, backend=backend, chunk_size=chunk_size
         )
     gates = tensors_of(VARIANTS[operator], given)
-    resolve_topology(exchange)
+    exchange_named(exchange)
     layout, backend = check_inputs(VARIANTS[operator], k, v, gates, None, layout, backend, chunk_size)
     # A compiler traces kernels as they are: they have operators of their own.
     if has_no_values(k) and (backend == "torch" or not torch.compiler.is_compiling()):
@@ -155,7 +155,7 @@ def _write_both_ways(
     v: Tensor,
     gates: Mapping[str, Tensor],
     layout: SequenceLayout,
-    exchange: str | Exchange,
+    exchange: str | Exchanger,
     backend: str,
     chunk_size: int | None,
 ) -> SummedMemory | TwoSidedMemory:

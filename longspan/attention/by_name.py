@@ -17,7 +17,7 @@ from longspan.attention.linear import check_query
 from longspan.attention.memory import Memory, StateMemory
 from longspan.checks import check_choice, check_flag, check_tensor
 from longspan.errors import InputError
-from longspan.exchange import Exchange
+from longspan.exchange import Exchanger
 from longspan.layout import SequenceLayout
 from longspan.layout.sequence_layout import stops_graphs
 from longspan.ops.variants import VARIANTS
@@ -40,7 +40,7 @@ class LinearOptions(TypedDict, total=False):
     causal: bool
     initial_state: Tensor | None
     output_final_state: bool
-    exchange: str | Exchange
+    exchange: str | Exchanger
     backend: str | None
     chunk_size: int | None
 

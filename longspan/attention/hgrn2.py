@@ -8,7 +8,7 @@ from torch import Tensor
 
 from longspan.attention.by_name import apply_operator
 from longspan.checks import check_same_device, check_tensors
-from longspan.exchange import Exchange
+from longspan.exchange import Exchanger
 from longspan.features import hgrn2_log_decay
 from longspan.layout import SequenceLayout
 
@@ -23,7 +23,7 @@ def hgrn2(
     initial_state: Tensor | None = ...,
     output_final_state: Literal[False] = ...,
     layout: SequenceLayout | None = ...,
-    exchange: str | Exchange = ...,
+    exchange: str | Exchanger = ...,
     backend: str | None = ...,
     chunk_size: int | None = ...,
 ) -> Tensor: ...
@@ -39,7 +39,7 @@ def hgrn2(
     initial_state: Tensor | None = ...,
     output_final_state: Literal[True],
     layout: SequenceLayout | None = ...,
-    exchange: str | Exchange = ...,
+    exchange: str | Exchanger = ...,
     backend: str | None = ...,
     chunk_size: int | None = ...,
 ) -> tuple[Tensor, Tensor]: ...
@@ -55,7 +55,7 @@ def hgrn2(
     initial_state: Tensor | None = ...,
     output_final_state: bool,
     layout: SequenceLayout | None = ...,
-    exchange: str | Exchange = ...,
+    exchange: str | Exchanger = ...,
     backend: str | None = ...,
     chunk_size: int | None = ...,
 ) -> Tensor | tuple[Tensor, Tensor]: ...
@@ -70,7 +70,7 @@ def hgrn2(
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     layout: SequenceLayout | None = None,
-    exchange: str | Exchange = "auto",
+    exchange: str | Exchanger = "auto",
     backend: str | None = None,
     chunk_size: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:

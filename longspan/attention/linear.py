@@ -30,7 +30,12 @@ from longspan.checks import (
 from longspan.comm.profiling import named_range
 from longspan.dtypes import accumulation_dtype
 from longspan.errors import InputError
-from longspan.exchange import Exchange, PendingExchange, Topology, resolve_topology, start_exchange
+from longspan.exchange import (
+    Exchanger,
+    PendingExchange,
+    exchange_named,
+    start_exchange,
+)
 from longspan.exchange.all_reduce import sum_over_ranks
 from longspan.first_order import first_order
 from longspan.layout import SequenceLayout
@@ -280,7 +285,7 @@ def write_linear(
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     layout: SequenceLayout | None = None,
-    exchange: str | Exchange = "auto",
+    exchange: str | Exchanger = "auto",
     backend: str | None = None,
     chunk_size: int | None = None,
     has_safe_gates: bool = False,
@@ -297,7 +302,7 @@ def write_linear(
         )  # fmt: skip
     variant = VARIANTS[operator]
     gates = tensors_of(variant, given)
-    topology = resolve_topology(exchange)
+    exchanger = exchange_named(exchange)
     check_flag(operator, "output_final_state", output_final_state)
     layout, backend = check_inputs(variant, k, v, gates, initial_state, layout, backend, chunk_size, has_safe_gates)
     # A compiler traces kernels as they are: they have operators of their own.
@@ -305,7 +310,9 @@ def write_linear(
         return write_opaque(
             variant, k, v, gates, initial_state, output_final_state, layout, backend, chunk_size, has_safe_gates
         )
-    return _write_linear(variant, topology, k, v, gates, initial_state, output_final_state, layout, backend, chunk_size)
+    return _write_linear(
+        variant, exchanger, k, v, gates, initial_state, output_final_state, layout, backend, chunk_size
+    )
 
 
 _write_linear_outside_graphs = outside_graphs(write_linear)
@@ -314,7 +321,7 @@ _write_linear_outside_graphs = outside_graphs(write_linear)
 @unseen_by_checkpointing
 def _write_linear(
     variant: Variant,
-    topology: Topology,
+    exchange: Exchanger,
     k: Tensor,
     v: Tensor,
     gates: Mapping[str, Tensor],
@@ -331,7 +338,7 @@ def _write_linear(
         form = variant.prepare(k, v, gates, layout, chunk_size, backend)
         end_states = form.write(k, v, _start_states(initial_state, layout), ends.pieces, ends.sent_pieces)
         if layout.num_ranks > 1:
-            pending = _start(topology, variant, form, end_states, ends, layout)
+            pending = _start(exchange, variant, form, end_states, ends, layout)
     return LinearMemory(variant.name, form, layout, k, pending, ends, written, torch.compiler.is_compiling())
 
 
@@ -344,7 +351,7 @@ def _start_states(initial_state: Tensor | None, layout: SequenceLayout) -> Tenso
 
 
 def _start(
-    topology: Topology,
+    exchange: Exchanger,
     variant: Variant,
     form: ChunkForm,
     end_states: Tensor,
@@ -357,7 +364,7 @@ def _start(
     else:
         nothing = torch.zeros_like(end_states[0])
         states = torch.stack([nothing if row is None else end_states[row] for row in ends.segment_rows])
-    return start_exchange(topology, Pair(_segment_transitions(variant, form, layout), states), layout)
+    return start_exchange(exchange, Pair(_segment_transitions(variant, form, layout), states), layout)
 
 
 def _segment_transitions(variant: Variant, form: ChunkForm, layout: SequenceLayout) -> Transition:

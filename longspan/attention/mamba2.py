@@ -11,7 +11,7 @@ from longspan.attention.by_name import apply_operator
 from longspan.checks import check_count, check_flag, check_not_empty, check_same_device, check_tensors
 from longspan.dtypes import at_least_float32
 from longspan.errors import InputError
-from longspan.exchange import Exchange
+from longspan.exchange import Exchanger
 from longspan.layout import SequenceLayout
 from longspan.tracing import has_no_values
 
@@ -32,7 +32,7 @@ def mamba2(
     initial_state: Tensor | None = ...,
     output_final_state: Literal[False] = ...,
     layout: SequenceLayout | None = ...,
-    exchange: str | Exchange = ...,
+    exchange: str | Exchanger = ...,
     backend: str | None = ...,
     chunk_size: int | None = ...,
 ) -> Tensor: ...
@@ -54,7 +54,7 @@ def mamba2(
     initial_state: Tensor | None = ...,
     output_final_state: Literal[True],
     layout: SequenceLayout | None = ...,
-    exchange: str | Exchange = ...,
+    exchange: str | Exchanger = ...,
     backend: str | None = ...,
     chunk_size: int | None = ...,
 ) -> tuple[Tensor, Tensor]: ...
@@ -76,7 +76,7 @@ def mamba2(
     initial_state: Tensor | None = ...,
     output_final_state: bool,
     layout: SequenceLayout | None = ...,
-    exchange: str | Exchange = ...,
+    exchange: str | Exchanger = ...,
     backend: str | None = ...,
     chunk_size: int | None = ...,
 ) -> Tensor | tuple[Tensor, Tensor]: ...
@@ -97,7 +97,7 @@ def mamba2(
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     layout: SequenceLayout | None = None,
-    exchange: str | Exchange = "auto",
+    exchange: str | Exchanger = "auto",
     backend: str | None = None,
     chunk_size: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ from longspan.attention.memory import StateMemory
 from longspan.checks import check_not_empty, check_number, check_tensors
 from longspan.dtypes import at_least_float32
 from longspan.errors import InputError
-from longspan.exchange import Exchange
+from longspan.exchange import Exchanger
 from longspan.layout import SequenceLayout
 from longspan.ops.variants import VARIANTS
 from longspan.state import Dense
@@ -52,7 +52,7 @@ class DecayOptions(TypedDict, total=False):
     layout: SequenceLayout | None
     causal: bool
     initial_state: Tensor | None
-    exchange: str | Exchange
+    exchange: str | Exchanger
     backend: str | None
     chunk_size: int | None
 

@@ -37,6 +37,16 @@ def kept(group: dist.ProcessGroup, key: Hashable, build: Callable[[], T]) -> T:
     return value
 
 
+def peek(group: dist.ProcessGroup, key: Hashable) -> Any:
+    """What `kept` has for this group and `key`; None where it has nothing."""
+    return _kept.get(group, {}).get(key)
+
+
+def keep(group: dist.ProcessGroup, key: Hashable, value: object) -> None:
+    """Let `kept` have `value` for this group and `key`, whatever it had."""
+    _kept.setdefault(group, {})[key] = value
+
+
 def forget(group: dist.ProcessGroup, which: Callable[[Any], bool]) -> list[Any]:
     """Keep no longer what has a key that `which` picks; returns it."""
     entries = _kept.setdefault(group, {})

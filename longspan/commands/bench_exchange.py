@@ -18,15 +18,15 @@ from longspan.comm.background import run_beside
 from longspan.commands.bench_options import BenchExchange
 from longspan.commands.bench_report import Figures, Measured, print_figures, write_json
 from longspan.errors import LongspanError
-from longspan.exchange import Auto, Exchange, Topology, record_traffic, resolve_topology
-from longspan.exchange.auto.calibration import measured_cluster
+from longspan.exchange import TOPOLOGIES, Auto, Carrier, Priced, record_traffic
+from longspan.exchange.auto.figures import figures_of
 from longspan.exchange.auto.timing import RankClock
 from longspan.exchange.auto.trial import exchange_seconds
+from longspan.exchange.problem import problem_of
 from longspan.exchange.segments import own_segments
 from longspan.launch import EXIT_DONE, Place, start_process_group
 from longspan.layout import SequenceLayout, group_of
 from longspan.ops.variants import VARIANTS
-from longspan.plan import Problem, time_of
 from longspan.state import Dense, Identity, Pair, exclusive_scan, exclusive_scan_adjoint
 
 TOLERANCES = {False: 1e-5, True: 5e-2}
@@ -87,29 +87,26 @@ def measure(options: BenchExchange, device: torch.device) -> Figures:
     """All figures, on the ranks of the default process group; see `bench_exchange`."""
     case = _make_case(options, device)
     state_dtype = torch.bfloat16 if options.bfloat16 else None
-    cluster = measured_cluster(case.layout, device)
-    choice = Auto(state_dtype).choose(case.pair, case.layout)
-    problem = Problem.of_states(
-        type(case.pair.transition), case.pair.state.shape, case.layout, state_bytes=2 if options.bfloat16 else None
-    )
-    modelled = {
-        name: choice if name == "auto" else time_of(name, problem, cluster)
-        for name in dict.fromkeys(options.topologies)
-    }
-    topologies = {
-        name: resolve_topology(
-            Exchange(name, state_dtype, num_blocks=cost.num_blocks if name == "pipelined" else None)
-        ).resolve(case.pair, case.layout)
-        for name, cost in modelled.items()
-    }
-    sent = {name: _sent_if_right(name, topology, case, options.bfloat16) for name, topology in topologies.items()}
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in topologies}
-    names = list(topologies)
+    cluster = figures_of(case.layout, device).cluster
+    choice = Auto(state_dtype, measure=True).choose(case.pair, case.layout)
+    problem = problem_of(case.pair, case.layout, state_dtype)
+
+    def priced(name: str) -> Priced:
+        if name == "auto":
+            return choice
+        topology = TOPOLOGIES[name](state_dtype).settled(problem, cluster)
+        return Priced(topology, topology.cost(problem, cluster))
+
+    modelled = {name: priced(name) for name in dict.fromkeys(options.topologies)}
+    carriers = {name: each.topology.resolve(case.pair, case.layout) for name, each in modelled.items()}
+    sent = {name: _sent_if_right(name, carrier, case, options.bfloat16) for name, carrier in carriers.items()}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in carriers}
+    names = list(carriers)
     ranks = RankClock(case.layout, device)
     for repeat in range(options.repeats):
         # In another order each time, so that none always follows the same one.
         for name in names[repeat % len(names) :] + names[: repeat % len(names)]:
-            times[name].append(exchange_seconds(topologies[name], case.pair, case.grad, ranks))
+            times[name].append(exchange_seconds(carriers[name], case.pair, case.grad, ranks))
     rows = [
         Measured(
             topology=name,
@@ -120,11 +117,11 @@ def measure(options: BenchExchange, device: torch.device) -> Figures:
             high_seconds=max(map(sum, times[name])),
             bytes_sent=sent[name].bytes_sent,
             num_messages=sent[name].num_messages,
-            modelled=modelled[name],
+            modelled=modelled[name].cost,
         )
         for name in names
     ]
-    return Figures(options, dist.get_world_size(), str(cluster), choice.topology, rows)
+    return Figures(options, dist.get_world_size(), str(cluster), choice.topology.name, rows)
 
 
 def _make_case(options: BenchExchange, device: torch.device) -> _Case:
@@ -152,17 +149,17 @@ def _make_case(options: BenchExchange, device: torch.device) -> _Case:
     return _Case(layout, pair, grads[own].to(device), incoming.to(device), outgoing.to(device))
 
 
-def _run(topology: Topology, case: _Case) -> tuple[Tensor, Tensor]:
+def _run(carrier: Carrier, case: _Case) -> tuple[Tensor, Tensor]:
     """S_in and λ of this rank's segments."""
-    arrived = topology.start(case.pair, case.layout).wait()
+    arrived = carrier.start(case.pair, case.layout).wait()
     kind = type(case.pair.transition)
-    return arrived.incoming, topology.start_reverse(kind, arrived.context, case.grad, case.layout).wait()
+    return arrived.incoming, carrier.start_reverse(kind, arrived.context, case.grad, case.layout).wait()
 
 
-def _sent_if_right(name: str, topology: Topology, case: _Case, bfloat16: bool) -> _Sent:
+def _sent_if_right(name: str, carrier: Carrier, case: _Case, bfloat16: bool) -> _Sent:
     """What is sent; raises WrongResultError unless the topology is right on every rank."""
     with record_traffic() as traffic:
-        results = _run(topology, case)
+        results = _run(carrier, case)
         # A rank that has nothing to wait for may not have sent yet.
         run_beside(group_of(case.layout), case.pair.state.device, lambda _: None).wait()
     expected = (case.incoming, case.outgoing)

@@ -9,7 +9,6 @@ from longspan.commands.plan_exchange import LayerOptions
 from longspan.errors import ConfigError
 from longspan.exchange import TOPOLOGIES
 from longspan.ops.variants import VARIANTS
-from longspan.plan import PLANNED
 
 
 @dataclass(frozen=True)
@@ -18,7 +17,9 @@ class BenchExchange(LayerOptions):
 
     ranks: int = 4
     """Ranks to start on this machine; torchrun's own number under torchrun."""
-    topologies: tuple[str, ...] = field(default_factory=lambda: tuple(name for name in PLANNED if name != "neighbour"))
+    topologies: tuple[str, ...] = field(
+        default_factory=lambda: tuple(name for name in TOPOLOGIES if name != "neighbour")
+    )
     """What to measure. neighbour holds for two ranks, and for retention with a log_decay that leaves nothing."""
     log_decay: float | None = None
     """Over a segment, but for the delta rules; else random ones from −1 to 0. Below −104 nothing is left in float32."""
@@ -45,7 +46,7 @@ class BenchExchange(LayerOptions):
         if self.operator not in VARIANTS:
             raise ConfigError(f"operator must be one of {', '.join(VARIANTS)}; got {self.operator!r}")
         for name in self.topologies:
-            if name not in TOPOLOGIES:
-                raise ConfigError(f"topologies must be among {', '.join(TOPOLOGIES)}; got {name!r}")
+            if name not in (*TOPOLOGIES, "auto"):
+                raise ConfigError(f"topologies must be among {', '.join(TOPOLOGIES)} and auto; got {name!r}")
         if self.ranks_per_node is not None and (self.ranks_per_node < 1 or num_ranks % self.ranks_per_node):
             raise ConfigError(f"ranks_per_node {self.ranks_per_node} does not divide {num_ranks} ranks")

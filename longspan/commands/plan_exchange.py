@@ -7,7 +7,7 @@ from typing import Literal
 
 from longspan.commands.table import cost_table
 from longspan.commands.units import bytes_per_second, seconds
-from longspan.plan import PLANNED, by_cost
+from longspan.exchange import TOPOLOGIES, by_cost
 from longspan.plan.cluster import Cluster, Link, gpu_cluster
 from longspan.plan.problem import Problem
 from longspan.state import Transition
@@ -95,6 +95,6 @@ class PlanExchange(LayerOptions):
     def report(self, transition: type[Transition]) -> str:
         """What the command prints."""
         cluster, problem = self.cluster(), self.problem(transition)
-        costs = by_cost(problem, cluster, [name for name in PLANNED if name != "neighbour"])
+        priced = by_cost([kind() for name, kind in TOPOLOGIES.items() if name != "neighbour"], problem, cluster)
         what = f"{self.describe()}, modelled; a state has {problem.state:,} bytes, a pair {problem.pair:,}"
-        return f"{what}\n{cluster}\n\n{cost_table(costs, seconds(self.compute))}"
+        return f"{what}\n{cluster}\n\n{cost_table([each.cost for each in priced], seconds(self.compute))}"

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from longspan.comm.numbering import backward_of, steps_of
 from longspan.comm.profiling import named_range
-from longspan.exchange.topology import Handle, ReverseHandle, Topology
+from longspan.exchange.topology import Carrier, Exchanger, Handle, ReverseHandle
 from longspan.first_order import first_order
 from longspan.layout import SequenceLayout, group_of
 from longspan.state import Pair, Transition
@@ -26,7 +26,7 @@ from longspan.state import Pair, Transition
 class _Link:
     """What the two nodes of one exchange hand to each other."""
 
-    topology: Topology
+    carrier: Carrier
     kind: type[Transition]
     layout: SequenceLayout
     keeps_incoming: bool
@@ -53,7 +53,7 @@ class _Start(torch.autograd.Function):
     def forward(ctx: Any, state: Tensor, parameter: Tensor, link: _Link) -> Tensor:
         ctx.link = link
         with named_range("longspan.exchange.start"):
-            link.forward = link.topology.start(Pair(link.kind(parameter), state), link.layout)
+            link.forward = link.carrier.start(Pair(link.kind(parameter), state), link.layout)
             link.number = steps_of(group_of(link.layout)).number
         if link.keeps_incoming:
             ctx.save_for_backward(parameter)
@@ -95,7 +95,7 @@ class _Wait(torch.autograd.Function):
             arrived = link.forward.wait()
         link.forward = None
         ctx.link = link
-        ctx.save_for_backward(arrived.context, arrived.incoming if link.keeps_incoming else None)
+        ctx.save_for_backward(arrived.incoming if link.keeps_incoming else None, *arrived.context)
         return arrived.incoming
 
     @staticmethod
@@ -103,9 +103,9 @@ class _Wait(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None]:
         (grad_incoming,) = grads
         link: _Link = ctx.link
-        context, link.incoming = ctx.saved_tensors
+        link.incoming, *context = ctx.saved_tensors
         with named_range("longspan.exchange.start.backward"), backward_of(link.number):
-            link.reverse = link.topology.start_reverse(link.kind, context, grad_incoming, link.layout)
+            link.reverse = link.carrier.start_reverse(link.kind, tuple(context), grad_incoming, link.layout)
         if not ctx.needs_input_grad[0]:
             link.reverse.wait()
             link.reverse = None
@@ -132,11 +132,11 @@ class PendingExchange:
         return incoming
 
 
-def start_exchange(topology: Topology, pair: Pair, layout: SequenceLayout) -> PendingExchange:
+def start_exchange(exchange: Exchanger, pair: Pair, layout: SequenceLayout) -> PendingExchange:
     """Start exchanging the states of this rank's segments, without waiting.
 
     Args:
-        topology: how to exchange.
+        exchange: how to exchange.
         pair: U ``[num_segments, B, H, K, V]`` of this rank's segments, and their transitions, or those of all segments in global
             order where `Transition.is_known`. A segment in which a document starts has a zero transition.
         layout: of two ranks or more.
@@ -145,6 +145,6 @@ def start_exchange(topology: Topology, pair: Pair, layout: SequenceLayout) -> Pe
     """
     parameter = pair.transition.parameter
     keeps_incoming = parameter.requires_grad and not pair.transition.is_known
-    link = _Link(topology.resolve(pair, layout), type(pair.transition), layout, keeps_incoming)
+    link = _Link(exchange.resolve(pair, layout), type(pair.transition), layout, keeps_incoming)
     ticket: Tensor = _Start.apply(pair.state, parameter, link)
     return PendingExchange(ticket, link)

@@ -30,9 +30,10 @@ from longspan.comm.background import Task, run_beside
 from longspan.comm.numbering import taken
 from longspan.comm.point_to_point import Mailbox, Receipt
 from longspan.exchange.segments import own_segments, reorder_rows
-from longspan.exchange.topology import Arrived, Handle, ReverseHandle, Topology
+from longspan.exchange.topology import Arrived, Carrier, Handle, ReverseHandle
 from longspan.exchange.wire import pack_pairs, unpack_states
 from longspan.layout import SequenceLayout, group_of
+from longspan.plan import Cluster, DirectionCost, Problem
 from longspan.state import Pair, Transition
 
 
@@ -88,7 +89,7 @@ def _chain(layout: SequenceLayout, reverse: bool, cuts: Sequence[bool] | None) -
 
 
 @dataclass(frozen=True)
-class Chain(Topology):
+class Chain(Carrier):
     """The chain, with what its topologies set.
 
     name: of the topology, for the count of messages. num_blocks: of value columns. state_dtype: states are rounded to it for the
@@ -108,9 +109,9 @@ class Chain(Topology):
         return _Forward(_launch(self, pair.state, transition, layout, "forward"), parameter)
 
     def start_reverse(
-        self, kind: type[Transition], context: Tensor, grad_incoming: Tensor, layout: SequenceLayout
+        self, kind: type[Transition], context: tuple[Tensor, ...], grad_incoming: Tensor, layout: SequenceLayout
     ) -> ReverseHandle:
-        return _Reverse(_launch(self, grad_incoming, kind(context).adjoint(), layout, "backward"))
+        return _Reverse(_launch(self, grad_incoming, kind(*context).adjoint(), layout, "backward"))
 
 
 @dataclass
@@ -130,7 +131,7 @@ class _Forward(Handle):
     parameter: Tensor
 
     def wait(self) -> Arrived:
-        return Arrived(self.carried.wait(), self.parameter)
+        return Arrived(self.carried.wait(), (self.parameter,))
 
 
 @dataclass
@@ -261,3 +262,38 @@ class Passage:
             else:
                 state = self._transition[row].apply(state) + written
         return state
+
+
+def chain_cost(problem: Problem, cluster: Cluster, num_blocks: int) -> DirectionCost:
+    """The cost of one direction of a chain in M blocks of value columns; both directions cost the same.
+
+    Each segment's owner sends n or fewer states and no transition. A chain of h messages crosses every boundary between segments
+    of different ranks: h = P − 1 contiguous, 2P − 2 zigzag, which turns at the last rank; h is shorter where documents cut it. The
+    first block takes h hops of |U| / M, and folds at each segment that it passes: f = h + n − 2 of them (n P − 2 for one document),
+    as the first segment has nothing to fold and the last one nothing to send. The M − 1 others follow it, each behind the one
+    before it by what the busiest rank needs for a block, with all ranks at once.
+
+        seconds = Σ_hops (latency + |U| / M bandwidth) + f · fold(R / M) + (M − 1) · n · (gap + |U| / M bandwidth + fold(R / M))
+
+    steps = h − 1 + M. Blocks are as large as the largest: ⌈V / M⌉ of V columns.
+    """
+    num_blocks = min(num_blocks, problem.value_size)
+    share = -(-problem.value_size // num_blocks) / problem.value_size
+    block = problem.state * share
+    size = problem.fold_size(problem.num_rows * share)
+    folds = max(0, problem.chain + problem.segments_per_rank - 2)
+    seconds = cluster.hops(problem.chain, _between_nodes(problem, cluster), block, folds, size)
+    seconds += (num_blocks - 1) * problem.segments_per_rank * cluster.follow(block, size)
+    messages = messages_of_chain(problem)
+    return DirectionCost(seconds, 0.0, messages * problem.state, messages * num_blocks, problem.chain - 1 + num_blocks)
+
+
+def messages_of_chain(problem: Problem) -> int:
+    """Of the rank that sends most: its n segments, without zigzag's turn and end, which are all that two ranks have."""
+    return problem.segments_per_rank if problem.num_ranks > 2 else 1
+
+
+def _between_nodes(problem: Problem, cluster: Cluster) -> int:
+    """How many messages of the longest chain leave their node."""
+    whole = problem.segments_per_rank * (cluster.num_nodes - 1)
+    return min(whole, -(-problem.chain // cluster.ranks_per_node))

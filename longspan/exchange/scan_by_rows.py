@@ -211,3 +211,22 @@ class PendingScanAdjoint(ReverseHandle):
 
     def wait(self) -> Tensor:
         return self.task.wait()
+
+
+def shares_of(rows: int, members: int) -> set[int]:
+    """How many of `rows` a member may own."""
+    return {rows // members, -(-rows // members)}
+
+
+def sent_by_rows(members: int, rows: int, own: int, stretches: int, there: int, back: int) -> int:
+    """Bytes that a member with `own` of the rows sends: the others' rows of its stretches there, and its own of theirs back.
+
+    there, back: bytes of one row of one stretch.
+    """
+    return stretches * ((rows - own) * there + (members - 1) * own * back)
+
+
+def messages_by_rows(members: int, rows: int, owns: bool) -> int:
+    """Messages of a member there and back: to the others that have rows, and to all others if it owns any itself."""
+    owners = min(rows, members)
+    return (owners - 1) + (members - 1) if owns else owners

@@ -18,7 +18,7 @@ from longspan.attention.softmax import SOFTMAX_METHODS, SoftmaxMethod
 from longspan.checks import described
 from longspan.comm.traffic import note_collective, waiting
 from longspan.errors import InputError
-from longspan.exchange import Exchange, resolve_topology
+from longspan.exchange import Exchanger, exchange_named
 from longspan.layout import SequenceLayout
 from longspan.models.mixers import ParallelOptions, SequenceMixer, SequenceParallel
 from longspan.parallel.adapters import adapter_of
@@ -36,7 +36,7 @@ def parallelize(
     model: Model,
     mesh_or_group: dist.ProcessGroup | DeviceMesh | None,
     *,
-    exchange: str | Exchange = "auto",
+    exchange: str | Exchanger = "auto",
     softmax_method: SoftmaxMethod = "auto",
 ) -> Model:
     """Let `model` run on sequences that are split over the ranks of a group; changed in place and returned.
@@ -60,7 +60,7 @@ def parallelize(
         raise InputError(
             f"parallelize() takes a torch.nn.Module; got {described(model)}. Pass the model itself, not its output"
         )
-    resolve_topology(exchange)
+    exchange_named(exchange)
     if softmax_method not in SOFTMAX_METHODS:
         raise InputError(f"softmax_method must be one of {', '.join(SOFTMAX_METHODS)}; got {softmax_method!r}")
     group, num_ranks = _resolve(mesh_or_group)

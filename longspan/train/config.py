@@ -22,8 +22,8 @@ from typing import Any, Literal
 import torch
 
 from longspan.attention.softmax import SoftmaxMethod
-from longspan.errors import ConfigError, InputError
-from longspan.exchange import Exchange
+from longspan.errors import ConfigError
+from longspan.exchange import TOPOLOGIES, Auto, Exchanger
 from longspan.models import LinearLlama3Config
 
 
@@ -102,7 +102,7 @@ class ParallelConfig:
     order: Literal["contiguous", "zigzag"] = "zigzag"
     """Which tokens of a sequence a rank holds: one run of them, or two that balance causal softmax layers (zigzag)."""
     exchange: str = "auto"
-    """How linear layers exchange their states: a topology of docs/exchange.md, or the cheapest by the cost model (auto)."""
+    """How linear layers exchange their states: a topology of docs/exchange.md, or the fastest as measured at the start (auto)."""
     exchange_dtype: Literal["float32", "bfloat16"] = "float32"
     """What states travel in; sums stay float32."""
     softmax_method: SoftmaxMethod = "auto"
@@ -114,16 +114,20 @@ class ParallelConfig:
     timeout_seconds: float = 600.0
     """Give up when a collective has waited this long for another rank."""
 
-    def build_exchange(self) -> Exchange:
+    def build_exchange(self) -> Exchanger:
         """How linear layers are told to exchange their states.
 
         Raises:
             ConfigError: for a topology that does not exist.
         """
-        try:
-            return Exchange(self.exchange, torch.bfloat16 if self.exchange_dtype == "bfloat16" else None)
-        except InputError as error:
-            raise ConfigError(f"parallel.{error}") from error
+        state_dtype = torch.bfloat16 if self.exchange_dtype == "bfloat16" else None
+        if self.exchange == "auto":
+            return Auto(state_dtype, measure=True)
+        if self.exchange not in TOPOLOGIES:
+            raise ConfigError(
+                f"parallel.exchange must be 'auto' or one of {', '.join(map(repr, TOPOLOGIES))}; got {self.exchange!r}"
+            )
+        return TOPOLOGIES[self.exchange](state_dtype)
 
 
 @dataclass(frozen=True)

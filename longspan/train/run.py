@@ -14,6 +14,7 @@ from longspan.data.prepare import PreparedData, Recipe, open_prepared, prepare_c
 from longspan.errors import CheckpointError, ConfigError
 from longspan.launch import EXIT_DONE, EXIT_STOPPED, Place, StopRequest, num_cores
 from longspan.train import config as configs
+from longspan.train import exchange
 from longspan.train.checkpoint import Checkpoint, load_checkpoint, newest_checkpoint, remove_leftovers
 from longspan.train.config import Config
 from longspan.train.finish import finish
@@ -76,6 +77,8 @@ def train_on(
         check = trainer.check(threads_alone=num_cores())
         report.heading("check", _describe_check(check, ranks.world_size))
         check.raise_unless_agrees()
+        if exchange.measures(config, ranks):
+            report.heading("exchange", exchange.describe(trainer.layout, ranks, resumed=saved is not None))
 
     traced = config.run.trace_step
     if traced is not None and traced > trainer.step:

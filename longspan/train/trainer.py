@@ -21,6 +21,7 @@ from longspan.parallel import sum_gradients
 from longspan.train import config as configs
 from longspan.train.checkpoint import Checkpoint, complete_checkpoints, save_checkpoint
 from longspan.train.config import Config
+from longspan.train.exchange import figures_to_save, measures, take_saved_figures
 from longspan.train.loss import Evaluation, evaluate, loss_sum, unigram_baseline
 from longspan.train.metrics import MetricsFile, Totals, peak_memory_bytes
 from longspan.train.model import build_model, copy_weights, make_parallel
@@ -226,9 +227,10 @@ class Trainer:
     def _save(self) -> None:
         self.phase.name = "saving a checkpoint"
         keep = self.config.checkpoint.keep
-        self.ranks.from_first(lambda: str(save_checkpoint(self.folder.checkpoints, self._checkpoint(), keep)))
+        measured = figures_to_save(self.layout, self.ranks) if measures(self.config, self.ranks) else None
+        self.ranks.from_first(lambda: str(save_checkpoint(self.folder.checkpoints, self._checkpoint(measured), keep)))
 
-    def _checkpoint(self) -> Checkpoint:
+    def _checkpoint(self, exchange: dict[str, Any] | None) -> Checkpoint:
         return Checkpoint(
             step=self.step,
             tensors={
@@ -243,6 +245,7 @@ class Trainer:
                 "next_sequence": self.step * self.config.batch_sequences,
                 "data": self.data.fingerprint,
                 "config": configs.to_mapping(self.config),
+                "exchange": exchange,
             },
         )
 
@@ -260,6 +263,8 @@ class Trainer:
                 f"the prepared data is not what the checkpoint of step {saved.step} was trained on: "
                 f"{', '.join(changed)} changed. Restore the data folder, or start a new run"
             )
+        if measures(self.config, self.ranks):
+            take_saved_figures(saved, self.layout, self.ranks)
         self._restore_weights(saved)
         try:
             load_optimizer_tensors(self.model, self.optimizer, _saved_tensors(saved, "optimizer"))

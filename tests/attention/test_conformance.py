@@ -122,7 +122,7 @@ def assert_right(by_rank: list[list[tuple[float, Case, dict[str, float]]]]) -> N
 # What the package takes without being asked is tried in full; of the other topologies, what test_exchange.py does not show already.
 FULL = [
     pytest.param(exchange, num_ranks, marks=() if exchange == "all_gather" and num_ranks <= 4 else pytest.mark.slow)
-    for exchange, num_ranks in itertools.product(TOPOLOGIES, (1, 2, 3, 4, 8))
+    for exchange, num_ranks in itertools.product([*TOPOLOGIES, "auto"], (1, 2, 3, 4, 8))
     if exchange == "all_gather" or num_ranks > 1
 ]
 
@@ -147,7 +147,7 @@ EVERY = [
 
 
 @pytest.mark.parametrize(("name", "num_ranks"), EVERY)
-@pytest.mark.parametrize("exchange", [exchange for exchange in TOPOLOGIES if exchange != "all_gather"])
+@pytest.mark.parametrize("exchange", [*(name for name in TOPOLOGIES if name != "all_gather"), "auto"])
 def test_every_topology_serves_every_variant(name: str, exchange: str, num_ranks: int) -> None:
     seq_len = 23 if num_ranks <= 4 else 37
     packings = packings_of(exchange)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from longspan.exchange import Topology, start_exchange
+from longspan.exchange import Exchanger, start_exchange
 from longspan.exchange.segments import own_segments
 from longspan.layout import SequenceLayout
 from longspan.state import Dense, Identity, Pair, Transition, exclusive_scan
@@ -32,7 +32,7 @@ def random_pair(kind: type[Transition], shape: Sequence[int], layout: SequenceLa
 
 @unwritten_memory_is_nan()
 def errors_of_scan(
-    topology: Topology,
+    exchange: Exchanger,
     kind: type[Transition],
     shape: Sequence[int],
     layout: SequenceLayout,
@@ -51,7 +51,7 @@ def errors_of_scan(
     if not kind.is_known:
         parameter = parameter[own].requires_grad_()
         leaves.append(parameter)
-    incoming = start_exchange(topology, Pair(kind(parameter), state), layout).wait()
+    incoming = start_exchange(exchange, Pair(kind(parameter), state), layout).wait()
     assert incoming.dtype == dtype and incoming.shape == state.shape
     # A gradient that is not contiguous, as they come from permuted products.
     grad = grad_in[own].transpose(3, 4).contiguous().transpose(3, 4)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import threading
 from dataclasses import replace
 from typing import Any
 
@@ -11,8 +13,9 @@ import torch.distributed as dist
 
 import longspan
 from longspan.errors import InputError
-from longspan.exchange import Auto, record_traffic
-from longspan.exchange.auto import calibration
+from longspan.exchange import TOPOLOGIES, Auto, record_traffic
+from longspan.exchange.auto import calibration, choice
+from longspan.exchange.auto.figures import Figures, figures_of, take_figures
 from longspan.exchange.chain import Chain
 from longspan.exchange.topologies.all_gather import AllGather
 from longspan.exchange.topologies.all_to_all import AllToAll
@@ -89,7 +92,7 @@ def names_of_costs(
 ) -> list[str]:
     layout = SequenceLayout(64, documents=documents, ranks_per_node=ranks_per_node)
     auto = Auto(cluster=CLUSTERS["two_level"])
-    return sorted(cost.topology for cost in auto.costs(own_pair(kind, layout, value), layout))
+    return sorted(each.topology.name for each in auto.priced(own_pair(kind, layout, value), layout))
 
 
 def test_what_cannot_carry_the_exchange_out_is_no_candidate() -> None:
@@ -126,7 +129,8 @@ def measured_and_counted() -> tuple[int, list[str], list[str]]:
             layout = SequenceLayout(seq_len, group=group)
             for _ in range(2):
                 q, k, v = (torch.randn(1, layout.num_local_tokens, 2, 4, requires_grad=True) for _ in range(3))
-                longspan.write("linear_attention", k, v, layout=layout).read(q).square().sum().backward()
+                memory = longspan.write("linear_attention", k, v, layout=layout, exchange=Auto(measure=True))
+                memory.read(q).square().sum().backward()
     forward, backward = ([e.name for e in traffic.of_phase(phase).events] for phase in ("forward", "backward"))
     return len(measured), forward, backward
 
@@ -139,7 +143,7 @@ def test_a_group_is_measured_once_and_forward_and_backward_take_the_same_topolog
 
 def chosen_by_measurement() -> list[Any]:
     layout = SequenceLayout(64)
-    return [Auto().resolve(own_pair(kind, layout), layout) for kind in KINDS]
+    return [Auto(measure=True).resolve(own_pair(kind, layout), layout) for kind in KINDS]
 
 
 def test_all_ranks_choose_alike_by_what_they_measure() -> None:
@@ -164,7 +168,7 @@ def test_where_no_state_leaves_a_rank_nothing_is_measured_or_sent() -> None:
 def layer_with(cluster: Cluster) -> None:
     layout = SequenceLayout(64)
     q, k, v = (torch.randn(1, layout.num_local_tokens, 2, 4) for _ in range(3))
-    longspan.linear_attention(q, k, v, layout=layout, exchange=longspan.Exchange(cluster=cluster))
+    longspan.linear_attention(q, k, v, layout=layout, exchange=Auto(cluster=cluster))
 
 
 def test_a_cluster_can_be_given_by_hand_and_must_have_the_ranks() -> None:
@@ -173,8 +177,57 @@ def test_a_cluster_can_be_given_by_hand_and_must_have_the_ranks() -> None:
         assert name == "InputError" and "the problem has 4 ranks and the cluster 8" in message
 
 
-def test_only_auto_takes_a_cluster() -> None:
-    with pytest.raises(InputError, match="'ring' has no option cluster"):
-        longspan.Exchange("ring", cluster=CLUSTERS["ring"])
-    with pytest.raises(InputError, match="'auto' has no option num_blocks"):
-        longspan.Exchange(num_blocks=2)
+def test_auto_takes_figures_or_measures_them() -> None:
+    with pytest.raises(InputError, match="both a cluster and measure=True"):
+        Auto(cluster=CLUSTERS["ring"], measure=True)
+
+
+def default_beside_other_exchanges() -> tuple[list[str], list[str], int]:
+    """What the default takes twice over, and which threads and groups there are that were not there before."""
+    group = dist.new_group(list(range(4)))
+    threads = {thread.name for thread in threading.enumerate()}
+    taken = []
+    with pytest.MonkeyPatch.context() as patch, record_traffic() as traffic:
+        patch.setattr(calibration, "_measure", lambda *_: pytest.fail("the default measured"))
+        for _ in range(2):
+            layout = SequenceLayout(64, group)
+            taken.append([Auto().choose(own_pair(kind, layout), layout).topology.name for kind in KINDS])
+    assert taken[0] == taken[1]
+    made = {thread.name for thread in threading.enumerate()} - threads
+    return taken[0], sorted(made), traffic.num_collectives
+
+
+def test_the_default_is_a_formula_that_measures_and_sends_nothing() -> None:
+    first, *others = run_on_ranks(4, default_beside_other_exchanges)
+    assert all(other == first for other in others)
+    taken, threads, collectives = first
+    assert (threads, collectives) == ([], 0)
+    assert set(taken) <= set(TOPOLOGIES)
+
+
+def written_down_and_taken_again() -> tuple[bool, bool, list[str]]:
+    """Figures that one group measured, in another one: the same choice, and nothing measured."""
+    device = torch.device("cpu")
+    first, second = (SequenceLayout(64, dist.new_group(list(range(4)))) for _ in range(2))
+    auto = Auto(measure=True)
+    chosen = [auto.choose(own_pair(kind, first), first) for kind in KINDS]
+    written = json.loads(json.dumps(figures_of(first, device).as_json()))
+    figures = Figures.from_json(written)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(calibration, "_measure", lambda *_: pytest.fail("measured again"))
+        patch.setattr(choice, "try_out", lambda *_: pytest.fail("tried again"))
+        take_figures(second, device, figures)
+        again = [auto.choose(own_pair(kind, second), second) for kind in KINDS]
+    wrong_ranks = SequenceLayout.for_rank(64, 2, 0, ranks_per_node=2)
+    refusals = [
+        raised(take_figures, wrong_ranks, device, figures)[1],
+        raised(Figures.from_json, {"cluster": 3})[1],
+    ]
+    return figures == figures_of(first, device), again == chosen, refusals
+
+
+def test_measured_figures_are_written_down_and_taken_by_another_run() -> None:
+    for is_equal, chose_alike, (ranks, form) in run_on_ranks(4, written_down_and_taken_again):
+        assert is_equal and chose_alike
+        assert "the figures are of 4 ranks on nodes of 4, and the layout has 2 on nodes of 2" in ranks
+        assert "no figures of an exchange" in form

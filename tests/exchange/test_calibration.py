@@ -16,7 +16,7 @@ from torch import Tensor
 from longspan.comm.collectives import all_gather_single
 from longspan.exchange import record_traffic
 from longspan.exchange.auto import calibration, timing
-from longspan.exchange.auto.calibration import measured_cluster
+from longspan.exchange.auto.figures import figures_of
 from longspan.layout import SequenceLayout
 from longspan.plan import Cluster
 from longspan.state import Dense, Pair, exclusive_scan
@@ -43,9 +43,9 @@ def measure_twice(ranks_per_node: int | None) -> tuple[Cluster, bool, int, int, 
     layout = fresh_layout(ranks_per_node=ranks_per_node)
     try:
         with record_traffic() as traffic:
-            cluster = measured_cluster(layout, CPU)
+            cluster = figures_of(layout, CPU).cluster
         lines_of_first = list(lines)
-        again = measured_cluster(SequenceLayout(99, group=layout.group, ranks_per_node=ranks_per_node), CPU)
+        again = figures_of(SequenceLayout(99, group=layout.group, ranks_per_node=ranks_per_node), CPU).cluster
     finally:
         logger.removeHandler(handler)
         logger.setLevel(level)
@@ -158,7 +158,7 @@ def cluster_of_a_known_network() -> Cluster:
         patch.setattr(calibration, "exclusive_scan", network.scan)
         patch.setattr(timing.RankClock, "one", lambda _, function: network.time(function))
         patch.setattr(calibration, "Chain", network.chain)
-        return measured_cluster(layout, CPU)
+        return figures_of(layout, CPU).cluster
 
 
 def test_a_network_of_known_speed_is_measured_as_it_is() -> None:
@@ -178,7 +178,7 @@ def test_a_network_of_known_speed_is_measured_as_it_is() -> None:
 def cluster_of_unequal_hosts() -> Cluster:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(socket, "gethostname", lambda: "one" if dist.get_rank() == 0 else "two")
-        return measured_cluster(fresh_layout(), CPU)
+        return figures_of(fresh_layout(), CPU).cluster
 
 
 def test_hosts_of_unequal_numbers_of_ranks_count_as_nodes_of_one() -> None:

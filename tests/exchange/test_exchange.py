@@ -11,7 +11,7 @@ from torch import Tensor
 
 import longspan
 from longspan.errors import InputError
-from longspan.exchange import TOPOLOGIES, record_traffic, resolve_topology, start_exchange
+from longspan.exchange import TOPOLOGIES, exchange_named, record_traffic, start_exchange
 from longspan.exchange.wire import HEADER_BYTES
 from longspan.layout import SequenceLayout
 from longspan.state import ChannelDecay, Dense, HeadDecay, Identity, Pair, ScalarDecay, Transition, exclusive_scan
@@ -52,7 +52,7 @@ def errors_of_exchange(
     rows = own_rows(layout)
     own_states = states[rows].requires_grad_()
     own_parameter = parameter if kind.is_known else parameter[rows].requires_grad_()
-    incoming = start_exchange(TOPOLOGIES[topology], Pair(kind(own_parameter), own_states), layout).wait()
+    incoming = start_exchange(exchange_named(topology), Pair(kind(own_parameter), own_states), layout).wait()
     leaves = [own_states] if kind.is_known else [own_states, own_parameter]
     # A gradient that is not contiguous, as they come from permuted products.
     grad = grad_in[rows].transpose(3, 4).contiguous().transpose(3, 4)
@@ -83,7 +83,7 @@ SHORT: list[tuple[int, list[int] | None]] = [(40, [0, *range(1, 40, 2), 40]), (4
 @pytest.mark.parametrize("num_ranks", [2, 3, 4, 8])
 @pytest.mark.parametrize("order", ["contiguous", "zigzag"])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("topology", TOPOLOGIES)
+@pytest.mark.parametrize("topology", [*TOPOLOGIES, "auto"])
 def test_an_exchange_is_the_scan_with_the_gradients_of_states_and_transitions(
     topology: str, kind: type[Transition], order: str, num_ranks: int
 ) -> None:
@@ -226,5 +226,5 @@ def test_what_stands_between_write_and_read_hides_the_exchange_in_both_direction
 
 
 def test_an_unknown_topology_is_refused_with_the_list_of_known_ones() -> None:
-    with pytest.raises(InputError, match="'auto' or one of 'all_gather'"):
-        resolve_topology("telepathy")
+    with pytest.raises(InputError, match="'auto', one of 'all_gather'"):
+        exchange_named("telepathy")

@@ -68,7 +68,7 @@ def errors_after(first: str, exchange: str, order: Any, documents: list[int] | N
 
 
 @pytest.mark.parametrize("first", ["inference mode", "autocast"])
-@pytest.mark.parametrize("exchange", TOPOLOGIES)
+@pytest.mark.parametrize("exchange", [*TOPOLOGIES, "auto"])
 def test_training_is_right_after_a_first_call_in(first: str, exchange: str) -> None:
     documents = [0, 3, 5, 7, 11, 13, 16] if exchange == "neighbour" else [0, 3, 11, 16]
     for order in ("contiguous", "zigzag"):

@@ -1,4 +1,4 @@
-"""`longspan.Exchange`: a topology with its options; bfloat16 states; options that a topology does not have."""
+"""Topologies and their options; bfloat16 states; what is refused."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 import longspan
 from longspan.errors import InputError
-from longspan.exchange import TOPOLOGIES, resolve_topology
+from longspan.exchange import TOPOLOGIES, AllGather, Auto, Pipelined, exchange_named
 from longspan.exchange.wire import pack_pairs, unpack_parameter, unpack_states, wire_bytes
 from longspan.layout import SequenceLayout
 from longspan.state import Dense, ScalarDecay, Transition
@@ -17,38 +17,40 @@ from tests.compare import worst
 from tests.exchange.scan import errors_of_scan
 from tests.ranks import run_on_ranks
 
-NAMES = [name for name in TOPOLOGIES if name != "auto"]
+NAMES = list(TOPOLOGIES)
 # Exchanges that hold for a single document.
 GENERAL = [name for name in NAMES if name != "neighbour"]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_name_and_an_exchange_of_that_name_are_the_same(name: str) -> None:
-    assert resolve_topology(name) == resolve_topology(longspan.Exchange(name)) == TOPOLOGIES[name]
-    assert resolve_topology(longspan.Exchange()) == resolve_topology("auto")
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_every_topology_takes_a_dtype_for_its_states(name: str) -> None:
-    topology: Any = resolve_topology(longspan.Exchange(name, state_dtype=torch.bfloat16))
-    assert (topology.name, topology.state_dtype) == (name, torch.bfloat16)
+def test_a_name_stands_for_the_topology_with_its_options_left_alone(name: str) -> None:
+    assert exchange_named(name) == TOPOLOGIES[name]()
+    assert exchange_named(TOPOLOGIES[name](torch.bfloat16)) == TOPOLOGIES[name](state_dtype=torch.bfloat16)
+    assert TOPOLOGIES[name].name == name
+    assert exchange_named("auto") == Auto()
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("kind", "options", "message"),
     [
-        ({"topology": "telepathy"}, "'auto' or one of 'all_gather'.*got 'telepathy'"),
-        ({"topology": 3}, "got 3"),
-        ({"state_dtype": torch.float16}, "state_dtype must be None .* or torch.bfloat16; got torch.float16"),
-        ({"state_dtype": "bfloat16"}, "got 'bfloat16'"),
-        ({"topology": "pipelined", "num_blocks": 0}, "num_blocks must be None or an int of at least 1; got 0"),
-        ({"topology": "pipelined", "num_blocks": 2.0}, "got 2.0"),
-        ({"topology": "all_gather", "num_blocks": 4}, "'all_gather' has no option num_blocks.*'pipelined'"),
+        (AllGather, {"state_dtype": torch.float16}, "state_dtype must be None .* or torch.bfloat16; got torch.float16"),
+        (Auto, {"state_dtype": "bfloat16"}, "got 'bfloat16'"),
+        (Pipelined, {"num_blocks": 0}, "num_blocks must be None or an int of at least 1; got 0"),
+        (Pipelined, {"num_blocks": 2.0}, "got 2.0"),
+        (Pipelined, {"num_blocks": True}, "got True"),
     ],
 )
-def test_what_does_not_fit_is_refused_when_it_is_written(options: dict[str, Any], message: str) -> None:
+def test_what_does_not_fit_is_refused_when_it_is_written(kind: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        longspan.Exchange(**options)
+        kind(**options)
+
+
+@pytest.mark.parametrize("value", ["telepathy", 3, None, AllGather])
+def test_what_is_no_exchange_is_refused(value: Any) -> None:
+    with pytest.raises(
+        InputError, match=r"exchange must be 'auto', one of 'all_gather'.* or a topology with options .* got"
+    ):
+        exchange_named(value)
 
 
 @pytest.mark.parametrize("operator", ["linear_attention", "simple_gla", "gated_delta_rule"])
@@ -58,7 +60,7 @@ def test_operators_take_an_exchange_and_refuse_a_wrong_one_on_one_device(operato
     if operator == "gated_delta_rule":
         gates["beta"] = torch.rand(1, 6, 2)
     run = getattr(longspan, operator)
-    assert torch.equal(run(q, q, q, **gates), run(q, q, q, **gates, exchange=longspan.Exchange("all_gather")))
+    assert torch.equal(run(q, q, q, **gates), run(q, q, q, **gates, exchange=AllGather()))
     with pytest.raises(InputError, match="telepathy"):
         run(q, q, q, **gates, exchange="telepathy")
 
@@ -94,10 +96,10 @@ def bfloat16_errors(
     name: str, kind: type[Transition], order: Any, dtype: torch.dtype
 ) -> tuple[list[float], list[float]]:
     layout = SequenceLayout(64, order=order, ranks_per_node=2)
-    rounded = resolve_topology(longspan.Exchange(name, state_dtype=torch.bfloat16))
+    rounded = TOPOLOGIES[name](torch.bfloat16)
     return (
         errors_of_scan(rounded, kind, (1, 5, 3, 3), layout, dtype),
-        errors_of_scan(TOPOLOGIES[name], kind, (1, 5, 3, 3), layout, dtype),
+        errors_of_scan(TOPOLOGIES[name](), kind, (1, 5, 3, 3), layout, dtype),
     )
 
 

@@ -17,10 +17,16 @@ from longspan.comm import point_to_point
 from longspan.comm.groups import new_group_beside
 from longspan.comm.point_to_point import Mailbox, Receipt
 from longspan.errors import InputError, LayoutError
-from longspan.exchange import TOPOLOGIES, Exchange, record_traffic, resolve_topology, start_exchange
+from longspan.exchange import (
+    TOPOLOGIES,
+    Neighbour,
+    Pipelined,
+    Ring,
+    record_traffic,
+    start_exchange,
+)
 from longspan.exchange.chain import Chain, Passage, chain_of, order_of
 from longspan.exchange.topologies.neighbour import only_neighbours_meet
-from longspan.exchange.topologies.pipelined import Pipelined
 from longspan.layout import SequenceLayout, group_of
 from longspan.ops.variants import VARIANTS
 from longspan.state import Dense, HeadDecay, Identity, Pair, ScalarDecay, Transition, exclusive_scan
@@ -53,7 +59,7 @@ def messages_each_way(exchange: Any, order: Any, documents: list[int] | None) ->
     _, own = pair_of(ScalarDecay, layout)
     state = own.state.requires_grad_()
     with record_traffic() as traffic:
-        incoming = start_exchange(resolve_topology(exchange), Pair(own.transition, state), layout).wait()
+        incoming = start_exchange(exchange, Pair(own.transition, state), layout).wait()
         torch.autograd.grad(incoming, [state], torch.ones_like(incoming))
         # What a rank sends and does not wait for has been counted when all have what they were sent.
         drain(layout)
@@ -77,7 +83,7 @@ def test_a_rank_sends_its_state_once_each_way_but_at_the_ends_and_the_turn(name:
     message = [(name, STATE * 8, 1)]
     if blocks is not None:
         message = [(name, 2 * 3 * 4 * columns * 8, 1) for columns in (2, 2, 3)]
-    exchange = Exchange(name, num_blocks=blocks)
+    exchange = Ring() if blocks is None else Pipelined(num_blocks=blocks)
     last = num_ranks - 1
     for rank, (forward, backward) in enumerate(
         run_on_ranks(num_ranks, messages_each_way, exchange, "contiguous", None)
@@ -94,7 +100,7 @@ def test_a_rank_sends_its_state_once_each_way_but_at_the_ends_and_the_turn(name:
 def test_no_message_passes_the_start_of_a_document() -> None:
     # Segments of 10: the second and the last one begin with a document.
     for name in ("ring", "pipelined", "neighbour"):
-        results = run_on_ranks(4, messages_each_way, Exchange(name), "contiguous", [0, 10, 25, 30, 40])
+        results = run_on_ranks(4, messages_each_way, TOPOLOGIES[name](), "contiguous", [0, 10, 25, 30, 40])
         assert [len(forward) > 0 for forward, _ in results] == [False, True, False, False]
         assert [len(backward) > 0 for _, backward in results] == [False, False, True, False]
 
@@ -102,7 +108,7 @@ def test_no_message_passes_the_start_of_a_document() -> None:
 def test_bfloat16_halves_the_bytes_of_float32_and_quarters_those_of_float64() -> None:
     for name in ("ring", "pipelined", "neighbour"):
         documents = [0, 15, 25, 35, 40]
-        exchange = Exchange(name, state_dtype=torch.bfloat16)
+        exchange = TOPOLOGIES[name](torch.bfloat16)
         for forward, backward in run_on_ranks(4, messages_each_way, exchange, "contiguous", documents):
             for events in (forward, backward):
                 assert sum(size for _, size, _ in events) in (0, STATE * 2)
@@ -111,9 +117,9 @@ def test_bfloat16_halves_the_bytes_of_float32_and_quarters_those_of_float64() ->
 def results_in_bfloat16(name: str) -> list[float]:
     layout = SequenceLayout(40, documents=[0, 15, 25, 35, 40])
     everyone, own = pair_of(ScalarDecay, layout, torch.float32)
-    incoming = start_exchange(resolve_topology(Exchange(name, state_dtype=torch.bfloat16)), own, layout).wait()
+    incoming = start_exchange(TOPOLOGIES[name](torch.bfloat16), own, layout).wait()
     expected = exclusive_scan(everyone)[own_rows(layout)]
-    exact = start_exchange(TOPOLOGIES[name], own, layout).wait()
+    exact = start_exchange(TOPOLOGIES[name](), own, layout).wait()
     errors = [relative_error(x, expected) for x in (incoming, exact)]
     return [*errors, float(incoming.dtype == torch.float32)]
 
@@ -175,12 +181,12 @@ def order_of_sends(name: str, documents: list[int] | None, phase: str) -> list[s
     chain.Mailbox = Noted  # type: ignore[misc]
     try:
         _, own = pair_of(ScalarDecay, layout)
-        topology = TOPOLOGIES[name].resolve(own, layout)
+        topology = TOPOLOGIES[name]().resolve(own, layout)
         pending: Any
         if phase == "forward":
             pending = topology.start(own, layout)
         else:
-            pending = topology.start_reverse(ScalarDecay, own.transition.parameter, own.state, layout)
+            pending = topology.start_reverse(ScalarDecay, (own.transition.parameter,), own.state, layout)
         assert done.wait(30)
         log.append("main thread waits")
         pending.wait()
@@ -217,9 +223,7 @@ def exchanges_without_waiting(num_exchanges: int) -> float:
     everyone, own = pair_of(ScalarDecay, layout)
     expected = exclusive_scan(everyone)[own_rows(layout)]
     factors = [float(number + 1) for number in range(num_exchanges)]
-    pending = [
-        start_exchange(TOPOLOGIES["ring"], Pair(own.transition, own.state * factor), layout) for factor in factors
-    ]
+    pending = [start_exchange(Ring(), Pair(own.transition, own.state * factor), layout) for factor in factors]
     return worst(
         relative_error(exchange.wait(), expected * factor) for exchange, factor in zip(pending, factors, strict=True)
     )
@@ -286,7 +290,7 @@ def refused_neighbour() -> list[Any]:
     layout = SequenceLayout(40)
     _, own = pair_of(ScalarDecay, layout)
     with record_traffic() as traffic:
-        error = raised(start_exchange, TOPOLOGIES["neighbour"], own, layout)
+        error = raised(start_exchange, Neighbour(), own, layout)
     return [error, traffic.num_collectives]
 
 
@@ -379,7 +383,7 @@ def test_every_sender_has_its_receiver_in_both_directions(
 
 
 def test_a_layout_whose_segments_begin_with_documents_makes_no_exchange_at_all() -> None:
-    results = run_on_ranks(4, messages_each_way, Exchange("ring"), "contiguous", [0, 10, 20, 30, 40])
+    results = run_on_ranks(4, messages_each_way, Ring(), "contiguous", [0, 10, 20, 30, 40])
     assert results == [[[], []]] * 4
 
 
@@ -390,7 +394,7 @@ def subgroup_exchange() -> float:
     group = new_group_beside(world, [0, 2] if dist.get_rank() in (0, 2) else [1, 3])
     layout = SequenceLayout(40, group, order="zigzag")
     everyone, own = pair_of(ScalarDecay, layout)
-    incoming = start_exchange(TOPOLOGIES["ring"], own, layout).wait()
+    incoming = start_exchange(Ring(), own, layout).wait()
     return relative_error(incoming, exclusive_scan(everyone)[own_rows(layout)])
 
 

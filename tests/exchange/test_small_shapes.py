@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import pytest
 import torch
 
-from longspan.exchange import TOPOLOGIES
+from longspan.exchange import TOPOLOGIES, Pipelined
 from longspan.layout import SequenceLayout
 from longspan.state import ChannelDecay, Dense, HeadDecay, Identity, ScalarDecay, Transition
 from tests.compare import worst
@@ -17,14 +16,11 @@ from tests.ranks import run_on_ranks
 
 KINDS: list[type[Transition]] = [Identity, HeadDecay, ScalarDecay, ChannelDecay, Dense]
 SHAPES = [(1, 1, 1, 1), (1, 1, 1, 5), (1, 1, 3, 1), (2, 1, 1, 1), (1, 3, 1, 2)]
-NAMES = [name for name in TOPOLOGIES if name not in ("auto", "neighbour")]
+NAMES = [name for name in TOPOLOGIES if name != "neighbour"]
 
 
 def errors_of_small(name: str, order: Any, ranks_per_node: int, state_dtype: torch.dtype | None) -> list[float]:
-    topology: Any = dataclasses.replace(TOPOLOGIES[name], state_dtype=state_dtype)  # type: ignore[type-var]
-    if name == "pipelined":
-        topology = dataclasses.replace(topology, num_blocks=3)
-    topology = topology.resolve(None, None) if name in ("ring", "pipelined") else topology
+    topology = Pipelined(state_dtype, 3) if name == "pipelined" else TOPOLOGIES[name](state_dtype)
     dtype = torch.float64 if state_dtype is None else torch.float32
     return [
         error

@@ -47,10 +47,10 @@ def names_by_measured(measured: dict[str, float]) -> tuple[list[str], list[str],
         taken, tried_in_turn = [], []
         for documents in (None, [0, 30, 64]):
             layout = SequenceLayout(64, group, documents=documents)
-            costs = Auto().costs(pair_of(layout, 4), layout)
+            priced = Auto(measure=True).priced(pair_of(layout, 4), layout)
             if documents is None:
-                assert {cost.topology: round(cost.seconds, 6) for cost in costs} == MODELLED
-            taken.append(Auto().resolve(pair_of(layout, 4), layout).name)
+                assert {each.topology.name: round(each.seconds, 6) for each in priced} == MODELLED
+            taken.append(Auto(measure=True).choose(pair_of(layout, 4), layout).topology.name)
             tried_in_turn.append(sorted(set(tried)))
             tried.clear()
     first, second = tried_in_turn
@@ -98,7 +98,11 @@ def tried_for_real() -> tuple[list[float | None], list[str], int, bool]:
     layout = SequenceLayout(64)
     pair = pair_of(layout, 4)
     ring = Ring().resolve(pair, layout)
-    candidates = [trial.Candidate(AllGather(), 0.0), trial.Candidate(ring, 0.0), trial.Candidate(ring, 1e9)]
+    candidates = [
+        trial.Candidate("all_gather", AllGather(), 0.0),
+        trial.Candidate("ring", ring, 0.0),
+        trial.Candidate("ring", ring, 1e9),
+    ]
     with record_traffic() as traffic, Seen() as seen:
         found = trial.try_out(candidates, pair, layout)
     forward, backward = trial.exchange_seconds(ring, pair, pair.state, RankClock(layout, pair.state.device))
@@ -121,7 +125,7 @@ def failing_trial() -> str:
 
     layout = SequenceLayout(64)
     with pytest.raises(OSError) as raised:
-        trial.try_out([trial.Candidate(Broken(), 0.0)], pair_of(layout, 4), layout)
+        trial.try_out([trial.Candidate("broken", Broken(), 0.0)], pair_of(layout, 4), layout)
     return str(raised.value)
 
 

@@ -17,11 +17,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from longspan import Exchange, SequenceLayout, parallelize, sum_gradients, write
+from longspan import SequenceLayout, parallelize, sum_gradients, write
 from longspan.attention.normalized import write_normalized
 from longspan.attention.softmax import write_softmax
 from longspan.errors import InputError
-from longspan.exchange.options import Exchange as ExchangeOptions
+from longspan.exchange import Pipelined, Ring
 from longspan.models import LinearLlama3
 from longspan.models.gates import GATE_BUILDERS
 from tests.compare import relative_error, worst
@@ -51,7 +51,7 @@ def copies_of_a_model(operator: str) -> list[float]:
     """Differences of a deep copy and of averaged weights from the model, and of a loaded model from one process's."""
     tokens = random_tokens(1, 41)
     alone = tiny_model(operator=operator)
-    model = parallelize(tiny_model(operator=operator), None, exchange=Exchange("ring"), softmax_method="all_gather")
+    model = parallelize(tiny_model(operator=operator), None, exchange=Ring(), softmax_method="all_gather")
     layout = SequenceLayout(41, order="zigzag")
     own = layout.shard(tokens)
     expected = model(own, layout=layout)
@@ -128,7 +128,7 @@ def test_a_layout_without_a_group_is_pickled() -> None:
 
 
 def test_options_are_copied_and_pickled() -> None:
-    options = ExchangeOptions("pipelined", torch.bfloat16, 3)
+    options = Pipelined(torch.bfloat16, 3)
     assert copy.deepcopy(options) == options == pickle.loads(pickle.dumps(options))
     config = tiny_model().config
     assert copy.deepcopy(config) == config == pickle.loads(pickle.dumps(config))

@@ -162,7 +162,7 @@ def test_misuse_is_refused_on_all_ranks_and_a_local_layout_is_not() -> None:
 
 
 def test_names_that_do_not_exist_are_refused() -> None:
-    with pytest.raises(InputError, match=r"exchange must be 'auto' or one of 'all_gather'.*; got 'rign'"):
+    with pytest.raises(InputError, match=r"exchange must be 'auto', one of 'all_gather'.*; got 'rign'"):
         parallelize(tiny_model(), None, exchange="rign")
     wrong: Any = "ulises"
     with pytest.raises(InputError, match="softmax_method must be one of auto, all_gather, ring, ulysses; got 'ulises'"):

@@ -223,7 +223,7 @@ def test_inputs_that_do_not_fit_are_refused_with_value_expectation_and_remedy(na
     refuses("heads of v must be a multiple", torch.cat([k, k[:, :, :1]], dim=2), v)
     refuses("B = 1, the packed sequence; got B = 2", k, v, layout=packed)
     refuses(r"initial_state must be \[B, H, K, V\] = \(2, 2, 3, 5\)", k, v, initial_state=v)
-    refuses(r"exchange must be 'auto' or one of", k, v, exchange="pigeon")
+    refuses(r"exchange must be 'auto', one of", k, v, exchange="pigeon")
     refuses(r"backend must be None or one of 'torch'", k, v, backend="abacus")
     refuses("chunk_size must be a positive int", k, v, chunk_size=0)
     with pytest.raises(longspan.LayoutError, match=r"take layout.shard\(x\) first"):

@@ -10,15 +10,31 @@ import torch
 
 from longspan.comm.background import run_beside
 from longspan.errors import InputError
-from longspan.exchange import TOPOLOGIES, Exchange, record_traffic, resolve_topology
+from longspan.exchange import (
+    TOPOLOGIES,
+    AllGather,
+    AllToAll,
+    Pipelined,
+    Ring,
+    Topology,
+    TwoLevel,
+    by_cost,
+    record_traffic,
+)
 from longspan.exchange.segments import own_segments
+from longspan.exchange.topologies.pipelined import best_num_blocks
 from longspan.layout import SequenceLayout, group_of
-from longspan.plan import PLANNED, Cluster, Link, Problem, best_num_blocks, by_cost, gpu_cluster, longest_chain, time_of
+from longspan.plan import Cluster, Link, Problem, gpu_cluster, longest_chain
 from longspan.state import ChannelDecay, Dense, HeadDecay, Identity, Pair, Transition
 from tests.exchange.scan import random_pair
 from tests.ranks import run_on_ranks
 
 # ----------------------------------------------------------------------------------------------- bytes and messages
+
+
+def with_blocks(name: str, state_dtype: torch.dtype | None = None) -> Topology:
+    """The topology of that name, in three blocks where it has blocks."""
+    return Pipelined(state_dtype, 3) if name == "pipelined" else TOPOLOGIES[name](state_dtype)
 
 
 def most_sent(
@@ -32,12 +48,7 @@ def most_sent(
         pair = Pair(kind(torch.full_like(pair.transition.parameter, -200.0)), pair.state)
     parameter = pair.transition.parameter if kind.is_known else pair.transition.parameter[own]
     own_pair = Pair(kind(parameter), pair.state[own])
-    exchange = Exchange(
-        topology,
-        num_blocks=3 if topology == "pipelined" else None,
-        state_dtype=torch.bfloat16 if bfloat16 else None,
-    )
-    resolved = resolve_topology(exchange).resolve(own_pair, layout)
+    resolved = with_blocks(topology, torch.bfloat16 if bfloat16 else None).resolve(own_pair, layout)
     with record_traffic() as traffic:
         arrived = resolved.start(own_pair, layout).wait()
         resolved.start_reverse(kind, arrived.context, torch.ones_like(own_pair.state), layout).wait()
@@ -54,7 +65,7 @@ def all_most_sent(cases: list[Any]) -> list[list[tuple[int, int]]]:
 @pytest.mark.parametrize(("num_ranks", "ranks_per_node"), [(2, 2), (3, 1), (4, 2)])
 def test_bytes_and_messages_are_those_of_the_rank_that_sends_most(num_ranks: int, ranks_per_node: int) -> None:
     cases: list[Any] = []
-    for topology in PLANNED:
+    for topology in TOPOLOGIES:
         kinds = [HeadDecay] if topology == "neighbour" else [Identity, ChannelDecay, Dense]
         for kind in kinds:
             for shape in ((2, 3, 4, 6), (1, 1, 2, 3)):
@@ -65,15 +76,11 @@ def test_bytes_and_messages_are_those_of_the_rank_that_sends_most(num_ranks: int
     for index, (topology, kind, shape, order, _, bfloat16) in enumerate(cases):
         layout = SequenceLayout.for_rank(64, num_ranks, 0, order)
         problem = Problem.of_states(kind, (1, *shape), layout, state_bytes=2 if bfloat16 else 4)
-        cost = time_of(topology, problem, cluster, num_blocks=3)
+        cost = with_blocks(topology).cost(problem, cluster)
         for phase, formula in enumerate((cost.forward, cost.backward)):
             sent = [counts[index][phase] for counts in by_rank]
             counted = tuple(max(counts) for counts in zip(*sent, strict=True))
             assert (formula.bytes_sent, formula.num_messages) == counted, (topology, kind, shape, order, phase)
-
-
-def test_every_topology_has_a_formula() -> None:
-    assert set(PLANNED) == set(TOPOLOGIES) - {"auto"}
 
 
 # ------------------------------------------------------------------------------------------------------------ seconds
@@ -101,7 +108,7 @@ LAYER = Problem(num_ranks=4, num_rows=4, key_size=2, value_size=3, transition=Ch
     ],
 )
 def test_times_are_those_worked_out_by_hand(topology: str, forward: float, backward: float) -> None:
-    cost = time_of(topology, LAYER, SLOW)
+    cost = TOPOLOGIES[topology]().cost(LAYER, SLOW)
     assert cost.forward.seconds == pytest.approx(forward, rel=1e-4)
     assert cost.backward.seconds == pytest.approx(backward, rel=1e-4)
 
@@ -109,12 +116,12 @@ def test_times_are_those_worked_out_by_hand(topology: str, forward: float, backw
 def test_blocks_follow_each_other_through_the_ranks() -> None:
     # Three blocks: the first takes three hops and two folds, each other one follows after its gap, its bytes and its fold.
     first, behind = 3 * (100 + STATE / 3) + 2 * 10, 1 + STATE / 3 + 10
-    assert time_of("pipelined", LAYER, SLOW, 3).forward.seconds == pytest.approx(first + 2 * behind, rel=1e-4)
-    assert time_of("pipelined", LAYER, SLOW, 3).forward.num_steps == 2 + 3
-    assert time_of("pipelined", LAYER, SLOW, 1).forward.seconds == time_of("ring", LAYER, SLOW).forward.seconds
+    assert Pipelined(None, 3).cost(LAYER, SLOW).forward.seconds == pytest.approx(first + 2 * behind, rel=1e-4)
+    assert Pipelined(None, 3).cost(LAYER, SLOW).forward.num_steps == 2 + 3
+    assert Pipelined(None, 1).cost(LAYER, SLOW).forward.seconds == Ring().cost(LAYER, SLOW).forward.seconds
     # A state of three columns has no more than three blocks.
     assert (
-        time_of("pipelined", LAYER, SLOW, 100).forward.seconds == time_of("pipelined", LAYER, SLOW, 3).forward.seconds
+        Pipelined(None, 100).cost(LAYER, SLOW).forward.seconds == Pipelined(None, 3).cost(LAYER, SLOW).forward.seconds
     )
 
 
@@ -122,7 +129,7 @@ def test_two_levels_by_hand() -> None:
     # Two nodes of two ranks: two rows a rank in its node, one on its rail; a message each way at each level, there and back.
     cluster = replace(SLOW, ranks_per_node=2)
     there, back = (100 + 2 * PAIR / 4) + (100 + PAIR / 4), (100 + 2 * STATE / 4) + (100 + STATE / 4)
-    cost = time_of("two_level", LAYER, cluster)
+    cost = TwoLevel().cost(LAYER, cluster)
     assert cost.forward.seconds == pytest.approx(there + back + 3 * 10, rel=1e-4)
     assert cost.backward.seconds == pytest.approx(2 * back + 3 * 10, rel=1e-4)
 
@@ -131,42 +138,42 @@ def test_links_between_nodes_are_shared_by_all_ranks_that_send_at_once() -> None
     shared = Cluster(4, 2, replace(LINK, latency=0.0, gap=0.0), replace(LINK, sharing=2.0), 10.0, 1e6, 1e6)
     # Two of the three quarters leave the node, for both ranks of the node.
     there, back = 100 + 1 + 2 * 2 * PAIR / 4, 100 + 1 + 2 * 2 * STATE / 4
-    assert time_of("all_to_all", LAYER, shared).forward.seconds == pytest.approx(there + back + 3 * 10, rel=1e-4)
+    assert AllToAll().cost(LAYER, shared).forward.seconds == pytest.approx(there + back + 3 * 10, rel=1e-4)
     # The ring crosses once, and has the link for itself.
     expected = 2 * STATE + (100 + STATE) + 2 * 10
-    assert time_of("ring", LAYER, shared).forward.seconds == pytest.approx(expected, rel=1e-4)
+    assert Ring().cost(LAYER, shared).forward.seconds == pytest.approx(expected, rel=1e-4)
 
 
 def test_dense_transitions_cost_matrix_products() -> None:
     dense = replace(LAYER, transition=Dense)
     flops = 4 * 2 * 2 * 2 * 3
-    difference = time_of("ring", dense, replace(SLOW, matmul_rate=1.0)).forward.seconds
-    difference -= time_of("ring", LAYER, SLOW).forward.seconds
+    difference = Ring().cost(dense, replace(SLOW, matmul_rate=1.0)).forward.seconds
+    difference -= Ring().cost(LAYER, SLOW).forward.seconds
     assert difference == pytest.approx(2 * flops, rel=1e-3)
 
 
 def test_measured_collectives_take_the_place_of_links() -> None:
     measured = replace(SLOW, gather=Link(5.0, 2.0), swap=Link(7.0, 4.0))
-    assert time_of("all_gather", LAYER, measured).forward.seconds == pytest.approx(3 * (5 + PAIR / 2) + 30, rel=1e-4)
+    assert AllGather().cost(LAYER, measured).forward.seconds == pytest.approx(3 * (5 + PAIR / 2) + 30, rel=1e-4)
     expected = 7 + 3 * PAIR / 4 / 4 + 7 + 3 * STATE / 4 / 4 + 30
-    assert time_of("all_to_all", LAYER, measured).forward.seconds == pytest.approx(expected, rel=1e-4)
+    assert AllToAll().cost(LAYER, measured).forward.seconds == pytest.approx(expected, rel=1e-4)
     assert measured.with_ranks(8).swap is None
 
 
 def test_a_measured_chain_takes_the_place_of_latencies() -> None:
     # Folds of a latency of 10 s are part of a hop, those of a block part of what it follows by.
     measured = replace(SLOW, hop=50.0, block=20.0)
-    assert time_of("ring", LAYER, measured).forward.seconds == pytest.approx(3 * (50 + STATE), rel=1e-4)
+    assert Ring().cost(LAYER, measured).forward.seconds == pytest.approx(3 * (50 + STATE), rel=1e-4)
     expected = 3 * (50 + STATE / 3) + 2 * (20 + STATE / 3)
-    assert time_of("pipelined", LAYER, measured, 3).forward.seconds == pytest.approx(expected, rel=1e-4)
+    assert Pipelined(None, 3).cost(LAYER, measured).forward.seconds == pytest.approx(expected, rel=1e-4)
 
 
 def test_what_computation_hides_and_what_it_does_not() -> None:
-    gathered = time_of("all_gather", LAYER, SLOW).forward
+    gathered = AllGather().cost(LAYER, SLOW).forward
     # The folds come when the caller waits.
     assert gathered.exposed(1e9) == pytest.approx(30, rel=1e-4)
     assert gathered.exposed(100.0) == pytest.approx(gathered.seconds - 100)
-    ring = time_of("ring", LAYER, SLOW).forward
+    ring = Ring().cost(LAYER, SLOW).forward
     assert ring.exposed(1e9) == 0
     assert ring.exposed(0.0) == ring.seconds
 
@@ -202,8 +209,8 @@ def test_the_longest_chain_is_how_many_messages_wait_for_each_other(
 
 def test_documents_shorten_the_serial_topologies_alone() -> None:
     packed = replace(LAYER, longest_chain=1)
-    assert time_of("ring", packed, SLOW).forward.seconds == pytest.approx(100 + STATE)
-    assert time_of("all_gather", packed, SLOW) == time_of("all_gather", LAYER, SLOW)
+    assert Ring().cost(packed, SLOW).forward.seconds == pytest.approx(100 + STATE)
+    assert AllGather().cost(packed, SLOW) == AllGather().cost(LAYER, SLOW)
 
 
 # --------------------------------------------------------------------------------------------------- what follows from it
@@ -214,16 +221,20 @@ def layer(num_ranks: int, kind: type[Transition] = ChannelDecay) -> Problem:
 
 
 def test_what_a_rank_sends_grows_with_the_ranks_for_all_gather_alone() -> None:
-    sent = {name: [time_of(name, layer(size), gpu_cluster(size)).bytes_sent for size in (64, 4096)] for name in PLANNED}
+    sent = {
+        name: [TOPOLOGIES[name]().cost(layer(size), gpu_cluster(size)).bytes_sent for size in (64, 4096)]
+        for name in TOPOLOGIES
+    }
     assert sent["all_gather"][1] / sent["all_gather"][0] == pytest.approx(4095 / 63)
-    for name in PLANNED:
+    for name in TOPOLOGIES:
         if name != "all_gather":
             assert sent[name][1] / sent[name][0] < 1.25
 
 
 def test_many_nodes_make_two_level_the_cheapest() -> None:
     problem = replace(layer(4096), num_rows=16)
-    costs = by_cost(problem, gpu_cluster(4096), [name for name in PLANNED if name != "neighbour"])
+    topologies = [kind() for name, kind in TOPOLOGIES.items() if name != "neighbour"]
+    costs = [each.cost for each in by_cost(topologies, problem, gpu_cluster(4096))]
     assert costs[0].topology == "two_level"
     assert [cost.seconds for cost in costs] == sorted(cost.seconds for cost in costs)
 
@@ -234,14 +245,12 @@ def test_blocks_are_many_where_bytes_cost_and_one_where_messages_do() -> None:
     slow_start = Link(latency=1.0, bandwidth=1e15, gap=1.0)
     assert best_num_blocks(problem, replace(gpu_cluster(8, 1), inter=slow_wire)) == 128
     assert best_num_blocks(problem, replace(gpu_cluster(8, 1), inter=slow_start)) == 1
-    assert time_of("pipelined", problem, replace(gpu_cluster(8, 1), inter=slow_wire)).num_blocks == 128
+    assert Pipelined().cost(problem, replace(gpu_cluster(8, 1), inter=slow_wire)).num_blocks == 128
 
 
 def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(InputError, match="the problem has 8 ranks and the cluster 4"):
-        time_of("ring", layer(8), gpu_cluster(4))
-    with pytest.raises(InputError, match="no cost formula for 'telepathy'; there are for 'all_gather', 'ring'"):
-        time_of("telepathy", layer(4), gpu_cluster(4))
+        Ring().cost(layer(8), gpu_cluster(4))
     with pytest.raises(InputError, match="10 ranks do not make nodes of 8"):
         gpu_cluster(10, 8)
     with pytest.raises(InputError, match=r"bandwidth must be more than 0 bytes a second; got 0\.0"):

@@ -8,7 +8,7 @@ from longspan.cli import main
 from longspan.commands.plan_exchange import PlanExchange
 from longspan.commands.units import bytes_per_second, seconds
 from longspan.errors import ConfigError
-from longspan.plan import time_of
+from longspan.exchange import TOPOLOGIES
 from longspan.state import ChannelDecay
 
 
@@ -50,10 +50,10 @@ def test_the_command_prints_a_line_for_each_topology_cheapest_first(capsys: pyte
     assert "modelled" in lines[0] and "512 ranks on 64 nodes of 8" in lines[1]
     names = [line.split()[0] for line in lines[4:]]
     assert sorted(names) == ["all_gather", "all_to_all", "pipelined", "ring", "two_level"]
-    totals = [time_of(name, problem, cluster).seconds for name in names]
+    totals = [TOPOLOGIES[name]().cost(problem, cluster).seconds for name in names]
     assert totals == sorted(totals)
     for name, line in zip(names, lines[4:], strict=True):
-        cost = time_of(name, problem, cluster)
+        cost = TOPOLOGIES[name]().cost(problem, cluster)
         exposed = cost.forward.exposed(2e-3) + cost.backward.exposed(2e-3)
         for figure in (f"{cost.seconds * 1e3:.3f}", f"{exposed * 1e3:.3f}", f"{cost.bytes_sent:,}"):
             assert f" {figure} " in line

@@ -11,7 +11,7 @@ import torch
 
 from longspan.cli import parse_train
 from longspan.errors import CheckpointError, ConfigError
-from longspan.exchange import Exchange
+from longspan.exchange import Auto, Ring
 from longspan.train import config as configs
 from longspan.train.config import Config, check, check_degrees, flatten, from_mapping, read_toml, to_mapping, to_toml
 
@@ -121,9 +121,9 @@ def test_tensorboard_is_asked_for_only_where_it_is(monkeypatch: pytest.MonkeyPat
 
 
 def test_the_exchange_is_told_what_states_travel_in() -> None:
-    assert Config().parallel.build_exchange() == Exchange("auto")
+    assert Config().parallel.build_exchange() == Auto(measure=True)
     parallel = with_values(parallel__exchange="ring", parallel__exchange_dtype="bfloat16").parallel
-    assert parallel.build_exchange() == Exchange("ring", state_dtype=torch.bfloat16)
+    assert parallel.build_exchange() == Ring(torch.bfloat16)
 
 
 def test_the_defaults_are_in_range() -> None:

@@ -14,12 +14,16 @@ import torch
 import torch.distributed as dist
 
 from longspan.attention.linear import LinearMemory
-from longspan.launch import EXIT_DONE, EXIT_STOPPED
+from longspan.errors import CheckpointError
+from longspan.exchange import TOPOLOGIES
+from longspan.launch import EXIT_DONE, EXIT_STOPPED, Place
 from longspan.layout import SequenceLayout
 from longspan.models.gates import GATE_BUILDERS
-from longspan.train.checkpoint import load_checkpoint, newest_checkpoint
+from longspan.train.checkpoint import Checkpoint, load_checkpoint, newest_checkpoint
 from longspan.train.config import Config
+from longspan.train.exchange import take_saved_figures
 from longspan.train.loss import loss_sum
+from longspan.train.ranks import Ranks
 from tests.ranks import raised, run_on_ranks
 from tests.shared import made_once
 from tests.train.tiny import COMPUTED, metrics, newest_tensors, tiny_config, train_here, write_corpus
@@ -66,6 +70,14 @@ def test_the_same_run_on_any_ranks(
         assert ours == pytest.approx(theirs, rel=1e-4)
 
 
+def test_the_same_run_twice_is_the_same_bit_by_bit(corpus: Path, finished: Path, tmp_path: Path) -> None:
+    run_on_ranks(2, train_here, tiny_config(corpus, tmp_path / "run", parallel__exchange="ring"))
+    run_on_ranks(2, train_here, tiny_config(corpus, tmp_path / "again", parallel__exchange="ring"))
+    assert metrics(tmp_path / "run", *COMPUTED) == metrics(tmp_path / "again", *COMPUTED)
+    first, second = newest_tensors(tmp_path / "run"), newest_tensors(tmp_path / "again")
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
 def test_a_run_leaves_its_folder(finished: Path) -> None:
     names = {path.name for path in finished.iterdir()}
     assert names == {
@@ -108,6 +120,36 @@ def test_a_resumed_run_is_bit_equal_to_one_that_was_never_interrupted(
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert (run / "weights.safetensors").read_bytes() == (finished / "weights.safetensors").read_bytes()
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-00000003", "step-00000006"]
+
+
+def _go_on_without_measuring(config: Config) -> int:
+    with (
+        mock.patch("longspan.exchange.auto.calibration._measure", side_effect=AssertionError("measured again")),
+        mock.patch("longspan.exchange.auto.choice.try_out", side_effect=AssertionError("tried again")),
+    ):
+        return train_here(config, resume=True)
+
+
+def test_a_resumed_run_takes_the_exchange_that_was_measured_before(
+    corpus: Path, finished: Path, tmp_path: Path
+) -> None:
+    run = interrupted(finished, tmp_path / "run", after=3)
+    before = load_checkpoint(newest_checkpoint(run / "checkpoints")).state["exchange"]
+    assert (before["sp"], before["device"]) == (2, "cpu")
+    trials = before["groups"][0]["trials"]
+    assert trials and all(
+        trial["problem"]["transition"] == "ScalarDecay" and trial["taken"] in TOPOLOGIES for trial in trials
+    )
+    assert run_on_ranks(2, _go_on_without_measuring, tiny_config(corpus, run)) == [EXIT_DONE] * 2
+    assert load_checkpoint(newest_checkpoint(run / "checkpoints")).state["exchange"] == before
+
+
+@pytest.mark.parametrize("record", [3, {}, {"sp": 2, "device": "cpu", "groups": [{"cluster": {"num_ranks": "two"}}]}])
+def test_figures_of_an_exchange_of_another_form_are_refused(record: Any) -> None:
+    ranks = Ranks(Place(0, 2), torch.device("cpu"))
+    saved = Checkpoint(3, {}, {"exchange": record})
+    with pytest.raises(CheckpointError, match="step 3 has no figures of an exchange that this version knows"):
+        take_saved_figures(saved, SequenceLayout.for_rank(8, 2, 0), ranks)
 
 
 def test_a_run_may_go_on_with_other_ranks(corpus: Path, finished: Path, tmp_path: Path) -> None:

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from longspan.comm.background import run_beside
 from longspan.comm.collectives import all_gather_single
-from longspan.comm.groups import kept
 from longspan.comm.hosts import nodes_of
 from longspan.comm.traffic import unrecorded
 from longspan.errors import LayoutError
@@ -47,26 +46,23 @@ _MESSAGES_IN_A_ROW = 16
 _BLOCKS = 8
 
 
-def measured_cluster(layout: SequenceLayout, device: torch.device) -> Cluster:
-    """The `Cluster` that the ranks of a layout make; measured at the first call for its group and nodes, equal on all ranks.
+def measured_cluster(layout: SequenceLayout, device: torch.device, ranks_per_node: int) -> Cluster:
+    """The `Cluster` that the ranks of a layout make, measured now; equal on all ranks.
 
-    The first call is collective: every rank of the group makes it, in the same order among its exchanges.
+    Collective: every rank of the group calls this, in the same order among its exchanges.
     """
-    ranks_per_node = _ranks_per_node(layout)
-
-    def measure() -> Cluster:
-        # Exchanges that are still under way are counted.
-        run_beside(group_of(layout), device, lambda _: None).wait()
-        with unrecorded():
-            return _measure(layout, device, ranks_per_node)
-
-    return kept(group_of(layout), ("cluster", device.type, ranks_per_node), measure)
+    # Exchanges that are still under way are counted.
+    run_beside(group_of(layout), device, lambda _: None).wait()
+    with unrecorded():
+        return _measure(layout, device, ranks_per_node)
 
 
-def _ranks_per_node(layout: SequenceLayout) -> int:
+def ranks_per_node_of(layout: SequenceLayout) -> int:
     """As in `nodes_of`; 1 where hosts make no equal nodes: then every link is taken for one between nodes."""
+    if layout.ranks_per_node is not None:
+        return layout.ranks_per_node
     try:
-        return nodes_of(group_of(layout), layout.ranks_per_node).ranks_per_node
+        return nodes_of(group_of(layout)).ranks_per_node
     except LayoutError:
         return 1
 

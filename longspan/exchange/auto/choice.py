@@ -1,126 +1,120 @@
-"""The cheapest topology for each exchange: by the cost model of `longspan.plan` with figures measured once per process group, and a
-trial of those that the model finds close, once for each size of states.
+"""The cheapest topology for each exchange, by the cost model: of stated figures, or of measured ones and a trial.
 
 The choice depends on the sizes of states and transitions, the number of ranks, the nodes they stand on, how far documents reach,
-and on what was measured, which is the same on every rank: all ranks choose alike. A run on other machines, or on busier ones, may
-choose otherwise; name a topology where that must not be.
+and on the figures, which are the same on every rank: all ranks choose alike. By stated figures, two runs choose alike, too.
 """
 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from longspan.comm.groups import kept
-from longspan.comm.hosts import nodes_of
-from longspan.errors import LayoutError
-from longspan.exchange.auto.calibration import measured_cluster
+from longspan.errors import InputError
+from longspan.exchange.auto.figures import figures_of, sizes_of
 from longspan.exchange.auto.trial import Candidate, try_out
-from longspan.exchange.topologies.all_gather import AllGather
-from longspan.exchange.topologies.all_to_all import AllToAll
-from longspan.exchange.topologies.neighbour import Neighbour, only_neighbours_meet
-from longspan.exchange.topologies.pipelined import Pipelined
-from longspan.exchange.topologies.ring import Ring
-from longspan.exchange.topologies.two_level import TwoLevel
-from longspan.exchange.topology import Topology, Unresolved
+from longspan.exchange.problem import problem_of, stated_cluster_of
+from longspan.exchange.topologies.listed import TOPOLOGIES
+from longspan.exchange.topology import Carrier, Exchanger, Priced, by_cost, check_state_dtype
 from longspan.layout import SequenceLayout, group_of
-from longspan.plan import PLANNED, Cluster, Cost, Problem, by_cost
+from longspan.modes import built_for_every_mode
+from longspan.plan import Cluster
 from longspan.state import Pair
 
 _log = logging.getLogger("longspan")
 
 
 @dataclass(frozen=True)
-class Auto(Unresolved):
+class Auto(Exchanger):
     """Takes the topology that costs least, forward and backward together.
 
-    state_dtype: states and their gradients are rounded to it for the wire; None sends them as they are.
-    cluster: figures of the machines, by which alone the model then chooses; None measures them at the first exchange of a process
-        group, in a fraction of a second, and tries the topologies that are close.
+    Args:
+        state_dtype: as in `Topology`.
+        cluster: figures of the machines; None is `longspan.plan.stated_cluster` for the kind of device. A layout that was told of
+            no nodes (`ranks_per_node`, or a mesh of nodes and ranks) is taken to be on one.
+        measure: measure the figures at the first exchange of a process group, in a fraction of a second, and try the topologies
+            that are close, once for each size of states. Another run may then choose otherwise, and its sums differ in their last
+            digits.
+
+    Raises:
+        InputError: for a value out of range.
     """
 
-    name = "auto"
     state_dtype: torch.dtype | None = None
     cluster: Cluster | None = None
+    measure: bool = False
 
-    def resolve(self, pair: Pair, layout: SequenceLayout) -> Topology:
-        return self._topology(self.choose(pair, layout)).resolve(pair, layout)
+    def __post_init__(self) -> None:
+        check_state_dtype(self.state_dtype)
+        if self.measure and self.cluster is not None:
+            raise InputError(
+                "Auto takes figures of the machines or measures them, and got both a cluster and measure=True: leave one out"
+            )
 
-    def choose(self, pair: Pair, layout: SequenceLayout) -> Cost:
-        """The cost, as modelled, of the topology that is taken; see `Topology.start` for the arguments.
+    def resolve(self, pair: Pair, layout: SequenceLayout) -> Carrier:
+        return self.choose(pair, layout).topology.resolve(pair, layout)
+
+    def choose(self, pair: Pair, layout: SequenceLayout) -> Priced:
+        """The topology that is taken, with its modelled cost; see `Carrier.start` for the arguments.
 
         Raises:
-            InputError: as `costs`.
+            InputError: as `priced`.
         """
-        costs = self.costs(pair, layout)
+        priced = self.priced(pair, layout)
         # Nothing to try where no state passes from rank to rank: every document ends where its rank does.
-        if self.cluster is not None or costs[0].seconds == 0.0:
-            return costs[0]
+        if not self.measure or priced[0].seconds == 0.0:
+            return priced[0]
         # What documents change is known to the model: one trial does for all of them.
-        sizes = replace(self._problem(pair, layout), longest_chain=None)
-        key = ("errors", pair.state.device.type, layout.ranks_per_node, sizes)
-        errors: dict[str, float] = kept(group_of(layout), key, lambda: self._errors(costs, pair, layout))
-        return min(costs, key=lambda cost: cost.seconds * errors.get(cost.topology, 1.0))
+        figures = figures_of(layout, pair.state.device)
+        sizes = sizes_of(problem_of(pair, layout, self.state_dtype))
+        if sizes not in figures.errors:
+            figures.errors[sizes] = built_for_every_mode(lambda: _errors(priced, pair, layout))
+        errors = figures.errors[sizes]
+        taken = min(priced, key=lambda each: each.seconds * errors.get(each.topology.name, 1.0))
+        figures.taken[sizes] = taken.topology.name
+        return taken
 
-    def _errors(self, costs: list[Cost], pair: Pair, layout: SequenceLayout) -> dict[str, float]:
-        """How many times as long as modelled an exchange takes, for the topologies that were tried."""
-        candidates = [Candidate(self._topology(cost).resolve(pair, layout), cost.seconds) for cost in costs]
-        tried = {
-            cost.topology: (seconds, cost.seconds)
-            for cost, seconds in zip(costs, try_out(candidates, pair, layout), strict=True)
-            if seconds is not None
-        }
-        if layout.rank == 0:
-            listed = ", ".join(f"{name} {seconds * 1e3:.2f} ms" for name, (seconds, _) in tried.items())
-            _log.info("tried: %s", listed)
-        return {name: seconds / modelled for name, (seconds, modelled) in tried.items()}
-
-    def costs(self, pair: Pair, layout: SequenceLayout) -> list[Cost]:
-        """What each topology that can carry the exchange out would cost by the model, cheapest first; see `Topology.start` for the
+    def priced(self, pair: Pair, layout: SequenceLayout) -> list[Priced]:
+        """What each topology that can carry the exchange out would cost by the model, cheapest first; see `Carrier.start` for the
         arguments.
 
         Raises:
             InputError: if the given cluster has another number of ranks than the layout.
         """
-        device, problem = pair.state.device, self._problem(pair, layout)
-        reaches_no_further = only_neighbours_meet(pair, layout)
-        key = ("costs", self.cluster, device.type, layout.ranks_per_node, problem, reaches_no_further)
+        cluster = self._cluster(layout, pair.state)
+        problem = problem_of(pair, layout, self.state_dtype)
+        topologies = [kind(self.state_dtype) for kind in TOPOLOGIES.values()]
+        serving = [topology for topology in topologies if topology.serves(pair, layout, cluster)]
 
-        def rank_topologies() -> list[Cost]:
-            cluster = self.cluster or measured_cluster(layout, device)
-            excluded = set() if reaches_no_further else {"neighbour"}
-            if not _has_two_levels(layout, cluster):
-                excluded.add("two_level")
-            costs = by_cost(problem, cluster, [name for name in PLANNED if name not in excluded])
+        def price() -> list[Priced]:
+            priced = by_cost(serving, problem, cluster)
             if layout.rank == 0:
-                listed = ", ".join(f"{cost.topology} {cost.seconds * 1e3:.2f} ms" for cost in costs)
+                listed = ", ".join(f"{each.topology.name} {each.seconds * 1e3:.2f} ms" for each in priced)
                 _log.info(
                     "exchange of states %s of %s: %s", tuple(pair.state.shape), type(pair.transition).__name__, listed
                 )
-            return costs
+            return priced
 
-        return kept(group_of(layout), key, rank_topologies)
+        return kept(group_of(layout), ("priced", cluster, problem, tuple(serving)), price)
 
-    def _problem(self, pair: Pair, layout: SequenceLayout) -> Problem:
-        dtype = pair.state.dtype
-        return Problem.of_states(
-            type(pair.transition), pair.state.shape, layout, dtype.itemsize, (self.state_dtype or dtype).itemsize
-        )
-
-    def _topology(self, cost: Cost) -> Topology:
-        if cost.topology == "pipelined":
-            return Pipelined(self.state_dtype, cost.num_blocks)
-        kinds = (AllGather, Ring, AllToAll, TwoLevel, Neighbour)
-        return next(kind(self.state_dtype) for kind in kinds if kind.name == cost.topology)
+    def _cluster(self, layout: SequenceLayout, state: Tensor) -> Cluster:
+        if self.measure:
+            return figures_of(layout, state.device).cluster
+        return self.cluster or stated_cluster_of(layout, state.device)
 
 
-def _has_two_levels(layout: SequenceLayout, cluster: Cluster) -> bool:
-    """Whether there are several nodes of several ranks, and the layout's nodes are the cluster's."""
-    if cluster.num_nodes == 1 or cluster.ranks_per_node == 1:
-        return False
-    try:
-        return nodes_of(group_of(layout), layout.ranks_per_node).ranks_per_node == cluster.ranks_per_node
-    except LayoutError:
-        return False
+def _errors(priced: list[Priced], pair: Pair, layout: SequenceLayout) -> dict[str, float]:
+    """How many times as long as modelled an exchange takes, for the topologies that were tried."""
+    candidates = [Candidate(each.topology.name, each.topology.resolve(pair, layout), each.seconds) for each in priced]
+    tried = {
+        each.topology.name: (seconds, each.seconds)
+        for each, seconds in zip(priced, try_out(candidates, pair, layout), strict=True)
+        if seconds is not None
+    }
+    if layout.rank == 0:
+        listed = ", ".join(f"{name} {seconds * 1e3:.2f} ms" for name, (seconds, _) in tried.items())
+        _log.info("tried: %s", listed)
+    return {name: seconds / modelled for name, (seconds, modelled) in tried.items()}

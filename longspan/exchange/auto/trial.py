@@ -21,7 +21,7 @@ from longspan.comm.background import run_beside
 from longspan.comm.groups import kept
 from longspan.comm.traffic import unrecorded
 from longspan.exchange.auto.timing import RankClock
-from longspan.exchange.topology import Arrived, Topology
+from longspan.exchange.topology import Arrived, Carrier
 from longspan.layout import SequenceLayout, group_of
 from longspan.state import Pair
 
@@ -36,9 +36,10 @@ _MORE_REPEATS = 4
 
 @dataclass(frozen=True)
 class Candidate:
-    """A topology that `Topology.resolve` returned, with its seconds forward and backward together by the cost model."""
+    """Who may carry an exchange out, with its seconds forward and backward together by the cost model; name: of its topology."""
 
-    topology: Topology
+    name: str
+    carrier: Carrier
     modelled_seconds: float
 
 
@@ -46,7 +47,7 @@ def try_out(candidates: Sequence[Candidate], pair: Pair, layout: SequenceLayout)
     """Seconds of an exchange, forward and backward together, with each candidate; None where not tried; the same on all ranks.
 
     candidates: cheapest first. They are tried in this order, until the next is modelled at twice the shortest time measured.
-    pair: as `Topology.start` takes it; its sizes alone matter.
+    pair: as `Carrier.start` takes it; its sizes alone matter.
 
     Every rank of the group calls this, in the same order among its exchanges.
     """
@@ -84,10 +85,10 @@ def _try_out(candidates: Sequence[Candidate], pair: Pair, layout: SequenceLayout
     times: list[list[float]] = [[] for _ in candidates]
 
     def measure(number: int) -> None:
-        times[number].append(sum(exchange_seconds(candidates[number].topology, sample, sample.state, ranks)))
+        times[number].append(sum(exchange_seconds(candidates[number].carrier, sample, sample.state, ranks)))
 
-    def connect(topology: Topology) -> bool:
-        exchange_seconds(topology, narrow, narrow.state, ranks)
+    def connect(carrier: Carrier) -> bool:
+        exchange_seconds(carrier, narrow, narrow.state, ranks)
         return True
 
     def shortest() -> float:
@@ -99,8 +100,8 @@ def _try_out(candidates: Sequence[Candidate], pair: Pair, layout: SequenceLayout
         # A topology's first exchange makes process groups and connections.
         kept(
             group_of(layout),
-            ("connected", candidate.topology.name, layout.ranks_per_node),
-            partial(connect, candidate.topology),
+            ("connected", candidate.name, layout.ranks_per_node),
+            partial(connect, candidate.carrier),
         )
         measure(number)
     close = [number for number, taken in enumerate(times) if taken and taken[0] <= _CLOSE * shortest()]
@@ -110,17 +111,17 @@ def _try_out(candidates: Sequence[Candidate], pair: Pair, layout: SequenceLayout
     return [statistics.median(taken) if taken else None for taken in times]
 
 
-def exchange_seconds(topology: Topology, pair: Pair, grad: Tensor, ranks: RankClock) -> tuple[float, float]:
+def exchange_seconds(carrier: Carrier, pair: Pair, grad: Tensor, ranks: RankClock) -> tuple[float, float]:
     """Seconds of one exchange forward, and backward: of the rank that takes longest, from when all are ready; equal on all ranks.
 
-    topology: one that `Topology.resolve` returned. pair: as `Topology.start` takes it. grad: G ``[num_segments, B, H, K, V]``.
+    carrier: of the exchange. pair: as `Carrier.start` takes it. grad: G ``[num_segments, B, H, K, V]``.
     """
     layout, kind = ranks.layout, type(pair.transition)
     arrived: list[Arrived] = []
     ranks.largest([])
-    forward = ranks.one(lambda: arrived.append(topology.start(pair, layout).wait()))
+    forward = ranks.one(lambda: arrived.append(carrier.start(pair, layout).wait()))
     ranks.largest([])
     context = arrived[0].context
-    backward = ranks.one(lambda: topology.start_reverse(kind, context, grad, layout).wait())
+    backward = ranks.one(lambda: carrier.start_reverse(kind, context, grad, layout).wait())
     forward, backward = ranks.largest([forward, backward])
     return forward, backward

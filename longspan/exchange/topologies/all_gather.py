@@ -25,9 +25,10 @@ from longspan.comm.collectives import all_gather_single
 from longspan.comm.numbering import Step, launch
 from longspan.comm.traffic import note_collective, waiting
 from longspan.exchange.segments import gathered_rows, own_segments, reorder_rows
-from longspan.exchange.topology import Arrived, Handle, ReverseHandle, Topology
+from longspan.exchange.topology import Arrived, Carrier, Handle, ReverseHandle, Topology
 from longspan.exchange.wire import HEADER_BYTES, header_words, pack_pairs, unpack_parameter, unpack_states, with_header
 from longspan.layout import SequenceLayout, group_of
+from longspan.plan import Cluster, DirectionCost, Problem
 from longspan.state import Pair, Transition, exclusive_scan, exclusive_scan_adjoint
 
 
@@ -55,7 +56,7 @@ class _Forward(Handle):
         layout, transition, state = self.layout, self.pair.transition, self.pair.state
         own = own_segments(layout)
         if transition.is_known and max(own) == 0:
-            return Arrived(torch.zeros_like(state), transition.parameter)
+            return Arrived(torch.zeros_like(state), (transition.parameter,))
         with waiting():
             self.work.wait()
         rows = reorder_rows(self.gathered, gathered_rows(layout), layout)
@@ -66,7 +67,7 @@ class _Forward(Handle):
         needed = max(own) + 1
         states = unpack_states(rows[:needed], shape, state.dtype)
         prefix = exclusive_scan(Pair(type(transition)(parameter[:needed]), states))
-        return Arrived(reorder_rows(prefix, own, layout), parameter)
+        return Arrived(reorder_rows(prefix, own, layout), (parameter,))
 
 
 @dataclass
@@ -92,14 +93,10 @@ class _Reverse(ReverseHandle):
 
 
 @dataclass(frozen=True)
-class AllGather(Topology):
-    """LASP-2's exchange: best for few ranks and small states.
-
-    state_dtype: states and their gradients are rounded to it for the wire; None sends them as they are.
-    """
+class AllGather(Topology, Carrier):
+    """LASP-2's exchange: best for few ranks and small states. States are rounded to `state_dtype` once."""
 
     name = "all_gather"
-    state_dtype: torch.dtype | None = None
 
     def start(self, pair: Pair, layout: SequenceLayout) -> Handle:
         sent = None if pair.transition.is_known else pair.transition.parameter
@@ -107,7 +104,21 @@ class AllGather(Topology):
         return _Forward(gathered, work, pair, layout)
 
     def start_reverse(
-        self, kind: type[Transition], context: Tensor, grad_incoming: Tensor, layout: SequenceLayout
+        self, kind: type[Transition], context: tuple[Tensor, ...], grad_incoming: Tensor, layout: SequenceLayout
     ) -> ReverseHandle:
         gathered, work = _gather(pack_pairs(grad_incoming, None, self.state_dtype), layout, "backward")
-        return _Reverse(gathered, work, kind(context), layout, grad_incoming)
+        return _Reverse(gathered, work, kind(*context), layout, grad_incoming)
+
+    def direction_cost(self, problem: Problem, cluster: Cluster, backward: bool) -> DirectionCost:
+        """LASP-2: one all-gather of n pairs a rank, then every rank folds the segments before its own.
+
+        An all-gather passes blocks round a ring of the ranks: P − 1 steps, in each of which every rank sends n · (|U| + |A|) to
+        the next, and one rank of each node out of its node. (n · |U| backward.) The last segment's owner folds n P − 1 pairs when
+        it waits.
+
+        seconds = (P − 1) · (latency + n · (|U| + |A|) / bandwidth) + (n P − 1) · fold(R)
+        """
+        steps = problem.num_ranks - 1
+        block = problem.segments_per_rank * (problem.state if backward else problem.pair)
+        folds = (problem.num_segments - 1) * cluster.fold(problem.fold_size(problem.num_rows), at_once=True)
+        return DirectionCost(steps * cluster.gather_step(block) + folds, folds, steps * block, steps, steps)

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -28,25 +27,25 @@ from longspan.exchange.scan_by_rows import (
     Shares,
     as_rows,
     known_rows,
+    messages_by_rows,
     pair_of_rows,
     scan_by_rows,
     scan_by_rows_adjoint,
+    sent_by_rows,
+    shares_of,
 )
 from longspan.exchange.segments import gathered_rows
-from longspan.exchange.topology import Arrived, Handle, ReverseHandle, Topology
+from longspan.exchange.topology import Arrived, Carrier, Handle, ReverseHandle, Topology
 from longspan.layout import SequenceLayout, group_of
+from longspan.plan import Cluster, DirectionCost, Problem
 from longspan.state import Pair, Transition
 
 
 @dataclass(frozen=True)
-class AllToAll(Topology):
-    """Best for many ranks: what a rank sends does not grow with their number.
-
-    state_dtype: states and their gradients are rounded to it for the wire, each way; None sends them as they are.
-    """
+class AllToAll(Topology, Carrier):
+    """Best for many ranks: what a rank sends does not grow with their number. States are rounded to `state_dtype` each way."""
 
     name = "all_to_all"
-    state_dtype: torch.dtype | None = None
 
     def start(self, pair: Pair, layout: SequenceLayout) -> Handle:
         def work(group: dist.ProcessGroup) -> Arrived:
@@ -55,7 +54,7 @@ class AllToAll(Topology):
         return PendingScan(run_beside(group_of(layout), pair.state.device, work, name=self.name))
 
     def start_reverse(
-        self, kind: type[Transition], context: Tensor, grad_incoming: Tensor, layout: SequenceLayout
+        self, kind: type[Transition], context: tuple[Tensor, ...], grad_incoming: Tensor, layout: SequenceLayout
     ) -> ReverseHandle:
         def work(group: dist.ProcessGroup) -> Tensor:
             return self._scan_adjoint(kind, context, grad_incoming, layout, group)
@@ -67,21 +66,45 @@ class AllToAll(Topology):
     def _scan(self, pair: Pair, layout: SequenceLayout, group: dist.ProcessGroup) -> Arrived:
         incoming, transition = scan_by_rows(self._rows(pair.state, layout, group, "forward"), pair_of_rows(pair))
         context = pair.transition if pair.transition.is_known else transition
-        return Arrived(incoming.view(pair.state.shape), context.parameter)
+        return Arrived(incoming.view(pair.state.shape), (context.parameter,))
 
     def _scan_adjoint(
         self,
         kind: type[Transition],
-        context: Tensor,
+        context: tuple[Tensor, ...],
         grad_incoming: Tensor,
         layout: SequenceLayout,
         group: dist.ProcessGroup,
     ) -> Tensor:
         rows = self._rows(grad_incoming, layout, group, "backward")
+        (parameter,) = context
         if kind.is_known:
-            context = rows.shares.of_known(known_rows(context, grad_incoming.shape[1]))
-        return scan_by_rows_adjoint(rows, kind(context), as_rows(grad_incoming)).view(grad_incoming.shape)
+            parameter = rows.shares.of_known(known_rows(parameter, grad_incoming.shape[1]))
+        return scan_by_rows_adjoint(rows, kind(parameter), as_rows(grad_incoming)).view(grad_incoming.shape)
 
     def _rows(self, states: Tensor, layout: SequenceLayout, group: dist.ProcessGroup, phase: str) -> RowExchange:
         shares = Shares(group, layout.num_ranks, layout.rank, states.shape[1] * states.shape[2])
         return RowExchange(shares, gathered_rows(layout), layout, self.state_dtype, phase)
+
+    def direction_cost(self, problem: Problem, cluster: Cluster, backward: bool) -> DirectionCost:
+        """All-to-all by rows: every rank scans all segments for r = R / P rows, and sends back what enters each segment.
+
+        Two all-to-alls, n · (|U| + |A|) · (P − 1) / P a rank there (n · |U| · (P − 1) / P backward) and n · |U| · (P − 1) / P back,
+        and n P − 1 folds of r rows in between. In an all-to-all (P − m) / (P − 1) of the bytes leave the node.
+
+        seconds = 2 · (latency + (P − 2) · gap) + bytes / bandwidth + (n P − 1) · fold(R / P)
+
+        Where P does not divide R, ⌈R / P⌉ rows of the rank that takes most set the time, and bytes and messages are those of the
+        rank that sends most.
+        """
+        ranks, rows, stretches = problem.num_ranks, problem.num_rows, problem.segments_per_rank
+        there = problem.row_state + (0 if backward else problem.row_transition)
+        shares = shares_of(rows, ranks)
+        largest = max(shares)
+        # What the rank with most rows receives is what the all-to-all ends with; the same again in the other direction.
+        seconds = cluster.all_to_all(stretches * (ranks - 1) * largest * there)
+        seconds += cluster.all_to_all(stretches * (ranks - 1) * largest * problem.row_state)
+        seconds += (problem.num_segments - 1) * cluster.fold(problem.fold_size(largest), at_once=True)
+        sent = max(sent_by_rows(ranks, rows, own, stretches, there, problem.row_state) for own in shares)
+        messages = max(messages_by_rows(ranks, rows, own > 0) for own in shares)
+        return DirectionCost(seconds, 0.0, sent, messages, 2)

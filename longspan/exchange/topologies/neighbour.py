@@ -17,23 +17,27 @@ from dataclasses import dataclass
 import torch
 
 from longspan.errors import LayoutError
-from longspan.exchange.chain import Chain, chain_of
-from longspan.exchange.topology import Topology, Unresolved
+from longspan.exchange.chain import Chain, chain_of, messages_of_chain
+from longspan.exchange.topologies.ring import Ring
+from longspan.exchange.topology import Carrier, Topology
 from longspan.layout import SequenceLayout
+from longspan.plan import Cluster, DirectionCost, Problem
 from longspan.state import HeadDecay, Pair, Transition
 
 
 @dataclass(frozen=True)
-class Neighbour(Unresolved):
+class Neighbour(Topology):
     """One send to the next segment's owner: for short documents, and for decays that forget within a segment.
 
-    state_dtype: states and their gradients are rounded to it for the wire; None sends them as they are.
+    States are rounded to `state_dtype` once.
     """
 
     name = "neighbour"
-    state_dtype: torch.dtype | None = None
 
-    def resolve(self, pair: Pair, layout: SequenceLayout) -> Topology:
+    def serves(self, pair: Pair, layout: SequenceLayout, cluster: Cluster) -> bool:
+        return only_neighbours_meet(pair, layout)
+
+    def resolve(self, pair: Pair, layout: SequenceLayout) -> Carrier:
         if not only_neighbours_meet(pair, layout):
             raise LayoutError(
                 "the exchange 'neighbour' holds where no document spans more than two ranks' segments, or where every head's "
@@ -42,6 +46,18 @@ class Neighbour(Unresolved):
                 "takes it where it holds, or 'all_to_all'"
             )
         return Chain(self.name, self.state_dtype, cuts=_cuts(pair.transition, layout))
+
+    def direction_cost(self, problem: Problem, cluster: Cluster, backward: bool) -> DirectionCost:
+        """One message a segment to the owner of the next, all at once, and no fold: for states that reach no further.
+
+        seconds = latency + (n − 1) · gap + n · |U| / bandwidth, on the slower of the links inside and between nodes. For two
+        segments it is the ring.
+        """
+        if problem.num_segments == 2:
+            return Ring(self.state_dtype).direction_cost(problem, cluster, backward)
+        messages = messages_of_chain(problem)
+        seconds = cluster.to_next(messages * problem.state, messages)
+        return DirectionCost(seconds, 0.0, messages * problem.state, messages, 1)
 
 
 def only_neighbours_meet(pair: Pair, layout: SequenceLayout) -> bool:

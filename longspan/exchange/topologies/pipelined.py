@@ -8,41 +8,58 @@ which mix the rows.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-import torch
-
-from longspan.comm.groups import kept
-from longspan.exchange.auto.calibration import measured_cluster
-from longspan.exchange.chain import Chain
-from longspan.exchange.topology import Topology, Unresolved
-from longspan.layout import SequenceLayout, group_of
-from longspan.plan import Problem, best_num_blocks
+from longspan.errors import InputError
+from longspan.exchange.chain import Chain, chain_cost
+from longspan.exchange.problem import problem_of, stated_cluster_of
+from longspan.exchange.topology import Carrier, Topology
+from longspan.layout import SequenceLayout
+from longspan.plan import Cluster, Cost, DirectionCost, Problem
 from longspan.state import Pair
 
 
 @dataclass(frozen=True)
-class Pipelined(Unresolved):
-    """ZeCO's exchange: for large states on few ranks.
+class Pipelined(Topology):
+    """ZeCO's exchange: for large states on few ranks. States are rounded to `state_dtype` at each hop.
 
-    state_dtype: states and their gradients are rounded to it for the wire, at each hop; None sends them as they are.
-    num_blocks: into how many blocks a state is cut, at most V; None takes what the cost model
-        says for this process group, measured at its first exchange.
+    Args:
+        num_blocks: into how many blocks a state is cut, at most V; None takes what the cost model says.
+
+    Raises:
+        InputError: for a value out of range.
     """
 
     name = "pipelined"
-    state_dtype: torch.dtype | None = None
     num_blocks: int | None = None
 
-    def resolve(self, pair: Pair, layout: SequenceLayout) -> Topology:
-        num_blocks = self.num_blocks or _best_num_blocks(pair, layout, self.state_dtype)
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        blocks: object = self.num_blocks
+        if blocks is not None and (isinstance(blocks, bool) or not isinstance(blocks, int) or blocks < 1):
+            raise InputError(f"num_blocks must be None or an int of at least 1; got {blocks!r}")
+
+    def settled(self, problem: Problem, cluster: Cluster) -> Pipelined:
+        return self if self.num_blocks else replace(self, num_blocks=best_num_blocks(problem, cluster))
+
+    def resolve(self, pair: Pair, layout: SequenceLayout) -> Carrier:
+        num_blocks = self.num_blocks
+        if num_blocks is None:
+            problem, cluster = problem_of(pair, layout, self.state_dtype), stated_cluster_of(layout, pair.state.device)
+            key = ("num_blocks", problem, cluster)
+            num_blocks = layout.cached(key, lambda: best_num_blocks(problem, cluster))
         return Chain(self.name, self.state_dtype, num_blocks)
 
+    def cost(self, problem: Problem, cluster: Cluster) -> Cost:
+        return replace(super().cost(problem, cluster), num_blocks=self.settled(problem, cluster).num_blocks)
 
-def _best_num_blocks(pair: Pair, layout: SequenceLayout, state_dtype: torch.dtype | None) -> int:
-    dtype, device = pair.state.dtype, pair.state.device
-    problem = Problem.of_states(
-        type(pair.transition), pair.state.shape, layout, dtype.itemsize, (state_dtype or dtype).itemsize
+    def direction_cost(self, problem: Problem, cluster: Cluster, backward: bool) -> DirectionCost:
+        """The ring in M blocks, which follow each other."""
+        return chain_cost(problem, cluster, self.num_blocks or best_num_blocks(problem, cluster))
+
+
+def best_num_blocks(problem: Problem, cluster: Cluster) -> int:
+    """How many blocks make `Pipelined` fastest: more blocks start the next rank sooner, and cost a gap each."""
+    return min(
+        range(1, problem.value_size + 1), key=lambda blocks: (chain_cost(problem, cluster, blocks).seconds, blocks)
     )
-    key = ("num_blocks", device.type, layout.ranks_per_node, problem)
-    return kept(group_of(layout), key, lambda: best_num_blocks(problem, measured_cluster(layout, device)))

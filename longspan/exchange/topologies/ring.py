@@ -14,23 +14,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
-from longspan.exchange.chain import Chain
-from longspan.exchange.topology import Topology, Unresolved
+from longspan.exchange.chain import Chain, chain_cost
+from longspan.exchange.topology import Carrier, Topology
 from longspan.layout import SequenceLayout
+from longspan.plan import Cluster, DirectionCost, Problem
 from longspan.state import Pair
 
 
 @dataclass(frozen=True)
-class Ring(Unresolved):
-    """LASP's exchange: least bytes, one rank after another; the baseline.
-
-    state_dtype: states and their gradients are rounded to it for the wire, at each hop; None sends them as they are.
-    """
+class Ring(Topology):
+    """LASP's exchange: least bytes, one rank after another; the baseline. States are rounded to `state_dtype` at each hop."""
 
     name = "ring"
-    state_dtype: torch.dtype | None = None
 
-    def resolve(self, pair: Pair, layout: SequenceLayout) -> Topology:
+    def resolve(self, pair: Pair, layout: SequenceLayout) -> Carrier:
         return Chain(self.name, self.state_dtype)
+
+    def direction_cost(self, problem: Problem, cluster: Cluster, backward: bool) -> DirectionCost:
+        """h hops, each a whole state, and a fold at each segment that the state passes; one rank works at a time."""
+        return chain_cost(problem, cluster, num_blocks=1)

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from longspan.comm.background import run_beside
 from longspan.comm.hosts import Nodes, node_group, nodes_of, rail_group
+from longspan.errors import LayoutError
 from longspan.exchange.scan_by_rows import (
     PendingScan,
     PendingScanAdjoint,
@@ -35,34 +36,46 @@ from longspan.exchange.scan_by_rows import (
     Shares,
     as_rows,
     known_rows,
+    messages_by_rows,
     pair_of_rows,
     scan_by_rows,
     scan_by_rows_adjoint,
+    sent_by_rows,
+    shares_of,
 )
 from longspan.exchange.segments import reorder_rows
-from longspan.exchange.topology import Arrived, Handle, ReverseHandle, Topology
+from longspan.exchange.topology import Arrived, Carrier, Handle, ReverseHandle, Topology
 from longspan.layout import SequenceLayout, group_of
+from longspan.plan import Cluster, DirectionCost, Problem
 from longspan.state import Pair, Transition
 
 
 @dataclass(frozen=True)
-class TwoLevel(Topology):
+class TwoLevel(Topology, Carrier):
     """Best for many nodes: what travels between them is one share of one rank's states a rank.
 
     The nodes are those of a layout's two-dimensional mesh or of its `ranks_per_node`; else hosts, told apart by their names.
 
-    state_dtype: states and their gradients are rounded to it for the wire, at both levels, each way; None sends them as they are.
+    States are rounded to `state_dtype` at both levels, each way.
     """
 
     name = "two_level"
-    state_dtype: torch.dtype | None = None
+
+    def serves(self, pair: Pair, layout: SequenceLayout, cluster: Cluster) -> bool:
+        """Whether there are several nodes of several ranks, and the layout's nodes are the cluster's."""
+        if cluster.num_nodes == 1 or cluster.ranks_per_node == 1:
+            return False
+        try:
+            return nodes_of(group_of(layout), layout.ranks_per_node).ranks_per_node == cluster.ranks_per_node
+        except LayoutError:
+            return False
 
     def start(self, pair: Pair, layout: SequenceLayout) -> Handle:
         two = self._levels(pair.state, layout, "forward")
         return PendingScan(run_beside(group_of(layout), pair.state.device, lambda _: _scan(pair, two), name=self.name))
 
     def start_reverse(
-        self, kind: type[Transition], context: Tensor, grad_incoming: Tensor, layout: SequenceLayout
+        self, kind: type[Transition], context: tuple[Tensor, ...], grad_incoming: Tensor, layout: SequenceLayout
     ) -> ReverseHandle:
         two = self._levels(grad_incoming, layout, "backward")
 
@@ -90,6 +103,43 @@ class TwoLevel(Topology):
             RowExchange(in_node, runs.node_order, layout, self.state_dtype, phase),
             RowExchange(on_rail, runs.rail_order, layout, self.state_dtype, phase),
         )
+
+    def direction_cost(self, problem: Problem, cluster: Cluster, backward: bool) -> DirectionCost:
+        """All-to-all by rows inside each of N nodes of m ranks, and for the nodes' runs of segments along rails of N ranks.
+
+        In its node a rank takes R / m rows of the node's n runs of m segments, composes each run to one pair in m − 1 steps, and
+        folds the state that enters it through it in m − 1 steps more. The rail scans N · n pairs of R / P rows. Dense transitions
+        are composed by products of matrices, forward alone. All ranks of a node use its links to the others at once.
+
+        seconds = 2 · all-to-all inside + 2 · all-to-all along the rail
+                  + (m − 1) · (compose(n R / m) + fold(n R / m)) + (n N − 1) · fold(R / P)
+        """
+        nodes, members, stretches = cluster.num_nodes, cluster.ranks_per_node, problem.segments_per_rank
+        there, back = problem.row_state + (0 if backward else problem.row_transition), problem.row_state
+        in_node = -(-problem.num_rows // members)
+        on_rail = -(-in_node // nodes)
+        seconds = 0.0
+        for row in (there, back):
+            if members > 1:
+                seconds += cluster.intra.seconds(stretches * (members - 1) * in_node * row, True, members - 1)
+            if nodes > 1:
+                seconds += cluster.inter.seconds(stretches * (nodes - 1) * on_rail * row, True, nodes - 1)
+        step, rows = problem.fold_size, stretches * in_node
+        composed = step(rows) if backward else problem.compose_size(rows)
+        seconds += (members - 1) * (cluster.fold(composed, at_once=True) + cluster.fold(step(rows), at_once=True))
+        seconds += (stretches * nodes - 1) * cluster.fold(step(on_rail), at_once=True)
+        shares = [(own, part) for own in shares_of(problem.num_rows, members) for part in shares_of(own, nodes)]
+        sent = [
+            sent_by_rows(members, problem.num_rows, own, stretches, there, back)
+            + sent_by_rows(nodes, own, part, stretches, there, back)
+            for own, part in shares
+        ]
+        messages = [
+            messages_by_rows(members, problem.num_rows, own > 0) + messages_by_rows(nodes, own, part > 0)
+            for own, part in shares
+        ]
+        steps = 2 * (members > 1) + 2 * (nodes > 1)
+        return DirectionCost(seconds, 0.0, max(sent), max(messages), steps)
 
 
 @dataclass(frozen=True)
@@ -195,25 +245,21 @@ def _scan(pair: Pair, levels: _Levels) -> Arrived:
     into_runs, rail_transition = scan_by_rows(levels.rail, Pair(whole, _folded(steps)))
     arrived = levels.node.collect(torch.cat(_before_each(steps, into_runs))).view(pair.state.shape)
     if kind.is_known:
-        return Arrived(arrived, pair.transition.parameter)
-    return Arrived(arrived, torch.cat([parameter.flatten(), rail_transition.parameter.flatten()]))
+        return Arrived(arrived, (pair.transition.parameter,))
+    return Arrived(arrived, (parameter, rail_transition.parameter))
 
 
-def _scan_adjoint(kind: type[Transition], context: Tensor, grad_incoming: Tensor, levels: _Levels) -> Tensor:
+def _scan_adjoint(
+    kind: type[Transition], context: tuple[Tensor, ...], grad_incoming: Tensor, levels: _Levels
+) -> Tensor:
     grads = levels.node.deal(as_rows(grad_incoming))
     if kind.is_known:
-        transitions, whole = levels.known(kind, known_rows(context, grad_incoming.shape[1]))
+        transitions, whole = levels.known(kind, known_rows(context[0], grad_incoming.shape[1]))
         rail_transition = kind(levels.rail.shares.of_known(whole.parameter))
     else:
-        shape = kind.parameter_shape(grads.shape)
-        parameter, rail_parameter = context.split(
-            [torch.Size(shape).numel(), context.numel() - torch.Size(shape).numel()]
-        )
-        transitions = [kind(step) for step in levels.steps(parameter.view(shape))]
-        shares = levels.rail.shares
-        num_runs = shares.num_members * (grads.shape[0] // levels.node.shares.num_members)
-        rail_shape = (num_runs, 1, shares.counts[shares.place], *grads.shape[3:])
-        rail_transition = kind(rail_parameter.view(kind.parameter_shape(rail_shape)))
+        parameter, rail_parameter = context
+        transitions = [kind(step) for step in levels.steps(parameter)]
+        rail_transition = kind(rail_parameter)
     # What a state's gradient becomes on its way from behind a segment to before it: Aᵀ λ + G.
     steps = [
         Pair(transition.adjoint(), grad) for transition, grad in zip(transitions, levels.steps(grads), strict=True)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from longspan.attention.softmax import SoftmaxMethod
 from longspan.checks import described
 from longspan.errors import InputError, LayoutError
-from longspan.exchange import Exchange
+from longspan.exchange import Exchanger
 from longspan.layout import SequenceLayout
 from longspan.models.initial import InitialWeights
 from longspan.models.rotary import Rotation
@@ -81,7 +81,7 @@ class ParallelOptions:
     exchange: of states, as in the operators. softmax_method: of keys and values, as in `softmax_attention`.
     """
 
-    exchange: str | Exchange = "auto"
+    exchange: str | Exchanger = "auto"
     softmax_method: SoftmaxMethod = "auto"
 
 

@@ -1,0 +1,107 @@
+"""What was measured of a process group, kept as long as the group, and written down to be taken again by another run."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+
+from longspan import state
+from longspan.comm.groups import keep, kept, peek
+from longspan.errors import InputError
+from longspan.exchange.auto.calibration import measured_cluster, ranks_per_node_of
+from longspan.layout import SequenceLayout, group_of
+from longspan.plan import Cluster, Link, Problem
+
+
+@dataclass
+class Figures:
+    """The measured cluster, and for each size of states what its trial found.
+
+    errors: how many times as long as modelled the topologies took that were tried. taken: the topology that was last taken.
+    """
+
+    cluster: Cluster
+    errors: dict[Problem, dict[str, float]] = field(default_factory=dict)
+    taken: dict[Problem, str] = field(default_factory=dict)
+
+    def as_json(self) -> dict[str, Any]:
+        """Numbers, strings and lists, from which `from_json` makes the same figures."""
+        trials = [
+            {
+                "problem": vars(sizes) | {"transition": sizes.transition.__name__},
+                "errors": errors,
+                "taken": self.taken.get(sizes),
+            }
+            for sizes, errors in self.errors.items()
+        ]
+        return {"cluster": asdict(self.cluster), "trials": trials}
+
+    @classmethod
+    def from_json(cls, record: Any) -> Figures:
+        """The figures that `as_json` wrote.
+
+        Raises:
+            InputError: for a record of another form.
+        """
+        try:
+            values = dict(record["cluster"])
+            for name in ("intra", "inter", "gather", "swap"):
+                if values[name] is not None:
+                    values[name] = Link(**values[name])
+            figures = cls(Cluster(**values))
+            for entry in record["trials"]:
+                sizes = dict(entry["problem"])
+                sizes["transition"] = getattr(state, sizes["transition"])
+                problem = Problem(**sizes)
+                figures.errors[problem] = {str(name): float(error) for name, error in entry["errors"].items()}
+                if entry["taken"] is not None:
+                    figures.taken[problem] = str(entry["taken"])
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise InputError(f"no figures of an exchange: {type(error).__name__}: {error}") from error
+        return figures
+
+
+def sizes_of(problem: Problem) -> Problem:
+    """A problem without what documents change of it."""
+    return replace(problem, longest_chain=None)
+
+
+def figures_of(layout: SequenceLayout, device: torch.device) -> Figures:
+    """The figures of a layout's process group; measured at the first call for its group and nodes, equal on all ranks.
+
+    The first call is collective: every rank of the group makes it, in the same order among its exchanges.
+    """
+    ranks_per_node = ranks_per_node_of(layout)
+    return kept(
+        group_of(layout),
+        _key(device, ranks_per_node),
+        lambda: Figures(measured_cluster(layout, device, ranks_per_node)),
+    )
+
+
+def known_figures(layout: SequenceLayout, device: torch.device) -> Figures | None:
+    """The figures of a layout's process group if it has been measured, or has taken them; measures nothing."""
+    key = _key(device, ranks_per_node_of(layout))
+    figures: Figures | None = peek(group_of(layout), key)
+    return figures
+
+
+def take_figures(layout: SequenceLayout, device: torch.device, figures: Figures) -> None:
+    """Let a process group have `figures`, instead of measuring or of what was measured; every rank of the group takes the same.
+
+    Raises:
+        InputError: for figures of another number of ranks or nodes.
+    """
+    here = (layout.num_ranks, ranks_per_node_of(layout))
+    there = (figures.cluster.num_ranks, figures.cluster.ranks_per_node)
+    if here != there:
+        raise InputError(
+            f"the figures are of {there[0]} ranks on nodes of {there[1]}, and the layout has {here[0]} on nodes of {here[1]}"
+        )
+    keep(group_of(layout), _key(device, here[1]), figures)
+
+
+def _key(device: torch.device, ranks_per_node: int) -> tuple[str, str, int]:
+    return ("figures", device.type, ranks_per_node)

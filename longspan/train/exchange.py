@@ -1,0 +1,64 @@
+"""What a run measured to choose its exchange: said, written into checkpoints, and taken again when the run goes on.
+
+Topologies sum in different orders. A run that measured anew after it was stopped could choose otherwise, and would then differ from
+the run that was not stopped, in its last digits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from longspan.errors import CheckpointError, InputError
+from longspan.exchange import Auto
+from longspan.exchange.auto.figures import Figures, known_figures, take_figures
+from longspan.layout import SequenceLayout
+from longspan.train.checkpoint import Checkpoint
+from longspan.train.config import Config
+from longspan.train.ranks import Ranks
+
+
+def measures(config: Config, ranks: Ranks) -> bool:
+    """Whether the ranks measure which exchange is the fastest."""
+    exchange = config.parallel.build_exchange()
+    return ranks.sp > 1 and isinstance(exchange, Auto) and exchange.measure
+
+
+def figures_to_save(layout: SequenceLayout, ranks: Ranks) -> dict[str, Any]:
+    """The figures of each group of ranks that share a sequence, for a checkpoint; every rank calls this."""
+    own = known_figures(layout, ranks.device)
+    everyone = ranks.gather_json(None if own is None else own.as_json())
+    return {"sp": ranks.sp, "device": ranks.device.type, "groups": everyone[:: ranks.sp]}
+
+
+def take_saved_figures(saved: Checkpoint, layout: SequenceLayout, ranks: Ranks) -> None:
+    """Take the figures of a checkpoint, where it has some of as many ranks on the same kind of device.
+
+    Raises:
+        CheckpointError: for figures of another form.
+    """
+    record = saved.state.get("exchange")
+    if record is None:
+        return
+    try:
+        if (record["sp"], record["device"], len(record["groups"])) != (ranks.sp, ranks.device.type, ranks.dp):
+            return
+        own = record["groups"][ranks.dp_rank]
+        if own is not None:
+            take_figures(layout, ranks.device, Figures.from_json(own))
+    except (InputError, KeyError, TypeError, IndexError) as error:
+        raise CheckpointError(
+            f"the checkpoint of step {saved.step} has no figures of an exchange that this version knows: {error}. "
+            "Give a topology by name (parallel.exchange), or start a new run"
+        ) from error
+
+
+def describe(layout: SequenceLayout, ranks: Ranks, resumed: bool) -> str:
+    """What the first group of ranks takes, in a line."""
+    figures = known_figures(layout, ranks.device)
+    if figures is None or not figures.taken:
+        return "no state passes between ranks"
+    taken = ", ".join(
+        f"{name} for {sizes.transition.__name__} states of {sizes.num_rows} x {sizes.key_size} x {sizes.value_size}"
+        for sizes, name in figures.taken.items()
+    )
+    return f"{taken}; as measured {'before' if resumed else 'now'}, and kept in the checkpoints"
