@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from longspan.attention.softmax.packing import add_packed, pack_into, take_runs, unpack
-from longspan.attention.softmax.pair import wide
 from longspan.comm.all_to_all import Flight, swap
 from longspan.comm.collectives import all_gather_single
 from longspan.comm.numbering import launch
 from longspan.comm.traffic import note_collective
+from longspan.dtypes import at_least_float32
 from longspan.first_order import first_order
 from longspan.layout import SequenceLayout, group_of
 from longspan.layout.visibility import Run, intersection, length, located
@@ -118,7 +118,7 @@ class _LastTokens(torch.autograd.Function):
         pack_into(sent, dk, dv, [run for places in plan.places for run in places])
         own = length(plan.own)
         arrived = swap(sent, sizes, [own] * layout.num_ranks, group_of(layout), "backward").wait()
-        totals = tuple(wide(dk.new_zeros(ctx.shape)) for _ in range(2))
+        totals = tuple(at_least_float32(dk.new_zeros(ctx.shape)) for _ in range(2))
         for share in arrived.split(own) if own else ():
             add_packed((totals[0], totals[1]), plan.own, share)
         return totals[0].to(dk.dtype), totals[1].to(dv.dtype), None, None, None

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from longspan.attention.opaque import layout_of
 from longspan.attention.softmax.pair import Local, Past, attend
+from longspan.dtypes import accumulation_dtype
 from longspan.layout.visibility import VisibleBlock, visibility_of
 from longspan.ops.softmax.merge import QueryTile
 from longspan.tracing import OpaqueOperator
@@ -64,7 +64,7 @@ def _attend(
 
 def _attend_fake(q: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
     rows, num_tokens, heads, _ = q.shape
-    lse = q.new_empty(rows, heads, num_tokens, dtype=torch.promote_types(q.dtype, torch.float32))
+    lse = q.new_empty(rows, heads, num_tokens, dtype=accumulation_dtype(q.dtype))
     return q.new_empty(q.shape), lse
 
 

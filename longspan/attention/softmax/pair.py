@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longspan.dtypes import at_least_float32
 from longspan.first_order import first_order
 from longspan.layout import SequenceLayout
 from longspan.layout.visibility import Run, Visibility, VisibleBlock, plan_blocks
@@ -169,17 +170,12 @@ class KeyGrads:
 
     def total(self) -> Grads:
         """Sum over the reads, in float32 (float64 for float64), which may be added to."""
-        dk, dv = (wide(x) for x in self._own.pop(min(self._own)))
+        dk, dv = (at_least_float32(x) for x in self._own.pop(min(self._own)))
         while self._own:
             # In the order of the reads, the same on every rank.
             for x, more in zip((dk, dv), self._own.pop(min(self._own)), strict=True):
                 x += more
         return dk, dv
-
-
-def wide(x: Tensor) -> Tensor:
-    """In the dtype that sums are taken in."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def own_blocks(layout: SequenceLayout, visibility: Visibility) -> tuple[VisibleBlock, ...]:

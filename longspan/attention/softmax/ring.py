@@ -31,6 +31,7 @@ from longspan.attention.softmax.all_gather import remote_keys
 from longspan.attention.softmax.packing import add_packed, pack_into, pack_keys, take_runs, unpack
 from longspan.attention.softmax.pair import Grads, KeyExchange, KeyGrads, own_blocks
 from longspan.comm.all_to_all import Flight, swap
+from longspan.dtypes import accumulation_dtype
 from longspan.layout import SequenceLayout, group_of
 from longspan.layout.visibility import Run, Visibility, VisibleBlock, length, located, plan_blocks, union
 from longspan.ops.softmax.merge import Merged, QueryTile
@@ -261,7 +262,7 @@ class _Grads:
     def pass_on(self, number: int, keys: Tensor, share: tuple[Tensor, Tensor]) -> None:
         """Add this rank's share, dk and dv [B, L, H_kv, D], to what came in the round before, and send the sum on."""
         this = self._plan.rounds[number]
-        dtype = torch.promote_types(keys.dtype, torch.float32)
+        dtype = accumulation_dtype(keys.dtype)
         everything = ((0, this.num_grads),)
         if this.seen_in_keys == this.seen_in_grads == everything:
             mine = keys.new_empty((this.num_grads, *keys.shape[1:]), dtype=dtype)

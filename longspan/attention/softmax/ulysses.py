@@ -23,8 +23,9 @@ from torch import Tensor
 
 from longspan.attention.softmax.all_gather import remote_keys
 from longspan.attention.softmax.packing import take_runs, unpack
-from longspan.attention.softmax.pair import Grads, MovingExchange, wide
+from longspan.attention.softmax.pair import Grads, MovingExchange
 from longspan.comm.all_to_all import Flight, swap
+from longspan.dtypes import at_least_float32
 from longspan.layout import SequenceLayout, group_of
 from longspan.layout.visibility import Run, Visibility, VisibleBlock, inverse_places, plan_blocks, touches
 from longspan.ops.softmax.block import near_keys
@@ -134,7 +135,7 @@ class Ulysses(MovingExchange):
         dk, dv = self._wait_key_grads(shape)
         while self._returning:
             more = self._wait_key_grads(shape)
-            dk, dv = (wide(x) + y for x, y in zip((dk, dv), more, strict=True))
+            dk, dv = (at_least_float32(x) + y for x, y in zip((dk, dv), more, strict=True))
         return dk, dv
 
     def release(self) -> None:
@@ -184,7 +185,7 @@ class Ulysses(MovingExchange):
         ]
         if touches(heads):
             return torch.cat(parts, dim=2)
-        total = wide(arrived.new_zeros(shape))
+        total = at_least_float32(arrived.new_zeros(shape))
         for part, (start, stop) in zip(parts, heads, strict=True):
             total[:, :, start:stop] += part
         return total
@@ -235,4 +236,4 @@ def _summed(grad: Tensor, sources: Tensor | None, keys: Tensor) -> Tensor:
     """The gradient of what `_spread` took, [B, N, n, D]."""
     if sources is None:
         return grad
-    return wide(grad.new_zeros(keys.shape)).index_add_(2, sources, wide(grad))
+    return at_least_float32(grad.new_zeros(keys.shape)).index_add_(2, sources, at_least_float32(grad))

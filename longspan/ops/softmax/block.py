@@ -21,6 +21,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from longspan.dtypes import at_least_float32
+
 PLAIN_CHUNK = 128
 """Queries at a time in the plain form: its scores are [B, H, PLAIN_CHUNK, Tk]."""
 
@@ -164,7 +166,7 @@ def near_keys(x: Tensor) -> Tensor:
 def plain_forward(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     """`block_forward` with public operators."""
     groups = q.shape[2] // k.shape[2]
-    keys, values = (_accumulation(x).permute(0, 2, 3, 1) for x in (k, v))
+    keys, values = (at_least_float32(x).permute(0, 2, 3, 1) for x in (k, v))
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = keys.new_empty((q.shape[0], q.shape[2], q.shape[1]))
     for start in range(0, q.shape[1], PLAIN_CHUNK):
@@ -184,7 +186,7 @@ def plain_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`block_backward` with public operators."""
     groups = q.shape[2] // k.shape[2]
-    keys, values = (_accumulation(x).permute(0, 2, 3, 1) for x in (k, v))
+    keys, values = (at_least_float32(x).permute(0, 2, 3, 1) for x in (k, v))
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
     dk, dv = torch.zeros_like(keys.mT), torch.zeros_like(values.mT)
     for start in range(0, q.shape[1], PLAIN_CHUNK):
@@ -210,7 +212,7 @@ def finite_lse(lse: Tensor) -> Tensor:
 def _first_scores(q: Tensor, k: Tensor) -> Tensor:
     """The score, up to its scale, of every query on the block's first key, which all see: [B, H, Tq] of [B, H, Tq, D]."""
     first = k[:, :, :1].repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-    return (q.to(torch.promote_types(q.dtype, torch.float32)) * first).sum(-1)
+    return (at_least_float32(q) * first).sum(-1)
 
 
 def _scores(queries: Tensor, keys: Tensor, start: int, causal: bool, scale: float) -> Tensor:
@@ -225,16 +227,12 @@ def _scores(queries: Tensor, keys: Tensor, start: int, causal: bool, scale: floa
 
 def _grouped(x: Tensor, groups: int) -> Tensor:
     """[B, T, H, D] as [B, H / groups, groups, T, D] in the dtype that sums are taken in."""
-    return _accumulation(x).transpose(1, 2).unflatten(1, (-1, groups))
+    return at_least_float32(x).transpose(1, 2).unflatten(1, (-1, groups))
 
 
 def _ungrouped(x: Tensor) -> Tensor:
     """[B, H_kv, groups, T, D] as [B, T, H, D]."""
     return x.flatten(1, 2).transpose(1, 2)
-
-
-def _accumulation(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def _near(x: Tensor) -> Tensor:

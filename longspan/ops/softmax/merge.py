@@ -10,6 +10,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from longspan.dtypes import accumulation_dtype
 from longspan.layout.visibility import VisibleBlock
 from longspan.ops.softmax.block import block_backward, block_forward, finite_lse
 
@@ -58,7 +59,7 @@ class Merged:
                 self._out, self._lse = out, lse
                 return
             self._allocate(empty=block.opens)
-        elif self._out.dtype != _accumulation(self._q.dtype):
+        elif self._out.dtype != accumulation_dtype(self._q.dtype):
             self._out = self._out.float()
         assert self._out is not None and self._lse is not None
         start, size = block.query_start, block.num_queries
@@ -77,7 +78,7 @@ class Merged:
 
     def _allocate(self, empty: bool) -> None:
         rows, num_queries, heads, _ = self._q.shape
-        dtype = _accumulation(self._q.dtype)
+        dtype = accumulation_dtype(self._q.dtype)
         self._out = torch.empty_like(self._q, dtype=dtype, memory_format=torch.contiguous_format)
         self._lse = self._q.new_empty((rows, heads, num_queries), dtype=dtype)
         if not empty:
@@ -98,8 +99,8 @@ class Total:
             if block.count == 1 and size == self._shape[1]:
                 self._sum = grad
                 return
-            self._sum = self._like.new_zeros(self._shape, dtype=_accumulation(self._like.dtype))
-        elif self._sum.dtype != _accumulation(self._sum.dtype):
+            self._sum = self._like.new_zeros(self._shape, dtype=accumulation_dtype(self._like.dtype))
+        elif self._sum.dtype != accumulation_dtype(self._sum.dtype):
             self._sum = self._sum.float()
         grad = grad.unflatten(0, (self._shape[0], block.count))
         if block.count > 1 and size > block.period:
@@ -184,7 +185,3 @@ def _strided(x: Tensor, dim: int, start: int, size: int, block: VisibleBlock) ->
         return x.narrow(dim, start, size).unsqueeze(dim)
     span = (block.count - 1) * block.period + size
     return x.narrow(dim, start, span).unfold(dim, size, block.period).movedim(-1, dim + 1)
-
-
-def _accumulation(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
