@@ -81,10 +81,10 @@ class HaloPlan:
 
 def halo_plan(layout: SequenceLayout, width: int) -> HaloPlan:
     """What this rank sends, receives and copies; made once for a layout."""
-    return layout.cached(("halo", width), lambda: _plan(layout, width))
+    return layout.cached(("halo", width), lambda: _plan_halo(layout, width))
 
 
-def _plan(layout: SequenceLayout, width: int) -> HaloPlan:
+def _plan_halo(layout: SequenceLayout, width: int) -> HaloPlan:
     sends: dict[int, list[Fetch]] = {}
     receives: dict[int, list[Fetch]] = {}
     copies: list[Fetch] = []
@@ -176,7 +176,7 @@ def _num_tokens(fetches: Sequence[Fetch]) -> int:
 
 
 @dataclass
-class _Link:
+class _HaloLink:
     """What the two nodes of one halo hand to each other."""
 
     plan: HaloPlan
@@ -188,7 +188,7 @@ class _Link:
     grad_copied: list[Tensor] | None = None
 
 
-class _Start(torch.autograd.Function):
+class _HaloStart(torch.autograd.Function):
     """Sends the tokens that other segments need; in backward, waits for their gradients.
 
     | | shape | |
@@ -201,7 +201,7 @@ class _Start(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, joins: Tensor | None, link: _Link) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, joins: Tensor | None, link: _HaloLink) -> tuple[Tensor, Tensor]:
         ctx.link, ctx.shape = link, x.shape
         ctx.set_materialize_grads(False)
         plan = link.plan
@@ -216,7 +216,7 @@ class _Start(torch.autograd.Function):
     @staticmethod
     @first_order
     def backward(ctx: Any, grad_x: Tensor | None, grad_ticket: Tensor | None) -> tuple[Tensor, None, None]:
-        link: _Link = ctx.link
+        link: _HaloLink = ctx.link
         assert link.reverse is not None and link.grad_copied is not None and grad_ticket is not None
         if grad_x is None:
             grad_x = grad_ticket.new_zeros(ctx.shape)
@@ -229,7 +229,7 @@ class _Start(torch.autograd.Function):
         return grad_x, None, None
 
 
-class _Wait(torch.autograd.Function):
+class _HaloWait(torch.autograd.Function):
     """Waits for the halo; in backward, sends its gradient to where the tokens came from.
 
     | | shape | |
@@ -241,7 +241,7 @@ class _Wait(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, ticket: Tensor, link: _Link, shape: torch.Size) -> Tensor:
+    def forward(ctx: Any, ticket: Tensor, link: _HaloLink, shape: torch.Size) -> Tensor:
         ctx.link = link
         plan, messages, copied = link.plan, link.forward, link.copied
         assert messages is not None and copied is not None
@@ -254,7 +254,7 @@ class _Wait(torch.autograd.Function):
     @staticmethod
     @first_order
     def backward(ctx: Any, grad_halo: Tensor) -> tuple[Tensor, None, None]:
-        link: _Link = ctx.link
+        link: _HaloLink = ctx.link
         plan = link.plan
         outgoing = {
             peer: [grad_halo[fetch.segment, :, fetch.start : fetch.stop] for fetch in fetches]
@@ -275,14 +275,14 @@ class PendingHalo:
 
     x: Tensor
     _ticket: Tensor
-    _link: _Link
+    _link: _HaloLink
 
     def wait(self) -> Tensor:
         """The tokens before each of this rank's segments, ``[n, B, width, C]``; differentiable; to be called once.
 
         The nearest token is the last; slots before the start of the document, or of the sequence, are zero.
         """
-        halo: Tensor = _Wait.apply(self._ticket, self._link, self.x.shape)
+        halo: Tensor = _HaloWait.apply(self._ticket, self._link, self.x.shape)
         return halo
 
 
@@ -310,7 +310,7 @@ def start_halo(
             "a layout made by for_rank() is for planning and has no process group to send tokens in. "
             "Build it as SequenceLayout(seq_len, group)"
         )
-    link = _Link(halo_plan(layout, width), layout, adds_in_place)
+    link = _HaloLink(halo_plan(layout, width), layout, adds_in_place)
     leaf = x.new_zeros((), requires_grad=True) if joins and not x.requires_grad else None
-    tokens, ticket = _Start.apply(x, leaf, link)
+    tokens, ticket = _HaloStart.apply(x, leaf, link)
     return PendingHalo(tokens, ticket, link)

@@ -78,7 +78,7 @@ class GatherPlan:
 
 def gather_plan(layout: SequenceLayout, visibility: Visibility) -> GatherPlan:
     """The plan of this rank, made once a layout."""
-    return layout.cached(("softmax_gather", visibility), lambda: _plan(layout, visibility))
+    return layout.cached(("softmax_gather", visibility), lambda: _plan_gather(layout, visibility))
 
 
 def remote_keys(layout: SequenceLayout, visibility: Visibility) -> list[list[Run]]:
@@ -91,7 +91,7 @@ def remote_keys(layout: SequenceLayout, visibility: Visibility) -> list[list[Run
     return layout.cached(("softmax_remote_keys", visibility), build)
 
 
-def _plan(layout: SequenceLayout, visibility: Visibility) -> GatherPlan:
+def _plan_gather(layout: SequenceLayout, visibility: Visibility) -> GatherPlan:
     ranks, rank = range(layout.num_ranks), layout.rank
     held = [layout.segments_of(other) for other in ranks]
     needs = remote_keys(layout, visibility)

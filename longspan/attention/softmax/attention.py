@@ -177,7 +177,7 @@ def write_softmax(
     nothing.
     """
     if stops_graphs(layout):
-        return _write_outside_graphs(
+        return _write_softmax_outside_graphs(
             k, v, layout=layout, method=method, causal=causal, window=window, num_heads=num_heads,
             initial_state=initial_state, output_final_state=output_final_state,
         )  # fmt: skip
@@ -202,14 +202,14 @@ def write_softmax(
         return OpaqueSoftmaxMemory(
             k, v, past, output_final_state, bounds_of(layout, k), causal, window, method, layout.num_ranks
         )
-    return _write(k, v, past, output_final_state, layout, causal, window, method, num_heads)
+    return _write_softmax(k, v, past, output_final_state, layout, causal, window, method, num_heads)
 
 
-_write_outside_graphs = outside_graphs(write_softmax)
+_write_softmax_outside_graphs = outside_graphs(write_softmax)
 
 
 @unseen_by_checkpointing
-def _write(
+def _write_softmax(
     k: Tensor,
     v: Tensor,
     past: KeysAndValues | None,
@@ -268,7 +268,7 @@ class SoftmaxMemory(StepMemory):
         Raises:
             InputError: if q does not fit the keys that were written, or k or v was changed in place since.
         """
-        return (_read_outside_graphs if breaks_graphs() else SoftmaxMemory._read)(self, q, scale)
+        return (_read_softmax_outside_graphs if breaks_graphs() else SoftmaxMemory._read)(self, q, scale)
 
     @unseen_by_checkpointing
     def _read(self, q: Tensor, scale: float | None) -> Tensor:
@@ -293,7 +293,7 @@ class SoftmaxMemory(StepMemory):
         Where the layout has several ranks, ask for it after a read, which has gathered it: ranks may then let o, the final state or
         both enter their losses.
         """
-        return (_final_state_outside_graphs if breaks_graphs() else SoftmaxMemory._kept_final_state)(self)
+        return (_final_softmax_state_outside_graphs if breaks_graphs() else SoftmaxMemory._kept_final_state)(self)
 
     def _kept_final_state(self) -> KeysAndValues:
         _check_has_final_state(self._with_final_state)
@@ -315,8 +315,8 @@ class SoftmaxMemory(StepMemory):
             check_heads_of_ulysses(num_heads, self._layout.num_ranks)
 
 
-_read_outside_graphs = outside_graphs(SoftmaxMemory._read)
-_final_state_outside_graphs = outside_graphs(SoftmaxMemory._kept_final_state)
+_read_softmax_outside_graphs = outside_graphs(SoftmaxMemory._read)
+_final_softmax_state_outside_graphs = outside_graphs(SoftmaxMemory._kept_final_state)
 
 
 @dataclass

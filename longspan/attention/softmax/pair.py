@@ -196,7 +196,7 @@ class Reader:
             moves = isinstance(exchange, MovingExchange)
             self._past_blocks = past.blocks([(0, layout.seq_len)] if moves else layout.segments)
         self._num_reads = 0
-        self._ticket: Tensor | None = _Start.apply(k, v, exchange) if exchange.exchanges else None
+        self._ticket: Tensor | None = _KeysStart.apply(k, v, exchange) if exchange.exchanges else None
 
     def attend(self, q: Tensor, scale: float) -> Tensor:
         """Attention [B, T, H, D] of this rank's queries on every key that they may see."""
@@ -256,7 +256,7 @@ def attend(
     return Attended(merged.out, merged.lse, kept)
 
 
-class _Start(torch.autograd.Function):
+class _KeysStart(torch.autograd.Function):
     """First node: starts the exchange; its backward ends the exchange of gradients.
 
     | | shape | |
@@ -283,12 +283,12 @@ class _Start(torch.autograd.Function):
 
 
 class _Join(torch.autograd.Function):
-    """In the place of `_Start` where this rank's keys take no gradient: joins the exchange of gradients, and drops its own.
+    """In the place of `_KeysStart` where this rank's keys take no gradient: joins the exchange of gradients, and drops its own.
 
     | | shape | |
     |---|---|---|
     | leaf | [1] | takes a gradient, so that the node is in the graph |
-    | ticket | [1] | as `_Start`'s |
+    | ticket | [1] | as `_KeysStart`'s |
     """
 
     @staticmethod
@@ -310,7 +310,7 @@ class _Attend(torch.autograd.Function):
     |---|---|---|
     | q, o | [B, T, H, D] | this rank's queries and outputs |
     | k, v | [B, T, H_kv, D] | this rank's keys and values |
-    | ticket | [1], or None | from `_Start`; None where no rank needs another's keys |
+    | ticket | [1], or None | from `_KeysStart`; None where no rank needs another's keys |
     | past_k, past_v | [B, L, H_kv, D], or None | of earlier tokens |
     | lse | [B, H, T] | log-sum-exp over all keys that a query sees, saved for backward |
 
@@ -361,7 +361,7 @@ class _There(torch.autograd.Function):
     | | shape | |
     |---|---|---|
     | q | [B, T, H, D] | queries of this rank's tokens |
-    | ticket | [1] | from `_Start`, passed on: where keys need gradients and queries do not, this node is in the graph by it |
+    | ticket | [1] | from `_KeysStart`, passed on: where keys need gradients and queries do not, this node is in the graph by it |
     | q there | [B, S, h, D] | |
     """
 

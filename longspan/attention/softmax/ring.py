@@ -121,10 +121,10 @@ def _together(left: tuple[Run, ...], right: tuple[Run, ...]) -> tuple[Run, ...]:
 
 def ring_plan(layout: SequenceLayout, visibility: Visibility) -> RingPlan:
     """The plan of this rank, made once a layout."""
-    return layout.cached(("softmax_ring", visibility), lambda: _plan(layout, visibility))
+    return layout.cached(("softmax_ring", visibility), lambda: _plan_ring(layout, visibility))
 
 
-def _plan(layout: SequenceLayout, visibility: Visibility) -> RingPlan:
+def _plan_ring(layout: SequenceLayout, visibility: Visibility) -> RingPlan:
     ways = journeys(layout, visibility)
     num_rounds = max(way.num_hops for way in ways)
     return RingPlan(

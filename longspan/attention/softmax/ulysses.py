@@ -53,10 +53,10 @@ class UlyssesPlan:
 
 def ulysses_plan(layout: SequenceLayout, visibility: Visibility) -> UlyssesPlan:
     """The plan, made once a layout."""
-    return layout.cached(("softmax_ulysses", visibility), lambda: _plan(layout, visibility))
+    return layout.cached(("softmax_ulysses", visibility), lambda: _plan_ulysses(layout, visibility))
 
 
-def _plan(layout: SequenceLayout, visibility: Visibility) -> UlyssesPlan:
+def _plan_ulysses(layout: SequenceLayout, visibility: Visibility) -> UlyssesPlan:
     by_rank = [run for rank in range(layout.num_ranks) for run in layout.segments_of(rank)]
     sequence = [(0, layout.seq_len)]
     return UlyssesPlan(

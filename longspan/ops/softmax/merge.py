@@ -164,16 +164,16 @@ class QueryTile:
 
 def query_tile(x: Tensor, block: VisibleBlock) -> Tensor:
     """The block's queries of x [B, T, H, D], as [B · count, num_queries, H, D]; from the last to the first if anticausal."""
-    return _tile(x, block.query_start, block.num_queries, block)
+    return _tile_of_block(x, block.query_start, block.num_queries, block)
 
 
 def key_tiles(block: VisibleBlock, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """The block's keys and values of [B, L, H_kv, D], as [B · count, num_keys, H_kv, D]."""
     start, size = block.key_start, block.num_keys
-    return _tile(k, start, size, block), _tile(v, start, size, block)
+    return _tile_of_block(k, start, size, block), _tile_of_block(v, start, size, block)
 
 
-def _tile(x: Tensor, start: int, size: int, block: VisibleBlock) -> Tensor:
+def _tile_of_block(x: Tensor, start: int, size: int, block: VisibleBlock) -> Tensor:
     tile = _strided(x, 1, start, size, block).flatten(0, 1)
     # A square in which query i sees key i and later ones is, read backwards, one in which it sees earlier ones.
     return tile.flip(1) if block.mask == "anticausal" else tile

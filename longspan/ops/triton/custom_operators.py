@@ -94,7 +94,7 @@ def _write_by_kernels(
 
 
 def _tickets(k: Tensor, v: Tensor, g: Tensor | None, table: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """One number each, in the shapes and dtypes of q, ∂o, the scale, q ⊙ ∂q (the dots of `passes.attend`), and of the part of the
+    """One number each, in the shapes and dtypes of q, ∂o, the scale, q ⊙ ∂q (the dots of `attend_pass`), and of the part of the
     gates' gradient at the ends of stretches, ``[N, B, H]`` or ``[N, B, H, K]``. The last two are empty without g."""
 
     def ticket(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -202,13 +202,13 @@ def _write_backward(
     common: dict[str, Any] = {"num_heads": num_heads, "reverse": True, "scale_in": 1.0 if scale is None else scale}
     entering = Entering(d, grad_ends, suffix, transposed=True)
     dotted = None if g is None else k
-    of_k = passes.attend(
+    of_k = passes.attend_pass(
         v, do, q, decay, entering, table,
         num_columns=k.shape[-1], axis=COLUMNS, dotted=dotted, other_states=None if g is None else states, **common,
     )  # fmt: skip
     dk = of_k.out
     entering = Entering(d, grad_ends, suffix)
-    dv = passes.attend(k, q, do, decay, entering, table, num_columns=v.shape[-1], axis=CONTRACTED, **common).out
+    dv = passes.attend_pass(k, q, do, decay, entering, table, num_columns=v.shape[-1], axis=CONTRACTED, **common).out
     dg = k.new_empty(0)
     if g is not None:
         assert of_k.dots is not None
@@ -304,7 +304,7 @@ def _read(
     """
     decay = Decay.of(g, log_decay, sums, chunk_size)
     entering = Entering(states, arriving, _carried(decay, totals, pieces, arriving))
-    return passes.attend(
+    return passes.attend_pass(
         q, k, v, decay, entering, table,
         num_heads=num_heads, num_columns=value_size, axis=CONTRACTED, scale_out=scale,
     ).out  # fmt: skip
@@ -387,7 +387,7 @@ def _read_backward(
     num_heads, value_size = do.shape[2:]
     common: dict[str, Any] = {"num_heads": num_heads}
     entering = Entering(states, arriving, carried, transposed=True)
-    of_q = passes.attend(
+    of_q = passes.attend_pass(
         do, v, k, decay, entering, table,
         num_columns=q.shape[-1], axis=COLUMNS, scale_out=scale, dotted=None if g is None else q, **common,
     )  # fmt: skip
@@ -409,12 +409,14 @@ def _read_backward(
     dk, dv, dg = (q.new_empty(0) for _ in range(3))
     if not has_tickets and k is not None and v is not None:
         reverse: dict[str, Any] = {**common, "reverse": True, "scale_in": scale}
-        of_k = passes.attend(
+        of_k = passes.attend_pass(
             v, do, q, decay, Entering(), table,
             num_columns=k.shape[-1], axis=COLUMNS, dotted=None if g is None else k, **reverse,
         )  # fmt: skip
         dk = of_k.out
-        dv = passes.attend(k, q, do, decay, Entering(), table, num_columns=value_size, axis=CONTRACTED, **reverse).out
+        dv = passes.attend_pass(
+            k, q, do, decay, Entering(), table, num_columns=value_size, axis=CONTRACTED, **reverse
+        ).out
         key_dots = of_k.dots
         dk = _sum_heads(dk, k.shape[2])
     query_dots = end = None

@@ -206,7 +206,7 @@ def _column_blocks(dtype: torch.dtype, num_columns: int) -> tuple[int, int]:
 
 
 def shape_of_dots(g: Tensor, x: Tensor) -> tuple[int, ...]:
-    """Of the dots that `attend` gives for x ``[B, T, ·, K]``."""
+    """Of the dots that `attend_pass` gives for x ``[B, T, ·, K]``."""
     return (1 if g.dim() == 4 else _column_blocks(x.dtype, x.shape[-1])[1], *g.shape)
 
 
@@ -219,7 +219,7 @@ class Passed:
     of_end: Tensor | None
 
 
-def attend(
+def attend_pass(
     a: Tensor,
     b: Tensor | None,
     c: Tensor | None,
