@@ -255,17 +255,17 @@ class TokenSums:
         if ticket is not None and total is None:
             self.total = torch.zeros(ticket.shape, dtype=call.dtype, device=ticket.device)
 
-    def add(self, block: ChunkBlock, x: Tensor, grad: Tensor, less: tuple[Tensor, Tensor] | None = None) -> None:
-        """Add ``x ⊙ ∂x``, ``[n, B, H, c, K]``, and take off that of `less`; summed over K for a decay a head."""
+    def add(self, block: ChunkBlock, x: Tensor, grad: Tensor, subtracted: tuple[Tensor, Tensor] | None = None) -> None:
+        """Add ``x ⊙ ∂x``, ``[n, B, H, c, K]``, and take off that of `subtracted`; summed over K for a decay a head."""
         if self.total is None:
             return
         if self._per_channel:
-            sums = x * grad if less is None else (x * grad).addcmul_(*less, value=-1)
+            sums = x * grad if subtracted is None else (x * grad).addcmul_(*subtracted, value=-1)
             put(self.total, block, sums, add=True)
         else:
             sums = torch.linalg.vecdot(x, grad)
-            if less is not None:
-                sums -= torch.linalg.vecdot(*less)
+            if subtracted is not None:
+                sums -= torch.linalg.vecdot(*subtracted)
             put(self.total.unsqueeze(-1), block, sums.unsqueeze(-1), add=True)
 
 

@@ -20,7 +20,7 @@ from longspan.ops.tiling import ChunkBlock
 
 
 @dataclass(frozen=True)
-class Step:
+class ChunkStep:
     """One chunk, or the tails of several pieces: chunk numbers, slots that they read, places in the block, tokens a chunk."""
 
     chunks: int | Tensor
@@ -34,7 +34,7 @@ class Step:
         return self.slots + 1
 
 
-def steps(call: DeltaCall, block: ChunkBlock, pieces: Collection[int]) -> Sequence[Step]:
+def steps(call: DeltaCall, block: ChunkBlock, pieces: Collection[int]) -> Sequence[ChunkStep]:
     """What to go through of a block, in order, for the chunks of `pieces`."""
     if not pieces:
         return ()
@@ -42,13 +42,13 @@ def steps(call: DeltaCall, block: ChunkBlock, pieces: Collection[int]) -> Sequen
         if call.tiling.piece_of_chunk(block.chunks.start) not in pieces:
             return ()
         numbered = enumerate(block.chunks_and_slots)
-        return [Step(chunk, slot, place, block.chunk_size) for place, (chunk, slot) in numbered]
+        return [ChunkStep(chunk, slot, place, block.chunk_size) for place, (chunk, slot) in numbered]
     assert isinstance(block.slots, Tensor)
     places = [i for i, (chunk, _) in enumerate(block.chunks_and_slots) if call.tiling.piece_of_chunk(chunk) in pieces]
     if not places:
         return ()
     chosen = torch.tensor(places, device=block.chunks.device)
-    return [Step(block.chunks[chosen], block.slots[chosen], chosen, block.chunk_size)]
+    return [ChunkStep(block.chunks[chosen], block.slots[chosen], chosen, block.chunk_size)]
 
 
 def walk(
@@ -58,7 +58,7 @@ def walk(
     g: Tensor | None,
     decays: Tensor | None,
     reverse: bool = False,
-) -> Iterator[tuple[Step, Tensor]]:
+) -> Iterator[tuple[ChunkStep, Tensor]]:
     """The steps of `pieces` in order, or in reverse, each with E of its block, ``[n, B, H, c, K]``."""
     for block in reversed(call.tiling.blocks) if reverse else call.tiling.blocks:
         if found := steps(call, block, pieces):
@@ -77,14 +77,14 @@ class ChunkChain:
         self._weights, self._updates = weights, updates
         self._totals = call.totals(weights.shape[1])
 
-    def _matrices(self, x: Tensor, step: Step) -> Tensor:
+    def _matrices(self, x: Tensor, step: ChunkStep) -> Tensor:
         """The step's rows of ``x [N, B, H, C, D]``, a batch of matrices."""
         return x[step.chunks][..., : step.size, :].flatten(0, -3)
 
-    def _leaving(self, leaving: Tensor, step: Step) -> Tensor:
+    def _leaving(self, leaving: Tensor, step: ChunkStep) -> Tensor:
         return leaving[step.places].flatten(0, -3)
 
-    def _times_total(self, state: Tensor, step: Step) -> Tensor:
+    def _times_total(self, state: Tensor, step: ChunkStep) -> Tensor:
         """e^{b_C} S for a batch of matrices."""
         if self._totals is None:
             return state
@@ -92,7 +92,7 @@ class ChunkChain:
             return state * self._totals[step.chunks]
         return state * torch.cat([self._totals[chunk] for chunk in step.chunks.tolist()])
 
-    def advance(self, step: Step, leaving: Tensor, states: Tensor, corrected: Tensor) -> None:
+    def advance(self, step: ChunkStep, leaving: Tensor, states: Tensor, corrected: Tensor) -> None:
         """Compute u of a step's chunks and the states after them, in their places.
 
         leaving: E of the block, ``[n, B, H, c, K]``. states: ``[num_slots, B, H, K, V]``; corrected: ``[N, B, H, C, V]``.
@@ -117,7 +117,7 @@ class ChunkChain:
             torch.bmm(leaving.mT, found, out=after)
             after.addcmul_(before, self._totals[step.chunks])
 
-    def carried(self, step: Step, leaving: Tensor, state: Tensor, writes: bool) -> Tensor:
+    def carried(self, step: ChunkStep, leaving: Tensor, state: Tensor, writes: bool) -> Tensor:
         """The state after a step of one chunk, ``[B·H, K, ·]``, given the one before it; without Ũ where it does not write."""
         weights, leaving = self._matrices(self._weights, step), self._leaving(leaving, step)
         if writes:
@@ -127,7 +127,7 @@ class ChunkChain:
             found = torch.bmm(weights, state).neg_()
         return torch.baddbmm(self._times_total(state, step), leaving.mT, found)
 
-    def retreat(self, step: Step, leaving: Tensor, grad_states: Tensor, grad_corrected: Tensor) -> None:
+    def retreat(self, step: ChunkStep, leaving: Tensor, grad_states: Tensor, grad_corrected: Tensor) -> None:
         """Turn ∂S of a step's chunks into λ and complete their ∂u, in place, given λ after them."""
         after = grad_states[step.next_slots].flatten(0, -3)
         weights, leaving = self._matrices(self._weights, step), self._leaving(leaving, step)
@@ -148,7 +148,7 @@ class ChunkChain:
             own.addcmul_(after, self._totals[step.chunks])
 
     def carried_back(
-        self, step: Step, leaving: Tensor, grad: Tensor, grad_states: Tensor, grad_corrected: Tensor
+        self, step: ChunkStep, leaving: Tensor, grad: Tensor, grad_states: Tensor, grad_corrected: Tensor
     ) -> Tensor:
         """λ before a step of one chunk, ``[B·H, K, V]``, given the one after it; nothing else is changed."""
         weights, leaving = self._matrices(self._weights, step), self._leaving(leaving, step)

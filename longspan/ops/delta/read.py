@@ -94,7 +94,7 @@ class DeltaScores(torch.autograd.Function):
             else:
                 grad_query = times(causal_product(grad, keys.behind, finite), queries.query)
                 grad_key = times(anticausal_product(grad, queries.ahead, finite), keys.key)
-            sums.add(block, queries.plain, grad_query, less=(keys.plain, grad_key))
+            sums.add(block, queries.plain, grad_query, subtracted=(keys.plain, grad_key))
             if own is not None:
                 grad_query.addcmul_(own, keys.plain)
                 grad_key.addcmul_(own, queries.plain)
