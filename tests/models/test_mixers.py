@@ -44,7 +44,7 @@ class ShortConvolution(SequenceMixer):
             x,
             self.taps.to(x.dtype),
             layout=context.layout,
-            initial_state=context.memory.get("taps"),
+            initial_state=context.remembered("taps"),
             output_final_state=True,
         )
         return y, LayerMemory({"taps": state}) if context.outputs_memory else None

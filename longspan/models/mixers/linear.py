@@ -49,7 +49,7 @@ class LinearMixer(SequenceMixer):
             k,
             v,
             gates,
-            initial_state=context.memory.get("state"),
+            initial_state=context.remembered("state"),
             output_final_state=context.outputs_memory,
             layout=context.layout,
             exchange=self.parallel.exchange,

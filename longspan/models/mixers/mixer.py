@@ -40,10 +40,6 @@ class LayerMemory:
 
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
 
-    def get(self, name: str) -> Tensor | None:
-        """A tensor, or None before the first token."""
-        return self.tensors.get(name)
-
     def detach(self) -> LayerMemory:
         """The same numbers without their graph: where a segment's gradients end."""
         return LayerMemory({name: x.detach() for name, x in self.tensors.items()})
@@ -60,14 +56,18 @@ class Context:
 
     layout: which tokens of the sequence these are; None is whole sequences. positions: int64 ``[T]``, of each token in its
     document, earlier tokens counted. rotation: of these positions, where a mixer of the model `rotates`. memory: what this layer
-    remembers of earlier tokens. outputs_memory: whether to return what it remembers afterwards.
+    remembers of earlier tokens; None is nothing. outputs_memory: whether to return what it remembers afterwards.
     """
 
     layout: SequenceLayout | None
     positions: Tensor
     rotation: Rotation | None = None
-    memory: LayerMemory = LayerMemory()
+    memory: LayerMemory | None = None
     outputs_memory: bool = False
+
+    def remembered(self, name: str) -> Tensor | None:
+        """A tensor of this layer's memory, or None before the first token."""
+        return None if self.memory is None else self.memory.tensors.get(name)
 
     def after(self, memory: LayerMemory) -> Context:
         """This context with what another layer remembers."""

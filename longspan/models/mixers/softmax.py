@@ -36,7 +36,7 @@ class SoftmaxMixer(SequenceMixer):
     def mix(self, x: Tensor, context: Context) -> tuple[Tensor, LayerMemory | None]:
         assert context.rotation is not None
         k, v = rotate(self._heads(self.k_proj(x)), context.rotation), self._heads(self.v_proj(x))
-        keys, values = context.memory.get("keys"), context.memory.get("values")
+        keys, values = context.remembered("keys"), context.remembered("values")
         memory = write_softmax(
             k,
             v,
