@@ -612,9 +612,9 @@ def gated_delta_rule(
     Gated DeltaNet (arXiv 2412.06464). Keys should have length 1, or the recurrence may grow.
 
     Inside, all is float32 for float32 and bfloat16 inputs. For keys of length 1 and beta from 0 to 2 errors are at most three times
-    those of the recurrence token by token in float32, plus a few units of the last place (fifteen times for the
-    gradient of g, 6e-6 of its largest, where keys are nearly equal: it is a difference of sums over a chunk). What is NaN or
-    infinite reaches no earlier output.
+    those of the recurrence token by token in float32, plus a few units of the last place (fourteen times for the
+    gradient of g, 6e-6 of its largest, where keys are nearly equal: what passes a token and what it erases of that nearly cancel).
+    What is NaN or infinite reaches no earlier output.
 
     Args:
         g: log decays ``[B, T, H]``, at most 0; float32 or float64 (bfloat16 is accepted, at the price of its own rounding).
@@ -717,9 +717,9 @@ def kda(
     arXiv 2510.26692. Keys should have length 1, or the recurrence may grow.
 
     Inside, all is float32 for float32 and bfloat16 inputs. For keys of length 1 and beta from 0 to 2 errors are at most three times
-    those of the recurrence token by token in float32, plus a few units of the last place (fifteen times for the
-    gradient of g, 6e-6 of its largest, where keys are nearly equal: it is a difference of sums over a chunk). What is NaN or
-    infinite reaches no earlier output.
+    those of the recurrence token by token in float32, plus a few units of the last place (nine times for the
+    gradient of g, 3e-6 of its largest, where keys are nearly equal: what passes a token and what it erases of that nearly cancel).
+    What is NaN or infinite reaches no earlier output.
 
     Args:
         g: log decays ``[B, T, H, K]``, at most 0; float32 or float64 (bfloat16 is accepted, at the price of its own rounding).

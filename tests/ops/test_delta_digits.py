@@ -118,6 +118,6 @@ def test_chunks_keep_the_digits_of_the_recurrence(name: str, gates: str, strengt
                 3 * relative_error(theirs, want, floor=1e-30) + few
             )
         label = (KEYS[head % len(KEYS)], BETAS[strengths][head // len(KEYS)])
-        # The gradient of g is a difference of sums over a chunk, and up to fifteen times as far off in float32.
+        # What passes a token and what it erases of that nearly cancel in the gradient of g: see docs/design.md.
         assert excess.pop("g", 0.0) <= (4.0 if dtype == torch.float32 else 1.0), label
         assert worst(excess) <= 1.0, (label, excess)
