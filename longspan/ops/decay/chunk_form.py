@@ -291,7 +291,7 @@ class DecayRead(torch.autograd.Function):
         value_size: int,
     ) -> Tensor:
         batch, num_tokens = q.shape[:2]
-        is_finite = v is None or all_finite(v)
+        is_finite = v is None or (all_finite(v) if states is None else _wrote_finite(call, states, v))
         o = base
         if o is None:
             o = q.new_empty(batch, num_tokens, call.num_heads, value_size)
@@ -335,24 +335,29 @@ class DecayRead(torch.autograd.Function):
         grad_incoming = None if incoming is None else torch.zeros_like(incoming)
         inside = None
         if k is not None and v is not None and dk is not None and dv is not None:
-            inside = _InsideBackward(call, q, k, v, g, do, (dq, dk, dv), gate)
+            keys_are_finite = states is not None and _wrote_finite(call, states, k, v)
+            inside = _InsideBackward(call, q, k, v, g, do, (dq, dk, dv), gate, keys_are_finite)
         for block in call.tiling.blocks:
             factors = call.factors.block(block, g)
             query = _scaled(block.take(q), _times(factors.query, call.scale), call.num_heads, call.scale)
             grad_out = _scaled(block.take(do), None, call.num_heads)
             grad_query: Tensor | None = None
+            is_finite = False
             if states is not None and grad_states is not None:
                 state = _flat(_states_of(call, block, factors, states, incoming).to(q.dtype))
                 grad_query = torch.bmm(_flat(grad_out), state.mT)
                 grad_state = torch.bmm(_flat(query).mT, _flat(grad_out)).view(
                     *query.shape[:3], q.shape[-1], do.shape[-1]
                 )
+                if inside is not None and inside.keys_are_finite:
+                    # q and ∂o of every token are in it; it is smaller than the two, and in cache.
+                    is_finite = all_finite(grad_state)
                 _put_states(grad_states, block.slots, grad_state, factors.enter)
                 grad_state = grad_states[block.slots].permute(1, 2, 0, 3, 4)
                 if incoming is not None and grad_incoming is not None:
                     _incoming_gradient(block, factors, grad_state, incoming, grad_incoming, gate)
             if inside is not None:
-                inside.put(block, factors, query, grad_out, grad_query)
+                inside.put(block, factors, query, grad_out, grad_query, is_finite)
             else:
                 assert grad_query is not None
                 if gate is not None:
@@ -362,6 +367,18 @@ class DecayRead(torch.autograd.Function):
                 gate.close(block)
         grad_base = do if ctx.has_base else None
         return dq, dk, dv, None if gate is None else gate.finish(), grad_states, grad_incoming, grad_base, None, None
+
+
+def _wrote_finite(call: Call, states: Tensor, *written: Tensor) -> bool:
+    """Whether no number of k and v is NaN or infinite; looks at the states that leave pieces, or at `written` where that is less.
+
+    What a token writes is still in the state at the end of its piece, where it is not finite: 0 · NaN keeps it even through a decay
+    to nothing.
+    """
+    ends = [entry.last_slot for entry in call.tiling.pieces]
+    if len(ends) * states[0].numel() < sum(x.numel() for x in written):
+        return all_finite(states[ends])
+    return all_finite(*written)
 
 
 def _scores(
@@ -379,7 +396,10 @@ def _scores(
 
 @dataclass(frozen=True)
 class _InsideBackward:
-    """The backward of the part inside chunks; inputs, ∂o and `grads`, the (∂q, ∂k, ∂v) to be written, as in `DecayRead`."""
+    """The backward of the part inside chunks; inputs, ∂o and `grads`, the (∂q, ∂k, ∂v) to be written, as in `DecayRead`.
+
+    keys_are_finite: k and v are known to hold neither NaN nor infinity.
+    """
 
     call: Call
     q: Tensor
@@ -389,6 +409,7 @@ class _InsideBackward:
     do: Tensor
     grads: tuple[Tensor, Tensor, Tensor]
     gate: GateGradient | None
+    keys_are_finite: bool
 
     @cached_property
     def _finite(self) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
@@ -400,13 +421,22 @@ class _InsideBackward:
         return q, k, v, do
 
     def put(
-        self, block: ChunkBlock, factors: BlockFactors, query: Tensor, grad_out: Tensor, grad_query: Tensor | None
+        self,
+        block: ChunkBlock,
+        factors: BlockFactors,
+        query: Tensor,
+        grad_out: Tensor,
+        grad_query: Tensor | None,
+        is_finite: bool,
     ) -> None:
-        """Write the block's gradients, with those of q through the states, ∂(scaled q) ``[B·H·n, c, K]``, in `grad_query`."""
+        """Write the block's gradients, with those of q through the states, ∂(scaled q) ``[B·H·n, c, K]``, in `grad_query`.
+
+        is_finite: the block's q, k, v and ∂o are known to hold neither NaN nor infinity.
+        """
         call, num_heads = self.call, self.call.num_heads
         q, k, v = self.q, self.k, self.v
         harm = None
-        if self._finite is not None:
+        if not is_finite and self._finite is not None:
             harm = Harm.of(block, num_heads, q, k, v, self.do)
             q, k, v, do = self._finite
             query = _scaled(block.take(q), _times(factors.query, call.scale), num_heads, call.scale)
