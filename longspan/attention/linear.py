@@ -377,8 +377,7 @@ def _segment_transitions(variant: Variant, form: ChunkForm, layout: SequenceLayo
         for start, stop in layout.segments:
             ranges.append((local, local + stop - start))
             local += stop - start
-        own = sorted((s for s in layout.all_segments if s.rank == layout.rank), key=lambda s: s.slot)
-        cut = [segment.starts_document for segment in own]
+        cut = [layout.all_segments[number].starts_document for number in layout.own_segments]
     transition = form.transition(ranges)
     return transition.cut(cut)
 

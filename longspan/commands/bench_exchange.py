@@ -23,7 +23,6 @@ from longspan.exchange.auto.figures import figures_of
 from longspan.exchange.auto.timing import RankClock
 from longspan.exchange.auto.trial import exchange_seconds
 from longspan.exchange.problem import problem_of
-from longspan.exchange.segments import own_segments
 from longspan.launch import EXIT_DONE, Place, start_process_group
 from longspan.layout import SequenceLayout, group_of
 from longspan.ops.variants import VARIANTS
@@ -141,7 +140,7 @@ def _make_case(options: BenchExchange, device: torch.device) -> _Case:
         if options.log_decay is not None and not issubclass(kind, Identity):
             parameter.fill_(options.log_decay)
     transition = kind(parameter).cut([segment.starts_document for segment in layout.all_segments])
-    own = own_segments(layout)
+    own = list(layout.own_segments)
     incoming = exclusive_scan(Pair(transition, states))[own]
     outgoing = exclusive_scan_adjoint(transition, grads)[own]
     own_parameter = transition.parameter if kind.is_known else transition.parameter[own]

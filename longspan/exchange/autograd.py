@@ -23,7 +23,7 @@ from longspan.state import Pair, Transition
 
 
 @dataclass
-class _Link:
+class _StateLink:
     """What the two nodes of one exchange hand to each other."""
 
     carrier: Carrier
@@ -33,11 +33,10 @@ class _Link:
     number: int = 0
     forward: Handle | None = None
     reverse: ReverseHandle | None = None
-    own_transition: Tensor | None = field(default=None, repr=False)
     incoming: Tensor | None = field(default=None, repr=False)
 
 
-class _Start(torch.autograd.Function):
+class _StateStart(torch.autograd.Function):
     """Launches the exchange; in backward, waits for the reverse one.
 
     | | shape | |
@@ -50,7 +49,7 @@ class _Start(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, state: Tensor, parameter: Tensor, link: _Link) -> Tensor:
+    def forward(ctx: Any, state: Tensor, parameter: Tensor, link: _StateLink) -> Tensor:
         ctx.link = link
         with named_range("longspan.exchange.start"):
             link.forward = link.carrier.start(Pair(link.kind(parameter), state), link.layout)
@@ -62,7 +61,7 @@ class _Start(torch.autograd.Function):
     @staticmethod
     @first_order
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        link: _Link = ctx.link
+        link: _StateLink = ctx.link
         assert link.reverse is not None
         with named_range("longspan.exchange.wait.backward"):
             grad_state = link.reverse.wait()
@@ -76,7 +75,7 @@ class _Start(torch.autograd.Function):
         return grad_state, grad_parameter, None
 
 
-class _Wait(torch.autograd.Function):
+class _StateWait(torch.autograd.Function):
     """Waits for the exchange; in backward, launches the reverse one.
 
     | | shape | |
@@ -89,7 +88,7 @@ class _Wait(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, ticket: Tensor, joins: Tensor | None, link: _Link) -> Tensor:
+    def forward(ctx: Any, ticket: Tensor, joins: Tensor | None, link: _StateLink) -> Tensor:
         assert link.forward is not None
         with named_range("longspan.exchange.wait"):
             arrived = link.forward.wait()
@@ -102,7 +101,7 @@ class _Wait(torch.autograd.Function):
     @first_order
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None]:
         (grad_incoming,) = grads
-        link: _Link = ctx.link
+        link: _StateLink = ctx.link
         link.incoming, *context = ctx.saved_tensors
         with named_range("longspan.exchange.start.backward"), backward_of(link.number):
             link.reverse = link.carrier.start_reverse(link.kind, tuple(context), grad_incoming, link.layout)
@@ -118,7 +117,7 @@ class PendingExchange:
     """An exchange that has been started and not yet waited for."""
 
     _ticket: Tensor
-    _link: _Link
+    _link: _StateLink
 
     def wait(self, joins: bool = False) -> Tensor:
         """S_in ``[num_segments, B, H, K, V]`` of this rank's segments; differentiable; to be called once.
@@ -128,7 +127,7 @@ class PendingExchange:
         leaf = None
         if joins and not self._ticket.requires_grad:
             leaf = self._ticket.new_zeros((), requires_grad=True)
-        incoming: Tensor = _Wait.apply(self._ticket, leaf, self._link)
+        incoming: Tensor = _StateWait.apply(self._ticket, leaf, self._link)
         return incoming
 
 
@@ -145,6 +144,6 @@ def start_exchange(exchange: Exchanger, pair: Pair, layout: SequenceLayout) -> P
     """
     parameter = pair.transition.parameter
     keeps_incoming = parameter.requires_grad and not pair.transition.is_known
-    link = _Link(exchange.resolve(pair, layout), type(pair.transition), layout, keeps_incoming)
-    ticket: Tensor = _Start.apply(pair.state, parameter, link)
+    link = _StateLink(exchange.resolve(pair, layout), type(pair.transition), layout, keeps_incoming)
+    ticket: Tensor = _StateStart.apply(pair.state, parameter, link)
     return PendingExchange(ticket, link)

@@ -29,7 +29,7 @@ from torch import Tensor
 from longspan.comm.background import Task, run_beside
 from longspan.comm.numbering import taken
 from longspan.comm.point_to_point import Mailbox, Receipt
-from longspan.exchange.segments import own_segments, reorder_rows
+from longspan.exchange.segments import reorder_rows
 from longspan.exchange.topology import Arrived, Carrier, Handle, ReverseHandle
 from longspan.exchange.wire import pack_pairs, unpack_states
 from longspan.layout import SequenceLayout, group_of
@@ -104,14 +104,14 @@ class Chain(Carrier):
     def start(self, pair: Pair, layout: SequenceLayout) -> Handle:
         parameter = pair.transition.parameter
         if pair.transition.is_known:
-            parameter = reorder_rows(parameter, own_segments(layout), layout)
+            parameter = reorder_rows(parameter, layout.own_segments, layout)
         transition = type(pair.transition)(parameter)
-        return _Forward(_launch(self, pair.state, transition, layout, "forward"), parameter)
+        return _ForwardPassage(_launch(self, pair.state, transition, layout, "forward"), parameter)
 
     def start_reverse(
         self, kind: type[Transition], context: tuple[Tensor, ...], grad_incoming: Tensor, layout: SequenceLayout
     ) -> ReverseHandle:
-        return _Reverse(_launch(self, grad_incoming, kind(*context).adjoint(), layout, "backward"))
+        return _ReversePassage(_launch(self, grad_incoming, kind(*context).adjoint(), layout, "backward"))
 
 
 @dataclass
@@ -126,7 +126,7 @@ class _Carried:
 
 
 @dataclass
-class _Forward(Handle):
+class _ForwardPassage(Handle):
     carried: _Carried
     parameter: Tensor
 
@@ -135,7 +135,7 @@ class _Forward(Handle):
 
 
 @dataclass
-class _Reverse(ReverseHandle):
+class _ReversePassage(ReverseHandle):
     carried: _Carried
 
     def wait(self) -> Tensor:

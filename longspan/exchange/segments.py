@@ -11,18 +11,6 @@ from longspan.comm.groups import kept
 from longspan.layout import SequenceLayout, group_of
 
 
-def own_segments(layout: SequenceLayout) -> list[int]:
-    """Global numbers of this rank's segments, in local order."""
-
-    def find() -> list[int]:
-        own = [
-            (segment.slot, index) for index, segment in enumerate(layout.all_segments) if segment.rank == layout.rank
-        ]
-        return [index for _, index in sorted(own)]
-
-    return layout.cached("own segments", find)
-
-
 def gathered_rows(layout: SequenceLayout) -> list[int]:
     """For each segment in global order, its row in what a collective gathers by rank, ``[P · num_segments, ...]``."""
 

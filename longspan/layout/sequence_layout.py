@@ -264,10 +264,20 @@ class SequenceLayout:
             segments.append(Segment(start, stop, rank, 0 if in_first_half else 1, next_start > first))
         return tuple(segments)
 
+    def segment_numbers(self, rank: int) -> tuple[int, ...]:
+        """Which of `all_segments` `rank` holds, in the order of its local tokens."""
+        own = [number for number, segment in enumerate(self.all_segments) if segment.rank == rank]
+        return tuple(sorted(own, key=lambda number: self.all_segments[number].slot))
+
+    @_cached_property
+    def own_segments(self) -> tuple[int, ...]:
+        """Which of `all_segments` this rank holds, in the order of its local tokens."""
+        return self.segment_numbers(self.rank)
+
     def segments_of(self, rank: int) -> tuple[tuple[int, int], ...]:
         """Global ``[start, stop)`` ranges that `rank` holds, in the order of its local tokens."""
-        own = sorted((s for s in self.all_segments if s.rank == rank), key=lambda s: s.slot)
-        return tuple((s.start, s.stop) for s in own)
+        own = [self.all_segments[number] for number in self.segment_numbers(rank)]
+        return tuple((segment.start, segment.stop) for segment in own)
 
     @_cached_property
     def segments(self) -> tuple[tuple[int, int], ...]:

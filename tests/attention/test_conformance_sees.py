@@ -104,7 +104,7 @@ def test_a_nan_in_one_number_of_one_rank_fails_the_suite(place: str, victim: int
 
 def with_nan_from_the_exchange(name: str, topology: str, victim: int) -> Results:
     """What the suite finds where the gradient that comes back to one rank from the others is NaN."""
-    node: Any = exchange_nodes._Start
+    node: Any = exchange_nodes._StateStart
     original = node.backward
 
     def backward(ctx: Any, *grads: Tensor) -> Any:

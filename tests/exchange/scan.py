@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 
 from longspan.exchange import Exchanger, start_exchange
-from longspan.exchange.segments import own_segments
 from longspan.layout import SequenceLayout
 from longspan.state import Dense, Identity, Pair, Transition, exclusive_scan
 from tests.compare import relative_error
@@ -45,7 +44,7 @@ def errors_of_scan(
     expected = exclusive_scan(Pair(kind(exact[1]), exact[0]))
     expected_grads = torch.autograd.grad((expected * grad_in).sum(), exact)
 
-    own = own_segments(layout)
+    own = list(layout.own_segments)
     state, parameter = pair.state[own].requires_grad_(), pair.transition.parameter
     leaves = [state]
     if not kind.is_known:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from longspan.exchange.topologies.all_gather import _Forward, _Reverse
+from longspan.exchange.topologies.all_gather import _ForwardGather, _ReverseGather
 from longspan.layout import SequenceLayout
 from longspan.state import HeadDecay, Pair, ScalarDecay, Transition
 
@@ -27,14 +27,14 @@ def forward_of(rank: int, order: Any, kind: type[Transition]) -> torch.Tensor:
     known = (len(layout.all_segments), *shape[1:])
     parameter = -torch.rand(kind.parameter_shape(known if kind.is_known else shape))
     pair = Pair(kind(parameter), torch.randn(shape))
-    return _Forward(torch.empty(0), NeverThere(), pair, layout).wait().incoming
+    return _ForwardGather(torch.empty(0), NeverThere(), pair, layout).wait().incoming
 
 
 def reverse_of(rank: int, order: Any) -> torch.Tensor:
     layout = SequenceLayout.for_rank(64, NUM_RANKS, rank, order)
     grad = torch.randn(layout.num_segments, 1, 2, 3, 3)
     transition = ScalarDecay(-torch.rand(len(layout.all_segments), 1, 2))
-    return _Reverse(torch.empty(0), NeverThere(), transition, layout, grad).wait()
+    return _ReverseGather(torch.empty(0), NeverThere(), transition, layout, grad).wait()
 
 
 def test_the_first_rank_does_not_wait_forward_and_the_last_one_not_backward() -> None:

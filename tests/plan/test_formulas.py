@@ -21,7 +21,6 @@ from longspan.exchange import (
     by_cost,
     record_traffic,
 )
-from longspan.exchange.segments import own_segments
 from longspan.exchange.topologies.pipelined import best_num_blocks
 from longspan.layout import SequenceLayout, group_of
 from longspan.plan import Cluster, Link, Problem, gpu_cluster, longest_chain
@@ -42,7 +41,7 @@ def most_sent(
 ) -> list[tuple[int, int]]:
     """(bytes, messages) that this rank sends forward and backward."""
     layout = SequenceLayout(64, order=order, ranks_per_node=ranks_per_node)
-    pair, own = random_pair(kind, shape, layout, torch.float32), own_segments(layout)
+    pair, own = random_pair(kind, shape, layout, torch.float32), list(layout.own_segments)
     if topology == "neighbour":
         # Where nothing passes through a segment, the neighbours are all there is.
         pair = Pair(kind(torch.full_like(pair.transition.parameter, -200.0)), pair.state)

@@ -24,7 +24,7 @@ from torch import Tensor
 from longspan.comm.collectives import all_gather_single
 from longspan.comm.numbering import Step, launch
 from longspan.comm.traffic import note_collective, waiting
-from longspan.exchange.segments import gathered_rows, own_segments, reorder_rows
+from longspan.exchange.segments import gathered_rows, reorder_rows
 from longspan.exchange.topology import Arrived, Carrier, Handle, ReverseHandle, Topology
 from longspan.exchange.wire import HEADER_BYTES, header_words, pack_pairs, unpack_parameter, unpack_states, with_header
 from longspan.layout import SequenceLayout, group_of
@@ -46,7 +46,7 @@ def _gather(local: Tensor, layout: SequenceLayout, phase: str) -> tuple[Tensor, 
 
 
 @dataclass
-class _Forward(Handle):
+class _ForwardGather(Handle):
     gathered: Tensor
     work: Any
     pair: Pair
@@ -54,7 +54,7 @@ class _Forward(Handle):
 
     def wait(self) -> Arrived:
         layout, transition, state = self.layout, self.pair.transition, self.pair.state
-        own = own_segments(layout)
+        own = layout.own_segments
         if transition.is_known and max(own) == 0:
             return Arrived(torch.zeros_like(state), (transition.parameter,))
         with waiting():
@@ -71,7 +71,7 @@ class _Forward(Handle):
 
 
 @dataclass
-class _Reverse(ReverseHandle):
+class _ReverseGather(ReverseHandle):
     gathered: Tensor
     work: Any
     transition: Transition
@@ -80,7 +80,7 @@ class _Reverse(ReverseHandle):
 
     def wait(self) -> Tensor:
         layout, like = self.layout, self.grad_incoming
-        own = own_segments(layout)
+        own = layout.own_segments
         first = min(own)
         if first == len(layout.all_segments) - 1:
             return torch.zeros_like(like)
@@ -101,13 +101,13 @@ class AllGather(Topology, Carrier):
     def start(self, pair: Pair, layout: SequenceLayout) -> Handle:
         sent = None if pair.transition.is_known else pair.transition.parameter
         gathered, work = _gather(pack_pairs(pair.state, sent, self.state_dtype), layout, "forward")
-        return _Forward(gathered, work, pair, layout)
+        return _ForwardGather(gathered, work, pair, layout)
 
     def start_reverse(
         self, kind: type[Transition], context: tuple[Tensor, ...], grad_incoming: Tensor, layout: SequenceLayout
     ) -> ReverseHandle:
         gathered, work = _gather(pack_pairs(grad_incoming, None, self.state_dtype), layout, "backward")
-        return _Reverse(gathered, work, kind(*context), layout, grad_incoming)
+        return _ReverseGather(gathered, work, kind(*context), layout, grad_incoming)
 
     def direction_cost(self, problem: Problem, cluster: Cluster, backward: bool) -> DirectionCost:
         """LASP-2: one all-gather of n pairs a rank, then every rank folds the segments before its own.

@@ -72,7 +72,9 @@ class TwoLevel(Topology, Carrier):
 
     def start(self, pair: Pair, layout: SequenceLayout) -> Handle:
         two = self._levels(pair.state, layout, "forward")
-        return PendingScan(run_beside(group_of(layout), pair.state.device, lambda _: _scan(pair, two), name=self.name))
+        return PendingScan(
+            run_beside(group_of(layout), pair.state.device, lambda _: _scan_two_levels(pair, two), name=self.name)
+        )
 
     def start_reverse(
         self, kind: type[Transition], context: tuple[Tensor, ...], grad_incoming: Tensor, layout: SequenceLayout
@@ -80,7 +82,7 @@ class TwoLevel(Topology, Carrier):
         two = self._levels(grad_incoming, layout, "backward")
 
         def work(_: dist.ProcessGroup) -> Tensor:
-            return _scan_adjoint(kind, context, grad_incoming, two)
+            return _scan_two_levels_adjoint(kind, context, grad_incoming, two)
 
         return PendingScanAdjoint(
             run_beside(group_of(layout), grad_incoming.device, work, name=self.name, phase="backward")
@@ -232,7 +234,7 @@ def _before_each(steps: list[Pair], state: Tensor) -> list[Tensor]:
     return entering
 
 
-def _scan(pair: Pair, levels: _Levels) -> Arrived:
+def _scan_two_levels(pair: Pair, levels: _Levels) -> Arrived:
     kind, rows = type(pair.transition), pair_of_rows(pair)
     if kind.is_known:
         states = levels.node.deal(rows.state)
@@ -249,7 +251,7 @@ def _scan(pair: Pair, levels: _Levels) -> Arrived:
     return Arrived(arrived, (parameter, rail_transition.parameter))
 
 
-def _scan_adjoint(
+def _scan_two_levels_adjoint(
     kind: type[Transition], context: tuple[Tensor, ...], grad_incoming: Tensor, levels: _Levels
 ) -> Tensor:
     grads = levels.node.deal(as_rows(grad_incoming))

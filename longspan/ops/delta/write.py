@@ -210,18 +210,18 @@ def _fold(
         if number not in link.sent:
             continue
         entry = call.tiling.pieces[number]
-        steps = walk(call, {number}, k, g, decays)
+        chunk_steps = walk(call, {number}, k, g, decays)
         if number in link.done:
             assert link.states is not None and link.corrected is not None
             start = 0.0 if start_states is None else start_states[starts[number]]
             link.states[entry.first_slot] = start
-            for step, leaving in steps:
+            for step, leaving in chunk_steps:
                 chain.advance(step, leaving, link.states, link.corrected)
             ends[row] = link.states[entry.last_slot]
             continue
         state = flat(ends[row])
         passed = torch.eye(key_size, dtype=call.dtype, device=k.device).expand(state.shape[0], -1, -1)
-        for step, leaving in steps:
+        for step, leaving in chunk_steps:
             state = chain.carried(step, leaving, state, writes=True)
             passed = chain.carried(step, leaving, passed, writes=False)
         ends[row], products[row] = state.view_as(ends[row]), passed.view_as(products[row])

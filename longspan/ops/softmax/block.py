@@ -172,7 +172,7 @@ def plain_forward(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float
     for start in range(0, q.shape[1], PLAIN_CHUNK):
         chunk = slice(start, start + PLAIN_CHUNK)
         visible = min(start + PLAIN_CHUNK, k.shape[1]) if causal else k.shape[1]
-        scores = _scores(_grouped(q[:, chunk], groups), keys[..., :visible], start, causal, scale)
+        scores = _scaled_scores(_grouped(q[:, chunk], groups), keys[..., :visible], start, causal, scale)
         chunk_lse = scores.logsumexp(-1)
         probabilities = (scores - finite_lse(chunk_lse).unsqueeze(-1)).exp()
         chunk_out = probabilities.flatten(2, 3) @ values[..., :visible].mT
@@ -194,7 +194,9 @@ def plain_backward(
         visible = min(start + PLAIN_CHUNK, k.shape[1]) if causal else k.shape[1]
         queries, grads, outs = (_grouped(x[:, chunk], groups) for x in (q, grad_out, out))
         chunk_lse = lse[..., chunk].unflatten(1, (-1, groups)).unsqueeze(-1)
-        probabilities = (_scores(queries, keys[..., :visible], start, causal, scale) - chunk_lse).exp().flatten(2, 3)
+        probabilities = (
+            (_scaled_scores(queries, keys[..., :visible], start, causal, scale) - chunk_lse).exp().flatten(2, 3)
+        )
         delta = (grads * outs).sum(-1, keepdim=True).flatten(2, 3)
         flat_grads = grads.flatten(2, 3)
         dscores = probabilities * (flat_grads @ values[..., :visible] - delta) * scale
@@ -215,7 +217,7 @@ def _first_scores(q: Tensor, k: Tensor) -> Tensor:
     return (at_least_float32(q) * first).sum(-1)
 
 
-def _scores(queries: Tensor, keys: Tensor, start: int, causal: bool, scale: float) -> Tensor:
+def _scaled_scores(queries: Tensor, keys: Tensor, start: int, causal: bool, scale: float) -> Tensor:
     """Scaled scores [B, H_kv, H / H_kv, Tq, Tk] of queries [B, H_kv, H / H_kv, Tq, D] on keys [B, H_kv, D, Tk]."""
     groups, num_queries = queries.shape[2:4]
     scores = (queries.flatten(2, 3) @ keys).mul_(scale).unflatten(2, (groups, num_queries))
