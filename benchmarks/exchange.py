@@ -39,9 +39,6 @@ def _ranks(hosts: int, per_host: int) -> str:
     return f"{hosts * per_host} on {hosts} hosts"
 
 
-# ------------------------------------------------------------------------------------------------------------------ links
-
-
 def _link(num_bytes: int, repeats: int) -> tuple[list[float], list[float]]:
     """Seconds of messages of 4 bytes there and back, halved, and of `num_bytes` one way, between two ranks."""
     rank = dist.get_rank()
@@ -87,9 +84,6 @@ def links(quick: bool) -> Table:
                 f"{share:.2f} ({shares[0]:.2f}-{shares[-1]:.2f})",
             )
     return table
-
-
-# ------------------------------------------------------------------------------------------------------------- topologies
 
 
 def _measure(options: BenchExchange, runs: int) -> list[Figures]:
@@ -156,8 +150,6 @@ def _add_cell(table: Table, ranks: str, problem: str, runs: Sequence[Figures]) -
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------- waiting
-
 SIDES: list[exposed.Side] = [("auto", False), ("all_gather", False), ("ring", False), ("all_gather", True)]
 # Two ranks: all topologies send the same, and each step takes long.
 REAL_SIDES: list[exposed.Side] = [("auto", False), ("all_gather", False), ("all_gather", True)]
@@ -208,9 +200,6 @@ def exposed_paced(quick: bool) -> Table:
             for side, seconds in results.items():
                 table.add(rate, num_ranks, _name(side), *_exposed_row(seconds))
     return table
-
-
-# ----------------------------------------------------------------------------------------------------------- other methods
 
 
 def sequence_parallel(quick: bool) -> Table:

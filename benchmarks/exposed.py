@@ -36,9 +36,6 @@ OPERATOR = "simple_gla"
 HEADS, SIZE, WIDTH = 16, 128, 512
 
 
-# ----------------------------------------------------------------------------------------------------------- a real layer
-
-
 class Layer:
     """A gated linear-attention layer of one rank: weights and an input."""
 
@@ -151,9 +148,6 @@ def _stretches_once(layer: Layer) -> Stretches:
         later - earlier for earlier, later in pairwise(marks)
     )
     return Stretches(before, between, after, before_backward, between_backward, after_backward)
-
-
-# ------------------------------------------------------------------------------------------------------------------ ranks
 
 
 @dataclass(frozen=True)

@@ -104,9 +104,6 @@ def largest_error(got: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> floa
     return max(error if error == error else float("inf") for error in errors)
 
 
-# ------------------------------------------------------------------------------------------------------------- correctness
-
-
 def correctness(gpu: Gpu, quick: bool) -> Table:
     """Every operator, dtype, size and packing against float64; a wrong kernel ends the run."""
     table = Table(
@@ -130,9 +127,6 @@ def correctness(gpu: Gpu, quick: bool) -> Table:
                 raise SystemExit(f"{operator} in {dtype}: relative error {worst:.1e}; nothing is timed")
             table.add(operator, str(dtype).removeprefix("torch."), f"{worst:.0e}", f"{tolerance:.0e}")
     return table
-
-
-# ------------------------------------------------------------------------------------------------------------------ speed
 
 
 def grid(quick: bool) -> list[Case]:
@@ -284,9 +278,6 @@ def softmax(gpu: Gpu, quick: bool) -> Table:
         result = paired(times[1], times[0])
         table.add(f"{seq_len:,}", f"{result.second * 1e3:.3f}", f"{result.first * 1e3:.3f}", result.ratio)
     return table
-
-
-# -------------------------------------------------------------------------------------------------------- sequence parallel
 
 
 def _on_one_rank(inputs: Inputs, layout: SequenceLayout, incoming: Tensor) -> tuple[Tensor, ...]:

@@ -96,9 +96,6 @@ def _number_of(name: str, least: int, most: int) -> int:
     )
 
 
-# ------------------------------------------------------------------------------------------------- the starting command
-
-
 def run_local_ranks(command: Sequence[str], num_ranks: int, threads: int) -> int:
     """Run `command`, which calls `run_rank`, on `num_ranks` local ranks of `threads` threads; return the exit code.
 
@@ -231,9 +228,6 @@ def _report(folder: Path, rank: int) -> Path:
 
 def _stacks_path(folder: Path, rank: int) -> Path:
     return folder / f"stacks-{rank}.txt"
-
-
-# -------------------------------------------------------------------------------------------------------- inside a rank
 
 
 class StopRequest:

@@ -188,9 +188,6 @@ def test_torchrun_ranks_that_do_not_fit_are_refused_with_the_degrees_that_do(
     assert not (tmp_path / "run").exists()
 
 
-# ------------------------------------------------------------------------------------------------------------- refusals
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -255,9 +252,6 @@ def test_the_command_explains_itself(capsys: pytest.CaptureFixture[str]) -> None
     with pytest.raises(SystemExit, match="0"):
         main(["train", "--help"])
     assert "--resume [RUN]" in capsys.readouterr().out
-
-
-# -------------------------------------------------------------------------------------------------------------- helpers
 
 
 class Started(subprocess.Popen[str]):

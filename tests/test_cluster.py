@@ -57,9 +57,6 @@ def left_behind() -> set[str]:
     return namespaces()
 
 
-# ---------------------------------------------------------------------------------------------------------------- ranks
-
-
 @needs_network
 def test_each_rank_is_told_its_place_and_the_name_of_its_host(tmp_path: Path) -> None:
     names = "$WORLD_SIZE $LOCAL_RANK $LOCAL_WORLD_SIZE $MASTER_ADDR $GLOO_SOCKET_IFNAME $MINE $(hostname)"
@@ -110,9 +107,6 @@ def test_a_function_that_fails_on_a_rank_ends_the_call(left_behind: set[str]) ->
     assert namespaces() == left_behind
 
 
-# ------------------------------------------------------------------------------------------------------------------ links
-
-
 @needs_network
 def test_both_ends_of_every_link_are_limited() -> None:
     with Network(3, "100mbit") as made:
@@ -147,9 +141,6 @@ def test_what_is_no_rate_is_refused(rate: str) -> None:
 def test_a_network_of_no_hosts_or_too_many_is_refused(num_hosts: int) -> None:
     with pytest.raises(ValueError, match="1 to 250 hosts"):
         Network(num_hosts)
-
-
-# ------------------------------------------------------------------------------------------------------------ how it ends
 
 
 @needs_network
@@ -216,9 +207,6 @@ def test_clusters_side_by_side_do_not_touch_each_other(left_behind: set[str]) ->
         first.remove()
         first.remove()
     assert namespaces() == left_behind
-
-
-# -------------------------------------------------------------------------------------------------------- where it cannot be
 
 
 def _refusal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:

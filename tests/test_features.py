@@ -39,9 +39,6 @@ def rebased(num_heads: int | None) -> features.Rebased:
     return made
 
 
-# Feature maps.
-
-
 def test_elementwise_maps_have_their_formulas() -> None:
     x = torch.tensor([-3.0, -0.5, 0.0, 0.5, 3.0], dtype=torch.float64)
     torch.testing.assert_close(features.elu_plus_one(x), torch.nn.functional.elu(x) + 1)
@@ -120,8 +117,6 @@ def test_gradients_of_a_rebased_maps_parameters() -> None:
 
     assert torch.autograd.gradcheck(function, values)
 
-
-# Gates.
 
 EXTREME = [-1e4, -200.0, -90.0, -20.0, -1.0, -0.0, 0.0, 0.7, 20.0, 90.0, 200.0, 1e4]
 MODERATE = [-60.0, -17.0, -3.0, -0.1, 0.0, 0.1, 3.0, 17.0, 60.0]

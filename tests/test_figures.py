@@ -91,9 +91,6 @@ def test_published_figures_name_their_origin_and_were_not_measured_quickly(path:
     assert path.with_suffix(".svg").exists() and path.with_suffix(".png").exists()
 
 
-# ---------------------------------------------------------------------------------------------------------------- methods
-
-
 def _refusal_of_other_heads() -> str:
     """What is said of a method that answers for other heads than it was asked for."""
 
@@ -125,9 +122,6 @@ def test_the_head_exchange_sends_queries_keys_values_and_outputs_and_their_gradi
     per_tensor = seq_len // num_ranks * methods.HEADS * methods.SIZE * 2
     expected = 2 * 4 * per_tensor * (num_ranks - 1) // num_ranks, 4 * (num_ranks - 1)
     assert run_on_ranks(num_ranks, _bytes, "head exchange (Ulysses)", seq_len) == [expected] * num_ranks
-
-
-# ---------------------------------------------------------------------------------------------------------------- waiting
 
 
 def test_the_stretches_of_a_layer_are_all_there() -> None:
@@ -165,9 +159,6 @@ def test_a_blocking_layer_computes_the_same() -> None:
     for error, nothing in run_on_ranks(2, _real):
         assert error < 2e-2
         assert nothing == 0
-
-
-# --------------------------------------------------------------------------------------------------------------- timeline
 
 
 @pytest.mark.parametrize(

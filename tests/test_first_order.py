@@ -92,9 +92,6 @@ def test_first_order_refuses_every_way_to_a_second_derivative_and_no_other() -> 
     (2.0 * x).sum().backward(create_graph=False)
 
 
-# ------------------------------------------------------------------------------------------------------ the public operators
-
-
 def inputs_of(name: str, layout: SequenceLayout) -> tuple[list[Tensor], Callable[..., Tensor]]:
     """The leaves of a call of an operator, and the call."""
     num_tokens = layout.num_local_tokens

@@ -227,9 +227,6 @@ def test_what_does_not_fit_is_refused_on_every_rank_before_anything_is_sent() ->
         assert found == []
 
 
-# ---------------------------------------------------------------------------------------------- layouts, models, small things
-
-
 def layout_calls(layout: Any) -> list[Callable[[], Any]]:
     x = torch.ones(1, layout.num_local_tokens, 3)
     whole = torch.ones(1, layout.seq_len, 3)
@@ -325,9 +322,6 @@ def _says_shorter(call: Callable[[], Any]) -> bool:
     return "is shorter than the number of ranks" in raised(call)[1]
 
 
-# ------------------------------------------------------------------------------------------------ groups that are no more
-
-
 def use_after_the_group() -> list[tuple[str, str, str]]:
     group = dist.new_group([0, 1])
     layout = SequenceLayout(2 * NUM_TOKENS, group)
@@ -345,9 +339,6 @@ def test_a_layout_whose_group_was_destroyed_says_so() -> None:
             assert kind == "LayoutError", (name, message)
             assert "a process group of 2 ranks that no longer exists" in message, name
             assert "Build a new SequenceLayout" in message, name
-
-
-# ------------------------------------------------------------------------------------- tensors changed between write and read
 
 
 def written(num_tokens: int, layout: SequenceLayout | None) -> dict[str, tuple[dict[str, Tensor], dict[str, Any]]]:

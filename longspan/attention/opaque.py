@@ -53,9 +53,6 @@ def _layout(seq_len: int, documents: tuple[int, ...] | None) -> SequenceLayout:
     return SequenceLayout.local(seq_len, documents)
 
 
-# ---------------------------------------------------------------------------------------------------------- linear attention
-
-
 def _linear(
     q: Tensor | None,
     k: Tensor,
@@ -197,9 +194,6 @@ def write_opaque(
         chunk_size,
         has_safe_gates,
     )
-
-
-# ------------------------------------------------------------------------------------------------- convolution, token shift
 
 
 def _convolution(

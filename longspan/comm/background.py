@@ -104,9 +104,6 @@ def _plain(device_type: str) -> Iterator[None]:
         yield
 
 
-# ----------------------------------------------------------------------------------------------------------------------- CPU
-
-
 class _Worker:
     """A daemon thread that runs works in order; it ends with the worker, or with the process.
 
@@ -176,9 +173,6 @@ class _ThreadTask(Task[T]):
         with waiting():
             watch(wait_for, self._group, self._step)
             return self._done.result()
-
-
-# ---------------------------------------------------------------------------------------------------------------------- CUDA
 
 
 class _StreamTask(Task[T]):

@@ -152,9 +152,6 @@ def own_groups(
     return kept(group, ("own groups", *key), lambda: (make("forward"), make("backward")))
 
 
-# ------------------------------------------------------------------------------------------------------------------ waiting
-
-
 def launch(
     group: dist.ProcessGroup,
     device: torch.device,
@@ -309,9 +306,6 @@ def _late(group: dist.ProcessGroup, step: Step) -> ExchangeError:
         f"rank {group.rank()} of {group.size()} has waited {seconds:g} s, the timeout of its process group, for exchange "
         f"{step.number} of the group, {step.label!r}; {', '.join(elsewhere) or 'the others wait for it, too'}. {_CAUSES}"
     )
-
-
-# ------------------------------------------------------------------------------------------------------------------ failure
 
 
 def _told(group: dist.ProcessGroup, error: BaseException, step: Step | None) -> BaseException:

@@ -138,9 +138,6 @@ def _fetches(layout: SequenceLayout, width: int) -> list[Fetch]:
     return fetches
 
 
-# ------------------------------------------------------------------------------------------------------------------ exchange
-
-
 class _Messages:
     """Messages under way: the tokens of some runs to some ranks, and room for what comes back, ``[tokens, B, C]`` by rank."""
 

@@ -238,8 +238,6 @@ class SequenceLayout:
             f"segments={list(self.segments)}{documents})"
         )
 
-    # ---------------------------------------------------------------------------------------------------- who holds what
-
     @property
     def document_bounds(self) -> tuple[int, ...]:
         """Global cu_seqlens, ``(0, seq_len)`` without documents."""
@@ -332,8 +330,6 @@ class SequenceLayout:
                 document += 1
         return tuple(pieces)
 
-    # --------------------------------------------------------------------------------------------------------- positions
-
     @_cached_property
     def positions(self) -> Tensor:
         """Global position of each local token, int64 ``[T_local]`` on the CPU."""
@@ -378,8 +374,6 @@ class SequenceLayout:
                 self._cache[key] = built_for_every_mode(build)
         value: T = self._cache[key]
         return value
-
-    # --------------------------------------------------------------------------------------------------- shard and gather
 
     def shard(self, x: Tensor, dim: int = 1) -> Tensor:
         """This rank's tokens of a global tensor.
@@ -486,8 +480,6 @@ class SequenceLayout:
 
         return self._on_device("global_order", device, build)
 
-    # ------------------------------------------------------------------------------------------------------------- labels
-
     def shard_labels(self, tokens: Tensor, ignore_index: int = -100) -> Tensor:
         """Next-token labels of this rank's tokens, shifted before the split.
 
@@ -524,8 +516,6 @@ class SequenceLayout:
         if self.documents is not None:
             labels[:, [stop - 1 for stop in self.documents[1:]]] = ignore_index
         return self.shard(labels)
-
-    # ---------------------------------------------------------------------------------------------------------- agreement
 
     def verify(self) -> None:
         """Compare this layout over the ranks of its group; raise LayoutError on all of them where they differ.

@@ -133,9 +133,6 @@ def pieces(run: Run, documents: tuple[int, ...]) -> Iterator[tuple[Run, Run]]:
         index += 1
 
 
-# ---------------------------------------------------------------------------------------------------------------- runs
-
-
 def union(runs: Iterable[Run]) -> list[Run]:
     """The positions of any of `runs`, as sorted, disjoint runs that do not touch."""
     merged: list[Run] = []
@@ -194,9 +191,6 @@ def inverse_places(places: Sequence[Run]) -> list[Run]:
 def touches(runs: Sequence[Run]) -> bool:
     """Whether the runs lie end to end, in this order."""
     return all(left[1] == right[0] for left, right in pairwise(runs))
-
-
-# ------------------------------------------------------------------------------------------------------------ geometry
 
 
 def _blocks(queries: Run, keys: Run, visibility: Visibility) -> Iterator[VisibleBlock]:
@@ -269,9 +263,6 @@ def _sum_of_smaller(first: int, last: int, limit: int | None) -> int:
     if first >= limit:
         return limit * (last - first + 1)
     return (first + limit) * (limit - first + 1) // 2 + limit * (last - limit)
-
-
-# -------------------------------------------------------------------------------------------------------- fewer blocks
 
 
 def _joined(blocks: list[VisibleBlock]) -> list[VisibleBlock]:

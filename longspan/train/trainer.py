@@ -101,8 +101,6 @@ class Trainer:
             threads_alone,
         )
 
-    # ----------------------------------------------------------------------------------------------------- the loop
-
     def run(self, stop: StopRequest) -> bool:
         """Train up to the last step; True if a signal stopped the run before, with a checkpoint."""
         config = self.config
@@ -221,8 +219,6 @@ class Trainer:
                 }
             )
         self.report.line(f"step {self.step}: validation {self.validation} (unigram baseline {self.baseline})")
-
-    # --------------------------------------------------------------------------------------------- saving and going on
 
     def _save(self) -> None:
         self.phase.name = "saving a checkpoint"

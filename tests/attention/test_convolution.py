@@ -196,9 +196,6 @@ def test_it_is_the_depthwise_convolution_of_torch() -> None:
         assert relative_error(got, expected) < 1e-12
 
 
-# ------------------------------------------------------------------------------------------------------------- token shift
-
-
 @unwritten_memory_is_nan()
 def shift_errors(order: Order, batch: int) -> float:
     errors = []
@@ -286,9 +283,6 @@ def test_token_by_token_a_shift_gives_what_one_call_gives() -> None:
 def test_a_token_shift_needs_no_layout() -> None:
     x = torch.arange(6.0).view(1, 3, 2)
     assert token_shift(x).tolist() == [[[0.0, 0.0], [0.0, 1.0], [2.0, 3.0]]]
-
-
-# ------------------------------------------------------------------------------------------------------------ on one device
 
 
 @pytest.fixture
@@ -418,9 +412,6 @@ def test_decoding_token_by_token_equals_one_call() -> None:
         tokens.append(y)
     assert relative_error(torch.cat(tokens, dim=1), whole[0]) < 1e-12
     assert torch.equal(state, whole[1])
-
-
-# --------------------------------------------------------------------------------------------------------------- over ranks
 
 
 def prefill_then_decode() -> float:
@@ -572,9 +563,6 @@ def test_bytes_do_not_grow_with_the_sequence() -> None:
             assert sent == [[halo_bytes] * 2, [2 * halo_bytes] * 2, [2 * halo_bytes] * 2, [halo_bytes] * 2]
     assert run_on_ranks(4, bytes_sent, 64, "zigzag", 1, 2) == [[]] * 4
     assert run_on_ranks(1, bytes_sent, 64, "zigzag", 4, 2) == [[]]
-
-
-# ------------------------------------------------------------------------------------------------------------------- errors
 
 
 def test_inputs_that_do_not_fit_are_refused_with_the_way_out() -> None:

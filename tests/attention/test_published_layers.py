@@ -255,9 +255,6 @@ def test_a_state_carries_a_layer_from_prefill_to_single_tokens(layer: str) -> No
     assert relative_error(state, final_plain) < 1e-11
 
 
-# Normalized linear attention.
-
-
 def test_weights_that_add_up_to_one_give_back_a_constant() -> None:
     values = normalized_values("linear_attention")(2, 30)
     values["v"] = torch.full_like(values["v"], 7.0)
@@ -336,9 +333,6 @@ def test_a_normalized_output_in_bfloat16_stays_within_two_roundings_of_float64(p
     assert got.dtype == torch.bfloat16
     error = (got.double() - exact).square().mean().sqrt() / exact.square().mean().sqrt()
     assert error < 4e-3
-
-
-# Mamba-2.
 
 
 def test_mamba2_takes_groups_side_by_side_and_a_plain_d() -> None:

@@ -52,9 +52,6 @@ def sent(num_ranks: int, phase: str, method: SoftmaxMethod, **options: Any) -> l
     return tokens
 
 
-# ---------------------------------------------------------------------------------------------------------- all-gather
-
-
 @pytest.mark.parametrize("order", ORDERS)
 def test_all_gather_takes_one_collective_each_way(order: Order) -> None:
     for events in run_on_ranks(3, events_of, {"method": "all_gather"}, {"order": order}):
@@ -83,9 +80,6 @@ def test_all_gather_and_all_to_all_are_chosen_alike_on_every_rank() -> None:
         for order in ORDERS:
             layouts = [SequenceLayout.for_rank(24, 3, rank, order) for rank in range(3)]
             assert len({gather_plan(layout, visibility).gathers for layout in layouts}) == 1
-
-
-# ---------------------------------------------------------------------------------------------------------------- ring
 
 
 def test_a_causal_ring_stops_at_the_last_rank() -> None:
@@ -186,18 +180,12 @@ def test_zigzag_gives_every_rank_the_same_pairs_in_every_round(num_ranks: int) -
         assert pairs == {(64 // num_ranks) ** 2 // 2}
 
 
-# ------------------------------------------------------------------------------------------------------------- ulysses
-
-
 def test_ulysses_sends_the_same_whatever_is_masked() -> None:
     # 8 tokens per rank. Keys of one head to two ranks; queries, outputs and both gradients of two heads of DIM to two ranks.
     keys, queries = 2 * 8, 2 * 8 * 2 // 2
     for options in ({}, {"causal": False}, {"window": 4}, {"order": "zigzag"}):
         assert sent(3, "forward", "ulysses", **options) == [keys + 2 * queries] * 3
         assert sent(3, "backward", "ulysses", **options) == [keys + 2 * queries] * 3
-
-
-# ----------------------------------------------------------------------------------------------------------- all of them
 
 
 @pytest.mark.parametrize("method", METHODS)

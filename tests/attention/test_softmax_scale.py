@@ -135,9 +135,6 @@ def test_random_calls_equal_dense_attention(num_ranks: int) -> None:
     check(num_ranks, [random_call(generator, num_ranks) for _ in range(120)])
 
 
-# --------------------------------------------------------------------------------------------------------- scores of -inf
-
-
 def with_hidden_keys(dtype: torch.dtype, zero_values: bool = False) -> list[Tensor]:
     """q, k, v and an upstream gradient ``[1, 24, 4, 8]`` in which every query's score on the keys 0 to 9, 15 and 16 is -inf."""
     q, k, v, grad = random_inputs(5, 1, 24, 4, 2, 8)

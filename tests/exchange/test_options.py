@@ -65,9 +65,6 @@ def test_operators_take_an_exchange_and_refuse_a_wrong_one_on_one_device(operato
         run(q, q, q, **gates, exchange="telepathy")
 
 
-# ------------------------------------------------------------------------------------------------------------------ the wire
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("state_dtype", [None, torch.bfloat16])
 def test_transitions_cross_the_wire_bit_for_bit_and_states_rounded_once(

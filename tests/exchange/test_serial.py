@@ -51,9 +51,6 @@ def pair_of(kind: type[Transition], layout: SequenceLayout, dtype: torch.dtype =
     return Pair(transition, states), Pair(own, states[rows])
 
 
-# -------------------------------------------------------------------------------------------------------------------- messages
-
-
 def messages_each_way(exchange: Any, order: Any, documents: list[int] | None) -> list[list[tuple[str, int, int]]]:
     layout = SequenceLayout(40, order=order, documents=documents)
     _, own = pair_of(ScalarDecay, layout)
@@ -154,9 +151,6 @@ def test_the_number_of_blocks_that_the_cost_model_chooses_is_the_same_on_every_r
     assert 1 <= senders[0][0] <= 7
 
 
-# ------------------------------------------------------------------------------------------------------------------ no waiting
-
-
 def order_of_sends(name: str, documents: list[int] | None, phase: str) -> list[str]:
     """What this rank does for one exchange while its main thread waits for its worker's last step, and not for the exchange."""
     layout, log, done = SequenceLayout(40, documents=documents), [], threading.Event()
@@ -231,9 +225,6 @@ def exchanges_without_waiting(num_exchanges: int) -> float:
 
 def test_exchanges_under_way_do_not_mix_and_may_be_more_than_a_rank_sends_ahead() -> None:
     assert worst(run_on_ranks(3, exchanges_without_waiting, 4 * point_to_point.MAX_EXCHANGES_AHEAD)) < 1e-11
-
-
-# ------------------------------------------------------------------------------------------------------------- neighbour holds
 
 
 def layouts_of(seq_len: int, num_ranks: int, order: Any, documents: list[int] | None) -> list[SequenceLayout]:
@@ -350,9 +341,6 @@ def test_a_constant_comes_as_numbers_or_as_a_tensor() -> None:
         assert torch.equal(*(memory.read(q) for memory in memories))
     with pytest.raises(InputError, match="log_decay must be numbers"):
         longspan.write("retention", k, v, log_decay=["fast", "slow"])  # type: ignore[list-item]
-
-
-# ------------------------------------------------------------------------------------------------------------------- the chain
 
 
 @pytest.mark.parametrize("order", ["contiguous", "zigzag"])

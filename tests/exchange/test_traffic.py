@@ -33,9 +33,6 @@ Accounts = tuple[Sent, Sent]
 """Forward and backward."""
 
 
-# ------------------------------------------------------------------------------------------------------------------ formulas
-
-
 @dataclasses.dataclass(frozen=True)
 class Sizes:
     """Bytes of a row of a state and of a transition that is sent, on the wire; rows; segments a rank."""
@@ -109,8 +106,6 @@ FORMULAS = {
     "neighbour": sent_by_chain,
 }
 
-# ---------------------------------------------------------------------------------------------------------------------- spy
-
 
 @contextmanager
 def spy_on_torch() -> Iterator[list[Sent]]:
@@ -156,9 +151,6 @@ def spy_on_torch() -> Iterator[list[Sent]]:
     finally:
         for name, original in replaced.items():
             setattr(dist, name, original)
-
-
-# --------------------------------------------------------------------------------------------------------------------- tests
 
 
 def topology_with(name: str, state_dtype: torch.dtype | None) -> Topology:

@@ -44,9 +44,6 @@ def difference(got: Iterable[Tensor | None], want: Iterable[Tensor | None]) -> f
     return worst(errors)
 
 
-# Models.
-
-
 def copies_of_a_model(operator: str) -> list[float]:
     """Differences of a deep copy and of averaged weights from the model, and of a loaded model from one process's."""
     tokens = random_tokens(1, 41)

@@ -201,9 +201,6 @@ def test_the_code_of_the_page_runs() -> None:
         adapters._ADAPTERS.clear()
 
 
-# Memory over ranks.
-
-
 def prefilled_and_decoded(operator: str, order: Any, window: int | None) -> dict[str, float]:
     """A prompt over ranks, then two segments over ranks and tokens on each rank alone; the gradients of it all."""
     changes: dict[str, Any] = {"operator": operator, "window": window}

@@ -125,9 +125,6 @@ def test_each_layer_takes_one_collective_forward_and_one_backward() -> None:
     assert run_on_ranks(2, traffic_of_a_step) == [(4, 4)] * 2
 
 
-# Misuse.
-
-
 def misuses() -> dict[str, tuple[str, str]]:
     model = parallelize(tiny_model(), None)
     tokens = random_tokens(1, 8)
@@ -184,9 +181,6 @@ def test_without_a_process_group_a_parallelized_model_is_the_model() -> None:
     model = parallelize(tiny_model(), None, exchange="all_gather", softmax_method="all_gather")
     assert torch.equal(model(tokens), tiny_model()(tokens))
     assert torch.equal(model(tokens, layout=SequenceLayout(8)), tiny_model()(tokens))
-
-
-# The sum of gradients.
 
 
 def summed_gradients(bucket_bytes: int) -> tuple[list[Any], int]:

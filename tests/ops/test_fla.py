@@ -47,9 +47,6 @@ PARAMETERS = {
 }
 
 
-# ------------------------------------------------------------------------------------------------------------ the stand-in
-
-
 def _computed(
     name: str,
     q: Tensor,
@@ -198,9 +195,6 @@ def test_the_installed_functions_have_these_parameters() -> None:
         assert set(PARAMETERS[name]) <= set(inspect.signature(function).parameters)
 
 
-# ------------------------------------------------------------------------------------------------------------ on one device
-
-
 def test_the_delta_family_has_the_backend() -> None:
     assert [name for name, variant in VARIANTS.items() if "fla" in variant.backends] == NAMES
 
@@ -272,9 +266,6 @@ def test_half_precision_keeps_states_in_single() -> None:
     assert worst_error(got, expected) < 3e-2
 
 
-# --------------------------------------------------------------------------------------------------------------- over ranks
-
-
 def worst_over_ranks(name: str, order: str, packing: str) -> tuple[float, str]:
     """This rank's largest error over lengths and forms, and what it is of."""
     errors: dict[str, float] = {}
@@ -317,9 +308,6 @@ def test_values_are_widened_only_where_another_rank_waits_for_a_transition() -> 
     assert run_on_ranks(2, calls_on_rank, "contiguous", [0, 5, 12, 24]) == [[(7, 5), (12, 5)], [(12, 5)]]
 
 
-# ------------------------------------------------------------------------------------------- the package, in the interpreter
-
-
 def run_its_kernels_on_the_cpu() -> None:
     """Two things that the package's kernels do not find in Triton's interpreter: a driver to time on, and counters with a dtype."""
     autotuner: Any = import_module("triton.runtime.autotuner").Autotuner
@@ -352,9 +340,6 @@ def test_its_own_kernels_equal_the_recurrent_form_with_every_gradient(name: str,
     for order, documents, form in [("contiguous", None, "fused"), ("zigzag", [0, 5, 30, 44], "overlapped")]:
         for errors in run_on_ranks(num_ranks, errors_of_its_kernels, name, order, documents, form, timeout=300.0):
             assert worst(errors) < 3e-3, (order, errors)
-
-
-# ------------------------------------------------------------------------------------------------------------------- errors
 
 
 def _inputs(dtype: torch.dtype = torch.bfloat16, key_size: int = 8) -> dict[str, Any]:

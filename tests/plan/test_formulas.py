@@ -28,8 +28,6 @@ from longspan.state import ChannelDecay, Dense, HeadDecay, Identity, Pair, Trans
 from tests.exchange.scan import random_pair
 from tests.ranks import run_on_ranks
 
-# ----------------------------------------------------------------------------------------------- bytes and messages
-
 
 def with_blocks(name: str, state_dtype: torch.dtype | None = None) -> Topology:
     """The topology of that name, in three blocks where it has blocks."""
@@ -81,8 +79,6 @@ def test_bytes_and_messages_are_those_of_the_rank_that_sends_most(num_ranks: int
             counted = tuple(max(counts) for counts in zip(*sent, strict=True))
             assert (formula.bytes_sent, formula.num_messages) == counted, (topology, kind, shape, order, phase)
 
-
-# ------------------------------------------------------------------------------------------------------------ seconds
 
 # A latency of 100 s, a gap of 1 s, a byte a second; a fold takes 10 s and a millionth of a second a byte.
 LINK = Link(latency=100.0, bandwidth=1.0, gap=1.0)
@@ -177,9 +173,6 @@ def test_what_computation_hides_and_what_it_does_not() -> None:
     assert ring.exposed(0.0) == ring.seconds
 
 
-# ----------------------------------------------------------------------------------------------------- how far states go
-
-
 @pytest.mark.parametrize(
     ("order", "documents", "messages"),
     [
@@ -210,9 +203,6 @@ def test_documents_shorten_the_serial_topologies_alone() -> None:
     packed = replace(LAYER, longest_chain=1)
     assert Ring().cost(packed, SLOW).forward.seconds == pytest.approx(100 + STATE)
     assert AllGather().cost(packed, SLOW) == AllGather().cost(LAYER, SLOW)
-
-
-# --------------------------------------------------------------------------------------------------- what follows from it
 
 
 def layer(num_ranks: int, kind: type[Transition] = ChannelDecay) -> Problem:

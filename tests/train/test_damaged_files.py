@@ -112,9 +112,6 @@ def count_refused(path: Path, contents: Iterator[bytes | str], read: Callable[[]
     return num_refused
 
 
-# -------------------------------------------------------------------------------------------------------------- the text
-
-
 def read_file(path: Path) -> list[str]:
     corpus = read_corpus(str(path), (".txt", ".jsonl"), "text", 10**6, 0.5, 0)
     return [document.text for document in (*corpus.train, *corpus.validation)]
@@ -173,9 +170,6 @@ def test_a_source_that_cannot_be_read_is_refused(source: str) -> None:
         read_corpus(source, (".txt",), "text", 10**6, 0.5, 0)
 
 
-# ------------------------------------------------------------------------------------------------------ the prepared data
-
-
 @pytest.fixture
 def prepared(tmp_path: Path) -> tuple[Recipe, Path]:
     text = tmp_path / "text.jsonl"
@@ -205,9 +199,6 @@ def test_data_that_cannot_be_written_is_refused(prepared: tuple[Recipe, Path], t
     for folder in (tmp_path / "file", tmp_path / ("x" * 5000)):
         with pytest.raises(DataError, match=r"another data\.folder"):
             prepare_corpus(prepared[0], folder)
-
-
-# -------------------------------------------------------------------------------------------------- config and run folder
 
 
 def test_any_config_is_read_or_refused(tmp_path: Path) -> None:
@@ -242,9 +233,6 @@ def test_numbers_of_any_size_are_taken_or_refused(key: str) -> None:
     section, name = key.split(".")
     with pytest.raises(ConfigError, match=key):
         check(from_mapping({section: {name: 10**400}}))
-
-
-# ----------------------------------------------------------------------------------------------- checkpoints and metrics
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "state.json", "model.safetensors"])

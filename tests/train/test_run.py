@@ -45,9 +45,6 @@ def finished(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return Path(made_once(tmp_path_factory, "run-finished", make))
 
 
-# --------------------------------------------------------------------------------------------------------- any ranks
-
-
 @pytest.mark.parametrize(
     ("num_ranks", "values"),
     [
@@ -91,9 +88,6 @@ def test_a_run_leaves_its_folder(finished: Path) -> None:
         "weights.safetensors",
     }
     assert sorted(path.name for path in (finished / "checkpoints").iterdir()) == ["step-00000003", "step-00000006"]
-
-
-# ------------------------------------------------------------------------------------------------------ going on
 
 
 def interrupted(finished: Path, run: Path, after: int) -> Path:
@@ -265,9 +259,6 @@ def test_a_resume_on_changed_data_is_refused(corpus: Path, finished: Path, tmp_p
         assert "data.source" in text
 
 
-# ------------------------------------------------------------------------------------------------------ bad numbers
-
-
 def _with_nan_on_rank_1(config: Config, bad_steps: tuple[int, ...]) -> int:
     calls = 0
 
@@ -335,9 +326,6 @@ def test_a_run_whose_last_step_was_skipped_ends_with_a_summary(corpus: Path, tmp
 
 def _refuse_constant(name: str) -> float:
     raise AssertionError(f"{name} is no JSON")
-
-
-# -------------------------------------------------------------------------------------------------------- refusals
 
 
 def _labels_shifted_after_the_split(layout: SequenceLayout, tokens: torch.Tensor, ignore_index: int) -> torch.Tensor:

@@ -141,8 +141,6 @@ class Ulysses(MovingExchange):
     def release(self) -> None:
         self._keys = None
 
-    # ------------------------------------------------------------------------------------------------ keys and values
-
     def _heads_of(self, num_heads: int) -> list[Run]:
         num_ranks = self._layout.num_ranks
         return [key_heads_of(rank, num_ranks, num_heads) for rank in range(num_ranks)]
@@ -200,8 +198,6 @@ class Ulysses(MovingExchange):
             return None
         key = "softmax_key_heads", here, num_key_heads, device
         return self._layout.cached(key, lambda: torch.tensor(sources).to(device))
-
-    # ------------------------------------------------------------------------------------------------ queries and outputs
 
     def _to_heads(self, x: Tensor, phase: str) -> Flight:
         """[B, T, H, D] of this rank's tokens, to all tokens of the ranks' heads."""

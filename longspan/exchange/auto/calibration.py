@@ -106,9 +106,6 @@ def _measure(layout: SequenceLayout, device: torch.device, ranks_per_node: int) 
     return cluster
 
 
-# -------------------------------------------------------------------------------------------------------------------- links
-
-
 def _measure_link(ranks: RankClock, distance: int, target: int, source: int) -> Link:
     """The kind of link between ranks 0 and `distance`; `target`, `source`: whom this rank sends to and hears at once with all."""
     rank = ranks.layout.rank
@@ -193,9 +190,6 @@ def _bytes(size: int, device: torch.device) -> Tensor:
     return torch.zeros(size // 4, device=device)
 
 
-# -------------------------------------------------------------------------------------------------------------- collectives
-
-
 def _measure_collectives(ranks: RankClock, link: Link) -> tuple[Link, Link]:
     """A step of an all-gather, and an all-to-all, of all ranks; `link` tells how large a payload takes long enough."""
     num_ranks = ranks.layout.num_ranks
@@ -223,9 +217,6 @@ def _measure_collectives(ranks: RankClock, link: Link) -> tuple[Link, Link]:
     )
 
 
-# -------------------------------------------------------------------------------------------------------------------- chain
-
-
 def _measure_chain(ranks: RankClock, ranks_per_node: int) -> tuple[float, float]:
     """Seconds of a hop, and by which blocks follow each other, of states so small that their size does not matter."""
     num_ranks = ranks.layout.num_ranks
@@ -240,9 +231,6 @@ def _measure_chain(ranks: RankClock, ranks_per_node: int) -> tuple[float, float]
 
     whole, blocks = seconds(1), seconds(_BLOCKS)
     return whole / (num_ranks - 1), max(0.0, blocks - whole) / (_BLOCKS - 1)
-
-
-# -------------------------------------------------------------------------------------------------------------------- folds
 
 
 @dataclass(frozen=True)

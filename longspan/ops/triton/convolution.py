@@ -28,9 +28,6 @@ from longspan.ops.triton.launch import cdiv, contiguous_rows, power_of_2
 TOKENS, CHANNELS, NUM_WARPS = 32, 64, 8
 
 
-# ------------------------------------------------------------------------------------------------------------------- kernels
-
-
 @triton.jit
 def _pre_activation(
     x, weight, bias, x_token, tokens, before, after, channels, is_channel,
@@ -246,9 +243,6 @@ def heads_backward_kernel(
     tl.store(sums + target, share, mask=is_target)
 
 
-# -------------------------------------------------------------------------------------------------------------------- inside
-
-
 def _grid(num_tiles: int, x: Tensor) -> tuple[int, int]:
     return num_tiles * cdiv(x.shape[-1], CHANNELS), x.shape[0]
 
@@ -349,9 +343,6 @@ convolution_inside = differentiable(
 )
 
 
-# ----------------------------------------------------------------------------------------------------------------- head rows
-
-
 def _heads(z_heads: Tensor, before: Tensor, weight: Tensor, heads: Tensor, silu: bool) -> Tensor:
     """y of the head rows.
 
@@ -418,9 +409,6 @@ convolution_heads = differentiable(
     _setup_heads,
     _heads_gradients,
 )
-
-
-# --------------------------------------------------------------------------------------------------------------- both phases
 
 
 @dataclass(frozen=True)

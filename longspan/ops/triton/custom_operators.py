@@ -31,9 +31,6 @@ def _sum_heads(x: Tensor, num_heads: int) -> Tensor:
     return x if x.shape[2] == num_heads else x.unflatten(2, (num_heads, -1)).sum(3)
 
 
-# -------------------------------------------------------------------------------------------------------------------- write
-
-
 def _write_by_kernels(
     k: Tensor,
     v: Tensor,
@@ -257,9 +254,6 @@ def _entering_at(
         decay = carried.index_select(0, slots).exp()
         factor = factor * decay.view(*decay.shape, *(1,) * (5 - decay.dim()))
     return arrived * factor if at is None else torch.addcmul(at, arrived, factor)
-
-
-# --------------------------------------------------------------------------------------------------------------------- read
 
 
 def _read(

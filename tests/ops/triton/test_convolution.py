@@ -95,9 +95,6 @@ def errors_on_rank(
     return errors
 
 
-# ------------------------------------------------------------------------------------------------------------ on one device
-
-
 def convolve(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str | None = "silu", **options: Any
 ) -> Tensor:
@@ -231,9 +228,6 @@ def test_the_operators_are_what_they_say_to_a_compiler() -> None:
     torch.library.opcheck(HEADS.operator, (z_heads, before, weight, rows.heads, True), test_utils=checks)
 
 
-# --------------------------------------------------------------------------------------------------------------- over ranks
-
-
 @unwritten.unwritten_memory_is_nan()
 def worst_over_ranks(order: Order, packed: bool) -> tuple[float, str]:
     """This rank's largest error over lengths and numbers of taps, and what it is of."""
@@ -252,9 +246,6 @@ def worst_over_ranks(order: Order, packed: bool) -> tuple[float, str]:
 def test_every_rank_equals_the_definition_with_every_gradient(num_ranks: int, packed: bool, order: Order) -> None:
     for error, what in run_on_ranks(num_ranks, worst_over_ranks, order, packed):
         assert error < 5e-6, what
-
-
-# ------------------------------------------------------------------------------------------------------------------- errors
 
 
 def test_a_backend_that_cannot_run_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
