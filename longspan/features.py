@@ -110,7 +110,9 @@ class Rebased(nn.Module):
 def _check_channels(what: str, x: Tensor) -> None:
     check_tensors(what, x=x)
     if x.dim() < 1 or x.shape[-1] == 0:
-        raise InputError(f"{what} takes x [..., K] with K at least 1; got {tuple(x.shape)}. Give heads a channel")
+        raise InputError(
+            f"{what} takes x [..., K] with K at least 1; got {tuple(x.shape)}. Give heads one channel at least"
+        )
 
 
 def _symmetric_square(x: Tensor) -> list[Tensor]:

@@ -212,7 +212,7 @@ def _check_parameters(x: Tensor, weight: Tensor, bias: Tensor | None, activation
             hint = " It looks like the weight of torch.nn.Conv1d: take weight.squeeze(1)"
         raise InputError(
             f"causal_conv1d takes weight [C, W] with C = {num_channels}, as x has, and W at least 1; "
-            f"got {tuple(weight.shape)}.{hint or ' Pass one row of taps a channel'}"
+            f"got {tuple(weight.shape)}.{hint or ' Pass one row of taps per channel'}"
         )
     if bias is not None:
         check_tensors("causal_conv1d", bias=bias)

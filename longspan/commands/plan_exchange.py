@@ -51,7 +51,7 @@ class PlanExchange(LayerOptions):
     inter_bandwidth: str = "400gbit"
     """Of one network card, per second."""
     links_per_node: int | None = None
-    """Network cards a node; without a number, one for each rank."""
+    """Network cards per node; without a number, one for each rank."""
     fold_latency: str = "10us"
     """Of adding a segment's pair to a state, however small."""
     fold_bandwidth: str = "500GB"

@@ -593,7 +593,7 @@ def group_of(layout: SequenceLayout) -> dist.ProcessGroup:
 
 
 def _resolve_group(group: Any) -> tuple[dist.ProcessGroup | None, int, int, int | None]:
-    """(process group, its size, this rank in it, ranks a node where a mesh says so).
+    """(process group, its size, this rank in it, ranks per node where a mesh says so).
 
     One rank where nothing is initialised and no group is given.
     """

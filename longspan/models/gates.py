@@ -48,9 +48,9 @@ class ConstantDecayGate(nn.Module):
 
 
 class ScalarDecayGate(nn.Module):
-    """One log decay a token and head, g = −e^A_log · softplus(x·W + dt_bias) (Mamba-2, arXiv 2405.21060).
+    """One log decay per token and head, g = −e^A_log · softplus(x·W + dt_bias) (Mamba-2, arXiv 2405.21060).
 
-    Never above zero, computed in float32 or wider. It starts with one time constant a head, from less than a token
+    Never above zero, computed in float32 or wider. It starts with one time constant per head, from less than a token
     (head H − 1) to a thousand tokens (head 0).
     """
 
@@ -76,7 +76,7 @@ class ScalarDecayGate(nn.Module):
 
 
 class ChannelDecayGate(nn.Module):
-    """One log decay a token and key channel, g = log σ(x·W₁·W₂ + bias) / 16 (GLA, arXiv 2312.06635).
+    """One log decay per token and key channel, g = log σ(x·W₁·W₂ + bias) / 16 (GLA, arXiv 2312.06635).
 
     Never above zero, computed in float32 or wider. It starts at a time constant of 23 tokens in every channel.
     """
@@ -100,7 +100,7 @@ class ChannelDecayGate(nn.Module):
 
 
 class WriteStrength(nn.Module):
-    """The delta rules' beta = σ(x·W), one a token and head: how much of what its key reads a token replaces.
+    """The delta rules' beta = σ(x·W), one per token and head: how much of what its key reads a token replaces.
 
     Between zero and one, computed in float32 or wider (DeltaNet, arXiv 2406.06484).
     """

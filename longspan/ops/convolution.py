@@ -136,7 +136,7 @@ def heads_of(layout: SequenceLayout, width: int, with_initial: bool, device: tor
 
 
 def kept_heads(layout: SequenceLayout, width: int, with_initial: bool, device: torch.device) -> Heads:
-    """`heads_of`, made once a layout."""
+    """`heads_of`, made once per layout."""
     key = ("heads", width, with_initial, device)
     return layout.cached(key, lambda: heads_of(layout, width, with_initial, device))
 

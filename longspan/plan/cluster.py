@@ -1,6 +1,6 @@
 """What the cost model knows of machines: links between ranks, and how fast a rank folds states.
 
-Units: seconds, bytes a second, floating-point operations a second.
+Units: seconds, bytes per second, floating-point operations per second.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ class Link:
     """A full-duplex way from one rank to another (the alpha-beta model, with a gap between messages as in LogGP).
 
     latency: seconds from the start of an empty message to its receipt.
-    bandwidth: bytes a second of one sender while the others are silent.
+    bandwidth: bytes per second of one sender while the others are silent.
     gap: seconds by which messages sent one after another follow each other at least.
     sharing: how many times as long the bytes take when all ranks of a node send at once; their number where they share one
         network card, 1 where each has its own.
@@ -33,7 +33,7 @@ class Link:
             if not (isfinite(value) and value >= least):
                 raise InputError(f"a link's {name} must be a number of at least {least:g}; got {value!r}")
         if not (isfinite(self.bandwidth) and self.bandwidth > 0):
-            raise InputError(f"a link's bandwidth must be more than 0 bytes a second; got {self.bandwidth!r}")
+            raise InputError(f"a link's bandwidth must be more than 0 bytes per second; got {self.bandwidth!r}")
 
     def seconds(self, num_bytes: float, at_once: bool = False, num_messages: int = 1) -> float:
         """Seconds for `num_bytes` in `num_messages` that are sent one after another; `at_once`: all ranks of a node send."""
@@ -52,8 +52,8 @@ class Cluster:
 
     intra: between two ranks of a node. inter: between two ranks of different nodes.
     fold_latency: seconds that one fold A · S + U takes however small the state is.
-    fold_bandwidth: bytes of states that a rank folds a second, beside the products of a Dense transition.
-    matmul_rate: floating-point operations a second of batched float32 products of K×K and K×V matrices.
+    fold_bandwidth: bytes of states that a rank folds per second, beside the products of a Dense transition.
+    matmul_rate: floating-point operations per second of batched float32 products of K×K and K×V matrices.
     fold_sharing: how many times as long a fold takes when all ranks fold at once; more than 1 where ranks share cores.
     rings: how many rings an all-gather runs side by side, each through a link of its own between nodes (NCCL: one a network card;
         gloo: one).
@@ -174,7 +174,7 @@ class Cluster:
 
 
 def gpu_cluster(num_ranks: int, ranks_per_node: int = 8) -> Cluster:
-    """A cluster of round numbers for planning: nodes with a fast switch inside and one 400 Gbit/s card a rank between them.
+    """A cluster of round numbers for planning: nodes with a fast switch inside and one 400 Gbit/s card per rank between them.
 
     They are assumptions, not measurements; replace what is known better.
     """

@@ -1,7 +1,7 @@
 """What an exchange has to move and to fold: the sizes of a layer's pairs, and how segments hang together.
 
-The letters of this package: P ranks, n segments a rank, R = B · H rows, |U| = R · K · V numbers of a state, |A| numbers of a
-transition that is sent (0 where every rank knows it), m ranks a node.
+The letters of this package: P ranks, n segments per rank, R = B · H rows, |U| = R · K · V numbers of a state, |A| numbers of a
+transition that is sent (0 where every rank knows it), m ranks per node.
 """
 
 from __future__ import annotations

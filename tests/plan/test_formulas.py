@@ -242,7 +242,7 @@ def test_what_does_not_fit_is_refused() -> None:
         Ring().cost(layer(8), gpu_cluster(4))
     with pytest.raises(InputError, match="10 ranks do not make nodes of 8"):
         gpu_cluster(10, 8)
-    with pytest.raises(InputError, match=r"bandwidth must be more than 0 bytes a second; got 0\.0"):
+    with pytest.raises(InputError, match=r"bandwidth must be more than 0 bytes per second; got 0\.0"):
         Link(1.0, 0.0)
     with pytest.raises(InputError, match="latency must be a number of at least 0; got nan"):
         Link(float("nan"), 1.0)

@@ -77,12 +77,12 @@ class GatherPlan:
 
 
 def gather_plan(layout: SequenceLayout, visibility: Visibility) -> GatherPlan:
-    """The plan of this rank, made once a layout."""
+    """The plan of this rank, made once per layout."""
     return layout.cached(("softmax_gather", visibility), lambda: _plan_gather(layout, visibility))
 
 
 def remote_keys(layout: SequenceLayout, visibility: Visibility) -> list[list[Run]]:
-    """For each rank, the global runs of keys that its queries see and other ranks hold; made once a layout."""
+    """For each rank, the global runs of keys that its queries see and other ranks hold; made once per layout."""
 
     def build() -> list[list[Run]]:
         held = [layout.segments_of(rank) for rank in range(layout.num_ranks)]

@@ -11,7 +11,7 @@ collective hides behind the blocks that need nothing of it:
     ring         max(all blocks, bytes that arrive), keys twice and gradients once, and the latency of every round
     ulysses      1/P of all blocks, plus all its bytes: nothing hides them
 
-`all_gather` keeps 2 · R · H_kv · D numbers a row until backward; where that is more than `LARGEST_SHARE` times what the rank
+`all_gather` keeps 2 · R · H_kv · D numbers per row until backward; where that is more than `LARGEST_SHARE` times what the rank
 keeps of its own tokens anyway (2 · T · (H + H_kv) · D), it is out. `ulysses` needs H to be a multiple of P.
 """
 
@@ -97,7 +97,7 @@ def cost(method: Method, layout: SequenceLayout, visibility: Visibility, shapes:
     ranks = range(layout.num_ranks)
     held = [layout.segments_of(rank) for rank in ranks]
     pairs = [sum(visibility.num_pairs(run) for run in runs) for runs in held]
-    # Forward and backward take 4 and 10 operations a channel.
+    # Forward and backward take 4 and 10 operations per channel.
     one_pair = shapes.num_rows * shapes.num_heads * shapes.head_dim / machine.flops_per_byte
     one_token = 2 * shapes.num_rows * shapes.num_key_heads * shapes.head_dim * shapes.element_size
     if method == "ulysses":

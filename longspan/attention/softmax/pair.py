@@ -179,7 +179,7 @@ class KeyGrads:
 
 
 def own_blocks(layout: SequenceLayout, visibility: Visibility) -> tuple[VisibleBlock, ...]:
-    """Blocks of this rank's queries on its own keys, planned once a layout."""
+    """Blocks of this rank's queries on its own keys, planned once per layout."""
     return layout.cached(
         ("softmax_own_blocks", visibility),
         lambda: plan_blocks(layout.segments, layout.segments, visibility, opening=True),

@@ -97,7 +97,7 @@ class RingPlan:
 
 
 def journeys(layout: SequenceLayout, visibility: Visibility) -> list[Journey]:
-    """The journey of each rank's keys, the same on every rank; made once a layout."""
+    """The journey of each rank's keys, the same on every rank; made once per layout."""
     return layout.cached(
         ("softmax_journeys", visibility),
         lambda: [_journey(layout, remote_keys(layout, visibility), source) for source in range(layout.num_ranks)],
@@ -120,7 +120,7 @@ def _together(left: tuple[Run, ...], right: tuple[Run, ...]) -> tuple[Run, ...]:
 
 
 def ring_plan(layout: SequenceLayout, visibility: Visibility) -> RingPlan:
-    """The plan of this rank, made once a layout."""
+    """The plan of this rank, made once per layout."""
     return layout.cached(("softmax_ring", visibility), lambda: _plan_ring(layout, visibility))
 
 

@@ -1,6 +1,6 @@
 """Ulysses (arXiv 2309.14509): an all-to-all gives each rank the whole sequence of some heads, and one gives the outputs back.
 
-Shapes: N global tokens, P ranks, T tokens of this rank, B batch, H query heads, h = H / P of them a rank, H_kv key and value
+Shapes: N global tokens, P ranks, T tokens of this rank, B batch, H query heads, h = H / P of them per rank, H_kv key and value
 heads, n of them at this rank, D head dimension.
 
     write    all-to-all of keys and values: T tokens of all heads to N tokens of this rank's heads
@@ -52,7 +52,7 @@ class UlyssesPlan:
 
 
 def ulysses_plan(layout: SequenceLayout, visibility: Visibility) -> UlyssesPlan:
-    """The plan, made once a layout."""
+    """The plan, made once per layout."""
     return layout.cached(("softmax_ulysses", visibility), lambda: _plan_ulysses(layout, visibility))
 
 
@@ -224,7 +224,7 @@ class Ulysses(MovingExchange):
 
 
 def _spread(x: Tensor, sources: Tensor | None) -> Tensor:
-    """Key heads [B, N, n, D] as one a query head, [B, N, h, D]; as they are without `sources`."""
+    """Key heads [B, N, n, D] as one per query head, [B, N, h, D]; as they are without `sources`."""
     return x if sources is None else x.index_select(2, sources)
 
 

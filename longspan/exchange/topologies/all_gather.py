@@ -1,7 +1,7 @@
 """LASP-2 (arXiv 2502.07563, Algorithms 2 and 4): one AllGather of (A, U), after which every rank folds its own prefix.
 
 Backward is one AllGather of the gradients G, folded from the last segment on with the transitions that forward kept. With n
-segments a rank, a rank sends
+segments per rank, a rank sends
 
     forward    (P − 1) · n · (|U| + |A|) numbers in P − 1 messages
     backward   (P − 1) · n · |U|         numbers in P − 1 messages
@@ -110,7 +110,7 @@ class AllGather(Topology, Carrier):
         return _ReverseGather(gathered, work, kind(*context), layout, grad_incoming)
 
     def direction_cost(self, problem: Problem, cluster: Cluster, backward: bool) -> DirectionCost:
-        """LASP-2: one all-gather of n pairs a rank, then every rank folds the segments before its own.
+        """LASP-2: one all-gather of n pairs per rank, then every rank folds the segments before its own.
 
         An all-gather passes blocks round a ring of the ranks: P − 1 steps, in each of which every rank sends n · (|U| + |A|) to
         the next, and one rank of each node out of its node. (n · |U| backward.) The last segment's owner folds n P − 1 pairs when

@@ -3,7 +3,7 @@
 A row is one batch row and head, R = B · H of them, shared out as evenly as may be (`longspan.exchange.scan_by_rows`); where R <
 P, some ranks take none. One all-to-all brings the pairs (A, U) of all segments to the owners of their rows, these scan them, and
 a second one brings the state that enters each segment back to its holder. Backward is the same on (Aᵀ, G), with the transitions
-that forward brought. With n segments a rank, and r rows on this rank, a rank sends
+that forward brought. With n segments per rank, and r rows on this rank, a rank sends
 
     forward    n · ((R − r) · (|U| + |A|) + (P − 1) · r · |U|) / R numbers,  (P − 1) · n · (2 |U| + |A|) / P where P divides R
     backward   n · ((R − r) · |U| + (P − 1) · r · |U|) / R numbers,          (P − 1) · n · 2 |U| / P         where P divides R

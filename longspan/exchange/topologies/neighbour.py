@@ -48,7 +48,7 @@ class Neighbour(Topology):
         return Chain(self.name, self.state_dtype, cuts=_cuts(pair.transition, layout))
 
     def direction_cost(self, problem: Problem, cluster: Cluster, backward: bool) -> DirectionCost:
-        """One message a segment to the owner of the next, all at once, and no fold: for states that reach no further.
+        """One message per segment to the owner of the next, all at once, and no fold: for states that reach no further.
 
         seconds = latency + (n − 1) · gap + n · |U| / bandwidth, on the slower of the links inside and between nodes. For two
         segments it is the ring.

@@ -6,7 +6,7 @@ together with the ranks of the same place in the other nodes, its *rail*, by a s
 (`longspan.exchange.scan_by_rows`). Then it folds its runs from that state, and returns what enters each segment by an all-to-all
 inside the node. Backward is the same on (Aᵀ, G), with the transitions that forward brought.
 
-P = N · L ranks in N nodes of L, n segments a rank, R = B · H rows. Where L divides R and N divides R / L, a rank sends
+P = N · L ranks in N nodes of L, n segments per rank, R = B · H rows. Where L divides R and N divides R / L, a rank sends
 
                 inside the node                    between nodes
     forward     (L − 1) · n · (2 |U| + |A|) / L    (N − 1) · n · (2 |U| + |A|) / P   numbers
@@ -52,7 +52,7 @@ from longspan.state import Pair, Transition
 
 @dataclass(frozen=True)
 class TwoLevel(Topology, Carrier):
-    """Best for many nodes: what travels between them is one share of one rank's states a rank.
+    """Best for many nodes: each rank sends one share of one rank's states between them.
 
     The nodes are those of a layout's two-dimensional mesh or of its `ranks_per_node`; else hosts, told apart by their names.
 

@@ -26,7 +26,7 @@ class LinearMixer(SequenceMixer):
     than none, with each of those operators. The delta rules need keys of unit length: there φ is silu, then a length of 1
     (arXiv 2406.06484). The norm after reading makes the output's size independent of how much a state has gathered.
 
-    It remembers one matrix a head, ``{"state": [B, H, D, D]}``.
+    It remembers one matrix per head, ``{"state": [B, H, D, D]}``.
     """
 
     def __init__(self, config: LinearLlama3Config, operator: str) -> None:

@@ -1,6 +1,6 @@
 """What the chunk form of a decay needs of its log decays: factors of tokens and of states, block by block.
 
-Shapes: B batch rows, H heads, N chunks, C tokens a chunk, n chunks of a block of c tokens each, K key size. D is 1 where a head has
+Shapes: B batch rows, H heads, N chunks, C tokens per chunk, n chunks of a block of c tokens each, K key size. D is 1 if a head has
 one decay, K where each key channel has its own. b_t is the sum of g from the chunk's first token to t, itself included.
 
 Scaling q by e^{b_t} / r and k by r / e^{b_s}, with r in the middle of the chunk's range, turns a decay between two tokens into a
@@ -153,7 +153,7 @@ class NoDecay(Factors):
 
 
 class HeadFactors(Factors):
-    """One decay a head (D = 1), the same for all tokens or not: everything is formed once a call, H numbers a token.
+    """One decay per head (D = 1), the same for all tokens or not: everything is formed once per call, H numbers per token.
 
     Sums and exponentials are float64: they are few, and no difference of two sums loses anything that float32 would show. e^b is
     split in a fraction in [1, 2), which is rounded once, and a power of two, so that r and the other way of wide chunks change
@@ -264,7 +264,7 @@ class _PairwiseScores(WideScores):
 
 
 def constant_factors(log_decay: Tensor, tiling: Tiling, dtype: torch.dtype, state_dtype: torch.dtype) -> Factors:
-    """Factors of a constant log decay a head, ``log_decay [H]``."""
+    """Factors of a constant log decay per head, ``log_decay [H]``."""
     decay = log_decay.detach().to(torch.float64).clamp(min=LOWEST_LOG_DECAY)
     places = torch.arange(1, tiling.chunk_size + 1, device=decay.device, dtype=torch.float64)
     if tiling.valid is None:
@@ -275,7 +275,7 @@ def constant_factors(log_decay: Tensor, tiling: Tiling, dtype: torch.dtype, stat
 
 
 def token_factors(g: Tensor, tiling: Tiling, dtype: torch.dtype, state_dtype: torch.dtype) -> Factors:
-    """Factors of log decays a token and head, ``g [B, T, H]``."""
+    """Factors of log decays per token and head, ``g [B, T, H]``."""
     spread = tiling.spread(g.detach()).permute(0, 3, 1, 2).to(torch.float64).clamp(min=LOWEST_LOG_DECAY)
     if tiling.valid is not None:
         spread = spread.masked_fill(~tiling.valid, 0.0)
@@ -283,7 +283,7 @@ def token_factors(g: Tensor, tiling: Tiling, dtype: torch.dtype, state_dtype: to
 
 
 class ChannelFactors(Factors):
-    """One decay a token and key channel (D = K), ``g [B, T, H, K]``: formed block by block, as they are as large as q.
+    """One decay per token and key channel (D = K), ``g [B, T, H, K]``: formed block by block, as they are as large as q.
 
     e^b is the product of the decays, not the exponential of their sum, whose digits end where a strong decay's begin. The chunk's
     first decay, which all its tokens share, is left to `enter`.

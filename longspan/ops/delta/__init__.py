@@ -4,7 +4,7 @@
 
 Shapes: B batch rows, T tokens of this rank, H heads of v, H_k heads of q and k (H a multiple of H_k), K key size, V value size,
 N chunks of at most C tokens. b_t is the sum of g from the chunk's first token to t, itself included; g is absent, one number a
-token and head, or one a key channel. With k̂_t = e^{b_t} k_t, k̃_s = e^{−b_s} k_s and q̂_t = scale · e^{b_t} q_t, the update that
+token and head, or one per key channel. With k̂_t = e^{b_t} k_t, k̃_s = e^{−b_s} k_s and q̂_t = scale · e^{b_t} q_t, the update that
 token t writes is u_t = β_t (v_t − Sᵀ k̂_t − Σ_{s<t} (k̂_t·k̃_s) u_s), S the state before the chunk, so that inside a chunk
 (DeltaNet, arXiv 2406.06484)
 

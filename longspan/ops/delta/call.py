@@ -256,7 +256,7 @@ class TokenSums:
             self.total = torch.zeros(ticket.shape, dtype=call.dtype, device=ticket.device)
 
     def add(self, block: ChunkBlock, x: Tensor, grad: Tensor, subtracted: tuple[Tensor, Tensor] | None = None) -> None:
-        """Add ``x ⊙ ∂x``, ``[n, B, H, c, K]``, and take off that of `subtracted`; summed over K for a decay a head."""
+        """Add ``x ⊙ ∂x``, ``[n, B, H, c, K]``, and take off that of `subtracted`; summed over K for a decay per head."""
         if self.total is None:
             return
         if self._per_channel:

@@ -21,7 +21,7 @@ from longspan.ops.tiling import ChunkBlock
 
 @dataclass(frozen=True)
 class ChunkStep:
-    """One chunk, or the tails of several pieces: chunk numbers, slots that they read, places in the block, tokens a chunk."""
+    """One chunk, or the tails of several pieces: chunk numbers, slots that they read, places in the block, tokens per chunk."""
 
     chunks: int | Tensor
     slots: int | Tensor
