@@ -28,7 +28,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import prod
 from typing import ClassVar, Self
 
 import torch
@@ -218,12 +217,6 @@ class Pair:
     def after(self, earlier: Pair) -> Pair:
         """`earlier` followed by this pair, as one pair."""
         return Pair(self.transition.after(earlier.transition), self.apply(earlier.state))
-
-    @property
-    def num_numbers_sent(self) -> int:
-        """How many numbers an exchange sends for one stretch of this pair."""
-        of_transition = 0 if self.transition.is_known else prod(self.transition.parameter.shape[1:])
-        return of_transition + prod(self.state.shape[1:])
 
 
 def exclusive_scan(pair: Pair, initial_state: Tensor | None = None) -> Tensor:

@@ -96,11 +96,3 @@ def test_adjoint_is_the_transpose(kind: type[Transition]) -> None:
     transition = random_transition(kind)
     x, y = random_states(5), random_states(6)
     torch.testing.assert_close((transition.apply(x) * y).sum(), (x * transition.adjoint().apply(y)).sum())
-
-
-@pytest.mark.parametrize(
-    ("kind", "numbers"), [(Identity, 0), (HeadDecay, 0), (ScalarDecay, 6), (ChannelDecay, 24), (Dense, 96)]
-)
-def test_numbers_sent_are_those_of_the_design(kind: type[Transition], numbers: int) -> None:
-    pair = Pair(random_transition(kind), random_states())
-    assert pair.num_numbers_sent == numbers + 2 * 3 * 4 * 6

@@ -69,8 +69,3 @@ def unpack_parameter(rows: Tensor, state_shape: Sequence[int], shape: Sequence[i
     width = prod(shape) * dtype.itemsize // rows.element_size()
     bits = rows[:, prod(state_shape) : prod(state_shape) + width].clone(memory_format=torch.contiguous_format)
     return bits.view(dtype).unflatten(1, tuple(shape))
-
-
-def wire_bytes(num_states: int, num_parameters: int, dtype: torch.dtype, state_dtype: torch.dtype | None = None) -> int:
-    """Bytes of `num_states` numbers of states and `num_parameters` of transitions on the wire, for states of `dtype`."""
-    return num_states * (state_dtype or dtype).itemsize + num_parameters * dtype.itemsize
