@@ -40,6 +40,10 @@ class Link:
         sharing = self.sharing if at_once else 1.0
         return self.latency + (num_messages - 1) * self.gap + num_bytes * sharing / self.bandwidth
 
+    def bytes_seconds(self, num_bytes: float) -> float:
+        """Seconds that bytes take beside the latency, when all ranks of a node send at once."""
+        return num_bytes * self.sharing / self.bandwidth
+
     def __str__(self) -> str:
         gap = f", gap {self.gap * 1e6:.0f} µs" if self.gap else ""
         shared = f" ({self.bandwidth / self.sharing / 1e6:,.0f} MB/s with all at once)" if self.sharing > 1 else ""
@@ -54,6 +58,7 @@ class Cluster:
     fold_latency: seconds that one fold A · S + U takes however small the state is.
     fold_bandwidth: bytes of states that a rank folds per second, beside the products of a Dense transition.
     matmul_rate: floating-point operations per second of batched float32 products of K×K and K×V matrices.
+    attention_rate: floating-point operations per second of a rank's softmax attention.
     fold_sharing: how many times as long a fold takes when all ranks fold at once; more than 1 where ranks share cores.
     rings: how many rings an all-gather runs side by side, each through a link of its own between nodes (NCCL: one a network card;
         gloo: one).
@@ -73,6 +78,7 @@ class Cluster:
     fold_latency: float
     fold_bandwidth: float
     matmul_rate: float
+    attention_rate: float = 45e9
     fold_sharing: float = 1.0
     rings: int = 1
     gather: Link | None = None
@@ -86,12 +92,17 @@ class Cluster:
                 f"{self.num_ranks} ranks do not make nodes of {self.ranks_per_node} ranks each: "
                 "give a number of ranks that the ranks of a node divide"
             )
-        for name in ("fold_bandwidth", "matmul_rate"):
+        for name in ("fold_bandwidth", "matmul_rate", "attention_rate"):
             if not getattr(self, name) > 0:
                 raise InputError(f"a cluster's {name} must be more than 0; got {getattr(self, name)!r}")
         for name, least in (("fold_latency", 0), ("fold_sharing", 1), ("rings", 1)):
             if not getattr(self, name) >= least:
                 raise InputError(f"a cluster's {name} must be at least {least}; got {getattr(self, name)!r}")
+
+    @property
+    def slowest(self) -> Link:
+        """Of the kinds of links that the ranks have."""
+        return self.inter if self.num_nodes > 1 else self.intra
 
     @property
     def num_nodes(self) -> int:
@@ -186,6 +197,7 @@ def gpu_cluster(num_ranks: int, ranks_per_node: int = 8) -> Cluster:
         fold_latency=10e-6,
         fold_bandwidth=500e9,
         matmul_rate=20e12,
+        attention_rate=400e12,
         rings=min(ranks_per_node, num_ranks),
     )
 
@@ -202,8 +214,8 @@ def stated_cluster(device_type: str, num_ranks: int, ranks_per_node: int) -> Clu
     return Cluster(
         num_ranks,
         ranks_per_node,
-        intra=Link(latency=70e-6, bandwidth=1.5e9, gap=50e-6),
-        inter=Link(latency=70e-6, bandwidth=120e6, gap=50e-6, sharing=float(ranks_per_node)),
+        intra=Link(latency=200e-6, bandwidth=1.5e9, gap=50e-6),
+        inter=Link(latency=200e-6, bandwidth=120e6, gap=50e-6, sharing=float(ranks_per_node)),
         fold_latency=20e-6,
         fold_bandwidth=2.5e9,
         matmul_rate=40e9,

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import pytest
 
+from longspan.attention.softmax.all_gather import LARGEST_SHARE, gathered_share
 from longspan.attention.softmax.attention import write_softmax
-from longspan.attention.softmax.choice import LARGEST_SHARE, MACHINES, Shapes, choose, cost, gathered_share
+from longspan.attention.softmax.choice import METHODS, choose
+from longspan.attention.softmax.shapes import Shapes
 from longspan.layout import Order, SequenceLayout
 from longspan.layout.visibility import Visibility
+from longspan.plan import stated_cluster
 from tests.attention.softmax_reference import random_inputs
 from tests.ranks import run_on_ranks
 
@@ -53,13 +56,14 @@ def test_keys_that_would_fill_the_memory_are_not_gathered() -> None:
     assert chosen(16, 65536, (6, 6)) == "ring"
 
 
-@pytest.mark.parametrize("device", MACHINES)
-@pytest.mark.parametrize("method", ["all_gather", "ring", "ulysses"])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("method", METHODS)
 def test_costs_grow_with_rows_and_tokens(method: str, device: str) -> None:
     def of(tokens: int, rows: int) -> float:
         layout = SequenceLayout.for_rank(tokens, 4, 0, "zigzag")
         shapes = Shapes(rows, 8, 2, 64, 2)
-        return cost(method, layout, Visibility((0, tokens), True, None), shapes, MACHINES[device])  # type: ignore[arg-type]
+        cluster = stated_cluster(device, 4, 4)
+        return METHODS[method].seconds(layout, Visibility((0, tokens), True, None), shapes, cluster)
 
     assert of(1024, 1) < of(1024, 4) < of(4096, 4)
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from longspan.attention.softmax import SoftmaxMethod, ring, softmax_attention, write_softmax
+from longspan.attention.softmax import SoftmaxMethod, choice, ring, softmax_attention, write_softmax
 from longspan.attention.softmax.all_gather import gather_plan
-from longspan.attention.softmax.attention import EXCHANGES, SoftmaxMemory
+from longspan.attention.softmax.attention import SoftmaxMemory
 from longspan.attention.softmax.ring import journeys, ring_plan
 from longspan.comm.all_to_all import Flight
 from longspan.comm.traffic import Event
@@ -211,7 +211,7 @@ def order_of_events(method: SoftmaxMethod) -> list[str]:
             events.append("query projection's backward")
             return grads[0].clone()
 
-    exchange: Any = EXCHANGES[method]
+    exchange: Any = choice.METHODS[method]
     names = ("start", "attend_first", "attend_rest", "backward", "finish")
     originals = {name: getattr(exchange, name) for name in names}
 

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from longspan.attention.softmax.packing import add_packed, pack_into, pack_keys, take_runs, unpack
 from longspan.attention.softmax.pair import Grads, KeyExchange, KeyGrads, own_blocks
+from longspan.attention.softmax.shapes import Shapes, pairs_of_ranks
 from longspan.comm.all_to_all import Flight, swap
 from longspan.comm.collectives import all_gather_single
 from longspan.comm.numbering import launch
@@ -44,6 +45,10 @@ from longspan.layout.visibility import (
     plan_blocks,
 )
 from longspan.ops.softmax.merge import Merged, QueryTile
+from longspan.plan import Cluster
+
+LARGEST_SHARE = 4.0
+"""Gathered keys may take this many times the memory of a rank's own queries, keys, values and outputs."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +123,32 @@ def _plan_gather(layout: SequenceLayout, visibility: Visibility) -> GatherPlan:
 
 class AllGatherKeys(KeyExchange):
     """The collectives of one layer: what brings the keys in its forward, what returns their gradients in its backward."""
+
+    @classmethod
+    def serves(cls, layout: SequenceLayout, visibility: Visibility, shapes: Shapes) -> bool:
+        """Whether what is gathered fits in memory beside what a rank keeps anyway (`LARGEST_SHARE`)."""
+        return gathered_share(layout, visibility, shapes) <= LARGEST_SHARE
+
+    @classmethod
+    def seconds(cls, layout: SequenceLayout, visibility: Visibility, shapes: Shapes, cluster: Cluster) -> float:
+        """max(own blocks, keys that arrive) + the other blocks, forward and backward; two collectives.
+
+        Own blocks are those of a rank's queries with its own keys: they need nothing of the collective, and hide it.
+        """
+        held = [layout.segments_of(rank) for rank in range(layout.num_ranks)]
+        own = [sum(block.num_pairs for block in plan_blocks(runs, runs, visibility)) for runs in held]
+        pairs = pairs_of_ranks(layout, visibility)
+        needs = [length(need) for need in remote_keys(layout, visibility)]
+        gathered = (layout.num_ranks - 1) * max(layout.tokens_of)
+        gathers = gather_plan(layout, visibility).gathers
+        one_pair, link = shapes.pair_seconds(cluster), cluster.slowest
+        returned = link.bytes_seconds(max(needs) * shapes.key_bytes)
+        longest = 0.0
+        for all_pairs, own_pairs, need in zip(pairs, own, needs, strict=True):
+            brought = link.bytes_seconds((gathered if gathers else need) * shapes.key_bytes)
+            local, remote = own_pairs * one_pair, (all_pairs - own_pairs) * one_pair
+            longest = max(longest, max(4 * local, brought) + max(10 * local, returned) + 14 * remote)
+        return longest + 2 * link.latency
 
     def __init__(self, layout: SequenceLayout, visibility: Visibility) -> None:
         self._layout = layout
@@ -196,3 +227,10 @@ class AllGatherKeys(KeyExchange):
             # In the order of the reads, the same on every rank.
             add_packed(total, departed, self._returning.pop(min(self._returning)).wait())
         return total
+
+
+def gathered_share(layout: SequenceLayout, visibility: Visibility, shapes: Shapes) -> float:
+    """Memory of the keys that the neediest rank gathers, as a multiple of that of its own q, k, v and o."""
+    most = max(map(length, remote_keys(layout, visibility)))
+    own = max(layout.tokens_of) * (shapes.num_heads + shapes.num_key_heads)
+    return most * shapes.num_key_heads / own

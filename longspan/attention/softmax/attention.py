@@ -10,13 +10,11 @@ from torch import Tensor
 
 from longspan.attention.memory import StepMemory
 from longspan.attention.opaque import bounds_of
-from longspan.attention.softmax.all_gather import AllGatherKeys
-from longspan.attention.softmax.choice import Shapes, choose
+from longspan.attention.softmax.choice import METHODS, choose
 from longspan.attention.softmax.final_state import KeysAndValues, final_keys
 from longspan.attention.softmax.opaque import SOFTMAX, with_positive_scale
 from longspan.attention.softmax.pair import Local, Past, Reader
-from longspan.attention.softmax.ring import RingKeys
-from longspan.attention.softmax.ulysses import Ulysses
+from longspan.attention.softmax.shapes import Shapes
 from longspan.attention.together import Together
 from longspan.checks import (
     Unchanged,
@@ -39,13 +37,6 @@ SoftmaxMethod = Literal["auto", "all_gather", "ring", "ulysses"]
 SOFTMAX_METHODS: tuple[SoftmaxMethod, ...] = ("auto", "all_gather", "ring", "ulysses")
 NAME = "softmax attention"
 SOFTMAX_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
-EXCHANGES: dict[str, type[AllGatherKeys | RingKeys | Ulysses]] = {
-    "all_gather": AllGatherKeys,
-    "ring": RingKeys,
-    "ulysses": Ulysses,
-}
-"""The code of each method."""
 
 
 @overload
@@ -240,14 +231,14 @@ class SoftmaxMemory(StepMemory):
         window: int | None,
         layout: SequenceLayout,
         visibility: Visibility,
-        method: SoftmaxMethod,
+        method: str,
         num_heads: int | None,
     ) -> None:
         if method == "auto":
             rows, _, key_heads, dim = k.shape
             shapes = Shapes(rows, num_heads or key_heads, key_heads, dim, k.element_size())
             method = choose(layout, visibility, shapes, k.device.type) if layout.num_ranks > 1 else "all_gather"
-        self.method: SoftmaxMethod = method
+        self.method: str = method
         self._k, self._v, self._past, self._window, self._layout = k, v, past, window, layout
         self._with_final_state = with_final_state
         self._final_state: KeysAndValues | None = None
@@ -256,7 +247,7 @@ class SoftmaxMemory(StepMemory):
         self._written = Unchanged(NAME, k=k, v=v, **before)
         if num_heads is not None:
             self._check_heads(num_heads)
-        exchange = EXCHANGES[method](layout, visibility) if layout.num_ranks > 1 else None
+        exchange = METHODS[method](layout, visibility) if layout.num_ranks > 1 else None
         if exchange is None or not exchange.exchanges:
             self._reader = Reader(k, v, Local(layout, visibility), layout, past)
         else:

@@ -21,11 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longspan.attention.softmax.shapes import Shapes
 from longspan.dtypes import at_least_float32
 from longspan.first_order import first_order
 from longspan.layout import SequenceLayout
 from longspan.layout.visibility import Run, Visibility, VisibleBlock, plan_blocks
 from longspan.ops.softmax.merge import Merged, QueryTile
+from longspan.plan import Cluster
 
 Grads = tuple[Tensor, Tensor]
 """dk and dv of this rank's tokens, [B, T, H_kv, D]."""
@@ -39,6 +41,16 @@ class KeyExchange(ABC):
 
     exchanges: bool
     """Whether any two ranks exchange anything; the same on all of them."""
+
+    @classmethod
+    def serves(cls, layout: SequenceLayout, visibility: Visibility, shapes: Shapes) -> bool:
+        """Whether a choice may take it for a layer."""
+        return True
+
+    @classmethod
+    def seconds(cls, layout: SequenceLayout, visibility: Visibility, shapes: Shapes, cluster: Cluster) -> float:
+        """Seconds of a forward and a backward pass, of the rank that needs longest, by the cost model."""
+        raise AssertionError("only methods that exchange are priced")
 
     @abstractmethod
     def start(self, k: Tensor, v: Tensor) -> None:

@@ -30,11 +30,13 @@ from torch import Tensor
 from longspan.attention.softmax.all_gather import remote_keys
 from longspan.attention.softmax.packing import add_packed, pack_into, pack_keys, take_runs, unpack
 from longspan.attention.softmax.pair import Grads, KeyExchange, KeyGrads, own_blocks
+from longspan.attention.softmax.shapes import Shapes, pairs_of_ranks
 from longspan.comm.all_to_all import Flight, swap
 from longspan.dtypes import accumulation_dtype
 from longspan.layout import SequenceLayout, group_of
 from longspan.layout.visibility import Run, Visibility, VisibleBlock, length, located, plan_blocks, union
 from longspan.ops.softmax.merge import Merged, QueryTile
+from longspan.plan import Cluster
 
 
 @dataclass(frozen=True)
@@ -176,6 +178,23 @@ def _global(runs: Sequence[Run], held: Sequence[Run]) -> list[Run]:
 
 class RingKeys(KeyExchange):
     """The rounds of one layer."""
+
+    @classmethod
+    def seconds(cls, layout: SequenceLayout, visibility: Visibility, shapes: Shapes, cluster: Cluster) -> float:
+        """max(all blocks, keys and gradients that arrive), and the latency of every round.
+
+        Keys come by twice, and as many gradients of keys once, in float32 at least.
+        """
+        ways = journeys(layout, visibility)
+        size = (2 * shapes.element_size + max(4, shapes.element_size)) / shapes.element_size
+        arriving = 0.0
+        for rank in range(layout.num_ranks):
+            hops = [(ways[rank - hop - 1], hop) for hop in range(layout.num_ranks - 1)]
+            keys = sum(length(way.keys[hop]) for way, hop in hops if hop < way.num_hops)
+            arriving = max(arriving, keys * shapes.key_bytes * size)
+        rounds = 3 * max(way.num_hops for way in ways)
+        blocks = 14 * shapes.pair_seconds(cluster) * max(pairs_of_ranks(layout, visibility))
+        return max(blocks, cluster.slowest.bytes_seconds(arriving)) + rounds * cluster.slowest.latency
 
     def __init__(self, layout: SequenceLayout, visibility: Visibility) -> None:
         self._layout = layout

@@ -24,12 +24,14 @@ from torch import Tensor
 from longspan.attention.softmax.all_gather import remote_keys
 from longspan.attention.softmax.packing import take_runs, unpack
 from longspan.attention.softmax.pair import Grads, MovingExchange
+from longspan.attention.softmax.shapes import Shapes, pairs_of_ranks
 from longspan.comm.all_to_all import Flight, swap
 from longspan.dtypes import at_least_float32
 from longspan.layout import SequenceLayout, group_of
 from longspan.layout.visibility import Run, Visibility, VisibleBlock, inverse_places, plan_blocks, touches
 from longspan.ops.softmax.block import near_keys
 from longspan.ops.softmax.merge import Merged, QueryTile
+from longspan.plan import Cluster
 
 
 def key_heads_of(rank: int, num_ranks: int, num_key_heads: int) -> Run:
@@ -69,6 +71,22 @@ def _plan_ulysses(layout: SequenceLayout, visibility: Visibility) -> UlyssesPlan
 
 class Ulysses(MovingExchange):
     """The all-to-alls of one layer."""
+
+    @classmethod
+    def serves(cls, layout: SequenceLayout, visibility: Visibility, shapes: Shapes) -> bool:
+        """Whether each rank gets an equal number of query heads."""
+        return shapes.num_heads % layout.num_ranks == 0
+
+    @classmethod
+    def seconds(cls, layout: SequenceLayout, visibility: Visibility, shapes: Shapes, cluster: Cluster) -> float:
+        """1/P of all blocks, and all its bytes: nothing hides them; seven collectives."""
+        num_ranks = layout.num_ranks
+        # A key head that several ranks' query heads share goes to each of them.
+        copies = max(1.0, num_ranks / shapes.num_key_heads)
+        tokens = max(layout.tokens_of) * (num_ranks - 1) / num_ranks
+        arriving = 2 * tokens * (shapes.key_bytes * copies + shapes.query_bytes)
+        blocks = 14 * shapes.pair_seconds(cluster) * sum(pairs_of_ranks(layout, visibility)) / num_ranks
+        return blocks + cluster.slowest.bytes_seconds(arriving) + 7 * cluster.slowest.latency
 
     def __init__(self, layout: SequenceLayout, visibility: Visibility) -> None:
         self._layout = layout
