@@ -9,7 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+import longspan
+from longspan.errors import ConfigError, InputError
+from longspan.models.config import LinearLlama3Config
 from longspan.ops.variants import VARIANTS, Variant
 from tests.attention.test_conformance import errors_on_rank
 from tests.compare import worst
@@ -79,6 +83,52 @@ def test_a_wrong_file_would_fail() -> None:
 def test_it_is_used_as_the_page_says() -> None:
     with listed(THE_FILE):
         exec(compile(ITS_USE, "<adding_a_variant.md>", "exec"), {})
+
+
+@pytest.mark.parametrize("documents", [None, [0, 9, 40]], ids=str)
+def test_it_has_the_kernels(documents: list[int] | None) -> None:
+    with listed(THE_FILE) as name:
+        inputs = make_inputs(name, 40, documents=documents, dtype=torch.float32)
+        assert worst_error(*run(name, inputs, backend="triton", chunk_size=16)) < 5e-6
+
+
+def test_what_it_does_not_reach_is_an_error_that_says_so() -> None:
+    with listed(THE_FILE) as name:
+        x = torch.randn(1, 8, 2, 4)
+        with pytest.raises(InputError, match="one of 'torch', 'triton'; got 'fla'"):
+            longspan.write(name, x, x, g=-torch.rand(1, 8, 4), backend="fla")
+        with pytest.raises(ConfigError, match="has no module that makes its gates \\(g\\)"):
+            LinearLlama3Config(vocab_size=8, operator=name)
+
+
+THE_DELTA_RULES_FILE = """
+from longspan.ops.delta import DeltaVariant
+from longspan.ops.gates import DecayKind
+
+
+def recurrent(q, k, v, gates, scale, initial_state):
+    state, outputs = initial_state, []
+    for t in range(q.shape[1]):
+        key, value = k[:, t, :, :, None], v[:, t, :, None, :]
+        state = gates["log_decay"].exp()[:, None, None] * state
+        state = state + gates["beta"][:, t, :, None, None] * key * (value - key.mT @ state)
+        outputs.append(scale * (q[:, t, :, None, :] @ state).squeeze(-2))
+    return torch.stack(outputs, dim=1), state
+
+
+DELTA_RETENTION = DeltaVariant(name="delta_retention", decay=DecayKind.HEAD, recurrent_form=recurrent)
+"""
+
+
+def test_a_declaration_is_a_variant_and_a_backend_that_lacks_it_an_error() -> None:
+    """The delta rule with a constant decay per head, which no file here has."""
+    with listed("import torch\n" + THE_DELTA_RULES_FILE) as name:
+        assert worst_error(*run(name, make_inputs(name, 70, documents=[0, 5, 70], heads=4, key_heads=2))) < 1e-10
+        x, beta = torch.randn(1, 8, 2, 4), torch.rand(1, 8, 2)
+        with pytest.raises(InputError, match="no delta rule with a decay of kind HEAD"):
+            longspan.write(name, x, x, log_decay=[-0.1, -0.2], beta=beta, backend="fla")
+        with pytest.raises(InputError, match="one of 'torch', 'fla'; got 'triton'"):
+            longspan.write(name, x, x, log_decay=[-0.1, -0.2], beta=beta, backend="triton")
 
 
 def test_the_page_changes_lines_that_are_there() -> None:

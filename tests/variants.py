@@ -11,8 +11,8 @@ from torch import Tensor
 
 from longspan.dtypes import accumulation_dtype
 from longspan.layout import SequenceLayout
+from longspan.ops.gates import Gate, Gates
 from longspan.ops.variants import VARIANTS
-from longspan.ops.variants.variant import Gate, Gates
 
 
 @dataclass

@@ -41,8 +41,9 @@ from longspan.first_order import first_order
 from longspan.layout import SequenceLayout
 from longspan.layout.sequence_layout import check_layout, check_packed, stops_graphs
 from longspan.ops.backends import resolve_backend
+from longspan.ops.gates import Gate
 from longspan.ops.variants import VARIANTS, Variant
-from longspan.ops.variants.variant import ChunkForm, Gate
+from longspan.ops.variants.variant import ChunkForm
 from longspan.state import Pair, Transition
 from longspan.tracing import breaks_graphs, has_no_values, outside_graphs, unseen_by_checkpointing
 

@@ -8,6 +8,7 @@ from typing import Literal
 
 from longspan.errors import ConfigError
 from longspan.models.gates import GATE_BUILDERS
+from longspan.ops.variants import VARIANTS
 
 LayerKind = Literal["L", "N"]
 
@@ -85,6 +86,12 @@ class LinearLlama3Config:
             )
         names = (self.operator,) if isinstance(self.operator, str) else self.operator
         for name in names:
+            if name in VARIANTS and name not in GATE_BUILDERS:
+                gates = ", ".join(gate.name for gate in VARIANTS[name].gates)
+                raise ConfigError(
+                    f"operator {name!r} has no module that makes its gates ({gates}) from a layer's input: add one to "
+                    "longspan/models/gates.py"
+                )
             if name not in GATE_BUILDERS:
                 raise ConfigError(f"operator must be one of {', '.join(GATE_BUILDERS)}; got {name!r}")
         num_linear = self.layer_kinds.count("L")

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from longspan.dtypes import at_least_float32
 from longspan.features import gla_log_decay, mamba2_log_decay
+from longspan.ops.delta.form import BETA
+from longspan.ops.gates import DecayKind, Gate
 from longspan.ops.variants import VARIANTS, Variant
 
 LOW_RANK = 16
@@ -113,24 +115,24 @@ class WriteStrength(nn.Module):
         return {"beta": at_least_float32(self.beta_proj(x)).sigmoid()}
 
 
-# What makes a gate, by the gate's name and dimensions: (dim, num_heads, head_dim) -> module.
-_MAKERS: dict[tuple[str, str], Callable[[int, int, int], nn.Module]] = {
-    ("log_decay", "H"): lambda dim, num_heads, head_dim: ConstantDecayGate(num_heads),
-    ("g", "BTH"): lambda dim, num_heads, head_dim: ScalarDecayGate(dim, num_heads),
-    ("g", "BTHK"): ChannelDecayGate,
-    ("beta", "BTH"): lambda dim, num_heads, head_dim: WriteStrength(dim, num_heads),
+_MAKERS: dict[Gate | None, Callable[[int, int, int], nn.Module]] = {
+    DecayKind.HEAD.gate: lambda dim, num_heads, head_dim: ConstantDecayGate(num_heads),
+    DecayKind.TOKEN.gate: lambda dim, num_heads, head_dim: ScalarDecayGate(dim, num_heads),
+    DecayKind.CHANNEL.gate: ChannelDecayGate,
+    BETA: lambda dim, num_heads, head_dim: WriteStrength(dim, num_heads),
 }
+"""What makes a gate that variants declare: (dim, num_heads, head_dim) -> module."""
 
 
 def _make_gates(variant: Variant, dim: int, num_heads: int, head_dim: int) -> nn.Module:
-    made = {gate.name: _MAKERS[gate.name, gate.dims](dim, num_heads, head_dim) for gate in variant.gates}
+    made = {gate.name: _MAKERS[gate](dim, num_heads, head_dim) for gate in variant.gates}
     return next(iter(made.values())) if len(made) == 1 else GateModules(made)
 
 
 GATE_BUILDERS: dict[str, Callable[[int, int, int], nn.Module]] = {
     name: partial(_make_gates, variant)
     for name, variant in VARIANTS.items()
-    if all((gate.name, gate.dims) in _MAKERS for gate in variant.gates)
+    if all(gate in _MAKERS for gate in variant.gates)
 }
 """For each operator that an L layer can be, what makes its gates by name from the layer's input: (dim, num_heads,
 head_dim) -> module."""

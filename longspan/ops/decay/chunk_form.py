@@ -35,13 +35,14 @@ from longspan.dtypes import accumulation_dtype
 from longspan.first_order import first_order
 from longspan.layout import SequenceLayout
 from longspan.ops.backends import require_package
-from longspan.ops.decay.carried import carried_final_states, diagonal_transition, on_device
-from longspan.ops.decay.factors import BlockFactors, Factors, WideScores
+from longspan.ops.decay.carried import carried_final_states, diagonal_transition
+from longspan.ops.decay.factors import BlockFactors, Factors, WideScores, factors_of
 from longspan.ops.decay.gate_gradient import GateGradient
 from longspan.ops.factor_variant import FactorVariant
 from longspan.ops.finite import Harm, all_finite, finite_part, from_then_on, not_finite
+from longspan.ops.gates import Gates, LogDecays
 from longspan.ops.tiling import ChunkBlock, Tiling, chunks_of_block, tile
-from longspan.ops.variants.variant import ChunkForm, Gates
+from longspan.ops.variants.variant import ChunkForm
 from longspan.state import Transition
 
 
@@ -532,7 +533,9 @@ def _incoming_gradient(
 
 @dataclass(frozen=True, kw_only=True)
 class DecayVariant(FactorVariant):
-    """A variant with a diagonal transition, described by its recurrent form and its factors."""
+    """A variant with a diagonal transition, described by its recurrent form and what decays."""
+
+    backends: tuple[str, ...] = ("torch", "triton")
 
     def prepare(
         self, k: Tensor, v: Tensor, gates: Gates, layout: SequenceLayout, chunk_size: int | None, backend: str
@@ -541,14 +544,14 @@ class DecayVariant(FactorVariant):
             require_package("triton", "triton", "pip install 'longspan[triton]'")
             from longspan.ops.triton.form import prepare_kernels
 
-            return prepare_kernels(self.transition, k, v, gates, layout, chunk_size)
+            return prepare_kernels(self.decay.of(gates), k, v, layout, chunk_size)
         num_heads = v.shape[2]
         size = chunk_size or default_chunk_size(k.dtype)
         tiling = tile(layout, size, chunks_of_block(k, v, size), k.device)
         states = accumulation_dtype(k.dtype)
-        near = {name: on_device(x, layout, k.device) for name, x in gates.items()}
-        call = Call(tiling, self.factors(near, tiling, num_heads, k.dtype, states), 1.0, num_heads, states)
-        return DecayChunkForm(self.transition, call, gates)
+        decays = self.decay.of(gates)
+        factors = factors_of(decays.on(layout, k.device), tiling, num_heads, k.dtype, states)
+        return DecayChunkForm(Call(tiling, factors, 1.0, num_heads, states), decays)
 
 
 def default_chunk_size(dtype: torch.dtype) -> int:
@@ -560,16 +563,15 @@ def default_chunk_size(dtype: torch.dtype) -> int:
 class DecayChunkForm(ChunkForm):
     """The chunk form of a diagonal transition."""
 
-    transition_type: type[Transition]
     call: Call
-    gates: Gates
+    decays: LogDecays
     _states: Tensor | None = None
     _ends: Tensor | None = None
     _inputs: tuple[Tensor, Tensor] | None = None
 
     @property
     def _g(self) -> Tensor | None:
-        return self.gates.get("g")
+        return self.decays.in_time
 
     def write(
         self, k: Tensor, v: Tensor, start_states: Tensor | None, end_pieces: Sequence[int], sent_pieces: Sequence[int]
@@ -599,4 +601,4 @@ class DecayChunkForm(ChunkForm):
 
     def transition(self, ranges: Sequence[tuple[int, int]]) -> Transition:
         device = self.call.tiling.table.device
-        return diagonal_transition(self.transition_type, self.gates, ranges, self.call.state_dtype, device)
+        return diagonal_transition(self.decays, ranges, self.call.state_dtype, device)

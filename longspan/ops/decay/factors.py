@@ -23,6 +23,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from longspan.ops.gates import DecayKind, LogDecays
 from longspan.ops.tiling import ChunkBlock, Tiling
 
 # The widest half-range of b in a chunk for which e^b / r and r / e^b are formed apart. float32 and bfloat16 reach e^{±87}:
@@ -478,3 +479,13 @@ def any_chunk(flags: tuple[bool, ...], block: ChunkBlock) -> bool:
     if isinstance(block.chunks, slice):
         return any(flags[block.chunks])
     return any(flags[chunk] for chunk in block.chunks.tolist())
+
+
+def factors_of(
+    decays: LogDecays, tiling: Tiling, num_heads: int, dtype: torch.dtype, state_dtype: torch.dtype
+) -> Factors:
+    """The factors of a call; `decays` on the device of `tiling`, dtype that of q."""
+    if decays.values is None:
+        return NoDecay(tiling, num_heads, dtype)
+    make = {DecayKind.HEAD: constant_factors, DecayKind.TOKEN: token_factors, DecayKind.CHANNEL: ChannelFactors}
+    return make[decays.kind](decays.values, tiling, dtype, state_dtype)

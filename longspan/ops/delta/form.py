@@ -10,37 +10,51 @@ from torch import Tensor
 
 from longspan.dtypes import accumulation_dtype
 from longspan.layout import SequenceLayout
+from longspan.ops.decay.factors import factors_of
 from longspan.ops.delta.call import DeltaCall
 from longspan.ops.delta.read import DeltaRead, DeltaScores
 from longspan.ops.delta.run import DeltaRun
 from longspan.ops.delta.write import DeltaWrite, PhaseLink
 from longspan.ops.factor_variant import FactorVariant
+from longspan.ops.gates import Gate, Gates, LogDecays
 from longspan.ops.tiling import chunks_of_block, tile
-from longspan.ops.variants.variant import ChunkForm, Gates
+from longspan.ops.variants.variant import ChunkForm
 from longspan.state import Dense, Transition
 
 DEFAULT_CHUNK_SIZE = 64
 
+BETA = Gate("beta", "BTH")
+"""How much of what its key reads a token replaces."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class DeltaVariant(FactorVariant):
-    """A variant of the delta rule, described by its recurrent form and its factors; one gate is beta, another may be g."""
+    """A variant of the delta rule, described by its recurrent form and what decays."""
 
-    transition: type[Transition] = Dense
+    strength: Gate = BETA
     backends: tuple[str, ...] = ("torch", "fla")
+
+    @property
+    def gates(self) -> tuple[Gate, ...]:
+        return (*self.decay.gates, self.strength)
+
+    @property
+    def transition(self) -> type[Transition]:
+        return Dense
 
     def prepare(
         self, k: Tensor, v: Tensor, gates: Gates, layout: SequenceLayout, chunk_size: int | None, backend: str
     ) -> ChunkForm:
+        decays, beta = self.decay.of(gates), gates[self.strength.name]
         if backend == "fla":
             from longspan.ops.fla.delta_rule import prepare_fla
 
-            return prepare_fla(self.name, k, v, gates, layout, chunk_size)
+            return prepare_fla(self.name, k, v, decays, beta, layout, chunk_size)
         num_heads, size = v.shape[2], chunk_size or DEFAULT_CHUNK_SIZE
         tiling = tile(layout, size, chunks_of_block(k, v, size), k.device)
         dtype = accumulation_dtype(k.dtype)
-        factors = self.factors(gates, tiling, num_heads, dtype, dtype)
-        return DeltaChunkForm(DeltaCall(tiling, factors, num_heads, dtype), gates)
+        factors = factors_of(decays.on(layout, k.device), tiling, num_heads, dtype, dtype)
+        return DeltaChunkForm(DeltaCall(tiling, factors, num_heads, dtype), decays, beta)
 
 
 @dataclass(frozen=True)
@@ -59,7 +73,8 @@ class DeltaChunkForm(ChunkForm):
     """The chunk form of the delta rule."""
 
     call: DeltaCall
-    gates: Gates
+    decays: LogDecays
+    beta: Tensor
     _written: _Written | None = None
     _start_states: Tensor | None = None
     _link: PhaseLink = field(default_factory=lambda: PhaseLink(frozenset()))
@@ -68,14 +83,14 @@ class DeltaChunkForm(ChunkForm):
 
     @property
     def _g(self) -> Tensor | None:
-        return self.gates.get("g")
+        return self.decays.in_time
 
     def write(
         self, k: Tensor, v: Tensor, start_states: Tensor | None, end_pieces: Sequence[int], sent_pieces: Sequence[int]
     ) -> Tensor:
         self._link = PhaseLink(frozenset(sent_pieces))
         updates, weights, ends, products, *rest = DeltaWrite.apply(
-            k, v, self.gates["beta"], self._g, start_states, self.call, tuple(end_pieces), self._link
+            k, v, self.beta, self._g, start_states, self.call, tuple(end_pieces), self._link
         )
         self._written, self._start_states = _Written(updates, weights, *rest), start_states
         self._products = dict(zip(end_pieces, products.unbind(0), strict=True))

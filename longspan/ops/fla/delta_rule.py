@@ -36,33 +36,40 @@ from longspan.errors import InputError
 from longspan.first_order import first_order
 from longspan.layout import SequenceLayout
 from longspan.ops.backends import MAX_HEAD_SIZE, require_gpu, require_package
-from longspan.ops.variants.variant import ChunkForm, Gates
+from longspan.ops.gates import DecayKind, Gates, LogDecays
+from longspan.ops.variants.variant import ChunkForm
 from longspan.state import Dense, Transition
 
 _FUNCTIONS = {
-    "delta_rule": ("fla.ops.delta_rule", "chunk_delta_rule", (16, 32, 64)),
-    "gated_delta_rule": ("fla.ops.gated_delta_rule", "chunk_gated_delta_rule", (16, 32, 64)),
-    "kda": ("fla.ops.kda", "chunk_kda", (32, 64)),
+    DecayKind.NONE: ("fla.ops.delta_rule", "chunk_delta_rule", (16, 32, 64)),
+    DecayKind.TOKEN: ("fla.ops.gated_delta_rule", "chunk_gated_delta_rule", (16, 32, 64)),
+    DecayKind.CHANNEL: ("fla.ops.kda", "chunk_kda", (32, 64)),
 }
-"""By variant: the module, the function, and the chunk sizes that it takes."""
+"""By what decays: the module, the function, and the chunk sizes that it takes."""
 
 
 def prepare_fla(
-    name: str, k: Tensor, v: Tensor, gates: Gates, layout: SequenceLayout, chunk_size: int | None
+    name: str, k: Tensor, v: Tensor, decays: LogDecays, beta: Tensor, layout: SequenceLayout, chunk_size: int | None
 ) -> FlaChunkForm:
     """Begin a call of the variant `name` on the tokens that `layout` gives this rank; k ``[B, T, H_k, K]``, v ``[B, T, H, V]``.
 
     Raises:
-        InputError: if the package is not installed; for a device, dtype, head size or chunk size that its function does not take.
+        InputError: if the package is not installed; for a decay that none of its functions has; for a device, dtype, head size or
+            chunk size that its function does not take.
     """
-    module, function_name, chunk_sizes = _FUNCTIONS[name]
+    if decays.kind not in _FUNCTIONS:
+        raise InputError(
+            f"{name}: backend='fla' has no delta rule with a decay of kind {decays.kind.name}; it has "
+            f"{', '.join(kind.name for kind in _FUNCTIONS)}. Use backend='torch'"
+        )
+    module, function_name, chunk_sizes = _FUNCTIONS[decays.kind]
     require_package("fla", "fla", "pip install 'longspan[fla]', or use backend='torch'")
     from longspan.ops.triton.launch import LOWEST_KERNEL_LOG_DECAY, interpreted
 
     require_gpu("fla", k.device, interpreted())
-    if name == "delta_rule" and k.dtype == torch.float32:
+    if decays.kind is DecayKind.NONE and k.dtype == torch.float32:
         raise InputError(
-            "delta_rule with backend='fla' takes bfloat16 or float16; got float32. Convert q, k and v, or use backend='torch'"
+            f"{name} with backend='fla' takes bfloat16 or float16; got float32. Convert q, k and v, or use backend='torch'"
         )
     if k.shape[3] > MAX_HEAD_SIZE:
         raise InputError(
@@ -73,10 +80,11 @@ def prepare_fla(
             f"{name} with backend='fla' takes a chunk_size of {', '.join(map(str, chunk_sizes))}; got {chunk_size}"
         )
     function = getattr(import_module(module), function_name)
-    # The functions take differences of sums of g: a decay to nothing would be NaN there.
-    gates = {key: gate.clamp(min=LOWEST_KERNEL_LOG_DECAY) if key == "g" else gate for key, gate in gates.items()}
-    shares_keys = name != "delta_rule"
-    return FlaChunkForm(_Call(function, gates, shares_keys, chunk_size), layout)
+    gates = {"beta": beta}
+    if decays.in_time is not None:
+        # The functions take differences of sums of g: a decay to nothing would be NaN there.
+        gates["g"] = decays.in_time.clamp(min=LOWEST_KERNEL_LOG_DECAY)
+    return FlaChunkForm(_Call(function, gates, decays.kind is not DecayKind.NONE, chunk_size), layout)
 
 
 @dataclass(frozen=True)
@@ -125,7 +133,7 @@ class _Sequences:
 
 @dataclass(frozen=True)
 class _Call:
-    """A function of the library with the gates of one call.
+    """A function of the library with the gates of one call, by its own names for them.
 
     shares_keys: it takes fewer heads of q and k than of v.
     """

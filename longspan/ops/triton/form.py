@@ -11,11 +11,12 @@ from torch import Tensor
 from longspan.errors import InputError
 from longspan.layout import SequenceLayout
 from longspan.ops.backends import MAX_HEAD_SIZE, TRITON_CHUNK_SIZES, require_gpu
-from longspan.ops.decay.carried import carried_final_states, diagonal_transition, on_device
+from longspan.ops.decay.carried import carried_final_states, diagonal_transition
+from longspan.ops.gates import DecayKind, LogDecays
 from longspan.ops.triton.custom_operators import decay_read, decay_write
 from longspan.ops.triton.launch import contiguous_rows, interpreted
 from longspan.ops.triton.stretches import Stretches, stretch_length, stretches_of
-from longspan.ops.variants.variant import ChunkForm, Gates
+from longspan.ops.variants.variant import ChunkForm
 from longspan.state import Transition
 
 
@@ -30,10 +31,9 @@ def kernel_chunk_size(of_channels: bool, head_size: int, dtype: torch.dtype) -> 
 
 
 def prepare_kernels(
-    transition_type: type[Transition],
+    decays: LogDecays,
     k: Tensor,
     v: Tensor,
-    gates: Gates,
     layout: SequenceLayout,
     chunk_size: int | None,
 ) -> TritonChunkForm:
@@ -43,12 +43,10 @@ def prepare_kernels(
         InputError: for a device, dtype, head size or chunk size that the kernels do not take.
     """
     _check_kernels_take(k, v, chunk_size)
-    g = gates.get("g")
-    of_channels = g is not None and g.dim() == 4
-    size = chunk_size or kernel_chunk_size(of_channels, max(k.shape[3], v.shape[3]), k.dtype)
+    size = chunk_size or kernel_chunk_size(decays.kind is DecayKind.CHANNEL, max(k.shape[3], v.shape[3]), k.dtype)
     num_programs = v.shape[0] * v.shape[2] * -(-v.shape[3] // 64)
     length = max(size, stretch_length(layout, num_programs, _num_processors(k.device)))
-    return TritonChunkForm(transition_type, gates, layout, size, length, k.device)
+    return TritonChunkForm(decays, layout, size, length, k.device)
 
 
 def _check_kernels_take(k: Tensor, v: Tensor, chunk_size: int | None) -> None:
@@ -89,8 +87,7 @@ _NO_TICKETS = (None,) * 5
 class TritonChunkForm(ChunkForm):
     """The chunk form by kernels."""
 
-    transition_type: type[Transition]
-    gates: Gates
+    decays: LogDecays
     layout: SequenceLayout
     chunk_size: int
     length: int
@@ -100,13 +97,12 @@ class TritonChunkForm(ChunkForm):
 
     @property
     def _g(self) -> Tensor | None:
-        g = self.gates.get("g")
+        g = self.decays.in_time
         return None if g is None else contiguous_rows(g)
 
     @property
     def _log_decay(self) -> Tensor | None:
-        log_decay = self.gates.get("log_decay")
-        return None if log_decay is None else on_device(log_decay, self.layout, self.device)
+        return self.decays.on(self.layout, self.device).constant
 
     def write(
         self, k: Tensor, v: Tensor, start_states: Tensor | None, end_pieces: Sequence[int], sent_pieces: Sequence[int]
@@ -155,4 +151,4 @@ class TritonChunkForm(ChunkForm):
         return carried_final_states(own, [self.layout.pieces[number] for number in pieces], incoming, self.transition)
 
     def transition(self, ranges: Sequence[tuple[int, int]]) -> Transition:
-        return diagonal_transition(self.transition_type, self.gates, ranges, torch.float32, self.device)
+        return diagonal_transition(self.decays, ranges, torch.float32, self.device)

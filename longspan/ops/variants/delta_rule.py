@@ -8,10 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from longspan.ops.decay.factors import Factors, NoDecay
 from longspan.ops.delta import DeltaVariant
-from longspan.ops.tiling import Tiling
-from longspan.ops.variants.variant import Gate, Gates
+from longspan.ops.gates import DecayKind, Gates
 
 
 def recurrent(
@@ -26,13 +24,8 @@ def recurrent(
     return torch.stack(outputs, dim=1), state
 
 
-def _factors(gates: Gates, tiling: Tiling, num_heads: int, dtype: torch.dtype, state_dtype: torch.dtype) -> Factors:
-    return NoDecay(tiling, num_heads, dtype)
-
-
 DELTA_RULE = DeltaVariant(
     name="delta_rule",
-    gates=(Gate("beta", "BTH"),),
+    decay=DecayKind.NONE,
     recurrent_form=recurrent,
-    factors=_factors,
 )

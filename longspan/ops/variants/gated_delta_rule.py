@@ -8,10 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from longspan.ops.decay.factors import Factors, token_factors
 from longspan.ops.delta import DeltaVariant
-from longspan.ops.tiling import Tiling
-from longspan.ops.variants.variant import Gate, Gates
+from longspan.ops.gates import DecayKind, Gates
 
 
 def recurrent(
@@ -27,13 +25,8 @@ def recurrent(
     return torch.stack(outputs, dim=1), state
 
 
-def _factors(gates: Gates, tiling: Tiling, num_heads: int, dtype: torch.dtype, state_dtype: torch.dtype) -> Factors:
-    return token_factors(gates["g"], tiling, dtype, state_dtype)
-
-
 GATED_DELTA_RULE = DeltaVariant(
     name="gated_delta_rule",
-    gates=(Gate("g", "BTH", is_log_decay=True), Gate("beta", "BTH")),
+    decay=DecayKind.TOKEN,
     recurrent_form=recurrent,
-    factors=_factors,
 )

@@ -11,10 +11,7 @@ import torch
 from torch import Tensor
 
 from longspan.ops.decay.chunk_form import DecayVariant
-from longspan.ops.decay.factors import ChannelFactors, Factors
-from longspan.ops.tiling import Tiling
-from longspan.ops.variants.variant import Gate, Gates
-from longspan.state import ChannelDecay
+from longspan.ops.gates import DecayKind, Gates
 
 
 def recurrent(
@@ -28,15 +25,8 @@ def recurrent(
     return torch.stack(outputs, dim=1), state
 
 
-def _factors(gates: Gates, tiling: Tiling, num_heads: int, dtype: torch.dtype, state_dtype: torch.dtype) -> Factors:
-    return ChannelFactors(gates["g"], tiling, dtype, state_dtype)
-
-
 GLA = DecayVariant(
     name="gla",
-    transition=ChannelDecay,
-    gates=(Gate("g", "BTHK", is_log_decay=True),),
+    decay=DecayKind.CHANNEL,
     recurrent_form=recurrent,
-    factors=_factors,
-    backends=("torch", "triton"),
 )

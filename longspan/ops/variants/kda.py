@@ -8,10 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from longspan.ops.decay.factors import ChannelFactors, Factors
 from longspan.ops.delta import DeltaVariant
-from longspan.ops.tiling import Tiling
-from longspan.ops.variants.variant import Gate, Gates
+from longspan.ops.gates import DecayKind, Gates
 
 
 def recurrent(
@@ -27,13 +25,8 @@ def recurrent(
     return torch.stack(outputs, dim=1), state
 
 
-def _factors(gates: Gates, tiling: Tiling, num_heads: int, dtype: torch.dtype, state_dtype: torch.dtype) -> Factors:
-    return ChannelFactors(gates["g"], tiling, dtype, state_dtype)
-
-
 KDA = DeltaVariant(
     name="kda",
-    gates=(Gate("g", "BTHK", is_log_decay=True), Gate("beta", "BTH")),
+    decay=DecayKind.CHANNEL,
     recurrent_form=recurrent,
-    factors=_factors,
 )

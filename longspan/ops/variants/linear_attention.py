@@ -9,10 +9,7 @@ import torch
 from torch import Tensor
 
 from longspan.ops.decay.chunk_form import DecayVariant
-from longspan.ops.decay.factors import Factors, NoDecay
-from longspan.ops.tiling import Tiling
-from longspan.ops.variants.variant import Gates
-from longspan.state import Identity
+from longspan.ops.gates import DecayKind, Gates
 
 
 def recurrent(
@@ -26,15 +23,8 @@ def recurrent(
     return torch.stack(outputs, dim=1), state
 
 
-def _factors(gates: Gates, tiling: Tiling, num_heads: int, dtype: torch.dtype, state_dtype: torch.dtype) -> Factors:
-    return NoDecay(tiling, num_heads, dtype)
-
-
 LINEAR_ATTENTION = DecayVariant(
     name="linear_attention",
-    transition=Identity,
-    gates=(),
+    decay=DecayKind.NONE,
     recurrent_form=recurrent,
-    factors=_factors,
-    backends=("torch", "triton"),
 )

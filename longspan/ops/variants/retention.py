@@ -9,10 +9,7 @@ import torch
 from torch import Tensor
 
 from longspan.ops.decay.chunk_form import DecayVariant
-from longspan.ops.decay.factors import Factors, constant_factors
-from longspan.ops.tiling import Tiling
-from longspan.ops.variants.variant import Gate, Gates
-from longspan.state import HeadDecay
+from longspan.ops.gates import DecayKind, Gates
 
 
 def recurrent(
@@ -27,15 +24,8 @@ def recurrent(
     return torch.stack(outputs, dim=1), state
 
 
-def _factors(gates: Gates, tiling: Tiling, num_heads: int, dtype: torch.dtype, state_dtype: torch.dtype) -> Factors:
-    return constant_factors(gates["log_decay"], tiling, dtype, state_dtype)
-
-
 RETENTION = DecayVariant(
     name="retention",
-    transition=HeadDecay,
-    gates=(Gate("log_decay", "H", is_log_decay=True, differentiable=False),),
+    decay=DecayKind.HEAD,
     recurrent_form=recurrent,
-    factors=_factors,
-    backends=("torch", "triton"),
 )

@@ -9,10 +9,7 @@ import torch
 from torch import Tensor
 
 from longspan.ops.decay.chunk_form import DecayVariant
-from longspan.ops.decay.factors import Factors, token_factors
-from longspan.ops.tiling import Tiling
-from longspan.ops.variants.variant import Gate, Gates
-from longspan.state import ScalarDecay
+from longspan.ops.gates import DecayKind, Gates
 
 
 def recurrent(
@@ -26,15 +23,8 @@ def recurrent(
     return torch.stack(outputs, dim=1), state
 
 
-def _factors(gates: Gates, tiling: Tiling, num_heads: int, dtype: torch.dtype, state_dtype: torch.dtype) -> Factors:
-    return token_factors(gates["g"], tiling, dtype, state_dtype)
-
-
 SIMPLE_GLA = DecayVariant(
     name="simple_gla",
-    transition=ScalarDecay,
-    gates=(Gate("g", "BTH", is_log_decay=True),),
+    decay=DecayKind.TOKEN,
     recurrent_form=recurrent,
-    factors=_factors,
-    backends=("torch", "triton"),
 )

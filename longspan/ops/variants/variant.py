@@ -7,30 +7,14 @@ one rank's tokens: it knows pieces and documents, and nothing of ranks, groups o
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from torch import Tensor
 
 from longspan.layout import SequenceLayout
+from longspan.ops.gates import DecayKind, Gate, Gates
 from longspan.state import Transition
-
-Gates = Mapping[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Gate:
-    """An argument of a variant beside q, k and v.
-
-    dims: its dimensions among B, T, H, K, as in ``"BTH"``. is_log_decay: it must not exceed zero. differentiable: it may require
-    a gradient.
-    """
-
-    name: str
-    dims: str
-    is_log_decay: bool = False
-    differentiable: bool = True
 
 
 class RecurrentForm(Protocol):
@@ -82,8 +66,19 @@ class Variant(ABC):
     """A variant of linear attention."""
 
     name: str
-    transition: type[Transition]
-    gates: tuple[Gate, ...]
+    decay: DecayKind
+    """What decays; the log decays' shape, the form of A, the chunk form's factors and the kernels follow from it."""
+
+    @property
+    def gates(self) -> tuple[Gate, ...]:
+        """The arguments beside q, k and v."""
+        return self.decay.gates
+
+    @property
+    def transition(self) -> type[Transition]:
+        """The form of A: what ranks send."""
+        return self.decay.transition
+
     backends: tuple[str, ...] = ("torch",)
     """Which of `longspan.ops.backends.BACKENDS` it has; ``"torch"`` always."""
 
