@@ -1,7 +1,7 @@
 """An all-to-all of rows with parts of any size, started and waited for apart.
 
-What ranks send each other point to point is sent so too, as an all-to-all whose parts are empty but between ranks that exchange
-something. It keeps the number of operations equal on all ranks, as `longspan.exchange.halo` explains.
+It also serves where only some ranks send something to some others: their parts of the all-to-all are then the only ones that are
+not empty. All ranks do the same number of operations, which messages would not (`longspan.exchange.halo` says why that matters).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Flight:
         return self.received
 
 
-def swap(
+def start_all_to_all(
     sent: Tensor,
     send_sizes: Sequence[int],
     receive_sizes: Sequence[int],
@@ -40,18 +40,21 @@ def swap(
     phase: str,
     name: str = "all_to_all",
 ) -> Flight:
-    """`swap_in` as an exchange of its own among the ranks of a group, numbered as `longspan.comm.numbering.launch` does."""
+    """Start an all-to-all that is an exchange of its own, with a number: see `longspan.comm.numbering.launch`.
+
+    group: of two ranks or more. The other arguments and the result are those of `start_all_to_all_within`.
+    """
     flights: list[Flight] = []
 
     def collective(channel: dist.ProcessGroup, step: Step) -> Any:
-        flights.append(swap_in(channel, group.rank(), sent, send_sizes, receive_sizes, phase, name))
+        flights.append(start_all_to_all_within(channel, group.rank(), sent, send_sizes, receive_sizes, phase, name))
         return flights[0].work
 
     work = launch(group, sent.device, name, phase, collective)
     return replace(flights[0], work=work)
 
 
-def swap_in(
+def start_all_to_all_within(
     group: dist.ProcessGroup | None,
     rank: int,
     sent: Tensor,
@@ -61,7 +64,9 @@ def swap_in(
     name: str = "all_to_all",
     header_bytes: int = 0,
 ) -> Flight:
-    """Start sending rows of `sent` ``[rows, ...]``, contiguous: as many to each rank, and from each, as the sizes say.
+    """Start an all-to-all inside the work of another exchange, on the process group of that work.
+
+    Sends rows of `sent` ``[rows, ...]``, contiguous: as many to each rank, and from each, as the sizes say.
 
     Args:
         group: of the ranks; None is the default group.

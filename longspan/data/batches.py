@@ -47,8 +47,7 @@ class TrainingBatches:
         return (self.file.info.num_tokens - 1) // self.seq_len
 
     def batch(self, step: int, first: int = 0, count: int | None = None) -> Tensor:
-        """Tokens of sequences ``first`` to ``first + count`` of the global batch of `step`, int64 ``[count, N +
-        1]``."""
+        """Tokens of `count` sequences of the global batch of `step`, from number `first` on, int64 ``[count, N + 1]``."""
         count = self.batch_sequences - first if count is None else count
         start = step * self.batch_sequences + first
         return torch.stack([self._sequence(index) for index in range(start, start + count)])

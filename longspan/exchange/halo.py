@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longspan.comm.all_to_all import Flight, swap
+from longspan.comm.all_to_all import Flight, start_all_to_all
 from longspan.errors import LayoutError
 from longspan.first_order import first_order
 from longspan.layout import SequenceLayout, group_of
@@ -158,7 +158,7 @@ class _Messages:
         if plan.exchanges:
             send_sizes = [sum(run.shape[1] for run in outgoing.get(rank, ())) for rank in range(layout.num_ranks)]
             receive_sizes = [_num_tokens(incoming.get(rank, ())) for rank in range(layout.num_ranks)]
-            self._flight = swap(sent, send_sizes, receive_sizes, group_of(layout), phase, name="halo")
+            self._flight = start_all_to_all(sent, send_sizes, receive_sizes, group_of(layout), phase, name="halo")
 
     def wait(self) -> list[tuple[Fetch, Tensor]]:
         """What arrived: each fetch and its tokens ``[B, tokens, C]``."""

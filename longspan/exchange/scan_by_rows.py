@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from longspan.comm.all_to_all import swap_in
+from longspan.comm.all_to_all import start_all_to_all_within
 from longspan.comm.background import Task
 from longspan.comm.numbering import arrived, taken
 from longspan.exchange.segments import reorder_rows
@@ -158,7 +158,7 @@ class RowExchange:
             return sent
         step = taken()
         sent = with_header(sent, step.word)
-        flight = swap_in(
+        flight = start_all_to_all_within(
             shares.group, shares.place, sent, send_rows, receive_rows, self.phase, header_bytes=HEADER_BYTES
         )
         flight.work.wait()

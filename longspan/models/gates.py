@@ -64,8 +64,7 @@ class ScalarDecayGate(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Set A and the step size dt at zero input to Mamba-2's ranges, 1 to 16 and 0.001 to 0.1, spread over the
-        heads."""
+        """Spread A over 1 to 16, and the step size dt at zero input over 0.001 to 0.1, head by head, as Mamba-2 does."""
         num_heads = len(self.A_log)
         steps = torch.logspace(-3, -1, num_heads, dtype=torch.float64)
         with torch.no_grad():

@@ -63,8 +63,10 @@ def loss_sum(model: Any, tokens: Tensor, layout: SequenceLayout | None) -> Tenso
 def evaluate(
     model: Any, sequences: Tensor, token_bytes: np.ndarray, layout: SequenceLayout, ranks: Ranks
 ) -> Evaluation:
-    """The loss on `sequences`, int64 ``[n, N + 1]``, the same on every rank; each is computed by its share of the
-    ranks."""
+    """The loss on `sequences`, int64 ``[n, N + 1]``; the same sequences and result on every rank.
+
+    Ranks of one `dp_rank` compute one sequence together, those of the others the next ones.
+    """
     total = 0.0
     for row in range(ranks.dp_rank, len(sequences), ranks.dp):
         total += float(loss_sum(model, sequences[row : row + 1].to(ranks.device), layout))

@@ -96,8 +96,7 @@ class Ranks:
         return out.view(self.world_size, len(own))
 
     def from_first(self, function: Callable[[], Value]) -> Value:
-        """Call `function` on rank 0 and give its value, which must be JSON, or the error that it raised, to every
-        rank."""
+        """Call `function` on rank 0; every rank returns its value, which must be JSON, or raises the error that it raised."""
         outcome: dict[str, Any] = {}
         failure: LongspanError | None = None
         if self.is_first:

@@ -29,10 +29,10 @@ class SelfCheckError(LongspanError):
 
 @dataclass(frozen=True)
 class SelfCheck:
-    """Loss and gradient norm of one batch, computed by all ranks and by one process; `worst` is the parameter that
-    differs most.
+    """Loss and gradient norm of one batch, computed by all ranks and by one process.
 
-    `gradient_difference` is the norm of all gradients' differences over the norm of the gradients.
+    worst: the parameter that differs most. gradient_difference: the norm of all gradients' differences over the norm of the
+    gradients.
     """
 
     num_tokens: int

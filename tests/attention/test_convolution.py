@@ -494,10 +494,10 @@ def test_layers_side_by_side_and_on_top_of_each_other_do_not_mix(num_ranks: int)
 
 def order_of_events(name: str) -> list[str]:
     log: list[str] = []
-    original, inside = halo.swap, getattr(shift if name == "_Shift" else convolution, name)
+    original, inside = halo.start_all_to_all, getattr(shift if name == "_Shift" else convolution, name)
     forward, backward = inside.forward, inside.backward
 
-    def noted_swap(*args: Any, **options: Any) -> Flight:
+    def noted_start(*args: Any, **options: Any) -> Flight:
         log.append(f"{args[-1]} halo launched")
         flight = original(*args, **options)
         return replace(flight, work=NotedWork(flight.work, f"{args[-1]} halo", log))
@@ -512,7 +512,11 @@ def order_of_events(name: str) -> list[str]:
     layout = SequenceLayout(64)
     x = torch.randn(1, layout.num_local_tokens, 8, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(8, 4, dtype=torch.float64, requires_grad=True)
-    halo.swap, inside.forward, inside.backward = noted_swap, noted(forward, "forward"), noted(backward, "backward")
+    halo.start_all_to_all, inside.forward, inside.backward = (
+        noted_start,
+        noted(forward, "forward"),
+        noted(backward, "backward"),
+    )
     try:
         tokens = Noted.apply(x, "tokens", log)
         y = (
@@ -522,7 +526,7 @@ def order_of_events(name: str) -> list[str]:
         )
         Noted.apply(y, "output", log).sum().backward()
     finally:
-        halo.swap, inside.forward, inside.backward = original, staticmethod(forward), staticmethod(backward)
+        halo.start_all_to_all, inside.forward, inside.backward = original, staticmethod(forward), staticmethod(backward)
     return log
 
 

@@ -253,16 +253,16 @@ def test_one_rank_or_no_token_to_send_makes_no_message(num_ranks: int, documents
 
 def order_of_events() -> list[str]:
     log: list[str] = []
-    original = halo.swap
+    original = halo.start_all_to_all
 
-    def noted_swap(*args: Any, **options: Any) -> Flight:
+    def noted_start(*args: Any, **options: Any) -> Flight:
         log.append(f"{args[-1]} halo launched")
         flight = original(*args, **options)
         return replace(flight, work=NotedWork(flight.work, f"{args[-1]} halo", log))
 
     layout = SequenceLayout(64)
     x = torch.randn(1, layout.num_local_tokens, 8, dtype=torch.float64, requires_grad=True)
-    halo.swap = noted_swap
+    halo.start_all_to_all = noted_start
     try:
         tokens = Noted.apply(x, "tokens", log)
         pending: PendingHalo = start_halo(tokens, layout, 3)
@@ -271,7 +271,7 @@ def order_of_events() -> list[str]:
         out = inside + pending.wait().sum()
         Noted.apply(out, "output", log).square().sum().backward()
     finally:
-        halo.swap = original
+        halo.start_all_to_all = original
     return log
 
 

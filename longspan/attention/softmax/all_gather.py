@@ -27,7 +27,7 @@ from torch import Tensor
 from longspan.attention.softmax.packing import add_packed, pack_into, pack_keys, take_runs, unpack
 from longspan.attention.softmax.pair import Grads, KeyExchange, KeyGrads, own_blocks
 from longspan.attention.softmax.shapes import Shapes, pairs_of_ranks
-from longspan.comm.all_to_all import Flight, swap
+from longspan.comm.all_to_all import Flight, start_all_to_all
 from longspan.comm.collectives import all_gather_single
 from longspan.comm.numbering import launch
 from longspan.comm.traffic import note_collective
@@ -179,7 +179,7 @@ class AllGatherKeys(KeyExchange):
             self._arriving = Flight(work, everyone, mine)
         else:
             mine = pack_keys(k, v, [run for runs in plan.departures for run in runs])
-            self._arriving = swap(mine, plan.num_departing, plan.num_arriving, group_of(layout), "forward")
+            self._arriving = start_all_to_all(mine, plan.num_departing, plan.num_arriving, group_of(layout), "forward")
 
     def attend_first(self, merged: Merged, k: Tensor, v: Tensor, scale: float) -> None:
         merged.add(self._plan.local, k, v, scale)
@@ -210,7 +210,7 @@ class AllGatherKeys(KeyExchange):
         grads = queries.backward(plan.remote, *unpack(buffer))
         if returns_key_grads:
             mine = pack_keys(grads[0].to(k.dtype), grads[1].to(k.dtype), [run for runs in plan.returns for run in runs])
-            self._returning[read] = swap(
+            self._returning[read] = start_all_to_all(
                 mine, plan.num_arriving, plan.num_departing, group_of(self._layout), "backward"
             )
         # They are on their way: the blocks below need the memory.

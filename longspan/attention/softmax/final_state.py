@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from longspan.attention.softmax.packing import add_packed, pack_into, take_runs, unpack
-from longspan.comm.all_to_all import Flight, swap
+from longspan.comm.all_to_all import Flight, start_all_to_all
 from longspan.comm.collectives import all_gather_single
 from longspan.comm.numbering import launch
 from longspan.comm.traffic import note_collective
@@ -117,7 +117,7 @@ class _LastTokens(torch.autograd.Function):
         sent = dk.new_empty((sum(sizes), dk.shape[0], 2, *dk.shape[2:]))
         pack_into(sent, dk, dv, [run for places in plan.places for run in places])
         own = length(plan.own)
-        arrived = swap(sent, sizes, [own] * layout.num_ranks, group_of(layout), "backward").wait()
+        arrived = start_all_to_all(sent, sizes, [own] * layout.num_ranks, group_of(layout), "backward").wait()
         totals = tuple(at_least_float32(dk.new_zeros(ctx.shape)) for _ in range(2))
         for share in arrived.split(own) if own else ():
             add_packed((totals[0], totals[1]), plan.own, share)

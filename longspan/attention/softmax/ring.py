@@ -31,7 +31,7 @@ from longspan.attention.softmax.all_gather import remote_keys
 from longspan.attention.softmax.packing import add_packed, pack_into, pack_keys, take_runs, unpack
 from longspan.attention.softmax.pair import Grads, KeyExchange, KeyGrads, own_blocks
 from longspan.attention.softmax.shapes import Shapes, pairs_of_ranks
-from longspan.comm.all_to_all import Flight, swap
+from longspan.comm.all_to_all import Flight, start_all_to_all
 from longspan.dtypes import accumulation_dtype
 from longspan.layout import SequenceLayout, group_of
 from longspan.layout.visibility import Run, Visibility, VisibleBlock, length, located, plan_blocks, union
@@ -265,7 +265,7 @@ class RingKeys(KeyExchange):
         sizes, arriving = [0] * num_ranks, [0] * num_ranks
         sizes[(rank + 1) % num_ranks] = leaving.shape[0]
         arriving[rank - 1] = self._plan.rounds[number].num_arriving
-        return swap(leaving, sizes, arriving, group_of(self._layout), phase)
+        return start_all_to_all(leaving, sizes, arriving, group_of(self._layout), phase)
 
 
 class _Grads:
@@ -301,7 +301,7 @@ class _Grads:
         if this.comes_home_from is not None:
             arriving[this.comes_home_from] += length(self._plan.own.grads[-1])
         self._sizes, self._home_from = arriving, this.comes_home_from
-        self._flight = swap(mine, sizes, arriving, group_of(self._layout), "backward")
+        self._flight = start_all_to_all(mine, sizes, arriving, group_of(self._layout), "backward")
 
     def add_home(self, total: Grads) -> None:
         """Wait for the last round, and add what came home to the gradients of this rank's tokens."""

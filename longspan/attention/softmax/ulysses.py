@@ -25,7 +25,7 @@ from longspan.attention.softmax.all_gather import remote_keys
 from longspan.attention.softmax.packing import take_runs, unpack
 from longspan.attention.softmax.pair import Grads, MovingExchange
 from longspan.attention.softmax.shapes import Shapes, pairs_of_ranks
-from longspan.comm.all_to_all import Flight, swap
+from longspan.comm.all_to_all import Flight, start_all_to_all
 from longspan.dtypes import at_least_float32
 from longspan.layout import SequenceLayout, group_of
 from longspan.layout.visibility import Run, Visibility, VisibleBlock, inverse_places, plan_blocks, touches
@@ -108,7 +108,7 @@ class Ulysses(MovingExchange):
             for slot, x in enumerate((k, v)):
                 packed[:, :, slot] = x[:, :, start:stop].transpose(0, 1)
         arriving = [num * sizes[self._layout.rank] // num_tokens for num in self._layout.tokens_of]
-        self._arriving = swap(sent, sizes, arriving, group_of(self._layout), "forward")
+        self._arriving = start_all_to_all(sent, sizes, arriving, group_of(self._layout), "forward")
 
     def there(self, x: Tensor, phase: str) -> Tensor:
         return self._wait_heads(self._to_heads(x, phase))
@@ -183,7 +183,7 @@ class Ulysses(MovingExchange):
         heads = self._heads_of(self._num_key_heads)
         arriving = [own * numbers // grad.shape[2] * (stop - start) for start, stop in heads]
         sizes = [num * numbers for num in self._layout.tokens_of]
-        return swap(sent.flatten(), sizes, arriving, group_of(self._layout), "backward")
+        return start_all_to_all(sent.flatten(), sizes, arriving, group_of(self._layout), "backward")
 
     def _wait_key_grads(self, shape: torch.Size) -> list[Tensor]:
         """dk and dv [B, T, H_kv, D] of the first read whose are on their way: the same one on every rank.
@@ -223,7 +223,9 @@ class Ulysses(MovingExchange):
         rows, num_tokens, num_heads, dim = x.shape
         sent = x.new_empty((num_ranks, num_tokens, rows, num_heads // num_ranks, dim))
         sent.copy_(x.unflatten(2, (num_ranks, -1)).permute(2, 1, 0, 3, 4))
-        return swap(sent.flatten(0, 1), [num_tokens] * num_ranks, self._layout.tokens_of, group_of(self._layout), phase)
+        return start_all_to_all(
+            sent.flatten(0, 1), [num_tokens] * num_ranks, self._layout.tokens_of, group_of(self._layout), phase
+        )
 
     def _wait_heads(self, flight: Flight) -> Tensor:
         """[B, N, h, D]"""
@@ -233,7 +235,7 @@ class Ulysses(MovingExchange):
         """[B, N, h, D] of this rank's heads, to all heads of the ranks' tokens."""
         num_ranks, num_tokens = self._layout.num_ranks, self._layout.num_local_tokens
         sent = take_runs(x.transpose(0, 1), self._plan.to_ranks).contiguous()
-        return swap(sent, self._layout.tokens_of, [num_tokens] * num_ranks, group_of(self._layout), phase)
+        return start_all_to_all(sent, self._layout.tokens_of, [num_tokens] * num_ranks, group_of(self._layout), phase)
 
     def _wait_tokens(self, flight: Flight) -> Tensor:
         """[B, T, H, D]"""

@@ -78,8 +78,7 @@ class Auto(Exchanger):
         return taken
 
     def priced(self, pair: Pair, layout: SequenceLayout) -> list[Priced]:
-        """What each topology that can carry the exchange out would cost by the model, cheapest first; see `Carrier.start` for the
-        arguments.
+        """What each topology that serves would cost by the model, cheapest first; arguments as in `Carrier.start`.
 
         Raises:
             InputError: if the given cluster has another number of ranks than the layout.

@@ -91,8 +91,11 @@ def _write_by_kernels(
 
 
 def _tickets(k: Tensor, v: Tensor, g: Tensor | None, table: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """One number each, in the shapes and dtypes of q, ∂o, the scale, q ⊙ ∂q (the dots of `attend_pass`), and of the part of the
-    gates' gradient at the ends of stretches, ``[N, B, H]`` or ``[N, B, H, K]``. The last two are empty without g."""
+    """Five tickets, one number each, in the shapes and dtypes of what travels on them.
+
+    These are q, ∂o, the scale, q ⊙ ∂q (the dots of `attend_pass`), and the part of the gates' gradient at the ends of stretches,
+    ``[N, B, H]`` or ``[N, B, H, K]``. The last two are empty without g.
+    """
 
     def ticket(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.empty_strided(shape, (0,) * len(shape), dtype=dtype, device=k.device)
@@ -374,8 +377,11 @@ def _read_backward(
     has_tickets: bool,
     chunk_size: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """∂q; ∂k and ∂v of the inside of stretches, and ∂g (without tickets); D; ∂arriving; q ⊙ ∂q and the part of the gates'
-    gradient at the ends of stretches (for tickets). Empty where there is none; see `decay_read`."""
+    """The gradients of `decay_read`, in the order: ∂q, ∂k, ∂v, ∂g, D, ∂arriving, q ⊙ ∂q, and what stretches' ends give the gates.
+
+    ∂k and ∂v are those of the inside of stretches, and are given with ∂g only without tickets; the last two only with tickets.
+    What is not given is empty.
+    """
     decay = Decay.of(g, log_decay, sums, chunk_size)
     carried = _carried(decay, totals, pieces, arriving)
     num_heads, value_size = do.shape[2:]
