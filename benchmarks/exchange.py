@@ -18,7 +18,7 @@ from benchmarks.harness import Table, in_subprocess, paired
 from benchmarks.network import bits_per_second
 from longspan.commands.bench_exchange import measure
 from longspan.commands.bench_options import BenchExchange
-from longspan.commands.bench_report import Figures
+from longspan.commands.bench_report import BenchFigures
 
 RATES = ("1gbit", "100mbit")
 HEADS, SIZE = 16, 128
@@ -86,12 +86,12 @@ def links(quick: bool) -> Table:
     return table
 
 
-def _measure(options: BenchExchange, runs: int) -> list[Figures]:
+def _measure(options: BenchExchange, runs: int) -> list[BenchFigures]:
     options.check(dist.get_world_size())
     return [measure(options, torch.device("cpu")) for _ in range(runs)]
 
 
-def _seconds(figures: Figures) -> dict[str, float]:
+def _seconds(figures: BenchFigures) -> dict[str, float]:
     return {row.topology: row.seconds for row in figures.rows}
 
 
@@ -127,12 +127,12 @@ def exchange(rate: str, quick: bool) -> Table:
             for problem in list(PROBLEMS)[::2] if quick else PROBLEMS:
                 # Each topology in each of a few runs of a few turns, so that there is a spread to show.
                 repeats, num_runs = (2, 2) if quick else TURNS[rate]
-                runs: list[Figures] = cluster.call(_measure, _options(problem, repeats), num_runs)[0]
+                runs: list[BenchFigures] = cluster.call(_measure, _options(problem, repeats), num_runs)[0]
                 _add_cell(table, _ranks(hosts, per_host), problem, runs)
     return table
 
 
-def _add_cell(table: Table, ranks: str, problem: str, runs: Sequence[Figures]) -> None:
+def _add_cell(table: Table, ranks: str, problem: str, runs: Sequence[BenchFigures]) -> None:
     taken = [_seconds(figures) for figures in runs]
     medians = {name: statistics.median(run[name] for run in taken) for name in taken[0] if name != "auto"}
     best = min(medians, key=lambda name: medians[name])

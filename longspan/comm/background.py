@@ -30,7 +30,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from longspan.comm.groups import kept, new_group_beside
-from longspan.comm.numbering import Step, Steps, begin, close_connections, own_groups, steps_of, taking, watch
+from longspan.comm.numbering import (
+    Step,
+    Steps,
+    begin,
+    close_connections,
+    own_groups,
+    steps_of,
+    wait_in_step,
+    working_on,
+)
 from longspan.comm.profiling import named_range
 from longspan.comm.traffic import waiting
 from longspan.errors import ExchangeError
@@ -85,7 +94,7 @@ def run_beside(
         return worker.submit(work, sides[phase == "backward"], group, step)
     dedicated = kept(group, ("beside", operations, device.type), lambda: _dedicated(group, operations, device))
     stream = kept(group, ("stream", device), lambda: torch.Stream(device))
-    with taking(step):
+    with working_on(step):
         return _StreamTask(stream, lambda: work(dedicated))
 
 
@@ -133,7 +142,7 @@ def _serve(works: SimpleQueue[_Item | None], running: list[dist.ProcessGroup]) -
             if steps.epoch != step.epoch or steps.failure is not None:
                 said = "" if steps.failure is None else f": {steps.failure}"
                 raise ExchangeError(f"an earlier exchange of this process group failed{said}") from steps.failure
-            with named_range("longspan.exchange.work"), _plain("cpu"), taking(step):
+            with named_range("longspan.exchange.work"), _plain("cpu"), working_on(step):
                 done.set_result(work(group))
         except BaseException as error:
             # Everything: whatever ends a work must reach the one who waits for it.
@@ -171,7 +180,7 @@ class _ThreadTask(Task[T]):
             return True
 
         with waiting():
-            watch(wait_for, self._group, self._step)
+            wait_in_step(wait_for, self._group, self._step)
             return self._done.result()
 
 

@@ -31,11 +31,11 @@ from torch.distributed import distributed_c10d
 from longspan.comm.groups import forget, kept, new_group_beside, timeout_of
 from longspan.errors import ExchangeError, OutOfStepError
 
-# A wait that takes longer is looked into, and looked into again.
-SECONDS_UNTIL_A_LOOK = 1.0
+# A rank that waits for longer compares itself with the others, and again whenever so much time has passed.
+SECONDS_UNTIL_COMPARED = 1.0
 # How many of its last exchanges a rank publishes: what is in flight in a deep model, forward and backward.
 _NUM_PUBLISHED = 512
-# Of exchanges, as tags of messages tell them apart: beside many messages of each a tag has no room for more.
+# How many exchanges the tags of messages tell apart: the rest of a tag numbers the messages of one exchange.
 NUM_TAGS = 2**11
 # The tag of no message.
 _NO_TAG = 2**31 - 1
@@ -82,7 +82,7 @@ class Step:
 
 
 # The step whose work a thread does.
-_taken: ContextVar[Step | None] = ContextVar("taken", default=None)
+_current: ContextVar[Step | None] = ContextVar("current", default=None)
 
 
 @dataclass
@@ -129,7 +129,7 @@ def begin(group: dist.ProcessGroup, name: str, phase: str) -> Step:
         except OutOfStepError as error:
             steps.failure = error
     if steps.failure is not None:
-        raise _told(group, steps.failure, None)
+        raise _error_to_raise(group, steps.failure, None)
     steps.number += 1
     forward = _forward_of.get()
     label = f"{phase} {name}" if forward is None else f"{phase} {name} of exchange {forward}"
@@ -166,14 +166,14 @@ def launch(
     those of the step; None where messages carry none.
 
     Returns:
-        What is to be waited for, by ``wait()``, which raises as `watch` does.
+        What is to be waited for, by ``wait()``, which raises as `wait_in_step` does.
     """
     step = begin(group, name, phase)
     own = channel(group, device, phase)
     try:
         work = collective(own, step)
     except RuntimeError as error:
-        raise _told(group, error, step) from error
+        raise _error_to_raise(group, error, step) from error
     return _Watched(work, group, step, device, words)
 
 
@@ -189,7 +189,7 @@ class _Watched:
         if self.device.type != "cpu":
             self.work.wait()
             if self.words is not None:
-                arrived(self.words(), self.group, self.step)
+                check_arrived(self.words(), self.group, self.step)
             return
 
         def wait_for(seconds: float) -> bool:
@@ -202,10 +202,10 @@ class _Watched:
             return True
 
         words, step = self.words, self.step
-        watch(wait_for, self.group, step, None if words is None else lambda: step.check(words()))
+        wait_in_step(wait_for, self.group, step, None if words is None else lambda: step.check(words()))
 
 
-def arrived(words: Tensor, group: dist.ProcessGroup, step: Step) -> None:
+def check_arrived(words: Tensor, group: dist.ProcessGroup, step: Step) -> None:
     """Check the words of messages that arrived: at once on the CPU; elsewhere when a later exchange finds them on the host.
 
     Raises:
@@ -221,23 +221,23 @@ def arrived(words: Tensor, group: dist.ProcessGroup, step: Step) -> None:
 
 
 @contextmanager
-def taking(step: Step) -> Iterator[None]:
+def working_on(step: Step) -> Iterator[None]:
     """In the block this thread does the work of `step`."""
-    token = _taken.set(step)
+    token = _current.set(step)
     try:
         yield
     finally:
-        _taken.reset(token)
+        _current.reset(token)
 
 
-def taken() -> Step:
+def current_step() -> Step:
     """The step whose work this thread does."""
-    step = _taken.get()
+    step = _current.get()
     assert step is not None, "outside a work of run_beside"
     return step
 
 
-def watch(
+def wait_in_step(
     wait_for: Callable[[float], bool], group: dist.ProcessGroup, step: Step, check: Callable[[], None] | None = None
 ) -> None:
     """Wait until `wait_for`, given seconds, says that it is done; then `check` what arrived.
@@ -247,29 +247,29 @@ def watch(
         ExchangeError: where a rank does not come before the group's timeout, or the exchange fails in another way.
     """
     deadline = time.monotonic() + timeout_of(group).total_seconds()
-    pause = SECONDS_UNTIL_A_LOOK
+    pause = SECONDS_UNTIL_COMPARED
     try:
         while not wait_for(min(pause, max(0.01, deadline - time.monotonic()))):
-            _look(group, step)
+            _publish_and_compare(group, step)
             if time.monotonic() >= deadline:
-                raise _late(group, step)
+                raise _timeout_error(group, step)
         if check is not None:
             check()
     except Exception as error:
-        told = _told(group, error, step)
+        told = _error_to_raise(group, error, step)
         if told is error:
             raise
         raise told from error
 
 
-def _look(group: dist.ProcessGroup, step: Step) -> None:
+def _publish_and_compare(group: dist.ProcessGroup, step: Step) -> None:
     """Publish where this rank is, and raise if another one that waits is elsewhere."""
     steps, rank = steps_of(group), group.rank()
     if step.epoch != steps.epoch:
         return
     store = _store(group)
-    if store.check([_failed(step.epoch)]):
-        raise OutOfStepError(store.get(_failed(step.epoch)).decode())
+    if store.check([_failure_key(step.epoch)]):
+        raise OutOfStepError(store.get(_failure_key(step.epoch)).decode())
     store.set(f"{step.epoch}/at/{rank}", json.dumps([step.number, list(steps.recent)]))
     own = dict(steps.recent)
     for other in range(group.size()):
@@ -292,7 +292,7 @@ def _position(store: dist.Store, epoch: int, rank: int) -> tuple[int, list[tuple
     return number, recent
 
 
-def _late(group: dist.ProcessGroup, step: Step) -> ExchangeError:
+def _timeout_error(group: dist.ProcessGroup, step: Step) -> ExchangeError:
     seconds, elsewhere = timeout_of(group).total_seconds(), []
     for other in range(group.size()):
         if other == group.rank():
@@ -308,29 +308,29 @@ def _late(group: dist.ProcessGroup, step: Step) -> ExchangeError:
     )
 
 
-def _told(group: dist.ProcessGroup, error: BaseException, step: Step | None) -> BaseException:
+def _error_to_raise(group: dist.ProcessGroup, error: BaseException, step: Step | None) -> BaseException:
     """What to raise for `error`: the epoch is over, and the next exchange begins a new one."""
     steps = steps_of(group)
     epoch = steps.epoch if step is None else step.epoch
     if isinstance(error, RuntimeError) and not isinstance(error, OutOfStepError):
-        error = _explained(group, error, epoch, step)
+        error = _explained_failure(group, error, epoch, step)
     if isinstance(error, OutOfStepError):
         # Those who still wait find it there.
         with suppress(RuntimeError):
-            _store(group).set(_failed(epoch), str(error))
+            _store(group).set(_failure_key(epoch), str(error))
     if epoch == steps.epoch:
         _close_epoch(group, steps)
     return error
 
 
-def _explained(group: dist.ProcessGroup, error: RuntimeError, epoch: int, step: Step | None) -> ExchangeError:
+def _explained_failure(group: dist.ProcessGroup, error: RuntimeError, epoch: int, step: Step | None) -> ExchangeError:
     """What broke a connection."""
     with suppress(RuntimeError):
         store = _store(group)
-        if store.check([_failed(epoch)]):
-            return OutOfStepError(store.get(_failed(epoch)).decode())
+        if store.check([_failure_key(epoch)]):
+            return OutOfStepError(store.get(_failure_key(epoch)).decode())
         if step is not None and "imed out" in str(error) and not isinstance(error, ExchangeError):
-            return _late(group, step)
+            return _timeout_error(group, step)
     if isinstance(error, ExchangeError):
         return error
     what = "an earlier exchange" if step is None else f"exchange {step.number}, {step.label!r},"
@@ -340,7 +340,7 @@ def _explained(group: dist.ProcessGroup, error: RuntimeError, epoch: int, step: 
     )
 
 
-def _failed(epoch: int) -> str:
+def _failure_key(epoch: int) -> str:
     return f"{epoch}/failed"
 
 

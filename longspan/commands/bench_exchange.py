@@ -16,7 +16,7 @@ from torch import Tensor
 
 from longspan.comm.background import run_beside
 from longspan.commands.bench_options import BenchExchange
-from longspan.commands.bench_report import Figures, Measured, print_figures, write_json
+from longspan.commands.bench_report import BenchFigures, Measured, print_figures, write_json
 from longspan.errors import LongspanError
 from longspan.exchange import TOPOLOGIES, Auto, Carrier, Priced, record_traffic
 from longspan.exchange.auto.figures import figures_of
@@ -82,7 +82,7 @@ class _Sent:
     num_messages: int
 
 
-def measure(options: BenchExchange, device: torch.device) -> Figures:
+def measure(options: BenchExchange, device: torch.device) -> BenchFigures:
     """All figures, on the ranks of the default process group; see `bench_exchange`."""
     case = _make_case(options, device)
     state_dtype = torch.bfloat16 if options.bfloat16 else None
@@ -120,7 +120,7 @@ def measure(options: BenchExchange, device: torch.device) -> Figures:
         )
         for name in names
     ]
-    return Figures(options, dist.get_world_size(), str(cluster), choice.topology.name, rows)
+    return BenchFigures(options, dist.get_world_size(), str(cluster), choice.topology.name, rows)
 
 
 def _make_case(options: BenchExchange, device: torch.device) -> _Case:

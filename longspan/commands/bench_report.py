@@ -37,7 +37,7 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Figures:
+class BenchFigures:
     """What was measured on how many ranks, with the measured cluster in words and the topology that ``"auto"`` takes."""
 
     options: BenchExchange
@@ -47,7 +47,7 @@ class Figures:
     rows: list[Measured]
 
 
-def print_figures(figures: Figures) -> None:
+def print_figures(figures: BenchFigures) -> None:
     """Write the table to standard output, fastest first."""
     options = figures.options
     where = f"{figures.num_ranks} ranks on {options.device}, median of {options.repeats}"
@@ -71,7 +71,7 @@ def print_figures(figures: Figures) -> None:
     sys.stdout.flush()
 
 
-def write_json(figures: Figures, path: str) -> None:
+def write_json(figures: BenchFigures, path: str) -> None:
     """Write the figures, with what they were measured on, to a JSON file."""
     record = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),

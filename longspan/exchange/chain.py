@@ -27,7 +27,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from longspan.comm.background import Task, run_beside
-from longspan.comm.numbering import taken
+from longspan.comm.numbering import current_step
 from longspan.comm.point_to_point import Mailbox, Receipt
 from longspan.exchange.segments import reorder_rows
 from longspan.exchange.topology import Arrived, Carrier, Handle, ReverseHandle
@@ -150,7 +150,7 @@ def _launch(chain: Chain, states: Tensor, transition: Transition, layout: Sequen
     on_cpu = states.device.type == "cpu"
 
     def work(group: dist.ProcessGroup) -> Tensor:
-        mailbox = Mailbox(group, states.device, chain.name, phase, taken().tag)
+        mailbox = Mailbox(group, states.device, chain.name, phase, current_step().tag)
         return Passage(chain, states, transition, mailbox).carry(own, order_of(runs, layout, in_batches=not on_cpu))
 
     task = run_beside(group_of(layout), states.device, work, "messages", name=chain.name, phase=phase)

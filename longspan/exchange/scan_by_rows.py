@@ -20,7 +20,7 @@ from torch import Tensor
 
 from longspan.comm.all_to_all import start_all_to_all_within
 from longspan.comm.background import Task
-from longspan.comm.numbering import arrived, taken
+from longspan.comm.numbering import check_arrived, current_step
 from longspan.exchange.segments import reorder_rows
 from longspan.exchange.topology import Arrived, Handle, ReverseHandle
 from longspan.exchange.wire import (
@@ -156,13 +156,13 @@ class RowExchange:
         shares = self.shares
         if shares.num_members == 1 or shares.num_rows == 0:
             return sent
-        step = taken()
+        step = current_step()
         sent = with_header(sent, step.word)
         flight = start_all_to_all_within(
             shares.group, shares.place, sent, send_rows, receive_rows, self.phase, header_bytes=HEADER_BYTES
         )
         flight.work.wait()
-        arrived(header_words(flight.received), group_of(self.layout), step)
+        check_arrived(header_words(flight.received), group_of(self.layout), step)
         return without_header(flight.received)
 
 
