@@ -168,7 +168,7 @@ def apply_operator(
     """
     check_tensor(operator, "k", k)
     check_query(operator, q, k, scale)
-    # One stop of a graph instead of one a phase.
+    # One stop of a graph instead of one per phase.
     call = _write_and_read_outside_graphs if stops_graphs(options["layout"]) else _write_and_read
     return call(operator, q, k, v, gates, scale, output_final_state, options)
 

@@ -4,7 +4,7 @@ A row is one batch row and head of a state, R = B · H of them; no row depends o
 rows out: each takes the pairs of *all* stretches for its rows, scans them, and returns what enters each stretch to its holder.
 The first R mod M of M members take one row more; where there are fewer rows than members, some take none.
 
-Shapes: M members, n stretches a member, R rows, r rows of this member, K key size, V value size. States are
+Shapes: M members, n stretches per member, R rows, r rows of this member, K key size, V value size. States are
 ``[n, 1, R, K, V]``, so that the transitions of `longspan.state` apply with the rows as heads.
 """
 
