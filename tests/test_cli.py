@@ -150,6 +150,7 @@ def test_a_dead_rank_ends_the_run_and_is_named(config: Path, tmp_path: Path) -> 
     assert not alive(process.ranks)
 
 
+@pytest.mark.slow
 def test_a_rank_that_does_not_answer_is_reported_after_the_deadline(config: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     arguments = ("--config", config, "--run.dir", run, "--train.steps", "100000", "--parallel.timeout_seconds", "10")

@@ -92,7 +92,13 @@ def compiled_on_ranks(name: str, backend: str, order: Any, documents: bool) -> t
     return worst(errors), graphs - after_two
 
 
-@pytest.mark.parametrize("name", CALLS)
+# One of each kind of node; the others are made of the same.
+QUICK = {"simple_gla", "gated_delta_rule", "softmax", "convolution", "mamba2"}
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CALLS]
+)
 def test_ranks_give_the_same(name: str) -> None:
     for error, later_graphs in run_on_ranks(2, compiled_on_ranks, name, "aot_eager", "zigzag", False, timeout=180.0):
         assert error < 1e-10

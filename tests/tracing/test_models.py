@@ -32,7 +32,7 @@ def gradients(model: Any, called: Any, tokens: Tensor, layout: SequenceLayout | 
     return [loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))]
 
 
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("packed", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("operator", ["simple_gla", pytest.param("kda", marks=pytest.mark.slow)])
 def test_one_graph_serves_all_lengths(operator: str, packed: bool) -> None:
     torch._dynamo.utils.counters.clear()
@@ -63,6 +63,7 @@ def on_ranks(operator: str) -> float:
     return worst(errors)
 
 
-@pytest.mark.parametrize("operator", ["simple_gla", pytest.param("gated_delta_rule", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("operator", ["simple_gla", "gated_delta_rule"])
 def test_ranks_give_the_same(operator: str) -> None:
     assert worst(run_on_ranks(2, on_ranks, operator, timeout=300.0)) < 1e-10

@@ -12,7 +12,8 @@ from torch import Tensor
 from longspan.attention.convolution import causal_conv1d
 from longspan.errors import InputError
 from longspan.layout import Order, SequenceLayout
-from longspan.ops import convolution
+from longspan.ops.convolution import MAX_TAPS_OF_KERNELS
+from longspan.ops.triton import convolution as kernels
 from longspan.ops.triton import launch
 from longspan.ops.triton.convolution import HEADS, INSIDE, rows_of
 from tests import unwritten
@@ -132,7 +133,7 @@ def test_sums_in_float32_are_rounded_once() -> None:
 
 
 def test_the_most_taps() -> None:
-    assert worst(errors_on_rank(make(20, convolution.MAX_TAPS_OF_KERNELS), None)) < 5e-6
+    assert worst(errors_on_rank(make(20, MAX_TAPS_OF_KERNELS), None)) < 5e-6
 
 
 def test_some_inputs_may_need_no_gradient() -> None:
@@ -264,7 +265,7 @@ def test_a_backend_that_cannot_run_is_refused(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_without_a_gpu_none_is_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(convolution, "_triton_form", None)
+    monkeypatch.setattr(kernels, "TritonConvolution", None)
     given = make(8, 3)
     x, weight = given["x"], given["weight"]
     assert torch.equal(convolve(x, weight, backend=None), convolve(x, weight, backend="torch"))

@@ -17,7 +17,7 @@ NOT_FINITE = pytest.mark.filterwarnings("ignore:(invalid value|overflow) encount
 GATES = ["0 to -1", "-5.9 to -6", "0 to -20", "0 to -1, 17 times -inf"]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["simple_gla", "gla"])
 def test_errors_are_at_most_three_times_those_of_the_recurrence(name: str, dtype: torch.dtype) -> None:
     for gates in GATES:
@@ -30,7 +30,7 @@ def test_errors_are_at_most_three_times_those_of_the_recurrence(name: str, dtype
 
 
 @NOT_FINITE
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["linear_attention", "retention", "simple_gla", "gla"])
 def test_a_later_token_changes_no_digit_of_earlier_outputs(name: str, dtype: torch.dtype) -> None:
     inputs = inputs_of(name, 100, dtype, 1.0, seed=0)

@@ -31,13 +31,13 @@ def errors_of_kernels(name: str, cases: list[tuple[Any, list[int] | None, str]])
 
 
 # The phases are the same for all: on three ranks by default the two that send decays.
+# One of each kind of decay.
+QUICK = {("linear_attention", 2), ("retention", 2), ("simple_gla", 3), ("gla", 2)}
+
+
 @pytest.mark.parametrize(
     ("name", "num_ranks"),
-    [
-        pytest.param(name, n, marks=pytest.mark.slow if n == 3 and name not in ("simple_gla", "gla") else ())
-        for name in NAMES
-        for n in (2, 3)
-    ],
+    [pytest.param(name, n, marks=pytest.mark.slow if (name, n) not in QUICK else ()) for name in NAMES for n in (2, 3)],
 )
 def test_kernels_around_the_exchange_equal_the_recurrent_form_on_every_rank(name: str, num_ranks: int) -> None:
     cases: list[tuple[Any, list[int] | None, str]]
