@@ -174,6 +174,9 @@ def _summed_states(k: Tensor, v: Tensor, layout: SequenceLayout, backend: str, c
     pieces = range(len(layout.pieces))
     with profiled("longspan.write", k):
         ends = variant.prepare(k, v, {}, layout, chunk_size, backend).write(k, v, None, pieces, pieces)
-    documents = torch.tensor([piece.document for piece in layout.pieces], device=k.device)
+    documents = layout.cached(
+        ("documents of pieces", k.device),
+        lambda: torch.tensor([piece.document for piece in layout.pieces]).to(k.device),
+    )
     states = ends.new_zeros(layout.num_documents, *ends.shape[1:]).index_add(0, documents, ends)
     return sum_over_ranks(states, layout) if layout.num_ranks > 1 else states

@@ -33,7 +33,7 @@ from longspan.errors import InputError
 from longspan.exchange.all_reduce import JoinSum, sum_over_ranks
 from longspan.exchange.halo import halo_plan, start_halo
 from longspan.layout import SequenceLayout
-from longspan.layout.sequence_layout import check_layout, check_packed, stops_graphs
+from longspan.layout.sequence_layout import check_layout, check_packed, layout_of_one_device, stops_graphs
 from longspan.ops.backends import DTYPES, choose_backend
 from longspan.ops.convolution import (
     CONVOLUTION_BACKENDS,
@@ -198,7 +198,7 @@ def check_tokens(x: Tensor, layout: SequenceLayout | None, name: str, backend: s
             f"{name} takes {', '.join(names)} or {last}{with_backend}; got x of {x.dtype}. Convert it before the call"
         )
     if layout is None:
-        return SequenceLayout.local(x.shape[1])
+        return layout_of_one_device(x.shape[1])
     check_layout(layout, x.shape[1], name, sends=not has_no_values(x))
     check_packed(name, x, layout)
     return layout

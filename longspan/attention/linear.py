@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -39,7 +38,7 @@ from longspan.exchange import (
 from longspan.exchange.all_reduce import sum_over_ranks
 from longspan.first_order import first_order
 from longspan.layout import SequenceLayout
-from longspan.layout.sequence_layout import check_layout, check_packed, stops_graphs
+from longspan.layout.sequence_layout import check_layout, check_packed, layout_of_one_device, stops_graphs
 from longspan.ops.backends import resolve_backend
 from longspan.ops.gates import Gate
 from longspan.ops.variants import VARIANTS, Variant
@@ -246,17 +245,6 @@ def _sent_pieces(layout: SequenceLayout, last_of_segment: list[int | None]) -> t
     return tuple(sent)
 
 
-@lru_cache(maxsize=8)
-def _kept_local_layout(seq_len: int) -> SequenceLayout:
-    return SequenceLayout.local(seq_len)
-
-
-def local_layout(seq_len: int) -> SequenceLayout:
-    """The layout of one device, with what calls of the same length have built of it already."""
-    # A compiled call builds it once, as it is compiled.
-    return SequenceLayout.local(seq_len) if torch.compiler.is_compiling() else _kept_local_layout(seq_len)
-
-
 Given = Mapping[str, Tensor | Sequence[float]]
 """Gates as a user gives them: tensors, and numbers for constants."""
 
@@ -408,7 +396,7 @@ def check_inputs(
     check_not_empty(name, "v", v)
     check_same_device(name, k=k, v=v)
     backend = resolve_backend(name, variant.backends, k, v, backend, chunk_size)
-    layout = local_layout(k.shape[1]) if layout is None else layout
+    layout = layout_of_one_device(k.shape[1]) if layout is None else layout
     check_layout(layout, k.shape[1], name, sends=not has_no_values(k))
     batch, num_tokens, num_key_heads, key_size = k.shape
     num_heads, value_size = v.shape[2:]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from longspan.attention.memory import StepMemory
 from longspan.dtypes import accumulation_dtype
 from longspan.errors import InputError, LayoutError
 from longspan.layout import SequenceLayout
+from longspan.layout.sequence_layout import layout_of_one_device
 from longspan.ops.variants.variant import Variant
 from longspan.tracing import OpaqueOperator
 
@@ -45,12 +45,7 @@ def bounds_of(layout: SequenceLayout | None, x: Tensor) -> Tensor | None:
 
 def layout_of(x: Tensor, bounds: Tensor | None) -> SequenceLayout:
     """The layout of one device for x ``[B, T, ...]`` and the documents of `bounds_of`, with what calls have built of it already."""
-    return _layout(x.shape[1], None if bounds is None else tuple(bounds.tolist()))
-
-
-@lru_cache(maxsize=8)
-def _layout(seq_len: int, documents: tuple[int, ...] | None) -> SequenceLayout:
-    return SequenceLayout.local(seq_len, documents)
+    return layout_of_one_device(x.shape[1], None if bounds is None else tuple(bounds.tolist()))
 
 
 def _linear(

@@ -13,6 +13,7 @@ import operator
 from bisect import bisect_right
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -536,6 +537,19 @@ class SequenceLayout:
         ]
         if rows:
             raise LayoutError("the ranks disagree on the layout: " + "; ".join(rows))
+
+
+@lru_cache(maxsize=8)
+def _kept_for_one_device(seq_len: int, documents: tuple[int, ...] | None) -> SequenceLayout:
+    return SequenceLayout.local(seq_len, documents)
+
+
+def layout_of_one_device(seq_len: int, documents: tuple[int, ...] | None = None) -> SequenceLayout:
+    """The layout of a call without one, with what calls of the same length and documents have built of it already."""
+    # A compiled call builds it once, as it is compiled.
+    if torch.compiler.is_compiling() or type(seq_len) is not int:
+        return SequenceLayout.local(seq_len, documents)
+    return _kept_for_one_device(seq_len, documents)
 
 
 def stops_graphs(layout: object) -> bool:

@@ -29,7 +29,7 @@ from longspan.checks import (
 )
 from longspan.errors import InputError
 from longspan.layout import SequenceLayout
-from longspan.layout.sequence_layout import check_layout, stops_graphs
+from longspan.layout.sequence_layout import check_layout, layout_of_one_device, stops_graphs
 from longspan.layout.visibility import Visibility, visibility_of
 from longspan.tracing import breaks_graphs, has_no_values, outside_graphs, unseen_by_checkpointing
 
@@ -183,7 +183,7 @@ def write_softmax(
         check_count(NAME, "num_heads", num_heads, "the number of heads of q, or None for that of k")
     _check_keys(k, v)
     if layout is None:
-        layout = SequenceLayout.local(k.shape[1])
+        layout = layout_of_one_device(k.shape[1])
     check_layout(layout, k.shape[1], NAME, sends=not has_no_values(k))
     check_flag(NAME, "output_final_state", output_final_state)
     past = _check_state(initial_state, output_final_state, k, layout, causal)
@@ -337,7 +337,7 @@ class OpaqueSoftmaxMemory(StepMemory):
     def final_state(self) -> KeysAndValues:
         """As in `SoftmaxMemory`."""
         _check_has_final_state(self._with_final_state)
-        return final_keys(self._k, self._v, self._past, SequenceLayout.local(self._k.shape[1]), self._window, False)
+        return final_keys(self._k, self._v, self._past, layout_of_one_device(self._k.shape[1]), self._window, False)
 
 
 def check_heads_of_ulysses(num_heads: int, num_ranks: int) -> None:
