@@ -50,7 +50,7 @@ START_TIMEOUT = 180.0
 GRACE_AFTER_FAILURE = 1.0
 LOG_TAIL_CHARACTERS = 6000
 # Groups of a rank, the default one included, beyond which the ranks meet anew after a call.
-MOST_GROUPS = 5
+MOST_GROUPS = 2
 # A rank that computes for less than this share of a time is stuck: on a machine that is busy with other things, too, it gets more.
 STUCK_SHARE = 0.005
 LONGEST_WAIT = 10
