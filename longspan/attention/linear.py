@@ -41,6 +41,7 @@ from longspan.layout import SequenceLayout
 from longspan.layout.sequence_layout import check_layout, check_packed, layout_of_one_device, stops_graphs
 from longspan.ops.backends import resolve_backend
 from longspan.ops.gates import Gate
+from longspan.ops.tiling import take_rows
 from longspan.ops.variants import VARIANTS, Variant
 from longspan.ops.variants.variant import ChunkForm
 from longspan.state import Pair, Transition
@@ -336,7 +337,7 @@ def _start_states(initial_state: Tensor | None, layout: SequenceLayout) -> Tenso
     if initial_state is None:
         return None
     by_document = initial_state.unsqueeze(1) if layout.is_packed else initial_state.unsqueeze(0)
-    return by_document[[piece.document for piece in layout.pieces if piece.starts_document]]
+    return take_rows(by_document, [piece.document for piece in layout.pieces if piece.starts_document])
 
 
 def _start(
@@ -349,7 +350,7 @@ def _start(
 ) -> PendingExchange:
     """Launch the exchange of this rank's segments' pairs."""
     if all(row is not None for row in ends.segment_rows):
-        states = end_states[list(ends.segment_rows)]
+        states = take_rows(end_states, [row for row in ends.segment_rows if row is not None])
     else:
         nothing = torch.zeros_like(end_states[0])
         states = torch.stack([nothing if row is None else end_states[row] for row in ends.segment_rows])

@@ -126,6 +126,14 @@ class Tiling:
         return flat if self.token_places is None else flat[:, self.token_places]
 
 
+def take_rows(x: Tensor, rows: Sequence[int]) -> Tensor:
+    """A copy of ``x[rows]``. Rows that follow one another are a slice: a list would be copied to the device, and the host wait."""
+    first = rows[0] if rows else 0
+    if list(rows) == list(range(first, first + len(rows))):
+        return x[first : first + len(rows)].clone()
+    return x[list(rows)]
+
+
 _BLOCK_NUMBERS = 2**18
 """Scores, or numbers of states, of a block: enough to fill a matrix product, few enough to stay in a core's cache."""
 

@@ -41,7 +41,7 @@ from longspan.ops.decay.gate_gradient import GateGradient
 from longspan.ops.factor_variant import FactorVariant
 from longspan.ops.finite import Harm, all_finite, finite_part, from_then_on, not_finite
 from longspan.ops.gates import Gates, LogDecays
-from longspan.ops.tiling import ChunkBlock, Tiling, chunks_of_block, tile
+from longspan.ops.tiling import ChunkBlock, Tiling, chunks_of_block, take_rows, tile
 from longspan.ops.variants.variant import ChunkForm
 from longspan.state import Transition
 
@@ -597,7 +597,7 @@ class DecayChunkForm(ChunkForm):
     def final_states(self, pieces: Sequence[int], rows: Sequence[int], incoming: Tensor | None) -> Tensor:
         assert self._ends is not None
         of_pieces = [self.call.tiling.pieces[number].piece for number in pieces]
-        return carried_final_states(self._ends[list(rows)], of_pieces, incoming, self.transition)
+        return carried_final_states(take_rows(self._ends, rows), of_pieces, incoming, self.transition)
 
     def transition(self, ranges: Sequence[tuple[int, int]]) -> Transition:
         device = self.call.tiling.table.device
