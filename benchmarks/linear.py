@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import longspan
+from benchmarks.cluster import Cluster
 from benchmarks.harness import (
     Table,
     in_subprocess,
@@ -253,6 +254,24 @@ def schedule(quick: bool) -> Table:
     return table
 
 
+def schedule_links(quick: bool) -> Table:
+    table = Table(
+        "schedule_links",
+        "The two orders of one call on two hosts with slow links, B1 H8 D64, float32",
+        "less than 1 where the order that hides the exchange is faster",
+        ["link", "operator", "tokens", "ms, own pass", "ms, fused", "ratio"],
+    )
+    for rate in ("1gbit", "100mbit"):
+        with Cluster(2, rate) as hosts:
+            for operator in ("retention",) if quick else ("retention", "simple_gla", "gla"):
+                for seq_len in (512, 4096) if quick else (512, 4096, 16384):
+                    own, fused = hosts.call(_schedule_times, operator, torch.float32, seq_len, 3 if quick else 9)[0]
+                    result = paired(own, fused)
+                    milliseconds = (f"{seconds * 1e3:.1f}" for seconds in (result.first, result.second))
+                    table.add(rate, operator, f"{seq_len:,}", *milliseconds, result.ratio)
+    return table
+
+
 def _peak_of_step(operator: str, dtype: torch.dtype, seq_len: int, size: int) -> float:
     """Peak memory of forward + backward, inputs and gradients included, over the bytes of q, k, v, o and their gradients."""
     step(operator, make_tensors(512, size, dtype, operator))()
@@ -338,6 +357,7 @@ TABLES = {
     "layout": layout,
     "ranks": ranks,
     "schedule": schedule,
+    "schedule_links": schedule_links,
     "memory": memory,
     "softmax": softmax,
     "variants": variants,

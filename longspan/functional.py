@@ -11,7 +11,7 @@ from typing import Literal, overload
 
 from torch import Tensor
 
-from longspan.attention.by_name import apply_operator, write
+from longspan.attention.by_name import Schedule, apply_operator, write
 from longspan.attention.hgrn2 import hgrn2
 from longspan.attention.mamba2 import mamba2
 from longspan.attention.normalized import normalized_linear_attention, write_normalized
@@ -46,6 +46,7 @@ def linear_attention(
     output_final_state: Literal[False] = ...,
     layout: SequenceLayout | None = ...,
     exchange: str | Exchanger = ...,
+    schedule: Schedule = ...,
     backend: str | None = ...,
     chunk_size: int | None = ...,
 ) -> Tensor: ...
@@ -63,6 +64,7 @@ def linear_attention(
     output_final_state: Literal[True],
     layout: SequenceLayout | None = ...,
     exchange: str | Exchanger = ...,
+    schedule: Schedule = ...,
     backend: str | None = ...,
     chunk_size: int | None = ...,
 ) -> tuple[Tensor, Tensor]: ...
@@ -80,6 +82,7 @@ def linear_attention(
     output_final_state: bool,
     layout: SequenceLayout | None = ...,
     exchange: str | Exchanger = ...,
+    schedule: Schedule = ...,
     backend: str | None = ...,
     chunk_size: int | None = ...,
 ) -> Tensor | tuple[Tensor, Tensor]: ...
@@ -96,6 +99,7 @@ def linear_attention(
     output_final_state: bool = False,
     layout: SequenceLayout | None = None,
     exchange: str | Exchanger = "auto",
+    schedule: Schedule = "auto",
     backend: str | None = None,
     chunk_size: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -115,6 +119,12 @@ def linear_attention(
             (``"all_gather"``, ``"ring"``, ``"pipelined"``, ``"all_to_all"``, ``"two_level"``, ``"neighbour"``: docs/exchange.md);
             or a topology with options, such as ``longspan.exchange.Ring(state_dtype=torch.bfloat16)``. With ``causal=False``
             the sum of all states is wanted, not a prefix: it is an all-reduce, of states in their own dtype, in any case.
+        schedule: what this rank computes while its states travel. ``"fused"``: nothing, and then all that tokens read in one
+            pass. ``"overlapped"``: what tokens read inside their chunks (LASP-2's own order, arXiv 2502.07563), and then what they
+            read of states, in a second pass over the outputs; the delta rules compute their scores meanwhile, in either order.
+            ``"auto"``: overlapped where that is faster by the cost model (`longspan.plan.overlap_pays`), as on slow links with few
+            tokens per rank. On one rank all are the fused one. In two phases (`longspan.write`), what stands between them hides
+            the exchange, and ``read`` is fused.
         backend: which code computes: ``"torch"``, plain PyTorch operations on any device; ``"triton"``, our kernels, for
             `linear_attention`, `retention`, `simple_gla` and `gla` on NVIDIA GPUs; ``"fla"``, the kernels of
             flash-linear-attention where it is installed, for `delta_rule`, `gated_delta_rule` and `kda` on GPUs. The last two take
@@ -141,6 +151,7 @@ def linear_attention(
         initial_state=initial_state,
         layout=layout,
         exchange=exchange,
+        schedule=schedule,
         backend=backend,
         chunk_size=chunk_size,
     )
@@ -159,6 +170,7 @@ def retention(
     output_final_state: Literal[False] = ...,
     layout: SequenceLayout | None = ...,
     exchange: str | Exchanger = ...,
+    schedule: Schedule = ...,
     backend: str | None = ...,
     chunk_size: int | None = ...,
 ) -> Tensor: ...
@@ -177,6 +189,7 @@ def retention(
     output_final_state: Literal[True],
     layout: SequenceLayout | None = ...,
     exchange: str | Exchanger = ...,
+    schedule: Schedule = ...,
     backend: str | None = ...,
     chunk_size: int | None = ...,
 ) -> tuple[Tensor, Tensor]: ...
@@ -195,6 +208,7 @@ def retention(
     output_final_state: bool,
     layout: SequenceLayout | None = ...,
     exchange: str | Exchanger = ...,
+    schedule: Schedule = ...,
     backend: str | None = ...,
     chunk_size: int | None = ...,
 ) -> Tensor | tuple[Tensor, Tensor]: ...
@@ -212,6 +226,7 @@ def retention(
     output_final_state: bool = False,
     layout: SequenceLayout | None = None,
     exchange: str | Exchanger = "auto",
+    schedule: Schedule = "auto",
     backend: str | None = None,
     chunk_size: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -242,6 +257,7 @@ def retention(
         initial_state=initial_state,
         layout=layout,
         exchange=exchange,
+        schedule=schedule,
         backend=backend,
         chunk_size=chunk_size,
     )
@@ -259,6 +275,7 @@ def simple_gla(
     output_final_state: Literal[False] = ...,
     layout: SequenceLayout | None = ...,
     exchange: str | Exchanger = ...,
+    schedule: Schedule = ...,
     backend: str | None = ...,
     chunk_size: int | None = ...,
 ) -> Tensor: ...
@@ -276,6 +293,7 @@ def simple_gla(
     output_final_state: Literal[True],
     layout: SequenceLayout | None = ...,
     exchange: str | Exchanger = ...,
+    schedule: Schedule = ...,
     backend: str | None = ...,
     chunk_size: int | None = ...,
 ) -> tuple[Tensor, Tensor]: ...
@@ -293,6 +311,7 @@ def simple_gla(
     output_final_state: bool,
     layout: SequenceLayout | None = ...,
     exchange: str | Exchanger = ...,
+    schedule: Schedule = ...,
     backend: str | None = ...,
     chunk_size: int | None = ...,
 ) -> Tensor | tuple[Tensor, Tensor]: ...
@@ -309,6 +328,7 @@ def simple_gla(
     output_final_state: bool = False,
     layout: SequenceLayout | None = None,
     exchange: str | Exchanger = "auto",
+    schedule: Schedule = "auto",
     backend: str | None = None,
     chunk_size: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -339,6 +359,7 @@ def simple_gla(
         initial_state=initial_state,
         layout=layout,
         exchange=exchange,
+        schedule=schedule,
         backend=backend,
         chunk_size=chunk_size,
     )
@@ -356,6 +377,7 @@ def gla(
     output_final_state: Literal[False] = ...,
     layout: SequenceLayout | None = ...,
     exchange: str | Exchanger = ...,
+    schedule: Schedule = ...,
     backend: str | None = ...,
     chunk_size: int | None = ...,
 ) -> Tensor: ...
@@ -373,6 +395,7 @@ def gla(
     output_final_state: Literal[True],
     layout: SequenceLayout | None = ...,
     exchange: str | Exchanger = ...,
+    schedule: Schedule = ...,
     backend: str | None = ...,
     chunk_size: int | None = ...,
 ) -> tuple[Tensor, Tensor]: ...
@@ -390,6 +413,7 @@ def gla(
     output_final_state: bool,
     layout: SequenceLayout | None = ...,
     exchange: str | Exchanger = ...,
+    schedule: Schedule = ...,
     backend: str | None = ...,
     chunk_size: int | None = ...,
 ) -> Tensor | tuple[Tensor, Tensor]: ...
@@ -406,6 +430,7 @@ def gla(
     output_final_state: bool = False,
     layout: SequenceLayout | None = None,
     exchange: str | Exchanger = "auto",
+    schedule: Schedule = "auto",
     backend: str | None = None,
     chunk_size: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -434,6 +459,7 @@ def gla(
         initial_state=initial_state,
         layout=layout,
         exchange=exchange,
+        schedule=schedule,
         backend=backend,
         chunk_size=chunk_size,
     )
@@ -451,6 +477,7 @@ def delta_rule(
     output_final_state: Literal[False] = ...,
     layout: SequenceLayout | None = ...,
     exchange: str | Exchanger = ...,
+    schedule: Schedule = ...,
     backend: str | None = ...,
     chunk_size: int | None = ...,
 ) -> Tensor: ...
@@ -468,6 +495,7 @@ def delta_rule(
     output_final_state: Literal[True],
     layout: SequenceLayout | None = ...,
     exchange: str | Exchanger = ...,
+    schedule: Schedule = ...,
     backend: str | None = ...,
     chunk_size: int | None = ...,
 ) -> tuple[Tensor, Tensor]: ...
@@ -485,6 +513,7 @@ def delta_rule(
     output_final_state: bool,
     layout: SequenceLayout | None = ...,
     exchange: str | Exchanger = ...,
+    schedule: Schedule = ...,
     backend: str | None = ...,
     chunk_size: int | None = ...,
 ) -> Tensor | tuple[Tensor, Tensor]: ...
@@ -501,6 +530,7 @@ def delta_rule(
     output_final_state: bool = False,
     layout: SequenceLayout | None = None,
     exchange: str | Exchanger = "auto",
+    schedule: Schedule = "auto",
     backend: str | None = None,
     chunk_size: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -533,6 +563,7 @@ def delta_rule(
         initial_state=initial_state,
         layout=layout,
         exchange=exchange,
+        schedule=schedule,
         backend=backend,
         chunk_size=chunk_size,
     )
@@ -551,6 +582,7 @@ def gated_delta_rule(
     output_final_state: Literal[False] = ...,
     layout: SequenceLayout | None = ...,
     exchange: str | Exchanger = ...,
+    schedule: Schedule = ...,
     backend: str | None = ...,
     chunk_size: int | None = ...,
 ) -> Tensor: ...
@@ -569,6 +601,7 @@ def gated_delta_rule(
     output_final_state: Literal[True],
     layout: SequenceLayout | None = ...,
     exchange: str | Exchanger = ...,
+    schedule: Schedule = ...,
     backend: str | None = ...,
     chunk_size: int | None = ...,
 ) -> tuple[Tensor, Tensor]: ...
@@ -587,6 +620,7 @@ def gated_delta_rule(
     output_final_state: bool,
     layout: SequenceLayout | None = ...,
     exchange: str | Exchanger = ...,
+    schedule: Schedule = ...,
     backend: str | None = ...,
     chunk_size: int | None = ...,
 ) -> Tensor | tuple[Tensor, Tensor]: ...
@@ -604,6 +638,7 @@ def gated_delta_rule(
     output_final_state: bool = False,
     layout: SequenceLayout | None = None,
     exchange: str | Exchanger = "auto",
+    schedule: Schedule = "auto",
     backend: str | None = None,
     chunk_size: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -638,6 +673,7 @@ def gated_delta_rule(
         initial_state=initial_state,
         layout=layout,
         exchange=exchange,
+        schedule=schedule,
         backend=backend,
         chunk_size=chunk_size,
     )
@@ -656,6 +692,7 @@ def kda(
     output_final_state: Literal[False] = ...,
     layout: SequenceLayout | None = ...,
     exchange: str | Exchanger = ...,
+    schedule: Schedule = ...,
     backend: str | None = ...,
     chunk_size: int | None = ...,
 ) -> Tensor: ...
@@ -674,6 +711,7 @@ def kda(
     output_final_state: Literal[True],
     layout: SequenceLayout | None = ...,
     exchange: str | Exchanger = ...,
+    schedule: Schedule = ...,
     backend: str | None = ...,
     chunk_size: int | None = ...,
 ) -> tuple[Tensor, Tensor]: ...
@@ -692,6 +730,7 @@ def kda(
     output_final_state: bool,
     layout: SequenceLayout | None = ...,
     exchange: str | Exchanger = ...,
+    schedule: Schedule = ...,
     backend: str | None = ...,
     chunk_size: int | None = ...,
 ) -> Tensor | tuple[Tensor, Tensor]: ...
@@ -709,6 +748,7 @@ def kda(
     output_final_state: bool = False,
     layout: SequenceLayout | None = None,
     exchange: str | Exchanger = "auto",
+    schedule: Schedule = "auto",
     backend: str | None = None,
     chunk_size: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -743,6 +783,7 @@ def kda(
         initial_state=initial_state,
         layout=layout,
         exchange=exchange,
+        schedule=schedule,
         backend=backend,
         chunk_size=chunk_size,
     )

@@ -51,6 +51,7 @@ LINEAR_BAD: dict[str, tuple[Any, ...]] = {
     "chunk_size": NO_COUNTS,
     "output_final_state": NO_FLAGS,
     "exchange": ("pigeon", 3, None),
+    "schedule": ("lasp", 3, None),
     "backend": NO_NAMES,
     "initial_state": (
         0.0,

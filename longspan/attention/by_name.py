@@ -13,7 +13,7 @@ from torch import Tensor
 
 from longspan.attention import linear
 from longspan.attention.bidirectional import write_bidirectional
-from longspan.attention.linear import check_query
+from longspan.attention.linear import LinearMemory, check_query
 from longspan.attention.memory import Memory, StateMemory
 from longspan.checks import check_choice, check_flag, check_tensor
 from longspan.errors import InputError
@@ -29,6 +29,11 @@ if TYPE_CHECKING:
 _LINEAR_OPTIONS = ("causal", "initial_state", "output_final_state", "exchange", "backend", "chunk_size")
 _SOFTMAX_OPTIONS = ("causal", "window", "initial_state", "output_final_state", "method", "num_heads")
 _GATE_NAMES = sorted({gate.name for variant in VARIANTS.values() for gate in variant.gates})
+
+
+Schedule = Literal["auto", "fused", "overlapped"]
+SCHEDULES: tuple[Schedule, ...] = ("auto", "fused", "overlapped")
+"""In which order one call computes: see `longspan.linear_attention`."""
 
 
 class LinearOptions(TypedDict, total=False):
@@ -160,6 +165,7 @@ def apply_operator(
     gates: dict[str, Any],
     scale: float | None,
     output_final_state: bool,
+    schedule: Schedule,
     **options: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """An operator in one call: o, and with `output_final_state` the pair (o, final_state).
@@ -168,9 +174,27 @@ def apply_operator(
     """
     check_tensor(operator, "k", k)
     check_query(operator, q, k, scale)
+    check_schedule(operator, schedule, options.get("causal", True))
     # One stop of a graph instead of one per phase.
     call = _write_and_read_outside_graphs if stops_graphs(options["layout"]) else _write_and_read
-    return call(operator, q, k, v, gates, scale, output_final_state, options)
+    return call(operator, q, k, v, gates, scale, output_final_state, schedule, options)
+
+
+def overlaps(schedule: Schedule, memory: StateMemory) -> bool:
+    """Whether one call reads a memory, which has been written just now, in the overlapped order."""
+    if schedule == "auto":
+        return isinstance(memory, LinearMemory) and memory.overlap_pays()
+    return schedule == "overlapped"
+
+
+def check_schedule(operator: str, schedule: object, causal: object) -> None:
+    """Raise InputError unless an operator can be called in this order."""
+    check_choice(operator, "schedule", schedule, SCHEDULES, "Leave it out for 'auto'")
+    if schedule == "overlapped" and causal is False:
+        raise InputError(
+            f"{operator}: schedule='overlapped' is for causal attention: with causal=False a token reads nothing before the states "
+            "of all ranks are there; got causal=False. Leave out schedule"
+        )
 
 
 def _write_and_read(
@@ -181,10 +205,11 @@ def _write_and_read(
     gates: dict[str, Any],
     scale: float | None,
     output_final_state: bool,
+    schedule: Schedule,
     options: dict[str, Any],
 ) -> Tensor | tuple[Tensor, Tensor]:
     memory: StateMemory = write(operator, k, v, **gates, output_final_state=output_final_state, **options)
-    o = memory.read(q, scale)
+    o = memory.read_overlapped(q, scale) if overlaps(schedule, memory) else memory.read(q, scale)
     return (o, memory.final_state()) if output_final_state else o
 
 

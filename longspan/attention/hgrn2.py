@@ -6,7 +6,7 @@ from typing import Literal, overload
 
 from torch import Tensor
 
-from longspan.attention.by_name import apply_operator
+from longspan.attention.by_name import Schedule, apply_operator
 from longspan.checks import check_same_device, check_tensors
 from longspan.exchange import Exchanger
 from longspan.features import hgrn2_log_decay
@@ -24,6 +24,7 @@ def hgrn2(
     output_final_state: Literal[False] = ...,
     layout: SequenceLayout | None = ...,
     exchange: str | Exchanger = ...,
+    schedule: Schedule = ...,
     backend: str | None = ...,
     chunk_size: int | None = ...,
 ) -> Tensor: ...
@@ -40,6 +41,7 @@ def hgrn2(
     output_final_state: Literal[True],
     layout: SequenceLayout | None = ...,
     exchange: str | Exchanger = ...,
+    schedule: Schedule = ...,
     backend: str | None = ...,
     chunk_size: int | None = ...,
 ) -> tuple[Tensor, Tensor]: ...
@@ -56,6 +58,7 @@ def hgrn2(
     output_final_state: bool,
     layout: SequenceLayout | None = ...,
     exchange: str | Exchanger = ...,
+    schedule: Schedule = ...,
     backend: str | None = ...,
     chunk_size: int | None = ...,
 ) -> Tensor | tuple[Tensor, Tensor]: ...
@@ -71,6 +74,7 @@ def hgrn2(
     output_final_state: bool = False,
     layout: SequenceLayout | None = None,
     exchange: str | Exchanger = "auto",
+    schedule: Schedule = "auto",
     backend: str | None = None,
     chunk_size: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -83,7 +87,7 @@ def hgrn2(
         f: logits of the forget gate ``[B, T, H, K]``, in any of these dtypes: f_t = lower_bound + (1 − lower_bound) · σ(f).
         i: values ``[B, T, H, V]`` in the dtype of q.
         lower_bound: a number in [0, 1] or a tensor that broadcasts with f, such as ``[H, K]``, from `hgrn2_lower_bounds`.
-        initial_state, output_final_state, layout, exchange, backend, chunk_size: as in `longspan.gla`.
+        initial_state, output_final_state, layout, exchange, schedule, backend, chunk_size: as in `longspan.gla`.
 
     Returns:
         o ``[B, T, H, V]`` in the dtype of q; with `output_final_state`, the pair (o, final_state).
@@ -105,6 +109,7 @@ def hgrn2(
         initial_state=initial_state,
         layout=layout,
         exchange=exchange,
+        schedule=schedule,
         backend=backend,
         chunk_size=chunk_size,
     )

@@ -44,6 +44,7 @@ from longspan.ops.gates import Gate
 from longspan.ops.tiling import take_rows
 from longspan.ops.variants import VARIANTS, Variant
 from longspan.ops.variants.variant import ChunkForm
+from longspan.plan import Reading, overlap_pays
 from longspan.state import Pair, Transition
 from longspan.tracing import breaks_graphs, has_no_values, outside_graphs, unseen_by_checkpointing
 
@@ -84,6 +85,24 @@ class LinearMemory(StepMemory):
     def read_overlapped(self, q: Tensor, scale: float | None = None) -> Tensor:
         """`read`, in LASP-2's own schedule: what tokens read inside their chunks is computed before the exchange is waited for."""
         return (_read_linear_outside_graphs if self._breaks_graphs() else LinearMemory._read)(self, q, scale, True)
+
+    def overlap_pays(self) -> bool:
+        """Whether `read_overlapped` is faster than `read` by the model, as every rank finds alike; asked before the first read."""
+        second = self._form.second_pass
+        if self._pending is None or second is None:
+            return False
+        cost, cluster = self._pending.modelled()
+        _, batch, num_heads, key_size, value_size = self._pending.shape
+        reading = Reading(
+            num_tokens=max(self._layout.tokens_of),
+            chunk_size=second.chunk_size,
+            num_rows=batch * num_heads,
+            key_size=key_size,
+            value_size=value_size,
+            number_bytes=accumulation_dtype(self._k.dtype).itemsize,
+            num_launches=second.num_launches,
+        )
+        return overlap_pays(cost, cluster, reading, self._with_gradients)
 
     def _breaks_graphs(self) -> bool:
         """Whether a compiler traces this call, and not the one that wrote this memory."""

@@ -7,7 +7,7 @@ from typing import Literal, overload
 import torch.nn.functional as F
 from torch import Tensor
 
-from longspan.attention.by_name import apply_operator
+from longspan.attention.by_name import Schedule, apply_operator
 from longspan.checks import check_count, check_flag, check_not_empty, check_same_device, check_tensors
 from longspan.dtypes import at_least_float32
 from longspan.errors import InputError
@@ -33,6 +33,7 @@ def mamba2(
     output_final_state: Literal[False] = ...,
     layout: SequenceLayout | None = ...,
     exchange: str | Exchanger = ...,
+    schedule: Schedule = ...,
     backend: str | None = ...,
     chunk_size: int | None = ...,
 ) -> Tensor: ...
@@ -55,6 +56,7 @@ def mamba2(
     output_final_state: Literal[True],
     layout: SequenceLayout | None = ...,
     exchange: str | Exchanger = ...,
+    schedule: Schedule = ...,
     backend: str | None = ...,
     chunk_size: int | None = ...,
 ) -> tuple[Tensor, Tensor]: ...
@@ -77,6 +79,7 @@ def mamba2(
     output_final_state: bool,
     layout: SequenceLayout | None = ...,
     exchange: str | Exchanger = ...,
+    schedule: Schedule = ...,
     backend: str | None = ...,
     chunk_size: int | None = ...,
 ) -> Tensor | tuple[Tensor, Tensor]: ...
@@ -98,6 +101,7 @@ def mamba2(
     output_final_state: bool = False,
     layout: SequenceLayout | None = None,
     exchange: str | Exchanger = "auto",
+    schedule: Schedule = "auto",
     backend: str | None = None,
     chunk_size: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -119,7 +123,7 @@ def mamba2(
         n_groups: G; None takes it from B.
         initial_state, output_final_state: states are ``[B, H, N, P]``, float32 (float64 for float64). state-spaces/mamba's are
             transposed, ``[B, H, P, N]``.
-        layout, exchange, backend, chunk_size: as in `longspan.simple_gla`.
+        layout, exchange, schedule, backend, chunk_size: as in `longspan.simple_gla`.
 
     Returns:
         y ``[B, T, H, P]`` in the dtype of x; with `output_final_state`, the pair (y, final_state).
@@ -167,6 +171,7 @@ def mamba2(
         initial_state=initial_state,
         layout=layout,
         exchange=exchange,
+        schedule=schedule,
         backend=backend,
         chunk_size=chunk_size,
     )

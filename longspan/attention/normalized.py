@@ -12,7 +12,7 @@ from typing import Literal, TypedDict, Unpack, overload
 import torch.nn.functional as F
 from torch import Tensor
 
-from longspan.attention.by_name import write
+from longspan.attention.by_name import Schedule, check_schedule, overlaps, write
 from longspan.attention.linear import check_query
 from longspan.attention.memory import StateMemory
 from longspan.checks import check_not_empty, check_number, check_tensors
@@ -28,12 +28,18 @@ from longspan.state import Dense
 class NormalizedMemory:
     """What `write_normalized` has written: read it with queries, once or several times."""
 
-    _memory: StateMemory
+    memory: StateMemory
     _eps: float
 
     def read(self, q: Tensor) -> Tensor:
         """o ``[B, T, H, V]`` for φ(q) ``[B, T, H_k, K]``; the first read waits for the exchange."""
-        read = self._memory.read(q, scale=1.0)
+        return self._divided(q, self.memory.read(q, scale=1.0))
+
+    def read_overlapped(self, q: Tensor) -> Tensor:
+        """`read`, in LASP-2's own schedule."""
+        return self._divided(q, self.memory.read_overlapped(q, scale=1.0))
+
+    def _divided(self, q: Tensor, read: Tensor) -> Tensor:
         numerator, denominator = read[..., :-1], read[..., -1:]
         # float32 joins with a narrower numerator in one pass, and the quotient is rounded once.
         wide = at_least_float32(denominator)
@@ -41,7 +47,7 @@ class NormalizedMemory:
 
     def final_state(self) -> Tensor:
         """The state after the last token (of each document), ``[B, H, K, V + 1]``: S, and in the last column z."""
-        return self._memory.final_state()
+        return self.memory.final_state()
 
 
 class DecayOptions(TypedDict, total=False):
@@ -102,6 +108,7 @@ def normalized_linear_attention(
     *,
     operator: str = ...,
     eps: float = ...,
+    schedule: Schedule = ...,
     output_final_state: Literal[False] = ...,
     **options: Unpack[DecayOptions],
 ) -> Tensor: ...
@@ -115,6 +122,7 @@ def normalized_linear_attention(
     *,
     operator: str = ...,
     eps: float = ...,
+    schedule: Schedule = ...,
     output_final_state: Literal[True],
     **options: Unpack[DecayOptions],
 ) -> tuple[Tensor, Tensor]: ...
@@ -128,6 +136,7 @@ def normalized_linear_attention(
     *,
     operator: str = ...,
     eps: float = ...,
+    schedule: Schedule = ...,
     output_final_state: bool,
     **options: Unpack[DecayOptions],
 ) -> Tensor | tuple[Tensor, Tensor]: ...
@@ -140,6 +149,7 @@ def normalized_linear_attention(
     *,
     operator: str = "linear_attention",
     eps: float = 1e-6,
+    schedule: Schedule = "auto",
     output_final_state: bool = False,
     **options: Unpack[DecayOptions],
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -153,6 +163,7 @@ def normalized_linear_attention(
         v: ``[B, T, H, V]``, the same dtype.
         operator: ``"linear_attention"``, or another whose transition is a decay, with its gates in `options`.
         eps: added to every denominator.
+        schedule: as in `longspan.linear_attention`.
         output_final_state: also return the state after the last token (of each document), on every rank.
         options: gates by name (`g`, `log_decay`) and `layout`, `causal`, `initial_state`, `exchange`, `backend`, `chunk_size`, as
             in `longspan.write`. States are ``[B, H, K, V + 1]``: S, and in the last column z.
@@ -170,6 +181,7 @@ def normalized_linear_attention(
     """
     check_tensors("normalized_linear_attention", k=k)
     check_query("normalized_linear_attention", q, k, None)
+    check_schedule("normalized_linear_attention", schedule, options.get("causal", True))
     memory = write_normalized(k, v, operator=operator, eps=eps, output_final_state=output_final_state, **options)
-    o = memory.read(q)
+    o = memory.read_overlapped(q) if overlaps(schedule, memory.memory) else memory.read(q)
     return (o, memory.final_state()) if output_final_state else o

@@ -19,6 +19,7 @@ from longspan.comm.profiling import named_range
 from longspan.exchange.topology import Carrier, Exchanger, Handle, ReverseHandle
 from longspan.first_order import first_order
 from longspan.layout import SequenceLayout, group_of
+from longspan.plan import Cluster, Cost
 from longspan.state import Pair, Transition
 
 
@@ -118,6 +119,17 @@ class PendingExchange:
 
     _ticket: Tensor
     _link: _StateLink
+    _exchange: Exchanger
+    _pair: Pair
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the states, ``[num_segments, B, H, K, V]``."""
+        return self._pair.state.shape
+
+    def modelled(self) -> tuple[Cost, Cluster]:
+        """What it costs by the model, and the machines that are taken for it."""
+        return self._exchange.modelled(self._pair, self._link.layout)
 
     def wait(self, joins: bool = False) -> Tensor:
         """S_in ``[num_segments, B, H, K, V]`` of this rank's segments; differentiable; to be called once.
@@ -146,4 +158,4 @@ def start_exchange(exchange: Exchanger, pair: Pair, layout: SequenceLayout) -> P
     keeps_incoming = parameter.requires_grad and not pair.transition.is_known
     link = _StateLink(exchange.resolve(pair, layout), type(pair.transition), layout, keeps_incoming)
     ticket: Tensor = _StateStart.apply(pair.state, parameter, link)
-    return PendingExchange(ticket, link)
+    return PendingExchange(ticket, link, exchange, pair)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from longspan.errors import InputError
+from longspan.exchange.problem import problem_of, stated_cluster_of
 from longspan.layout import SequenceLayout
 from longspan.plan import Cluster, Cost, DirectionCost, Problem
 from longspan.state import Pair, Transition
@@ -77,6 +78,10 @@ class Exchanger(ABC):
             LongspanError: on every rank alike and before any communication, where the exchange cannot be carried out so.
         """
 
+    @abstractmethod
+    def modelled(self, pair: Pair, layout: SequenceLayout) -> tuple[Cost, Cluster]:
+        """What this exchange costs by the model, and the machines that are taken for it; see `Carrier.start` for the arguments."""
+
 
 @dataclass(frozen=True)
 class Topology(Exchanger):
@@ -112,6 +117,10 @@ class Topology(Exchanger):
     def resolve(self, pair: Pair, layout: SequenceLayout) -> Carrier:
         assert isinstance(self, Carrier)
         return self
+
+    def modelled(self, pair: Pair, layout: SequenceLayout) -> tuple[Cost, Cluster]:
+        cluster = stated_cluster_of(layout, pair.state.device)
+        return self.cost(problem_of(pair, layout, self.state_dtype), cluster), cluster
 
     def cost(self, problem: Problem, cluster: Cluster) -> Cost:
         """What one exchange costs by the model.

@@ -8,5 +8,17 @@ cluster given by numbers. The formulas, and what they leave out, stand in docs/e
 from longspan.plan.cluster import Cluster, Link, gpu_cluster, stated_cluster
 from longspan.plan.cost import Cost, DirectionCost
 from longspan.plan.problem import Problem, longest_chain
+from longspan.plan.schedule import Reading, overlap_pays
 
-__all__ = ["Cluster", "Cost", "DirectionCost", "Link", "Problem", "gpu_cluster", "longest_chain", "stated_cluster"]
+__all__ = [
+    "Cluster",
+    "Cost",
+    "DirectionCost",
+    "Link",
+    "Problem",
+    "Reading",
+    "gpu_cluster",
+    "longest_chain",
+    "overlap_pays",
+    "stated_cluster",
+]

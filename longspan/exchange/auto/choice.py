@@ -21,7 +21,7 @@ from longspan.exchange.topologies.listed import TOPOLOGIES
 from longspan.exchange.topology import Carrier, Exchanger, Priced, by_cost, check_state_dtype
 from longspan.layout import SequenceLayout, group_of
 from longspan.modes import built_for_every_mode
-from longspan.plan import Cluster
+from longspan.plan import Cluster, Cost
 from longspan.state import Pair
 
 _log = logging.getLogger("longspan")
@@ -56,6 +56,9 @@ class Auto(Exchanger):
 
     def resolve(self, pair: Pair, layout: SequenceLayout) -> Carrier:
         return self.choose(pair, layout).topology.resolve(pair, layout)
+
+    def modelled(self, pair: Pair, layout: SequenceLayout) -> tuple[Cost, Cluster]:
+        return self.choose(pair, layout).cost, self._cluster(layout, pair.state)
 
     def choose(self, pair: Pair, layout: SequenceLayout) -> Priced:
         """The topology that is taken, with its modelled cost; see `Carrier.start` for the arguments.

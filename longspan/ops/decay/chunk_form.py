@@ -42,7 +42,7 @@ from longspan.ops.factor_variant import FactorVariant
 from longspan.ops.finite import Harm, all_finite, finite_part, from_then_on, not_finite
 from longspan.ops.gates import Gates, LogDecays
 from longspan.ops.tiling import ChunkBlock, Tiling, chunks_of_block, take_rows, tile
-from longspan.ops.variants.variant import ChunkForm
+from longspan.ops.variants.variant import ChunkForm, SecondPass
 from longspan.state import Transition
 
 
@@ -593,6 +593,10 @@ class DecayChunkForm(ChunkForm):
         inside = DecayRead.apply(q, k, v, self._g, None, None, None, call, size)
         o = DecayRead.apply(q, None, None, self._g, self._states, wait(), inside, call, size)
         return o
+
+    @property
+    def second_pass(self) -> SecondPass | None:
+        return SecondPass(self.call.tiling.chunk_size, num_launches=15)
 
     def final_states(self, pieces: Sequence[int], rows: Sequence[int], incoming: Tensor | None) -> Tensor:
         assert self._ends is not None

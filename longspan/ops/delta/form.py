@@ -18,7 +18,7 @@ from longspan.ops.delta.write import DeltaWrite, PhaseLink
 from longspan.ops.factor_variant import FactorVariant
 from longspan.ops.gates import Gate, Gates, LogDecays
 from longspan.ops.tiling import chunks_of_block, tile
-from longspan.ops.variants.variant import ChunkForm
+from longspan.ops.variants.variant import ChunkForm, SecondPass
 from longspan.state import Dense, Transition
 
 DEFAULT_CHUNK_SIZE = 64
@@ -119,6 +119,10 @@ class DeltaChunkForm(ChunkForm):
         states = self._states(wait())
         o: Tensor = DeltaRead.apply(scores, q, ticket, *states, self._g, written.decays, call, self._link, scale)
         return o
+
+    @property
+    def second_pass(self) -> SecondPass | None:
+        return None
 
     def final_states(self, pieces: Sequence[int], rows: Sequence[int], incoming: Tensor | None) -> Tensor:
         states, _ = self._states(incoming)

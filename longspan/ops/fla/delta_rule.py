@@ -37,7 +37,7 @@ from longspan.first_order import first_order
 from longspan.layout import SequenceLayout
 from longspan.ops.backends import MAX_HEAD_SIZE, require_gpu, require_package
 from longspan.ops.gates import DecayKind, Gates, LogDecays
-from longspan.ops.variants.variant import ChunkForm
+from longspan.ops.variants.variant import ChunkForm, SecondPass
 from longspan.state import Dense, Transition
 
 _FUNCTIONS = {
@@ -257,6 +257,10 @@ class FlaChunkForm(ChunkForm):
         identity = torch.eye(nothing.shape[2], dtype=nothing.dtype, device=nothing.device)
         identity = identity.expand(*nothing.shape[:2], -1, -1)
         return Dense(torch.stack([self._transitions.get((start, stop), identity) for start, stop in ranges]))
+
+    @property
+    def second_pass(self) -> SecondPass | None:
+        return None
 
     def read(self, q: Tensor, wait: Callable[[], Tensor | None], scale: float, overlapped: bool) -> Tensor:
         written = self._written

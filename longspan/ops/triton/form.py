@@ -17,7 +17,7 @@ from longspan.ops.tiling import take_rows
 from longspan.ops.triton.custom_operators import decay_read, decay_write
 from longspan.ops.triton.launch import contiguous_rows, interpreted
 from longspan.ops.triton.stretches import Stretches, stretch_length, stretches_of
-from longspan.ops.variants.variant import ChunkForm
+from longspan.ops.variants.variant import ChunkForm, SecondPass
 from longspan.state import Transition
 
 
@@ -145,6 +145,10 @@ class TritonChunkForm(ChunkForm):
             scale, written.v.shape[2], written.v.shape[3], self.chunk_size,
         )  # fmt: skip
         return o
+
+    @property
+    def second_pass(self) -> SecondPass | None:
+        return SecondPass(self.chunk_size, num_launches=3)
 
     def final_states(self, pieces: Sequence[int], rows: Sequence[int], incoming: Tensor | None) -> Tensor:
         assert self._written is not None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
@@ -27,6 +28,18 @@ class RecurrentForm(Protocol):
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, scale: float, initial_state: Tensor
     ) -> tuple[Tensor, Tensor]: ...
+
+
+@dataclass(frozen=True)
+class SecondPass:
+    """What a form does more in an overlapped read.
+
+    chunk_size: tokens inside whose chunks the first pass reads. num_launches: operators that the second pass calls however few
+    tokens there are, forward, and as many backward.
+    """
+
+    chunk_size: int
+    num_launches: int
 
 
 class ChunkForm(ABC):
@@ -52,6 +65,11 @@ class ChunkForm(ABC):
         wait: returns the state that enters each segment, ``[num_segments, B, H, K, V]``, or None where nothing arrives; to be
         called once. overlapped: compute all that needs no state before waiting, at the price of a second pass.
         """
+
+    @property
+    @abstractmethod
+    def second_pass(self) -> SecondPass | None:
+        """How an overlapped read is two passes over the outputs; None where it is the fused one, or a whole call more."""
 
     @abstractmethod
     def final_states(self, pieces: Sequence[int], rows: Sequence[int], incoming: Tensor | None) -> Tensor:
