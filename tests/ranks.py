@@ -49,8 +49,9 @@ START_TIMEOUT = 180.0
 # After one rank has failed, the others get this long to report their own errors before they are stopped.
 GRACE_AFTER_FAILURE = 1.0
 LOG_TAIL_CHARACTERS = 6000
-# Groups of a rank, the default one included, beyond which the ranks meet anew after a call.
-MOST_GROUPS = 2
+# Groups of a rank, the default one included, beyond which the ranks meet anew after a call: more than exchanges make beside one
+# group, for making those anew takes ten times as long as a small call.
+MOST_GROUPS = 16
 # A rank that computes for less than this share of a time is stuck: on a machine that is busy with other things, too, it gets more.
 STUCK_SHARE = 0.005
 LONGEST_WAIT = 10
