@@ -163,11 +163,13 @@ def test_the_exit_code_is_that_of_the_rank_that_failed_and_the_others_are_stoppe
 def test_a_signal_ends_the_ranks_and_removes_the_hosts(
     left_behind: set[str], tmp_path: Path, number: signal.Signals
 ) -> None:
-    if signal.getsignal(number) is signal.SIG_IGN:
-        pytest.skip(f"{number.name} is ignored here, as a shell does to what it starts in the background")
     marker = f"20{os.getpid()}"
     arguments = ["--hosts", "2", "--", "sh", "-c", f"touch {tmp_path}/$RANK; sleep {marker}"]
-    process = subprocess.Popen([sys.executable, "-m", "benchmarks.cluster", *arguments])
+    # A shell lets what it starts in the background ignore interrupts, and children inherit that.
+    process = subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.cluster", *arguments],
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
+    )
     while len(list(tmp_path.iterdir())) < 2:
         time.sleep(0.02)
         assert process.poll() is None
