@@ -13,7 +13,7 @@ the ranks of each world size serve every test of the session. A call that fails 
 of step with each other: they are killed, and the next call starts fresh ones. Use `raised` for errors that a test
 expects: it catches them on the rank, and the ranks stay.
 
-A group of gloo is a thread that wakes a hundred times a second, on every rank. Tests make hundreds of groups, so the ranks leave
+A group of gloo has a thread that wakes a hundred times a second, on every rank. Tests make hundreds of groups, so the ranks leave
 all of them, and meet anew, after a call that leaves more than a few.
 
 The ranks run gloo with one thread each, listen on loopback alone, use the warning filters of the calling test, and
@@ -54,6 +54,7 @@ LOG_TAIL_CHARACTERS = 6000
 MOST_GROUPS = 16
 # A rank that computes for less than this share of a time is stuck: on a machine that is busy with other things, too, it gets more.
 STUCK_SHARE = 0.005
+# Times the timeout of a call, after which it is given up even if its ranks compute.
 LONGEST_WAIT = 10
 
 
@@ -169,15 +170,17 @@ class _Pool:
         values = self._collect(f"{function.__module__}.{function.__qualname__}", timeout)
         if self.num_groups > MOST_GROUPS:
             self.meetings += 1
-            self._send((self.meetings, None, None))
+            self._send(self.meetings)
             self.is_meeting = True
         return values
 
-    def _send(self, request: tuple[Any, ...]) -> None:
+    def _send(self, request: tuple[Any, ...] | int) -> None:
+        """Send the arguments of `_answer`, or the number of a meeting."""
+        pickled = pickle.dumps(request)
         for connection in self.connections:
             # A rank that died since the last call shows in `_collect`, with its log.
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-                connection.send_bytes(pickle.dumps(request))
+                connection.send_bytes(pickled)
 
     def _collect(self, what: str, timeout: float) -> list[Any]:
         """Wait for one answer of every rank."""
@@ -328,10 +331,10 @@ def _serve(rank: int, num_ranks: int, connection: Connection, folder: Path) -> N
             request = pickle.loads(connection.recv_bytes())
         except EOFError:
             os._exit(0)
-        if isinstance(request[0], int):
+        if isinstance(request, int):
             dist.destroy_process_group()
             gc.collect()
-            connection.send_bytes(meet(request[0]))
+            connection.send_bytes(meet(request))
         else:
             connection.send_bytes(_answer(*request))
 
