@@ -18,7 +18,7 @@ from longspan.comm.background import run_beside
 from longspan.commands.bench_options import BenchExchange
 from longspan.commands.bench_report import BenchFigures, Measured, print_figures, write_json
 from longspan.errors import LongspanError
-from longspan.exchange import TOPOLOGIES, Auto, Carrier, Priced, record_traffic
+from longspan.exchange import TOPOLOGIES, Auto, Carrier, Priced, by_cost, record_traffic
 from longspan.exchange.auto.figures import figures_of
 from longspan.exchange.auto.timing import RankClock
 from longspan.exchange.auto.trial import exchange_seconds
@@ -93,8 +93,7 @@ def measure(options: BenchExchange, device: torch.device) -> BenchFigures:
     def priced(name: str) -> Priced:
         if name == "auto":
             return choice
-        topology = TOPOLOGIES[name](state_dtype).settled(problem, cluster)
-        return Priced(topology, topology.cost(problem, cluster))
+        return by_cost([TOPOLOGIES[name](state_dtype)], problem, cluster)[0]
 
     modelled = {name: priced(name) for name in dict.fromkeys(options.topologies)}
     carriers = {name: each.topology.resolve(case.pair, case.layout) for name, each in modelled.items()}

@@ -17,6 +17,6 @@ def problem_of(pair: Pair, layout: SequenceLayout, state_dtype: torch.dtype | No
     )
 
 
-def stated_cluster_of(layout: SequenceLayout, device: torch.device) -> Cluster:
+def stated_cluster_of(layout: SequenceLayout, device_type: str) -> Cluster:
     """`stated_cluster` for the layout's ranks: on the nodes that the layout was told of, or else on one node."""
-    return stated_cluster(device.type, layout.num_ranks, layout.ranks_per_node or layout.num_ranks)
+    return stated_cluster(device_type, layout.num_ranks, layout.ranks_per_node or layout.num_ranks)

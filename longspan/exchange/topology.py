@@ -119,7 +119,7 @@ class Topology(Exchanger):
         return self
 
     def modelled(self, pair: Pair, layout: SequenceLayout) -> tuple[Cost, Cluster]:
-        cluster = stated_cluster_of(layout, pair.state.device)
+        cluster = stated_cluster_of(layout, pair.state.device.type)
         return self.cost(problem_of(pair, layout, self.state_dtype), cluster), cluster
 
     def cost(self, problem: Problem, cluster: Cluster) -> Cost:

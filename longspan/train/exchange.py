@@ -30,30 +30,33 @@ def figures_to_save(layout: SequenceLayout, ranks: Ranks) -> dict[str, Any]:
     return {"sp": ranks.sp, "device": ranks.device.type, "groups": everyone[:: ranks.sp]}
 
 
-def take_saved_figures(saved: Checkpoint, layout: SequenceLayout, ranks: Ranks) -> None:
-    """Take the figures of a checkpoint, where it has some of as many ranks on the same kind of device.
+def take_saved_figures(saved: Checkpoint, layout: SequenceLayout, ranks: Ranks) -> bool:
+    """Take the figures of a checkpoint if it has some of as many ranks, on such nodes and the same kind of device; say whether.
 
     Raises:
         CheckpointError: for figures of another form.
     """
     record = saved.state.get("exchange")
     if record is None:
-        return
+        return False
     try:
         if (record["sp"], record["device"], len(record["groups"])) != (ranks.sp, ranks.device.type, ranks.dp):
-            return
+            return False
         own = record["groups"][ranks.dp_rank]
-        if own is not None:
-            take_figures(layout, ranks.device, Figures.from_json(own))
+        figures = None if own is None else Figures.from_json(own)
     except (InputError, KeyError, TypeError, IndexError) as error:
         raise CheckpointError(
             f"the checkpoint of step {saved.step} has no figures of an exchange that this version knows: {error}. "
             "Give a topology by name (parallel.exchange), or start a new run"
         ) from error
+    if figures is None or not figures.fit(layout):
+        return False
+    take_figures(layout, ranks.device, figures)
+    return True
 
 
-def describe(layout: SequenceLayout, ranks: Ranks, resumed: bool) -> str:
-    """What the first group of ranks takes, in a line."""
+def describe(layout: SequenceLayout, ranks: Ranks, from_checkpoint: bool) -> str:
+    """What the first group of ranks takes, in a line. from_checkpoint: as `take_saved_figures` said."""
     figures = known_figures(layout, ranks.device)
     if figures is None or not figures.taken:
         return "no state passes between ranks"
@@ -61,4 +64,4 @@ def describe(layout: SequenceLayout, ranks: Ranks, resumed: bool) -> str:
         f"{name} for {sizes.transition.__name__} states of {sizes.num_rows} x {sizes.key_size} x {sizes.value_size}"
         for sizes, name in figures.taken.items()
     )
-    return f"{taken}; as measured {'before' if resumed else 'now'}, and kept in the checkpoints"
+    return f"{taken}; as measured {'before' if from_checkpoint else 'now'}, and kept in the checkpoints"

@@ -78,7 +78,7 @@ def train_on(
         report.heading("check", _describe_check(check, ranks.world_size))
         check.raise_unless_agrees()
         if exchange.measures(config, ranks):
-            report.heading("exchange", exchange.describe(trainer.layout, ranks, resumed=saved is not None))
+            report.heading("exchange", exchange.describe(trainer.layout, ranks, trainer.has_saved_figures))
 
     traced = config.run.trace_step
     if traced is not None and traced > trainer.step:

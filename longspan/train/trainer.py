@@ -68,6 +68,7 @@ class Trainer:
         self.baseline = unigram_baseline(data.train.tokens, data.tokenizer.vocab_size, self.held_out, self.token_bytes)
         self.model = make_parallel(self._build_model(), config, ranks)
         self.optimizer = build_optimizer(self.model, config.optim)
+        self.has_saved_figures = False
         self.step = 0
         self.skipped_in_a_row = 0
         self.totals = Totals()
@@ -260,7 +261,7 @@ class Trainer:
                 f"{', '.join(changed)} changed. Restore the data folder, or start a new run"
             )
         if measures(self.config, self.ranks):
-            take_saved_figures(saved, self.layout, self.ranks)
+            self.has_saved_figures = take_saved_figures(saved, self.layout, self.ranks)
         self._restore_weights(saved)
         try:
             load_optimizer_tensors(self.model, self.optimizer, _saved_tensors(saved, "optimizer"))

@@ -19,6 +19,7 @@ from longspan.exchange import TOPOLOGIES
 from longspan.launch import EXIT_DONE, EXIT_STOPPED, Place
 from longspan.layout import SequenceLayout
 from longspan.models.gates import GATE_BUILDERS
+from longspan.plan import gpu_cluster
 from longspan.train.checkpoint import Checkpoint, load_checkpoint, newest_checkpoint
 from longspan.train.config import Config
 from longspan.train.exchange import take_saved_figures
@@ -27,6 +28,8 @@ from longspan.train.ranks import Ranks
 from tests.ranks import raised, run_on_ranks
 from tests.shared import made_once
 from tests.train.tiny import COMPUTED, metrics, newest_tensors, tiny_config, train_here, write_corpus
+
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="session")
@@ -138,9 +141,16 @@ def test_a_resumed_run_takes_the_exchange_that_was_measured_before(
     assert load_checkpoint(newest_checkpoint(run / "checkpoints")).state["exchange"] == before
 
 
+def test_figures_of_other_nodes_are_not_taken() -> None:
+    cluster = dataclasses.asdict(gpu_cluster(2, 1))
+    record = {"sp": 2, "device": "cpu", "groups": [{"cluster": cluster, "trials": []}]}
+    on_one_node = SequenceLayout.for_rank(8, 2, 0, ranks_per_node=2)
+    assert not take_saved_figures(Checkpoint(3, {}, {"exchange": record}), on_one_node, Ranks(Place(0, 2), CPU))
+
+
 @pytest.mark.parametrize("record", [3, {}, {"sp": 2, "device": "cpu", "groups": [{"cluster": {"num_ranks": "two"}}]}])
 def test_figures_of_an_exchange_of_another_form_are_refused(record: Any) -> None:
-    ranks = Ranks(Place(0, 2), torch.device("cpu"))
+    ranks = Ranks(Place(0, 2), CPU)
     saved = Checkpoint(3, {}, {"exchange": record})
     with pytest.raises(CheckpointError, match="step 3 has no figures of an exchange that this version knows"):
         take_saved_figures(saved, SequenceLayout.for_rank(8, 2, 0), ranks)

@@ -13,9 +13,10 @@ from longspan.attention.softmax.all_gather import AllGatherKeys
 from longspan.attention.softmax.ring import RingKeys
 from longspan.attention.softmax.shapes import Shapes
 from longspan.attention.softmax.ulysses import Ulysses
+from longspan.exchange.problem import stated_cluster_of
 from longspan.layout import SequenceLayout
 from longspan.layout.visibility import Visibility
-from longspan.plan import Cluster, stated_cluster
+from longspan.plan import Cluster
 
 METHODS: dict[str, type[AllGatherKeys | Ulysses | RingKeys]] = {
     "all_gather": AllGatherKeys,
@@ -30,7 +31,7 @@ WORTHWHILE = 0.95
 
 def choose(layout: SequenceLayout, visibility: Visibility, shapes: Shapes, device_type: str) -> str:
     """The method for a layer; one rank, or ranks that need nothing of each other, take any."""
-    cluster = stated_cluster(device_type, layout.num_ranks, layout.ranks_per_node or layout.num_ranks)
+    cluster = stated_cluster_of(layout, device_type)
     return layout.cached(
         ("softmax_choice", visibility, shapes, cluster), lambda: _choose(layout, visibility, shapes, cluster)
     )

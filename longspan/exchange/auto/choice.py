@@ -105,7 +105,7 @@ class Auto(Exchanger):
     def _cluster(self, layout: SequenceLayout, state: Tensor) -> Cluster:
         if self.measure:
             return figures_of(layout, state.device).cluster
-        return self.cluster or stated_cluster_of(layout, state.device)
+        return self.cluster or stated_cluster_of(layout, state.device.type)
 
 
 def _errors(priced: list[Priced], pair: Pair, layout: SequenceLayout) -> dict[str, float]:

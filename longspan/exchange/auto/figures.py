@@ -38,6 +38,11 @@ class Figures:
         ]
         return {"cluster": asdict(self.cluster), "trials": trials}
 
+    def fit(self, layout: SequenceLayout) -> bool:
+        """Whether they are of as many ranks as the layout has, on such nodes."""
+        here = (layout.num_ranks, ranks_per_node_of(layout))
+        return here == (self.cluster.num_ranks, self.cluster.ranks_per_node)
+
     @classmethod
     def from_json(cls, record: Any) -> Figures:
         """The figures that `as_json` wrote.
@@ -96,7 +101,7 @@ def take_figures(layout: SequenceLayout, device: torch.device, figures: Figures)
     """
     here = (layout.num_ranks, ranks_per_node_of(layout))
     there = (figures.cluster.num_ranks, figures.cluster.ranks_per_node)
-    if here != there:
+    if not figures.fit(layout):
         raise InputError(
             f"the figures are of {there[0]} ranks on nodes of {there[1]}, and the layout has {here[0]} on nodes of {here[1]}"
         )

@@ -45,7 +45,10 @@ class Pipelined(Topology):
     def resolve(self, pair: Pair, layout: SequenceLayout) -> Carrier:
         num_blocks = self.num_blocks
         if num_blocks is None:
-            problem, cluster = problem_of(pair, layout, self.state_dtype), stated_cluster_of(layout, pair.state.device)
+            problem, cluster = (
+                problem_of(pair, layout, self.state_dtype),
+                stated_cluster_of(layout, pair.state.device.type),
+            )
             key = ("num_blocks", problem, cluster)
             num_blocks = layout.cached(key, lambda: best_num_blocks(problem, cluster))
         return Chain(self.name, self.state_dtype, num_blocks)
