@@ -26,7 +26,7 @@ from longspan.ops.norm import rms_norm_gated
 
 if TYPE_CHECKING:
     from longspan.attention.softmax import softmax_attention
-    from longspan.parallel import parallelize, sum_gradients
+    from longspan.parallel import parallelize, sum_gradients, unparallelize
 
 __version__ = "0.1.0"
 
@@ -57,6 +57,7 @@ __all__ = [
     "softmax_attention",
     "sum_gradients",
     "token_shift",
+    "unparallelize",
     "write",
     "write_normalized",
 ]
@@ -65,6 +66,7 @@ _LAZY = {
     "parallelize": "longspan.parallel",
     "softmax_attention": "longspan.attention.softmax",
     "sum_gradients": "longspan.parallel",
+    "unparallelize": "longspan.parallel",
 }
 
 

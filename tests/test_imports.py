@@ -46,15 +46,19 @@ WITHOUT_DISTRIBUTED = {"ops", "models"}
 MAY_READ_ENVIRONMENT = ["longspan/launch*", "longspan/cli*"]
 IMPORTING_CALLS = {"__import__", "import_module", "importlib.import_module"}
 OPTIONAL_PACKAGES = [
+    "accelerate",
+    "datasets",
     "fla",
     "matplotlib",
     "numpy",
+    "peft",
     "rich",
     "safetensors",
     "tensorboard",
     "tokenizers",
     "transformers",
     "triton",
+    "trl",
     "tyro",
 ]
 

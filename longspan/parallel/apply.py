@@ -6,6 +6,7 @@ all ranks (data × sequence). Parameter gradients are then *summed* over data ×
 
 from __future__ import annotations
 
+import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -19,12 +20,14 @@ from longspan.checks import described
 from longspan.comm.traffic import note_collective, waiting
 from longspan.errors import InputError
 from longspan.exchange import Exchanger, exchange_named
-from longspan.layout import SequenceLayout
+from longspan.layout import Order, SequenceLayout
 from longspan.models.mixers import ParallelOptions, SequenceMixer, SequenceParallel
 from longspan.parallel.adapters import adapter_of
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
+
+    from longspan.integrations.transformers.losses import LossKind
 
 BUCKET_BYTES = 32 * 2**20
 """Gradients are summed this many bytes at a time: enough to hide latency, little beside the model."""
@@ -36,24 +39,34 @@ def parallelize(
     model: Model,
     mesh_or_group: dist.ProcessGroup | DeviceMesh | None,
     *,
+    order: Order | None = None,
     exchange: str | Exchanger = "auto",
     softmax_method: SoftmaxMethod = "auto",
+    loss: LossKind | None = None,
+    verify: bool = False,
 ) -> Model:
     """Let `model` run on sequences that are split over the ranks of a group; changed in place and returned.
 
     Args:
-        model: a `longspan.models.LinearLlama3`, any module whose token-mixing layers are `longspan.models.mixers.SequenceMixer`s,
-            or one whose class has an adapter (`longspan.parallel.register_adapter`); with the same weights on every rank.
+        model: a causal language model of Hugging Face Transformers, or PEFT's around one; a `longspan.models.LinearLlama3`; any
+            module whose token-mixing layers are `longspan.models.mixers.SequenceMixer`s; or one whose class has an adapter
+            (`longspan.parallel.register_adapter`). With the same weights on every rank.
         mesh_or_group: process group or DeviceMesh (such as ``mesh["sp"]``), as in `SequenceLayout`; None is the default group.
+        order: Transformers only: which tokens of a sequence a rank takes, ``"zigzag"`` if not said, as in `SequenceLayout`.
         exchange: how linear layers exchange their states, as in the operators.
         softmax_method: how softmax layers exchange keys and values, as in `softmax_attention`.
+        loss: Transformers only: ``"mean"`` (if not said), so that averaging gradients over the ranks, as DistributedDataParallel,
+            FSDP2 and Accelerate do, gives those of the whole loss; ``"sum"``, so that summing them does (`sum_gradients`).
+        verify: Transformers only: compare loss and gradients of a short batch of random tokens with those of one process first.
 
-    Afterwards ``model(layout.shard(tokens), layout=layout)`` takes a layout of this very group, and no call without
-    one where the group has several ranks: its mixers refuse others. Sum the gradients with `sum_gradients`. Whose place a model
-    has is kept as its ``sequence_parallel``.
+    A model of Transformers is called as before, with whole sequences which are the same on every rank of the group, and returns
+    this rank's logits: docs/transformers.md. Others take ``model(layout.shard(tokens), layout=layout)`` with a layout of this
+    very group, and no call without one where the group has several ranks: their mixers refuse others; sum their gradients with
+    `sum_gradients`. Whose place a model has is kept as its ``sequence_parallel``. `unparallelize` undoes it.
 
     Raises:
-        InputError: for a model that has no such mixer and no adapter, or a name that is not an exchange or a method.
+        InputError: for a model that has no such mixer and no adapter, a layer of Transformers that is not known, a name that is not
+            an exchange or a method, or an option that does not concern the model.
         LayoutError: for a group that this rank is not in, or a mesh that is not one of sequence-parallel ranks.
     """
     if not isinstance(model, nn.Module):
@@ -66,8 +79,21 @@ def parallelize(
     group, num_ranks = _resolve(mesh_or_group)
     options, place = ParallelOptions(exchange, softmax_method), SequenceParallel(group, num_ranks)
     adapter = adapter_of(type(model))
+    if adapter is None and _is_transformers_model(model):
+        from longspan.integrations.transformers.model import parallelize_pretrained
+
+        parallelize_pretrained(model, options, place, order=order or "zigzag", loss=loss or "mean", verify=verify)
+        return _placed(model, place)
+    for name, given in (("order", order), ("loss", loss), ("verify", verify or None)):
+        if given is not None:
+            raise InputError(
+                f"parallelize(): {name}={given!r} concerns models of Hugging Face Transformers, which are called with whole "
+                "sequences; "
+                f"{type(model).__name__} is called with a layout, which says the order. Leave {name} out"
+            )
     if adapter is not None:
-        adapter(model, options, place)
+        undo = adapter(model, options, place)
+        model.__dict__[_UNDO] = undo
     else:
         mixers = [module for module in model.modules() if isinstance(module, SequenceMixer)]
         if not mixers:
@@ -78,9 +104,59 @@ def parallelize(
             )
         for mixer in mixers:
             mixer.set_parallel(options, place)
+    return _placed(model, place)
+
+
+def unparallelize(model: Model) -> Model:
+    """Undo `parallelize`, in place: the model is as it was, and returned. Other models keep what they have.
+
+    Raises:
+        InputError: for a model that is not parallelized, or whose adapter returned nothing that undoes its work.
+    """
+    if not isinstance(model, nn.Module):
+        raise InputError(f"unparallelize() takes a torch.nn.Module; got {described(model)}. Pass the model itself")
+    if getattr(model, "sequence_parallel", None) is None:
+        raise InputError(f"{type(model).__name__} is not parallelized: there is nothing to undo")
+    adapter = adapter_of(type(model))
+    if adapter is None and _is_transformers_model(model):
+        from longspan.integrations.transformers.model import unparallelize_pretrained
+
+        unparallelize_pretrained(model)
+    elif adapter is not None:
+        undo = model.__dict__.get(_UNDO)
+        if undo is None:
+            raise InputError(
+                f"the adapter of {type(model).__name__} returned nothing that undoes its work. Let it return a function that "
+                "does, or "
+                "build the model anew"
+            )
+        undo()
+        del model.__dict__[_UNDO]
+    else:
+        for module in model.modules():
+            if isinstance(module, SequenceMixer):
+                module.set_parallel(ParallelOptions(), None)
+    model.sequence_parallel = None  # type: ignore[assignment]
+    return model
+
+
+_UNDO = "_longspan_undo"
+"""Where a model keeps what its adapter returned."""
+
+
+def _placed(model: Model, place: SequenceParallel) -> Model:
     # A module takes any attribute.
     model.sequence_parallel = place  # type: ignore[assignment]
     return model
+
+
+def _is_transformers_model(model: nn.Module) -> bool:
+    """Whether a model is Transformers'; whose module is loaded then."""
+    if "transformers" not in sys.modules:
+        return False
+    from longspan.integrations.transformers.model import is_transformers_model
+
+    return is_transformers_model(model)
 
 
 @torch.no_grad()

@@ -152,8 +152,8 @@ class SequenceMixer(nn.Module, ABC):
         Recomputation is not counted.
         """
 
-    def set_parallel(self, options: ParallelOptions, place: SequenceParallel) -> None:
-        """Take the options of a parallel run, and the group whose layouts the mixer is called with from now on."""
+    def set_parallel(self, options: ParallelOptions, place: SequenceParallel | None) -> None:
+        """Take the options of a parallel run, and the group whose layouts the mixer is called with from now on, or None."""
         self.parallel, self.sequence_parallel = options, place
 
 

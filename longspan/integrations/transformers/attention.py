@@ -1,0 +1,100 @@
+"""Softmax attention of Transformers' models over ranks: the function registered with its attention interface."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from longspan.attention.softmax import softmax_attention
+from longspan.errors import InputError
+from longspan.integrations.transformers.call import CALL, ParallelCall
+from longspan.integrations.transformers.functions import in_one_dtype
+from longspan.integrations.transformers.mixers import ATTENTION
+
+ATTENTION_NAME = "longspan"
+"""Under which the function is registered, and what ``config._attn_implementation`` says in a parallelized model.
+
+No mask function is registered under this name, so that models build no mask at all: causality, windows and documents are the
+layout's and the operator's.
+"""
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    sinks: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention of this rank's queries to all ranks' keys.
+
+    Args:
+        module: the attention layer.
+        query, key, value: ``[B, H, T, D]``, ``[B, H_kv, T, D]``, ``[B, H_kv, T, D_v]``, positions encoded.
+        attention_mask: None; there is no mask under this implementation.
+        scaling: of the scores. sliding_window: how many tokens a query sees, itself included.
+        is_causal: as in the layer where None.
+
+    Returns:
+        ``[B, T, H, D_v]``, and None for the weights, which are never formed.
+
+    Raises:
+        InputError: for what is not supported over ranks: dropout, a mask, a position bias.
+        RuntimeError: where no layout reached the layer.
+    """
+    name = type(module).__name__
+    call: ParallelCall | None = kwargs.get(CALL)
+    if call is None:
+        raise RuntimeError(
+            f"{name} uses the attention implementation {ATTENTION_NAME!r} outside of a parallelized model's forward. Call the "
+            "model that was given to longspan.parallelize(), or set_attn_implementation('sdpa') on this one"
+        )
+    refused = {
+        "a mask that is not causal": attention_mask is not None,
+        f"attention dropout {dropout}": bool(dropout),
+        "a position bias": position_bias is not None,
+        "a soft cap of scores": softcap is not None,
+        "attention sinks": s_aux is not None or sinks is not None,
+    }
+    for what, is_given in refused.items():
+        if is_given:
+            raise InputError(
+                f"{name}: {what} is not supported over ranks. Set attention_dropout to 0 in the config, and pack or pad on the "
+                "right instead of masking"
+            )
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    size = value.shape[-1]
+    if size < query.shape[-1]:
+        value = F.pad(value, (0, query.shape[-1] - size))
+    q, k, v = (t.transpose(1, 2) for t in in_one_dtype(query, key, value))
+    out = softmax_attention(
+        q,
+        k,
+        v,
+        causal=causal,
+        window=sliding_window,
+        scale=q.shape[-1] ** -0.5 if scaling is None else scaling,
+        layout=call.layout,
+        method=call.options.softmax_method,
+    )
+    call.take(ATTENTION, module)
+    return out[..., :size], None
+
+
+def register() -> None:
+    """Make the function known to Transformers; once is enough."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    if ATTENTION_NAME not in ALL_ATTENTION_FUNCTIONS:
+        ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, attention)

@@ -1,0 +1,43 @@
+"""What travels through a model's forward: one keyword argument, `ParallelCall`.
+
+It is an argument, and no state of the process, so that gradient checkpointing of both kinds gives a recomputation the layout of
+its own forward, also where another forward has run in between.
+"""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from longspan.layout import SequenceLayout
+from longspan.models.mixers import ParallelOptions
+
+CALL = "longspan_call"
+"""The keyword under which a call travels from a backbone to its mixers."""
+
+
+@dataclass(eq=False)
+class ParallelCall:
+    """One forward of a parallelized model: whose tokens these are, and which mixers have taken that.
+
+    layout: of this rank's tokens. options: how layers exchange. split_already: whether the caller split the sequences. mixer: the
+    one that runs now, or None. taken: names of functions that mixers called with the layout, by the mixer.
+    """
+
+    layout: SequenceLayout
+    options: ParallelOptions
+    split_already: bool = False
+    mixer: nn.Module | None = None
+    taken: dict[int, set[str]] = field(default_factory=dict)
+
+    def take(self, function: str, mixer: nn.Module | None = None) -> None:
+        """Note that a mixer, the one that runs if not said, has called `function` with the layout."""
+        mixer = self.mixer if mixer is None else mixer
+        if mixer is not None:
+            self.taken.setdefault(id(mixer), set()).add(function)
+
+
+RUNNING: ContextVar[ParallelCall | None] = ContextVar("longspan_running_call", default=None)
+"""The call of the mixer that runs now, where its model does not hand keywords on to the functions; None outside of such mixers."""

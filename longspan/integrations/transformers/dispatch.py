@@ -1,0 +1,67 @@
+"""Functions of Transformers' modeling files, replaced by ones that look for a layout: with none, nothing changes.
+
+A modeling file is shared by all models of its kind in the process. Its functions are replaced while a parallelized model of the
+kind lives, and put back when the last of them has been unparallelized or is gone: users are counted by weak references.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Iterable
+from types import ModuleType
+from typing import Any
+from weakref import WeakSet
+
+from longspan.integrations.transformers.call import CALL, RUNNING
+from longspan.integrations.transformers.functions import FUNCTIONS
+from longspan.integrations.transformers.losses import BALANCE_LOSS, balance_loss
+from longspan.tracing import outside_graphs
+
+_USERS = "longspan_users"
+"""Attribute of a modeling file's dispatchers: the models that they are installed for."""
+
+
+def install(user: object, modeling_files: Iterable[str]) -> None:
+    """Replace the functions of modeling files, by their names in `sys.modules`, for as long as `user` needs them."""
+    for module in _modules(modeling_files):
+        for name in (*FUNCTIONS, BALANCE_LOSS):
+            present = module.__dict__.get(name)
+            if present is None:
+                continue
+            if not hasattr(present, _USERS):
+                present = _dispatcher(present, FUNCTIONS[name]) if name in FUNCTIONS else balance_loss(present)
+                setattr(present, _USERS, WeakSet())
+                setattr(module, name, present)
+            getattr(present, _USERS).add(user)
+
+
+def uninstall(user: object, modeling_files: Iterable[str]) -> None:
+    """`user` needs no replacement any more; the last user puts the original functions back."""
+    for module in _modules(modeling_files):
+        for name in (*FUNCTIONS, BALANCE_LOSS):
+            present: Any = module.__dict__.get(name)
+            users = getattr(present, _USERS, None)
+            if users is None:
+                continue
+            users.discard(user)
+            if not users:
+                setattr(module, name, present.__wrapped__)
+
+
+def _modules(modeling_files: Iterable[str]) -> list[ModuleType]:
+    return [sys.modules[name] for name in sorted(modeling_files)]
+
+
+def _dispatcher(original: Callable[..., Any], replacement: Callable[..., Any]) -> Callable[..., Any]:
+    # A compiled model calls what replaces a kernel as it is: one break of its graph for each mixer.
+    replacement = outside_graphs(replacement)
+
+    @functools.wraps(original)
+    def dispatch(*args: Any, **kwargs: Any) -> Any:
+        call = kwargs.pop(CALL, None)
+        if call is None:
+            call = RUNNING.get()
+        return original(*args, **kwargs) if call is None else replacement(call, *args, **kwargs)
+
+    return dispatch

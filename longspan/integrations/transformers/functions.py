@@ -1,0 +1,210 @@
+"""What stands in for the kernels of Transformers' modeling files: the same arguments, on this rank's tokens.
+
+Shapes: B rows, T tokens of this rank, H heads, C channels, N the size of a state, P the channels of a head. Convolutions and
+selective scans are given ``[B, C, T]``, the others ``[B, T, H, ...]``. Arguments that only a kernel needs are dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import longspan.functional as operators
+from longspan.attention.convolution import causal_conv1d
+from longspan.dtypes import at_least_float32
+from longspan.integrations.transformers.call import ParallelCall
+from longspan.integrations.transformers.mixers import CONVOLUTION, GATED_DELTA, KIMI_DELTA, MAMBA2, SELECTIVE_SCAN
+
+NORM_EPS = 1e-6
+"""What Transformers adds to the squared length of queries and keys of the delta rules."""
+
+
+def convolution(
+    call: ParallelCall,
+    hidden_states: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    **_: Any,
+) -> Tensor:
+    """Depthwise causal convolution: ``[B, C, T]``, weight ``[C, W]``."""
+    call.take(CONVOLUTION)
+    x = hidden_states.transpose(1, 2)
+    weight = weight.to(x.dtype)
+    bias = None if bias is None else bias.to(x.dtype)
+    return causal_conv1d(x, weight, bias, activation, call.layout).transpose(1, 2)
+
+
+def gated_delta_rule(call: ParallelCall, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    """Gated delta rule: q, k ``[B, T, H_k, K]``, v ``[B, T, H, V]``, g and beta ``[B, T, H]``."""
+    call.take(GATED_DELTA)
+    return _delta_rule(call, operators.gated_delta_rule, *args, **kwargs)
+
+
+def kimi_delta_attention(call: ParallelCall, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    """Kimi delta attention: as the gated delta rule, g ``[B, T, H, K]``."""
+    call.take(KIMI_DELTA)
+    return _delta_rule(call, operators.kda, *args, **kwargs)
+
+
+def _delta_rule(
+    call: ParallelCall,
+    operator: Callable[..., Any],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    chunk_size: int | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
+    **_: Any,
+) -> tuple[Tensor, Tensor | None]:
+    query, key, value = in_one_dtype(query, key, value)
+    if use_qk_l2norm_in_kernel:
+        query, key = _unit_length(query), _unit_length(key)
+    out = operator(
+        query,
+        key,
+        value,
+        g,
+        beta.to(query.dtype),
+        initial_state=initial_state,
+        output_final_state=output_final_state,
+        layout=call.layout,
+        exchange=call.options.exchange,
+    )
+    return out if output_final_state else (out, None)
+
+
+def mamba2_scan(
+    call: ParallelCall,
+    hidden_states: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    chunk_size: int | None = None,
+    D: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    initial_states: Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, float("inf")),
+    return_final_states: bool = False,
+    z: Tensor | None = None,
+    **_: Any,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Mamba-2's scan: x ``[B, T, H, P]``, dt ``[B, T, H]``, B and C ``[B, T, G, N]``; states ``[B, H, P, N]``, not as ours."""
+    call.take(MAMBA2)
+    steps = at_least_float32(dt)
+    if dt_bias is not None:
+        steps = steps + dt_bias.to(steps.dtype)
+    if dt_softplus:
+        steps = F.softplus(steps)
+    if tuple(dt_limit) != (0.0, float("inf")):
+        steps = steps.clamp(*dt_limit)
+    x, B, C = in_one_dtype(hidden_states, B, C)
+    out = operators.mamba2(
+        x,
+        steps,
+        A,
+        B,
+        C,
+        D=D,
+        z=z,
+        initial_state=None if initial_states is None else initial_states.transpose(-1, -2),
+        output_final_state=return_final_states,
+        layout=call.layout,
+        exchange=call.options.exchange,
+    )
+    return (out[0], out[1].transpose(-1, -2)) if return_final_states else out
+
+
+def selective_scan(
+    call: ParallelCall,
+    hidden_states: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    return_last_state: bool = False,
+    **_: Any,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Mamba's selective scan: x, dt, z ``[B, C, T]``, A ``[C, N]``, B and C ``[B, N, T]``; states ``[B, C, N]``.
+
+    It is gated linear attention of a head per channel, with keys B, queries C, one value channel and g = dt · A.
+    """
+    call.take(SELECTIVE_SCAN)
+    steps = at_least_float32(dt)
+    if delta_bias is not None:
+        steps = steps + delta_bias.to(steps.dtype)[..., None]
+    if delta_softplus:
+        steps = F.softplus(steps)
+    steps = steps.transpose(1, 2)
+    x = hidden_states.transpose(1, 2)
+    queries, keys = (t.transpose(1, 2).unsqueeze(2).to(x.dtype) for t in (C, B))
+    out = operators.gla(
+        queries,
+        keys,
+        (x * steps).to(x.dtype).unsqueeze(-1),
+        steps.unsqueeze(-1) * A.to(steps.dtype),
+        scale=1.0,
+        output_final_state=return_last_state,
+        layout=call.layout,
+        exchange=call.options.exchange,
+    )
+    scanned, state = with_state(out)
+    y = scanned.squeeze(-1).transpose(1, 2)
+    if D is not None:
+        y = y + hidden_states * D[None, :, None]
+    if z is not None:
+        y = y * F.silu(z)
+    return y if state is None else (y, state.squeeze(-1))
+
+
+def not_fused(call: ParallelCall, *_: Any, **__: Any) -> None:
+    """A kernel that does convolution and scan at once: its callers take None for "not here", and call the two themselves."""
+
+
+FUNCTIONS: Mapping[str, Callable[..., Any]] = {
+    CONVOLUTION: convolution,
+    GATED_DELTA: gated_delta_rule,
+    KIMI_DELTA: kimi_delta_attention,
+    MAMBA2: mamba2_scan,
+    SELECTIVE_SCAN: selective_scan,
+    "mamba2_split_conv1d_scan_combined": not_fused,
+    "mamba_inner_fn": not_fused,
+}
+"""By the name of the function in a modeling file, what stands in for it."""
+
+
+def in_one_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Tensors as a matrix product would take them: under autocast in its dtype, else in that of the narrowest.
+
+    Rotary embeddings and norms in float32 leave queries and keys wider than the values beside them.
+    """
+    kind = tensors[0].device.type
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+        return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+    narrowest = min((t.dtype for t in tensors), key=lambda dtype: dtype.itemsize)
+    return tuple(t.to(narrowest) for t in tensors)
+
+
+def with_state(out: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:
+    """What an operator returned, and the final state or None."""
+    return (out, None) if isinstance(out, Tensor) else out
+
+
+def _unit_length(x: Tensor) -> Tensor:
+    wide = at_least_float32(x)
+    return (wide * torch.rsqrt((wide * wide).sum(-1, keepdim=True) + NORM_EPS)).to(x.dtype)

@@ -1,0 +1,90 @@
+"""The loss of whole sequences from each rank's tokens, so that training loops need no change.
+
+The sum of all ranks' shares is the loss. What a model returns depends on who combines the gradients:
+
+    num_items_in_batch given     the share, as Transformers' Trainer counts and scales it
+    loss="mean"                  the share times the number of ranks: whoever averages gradients (DDP, FSDP2) averages it to the
+    loss loss="sum"                   the share, for `longspan.sum_gradients`
+
+Without gradients nothing is combined afterwards: every rank is given the whole loss; with num_items_in_batch, which Trainer
+multiplies by the number of ranks and averages, an equal part of it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from longspan.exchange.all_reduce import sum_over_ranks
+from longspan.layout import SequenceLayout
+
+LossKind = Literal["mean", "sum"]
+LOSSES: tuple[LossKind, ...] = ("mean", "sum")
+IGNORED = -100
+"""Label of a token that is not counted, in all of Transformers."""
+
+BALANCE_LOSS = "load_balancing_loss_func"
+"""Name in modeling files of the auxiliary loss of mixtures of experts."""
+
+LOSS_LAYOUT: ContextVar[SequenceLayout | None] = ContextVar("longspan_loss_layout", default=None)
+"""The layout of the model whose head runs now; None outside of parallelized models."""
+
+
+def shifted_labels(labels: Tensor, layout: SequenceLayout) -> Tensor:
+    """The label of each token's successor: ``[B, N]`` of whole sequences, shifted before any split; none across documents."""
+    shifted = F.pad(labels, (0, 1), value=IGNORED)[:, 1:].contiguous()
+    if layout.documents is not None:
+        last = torch.tensor([stop - 1 for stop in layout.documents[1:]], device=labels.device)
+        shifted[:, last] = IGNORED
+    return shifted
+
+
+def combined(share: Tensor, layout: SequenceLayout, kind: LossKind, counted_by_trainer: bool) -> Tensor:
+    """What a model returns for this rank's share of the loss; see the table above."""
+    if layout.num_ranks == 1:
+        return share
+    if not torch.is_grad_enabled():
+        whole = sum_over_ranks(share.detach(), layout)
+        return whole / layout.num_ranks if counted_by_trainer else whole
+    return share * layout.num_ranks if kind == "mean" and not counted_by_trainer else share
+
+
+def balance_loss(original: Callable[..., Any]) -> Callable[..., Any]:
+    """The auxiliary loss over all ranks' tokens; each rank's share is 1/P of it."""
+
+    @functools.wraps(original)
+    def dispatch(
+        gate_logits: Any, num_experts: int | None = None, top_k: int = 2, attention_mask: Tensor | None = None
+    ) -> Any:
+        layout = LOSS_LAYOUT.get()
+        if layout is None or layout.num_ranks == 1 or not isinstance(gate_logits, tuple) or num_experts is None:
+            return original(gate_logits, num_experts, top_k, attention_mask)
+        return _balance(gate_logits, num_experts, top_k, layout) / layout.num_ranks
+
+    return dispatch
+
+
+def _balance(gate_logits: tuple[Tensor, ...], num_experts: int, top_k: int, layout: SequenceLayout) -> Tensor:
+    """Experts · Σ_e (share of choices of e) · (mean probability of e), over all layers' tokens of all ranks.
+
+    gate_logits: ``[T, num_experts]`` of each layer.
+    """
+    dtype, device = torch.promote_types(gate_logits[0].dtype, torch.float32), gate_logits[0].device
+    chosen = torch.zeros(num_experts, dtype=dtype, device=device)
+    probabilities = torch.zeros(num_experts, dtype=dtype, device=device)
+    for logits in gate_logits:
+        weights = torch.softmax(logits.to(device=device, dtype=dtype), dim=-1)
+        experts = torch.topk(weights, top_k, dim=-1).indices.flatten()
+        chosen = chosen.scatter_add(0, experts, torch.ones_like(experts, dtype=dtype))
+        probabilities = probabilities + weights.sum(0)
+    rows = chosen.new_tensor([float(sum(logits.shape[0] for logits in gate_logits))])
+    summed = sum_over_ranks(torch.cat([chosen, probabilities, rows]), layout)
+    chosen, probabilities, rows = summed.split([num_experts, num_experts, 1])
+    rows = rows.detach()
+    return (chosen.detach() / rows * (probabilities / rows)).sum() * num_experts

@@ -1,0 +1,91 @@
+"""What stands in for methods of mixers that call no function which could be replaced.
+
+Each is bound to the instance that it replaces a method of, in parallelized models alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import longspan.functional as operators
+from longspan.integrations.transformers.call import CALL, RUNNING, ParallelCall
+from longspan.integrations.transformers.functions import convolution, with_state
+from longspan.integrations.transformers.mixers import LIGHTNING, RECURRENT_UNIT
+
+
+def lightning_attention(
+    self: Any,
+    hidden_states: Tensor,
+    position_embeddings: tuple[Tensor, Tensor] | None = None,
+    attention_mask: Tensor | None = None,
+    past_key_values: Any = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """`MiniMaxLightningAttention.forward`: the decay is the module's own ``slope_rate``, which is not retention's formula."""
+    call: ParallelCall = kwargs[CALL]
+    call.take(LIGHTNING)
+    rows, tokens, _ = hidden_states.shape
+    qkv = self.act_fn(self.qkv_proj(hidden_states)).reshape(rows, tokens, self.num_attention_heads, 3 * self.head_dim)
+    query, key, value = torch.split(qkv, self.head_dim, dim=3)
+    remembers = past_key_values is not None
+    out = operators.retention(
+        query,
+        key,
+        value,
+        -self.slope_rate.detach().flatten(),
+        scale=1.0,
+        output_final_state=remembers,
+        layout=call.layout,
+        exchange=call.options.exchange,
+    )
+    mixed, state = with_state(out)
+    if state is not None:
+        state = state.to(value.dtype)
+        past_key_values.set_linear_cache(self.layer_idx, state)
+    normed = self.norm(mixed.reshape(rows, tokens, -1))
+    return self.out_proj(torch.sigmoid(self.output_gate(hidden_states)) * normed), state
+
+
+def recurrent_unit(
+    self: Any,
+    hidden_states: Tensor,
+    recurrent_gate: Tensor,
+    reset: Tensor,
+    recurrent_states: Tensor | None,
+    acc_dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, None]:
+    """`RecurrentGemmaRglru._rnn_scan`: a decay per head whose heads are channels, with states of one number.
+
+    Where a document starts the layout cuts; `reset` is not needed for that.
+    """
+    call = _running(self)
+    call.take(RECURRENT_UNIT)
+    x = hidden_states.unsqueeze(-1)
+    ones = x.new_ones(*x.shape[:2], 1, 1)
+    gate = recurrent_gate.clamp(min=torch.finfo(recurrent_gate.dtype).tiny)
+    out = operators.simple_gla(ones, ones, x, gate.log(), scale=1.0, layout=call.layout, exchange=call.options.exchange)
+    return out.squeeze(-1), None
+
+
+def convolution_of_module(self: Any, x: Tensor) -> Tensor:
+    """``nn.Conv1d.forward`` of a depthwise convolution that is padded on both sides and cut to its input by its caller."""
+    return convolution(_running(self), x, self.weight.squeeze(1), self.bias)
+
+
+def _running(module: object) -> ParallelCall:
+    call = RUNNING.get()
+    if call is None:
+        raise RuntimeError(f"{type(module).__name__} of a parallelized model runs outside of its mixer's forward")
+    return call
+
+
+METHODS: Mapping[str, Callable[..., Any]] = {
+    "lightning_attention": lightning_attention,
+    "recurrent_unit": recurrent_unit,
+    "convolution_of_module": convolution_of_module,
+}
+"""By the name in the table of mixers, what stands in for a method."""

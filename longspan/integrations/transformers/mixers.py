@@ -1,0 +1,155 @@
+"""The table of what mixes tokens in Transformers' models: for each class, what it calls and what must stand in for that.
+
+Modeling files give their kernels the same names, so that one stand-in (`functions.py`) serves all families; what differs is which
+classes call which, and whether the model hands its keyword arguments on to them. tests/integrations/transformers hold the table
+against the installed release: a class or a function that was renamed is seen there, and not in training.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from longspan.errors import InputError
+
+CONVOLUTION = "causal_conv1d_fn"
+GATED_DELTA = "torch_chunk_gated_delta_rule"
+KIMI_DELTA = "chunk_kimi_delta_attention"
+MAMBA2 = "mamba2_chunk_scan"
+SELECTIVE_SCAN = "mamba_selective_scan"
+ATTENTION = "attention"
+LIGHTNING = "lightning attention"
+RECURRENT_UNIT = "recurrent unit"
+
+
+@dataclass(frozen=True)
+class MixerClass:
+    """What one class of mixers does.
+
+    calls: names of the functions it must have called with the layout in every forward. hands_on: whether the model gives its
+    keyword arguments to the mixer and the mixer to these functions. reaches: whether the keyword arguments come as far as the
+    mixer. methods: what is replaced on each instance, for classes that call no function: a path to the method, and the name of
+    what stands in for it in `methods.py`.
+    """
+
+    calls: tuple[str, ...]
+    hands_on: bool = True
+    reaches: bool = True
+    methods: Mapping[str, str] = field(default_factory=dict)
+
+
+_GATED_DELTA_NET = MixerClass((CONVOLUTION, GATED_DELTA))
+_KIMI_DELTA_ATTENTION = MixerClass((CONVOLUTION, KIMI_DELTA))
+_MAMBA2 = MixerClass((CONVOLUTION, MAMBA2))
+_MAMBA = MixerClass((CONVOLUTION, SELECTIVE_SCAN), hands_on=False, reaches=False)
+_SHORT_CONVOLUTION = MixerClass((CONVOLUTION,))
+
+MIXERS: Mapping[str, MixerClass] = {
+    "BailingHybridDeltaAttention": _KIMI_DELTA_ATTENTION,
+    "BambaMixer": _MAMBA2,
+    "FalconH1Mixer": _MAMBA2,
+    "FalconMambaMixer": _MAMBA,
+    "GraniteMoeHybridMambaLayer": _MAMBA2,
+    "JambaMambaMixer": _MAMBA,
+    "KimiLinearDeltaAttention": _KIMI_DELTA_ATTENTION,
+    "Lfm2MoeShortConv": _SHORT_CONVOLUTION,
+    "Lfm2ShortConv": _SHORT_CONVOLUTION,
+    "Lfm3ShortConv": _SHORT_CONVOLUTION,
+    "Mamba2Mixer": _MAMBA2,
+    "MambaMixer": _MAMBA,
+    "MiniMaxLightningAttention": MixerClass((LIGHTNING,), methods={"forward": "lightning_attention"}),
+    "NemotronHMamba2Mixer": _MAMBA2,
+    "OlmoHybridGatedDeltaNet": _GATED_DELTA_NET,
+    "Qwen3NextGatedDeltaNet": _GATED_DELTA_NET,
+    "Qwen3_5GatedDeltaNet": _GATED_DELTA_NET,
+    "Qwen3_5MoeGatedDeltaNet": _GATED_DELTA_NET,
+    "RecurrentGemmaRecurrentBlock": MixerClass(
+        (CONVOLUTION, RECURRENT_UNIT),
+        hands_on=False,
+        methods={"conv_1d.forward": "convolution_of_module", "rg_lru._rnn_scan": "recurrent_unit"},
+    ),
+    "Zamba2MambaMixer": _MAMBA2,
+}
+"""The mixers of Transformers that are no attention, by the name of their class."""
+
+LAYER_TYPES = frozenset(
+    {
+        "attention",
+        "conv",
+        "full_attention",
+        "hybrid",
+        "hybrid_sliding",
+        "linear_attention",
+        "mamba",
+        "mlp",
+        "moe",
+        "recurrent",
+        "sliding_attention",
+    }
+)
+"""Entries of a config's ``layer_types`` (``layers_block_type``, ``block_types``) that are understood."""
+
+_MIXES_TOKENS = re.compile(
+    r"Mamba|Mixer$|Delta|LinearAttention|ShortConv|Recurrent|Rwkv|Retention|Lightning|Indexer|Hyena|Scan"
+)
+_IS_NO_MIXER = re.compile(r"(Layer|Model|Block|ForCausalLM|Norm|RMSNormGated|Cache|MLP|Mlp|Embedding)$")
+_ADVICE = (
+    "Write an adapter for it (docs/transformers.md, longspan.parallel.register_adapter), or leave the model on one rank"
+)
+
+
+def is_attention(module: nn.Module) -> bool:
+    """Whether a module is an attention layer of a model, by the conventions of Transformers' modeling files."""
+    name = type(module).__name__
+    return name not in MIXERS and name.endswith("Attention") and hasattr(module, "config")
+
+
+def mixers_of(backbone: nn.Module) -> dict[nn.Module, MixerClass]:
+    """Every module of a model that mixes tokens.
+
+    Raises:
+        InputError: for a layer type or a class that is not known.
+    """
+    _check_layer_types(backbone)
+    found: dict[nn.Module, MixerClass] = {}
+    for name, module in backbone.named_modules():
+        kind = type(module).__name__
+        if kind in MIXERS:
+            found[module] = MIXERS[kind]
+        elif is_attention(module):
+            found[module] = MixerClass((ATTENTION,))
+        elif _is_unknown_mixer(module) and not any(name.startswith(f"{other}.") for other in _names(backbone, found)):
+            raise InputError(
+                f"longspan does not know how the layer {name!r} of {type(backbone).__name__}, a {kind}, mixes tokens. {_ADVICE}"
+            )
+    if not found:
+        raise InputError(f"{type(backbone).__name__} has no layer that mixes tokens which longspan knows. {_ADVICE}")
+    return found
+
+
+def _names(backbone: nn.Module, modules: Mapping[nn.Module, Any]) -> list[str]:
+    return [name for name, module in backbone.named_modules() if module in modules]
+
+
+def _is_unknown_mixer(module: nn.Module) -> bool:
+    kind = type(module).__name__
+    if isinstance(module, nn.Conv1d):
+        return max(module.kernel_size) > 1
+    if isinstance(module, nn.RNNBase):
+        return True
+    return bool(_MIXES_TOKENS.search(kind)) and not _IS_NO_MIXER.search(kind)
+
+
+def _check_layer_types(backbone: nn.Module) -> None:
+    config = getattr(backbone, "config", None)
+    for name in ("layer_types", "layers_block_type", "block_types"):
+        unknown = sorted({*(getattr(config, name, None) or ())} - LAYER_TYPES)
+        if unknown:
+            raise InputError(
+                f"{type(backbone).__name__} has layers of the type {', '.join(unknown)} (config.{name}), which longspan does not "
+                f"know. {_ADVICE}"
+            )

@@ -1,0 +1,539 @@
+"""A Transformers model over ranks, in place: what its hooks do.
+
+Two modules of a model are met: the head, which has labels, and the backbone, which has tokens. So the order in which a model is
+parallelized, given to PEFT and given to TRL makes no difference. `ParallelModel` is kept by the head; its methods are the hooks.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections import OrderedDict
+from collections.abc import Callable
+from contextvars import Token
+from copy import copy, deepcopy
+from types import MethodType
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from longspan.comm.collectives import all_gather_single
+from longspan.errors import InputError, LayoutError
+from longspan.exchange.all_reduce import sum_over_ranks
+from longspan.integrations.transformers import attention, dispatch, inputs, losses, mixers, rotary
+from longspan.integrations.transformers.call import CALL, RUNNING, ParallelCall
+from longspan.integrations.transformers.methods import METHODS
+from longspan.layout import Order, SequenceLayout
+from longspan.models.mixers import ParallelOptions, SequenceParallel
+from longspan.tracing import outside_graphs
+
+Model = TypeVar("Model", bound=nn.Module)
+
+COMPARED_BATCHES = 2
+"""How many calls have their ids compared over the ranks: a wrong sampler would be silent otherwise."""
+KEPT_LAYOUTS = 8
+"""Layouts of the last batches, which keep what was built for them."""
+
+_STATE = "longspan_parallel"
+_BY_CLASS = re.compile(r"(ForCausalLM|LMHeadModel)$")
+
+
+class ParallelModel:
+    """What longspan keeps for a model it has parallelized.
+
+    head: the model with the loss, or the backbone alone. backbone: the module that turns tokens into hidden states. call: the
+    forward that runs now. last_layout: of the last forward.
+    """
+
+    def __init__(
+        self,
+        head: nn.Module,
+        options: ParallelOptions,
+        place: SequenceParallel,
+        order: Order,
+        loss: losses.LossKind,
+    ) -> None:
+        self.head = head
+        self.backbone = backbone_of(head)
+        self.options, self.place, self.order, self.loss = options, place, order, loss
+        self.mixers = mixers.mixers_of(self.backbone)
+        self.call: ParallelCall | None = None
+        self.last_layout: SequenceLayout | None = None
+        self.num_calls = 0
+        self._layouts: OrderedDict[tuple[int, tuple[int, ...] | None], SequenceLayout] = OrderedDict()
+        self._tokens: list[tuple[Any, Token[Any]]] = []
+        self._counted_by_trainer = False
+        self._z_loss_coefficient: float | None = None
+        self._handles: list[RemovableHandle] = []
+        self._undo: list[Callable[[], None]] = []
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ParallelModel:
+        """A copy of the model is parallel too: of the same group, with its own mixers and hooks."""
+        other = copy(self)
+        memo[id(self)] = other
+        for name in ("head", "backbone", "mixers", "_handles"):
+            setattr(other, name, deepcopy(getattr(self, name), memo))
+        other.call, other._tokens, other._layouts = None, [], OrderedDict()
+        dispatch.install(other, other.modeling_files)
+        return other
+
+    def __reduce__(self) -> Any:
+        raise InputError(
+            "a parallelized model cannot be pickled whole: it holds a process group. Save its state_dict() or call "
+            "save_pretrained(), which are those of the model as it was, or longspan.unparallelize(model) first"
+        )
+
+    @property
+    def modeling_files(self) -> set[str]:
+        """Names of the modules of Transformers that the model's classes come from."""
+        classes = {base for module in self.head.modules() for base in type(module).__mro__}
+        return {base.__module__ for base in classes if base.__module__.startswith("transformers.models.")}
+
+    # --------------------------------------------------------------------------------------------- installing
+
+    def install(self) -> None:
+        """Hook the model."""
+        dispatch.install(self, self.modeling_files)
+        attention.register()
+        self._own_config()
+        self._before = self.head.config._attn_implementation  # type: ignore[union-attr]
+        for config in self._configs():
+            config._attn_implementation_internal = attention.ATTENTION_NAME
+        for module, kind in self.mixers.items():
+            self._replace_methods(module, kind)
+            self._hook(module, self.before_mixer, self.after_mixer)
+        for module in self.backbone.modules():
+            if rotary.looks_at_largest_position(module):
+                self._hook(module, self.before_rotary, self.after_rotary)
+        self._hook(self.backbone, self.before_backbone, self.after_backbone)
+        if self.head is not self.backbone:
+            self._hook(self.head, self.before_head, self.after_head)
+        setattr(self.head, _STATE, self)
+
+    def uninstall(self) -> None:
+        """The model as it was."""
+        for handle in self._handles:
+            handle.remove()
+        for module, kind in self.mixers.items():
+            for path in kind.methods:
+                owner, name = _owner(module, path)
+                owner.__dict__.pop(name, None)
+        for module in self.backbone.modules():
+            bound = module.__dict__.get("_gradient_checkpointing_func")
+            if isinstance(bound, BoundCheckpointing):
+                module.__dict__["_gradient_checkpointing_func"] = bound.checkpoint
+        for config in self._configs():
+            config._attn_implementation_internal = self._before
+        dispatch.uninstall(self, self.modeling_files)
+        delattr(self.head, _STATE)
+
+    def _hook(self, module: nn.Module, before: Callable[..., Any], after: Callable[..., Any]) -> None:
+        self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+        self._handles.append(module.register_forward_hook(after, with_kwargs=True, always_call=True))
+
+    def _own_config(self) -> None:
+        """Give the model configs of its own: another model made from the same object must not see what is set in them."""
+        copies: dict[int, Any] = {}
+        for module in self.head.modules():
+            config = module.__dict__.get("config")
+            if config is not None:
+                module.config = deepcopy(config, copies)
+
+    def _configs(self) -> list[Any]:
+        found = {
+            id(config): config
+            for module in self.head.modules()
+            if (config := module.__dict__.get("config")) is not None
+        }
+        return list(found.values())
+
+    def _replace_methods(self, module: nn.Module, kind: mixers.MixerClass) -> None:
+        for path, stand_in in kind.methods.items():
+            owner, name = _owner(module, path)
+            owner.__dict__[name] = MethodType(METHODS[stand_in], owner)
+
+    # --------------------------------------------------------------------------------------------- one forward
+
+    def layout_of(self, given: dict[str, Any], bounds: list[int] | None) -> SequenceLayout:
+        """The layout of a batch of whole sequences; the same one for the same lengths."""
+        rows, length = inputs.tokens_of(given).shape[:2]
+        key = (length, None) if bounds is None else (rows * length, tuple(bounds))
+        layout = self._layouts.pop(key, None)
+        if layout is None:
+            layout = SequenceLayout(key[0], self.place.group, self.order, bounds)
+        self._layouts[key] = layout
+        while len(self._layouts) > KEPT_LAYOUTS:
+            self._layouts.popitem(last=False)
+        return layout
+
+    @outside_graphs
+    def before_head(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Whole sequences stay whole here, but for the labels; the backbone splits what it is given."""
+        given = _bound(module, args, kwargs)
+        call, given = self._begin(given)
+        labels, shifted = given.get("labels"), given.get("shift_labels")
+        if labels is not None or shifted is not None:
+            self._check_loss()
+            local, num_valid = self._local_labels(given, call.layout)
+            self._counted_by_trainer = given.get("num_items_in_batch") is not None
+            if not self._counted_by_trainer:
+                given["num_items_in_batch"] = num_valid
+            given["labels"] = given["shift_labels"] = local
+        self._scale_z_loss(call.layout)
+        self._set(losses.LOSS_LAYOUT, call.layout)
+        given[CALL] = self.call = call
+        return (), given
+
+    def after_head(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        """The share of the loss becomes what the caller's way of combining gradients needs."""
+        self.call = None
+        if self._z_loss_coefficient is not None:
+            self.head.z_loss_coefficient = self._z_loss_coefficient  # type: ignore[assignment]
+            self._z_loss_coefficient = None
+        self._reset()
+        if output is None or kwargs.get("labels") is None:
+            return output
+        layout = kwargs[CALL].layout
+        share = output[0] if isinstance(output, tuple) else output.loss
+        if share is None:
+            return output
+        loss = losses.combined(share, layout, self.loss, self._counted_by_trainer)
+        if isinstance(output, tuple):
+            return (loss, *output[1:])
+        output.loss = loss
+        return output
+
+    @outside_graphs
+    def before_backbone(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """This rank's tokens, their positions, and the call for the mixers."""
+        given = _bound(module, args, kwargs)
+        call = given.pop(CALL, None) or self.call
+        if call is None:
+            call, given = self._begin(given)
+        given.pop(inputs.LAYOUT, None)
+        _check_cache(given)
+        takes = frozenset(inspect.signature(type(module).forward).parameters)
+        if call.split_already:
+            given = inputs.without_masks(given, takes)
+        else:
+            given = inputs.local_arguments(given, call.layout, takes)
+        self._bind_checkpointing()
+        given[CALL] = self.call = call
+        return (), given
+
+    def after_backbone(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        """Every mixer has taken the layout, or the results would be wrong."""
+        call = self.call
+        if self.head is self.backbone:
+            self.call = None
+        if output is None or call is None:
+            return
+        self.last_layout = call.layout
+        missing = sorted({type(mixer).__name__ for mixer in self.mixers if id(mixer) not in call.taken})
+        if missing:
+            raise LayoutError(
+                f"{len(missing)} kinds of layers of {type(self.head).__name__} did not run with the layout of this call: "
+                f"{', '.join(missing)}. {_REPORT}"
+            )
+
+    def before_mixer(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The mixer that runs now is known to the call, and the call to what it calls."""
+        kind = self.mixers[module]
+        call = kwargs.get(CALL) if kind.reaches else self.call
+        if call is None:
+            raise LayoutError(
+                f"{type(module).__name__} of a parallelized model runs without the layout of a call. Call the whole model; "
+                f"{_REPORT}"
+            )
+        call.mixer = module
+        if not kind.hands_on:
+            self._set(RUNNING, call)
+
+    def after_mixer(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        """All that the table says of the mixer's class happened."""
+        kind = self.mixers[module]
+        call = kwargs.get(CALL) if kind.reaches else self.call
+        if not kind.hands_on:
+            self._reset_one()
+        if output is None or call is None:
+            return
+        call.mixer = None
+        missing = [name for name in kind.calls if name not in call.taken.get(id(module), ())]
+        if missing:
+            raise LayoutError(
+                f"{type(module).__name__} did not call {', '.join(missing)} with the layout of this call: each rank would take its "
+                f"tokens for a whole sequence. {_REPORT}"
+            )
+
+    def before_rotary(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Frequencies of the whole sequence's largest position, on every rank."""
+        given = _bound(module, args, kwargs)
+        if self.call is None:
+            return args, kwargs
+        given["position_ids"] = rotary.with_last_position(given["position_ids"], self.call.layout)
+        return (), given
+
+    def after_rotary(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        """Without the row of the position that was added."""
+        return output if output is None or self.call is None else rotary.without_last_position(output)
+
+    # --------------------------------------------------------------------------------------------- parts of it
+
+    def _begin(self, given: dict[str, Any]) -> tuple[ParallelCall, dict[str, Any]]:
+        """The call that a forward's arguments ask for, and the arguments with packed rows one after another."""
+        layout = given.get(inputs.LAYOUT)
+        if layout is not None:
+            inputs.check_given_layout(layout, given)
+            self._check_group(layout)
+            call = ParallelCall(layout, self.options, split_already=True)
+        else:
+            inputs.check_arguments(given)
+            self._compare_over_ranks(given)
+            bounds = inputs.document_bounds(given)
+            if bounds is not None:
+                layout = self.layout_of(given, bounds)
+                given = inputs.in_one_row(given)
+            else:
+                layout = self.layout_of(given, None)
+            call = ParallelCall(layout, self.options)
+        self.num_calls += 1
+        return call, given
+
+    def _check_group(self, layout: SequenceLayout) -> None:
+        if layout.num_ranks != self.place.num_ranks or (layout.num_ranks > 1 and layout.group is not self.place.group):
+            raise LayoutError(
+                f"{inputs.LAYOUT} is of another group, of {layout.num_ranks} ranks, than the model, parallelized over "
+                f"{self.place.num_ranks}. Build it with the group that was given to longspan.parallelize()"
+            )
+
+    def _local_labels(self, given: dict[str, Any], layout: SequenceLayout) -> tuple[Tensor, Tensor]:
+        """This rank's shifted labels, contiguous, and how many labels count on all ranks."""
+        shifted: Tensor | None = given.get("shift_labels")
+        if inputs.LAYOUT in given:
+            assert shifted is not None
+            num_valid = (shifted != losses.IGNORED).sum()
+            return shifted, sum_over_ranks(num_valid, layout) if layout.num_ranks > 1 else num_valid
+        if shifted is None:
+            shifted = losses.shifted_labels(given["labels"], layout)
+        return layout.shard(shifted).contiguous(), (shifted != losses.IGNORED).sum()
+
+    def _check_loss(self) -> None:
+        forward = inspect.unwrap(type(self.head).forward)
+        try:
+            source = inspect.getsource(forward)
+        except (OSError, TypeError):
+            source = ""
+        if not re.search(r"self\.loss_function\([^)]*\*\*", source):
+            raise InputError(
+                f"{type(self.head).__name__} computes its loss in its own way, from labels that are not split. Call it without "
+                "labels, "
+                "and compute the loss from its logits, which are this rank's, and labels made with "
+                "layout_of(model).shard_labels(ids)"
+            )
+
+    def _scale_z_loss(self, layout: SequenceLayout) -> None:
+        """A loss that is a mean over the tokens of a call: this rank's part of the mean over all of them."""
+        coefficient = getattr(self.head, "z_loss_coefficient", None)
+        if coefficient and layout.num_ranks > 1:
+            self._z_loss_coefficient = coefficient
+            self.head.z_loss_coefficient = coefficient * layout.num_local_tokens / layout.seq_len
+
+    def _compare_over_ranks(self, given: dict[str, Any]) -> None:
+        """The same batch on every rank of the group, or an error on all of them."""
+        if self.num_calls >= COMPARED_BATCHES or self.place.num_ranks == 1:
+            return
+        tokens = inputs.tokens_of(given).detach()
+        values = tokens.to(torch.float64).flatten()
+        weights = torch.arange(1, values.numel() + 1, device=values.device, dtype=torch.float64)
+        own = torch.stack([values.new_tensor(s) for s in tokens.shape[:2]] + [values.sum(), (values * weights).sum()])
+        all_ranks = own.new_empty(self.place.num_ranks * own.numel())
+        all_gather_single(all_ranks, own, self.place.group)
+        seen = all_ranks.view(self.place.num_ranks, -1)
+        if bool((seen != seen[0]).any()):
+            shapes = [tuple(int(size) for size in row[:2]) for row in seen.tolist()]
+            raise InputError(
+                "the ranks of a sequence-parallel group were called with different batches: their shapes are "
+                f"{', '.join(map(str, shapes))}, and sums of their ids differ. Every rank of a group takes the same whole "
+                "sequences; give a DistributedSampler the rank and number of the data-parallel dimension alone"
+            )
+
+    def _bind_checkpointing(self) -> None:
+        """Layers whose mixers are not given keywords find the call of their own forward when they are computed again."""
+        if all(kind.reaches for kind in self.mixers.values()):
+            return
+        for module in self.backbone.modules():
+            present = module.__dict__.get("_gradient_checkpointing_func")
+            if present is not None and not isinstance(present, BoundCheckpointing):
+                module.__dict__["_gradient_checkpointing_func"] = BoundCheckpointing(self, present)
+
+    def _set(self, variable: Any, value: object) -> None:
+        self._tokens.append((variable, variable.set(value)))
+
+    def _reset_one(self) -> None:
+        if self._tokens:
+            variable, token = self._tokens.pop()
+            variable.reset(token)
+
+    def _reset(self) -> None:
+        while self._tokens:
+            self._reset_one()
+
+
+class BoundCheckpointing:
+    """A model's checkpointing function, whose recomputation sees the call of the forward that it repeats."""
+
+    def __init__(self, model: ParallelModel, checkpoint: Callable[..., Any]) -> None:
+        self.model, self.checkpoint = model, checkpoint
+
+    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        model, call = self.model, self.model.call
+
+        def with_call(*inner: Any) -> Any:
+            before, model.call = model.call, call
+            try:
+                return function(*inner)
+            finally:
+                model.call = before
+
+        return self.checkpoint(with_call, *args, **kwargs)
+
+
+_REPORT = (
+    "This release of Transformers differs from those that longspan was tested with, or the model's code was changed"
+)
+
+
+def is_transformers_model(model: nn.Module) -> bool:
+    """Whether a model is Transformers', or PEFT's around one; Transformers is not imported for the answer."""
+    return any(
+        base.__module__.startswith("transformers.") and base.__name__ == "PreTrainedModel"
+        for base in type(head_of(model)).__mro__
+    )
+
+
+def head_of(model: nn.Module) -> nn.Module:
+    """The Transformers model inside what PEFT, DistributedDataParallel and torch.compile put around it."""
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod  # type: ignore[assignment]
+        elif callable(getattr(model, "get_base_model", None)):
+            wrapper: Any = model
+            model = wrapper.get_base_model()
+        else:
+            return model
+
+
+def backbone_of(head: nn.Module) -> nn.Module:
+    """The module of a model that turns tokens into hidden states; the model itself where it has no head."""
+    model: Any = head
+    backbone: nn.Module = model.base_model
+    return backbone
+
+
+def state_of(model: nn.Module) -> ParallelModel | None:
+    """What longspan keeps for a model, or None where it is not parallelized."""
+    return getattr(head_of(model), _STATE, None)
+
+
+def parallelize_pretrained(
+    model: Model,
+    options: ParallelOptions,
+    place: SequenceParallel,
+    *,
+    order: Order,
+    loss: losses.LossKind,
+    verify: bool,
+) -> Model:
+    """`longspan.parallelize` of a model of Transformers."""
+    head = head_of(model)
+    if state_of(model) is not None:
+        raise InputError(
+            f"{type(head).__name__} is parallelized already. Call longspan.unparallelize(model) before giving it other options"
+        )
+    _check_model(head)
+    if verify:
+        from longspan.integrations.transformers.verify import Reference
+
+        reference = Reference.of(head, place)
+    state = ParallelModel(head, options, place, order, loss)
+    state.install()
+    if verify:
+        reference.compare(head)
+    return model
+
+
+def unparallelize_pretrained(model: nn.Module) -> None:
+    """`longspan.unparallelize` of a model of Transformers."""
+    state = state_of(model)
+    if state is None:
+        raise InputError(f"{type(head_of(model)).__name__} is not parallelized: there is nothing to undo")
+    state.uninstall()
+
+
+def layout_of(model: nn.Module) -> SequenceLayout:
+    """The layout of the last forward of a parallelized model: which tokens its logits are of.
+
+    Raises:
+        InputError: for a model that is not parallelized, or was not called yet.
+    """
+    state = state_of(model)
+    if state is None or state.last_layout is None:
+        raise InputError(
+            f"{type(head_of(model)).__name__} {'was not called yet' if state else 'is not parallelized'}: it has no layout. "
+            f"{'Call it' if state else 'Call longspan.parallelize(model, group)'} first"
+        )
+    return state.last_layout
+
+
+def _check_model(head: nn.Module) -> None:
+    from longspan.integrations.transformers.versions import warn_of_untested
+
+    warn_of_untested()
+    config: Any = head.config
+    name = type(head).__name__
+    backbone = backbone_of(head)
+    if config.is_encoder_decoder:
+        raise InputError(f"{name} is an encoder with a decoder; decoders of causal language models are supported")
+    if head is not backbone and not any(_BY_CLASS.search(base.__name__) for base in type(head).__mro__):
+        raise InputError(
+            f"{name} has a head that longspan does not know: it may need tokens of other ranks. Parallelize a ForCausalLM model, "
+            "or "
+            "the backbone alone (model.model), whose hidden states are this rank's"
+        )
+    has_attention = any(mixers.is_attention(module) for module in backbone.modules())
+    if has_attention and not type(head)._can_set_attn_implementation():  # type: ignore[attr-defined]
+        raise InputError(
+            f"{name}'s attention does not ask Transformers' attention interface, where longspan answers. "
+            "Write an adapter for it (docs/transformers.md)"
+        )
+    if getattr(config, "alibi", False):
+        raise InputError(f"{name} adds a position bias (ALiBi) to its scores, which is not supported over ranks")
+
+
+def _check_cache(given: dict[str, Any]) -> None:
+    for name in ("past_key_values", "cache_params"):
+        cache = given.get(name)
+        if cache is not None and not getattr(cache, "longspan_records", False):
+            raise InputError(
+                f"{name} was given to a parallelized model: decoding goes on one rank. Take longspan.prefill(model, input_ids), "
+                "whose "
+                "cache goes to model.generate of the unparallelized model, or leave the cache out in training"
+            )
+
+
+def _bound(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A forward's arguments by name."""
+    bound = inspect.signature(type(module).forward).bind(module, *args, **kwargs)
+    given = dict(bound.arguments)
+    given.pop("self", None)
+    extra = given.pop("kwargs", {})
+    return {**given, **extra}
+
+
+def _owner(module: nn.Module, path: str) -> tuple[nn.Module, str]:
+    *parents, name = path.split(".")
+    return module.get_submodule(".".join(parents)), name

@@ -1,0 +1,34 @@
+"""Rotary embeddings whose frequencies depend on the largest position of a call (``dynamic``, ``longrope``).
+
+A rank sees the positions of its own tokens alone. So the last position of the longest document is appended to what the embedding is
+given, and its row is taken off again.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from longspan.integrations.transformers.inputs import longest_document
+from longspan.layout import SequenceLayout
+
+_LOOKS_AT_LARGEST = {"dynamic", "longrope"}
+
+
+def looks_at_largest_position(module: nn.Module) -> bool:
+    """Whether a module is such an embedding."""
+    kind = getattr(module, "rope_type", None)
+    kinds = set(kind.values()) if isinstance(kind, dict) else {kind}
+    return bool(kinds & _LOOKS_AT_LARGEST)
+
+
+def with_last_position(position_ids: Tensor, layout: SequenceLayout) -> Tensor:
+    """Positions ``[..., T]`` and that of the last token of the longest document: ``[..., T + 1]``."""
+    return F.pad(position_ids, (0, 1), value=longest_document(layout) - 1)
+
+
+def without_last_position(output: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Cosines and sines ``[..., T + 1, D]`` without the row of the position that was appended."""
+    return tuple(x[..., :-1, :] for x in output)

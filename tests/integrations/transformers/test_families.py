@@ -1,0 +1,65 @@
+"""Every family over ranks equals the unmodified model in one process: loss, logits, and every gradient on every rank."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import longspan
+from longspan.integrations.transformers import layout_of
+from longspan.layout import Order
+from tests.compare import relative_error, worst_of
+from tests.integrations.transformers.families import FAMILIES, build
+from tests.integrations.transformers.reference import PACKED, PLAIN, Batch, Expected, Wide, expected, gradients_of
+from tests.ranks import run_on_ranks
+
+TOLERANCE = 1e-10
+KINDS: dict[str, Batch] = {"plain": PLAIN, "packed": PACKED}
+
+
+@functools.lru_cache(maxsize=4)
+def expected_of(name: str, kind: str) -> Expected:
+    return expected(build(name), KINDS[kind])
+
+
+def errors_over_ranks(name: str, kind: str, order: Order, options: dict[str, Any], want: Expected) -> dict[str, float]:
+    """Errors of a parallelized model on this rank, of the loss, the logits and each gradient; and what unparallelize leaves."""
+    batch = KINDS[kind]
+    model = build(name)
+    with Wide(), torch.no_grad():
+        before = model(input_ids=batch.ids, use_cache=False).logits
+    longspan.parallelize(model, None, order=order, loss="sum", **options)
+    with Wide():
+        out = model(**batch.arguments())
+        out.loss.backward()
+    longspan.sum_gradients(model)
+    loss = out.loss.detach().clone()
+    dist.all_reduce(loss)
+    got = gradients_of(model)
+    if got.keys() != want.gradients.keys():
+        raise AssertionError(f"gradients of other parameters: {sorted(got.keys() ^ want.gradients.keys())}")
+    errors = {f"gradient of {key}": relative_error(got[key], want.gradients[key]) for key in got}
+    errors["loss"] = relative_error(loss, want.loss)
+    errors["logits"] = relative_error(layout_of(model).gather(out.logits.detach()), want.logits)
+    longspan.unparallelize(model)
+    with Wide(), torch.no_grad():
+        after = model(input_ids=batch.ids, use_cache=False).logits
+    if not torch.equal(before, after):
+        raise AssertionError("unparallelize() left a model that computes something else")
+    return errors
+
+
+def check(name: str, kind: str, num_ranks: int, order: Order, **options: Any) -> None:
+    want = expected_of(name, kind)
+    for rank, errors in enumerate(run_on_ranks(num_ranks, errors_over_ranks, name, kind, order, options, want)):
+        error, what = worst_of(errors)
+        assert error < TOLERANCE, f"{name} on rank {rank} of {num_ranks}: {what} is off by {error:.1e}"
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_two_ranks_are_one_process(name: str) -> None:
+    check(name, "packed", 2, "zigzag")
