@@ -9,12 +9,10 @@ A *piece* is the part of a segment that belongs to one packed document.
 
 from __future__ import annotations
 
-import operator
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
@@ -22,9 +20,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from longspan.checks import check_tensor, described, is_int
-from longspan.comm.collectives import all_gather_single
 from longspan.errors import InputError, LayoutError
-from longspan.first_order import first_order
+from longspan.layout.documents import bounds_of_positions, check_documents, cut_bounds, shortened
+from longspan.layout.gather import gather_tokens
+from longspan.layout.groups import check_ranks_per_node, resolve_group
 from longspan.modes import built_for_every_mode
 from longspan.tracing import (
     breaks_graphs,
@@ -32,7 +31,6 @@ from longspan.tracing import (
     makes_fakes,
     outside_graphs,
     outside_modes,
-    unseen_by_checkpointing,
 )
 
 if TYPE_CHECKING:
@@ -115,7 +113,7 @@ class SequenceLayout:
         *,
         ranks_per_node: int | None = None,
     ) -> None:
-        process_group, num_ranks, rank, mesh_ranks_per_node = _resolve_group(group)
+        process_group, num_ranks, rank, mesh_ranks_per_node = resolve_group(group)
         if None not in (ranks_per_node, mesh_ranks_per_node) and ranks_per_node != mesh_ranks_per_node:
             raise LayoutError(
                 f"ranks_per_node is {ranks_per_node!r}, but the mesh has {mesh_ranks_per_node} ranks in each node, its second "
@@ -149,8 +147,8 @@ class SequenceLayout:
         self.group = group
         self.num_ranks = num_ranks
         self.rank = rank
-        self.documents = _check_documents(documents, seq_len, num_ranks)
-        self.ranks_per_node = _check_ranks_per_node(ranks_per_node, num_ranks)
+        self.documents = check_documents(documents, seq_len, num_ranks)
+        self.ranks_per_node = check_ranks_per_node(ranks_per_node, num_ranks)
         self._cache: dict[Hashable, Any] = {}
         # Made here, as a compiled graph takes them as its inputs: it would take what it sees built for constants.
         self.num_local_tokens = self._count_local_tokens()
@@ -190,6 +188,65 @@ class SequenceLayout:
         layout._init(seq_len, None, num_ranks, rank, order, documents, ranks_per_node)
         return layout
 
+    @classmethod
+    def from_positions(
+        cls,
+        position_ids: Tensor,
+        group: dist.ProcessGroup | DeviceMesh | None = None,
+        order: Order = "contiguous",
+        *,
+        ranks_per_node: int | None = None,
+    ) -> SequenceLayout:
+        """The layout of packed documents whose position ids restart, as data collators of Transformers give them.
+
+        Args:
+            position_ids: integers ``[T]`` or ``[B, T]``, of all tokens and the same on every rank. A token whose position is 0, or
+                not one more than its predecessor's, starts a document; so does every row.
+            group, order, ranks_per_node: as in `SequenceLayout`.
+
+        Returns:
+            The layout of the tokens as one row, ``x.flatten(0, 1).unsqueeze(0)`` of ``[B, T, ...]``: seq_len is B · T, and row ends
+            are document bounds. Where that is one document, it is a layout without documents.
+
+        Raises:
+            InputError: for what is no tensor. LayoutError: for position ids that are no integers, of another number of dimensions,
+                empty or without values (fake tensors); and as `SequenceLayout`.
+
+        One host read, of one byte per token.
+        """
+        bounds = bounds_of_positions(position_ids)
+        documents = bounds if len(bounds) > 2 else None
+        return cls(bounds[-1], group, order, documents, ranks_per_node=ranks_per_node)
+
+    def chunked(self, size: int) -> SequenceLayout:
+        """The layout of the same tokens, with every document cut at multiples of `size` tokens from its start; made once.
+
+        Attention inside it is the chunked attention of Llama 4: a token sees those of its own chunk. A layout all of whose
+        documents are short enough is returned as it is.
+
+        Raises:
+            LayoutError: for a size that is no int of at least 1.
+        """
+        if not is_int(size) or size < 1:
+            raise LayoutError(
+                f"chunked() takes the number of tokens of a chunk, an int of at least 1; got {described(size)}. Pass what the "
+                "model's config has, such as attention_chunk_size"
+            )
+        return self.cached(("chunked", size), lambda: self._cut(size))
+
+    def _cut(self, size: int) -> SequenceLayout:
+        bounds = cut_bounds(self.document_bounds, size)
+        if len(bounds) == len(self.document_bounds):
+            return self
+        other = type(self).__new__(type(self))
+        other._init(self.seq_len, self.group, self.num_ranks, self.rank, self.order, bounds, self.ranks_per_node)
+        # Those of this layout: a mirrored one's are not those of its length.
+        other._cache["all_segments"] = tuple(
+            replace(segment, starts_document=_has_any(bounds[:-1], segment.start, segment.stop))
+            for segment in self.all_segments
+        )
+        return other
+
     @_cached_property
     def mirrored(self) -> SequenceLayout:
         """The layout of the reversed sequence, each rank holding the tokens that it holds here, in reverse order.
@@ -207,9 +264,7 @@ class SequenceLayout:
                 stop=self.seq_len - segment.start,
                 rank=segment.rank,
                 slot=self.num_segments - 1 - segment.slot,
-                starts_document=any(
-                    self.seq_len - segment.stop <= start < self.seq_len - segment.start for start in starts
-                ),
+                starts_document=_has_any(starts, self.seq_len - segment.stop, self.seq_len - segment.start),
             )
             for segment in reversed(self.all_segments)
         )
@@ -434,7 +489,7 @@ class SequenceLayout:
                 [self.seq_len if size == dim % x.dim() else -1 for size in range(x.dim())]
             )
         self.check_group("gather()")
-        return _gather_tokens(self, x, dim)
+        return gather_tokens(self, x, dim)
 
     def check_local_length(self, length: int, what: str) -> None:
         """Raise LayoutError unless `length` is this rank's number of tokens; `what` names the caller."""
@@ -466,7 +521,7 @@ class SequenceLayout:
                 "before destroy_process_group(). Build a new SequenceLayout with a group of today"
             ) from None
 
-    def _global_order_on(self, device: torch.device) -> Tensor:
+    def global_order_on(self, device: torch.device) -> Tensor:
         """Index of each global token in the ranks' tokens laid one after another, each rank padded to the longest."""
 
         def build() -> Tensor:
@@ -531,7 +586,7 @@ class SequenceLayout:
         everyone: list[Any] = [None] * self.num_ranks
         dist.all_gather_object(everyone, mine, group=self.group)
         rows = [
-            f"{key}: " + ", ".join(f"rank {rank} has {_shortened(other[key])}" for rank, other in enumerate(everyone))
+            f"{key}: " + ", ".join(f"rank {rank} has {shortened(other[key])}" for rank, other in enumerate(everyone))
             for key in mine
             if any(other[key] != mine[key] for other in everyone)
         ]
@@ -595,57 +650,10 @@ def _length(what: str, x: Tensor, dim: int) -> int:
     return x.shape[dim]
 
 
-def _shortened(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
 def group_of(layout: SequenceLayout) -> dist.ProcessGroup:
     """The process group of a layout of two ranks or more."""
     assert layout.group is not None and layout.num_ranks > 1
     return layout.group
-
-
-def _resolve_group(group: Any) -> tuple[dist.ProcessGroup | None, int, int, int | None]:
-    """(process group, its size, this rank in it, ranks per node where a mesh says so).
-
-    One rank where nothing is initialised and no group is given.
-    """
-    ranks_per_node = None
-    if group is None:
-        if not (dist.is_available() and dist.is_initialized()):
-            return None, 1, 0, None
-        group = dist.group.WORLD
-    elif hasattr(group, "get_group") and hasattr(group, "ndim"):
-        if group.ndim == 2:
-            ranks_per_node = group.size(1)
-        group = _group_of_mesh(group)
-    if not isinstance(group, dist.ProcessGroup):
-        if group == dist.GroupMember.NON_GROUP_MEMBER:
-            raise LayoutError("this rank is not in the given group: give each rank the group that it belongs to")
-        raise LayoutError(f"group must be a ProcessGroup or a one-dimensional DeviceMesh; got {type(group).__name__}")
-    rank = dist.get_rank(group)
-    if rank < 0:
-        raise LayoutError("this rank is not in the given group: give each rank the group that it belongs to")
-    return group, dist.get_world_size(group), rank, ranks_per_node
-
-
-def _group_of_mesh(mesh: DeviceMesh) -> Any:
-    """The process group of all ranks of a mesh of one dimension, or of nodes × ranks, node by node."""
-    if mesh.ndim == 1:
-        return mesh.get_group()
-    names = mesh.mesh_dim_names or ()
-    # The name is asked for because a mesh of data × sequence parallelism, given whole by mistake, looks the same.
-    if mesh.ndim != 2 or not names or names[0] != "node":
-        raise LayoutError(
-            "group must be a one-dimensional DeviceMesh, or one of nodes x ranks of a node whose first dimension is named "
-            f'"node"; got one with dimensions {names or mesh.ndim}. Take its sequence-parallel part, as in mesh["sp"] or '
-            'mesh["node", "sp"]'
-        )
-    ranks = mesh.mesh.flatten().tolist()
-    if ranks != sorted(ranks):
-        raise LayoutError(f"a mesh of nodes x ranks must hold its ranks in rising order; got {_shortened(ranks)}")
-    return dist.group.WORLD if len(ranks) == dist.get_world_size() else mesh._flatten().get_group()
 
 
 def _plain_tensor(numbers: Sequence[int]) -> Tensor:
@@ -656,62 +664,6 @@ def _plain_tensor(numbers: Sequence[int]) -> Tensor:
         return torch.tensor(numbers, dtype=torch.int64)
 
 
-def _check_ranks_per_node(ranks_per_node: Any, num_ranks: int) -> int | None:
-    if ranks_per_node is None:
-        return None
-    if isinstance(ranks_per_node, bool) or not isinstance(ranks_per_node, int) or ranks_per_node < 1:
-        raise LayoutError(f"ranks_per_node must be None or an int of at least 1; got {ranks_per_node!r}")
-    if num_ranks % ranks_per_node:
-        raise LayoutError(
-            f"ranks_per_node {ranks_per_node} does not divide the {num_ranks} ranks of the group: nodes must have equally many "
-            "ranks. Use a divisor, or leave it out where no exchange needs it"
-        )
-    return ranks_per_node
-
-
-def _check_documents(documents: Any, seq_len: int, num_ranks: int) -> tuple[int, ...] | None:
-    if documents is None:
-        return None
-    if isinstance(documents, Tensor):
-        if hasattr(type(documents), "to_local"):
-            raise LayoutError(
-                f"documents must be a list or a plain tensor; got {described(documents)}. Pass the same list on every rank"
-            )
-        if documents.dim() != 1 or documents.dtype.is_floating_point or documents.dtype == torch.bool:
-            raise LayoutError(
-                "documents must be a one-dimensional integer tensor of global cu_seqlens; "
-                f"got {documents.dtype} of shape {tuple(documents.shape)}"
-            )
-        documents = documents.tolist()
-    try:
-        documents = tuple(documents)
-        if any(isinstance(bound, bool) for bound in documents):
-            raise TypeError
-        # Not int(), which would cut off what stands behind the point.
-        bounds = tuple(operator.index(bound) for bound in documents)
-    except TypeError:
-        raise LayoutError(
-            f"documents must be global cu_seqlens, ints [0, ..., {seq_len}]; got {_shortened(documents)} "
-            f"({type(documents).__name__}). Round what is not whole, and give one list for all documents"
-        ) from None
-    if len(bounds) < 2 or bounds[0] != 0:
-        raise LayoutError(f"documents must be global cu_seqlens [0, ..., {seq_len}]; got {_shortened(list(bounds))}")
-    for number, (left, right) in enumerate(pairwise(bounds), 1):
-        if right <= left:
-            raise LayoutError(
-                f"documents must be strictly increasing; entry {number} is {right} after {left}. Sort them, and leave out "
-                "documents of no tokens"
-            )
-    if bounds[-1] != seq_len:
-        hint = (
-            f" It ends at seq_len / {num_ranks}: these look like one rank's local cu_seqlens; give the global ones"
-            if num_ranks > 1 and bounds[-1] in (seq_len // num_ranks, -(-seq_len // num_ranks))
-            else ""
-        )
-        raise LayoutError(f"documents must end at seq_len {seq_len}; they end at {bounds[-1]}.{hint}")
-    return bounds
-
-
 def _last_at_or_before(bounds: tuple[int, ...], position: int) -> int:
     if torch.compiler.is_compiling():
         # A compiler follows Python, and no built-in search.
@@ -719,47 +671,13 @@ def _last_at_or_before(bounds: tuple[int, ...], position: int) -> int:
     return bisect_right(bounds, position) - 1
 
 
-@unseen_by_checkpointing
-def _gather_tokens(layout: SequenceLayout, x: Tensor, dim: int) -> Tensor:
-    gathered: Tensor = _Gather.apply(x.movedim(dim, 0), layout)
-    return gathered.movedim(0, dim)
+def _has_any(numbers: Sequence[int], start: int, stop: int) -> bool:
+    """Whether any of the rising `numbers` is in [start, stop)."""
+    if torch.compiler.is_compiling():
+        return any(start <= number < stop for number in numbers)
+    return bisect_left(numbers, start) < bisect_left(numbers, stop)
 
 
 _shard_outside_graphs = outside_graphs(SequenceLayout.shard)
 _gather_outside_graphs = outside_graphs(SequenceLayout.gather)
 _on_device_outside_graphs = outside_graphs(SequenceLayout._on_device)
-
-
-class _Gather(torch.autograd.Function):
-    """Gather tokens of all ranks in global order.
-
-    | | shape | |
-    |---|---|---|
-    | x | [T_local, ...] | this rank's tokens |
-    | y | [seq_len, ...] | y[position] = x_owner[local position] |
-
-    Backward: dx = sum over ranks of their dy at this rank's positions, by one all-to-all and a local sum.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, layout: SequenceLayout) -> Tensor:
-        ctx.layout = layout
-        longest = max(layout.tokens_of)
-        padded = x.new_zeros((longest, *x.shape[1:]))
-        padded[: x.shape[0]] = x
-        out = x.new_empty((layout.num_ranks * longest, *x.shape[1:]))
-        all_gather_single(out, padded, layout.group)
-        return out.index_select(0, layout._global_order_on(x.device))
-
-    @staticmethod
-    @first_order
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        (dy,) = grads
-        layout: SequenceLayout = ctx.layout
-        longest = max(layout.tokens_of)
-        sent = dy.new_zeros((layout.num_ranks * longest, *dy.shape[1:]))
-        sent[layout._global_order_on(dy.device)] = dy
-        received = torch.empty_like(sent)
-        dist.all_to_all_single(received, sent, group=layout.group)
-        summed = received.view(layout.num_ranks, longest, *dy.shape[1:]).sum(0)
-        return summed[: layout.num_local_tokens], None
