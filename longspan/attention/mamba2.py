@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
+import math
+from typing import Any, Literal, overload
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from longspan.attention.by_name import Schedule, apply_operator
-from longspan.checks import check_count, check_flag, check_not_empty, check_same_device, check_tensors
+from longspan.checks import check_count, check_flag, check_not_empty, check_same_device, check_tensors, described
 from longspan.dtypes import at_least_float32
 from longspan.errors import InputError
 from longspan.exchange import Exchanger
@@ -28,6 +29,7 @@ def mamba2(
     z: Tensor | None = ...,
     dt_bias: Tensor | None = ...,
     dt_softplus: bool = ...,
+    dt_limit: tuple[float, float] = ...,
     n_groups: int | None = ...,
     initial_state: Tensor | None = ...,
     output_final_state: Literal[False] = ...,
@@ -51,6 +53,7 @@ def mamba2(
     z: Tensor | None = ...,
     dt_bias: Tensor | None = ...,
     dt_softplus: bool = ...,
+    dt_limit: tuple[float, float] = ...,
     n_groups: int | None = ...,
     initial_state: Tensor | None = ...,
     output_final_state: Literal[True],
@@ -74,6 +77,7 @@ def mamba2(
     z: Tensor | None = ...,
     dt_bias: Tensor | None = ...,
     dt_softplus: bool = ...,
+    dt_limit: tuple[float, float] = ...,
     n_groups: int | None = ...,
     initial_state: Tensor | None = ...,
     output_final_state: bool,
@@ -96,6 +100,7 @@ def mamba2(
     z: Tensor | None = None,
     dt_bias: Tensor | None = None,
     dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, math.inf),
     n_groups: int | None = None,
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
@@ -120,21 +125,25 @@ def mamba2(
         z: gate ``[B, T, H, P]``, or None.
         dt_bias: ``[H]``, added to dt, or None.
         dt_softplus: take the softplus of dt (after dt_bias).
+        dt_limit: the smallest and the largest step size: what is beyond (after the softplus) is clamped, and takes no gradient, as
+            by torch.clamp. ``time_step_limit`` in the configs of Transformers.
         n_groups: G; None takes it from B.
-        initial_state, output_final_state: states are ``[B, H, N, P]``, float32 (float64 for float64). state-spaces/mamba's are
-            transposed, ``[B, H, P, N]``.
+        initial_state, output_final_state: states are ``[B, H, N, P]``, float32 (float64 for float64). Those of state-spaces/mamba
+            and of Transformers' caches are transposed, ``[B, H, P, N]``: pass ``state.mT``.
         layout, exchange, schedule, backend, chunk_size: as in `longspan.simple_gla`.
 
     Returns:
         y ``[B, T, H, P]`` in the dtype of x; with `output_final_state`, the pair (y, final_state).
 
     Raises:
-        InputError: for shapes that do not fit, an A above 0 or a dt below 0 (looked at on the CPU only).
+        InputError: for shapes that do not fit, a dt_limit that is no pair of rising numbers of at least 0, an A above 0 or a dt
+            below 0 before it is clamped (looked at on the CPU only).
         LayoutError: as in the operators.
     """
     check_tensors("mamba2", x=x, dt=dt, A=A, B=B, C=C)
     check_tensors("mamba2", **{n: t for n, t in (("D", D), ("z", z), ("dt_bias", dt_bias)) if t is not None})
     check_flag("mamba2", "dt_softplus", dt_softplus)
+    smallest, largest = _check_limit(dt_limit)
     if n_groups is not None:
         check_count("mamba2", "n_groups", n_groups, "the groups of B and C, or None")
     if x.dim() != 4:
@@ -160,6 +169,8 @@ def mamba2(
     if dt_softplus:
         steps = F.softplus(steps)
     _check_signs(A, steps)
+    if smallest > 0 or largest < math.inf:
+        steps = steps.clamp(smallest, largest)
     result = apply_operator(
         "simple_gla",
         C,
@@ -207,6 +218,22 @@ def _expect(name: str, value: Tensor, shape: tuple[int, ...], dims: str) -> None
         raise InputError(
             f"mamba2: {name} must be {dims} = {shape}; got shape {tuple(value.shape)}. Lay it out as the docstring says"
         )
+
+
+def _check_limit(dt_limit: Any) -> tuple[float, float]:
+    is_pair = isinstance(dt_limit, tuple | list) and len(dt_limit) == 2
+    if not is_pair or not all(isinstance(x, int | float) and not isinstance(x, bool) for x in dt_limit):
+        raise InputError(
+            f"mamba2: dt_limit must be two numbers, the smallest and the largest step size; got {described(dt_limit)}. Leave it "
+            "out for (0.0, math.inf)"
+        )
+    smallest, largest = dt_limit
+    # A NaN is in no order.
+    if not 0 <= smallest <= largest or smallest == math.inf:
+        raise InputError(
+            f"mamba2: dt_limit must rise from a number of at least 0; got {described(dt_limit)}. Leave it out for (0.0, math.inf)"
+        )
+    return smallest, largest
 
 
 def _check_signs(A: Tensor, steps: Tensor) -> None:

@@ -58,11 +58,25 @@ def mamba2_call(values: Values, **options: Any) -> Any:
     return longspan.mamba2(**values, dt_softplus=True, **options)
 
 
-def mamba2_plain(x: Values, state: Tensor) -> Result:
+LIMITS = (0.4, 1.1)
+
+
+def limited_mamba2_call(values: Values, **options: Any) -> Any:
+    return mamba2_call(values, dt_limit=LIMITS, **options)
+
+
+def limited_mamba2_plain(x: Values, state: Tensor) -> Result:
+    return mamba2_plain(x, state, LIMITS)
+
+
+def mamba2_plain(x: Values, state: Tensor, limits: tuple[float, float] | None = None) -> Result:
     """h_t = exp(Δ_t A) h_{t−1} + Δ_t B_t x_t, y_t = C_tᵀ h_t + D x_t, gated by z."""
     outputs = []
     for t in range(x["x"].shape[1]):
         step = (1 + (x["dt"][:, t] + x["dt_bias"]).exp()).log()[..., None, None]
+        if limits is not None:
+            for limit, is_beyond in ((limits[0], step < limits[0]), (limits[1], step > limits[1])):
+                step = torch.where(is_beyond, limit, step)
         # Head h belongs to group h // (H / G).
         key, query = (x[name][:, t].repeat_interleave(HEADS // KEY_HEADS, dim=1) for name in ("B", "C"))
         token = x["x"][:, t]
@@ -152,6 +166,7 @@ def normalized_plain(operator: str) -> Callable[[Values, Tensor], Result]:
 NORMALIZED = ("linear_attention", "retention", "simple_gla", "gla")
 LAYERS: dict[str, tuple[Callable[[int, int], Values], Callable[..., Any], Callable[[Values, Tensor], Result], int]] = {
     "mamba2": (mamba2_values, mamba2_call, mamba2_plain, VALUE_SIZE),
+    "mamba2 within limits": (mamba2_values, limited_mamba2_call, limited_mamba2_plain, VALUE_SIZE),
     "hgrn2": (hgrn2_values, hgrn2_call, hgrn2_plain, VALUE_SIZE),
     **{
         f"normalized {operator}": (
@@ -355,6 +370,16 @@ def test_mamba2_without_the_optional_arguments_is_the_bare_recurrence() -> None:
     torch.testing.assert_close(longspan.mamba2(**bare), mamba2_plain(full, torch.zeros(()))[0])
 
 
+def test_steps_beyond_the_limits_take_no_gradient() -> None:
+    values = mamba2_values(1, 12)
+    values["dt"].requires_grad_()
+    mamba2_call(values, dt_limit=LIMITS).sum().backward()
+    steps = torch.nn.functional.softplus(values["dt"].detach() + values["dt_bias"])
+    beyond = (steps < LIMITS[0]) | (steps > LIMITS[1])
+    assert 0 < beyond.sum() < beyond.numel()
+    assert torch.equal(values["dt"].grad == 0, beyond)
+
+
 def test_mamba2_in_bfloat16_keeps_its_steps_in_float32() -> None:
     values = {name: value.float() for name, value in mamba2_values(1, 300).items()}
     narrow = {name: values[name].bfloat16() for name in ("x", "B", "C", "z")}
@@ -388,6 +413,11 @@ def test_mamba2_in_bfloat16_keeps_its_steps_in_float32() -> None:
         ({"n_groups": 4}, r"B must be .* with n_groups G; got shape \(1, 6, 2, 3\) and n_groups 4"),
         ({"D": torch.zeros(2)}, r"D must be \[H\] or \[H, P\] = \(4, 5\); got \(2,\)"),
         ({"z": torch.zeros(1, 6, 4, 1)}, r"z must be \[B, T, H, P\] = \(1, 6, 4, 5\)"),
+        ({"dt_limit": 0.1}, r"dt_limit must be two numbers, the smallest and the largest step size; got 0.1 \(float\)"),
+        ({"dt_limit": (0.1, None)}, r"dt_limit must be two numbers"),
+        ({"dt_limit": (0.1, 0.01)}, r"dt_limit must rise from a number of at least 0; got \(0.1, 0.01\)"),
+        ({"dt_limit": (-0.1, 1.0)}, r"dt_limit must rise from a number of at least 0"),
+        ({"dt_limit": (float("nan"), 1.0)}, r"dt_limit must rise"),
         ({"dt_bias": torch.zeros(5)}, r"dt_bias must be \[H\] = \(4,\); got shape \(5,\)"),
     ],
 )
