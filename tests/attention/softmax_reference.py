@@ -25,7 +25,7 @@ def dense_attention(
     scale: float,
     window: int | None = None,
 ) -> Tensor:
-    """q [B, T, H, D]; k, v [B, T, H_kv, D]; documents are cu_seqlens. Any float dtype, masks and scores whole."""
+    """q [B, T, H, D]; k [B, T, H_kv, D]; v [B, T, H_kv, D_v]; documents are cu_seqlens. Any float dtype, masks and scores whole."""
     groups = q.shape[2] // k.shape[2]
     k, v = (x.repeat_interleave(groups, dim=2) for x in (k, v))
     positions = torch.arange(q.shape[1])
@@ -41,12 +41,20 @@ def dense_attention(
 
 
 def random_inputs(
-    seed: int, batch: int, tokens: int, heads: int, kv_heads: int, dim: int, dtype: torch.dtype = torch.float64
+    seed: int,
+    batch: int,
+    tokens: int,
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    dtype: torch.dtype = torch.float64,
+    value_dim: int | None = None,
 ) -> list[Tensor]:
     """q, k, v and an upstream gradient."""
     generator = torch.Generator().manual_seed(seed)
-    sizes = [heads, kv_heads, kv_heads, heads]
-    return [torch.randn(batch, tokens, h, dim, generator=generator, dtype=torch.float64).to(dtype) for h in sizes]
+    of_values = dim if value_dim is None else value_dim
+    sizes = [(heads, dim), (kv_heads, dim), (kv_heads, of_values), (heads, of_values)]
+    return [torch.randn(batch, tokens, *size, generator=generator, dtype=torch.float64).to(dtype) for size in sizes]
 
 
 @dataclass(frozen=True)
@@ -64,6 +72,7 @@ class Case:
     two_phases: bool = False
     rows: int = 2
     dim: int = 8
+    value_dim: int | None = None
     floor: float = 0.0
 
 
@@ -74,7 +83,7 @@ def compare(cases: list[Case]) -> list[dict[str, float]]:
 
 
 def _compare(case: Case, seed: int) -> dict[str, float]:
-    everything = random_inputs(seed, case.rows, case.tokens, *case.heads, case.dim, case.dtype)
+    everything = random_inputs(seed, case.rows, case.tokens, *case.heads, case.dim, case.dtype, case.value_dim)
     layout = SequenceLayout(case.tokens, order=case.order, documents=case.documents)
     q, k, v = (layout.shard(x).clone().requires_grad_() for x in everything[:3])
     if case.two_phases:

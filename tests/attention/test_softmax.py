@@ -113,6 +113,30 @@ def test_rows_that_documents_and_windows_cut_are_right_for_groups_of_heads() -> 
     check(3, cases)
 
 
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+@pytest.mark.parametrize("method", METHODS)
+def test_values_may_be_narrower_or_wider_than_keys(num_ranks: int, method: SoftmaxMethod) -> None:
+    settings: list[tuple[int | None, Documents, tuple[int, int], bool]] = [
+        (None, None, (6, 6), False),
+        (7, PACKED, (6, 2), True),
+        (20, None, (6, 3), False),
+    ]
+    check(
+        num_ranks,
+        [
+            Case(53, method, order, True, window, documents, heads, two_phases=two_phases, dim=dim, value_dim=value_dim)
+            for (window, documents, heads, two_phases), order, (dim, value_dim) in product(
+                settings, ORDERS if num_ranks > 1 else ORDERS[:1], [(6, 4), (3, 8), (5, 1)]
+            )
+        ],
+    )
+
+
+def test_values_of_another_size_in_half_precision_stay_close_to_float64() -> None:
+    cases = [Case(53, method, "zigzag", heads=(6, 2), dtype=torch.bfloat16, dim=6, value_dim=4) for method in METHODS]
+    check(3, cases, TOLERANCES[torch.bfloat16])
+
+
 def test_write_then_read_equals_one_call() -> None:
     check(
         2,

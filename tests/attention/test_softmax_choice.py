@@ -68,6 +68,15 @@ def test_costs_grow_with_rows_and_tokens(method: str, device: str) -> None:
     assert of(1024, 1) < of(1024, 4) < of(4096, 4)
 
 
+def test_a_layer_is_priced_by_the_size_of_its_keys_and_of_its_values() -> None:
+    narrow, wide = Shapes(1, 8, 2, 192, 2, 128), Shapes(1, 8, 2, 192, 2)
+    assert (narrow.key_bytes, narrow.query_bytes) == (2 * 320 * 2, 8 * 320 * 2)
+    assert (wide.key_bytes, wide.query_bytes) == (2 * 384 * 2, 8 * 384 * 2)
+    cluster = stated_cluster("cuda", 4, 4)
+    # Kernels pad the narrower of the two.
+    assert narrow.pair_seconds(cluster) == wide.pair_seconds(cluster) == Shapes(1, 8, 2, 128, 2, 192).pair_seconds(cluster)
+
+
 def method_of_auto() -> str:
     layout = SequenceLayout(64, order="zigzag")
     _, k, v, _ = (layout.shard(x) for x in random_inputs(0, 1, 64, 4, 2, 8))

@@ -188,6 +188,24 @@ def test_ulysses_sends_the_same_whatever_is_masked() -> None:
         assert sent(3, "backward", "ulysses", **options) == [keys + 2 * queries] * 3
 
 
+def bytes_with_values_of_another_size(method: SoftmaxMethod) -> list[int]:
+    q, k, v, grad = random_inputs(16, 1, 24, 6, 1, 6, value_dim=4)
+    layout = SequenceLayout(24)
+    leaves = [layout.shard(x).clone().requires_grad_() for x in (q, k, v)]
+    with record_traffic() as traffic:
+        softmax_attention(leaves[0], leaves[1], leaves[2], layout=layout, method=method).backward(layout.shard(grad))
+    return [sum(x.bytes_sent for x in traffic.events if x.phase == phase) for phase in ("forward", "backward")]
+
+
+def test_values_of_another_size_travel_without_padding() -> None:
+    """As docs/softmax.md has it: a key of 6 numbers and a value of 4, in float64."""
+    token = (6 + 4) * 8
+    answers = {method: run_on_ranks(3, bytes_with_values_of_another_size, method) for method in METHODS}
+    assert answers["all_gather"] == [[16 * token, tokens * token] for tokens in (0, 8, 16)]
+    assert answers["ring"] == [[8 * token, 8 * token], [16 * token, 24 * token], [0, 16 * token]]
+    assert answers["ulysses"] == [[2 * 8 * (1 + 2) * token] * 2] * 3
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_no_collective_where_no_rank_needs_another(method: SoftmaxMethod) -> None:
     nothing: dict[str, list[Event]] = {"forward": [], "backward": []}

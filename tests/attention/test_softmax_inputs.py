@@ -27,7 +27,8 @@ def good_inputs(tokens: int = 8) -> dict[str, Any]:
         ({"q": torch.zeros(1, 8, 4, 8).double()}, r"one dtype; got q of torch.float64 and k of torch.float32. Cast"),
         ({"v": torch.zeros(1, 8, 2, 8).bfloat16()}, r"one dtype; got k of torch.float32 and v of torch.bfloat16"),
         ({"q": torch.zeros(1, 8, 3, 8)}, r"multiple of the number of key and value heads; got 3 and 2"),
-        ({"v": torch.zeros(1, 8, 2, 4)}, r"same shape .* got k \(1, 8, 2, 8\) and v \(1, 8, 2, 4\)"),
+        ({"v": torch.zeros(1, 8, 4, 8)}, r"the same B, T and H_kv; got k \(1, 8, 2, 8\) and v \(1, 8, 4, 8\)"),
+        ({"v": torch.zeros(1, 8, 2, 0)}, r"at least one row, token, head and channel; got v of shape \(1, 8, 2, 0\)"),
         ({"q": torch.zeros(1, 7, 4, 8)}, r"batch rows, tokens and head dimension .* got q \(1, 7, 4, 8\)"),
         ({"q": torch.zeros(8, 4, 8)}, r"takes q \[B, T, H, D\] .* got q \(8, 4, 8\)"),
         (

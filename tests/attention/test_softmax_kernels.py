@@ -60,6 +60,21 @@ def test_a_block_equals_dense_attention(
         _close(got, want, dtype, floor)
 
 
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize(("dim", "value_dim"), [(12, 8), (8, 12), (3, 1)])
+def test_a_block_takes_values_of_another_size(operator: str, dtype: torch.dtype, dim: int, value_dim: int) -> None:
+    q, k, v, grad_out = random_inputs(0, 2, 131, 4, 2, dim, dtype, value_dim)
+    out, lse = kernels.block_forward(q, k, v, causal=True, scale=0.3)
+    grads = kernels.block_backward(grad_out, q, k, v, out, lse, causal=True, scale=0.3)
+    leaves = [x.double().requires_grad_() for x in (q, k, v)]
+    want, want_lse = _dense(*leaves, causal=True, scale=0.3)
+    want_grads = torch.autograd.grad(want, leaves, grad_out.double())
+    assert out.untyped_storage().nbytes() == out.numel() * out.element_size()
+    for got, expected in zip((out, lse, *grads), (want, want_lse, *want_grads), strict=True):
+        assert got.shape == expected.shape
+        _close(got, expected, dtype)
+
+
 def test_blocks_merged_by_log_sum_exp_have_exact_gradients(operator: str) -> None:
     q, k, v, grad_out = random_inputs(1, 2, 40, 4, 2, 8)
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]

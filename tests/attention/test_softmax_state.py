@@ -41,6 +41,7 @@ class Case:
     two_phases: bool = False
     takes: tuple[str, ...] = ("all",)
     frozen: tuple[tuple[str, ...], ...] = ((),)
+    value_dim: int = 4
 
 
 def of_rank(values: tuple[Any, ...], rank: int) -> Any:
@@ -80,9 +81,10 @@ def _compare(case: Case, seed: int) -> dict[str, float]:
     layout = SequenceLayout(case.tokens, order=case.order)
     rank, num_ranks = layout.rank, layout.num_ranks
     heads, kv_heads = case.heads
-    q, k, v, grad_o = random_inputs(seed, 2, case.tokens, heads, kv_heads, 4, case.dtype)
-    past = random_inputs(seed + 1000, 2, case.past, 1, kv_heads, 4, case.dtype)[1:3]
-    upstream = random_inputs(seed + 2000, 2, case.tokens + case.past, 1, kv_heads, 4, case.dtype)[1:3]
+    sizes = 4, case.dtype, case.value_dim
+    q, k, v, grad_o = random_inputs(seed, 2, case.tokens, heads, kv_heads, *sizes)
+    past = random_inputs(seed + 1000, 2, case.past, 1, kv_heads, *sizes)[1:3]
+    upstream = random_inputs(seed + 2000, 2, case.tokens + case.past, 1, kv_heads, *sizes)[1:3]
     upstream = [grad_o, *(kept(x, case.window) for x in upstream)]
     frozen = of_rank(case.frozen, rank)
     own = [layout.shard(x) for x in (q, k, v)] + past
@@ -137,6 +139,16 @@ def test_every_rank_equals_dense_attention_over_past_and_present(num_ranks: int,
             [(21, 9), (5, 30), (8, 0)] if num_ranks in (1, 4) else [(21, 9)],
             [(None, (12, 4)), (7, (12, 1)), (12, (12, 12)), (1, (12, 6)), (40, (12, 4))],
         )
+    ]
+    check(num_ranks, cases)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("method", METHODS)
+def test_values_of_another_size_than_keys_have_a_past_and_a_final_state(num_ranks: int, method: SoftmaxMethod) -> None:
+    cases = [
+        Case(21, 9, method, order, window, (4, 2), value_dim=value_dim)
+        for order, window, value_dim in product(ORDERS if num_ranks > 1 else ORDERS[:1], (None, 7), (2, 7))
     ]
     check(num_ranks, cases)
 
@@ -234,7 +246,7 @@ def good_inputs() -> dict[str, Any]:
         ({"initial_state": (torch.zeros(1, 3, 2, 8), None)}, r"initial_state\[1\] must be a torch.Tensor"),
         (
             {"initial_state": (torch.zeros(1, 3, 2, 8), torch.zeros(1, 4, 2, 8))},
-            r"initial_state\[1\] must be \[B, L, H_kv, D\] = \(1, L, 2, 8\) .* got \(1, 4, 2, 8\)",
+            r"initial_state\[1\] must be \[B, L, H_kv, D_v\] = \(1, L, 2, 8\) .* as v is.* got \(1, 4, 2, 8\)",
         ),
         ({"initial_state": (torch.zeros(1, 3, 4, 8),) * 2}, r"initial_state\[0\] .* got \(1, 3, 4, 8\)"),
         ({"initial_state": (torch.zeros(1, 3, 2, 8).double(),) * 2}, "got .* in torch.float64. Pass what"),

@@ -81,7 +81,8 @@ def _normalized(layout: Any, q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Outp
 
 
 def _mamba2(layout: Any, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor) -> Outputs:
-    return _outputs(longspan.mamba2(x, dt, -A.exp(), B, C, D=D, z=z, dt_softplus=True, layout=layout))
+    options: Any = {"dt_softplus": True, "dt_limit": (0.3, 2.0), "layout": layout}
+    return _outputs(longspan.mamba2(x, dt, -A.exp(), B, C, D=D, z=z, **options))
 
 
 def _hgrn2(layout: Any, q: Tensor, f: Tensor, i: Tensor, bound: Tensor) -> Outputs:
@@ -122,6 +123,10 @@ def _softmax_after_a_past(layout: Any, q: Tensor, k: Tensor, v: Tensor, past_k: 
         q, k, v, window=20, initial_state=(past_k, past_v), output_final_state=True, layout=layout
     )
     return o, *final
+
+
+def _softmax_of_narrow_values(layout: Any, q: Tensor, k: Tensor, v: Tensor) -> Outputs:
+    return (longspan.softmax_attention(q, k, v[..., :3], layout=layout),)
 
 
 def _norm(layout: Any, x: Tensor, gate: Tensor, weight: Tensor) -> Outputs:
@@ -169,6 +174,7 @@ CALLS = {
     "token shift from a state": Call(_shift_from_a_state, {"x": ("B", "T", 6), "before": ("D", 6)}),
     "softmax": Call(_softmax, SOFTMAX),
     "softmax of a window": Call(_softmax_of_a_window, SOFTMAX),
+    "softmax of narrow values": Call(_softmax_of_narrow_values, SOFTMAX),
     "softmax, write and read": Call(_softmax_written_and_read, SOFTMAX),
     "softmax after a past": Call(
         _softmax_after_a_past, {**SOFTMAX, "past_k": ("B", 5, 2, SIZE), "past_v": ("B", 5, 2, SIZE)}

@@ -1,9 +1,9 @@
 """Keys and values brought to the queries at once (LASP-2H, arXiv 2502.07563).
 
 Shapes: N global tokens, P ranks, T tokens of this rank, R tokens of other ranks that this rank's queries see, B batch,
-H heads, H_kv key and value heads, D head dimension.
+H heads, H_kv key and value heads, D head dimension, D_v that of values.
 
-    write    one collective brings K and V of other ranks, packed [tokens, B, 2, H_kv, D]
+    write    one collective brings K and V of other ranks, packed token by token
     read     blocks on own keys, then wait, then blocks on the R keys that arrived; merged by log-sum-exp
 
     read's backward     blocks on the R keys, return of dK and dV started, then blocks on own keys
@@ -21,11 +21,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from longspan.attention.softmax.packing import add_packed, pack_into, pack_keys, take_runs, unpack
-from longspan.attention.softmax.pair import Grads, KeyExchange, KeyGrads, own_blocks
+from longspan.attention.softmax.packing import add_packed, pack_into, pack_keys, packed_width, take_runs, unpack
+from longspan.attention.softmax.pair import Grads, KeyExchange, KeyGrads, KeyShapes, own_blocks
 from longspan.attention.softmax.shapes import Shapes, pairs_of_ranks
 from longspan.comm.all_to_all import Flight, start_all_to_all
 from longspan.comm.collectives import all_gather_single
@@ -164,7 +163,7 @@ class AllGatherKeys(KeyExchange):
         if plan.gathers:
             # gloo gathers equal lengths only: shards are padded to the longest. The padding is never read.
             longest = max(layout.tokens_of)
-            mine = k.new_empty((longest, k.shape[0], 2, *k.shape[2:]))
+            mine = k.new_empty((longest, k.shape[0], packed_width(k, v)))
             pack_into(mine, k, v, [(0, k.shape[1])])
             everyone = mine.new_empty((layout.num_ranks * longest, *mine.shape[1:]))
             others = layout.num_ranks - 1
@@ -186,11 +185,11 @@ class AllGatherKeys(KeyExchange):
 
     def attend_rest(self, merged: Merged, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, ...]:
         buffer = self._wait_buffer(k, v)
-        merged.add(self._plan.remote, *unpack(buffer), scale)
+        merged.add(self._plan.remote, *unpack(buffer, k, v), scale)
         return k, v, buffer
 
     def _wait_buffer(self, k: Tensor, v: Tensor) -> Tensor:
-        """The keys that this rank needs of others, [R, B, 2, H_kv, D]."""
+        """The keys and values that this rank needs of others, packed: R tokens."""
         if self._buffer is None:
             if self._arriving is None:
                 self.start(k, v)
@@ -207,7 +206,7 @@ class AllGatherKeys(KeyExchange):
     ) -> Grads | None:
         k, v, buffer = kept
         plan = self._plan
-        grads = queries.backward(plan.remote, *unpack(buffer))
+        grads = queries.backward(plan.remote, *unpack(buffer, k, v))
         if returns_key_grads:
             mine = pack_keys(grads[0].to(k.dtype), grads[1].to(k.dtype), [run for runs in plan.returns for run in runs])
             self._returning[read] = start_all_to_all(
@@ -220,7 +219,7 @@ class AllGatherKeys(KeyExchange):
             self._grads.keep(read, own)
         return None
 
-    def finish(self, shape: torch.Size) -> Grads:
+    def finish(self, shapes: KeyShapes) -> Grads:
         total = self._grads.total()
         departed = [run for runs in self._plan.departures for run in runs]
         while self._returning:

@@ -105,14 +105,15 @@ def softmax_attention(
     Args:
         q: ``[B, T, H, D]``, float64, float32, bfloat16 or float16; T is this rank's number of tokens, or the whole
             length without a layout.
-        k, v: ``[B, T, H_kv, D]``, q's dtype; H a multiple of H_kv, query head h uses key head ``h // (H / H_kv)``.
+        k, v: ``[B, T, H_kv, D]`` and ``[B, T, H_kv, D_v]``, q's dtype; H a multiple of H_kv, query head h uses key head
+            ``h // (H / H_kv)``. D_v may differ from D, as in latent attention.
         causal: token i sees tokens up to itself; False: all of its document.
         window: a token sees the last `window` tokens, itself included; with ``causal=False`` also the next
             ``window - 1``, those less than `window` away on either side. None is no limit.
         scale: a finite number of either sign; None is ``D ** -0.5``. It takes no gradient: a learned one multiplies q.
-        initial_state: keys and values of the L tokens before the first global one, ``(k, v)``, each ``[B, L, H_kv, D]``, L at least
-            0, as `output_final_state` returned them; the same on every rank, their gradient a rank's share. For causal attention
-            without documents. None is none.
+        initial_state: keys and values of the L tokens before the first global one, ``(k, v)``, ``[B, L, H_kv, D]`` and
+            ``[B, L, H_kv, D_v]``, L at least 0, as `output_final_state` returned them; the same on every rank, their gradient a rank's
+            share. For causal attention without documents. None is none.
         output_final_state: also return the keys and values of all tokens so far, the initial state's included, on every rank: the
             initial state of what follows. With a window, of the last ``window - 1`` alone, which are all that it sees.
         layout: who holds which tokens, and the documents, which never see each other; None is one device and one
@@ -123,7 +124,7 @@ def softmax_attention(
             memory and a count of operations and bytes, the same on every rank (docs/softmax.md).
 
     Returns:
-        ``[B, T, H, D]`` in q's dtype; with `output_final_state`, the pair (o, final_state), final_state shaped like
+        ``[B, T, H, D_v]`` in q's dtype; with `output_final_state`, the pair (o, final_state), final_state shaped like
         `initial_state`. Its gradient is the sum of what every rank sends back; ranks may let o, the final state or both enter their
         losses. Every rank must take the same calls in the same order, backward too. Gradients are those of the sum over ranks of
         what each rank backpropagates.
@@ -186,7 +187,7 @@ def write_softmax(
         layout = layout_of_one_device(k.shape[1])
     check_layout(layout, k.shape[1], NAME, sends=not has_no_values(k))
     check_flag(NAME, "output_final_state", output_final_state)
-    past = _check_state(initial_state, output_final_state, k, layout, causal)
+    past = _check_state(initial_state, output_final_state, k, v, layout, causal)
     if has_no_values(k):
         if method == "ulysses" and num_heads is not None:
             check_heads_of_ulysses(num_heads, layout.num_ranks)
@@ -236,7 +237,7 @@ class SoftmaxMemory(StepMemory):
     ) -> None:
         if method == "auto":
             rows, _, key_heads, dim = k.shape
-            shapes = Shapes(rows, num_heads or key_heads, key_heads, dim, k.element_size())
+            shapes = Shapes(rows, num_heads or key_heads, key_heads, dim, k.element_size(), v.shape[3])
             method = choose(layout, visibility, shapes, k.device.type) if layout.num_ranks > 1 else "all_gather"
         self.method: str = method
         self._k, self._v, self._past, self._window, self._layout = k, v, past, window, layout
@@ -254,7 +255,7 @@ class SoftmaxMemory(StepMemory):
             self._reader = Reader(k, v, exchange, layout, past)
 
     def read(self, q: Tensor, scale: float | None = None) -> Tensor:
-        """Attention ``[B, T, H, D]`` of the queries ``[B, T, H, D]`` of this rank's tokens; see `softmax_attention`.
+        """Attention ``[B, T, H, D_v]`` of the queries ``[B, T, H, D]`` of this rank's tokens; see `softmax_attention`.
 
         Raises:
             InputError: if q does not fit the keys that were written, or k or v was changed in place since.
@@ -359,7 +360,7 @@ def _check_has_final_state(has_it: bool) -> None:
 
 
 def _check_state(
-    initial_state: object, output_final_state: bool, k: Tensor, layout: SequenceLayout, causal: bool
+    initial_state: object, output_final_state: bool, k: Tensor, v: Tensor, layout: SequenceLayout, causal: bool
 ) -> KeysAndValues | None:
     """The initial state, where it is one that k and the layout take."""
     given = "an initial_state" if initial_state is not None else "output_final_state=True"
@@ -383,14 +384,15 @@ def _check_state(
             f"{described(initial_state)}. Leave it out where there are none"
         )
     past_k, past_v = initial_state
-    rows, _, heads, dim = k.shape
-    for name, x in (("initial_state[0]", past_k), ("initial_state[1]", past_v)):
+    for number, (x, of, like, size) in enumerate(((past_k, "k", k, "D"), (past_v, "v", v, "D_v"))):
+        name = f"initial_state[{number}]"
         check_tensor(NAME, name, x)
-        fits = x.dim() == 4 and (x.shape[0], *x.shape[2:]) == (rows, heads, dim) and x.shape == past_k.shape
+        rows, _, heads, dim = like.shape
+        fits = x.dim() == 4 and (x.shape[0], *x.shape[2:]) == (rows, heads, dim) and x.shape[1] == past_k.shape[1]
         if not fits or x.dtype != k.dtype:
             raise InputError(
-                f"{NAME}: {name} must be [B, L, H_kv, D] = ({rows}, L, {heads}, {dim}) in {k.dtype}, as k is, and L the same for "
-                f"keys and values; got {tuple(x.shape)} in {x.dtype}. Pass what output_final_state=True returned"
+                f"{NAME}: {name} must be [B, L, H_kv, {size}] = ({rows}, L, {heads}, {dim}) in {k.dtype}, as {of} is, "
+                f"and L the same for keys and values; got {tuple(x.shape)} in {x.dtype}. Pass what output_final_state=True returned"
             )
         check_same_device(NAME, **{"k": k, name: x})
     return past_k, past_v
@@ -403,12 +405,13 @@ def _is_positive(value: object) -> bool:
 def _check_keys(k: Tensor, v: Tensor) -> None:
     check_tensor(NAME, "k", k)
     check_tensor(NAME, "v", v)
-    if k.dim() != 4 or k.shape != v.shape:
+    if k.dim() != 4 or v.dim() != 4 or k.shape[:3] != v.shape[:3]:
         raise InputError(
-            "softmax attention takes k and v of the same shape [B, T, H_kv, D]; "
+            "softmax attention takes k [B, T, H_kv, D] and v [B, T, H_kv, D_v] with the same B, T and H_kv; "
             f"got k {tuple(k.shape)} and v {tuple(v.shape)}. Heads are a dimension of their own: k.unflatten(-1, (H_kv, D))"
         )
     check_not_empty(NAME, "k", k)
+    check_not_empty(NAME, "v", v)
     if k.dtype not in SOFTMAX_DTYPES:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in SOFTMAX_DTYPES)
         raise InputError(
@@ -422,7 +425,7 @@ def _check_queries(q: Tensor, k: Tensor) -> None:
     check_tensor(NAME, "k", k)
     if q.dim() != 4 or k.dim() != 4:
         raise InputError(
-            "softmax attention takes q [B, T, H, D] and k, v [B, T, H_kv, D]; "
+            "softmax attention takes q [B, T, H, D], k [B, T, H_kv, D] and v [B, T, H_kv, D_v]; "
             f"got q {tuple(q.shape)} and k {tuple(k.shape)}. Heads are a dimension of their own: q.unflatten(-1, (H, D))"
         )
     check_not_empty(NAME, "q", q)

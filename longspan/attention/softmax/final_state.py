@@ -1,7 +1,7 @@
 """The keys and values that later tokens see: of the past and of this sequence, on every rank.
 
 Shapes: N global tokens, T tokens of this rank, n last tokens of the sequence, L tokens of the past, B batch, H_kv key and value
-heads, D head dimension.
+heads, D head dimension, D_v that of values.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longspan.attention.softmax.packing import add_packed, pack_into, take_runs, unpack
+from longspan.attention.softmax.packing import add_packed, pack_into, pack_keys, packed_width, take_runs, unpack
 from longspan.comm.all_to_all import Flight, start_all_to_all
 from longspan.comm.collectives import all_gather_single
 from longspan.comm.numbering import launch
@@ -28,7 +28,7 @@ KeysAndValues = tuple[Tensor, Tensor]
 def final_keys(
     k: Tensor, v: Tensor, past: KeysAndValues | None, layout: SequenceLayout, window: int | None, joins: bool
 ) -> KeysAndValues:
-    """Keys and values ``[B, L + N, H_kv, D]`` of all tokens so far, or of the last ``window - 1``, on every rank.
+    """Keys ``[B, L + N, H_kv, D]`` and values ``[B, L + N, H_kv, D_v]`` of all tokens so far, or of the last ``window - 1``, on every rank.
 
     joins: take part in the gradients' exchange even if k and v take none here: those of other ranks may.
     """
@@ -79,9 +79,9 @@ class _LastTokens(torch.autograd.Function):
 
     | | shape | |
     |---|---|---|
-    | k, v | [B, T, H_kv, D] | this rank's |
+    | k, v | [B, T, H_kv, D], [B, T, H_kv, D_v] | this rank's |
     | joins | [] or None | a leaf, where k and v take no gradient but other ranks' may |
-    | last_k, last_v | [B, n, H_kv, D] | the same on every rank |
+    | last_k, last_v | [B, n, H_kv, D], [B, n, H_kv, D_v] | the same on every rank |
 
     Backward: dk, dv = sum over the ranks of their gradients of this rank's tokens, in float32 (float64), in the order of the ranks.
     """
@@ -91,8 +91,8 @@ class _LastTokens(torch.autograd.Function):
         ctx: Any, k: Tensor, v: Tensor, joins: Tensor | None, layout: SequenceLayout, num_last: int
     ) -> tuple[Tensor, Tensor]:
         plan = layout.cached(("softmax_last_tokens", num_last), lambda: _plan(layout, num_last))
-        ctx.layout, ctx.plan, ctx.shape = layout, plan, k.shape
-        mine = k.new_zeros((plan.longest, k.shape[0], 2, *k.shape[2:]))
+        ctx.layout, ctx.plan, ctx.shapes = layout, plan, (k.shape, v.shape)
+        mine = k.new_zeros((plan.longest, k.shape[0], packed_width(k, v)))
         pack_into(mine, k, v, plan.own)
         everyone = mine.new_empty((layout.num_ranks * plan.longest, *mine.shape[1:]))
         others = layout.num_ranks - 1
@@ -104,7 +104,7 @@ class _LastTokens(torch.autograd.Function):
             "forward",
             lambda group, _: all_gather_single(everyone, mine, group, async_op=True),
         )
-        last_k, last_v = unpack(take_runs(Flight(work, everyone, mine).wait(), plan.arrivals))
+        last_k, last_v = unpack(take_runs(Flight(work, everyone, mine).wait(), plan.arrivals), k, v)
         return last_k.contiguous(), last_v.contiguous()
 
     @staticmethod
@@ -114,11 +114,10 @@ class _LastTokens(torch.autograd.Function):
         plan: _Plan = ctx.plan
         dk, dv = grads
         sizes = [length(places) for places in plan.places]
-        sent = dk.new_empty((sum(sizes), dk.shape[0], 2, *dk.shape[2:]))
-        pack_into(sent, dk, dv, [run for places in plan.places for run in places])
+        sent = pack_keys(dk, dv, [run for places in plan.places for run in places])
         own = length(plan.own)
         arrived = start_all_to_all(sent, sizes, [own] * layout.num_ranks, group_of(layout), "backward").wait()
-        totals = tuple(at_least_float32(dk.new_zeros(ctx.shape)) for _ in range(2))
+        totals = tuple(at_least_float32(dk.new_zeros(shape)) for shape in ctx.shapes)
         for share in arrived.split(own) if own else ():
             add_packed((totals[0], totals[1]), plan.own, share)
         return totals[0].to(dk.dtype), totals[1].to(dv.dtype), None, None, None

@@ -62,10 +62,10 @@ def _attend(
     return found.out, found.lse
 
 
-def _attend_fake(q: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
+def _attend_fake(q: Tensor, k: Tensor, v: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
     rows, num_tokens, heads, _ = q.shape
     lse = q.new_empty(rows, heads, num_tokens, dtype=accumulation_dtype(q.dtype))
-    return q.new_empty(q.shape), lse
+    return q.new_empty(rows, num_tokens, heads, v.shape[3]), lse
 
 
 def _gradient(

@@ -1,7 +1,8 @@
 """Keys and values for their way between ranks: packed token by token, taken in runs.
 
-Shapes: L tokens of a buffer, B batch, H_kv key and value heads, D head dimension. Packed keys and values, and packed
-gradients of both, are [L, B, 2, H_kv, D]: any run of tokens is one piece of memory.
+Shapes: L tokens of a buffer, B batch, H_kv key and value heads, D head dimension of keys, D_v of values. Packed keys and values,
+and packed gradients of both, are [L, B, H_kv · (D + D_v)], of each token and row the keys of all heads and then the values: any
+run of tokens is one piece of memory.
 """
 
 from __future__ import annotations
@@ -18,33 +19,39 @@ MOSTLY = 0.75
 
 
 def pack_keys(k: Tensor, v: Tensor, runs: Sequence[Run]) -> Tensor:
-    """The tokens of `runs`, one run after another, of k and v [B, T, H_kv, D]; in the dtype of k."""
-    packed = k.new_empty((length(runs), k.shape[0], 2, *k.shape[2:]))
+    """The tokens of `runs`, one run after another, of k and v; in the dtype of k."""
+    packed = k.new_empty((length(runs), k.shape[0], packed_width(k, v)))
     pack_into(packed, k, v, runs)
     return packed
+
+
+def packed_width(k: Tensor, v: Tensor) -> int:
+    """H_kv · (D + D_v), the numbers of one token and row of k and v."""
+    return k.shape[2] * (k.shape[3] + v.shape[3])
 
 
 def pack_into(packed: Tensor, k: Tensor, v: Tensor, runs: Sequence[Run]) -> None:
     """`pack_keys`, into a tensor that is there."""
     offset = 0
     for start, stop in runs:
-        for slot, x in enumerate((k, v)):
-            packed[offset : offset + stop - start, :, slot] = x[:, start:stop].transpose(0, 1)
+        for part, x in zip(unpack(packed[offset : offset + stop - start], k, v), (k, v), strict=True):
+            part.copy_(x[:, start:stop])
         offset += stop - start
 
 
-def unpack(packed: Tensor) -> tuple[Tensor, Tensor]:
-    """Views [B, L, H_kv, D] of packed keys and values."""
-    k, v = packed.transpose(0, 1).unbind(2)
-    return k, v
+def unpack(packed: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Views [B, L, H_kv, D] and [B, L, H_kv, D_v] of packed keys and values with the heads of k and v."""
+    heads, dim = k.shape[2:]
+    parts = packed.transpose(0, 1).split((heads * dim, heads * v.shape[3]), dim=2)
+    return parts[0].unflatten(2, (heads, dim)), parts[1].unflatten(2, (heads, v.shape[3]))
 
 
 def add_packed(grads: tuple[Tensor, Tensor], runs: Sequence[Run], packed: Tensor) -> None:
-    """Add packed gradients, one run after another, to the tokens of `runs` of dk and dv [B, T, H_kv, D]."""
+    """Add packed gradients, one run after another, to the tokens of `runs` of dk [B, T, H_kv, D] and dv [B, T, H_kv, D_v]."""
     offset = 0
     for start, stop in runs:
-        for slot, grad in enumerate(grads):
-            grad[:, start:stop] += packed[offset : offset + stop - start, :, slot].transpose(0, 1)
+        for grad, part in zip(grads, unpack(packed[offset : offset + stop - start], *grads), strict=True):
+            grad[:, start:stop] += part
         offset += stop - start
 
 

@@ -30,13 +30,16 @@ from longspan.ops.softmax.merge import Merged, QueryTile
 from longspan.plan import Cluster
 
 Grads = tuple[Tensor, Tensor]
-"""dk and dv of this rank's tokens, [B, T, H_kv, D]."""
+"""dk [B, T, H_kv, D] and dv [B, T, H_kv, D_v] of this rank's tokens."""
+
+KeyShapes = tuple[torch.Size, torch.Size]
+"""The shapes of this rank's k and v."""
 
 
 class KeyExchange(ABC):
     """How the queries of every rank meet the keys that they may see.
 
-    Shapes: q, o [B, T, H, D]; k, v [B, T, H_kv, D], this rank's tokens.
+    Shapes: q [B, T, H, D], o [B, T, H, D_v]; k [B, T, H_kv, D], v [B, T, H_kv, D_v], this rank's tokens.
     """
 
     exchanges: bool
@@ -82,8 +85,8 @@ class KeyExchange(ABC):
         """
 
     @abstractmethod
-    def finish(self, shape: torch.Size) -> Grads:
-        """dk and dv of a shape [B, T, H_kv, D]: what the queries of all ranks gave them, summed over all reads.
+    def finish(self, shapes: KeyShapes) -> Grads:
+        """dk and dv in the shapes of k and v: what the queries of all ranks gave them, summed over all reads.
 
         In the dtype of the keys, or the wider one that they were summed in.
         """
@@ -92,17 +95,17 @@ class KeyExchange(ABC):
 class MovingExchange(KeyExchange):
     """A `KeyExchange` whose queries move to where they attend, and whose outputs move back.
 
-    Shapes: q, o [B, T, H, D] of this rank's tokens; there, [B, S, h, D], all tokens in order. `attend_first`, `attend_rest` and
+    Shapes: q [B, T, H, D] and o [B, T, H, D_v] of this rank's tokens; there, [B, S, h, D or D_v], all tokens in order. `attend_first`, `attend_rest` and
     `backward` are given queries, outputs and their gradients as they are there.
     """
 
     @abstractmethod
     def there(self, x: Tensor, phase: str) -> Tensor:
-        """Queries, or gradients of outputs, [B, T, H, D] to where they attend."""
+        """Queries [B, T, H, D], or gradients of outputs [B, T, H, D_v], to where they attend."""
 
     @abstractmethod
     def back(self, x: Tensor, phase: str) -> Tensor:
-        """Outputs back to their tokens, [B, T, H, D]."""
+        """Outputs back to their tokens, [B, T, H, D_v]."""
 
     @abstractmethod
     def back_with_key_grads(self, dq: Tensor, read: int) -> Tensor:
@@ -110,7 +113,7 @@ class MovingExchange(KeyExchange):
 
     @abstractmethod
     def key_heads_there(self, x: Tensor, num_heads: int) -> Tensor:
-        """Of keys or values [B, L, H_kv, D] those that h of `num_heads` H query heads read there; differentiable."""
+        """Of keys or values [B, L, H_kv, D or D_v] those that h of `num_heads` H query heads read there; differentiable."""
 
 
 class Local(KeyExchange):
@@ -139,7 +142,7 @@ class Local(KeyExchange):
     def release(self) -> None:
         pass
 
-    def finish(self, shape: torch.Size) -> Grads:
+    def finish(self, shapes: KeyShapes) -> Grads:
         raise AssertionError("nothing to wait for")
 
 
@@ -147,7 +150,7 @@ class Local(KeyExchange):
 class Past:
     """Keys and values of tokens before the first global one, the same on every rank; whoever sees them computes without asking.
 
-    k, v: [B, L, H_kv, D]. seq_len, window: of the tokens that follow, as in `softmax_attention`.
+    k: [B, L, H_kv, D]. v: [B, L, H_kv, D_v]. seq_len, window: of the tokens that follow, as in `softmax_attention`.
     """
 
     k: Tensor
@@ -211,7 +214,7 @@ class Reader:
         self._ticket: Tensor | None = _KeysStart.apply(k, v, exchange) if exchange.exchanges else None
 
     def attend(self, q: Tensor, scale: float) -> Tensor:
-        """Attention [B, T, H, D] of this rank's queries on every key that they may see."""
+        """Attention [B, T, H, D_v] of this rank's queries on every key that they may see."""
         read = self._num_reads
         self._num_reads += 1
         exchange = self._exchange
@@ -223,7 +226,7 @@ class Reader:
             assert self._ticket is not None
             if not self._ticket.requires_grad:
                 # Other ranks' keys may take gradients where this rank's do not.
-                self._ticket = _Join.apply(self._k.new_zeros(1, requires_grad=True), exchange, self._k.shape)
+                self._ticket = _Join.apply(self._k.new_zeros(1, requires_grad=True), exchange, (self._k.shape, self._v.shape))
         if not isinstance(exchange, MovingExchange):
             out: Tensor = _Attend.apply(
                 q, self._k, self._v, self._ticket, *past, self._past_blocks, exchange, scale, read
@@ -273,7 +276,7 @@ class _KeysStart(torch.autograd.Function):
 
     | | shape | |
     |---|---|---|
-    | k, v | [B, T, H_kv, D] | this rank's keys and values |
+    | k, v | [B, T, H_kv, D], [B, T, H_kv, D_v] | this rank's keys and values |
     | ticket | [1] | ties the node to `_Attend`; carries no numbers |
 
     Backward: dk, dv = sum over the ranks of their gradients of this rank's keys and values. `_Attend` gives k and v none, so
@@ -282,7 +285,7 @@ class _KeysStart(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, k: Tensor, v: Tensor, exchange: KeyExchange) -> Tensor:
-        ctx.exchange, ctx.shape, ctx.dtype = exchange, k.shape, k.dtype
+        ctx.exchange, ctx.shapes, ctx.dtype = exchange, (k.shape, v.shape), k.dtype
         exchange.start(k, v)
         return k.new_zeros(1)
 
@@ -290,7 +293,7 @@ class _KeysStart(torch.autograd.Function):
     @first_order
     def backward(ctx: Any, grad_ticket: Tensor) -> tuple[Tensor, Tensor, None]:
         exchange: KeyExchange = ctx.exchange
-        dk, dv = exchange.finish(ctx.shape)
+        dk, dv = exchange.finish(ctx.shapes)
         return dk.to(ctx.dtype), dv.to(ctx.dtype), None
 
 
@@ -304,14 +307,14 @@ class _Join(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, leaf: Tensor, exchange: KeyExchange, shape: torch.Size) -> Tensor:
-        ctx.exchange, ctx.shape = exchange, shape
+    def forward(ctx: Any, leaf: Tensor, exchange: KeyExchange, shapes: KeyShapes) -> Tensor:
+        ctx.exchange, ctx.shapes = exchange, shapes
         return leaf.detach()
 
     @staticmethod
     @first_order
     def backward(ctx: Any, grad_ticket: Tensor) -> tuple[None, None, None]:
-        ctx.exchange.finish(ctx.shape)
+        ctx.exchange.finish(ctx.shapes)
         return None, None, None
 
 
@@ -320,10 +323,10 @@ class _Attend(torch.autograd.Function):
 
     | | shape | |
     |---|---|---|
-    | q, o | [B, T, H, D] | this rank's queries and outputs |
-    | k, v | [B, T, H_kv, D] | this rank's keys and values |
+    | q, o | [B, T, H, D], [B, T, H, D_v] | this rank's queries and outputs |
+    | k, v | [B, T, H_kv, D], [B, T, H_kv, D_v] | this rank's keys and values |
     | ticket | [1], or None | from `_KeysStart`; None where no rank needs another's keys |
-    | past_k, past_v | [B, L, H_kv, D], or None | of earlier tokens |
+    | past_k, past_v | [B, L, H_kv, D], [B, L, H_kv, D_v], or None | of earlier tokens |
     | lse | [B, H, T] | log-sum-exp over all keys that a query sees, saved for backward |
 
     Forward: o_i = softmax_j(scale · q_i·K_j) V_j over the keys j that i sees, K and V those of all ranks and of the past. Backward:
@@ -394,7 +397,7 @@ class _There(torch.autograd.Function):
 
 
 class _Back(torch.autograd.Function):
-    """After `_Attend`: moves outputs [B, S, h, D] to their tokens, [B, T, H, D]; its backward moves their gradients."""
+    """After `_Attend`: moves outputs [B, S, h, D_v] to their tokens, [B, T, H, D_v]; its backward moves their gradients."""
 
     @staticmethod
     def forward(ctx: Any, out: Tensor, exchange: MovingExchange) -> Tensor:

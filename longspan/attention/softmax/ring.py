@@ -1,6 +1,7 @@
 """Ring attention (arXiv 2310.01889): keys and values travel from rank to rank while the queries attend to the last arrivals.
 
-Shapes: P ranks, T tokens of this rank, L tokens of a message, B batch, H heads, H_kv key and value heads, D head dimension.
+Shapes: P ranks, T tokens of this rank, L tokens of a message, B batch, H heads, H_kv key and value heads, D head dimension, D_v
+that of values.
 
 In round d, rank r has the keys of rank r − d. It passes them on to rank r + 1 and attends to them meanwhile. Backward, the same
 journey again, and behind the keys their gradients: each rank adds its share and passes the sum on, the last one sends it home.
@@ -24,12 +25,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-import torch
 from torch import Tensor
 
 from longspan.attention.softmax.all_gather import remote_keys
 from longspan.attention.softmax.packing import add_packed, pack_into, pack_keys, take_runs, unpack
-from longspan.attention.softmax.pair import Grads, KeyExchange, KeyGrads, own_blocks
+from longspan.attention.softmax.pair import Grads, KeyExchange, KeyGrads, KeyShapes, own_blocks
 from longspan.attention.softmax.shapes import Shapes, pairs_of_ranks
 from longspan.comm.all_to_all import Flight, start_all_to_all
 from longspan.dtypes import accumulation_dtype
@@ -219,7 +219,7 @@ class RingKeys(KeyExchange):
             keys = flight.wait()
             if number + 1 < len(self._plan.rounds):
                 flight = self._pass_on(keys, number + 1, "forward")
-            merged.add(this.blocks, *unpack(keys), scale)
+            merged.add(this.blocks, *unpack(keys, k, v), scale)
         return k, v
 
     def backward(
@@ -233,7 +233,7 @@ class RingKeys(KeyExchange):
             keys = flight.wait()
             if number + 1 < len(self._plan.rounds):
                 flight = self._pass_on(keys, number + 1, "backward")
-            share = queries.backward(this.blocks, *unpack(keys))
+            share = queries.backward(this.blocks, *unpack(keys, k, v))
             if returns_key_grads:
                 grads.pass_on(number, keys, share)
         if returns_key_grads:
@@ -245,7 +245,7 @@ class RingKeys(KeyExchange):
         # Keys are sent around anew for every read.
         pass
 
-    def finish(self, shape: torch.Size) -> Grads:
+    def finish(self, shapes: KeyShapes) -> Grads:
         total = self._grads.total()
         while self._homecoming:
             # In the order of the reads, the same on every rank.
@@ -279,7 +279,7 @@ class _Grads:
         self._home: Tensor | None = None
 
     def pass_on(self, number: int, keys: Tensor, share: tuple[Tensor, Tensor]) -> None:
-        """Add this rank's share, dk and dv [B, L, H_kv, D], to what came in the round before, and send the sum on."""
+        """Add this rank's share, dk [B, L, H_kv, D] and dv [B, L, H_kv, D_v], to what came in the round before, and send the sum on."""
         this = self._plan.rounds[number]
         dtype = accumulation_dtype(keys.dtype)
         everything = ((0, this.num_grads),)
@@ -288,9 +288,9 @@ class _Grads:
             pack_into(mine, *share, everything)
         else:
             mine = keys.new_zeros((this.num_grads, *keys.shape[1:]), dtype=dtype)
-            for slot, grad in enumerate(share):
+            for total, grad in zip(unpack(mine, *share), share, strict=True):
                 rows = take_runs(grad.transpose(0, 1), this.seen_in_keys)
-                _add(mine[:, :, slot], this.seen_in_grads, rows)
+                _add(total.transpose(0, 1), this.seen_in_grads, rows)
         before = self._wait()
         if before is not None:
             _add(mine, this.before_in_grads, before)

@@ -1,7 +1,7 @@
 """Ulysses (arXiv 2309.14509): an all-to-all gives each rank the whole sequence of some heads, and one gives the outputs back.
 
 Shapes: N global tokens, P ranks, T tokens of this rank, B batch, H query heads, h = H / P of them per rank, H_kv key and value
-heads, n of them at this rank, D head dimension.
+heads, n of them at this rank, D head dimension, D_v that of values.
 
     write    all-to-all of keys and values: T tokens of all heads to N tokens of this rank's heads
     read     all-to-all of queries, blocks on the whole sequence, all-to-all of outputs
@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from longspan.attention.softmax.all_gather import remote_keys
-from longspan.attention.softmax.packing import take_runs, unpack
-from longspan.attention.softmax.pair import Grads, MovingExchange
+from longspan.attention.softmax.packing import pack_into, packed_width, take_runs, unpack
+from longspan.attention.softmax.pair import Grads, KeyShapes, MovingExchange
 from longspan.attention.softmax.shapes import Shapes, pairs_of_ranks
 from longspan.comm.all_to_all import Flight, start_all_to_all
 from longspan.dtypes import at_least_float32
@@ -99,14 +99,12 @@ class Ulysses(MovingExchange):
         self._num_key_heads = 0
 
     def start(self, k: Tensor, v: Tensor) -> None:
-        rows, num_tokens, self._num_key_heads, dim = k.shape
-        heads = self._heads_of(k.shape[2])
-        sizes = [num_tokens * rows * 2 * (stop - start) * dim for start, stop in heads]
+        rows, num_tokens, self._num_key_heads, _ = k.shape
+        parts = [(k[:, :, start:stop], v[:, :, start:stop]) for start, stop in self._heads_of(k.shape[2])]
+        sizes = [num_tokens * rows * packed_width(*part) for part in parts]
         sent = k.new_empty(sum(sizes))
-        for part, (start, stop) in zip(sent.split(sizes), heads, strict=True):
-            packed = part.view(num_tokens, rows, 2, stop - start, dim)
-            for slot, x in enumerate((k, v)):
-                packed[:, :, slot] = x[:, :, start:stop].transpose(0, 1)
+        for packed, part in zip(sent.split(sizes), parts, strict=True):
+            pack_into(packed.view(num_tokens, rows, -1), *part, [(0, num_tokens)])
         arriving = [num * sizes[self._layout.rank] // num_tokens for num in self._layout.tokens_of]
         self._arriving = start_all_to_all(sent, sizes, arriving, group_of(self._layout), "forward")
 
@@ -136,7 +134,8 @@ class Ulysses(MovingExchange):
         sources = self._key_heads(queries.num_heads, self._num_key_heads, keys.device)
         grads = queries.backward(self._plan.blocks, _spread(keys, sources), _spread(values, sources))
         if returns_key_grads:
-            self._key_grads[read] = [_summed(grad, sources, keys).to(keys.dtype) for grad in grads]
+            pairs = zip(grads, kept, strict=True)
+            self._key_grads[read] = [_summed(grad, sources, x).to(keys.dtype) for grad, x in pairs]
         return None
 
     def back_with_key_grads(self, dq: Tensor, read: int) -> Tensor:
@@ -149,10 +148,10 @@ class Ulysses(MovingExchange):
                 self._returning[read].append(self._return(grads.pop(0)))
         return self._wait_tokens(flight)
 
-    def finish(self, shape: torch.Size) -> Grads:
-        dk, dv = self._wait_key_grads(shape)
+    def finish(self, shapes: KeyShapes) -> Grads:
+        dk, dv = self._wait_key_grads(shapes)
         while self._returning:
-            more = self._wait_key_grads(shape)
+            more = self._wait_key_grads(shapes)
             dk, dv = (at_least_float32(x) + y for x, y in zip((dk, dv), more, strict=True))
         return dk, dv
 
@@ -164,20 +163,21 @@ class Ulysses(MovingExchange):
         return [key_heads_of(rank, num_ranks, num_heads) for rank in range(num_ranks)]
 
     def _wait_keys(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of the whole sequence, [B, N, n, D]."""
+        """Keys [B, N, n, D] and values [B, N, n, D_v] of the whole sequence."""
         if self._keys is None:
             if self._arriving is None:
                 self.start(k, v)
             assert self._arriving is not None
             start, stop = self._heads_of(k.shape[2])[self._layout.rank]
-            arrived = self._arriving.wait().view(self._layout.seq_len, k.shape[0], 2, stop - start, k.shape[3])
-            k, v = unpack(take_runs(arrived, self._plan.to_sequence))
+            arrived = self._arriving.wait().view(self._layout.seq_len, k.shape[0], -1)
+            packed = take_runs(arrived, self._plan.to_sequence)
+            k, v = unpack(packed, k[:, :, start:stop], v[:, :, start:stop])
             self._keys = near_keys(k), near_keys(v)
             self._arriving = None
         return self._keys
 
     def _return(self, grad: Tensor) -> Flight:
-        """dk or dv [B, N, n, D] of the sequence on its way to the ranks that hold its tokens."""
+        """dk [B, N, n, D] or dv [B, N, n, D_v] of the sequence on its way to the ranks that hold its tokens."""
         sent = take_runs(grad.transpose(0, 1), self._plan.to_ranks).contiguous()
         numbers, own = sent[0].numel(), self._layout.num_local_tokens
         heads = self._heads_of(self._num_key_heads)
@@ -185,12 +185,13 @@ class Ulysses(MovingExchange):
         sizes = [num * numbers for num in self._layout.tokens_of]
         return start_all_to_all(sent.flatten(), sizes, arriving, group_of(self._layout), "backward")
 
-    def _wait_key_grads(self, shape: torch.Size) -> list[Tensor]:
-        """dk and dv [B, T, H_kv, D] of the first read whose are on their way: the same one on every rank.
+    def _wait_key_grads(self, shapes: KeyShapes) -> list[Tensor]:
+        """dk and dv, in the shapes of k and v, of the first read whose are on their way: the same one on every rank.
 
         Key heads that several ranks have are summed in float32 (float64 for float64), in the order of the ranks.
         """
-        return [self._gathered(flight.wait(), shape) for flight in self._returning.pop(min(self._returning))]
+        flights = self._returning.pop(min(self._returning))
+        return [self._gathered(flight.wait(), shape) for flight, shape in zip(flights, shapes, strict=True)]
 
     def _gathered(self, arrived: Tensor, shape: torch.Size) -> Tensor:
         rows, num_tokens, num_heads, dim = shape
@@ -218,7 +219,7 @@ class Ulysses(MovingExchange):
         return self._layout.cached(key, lambda: torch.tensor(sources).to(device))
 
     def _to_heads(self, x: Tensor, phase: str) -> Flight:
-        """[B, T, H, D] of this rank's tokens, to all tokens of the ranks' heads."""
+        """[B, T, H, D or D_v] of this rank's tokens, to all tokens of the ranks' heads."""
         num_ranks = self._layout.num_ranks
         rows, num_tokens, num_heads, dim = x.shape
         sent = x.new_empty((num_ranks, num_tokens, rows, num_heads // num_ranks, dim))
@@ -228,28 +229,28 @@ class Ulysses(MovingExchange):
         )
 
     def _wait_heads(self, flight: Flight) -> Tensor:
-        """[B, N, h, D]"""
+        """[B, N, h, D or D_v]"""
         return take_runs(flight.wait(), self._plan.to_sequence).transpose(0, 1)
 
     def _to_tokens(self, x: Tensor, phase: str) -> Flight:
-        """[B, N, h, D] of this rank's heads, to all heads of the ranks' tokens."""
+        """[B, N, h, D or D_v] of this rank's heads, to all heads of the ranks' tokens."""
         num_ranks, num_tokens = self._layout.num_ranks, self._layout.num_local_tokens
         sent = take_runs(x.transpose(0, 1), self._plan.to_ranks).contiguous()
         return start_all_to_all(sent, self._layout.tokens_of, [num_tokens] * num_ranks, group_of(self._layout), phase)
 
     def _wait_tokens(self, flight: Flight) -> Tensor:
-        """[B, T, H, D]"""
+        """[B, T, H, D or D_v]"""
         arrived = flight.wait().unflatten(0, (self._layout.num_ranks, -1))
         return arrived.permute(2, 1, 0, 3, 4).flatten(2, 3)
 
 
 def _spread(x: Tensor, sources: Tensor | None) -> Tensor:
-    """Key heads [B, N, n, D] as one per query head, [B, N, h, D]; as they are without `sources`."""
+    """Key or value heads [B, N, n, ·] as one per query head, [B, N, h, ·]; as they are without `sources`."""
     return x if sources is None else x.index_select(2, sources)
 
 
 def _summed(grad: Tensor, sources: Tensor | None, keys: Tensor) -> Tensor:
-    """The gradient of what `_spread` took, [B, N, n, D]."""
+    """The gradient of what `_spread` took, [B, N, n, ·]."""
     if sources is None:
         return grad
     return at_least_float32(grad.new_zeros(keys.shape)).index_add_(2, sources, at_least_float32(grad))

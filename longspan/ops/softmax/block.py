@@ -1,12 +1,15 @@
 """Softmax attention of one block of queries on one block of keys, with its log-sum-exp.
 
-Shapes: B batch, Tq queries, Tk keys, H heads, H_kv key and value heads (H a multiple of H_kv), D head dimension.
+Shapes: B batch, Tq queries, Tk keys, H heads, H_kv key and value heads (H a multiple of H_kv), D head dimension, D_v that of values.
 
 PyTorch's flash operators return the log-sum-exp that merging blocks needs and take it back in backward, but have no
 public name: this is the only file that calls private operators. `flash_operator` says which of them runs a tensor:
 the CPU's for every floating dtype, CUDA's for float16 and bfloat16 with a head dimension that is a multiple of 8 and at
 most 256. Anything else runs `plain_forward` and `plain_backward`, written here with public operators, a chunk of
 queries at a time.
+
+The flash operators take one size of head. Where D and D_v differ, the narrower of the two is padded with zeros for them, block by
+block: queries and keys, which leaves their scores as they are, or values, whose further outputs are dropped.
 
 Backward of a block with the *merged* output and log-sum-exp of all its query's blocks is exact: with
 P = exp(scale·q·kᵀ − lse) and delta = rowsum(do ⊙ o), the block's share is dv = Pᵀ·do, dS = P ⊙ (do·vᵀ − delta),
@@ -19,6 +22,7 @@ import math
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from longspan.dtypes import at_least_float32
@@ -77,14 +81,19 @@ def block_forward(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float
 
     Args:
         q: ``[B, Tq, H, D]``, Tq at least 1.
-        k, v: ``[B, Tk, H_kv, D]``, Tk at least 1, any strides.
+        k, v: ``[B, Tk, H_kv, D]`` and ``[B, Tk, H_kv, D_v]``, Tk at least 1, any strides.
         causal: query i sees keys 0 to i of the block; else all of them.
         scale: above zero: kernels mask scores before they scale them, and the others turn -inf into NaN or inf.
 
     Returns:
-        out ``[B, Tq, H, D]`` in q's dtype, normalised over the block's keys, and the log-sum-exp of the scaled scores,
+        out ``[B, Tq, H, D_v]`` in q's dtype, normalised over the block's keys, and the log-sum-exp of the scaled scores,
         ``[B, H, Tq]``, float32 (float64 for float64). Where all scores of a query are -inf, out is 0 and the log-sum-exp -inf.
     """
+    dim, value_dim = q.shape[3], v.shape[3]
+    if dim != value_dim and flash_operator(padded := _padded(q, value_dim)) != "plain":
+        out, lse = block_forward(padded, _padded(k, value_dim), _padded(v, dim), causal=causal, scale=scale)
+        # A view would keep what is dropped, as long as the output lives.
+        return out[..., :value_dim].contiguous(), lse
     operator = flash_operator(q)
     if operator == "plain":
         return plain_forward(q, k, v, causal=causal, scale=scale)
@@ -117,13 +126,20 @@ def block_backward(
     """Gradients of one block, given what its queries got from all of their blocks together.
 
     Args:
-        grad_out, out: ``[B, Tq, H, D]``; `out` merged over all blocks of these queries.
+        grad_out, out: ``[B, Tq, H, D_v]``; `out` merged over all blocks of these queries.
         lse: ``[B, H, Tq]``, merged too, and passed through `finite_lse`.
         q, k, v, causal, scale: as in `block_forward`.
 
     Returns:
-        dq ``[B, Tq, H, D]`` and dk, dv ``[B, Tk, H_kv, D]``: this block's share, in q's dtype.
+        dq ``[B, Tq, H, D]``, dk ``[B, Tk, H_kv, D]`` and dv ``[B, Tk, H_kv, D_v]``: this block's share, in q's dtype.
     """
+    dim, value_dim = q.shape[3], v.shape[3]
+    if dim != value_dim and flash_operator(padded := _padded(q, value_dim)) != "plain":
+        grad_out, v, out = (_padded(x, dim) for x in (grad_out, v, out))
+        dq, dk, dv = block_backward(
+            grad_out, padded, _padded(k, value_dim), v, out, lse, causal=causal, scale=scale
+        )
+        return dq[..., :dim], dk[..., :dim], dv[..., :value_dim]
     operator = flash_operator(q)
     if operator == "plain":
         return plain_backward(grad_out, q, k, v, out, lse, causal=causal, scale=scale)
@@ -159,7 +175,7 @@ def block_backward(
 
 
 def near_keys(x: Tensor) -> Tensor:
-    """Keys or values ``[B, T, H_kv, D]`` laid out as `block_forward` and `block_backward` would else lay them each time."""
+    """Keys or values ``[B, T, H_kv, D or D_v]`` laid out as `block_forward` and `block_backward` would else lay them each time."""
     return _near(x.transpose(1, 2)).transpose(1, 2) if flash_operator(x) == "cpu" else x
 
 
@@ -167,7 +183,7 @@ def plain_forward(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float
     """`block_forward` with public operators."""
     groups = q.shape[2] // k.shape[2]
     keys, values = (at_least_float32(x).permute(0, 2, 3, 1) for x in (k, v))
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    out = q.new_empty((*q.shape[:3], v.shape[3]))
     lse = keys.new_empty((q.shape[0], q.shape[2], q.shape[1]))
     for start in range(0, q.shape[1], PLAIN_CHUNK):
         chunk = slice(start, start + PLAIN_CHUNK)
@@ -235,6 +251,11 @@ def _grouped(x: Tensor, groups: int) -> Tensor:
 def _ungrouped(x: Tensor) -> Tensor:
     """[B, H_kv, groups, T, D] as [B, T, H, D]."""
     return x.flatten(1, 2).transpose(1, 2)
+
+
+def _padded(x: Tensor, size: int) -> Tensor:
+    """`x` [B, T, H, D] with zeros behind its channels, so that there are `size` of them at least."""
+    return x if x.shape[3] >= size else F.pad(x, (0, size - x.shape[3]))
 
 
 def _near(x: Tensor) -> Tensor:

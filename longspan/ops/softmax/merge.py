@@ -1,6 +1,6 @@
 """Runs blocks: their outputs merged by log-sum-exp, their gradients summed.
 
-Shapes: B batch, T queries of this rank, L keys in a buffer, H heads, H_kv key and value heads, D head dimension.
+Shapes: B batch, T queries of this rank, L keys in a buffer, H heads, H_kv key and value heads, D head dimension, D_v that of values.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Merged:
 
     @property
     def out(self) -> Tensor:
-        """[B, T, H, D] in q's dtype."""
+        """[B, T, H, D_v] in q's dtype."""
         assert self._out is not None
         return self._out.to(self._q.dtype)
 
@@ -44,7 +44,7 @@ class Merged:
         return finite_lse(self._lse)
 
     def add(self, blocks: Iterable[VisibleBlock], k: Tensor, v: Tensor, scale: float) -> None:
-        """Let the queries attend to the keys [B, L, H_kv, D] of `blocks`, too."""
+        """Let the queries attend to the keys [B, L, H_kv, D] and values [B, L, H_kv, D_v] of `blocks`, too."""
         for block in blocks:
             q = query_tile(self._q, block)
             out, lse = block_forward(q, *key_tiles(block, k, v), causal=block.mask != "full", scale=scale)
@@ -58,7 +58,7 @@ class Merged:
                 # All queries, for the first time: nothing to copy.
                 self._out, self._lse = out, lse
                 return
-            self._allocate(empty=block.opens)
+            self._allocate(out.shape[3], empty=block.opens)
         elif self._out.dtype != accumulation_dtype(self._q.dtype):
             self._out = self._out.float()
         assert self._out is not None and self._lse is not None
@@ -76,10 +76,10 @@ class Merged:
         all_out.lerp_(out.to(all_out.dtype), share)
         all_lse.copy_(torch.logaddexp(all_lse, lse))
 
-    def _allocate(self, empty: bool) -> None:
+    def _allocate(self, value_dim: int, empty: bool) -> None:
         rows, num_queries, heads, _ = self._q.shape
         dtype = accumulation_dtype(self._q.dtype)
-        self._out = torch.empty_like(self._q, dtype=dtype, memory_format=torch.contiguous_format)
+        self._out = self._q.new_empty((rows, num_queries, heads, value_dim), dtype=dtype)
         self._lse = self._q.new_empty((rows, heads, num_queries), dtype=dtype)
         if not empty:
             self._out.zero_()
@@ -123,7 +123,7 @@ class Total:
 class QueryTile:
     """What backward knows of a rank's queries, and the sum of their gradients.
 
-    q, out, grad_out: [B, T, H, D]; out and lse [B, H, T] merged over all blocks of all keys.
+    q [B, T, H, D]; out, grad_out [B, T, H, D_v]; out and lse [B, H, T] merged over all blocks of all keys.
     """
 
     def __init__(self, q: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor, scale: float) -> None:
@@ -141,7 +141,7 @@ class QueryTile:
         return self._dq.sum.to(self._q.dtype)
 
     def backward(self, blocks: Iterable[VisibleBlock], k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradients of `blocks`: dk and dv [B, L, H_kv, D], in float32 or float64 where several blocks have summed."""
+        """Gradients of `blocks`: dk [B, L, H_kv, D] and dv [B, L, H_kv, D_v], in float32 or float64 where several blocks have summed."""
         dk, dv = Total(k.shape, k), Total(v.shape, v)
         for block in blocks:
             flips = block.mask == "anticausal"
@@ -163,12 +163,12 @@ class QueryTile:
 
 
 def query_tile(x: Tensor, block: VisibleBlock) -> Tensor:
-    """The block's queries of x [B, T, H, D], as [B · count, num_queries, H, D]; from the last to the first if anticausal."""
+    """The block's queries of x [B, T, H, ·], as [B · count, num_queries, H, ·]; from the last to the first if anticausal."""
     return _tile_of_block(x, block.query_start, block.num_queries, block)
 
 
 def key_tiles(block: VisibleBlock, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """The block's keys and values of [B, L, H_kv, D], as [B · count, num_keys, H_kv, D]."""
+    """The block's keys and values of [B, L, H_kv, ·], as [B · count, num_keys, H_kv, ·]."""
     start, size = block.key_start, block.num_keys
     return _tile_of_block(k, start, size, block), _tile_of_block(v, start, size, block)
 
