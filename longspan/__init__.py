@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from longspan.attention.convolution import causal_conv1d
-from longspan.attention.memory import Memory, StateMemory
+from longspan.attention.memory import KeyMemory, Memory, StateMemory
 from longspan.attention.shift import token_shift
 from longspan.errors import CheckpointError, ConfigError, DataError, InputError, LayoutError, LongspanError
 from longspan.exchange import record_traffic
@@ -35,6 +35,7 @@ __all__ = [
     "ConfigError",
     "DataError",
     "InputError",
+    "KeyMemory",
     "LayoutError",
     "LongspanError",
     "Memory",

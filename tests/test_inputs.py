@@ -67,6 +67,8 @@ SOFTMAX_BAD: dict[str, tuple[Any, ...]] = {
     "window": (0, -1, 2.5, True, "8"),
     "causal": NO_FLAGS,
     "method": NO_NAMES,
+    "softcap": (*NO_NUMBERS, 0.0, -1.0),
+    "sinks": (0.0, torch.zeros(3), torch.zeros(2).long()),
 }
 
 

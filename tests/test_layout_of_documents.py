@@ -69,7 +69,7 @@ def test_positions_over_ranks_are_those_of_each_ranks_tokens(order: Any) -> None
 def test_position_ids_that_do_not_fit_are_refused(position_ids: Tensor, message: str) -> None:
     with pytest.raises(LayoutError, match=message):
         SequenceLayout.from_positions(position_ids)
-    with pytest.raises(InputError, match="position_ids must be a torch.Tensor"):
+    with pytest.raises(InputError, match=r"position_ids must be a torch\.Tensor"):
         SequenceLayout.from_positions([0, 1])  # type: ignore[arg-type]
 
 

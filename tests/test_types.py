@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import longspan
-from longspan.attention.memory import Memory, StateMemory
+from longspan.attention.memory import KeyMemory, Memory, StateMemory
 from longspan.models import LinearLlama3, LinearLlama3Config, ModelMemory
 
 Pair = tuple[Tensor, Tensor]
@@ -70,7 +70,7 @@ def test_a_memory_knows_its_state() -> None:
     assert_type(linear, StateMemory)
     assert_type(linear.final_state(), Tensor)
     softmax = longspan.write("softmax", k, v, output_final_state=True)
-    assert_type(softmax, Memory[KeysAndValues])
+    assert_type(softmax, KeyMemory)
     assert_type(softmax.final_state(), KeysAndValues)
     assert_type(softmax.read(k), Tensor)
     both: list[Memory[Any]] = [linear, softmax, longspan.write("linear_attention", k, v, causal=False)]

@@ -14,7 +14,7 @@ from torch import Tensor
 from longspan.attention import linear
 from longspan.attention.bidirectional import write_bidirectional
 from longspan.attention.linear import LinearMemory, check_query
-from longspan.attention.memory import Memory, StateMemory
+from longspan.attention.memory import KeyMemory, StateMemory
 from longspan.checks import check_choice, check_flag, check_tensor
 from longspan.errors import InputError
 from longspan.exchange import Exchanger
@@ -70,7 +70,7 @@ def write(  # type: ignore[overload-overlap]
     *,
     layout: SequenceLayout | None = ...,
     **options: Unpack[SoftmaxOptions],
-) -> Memory[tuple[Tensor, Tensor]]: ...
+) -> KeyMemory: ...
 
 
 @overload
@@ -91,7 +91,7 @@ def write(
     *,
     layout: SequenceLayout | None = None,
     **options: Any,
-) -> StateMemory | Memory[tuple[Tensor, Tensor]]:
+) -> StateMemory | KeyMemory:
     """Write what later tokens need and start its exchange, without waiting; read it with ``.read(q)`` when the queries are there.
 
     Args:
@@ -106,7 +106,8 @@ def write(
 
     Returns:
         A `longspan.Memory`: ``.read(q, scale=None) -> o [B, T, H, V]``, and ``.final_state()`` if it was written with
-        ``output_final_state=True``; for linear attention also ``.read_overlapped(q, scale=None)``.
+        ``output_final_state=True``; for linear attention also ``.read_overlapped(q, scale=None)``, and for softmax
+        ``.read(q, scale=None, softcap=None, sinks=None)``.
 
     Everything computed between `write` and `read` that needs no other rank hides the exchange, forward and backward:
 

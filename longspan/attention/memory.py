@@ -42,6 +42,21 @@ class StateMemory(Memory[Tensor], Protocol):
         ...
 
 
+class KeyMemory(Memory[tuple[Tensor, Tensor]], Protocol):
+    """A memory of softmax attention."""
+
+    def read(
+        self,
+        q: Tensor,
+        scale: float | None = None,
+        *,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        """As in `Memory`, with scores that are bounded, and sinks: see `longspan.softmax_attention`."""
+        ...
+
+
 class StepMemory:
     """What `write` returns: part of one step's graph, and perhaps of an exchange that is on its way.
 

@@ -18,6 +18,7 @@ from longspan.tracing import has_no_values
 
 
 def check_documents(documents: Any, seq_len: int, num_ranks: int) -> tuple[int, ...] | None:
+    """The bounds of `documents` as a user gives them, or None; raises LayoutError for what are none of `seq_len` tokens."""
     if documents is None:
         return None
     if isinstance(documents, Tensor):
@@ -103,5 +104,6 @@ def cut_bounds(bounds: tuple[int, ...], size: int) -> tuple[int, ...]:
 
 
 def shortened(value: Any) -> str:
+    """A value as an error shows it, in at most 80 characters."""
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."

@@ -56,6 +56,7 @@ def _group_of_mesh(mesh: DeviceMesh) -> Any:
 
 
 def check_ranks_per_node(ranks_per_node: Any, num_ranks: int) -> int | None:
+    """`ranks_per_node`; raises LayoutError unless it is None or divides the ranks."""
     if ranks_per_node is None:
         return None
     if isinstance(ranks_per_node, bool) or not isinstance(ranks_per_node, int) or ranks_per_node < 1:

@@ -74,7 +74,9 @@ def test_a_layer_is_priced_by_the_size_of_its_keys_and_of_its_values() -> None:
     assert (wide.key_bytes, wide.query_bytes) == (2 * 384 * 2, 8 * 384 * 2)
     cluster = stated_cluster("cuda", 4, 4)
     # Kernels pad the narrower of the two.
-    assert narrow.pair_seconds(cluster) == wide.pair_seconds(cluster) == Shapes(1, 8, 2, 128, 2, 192).pair_seconds(cluster)
+    assert (
+        narrow.pair_seconds(cluster) == wide.pair_seconds(cluster) == Shapes(1, 8, 2, 128, 2, 192).pair_seconds(cluster)
+    )
 
 
 def method_of_auto() -> str:

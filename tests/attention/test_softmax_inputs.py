@@ -30,7 +30,7 @@ def good_inputs(tokens: int = 8) -> dict[str, Any]:
         ({"v": torch.zeros(1, 8, 4, 8)}, r"the same B, T and H_kv; got k \(1, 8, 2, 8\) and v \(1, 8, 4, 8\)"),
         ({"v": torch.zeros(1, 8, 2, 0)}, r"at least one row, token, head and channel; got v of shape \(1, 8, 2, 0\)"),
         ({"q": torch.zeros(1, 7, 4, 8)}, r"batch rows, tokens and head dimension .* got q \(1, 7, 4, 8\)"),
-        ({"q": torch.zeros(8, 4, 8)}, r"takes q \[B, T, H, D\] .* got q \(8, 4, 8\)"),
+        ({"q": torch.zeros(8, 4, 8)}, r"takes q \[B, T, H, D\], k .* got q \(8, 4, 8\)"),
         (
             {
                 "k": torch.zeros(1, 8, 2, 8).long(),

@@ -129,6 +129,10 @@ def _softmax_of_narrow_values(layout: Any, q: Tensor, k: Tensor, v: Tensor) -> O
     return (longspan.softmax_attention(q, k, v[..., :3], layout=layout),)
 
 
+def _softmax_with_sinks(layout: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> Outputs:
+    return (longspan.softmax_attention(q, k, v, softcap=1.5, sinks=sinks, layout=layout),)
+
+
 def _norm(layout: Any, x: Tensor, gate: Tensor, weight: Tensor) -> Outputs:
     return (longspan.rms_norm_gated(x, gate, weight),)
 
@@ -175,6 +179,7 @@ CALLS = {
     "softmax": Call(_softmax, SOFTMAX),
     "softmax of a window": Call(_softmax_of_a_window, SOFTMAX),
     "softmax of narrow values": Call(_softmax_of_narrow_values, SOFTMAX),
+    "softmax with sinks": Call(_softmax_with_sinks, {**SOFTMAX, "sinks": (HEADS,)}),
     "softmax, write and read": Call(_softmax_written_and_read, SOFTMAX),
     "softmax after a past": Call(
         _softmax_after_a_past, {**SOFTMAX, "past_k": ("B", 5, 2, SIZE), "past_v": ("B", 5, 2, SIZE)}

@@ -180,12 +180,12 @@ class AllGatherKeys(KeyExchange):
             mine = pack_keys(k, v, [run for runs in plan.departures for run in runs])
             self._arriving = start_all_to_all(mine, plan.num_departing, plan.num_arriving, group_of(layout), "forward")
 
-    def attend_first(self, merged: Merged, k: Tensor, v: Tensor, scale: float) -> None:
-        merged.add(self._plan.local, k, v, scale)
+    def attend_first(self, merged: Merged, k: Tensor, v: Tensor) -> None:
+        merged.add(self._plan.local, k, v)
 
-    def attend_rest(self, merged: Merged, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, ...]:
+    def attend_rest(self, merged: Merged, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
         buffer = self._wait_buffer(k, v)
-        merged.add(self._plan.remote, *unpack(buffer, k, v), scale)
+        merged.add(self._plan.remote, *unpack(buffer, k, v))
         return k, v, buffer
 
     def _wait_buffer(self, k: Tensor, v: Tensor) -> Tensor:

@@ -10,24 +10,24 @@ from torch import Tensor
 
 from longspan.attention.memory import StepMemory
 from longspan.attention.opaque import bounds_of
+from longspan.attention.softmax.checks import (
+    NAME,
+    check_has_final_state,
+    check_heads_of_ulysses,
+    check_keys,
+    check_queries,
+    check_sinks,
+    check_softcap,
+    check_state,
+    check_window,
+)
 from longspan.attention.softmax.choice import METHODS, choose
 from longspan.attention.softmax.final_state import KeysAndValues, final_keys
 from longspan.attention.softmax.opaque import SOFTMAX, with_positive_scale
 from longspan.attention.softmax.pair import Local, Past, Reader
 from longspan.attention.softmax.shapes import Shapes
 from longspan.attention.together import Together
-from longspan.checks import (
-    Unchanged,
-    check_choice,
-    check_count,
-    check_flag,
-    check_not_empty,
-    check_same_device,
-    check_scale,
-    check_tensor,
-    described,
-)
-from longspan.errors import InputError
+from longspan.checks import Unchanged, check_choice, check_count, check_flag, check_scale
 from longspan.layout import SequenceLayout
 from longspan.layout.sequence_layout import check_layout, layout_of_one_device, stops_graphs
 from longspan.layout.visibility import Visibility, visibility_of
@@ -35,8 +35,6 @@ from longspan.tracing import breaks_graphs, has_no_values, outside_graphs, unsee
 
 SoftmaxMethod = Literal["auto", "all_gather", "ring", "ulysses"]
 SOFTMAX_METHODS: tuple[SoftmaxMethod, ...] = ("auto", "all_gather", "ring", "ulysses")
-NAME = "softmax attention"
-SOFTMAX_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @overload
@@ -48,6 +46,8 @@ def softmax_attention(
     causal: bool = ...,
     window: int | None = ...,
     scale: float | None = ...,
+    softcap: float | None = ...,
+    sinks: Tensor | None = ...,
     initial_state: KeysAndValues | None = ...,
     output_final_state: Literal[False] = ...,
     layout: SequenceLayout | None = ...,
@@ -64,6 +64,8 @@ def softmax_attention(
     causal: bool = ...,
     window: int | None = ...,
     scale: float | None = ...,
+    softcap: float | None = ...,
+    sinks: Tensor | None = ...,
     initial_state: KeysAndValues | None = ...,
     output_final_state: Literal[True],
     layout: SequenceLayout | None = ...,
@@ -80,6 +82,8 @@ def softmax_attention(
     causal: bool = ...,
     window: int | None = ...,
     scale: float | None = ...,
+    softcap: float | None = ...,
+    sinks: Tensor | None = ...,
     initial_state: KeysAndValues | None = ...,
     output_final_state: bool,
     layout: SequenceLayout | None = ...,
@@ -95,6 +99,8 @@ def softmax_attention(
     causal: bool = True,
     window: int | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     initial_state: KeysAndValues | None = None,
     output_final_state: bool = False,
     layout: SequenceLayout | None = None,
@@ -111,9 +117,14 @@ def softmax_attention(
         window: a token sees the last `window` tokens, itself included; with ``causal=False`` also the next
             ``window - 1``, those less than `window` away on either side. None is no limit.
         scale: a finite number of either sign; None is ``D ** -0.5``. It takes no gradient: a learned one multiplies q.
+        softcap: bounds the scaled scores s to ``softcap * tanh(s / softcap)``, as Gemma 2 does; a number above 0. PyTorch's fused
+            operators have none: it is computed by PyTorch's operations in tiles, in float32. None is no bound.
+        sinks: ``[H]``, any floating dtype: the score of one more key of value 0, which every query of the head sees, as in gpt-oss:
+            o is multiplied by ``sigmoid(lse - sink)``. Neither scaled nor capped. The same on every rank; its gradient on a rank is
+            that rank's share: sum it over the ranks, like any parameter's. None is none.
         initial_state: keys and values of the L tokens before the first global one, ``(k, v)``, ``[B, L, H_kv, D]`` and
-            ``[B, L, H_kv, D_v]``, L at least 0, as `output_final_state` returned them; the same on every rank, their gradient a rank's
-            share. For causal attention without documents. None is none.
+            ``[B, L, H_kv, D_v]``, L at least 0, as `output_final_state` returned them; the same on every rank, their gradient a
+            rank's share. For causal attention without documents. None is none.
         output_final_state: also return the keys and values of all tokens so far, the initial state's included, on every rank: the
             initial state of what follows. With a window, of the last ``window - 1`` alone, which are all that it sees.
         layout: who holds which tokens, and the documents, which never see each other; None is one device and one
@@ -130,20 +141,23 @@ def softmax_attention(
         what each rank backpropagates.
 
     Raises:
-        InputError: for shapes, dtypes, devices, a window or a method that do not fit; for ``"ulysses"`` with a number of query
-            heads that is no multiple of the number of ranks; for an initial or final state with ``causal=False`` or documents.
+        InputError: for shapes, dtypes, devices, a window, a softcap or a method that do not fit; for ``"ulysses"`` with a number of
+            query heads that is no multiple of the number of ranks; for an initial or final state with ``causal=False`` or
+            documents.
         LayoutError: if T is not the layout's number of local tokens.
 
     No mask or score tensor is built, and blocks that the causal, window or document mask removes whole are neither
     computed nor sent.
     """
-    _check_queries(q, k)
+    check_queries(q, k)
     check_scale(NAME, scale, 1.0)
+    check_softcap(softcap)
+    check_sinks(sinks, q)
     memory = write_softmax(
         k, v, layout=layout, method=method, causal=causal, window=window, num_heads=q.shape[2],
         initial_state=initial_state, output_final_state=output_final_state,
     )  # fmt: skip
-    o = memory.read(q, scale)
+    o = memory.read(q, scale, softcap=softcap, sinks=sinks)
     return (o, memory.final_state()) if output_final_state else o
 
 
@@ -174,20 +188,16 @@ def write_softmax(
             initial_state=initial_state, output_final_state=output_final_state,
         )  # fmt: skip
     check_choice(NAME, "method", method, SOFTMAX_METHODS, "Leave it out for 'auto'")
-    if window is not None and not _is_positive(window):
-        raise InputError(
-            "window must be an integer of at least 1, the number of tokens that a token sees with itself included, or "
-            f"None for no limit; got {window!r}. Leave it out for all tokens"
-        )
+    check_window(window)
     check_flag(NAME, "causal", causal)
     if num_heads is not None:
         check_count(NAME, "num_heads", num_heads, "the number of heads of q, or None for that of k")
-    _check_keys(k, v)
+    check_keys(k, v)
     if layout is None:
         layout = layout_of_one_device(k.shape[1])
     check_layout(layout, k.shape[1], NAME, sends=not has_no_values(k))
     check_flag(NAME, "output_final_state", output_final_state)
-    past = _check_state(initial_state, output_final_state, k, v, layout, causal)
+    past = check_state(initial_state, output_final_state, k, v, layout, causal)
     if has_no_values(k):
         if method == "ulysses" and num_heads is not None:
             check_heads_of_ulysses(num_heads, layout.num_ranks)
@@ -254,23 +264,35 @@ class SoftmaxMemory(StepMemory):
         else:
             self._reader = Reader(k, v, exchange, layout, past)
 
-    def read(self, q: Tensor, scale: float | None = None) -> Tensor:
+    def read(
+        self,
+        q: Tensor,
+        scale: float | None = None,
+        *,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
         """Attention ``[B, T, H, D_v]`` of the queries ``[B, T, H, D]`` of this rank's tokens; see `softmax_attention`.
 
         Raises:
-            InputError: if q does not fit the keys that were written, or k or v was changed in place since.
+            InputError: if q or sinks do not fit the keys that were written, or k or v was changed in place since.
         """
-        return (_read_softmax_outside_graphs if breaks_graphs() else SoftmaxMemory._read)(self, q, scale)
+        read = _read_softmax_outside_graphs if breaks_graphs() else SoftmaxMemory._read
+        return read(self, q, scale, softcap, sinks)
 
     @unseen_by_checkpointing
-    def _read(self, q: Tensor, scale: float | None) -> Tensor:
-        _check_queries(q, self._k)
+    def _read(self, q: Tensor, scale: float | None, softcap: float | None, sinks: Tensor | None) -> Tensor:
+        check_queries(q, self._k)
+        softcap = check_softcap(softcap)
+        check_sinks(sinks, q)
         self._check_heads(q.shape[2])
         self._written.check()
-        o = self._reader.attend(*with_positive_scale(q, check_scale(NAME, scale, q.shape[-1] ** -0.5)))
+        signed, positive = with_positive_scale(q, check_scale(NAME, scale, q.shape[-1] ** -0.5))
+        o = self._reader.attend(signed, positive, softcap, sinks)
         if self._with_final_state and self._layout.num_ranks > 1:
             # Whichever of them a rank's loss takes, it runs the collectives of all backward, as every other rank.
             takes_gradient = q.requires_grad or (self._past is not None and self._past.takes_gradient)
+            takes_gradient = takes_gradient or (sinks is not None and sinks.requires_grad)
             o, *tied = Together.apply(o, *self._found_final_state(takes_gradient))
             if torch.is_grad_enabled() or not self._with_gradients:
                 self._final_state = tied[0], tied[1]
@@ -288,7 +310,7 @@ class SoftmaxMemory(StepMemory):
         return (_final_softmax_state_outside_graphs if breaks_graphs() else SoftmaxMemory._kept_final_state)(self)
 
     def _kept_final_state(self) -> KeysAndValues:
-        _check_has_final_state(self._with_final_state)
+        check_has_final_state(self._with_final_state)
         self._written.check()
         k, v = self._found_final_state(True)
         return (k, v) if torch.is_grad_enabled() else (k.detach(), v.detach())
@@ -325,128 +347,28 @@ class OpaqueSoftmaxMemory(StepMemory):
     method: SoftmaxMethod
     _num_ranks: int
 
-    def read(self, q: Tensor, scale: float | None = None) -> Tensor:
+    def read(
+        self,
+        q: Tensor,
+        scale: float | None = None,
+        *,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
         """As in `SoftmaxMemory`."""
-        _check_queries(q, self._k)
+        check_queries(q, self._k)
+        softcap = check_softcap(softcap)
+        check_sinks(sinks, q)
         if self.method == "ulysses":
             check_heads_of_ulysses(q.shape[2], self._num_ranks)
         factor = check_scale(NAME, scale, q.shape[-1] ** -0.5)
         past = (None, None) if self._past is None else self._past
-        o: Tensor = SOFTMAX(q, self._k, self._v, *past, self._bounds, self._causal, self._window, factor)[0]
+        o: Tensor = SOFTMAX(
+            q, self._k, self._v, *past, self._bounds, sinks, self._causal, self._window, factor, softcap
+        )[0]
         return o
 
     def final_state(self) -> KeysAndValues:
         """As in `SoftmaxMemory`."""
-        _check_has_final_state(self._with_final_state)
+        check_has_final_state(self._with_final_state)
         return final_keys(self._k, self._v, self._past, layout_of_one_device(self._k.shape[1]), self._window, False)
-
-
-def check_heads_of_ulysses(num_heads: int, num_ranks: int) -> None:
-    """Raise InputError unless the ranks can have equally many of the query heads."""
-    if num_heads % num_ranks:
-        raise InputError(
-            f"method 'ulysses' gives each rank an equal number of query heads; got {num_heads} heads for "
-            f"{num_ranks} ranks. Use method 'ring' or 'all_gather', which take any number of heads, or a number of "
-            "ranks that divides the heads"
-        )
-
-
-def _check_has_final_state(has_it: bool) -> None:
-    if not has_it:
-        raise InputError(
-            f"{NAME}: final_state() needs a memory that keeps it; this one was written with output_final_state=False. Write it "
-            "with output_final_state=True"
-        )
-
-
-def _check_state(
-    initial_state: object, output_final_state: bool, k: Tensor, v: Tensor, layout: SequenceLayout, causal: bool
-) -> KeysAndValues | None:
-    """The initial state, where it is one that k and the layout take."""
-    given = "an initial_state" if initial_state is not None else "output_final_state=True"
-    if initial_state is None and not output_final_state:
-        return None
-    if not causal:
-        raise InputError(
-            f"{NAME}: with causal=False there is no state before or after the sequence; got {given}. Leave out initial_state and "
-            "output_final_state, or put the earlier tokens' keys and values before k and v"
-        )
-    if layout.is_packed:
-        raise InputError(
-            f"{NAME}: documents have keys and values of different lengths, and no state together; got {given} and a layout of "
-            f"{layout.num_documents} documents. Take one call for each document, or rows of a batch, without documents"
-        )
-    if initial_state is None:
-        return None
-    if not isinstance(initial_state, tuple | list) or len(initial_state) != 2:
-        raise InputError(
-            f"{NAME}: initial_state must be the pair (k, v) of earlier tokens, as output_final_state=True returned it; got "
-            f"{described(initial_state)}. Leave it out where there are none"
-        )
-    past_k, past_v = initial_state
-    for number, (x, of, like, size) in enumerate(((past_k, "k", k, "D"), (past_v, "v", v, "D_v"))):
-        name = f"initial_state[{number}]"
-        check_tensor(NAME, name, x)
-        rows, _, heads, dim = like.shape
-        fits = x.dim() == 4 and (x.shape[0], *x.shape[2:]) == (rows, heads, dim) and x.shape[1] == past_k.shape[1]
-        if not fits or x.dtype != k.dtype:
-            raise InputError(
-                f"{NAME}: {name} must be [B, L, H_kv, {size}] = ({rows}, L, {heads}, {dim}) in {k.dtype}, as {of} is, "
-                f"and L the same for keys and values; got {tuple(x.shape)} in {x.dtype}. Pass what output_final_state=True returned"
-            )
-        check_same_device(NAME, **{"k": k, name: x})
-    return past_k, past_v
-
-
-def _is_positive(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
-
-def _check_keys(k: Tensor, v: Tensor) -> None:
-    check_tensor(NAME, "k", k)
-    check_tensor(NAME, "v", v)
-    if k.dim() != 4 or v.dim() != 4 or k.shape[:3] != v.shape[:3]:
-        raise InputError(
-            "softmax attention takes k [B, T, H_kv, D] and v [B, T, H_kv, D_v] with the same B, T and H_kv; "
-            f"got k {tuple(k.shape)} and v {tuple(v.shape)}. Heads are a dimension of their own: k.unflatten(-1, (H_kv, D))"
-        )
-    check_not_empty(NAME, "k", k)
-    check_not_empty(NAME, "v", v)
-    if k.dtype not in SOFTMAX_DTYPES:
-        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in SOFTMAX_DTYPES)
-        raise InputError(
-            f"softmax attention takes {names}; got k of {k.dtype}. Convert it with k.float() or .to(dtype)"
-        )
-    _check_same(k, v, "k", "v")
-
-
-def _check_queries(q: Tensor, k: Tensor) -> None:
-    check_tensor(NAME, "q", q)
-    check_tensor(NAME, "k", k)
-    if q.dim() != 4 or k.dim() != 4:
-        raise InputError(
-            "softmax attention takes q [B, T, H, D], k [B, T, H_kv, D] and v [B, T, H_kv, D_v]; "
-            f"got q {tuple(q.shape)} and k {tuple(k.shape)}. Heads are a dimension of their own: q.unflatten(-1, (H, D))"
-        )
-    check_not_empty(NAME, "q", q)
-    check_not_empty(NAME, "k", k)
-    if q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
-        raise InputError(
-            "q must have k's batch rows, tokens and head dimension (B, T and D of [B, T, H, D]); "
-            f"got q {tuple(q.shape)} and k {tuple(k.shape)}. Give each rank the queries of its own tokens"
-        )
-    if q.shape[2] % k.shape[2]:
-        raise InputError(
-            f"the number of query heads must be a multiple of the number of key and value heads; got {q.shape[2]} and "
-            f"{k.shape[2]}. Each key head serves an equal number of query heads"
-        )
-    _check_same(q, k, "q", "k")
-
-
-def _check_same(x: Tensor, y: Tensor, x_name: str, y_name: str) -> None:
-    if x.dtype != y.dtype:
-        raise InputError(
-            f"q, k and v must have one dtype; got {x_name} of {x.dtype} and {y_name} of {y.dtype}. "
-            "Cast them before the call"
-        )
-    check_same_device(NAME, **{x_name: x, y_name: y})

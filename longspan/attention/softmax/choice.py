@@ -3,9 +3,9 @@
 Each method's file has its formula and says what it serves; the figures of the machines are those of the exchange of states
 (`longspan.plan.stated_cluster`). Decided from shapes and the layout alone, so that every rank decides the same without asking.
 
-Operations of a pair of a query and a key: 4 · D per query head forward, 10 · D backward (two and five matrix products), D the larger of
-the head dimensions of keys and of values. The busiest
-rank counts. A collective hides behind the blocks that need nothing of it.
+Operations of a pair of a query and a key: 4 · D per query head forward, 10 · D backward (two and five matrix products), D the
+larger of the head dimensions of keys and of values. The busiest rank counts. A collective hides behind the blocks that need nothing
+of it.
 """
 
 from __future__ import annotations

@@ -28,7 +28,9 @@ KeysAndValues = tuple[Tensor, Tensor]
 def final_keys(
     k: Tensor, v: Tensor, past: KeysAndValues | None, layout: SequenceLayout, window: int | None, joins: bool
 ) -> KeysAndValues:
-    """Keys ``[B, L + N, H_kv, D]`` and values ``[B, L + N, H_kv, D_v]`` of all tokens so far, or of the last ``window - 1``, on every rank.
+    """Keys ``[B, L + N, H_kv, D]`` and values ``[B, L + N, H_kv, D_v]`` of all tokens so far, or of the last ``window - 1``.
+
+    On every rank.
 
     joins: take part in the gradients' exchange even if k and v take none here: those of other ranks may.
     """

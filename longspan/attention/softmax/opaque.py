@@ -51,14 +51,16 @@ def _attend(
     past_k: Tensor | None,
     past_v: Tensor | None,
     bounds: Tensor | None,
+    sinks: Tensor | None,
     causal: bool,
     window: int | None,
     scale: float,
+    softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
     """o, and the log-sum-exp that backward needs."""
     q, scale = with_positive_scale(q, scale)
     local, past_blocks = _parts(k, v, past_k, past_v, bounds, causal, window)
-    found = attend(local, q, k, v, (past_k, past_v), past_blocks, scale)
+    found = attend(local, q, k, v, (past_k, past_v), past_blocks, sinks, scale, softcap)
     return found.out, found.lse
 
 
@@ -77,25 +79,29 @@ def _gradient(
     past_k: Tensor | None,
     past_v: Tensor | None,
     bounds: Tensor | None,
+    sinks: Tensor | None,
     causal: bool,
     window: int | None,
     scale: float,
+    softcap: float | None,
 ) -> tuple[Tensor | None, ...]:
     local, past_blocks = _parts(k, v, past_k, past_v, bounds, causal, window)
     signed, positive = with_positive_scale(q, scale)
-    queries = QueryTile(signed, outputs[0], outputs[1], gradients[0], positive)
+    queries = QueryTile(signed, outputs[0], outputs[1], gradients[0], positive, softcap)
     key_grads = local.backward(queries, (k, v), 0, False)
     past_grads = None
     if past_k is not None and past_v is not None:
         past_grads = queries.backward(past_blocks, past_k, past_v)
     found = [x.to(q.dtype) for grads in (key_grads, past_grads) if grads is not None for x in grads]
     dq = queries.dq if scale > 0 else queries.dq * (scale / positive)
-    return dq, *found, *[None] * (5 - len(found))
+    sink_grads = None if sinks is None else queries.sink_grads(sinks)
+    return dq, *found, *[None] * (5 - len(found)), sink_grads
 
 
 SOFTMAX = OpaqueOperator(
     "longspan::softmax",
-    "Tensor q, Tensor k, Tensor v, Tensor? past_k, Tensor? past_v, Tensor? bounds, bool causal, int? window, float scale",
+    "Tensor q, Tensor k, Tensor v, Tensor? past_k, Tensor? past_v, Tensor? bounds, Tensor? sinks, bool causal, int? window, "
+    "float scale, float? softcap",
     2,
     _attend,
     _attend_fake,

@@ -60,11 +60,11 @@ class KeyExchange(ABC):
         """Send this rank's keys and values on their way."""
 
     @abstractmethod
-    def attend_first(self, merged: Merged, k: Tensor, v: Tensor, scale: float) -> None:
+    def attend_first(self, merged: Merged, k: Tensor, v: Tensor) -> None:
         """Let every query attend to some keys, without waiting where there are any that it need not wait for."""
 
     @abstractmethod
-    def attend_rest(self, merged: Merged, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, ...]:
+    def attend_rest(self, merged: Merged, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
         """Let them attend to all others; returns what `backward` must be given."""
 
     @abstractmethod
@@ -95,8 +95,8 @@ class KeyExchange(ABC):
 class MovingExchange(KeyExchange):
     """A `KeyExchange` whose queries move to where they attend, and whose outputs move back.
 
-    Shapes: q [B, T, H, D] and o [B, T, H, D_v] of this rank's tokens; there, [B, S, h, D or D_v], all tokens in order. `attend_first`, `attend_rest` and
-    `backward` are given queries, outputs and their gradients as they are there.
+    Shapes: q [B, T, H, D] and o [B, T, H, D_v] of this rank's tokens; there, [B, S, h, D or D_v], all tokens in order.
+    `attend_first`, `attend_rest` and `backward` are given queries, outputs and their gradients as they are there.
     """
 
     @abstractmethod
@@ -115,6 +115,10 @@ class MovingExchange(KeyExchange):
     def key_heads_there(self, x: Tensor, num_heads: int) -> Tensor:
         """Of keys or values [B, L, H_kv, D or D_v] those that h of `num_heads` H query heads read there; differentiable."""
 
+    @abstractmethod
+    def query_heads_there(self, x: Tensor) -> Tensor:
+        """Of numbers of the query heads [H] those of the h that attend there; differentiable."""
+
 
 class Local(KeyExchange):
     """No exchange: this rank's queries see keys of this rank alone."""
@@ -127,10 +131,10 @@ class Local(KeyExchange):
     def start(self, k: Tensor, v: Tensor) -> None:
         raise AssertionError("nothing to send")
 
-    def attend_first(self, merged: Merged, k: Tensor, v: Tensor, scale: float) -> None:
-        merged.add(self._blocks, k, v, scale)
+    def attend_first(self, merged: Merged, k: Tensor, v: Tensor) -> None:
+        merged.add(self._blocks, k, v)
 
-    def attend_rest(self, merged: Merged, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, ...]:
+    def attend_rest(self, merged: Merged, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
         return k, v
 
     def backward(
@@ -213,8 +217,8 @@ class Reader:
         self._num_reads = 0
         self._ticket: Tensor | None = _KeysStart.apply(k, v, exchange) if exchange.exchanges else None
 
-    def attend(self, q: Tensor, scale: float) -> Tensor:
-        """Attention [B, T, H, D_v] of this rank's queries on every key that they may see."""
+    def attend(self, q: Tensor, scale: float, softcap: float | None = None, sinks: Tensor | None = None) -> Tensor:
+        """Attention [B, T, H, D_v] of this rank's queries on every key that they may see, and on the sinks [H]."""
         read = self._num_reads
         self._num_reads += 1
         exchange = self._exchange
@@ -222,22 +226,27 @@ class Reader:
         if self._past is not None:
             past = self._past.k, self._past.v
         wants_gradient = q.requires_grad or (self._past is not None and self._past.takes_gradient)
+        wants_gradient = wants_gradient or (sinks is not None and sinks.requires_grad)
         if exchange.exchanges and torch.is_grad_enabled() and wants_gradient:
             assert self._ticket is not None
             if not self._ticket.requires_grad:
                 # Other ranks' keys may take gradients where this rank's do not.
-                self._ticket = _Join.apply(self._k.new_zeros(1, requires_grad=True), exchange, (self._k.shape, self._v.shape))
+                self._ticket = _Join.apply(
+                    self._k.new_zeros(1, requires_grad=True), exchange, (self._k.shape, self._v.shape)
+                )
         if not isinstance(exchange, MovingExchange):
             out: Tensor = _Attend.apply(
-                q, self._k, self._v, self._ticket, *past, self._past_blocks, exchange, scale, read
+                q, self._k, self._v, self._ticket, *past, sinks, self._past_blocks, exchange, scale, softcap, read
             )
             return out
+        if sinks is not None:
+            sinks = exchange.query_heads_there(sinks)
         if self._past is not None:
             heads = q.shape[2]
             past = exchange.key_heads_there(self._past.k, heads), exchange.key_heads_there(self._past.v, heads)
         q_there, ticket = _There.apply(q, self._ticket, exchange, read)
         moved: Tensor = _Attend.apply(
-            q_there, self._k, self._v, ticket, *past, self._past_blocks, exchange, scale, read
+            q_there, self._k, self._v, ticket, *past, sinks, self._past_blocks, exchange, scale, softcap, read
         )
         back: Tensor = _Back.apply(moved, exchange)
         return back
@@ -259,15 +268,19 @@ def attend(
     v: Tensor,
     past: tuple[Tensor | None, Tensor | None],
     past_blocks: tuple[VisibleBlock, ...],
+    sinks: Tensor | None,
     scale: float,
+    softcap: float | None,
 ) -> Attended:
-    """Attention of q on the keys that `exchange` brings, and on those of the past: one merge."""
-    merged = Merged(q)
-    exchange.attend_first(merged, k, v, scale)
+    """Attention of q on the keys that `exchange` brings, on those of the past, and on the sinks: one merge."""
+    merged = Merged(q, scale, softcap)
+    exchange.attend_first(merged, k, v)
     past_k, past_v = past
     if past_k is not None and past_v is not None:
-        merged.add(past_blocks, past_k, past_v, scale)
-    kept = exchange.attend_rest(merged, k, v, scale)
+        merged.add(past_blocks, past_k, past_v)
+    kept = exchange.attend_rest(merged, k, v)
+    if sinks is not None:
+        merged.add_sinks(sinks)
     return Attended(merged.out, merged.lse, kept)
 
 
@@ -327,11 +340,13 @@ class _Attend(torch.autograd.Function):
     | k, v | [B, T, H_kv, D], [B, T, H_kv, D_v] | this rank's keys and values |
     | ticket | [1], or None | from `_KeysStart`; None where no rank needs another's keys |
     | past_k, past_v | [B, L, H_kv, D], [B, L, H_kv, D_v], or None | of earlier tokens |
+    | sinks | [H], or None | scores of one more key of value 0 |
     | lse | [B, H, T] | log-sum-exp over all keys that a query sees, saved for backward |
 
     Forward: o_i = softmax_j(scale · q_i·K_j) V_j over the keys j that i sees, K and V those of all ranks and of the past. Backward:
     P = exp(scale · q Kᵀ − lse) and delta = rowsum(do ⊙ o): dV = Pᵀ do, dS = P ⊙ (do Vᵀ − delta), dq = scale · dS K,
-    dK = scale · dSᵀ q. Gradients of the past are those of this rank's queries alone.
+    dK = scale · dSᵀ q; and dsinks = −Σ exp(sinks − lse) ⊙ delta. Gradients of the past and of sinks are those of this rank's
+    queries alone. With a softcap: see `longspan.ops.softmax.block`.
     """
 
     @staticmethod
@@ -343,14 +358,17 @@ class _Attend(torch.autograd.Function):
         ticket: Tensor | None,
         past_k: Tensor | None,
         past_v: Tensor | None,
+        sinks: Tensor | None,
         past_blocks: tuple[VisibleBlock, ...],
         exchange: KeyExchange,
         scale: float,
+        softcap: float | None,
         read: int,
     ) -> Tensor:
-        found = attend(exchange, q, k, v, (past_k, past_v), past_blocks, scale)
-        ctx.save_for_backward(q, found.out, found.lse, past_k, past_v, *found.kept)
-        ctx.past_blocks, ctx.exchange, ctx.scale, ctx.read = past_blocks, exchange, scale, read
+        found = attend(exchange, q, k, v, (past_k, past_v), past_blocks, sinks, scale, softcap)
+        ctx.save_for_backward(q, found.out, found.lse, past_k, past_v, sinks, *found.kept)
+        ctx.past_blocks, ctx.exchange, ctx.read = past_blocks, exchange, read
+        ctx.scale, ctx.softcap = scale, softcap
         return found.out
 
     @staticmethod
@@ -358,8 +376,8 @@ class _Attend(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         exchange: KeyExchange = ctx.exchange
         returns_key_grads: bool = ctx.needs_input_grad[3]
-        q, out, lse, past_k, past_v, *kept = ctx.saved_tensors
-        queries = QueryTile(q, out, lse, grad_out, ctx.scale)
+        q, out, lse, past_k, past_v, sinks, *kept = ctx.saved_tensors
+        queries = QueryTile(q, out, lse, grad_out, ctx.scale, ctx.softcap)
         key_grads = exchange.backward(queries, tuple(kept), ctx.read, returns_key_grads)
         past_grads = None if past_k is None else queries.backward(ctx.past_blocks, past_k, past_v)
         # The graph holds the exchange as long as the output lives.
@@ -367,7 +385,8 @@ class _Attend(torch.autograd.Function):
         dk, dv = (x.to(q.dtype) for x in key_grads) if key_grads else (None, None)
         past_dk, past_dv = (x.to(q.dtype) for x in past_grads) if past_grads else (None, None)
         ticket = grad_out.new_zeros(1) if returns_key_grads else None
-        return queries.dq, dk, dv, ticket, past_dk, past_dv, None, None, None, None
+        sink_grads = queries.sink_grads(sinks) if ctx.needs_input_grad[6] else None
+        return queries.dq, dk, dv, ticket, past_dk, past_dv, sink_grads, None, None, None, None, None
 
 
 class _There(torch.autograd.Function):

@@ -207,19 +207,19 @@ class RingKeys(KeyExchange):
     def start(self, k: Tensor, v: Tensor) -> None:
         self._started = self._depart(k, v, "forward")
 
-    def attend_first(self, merged: Merged, k: Tensor, v: Tensor, scale: float) -> None:
+    def attend_first(self, merged: Merged, k: Tensor, v: Tensor) -> None:
         # A second read sends the keys around once more.
         self._started = self._started or self._depart(k, v, "forward")
-        merged.add(self._plan.local, k, v, scale)
+        merged.add(self._plan.local, k, v)
 
-    def attend_rest(self, merged: Merged, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, ...]:
+    def attend_rest(self, merged: Merged, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
         flight, self._started = self._started, None
         for number, this in enumerate(self._plan.rounds):
             assert flight is not None
             keys = flight.wait()
             if number + 1 < len(self._plan.rounds):
                 flight = self._pass_on(keys, number + 1, "forward")
-            merged.add(this.blocks, *unpack(keys, k, v), scale)
+            merged.add(this.blocks, *unpack(keys, k, v))
         return k, v
 
     def backward(
@@ -279,7 +279,7 @@ class _Grads:
         self._home: Tensor | None = None
 
     def pass_on(self, number: int, keys: Tensor, share: tuple[Tensor, Tensor]) -> None:
-        """Add this rank's share, dk [B, L, H_kv, D] and dv [B, L, H_kv, D_v], to what came in the round before, and send the sum on."""
+        """Add this rank's share, dk and dv of the keys in hand, to what came in the round before, and send the sum on."""
         this = self._plan.rounds[number]
         dtype = accumulation_dtype(keys.dtype)
         everything = ((0, this.num_grads),)

@@ -119,12 +119,15 @@ class Ulysses(MovingExchange):
         sources = self._key_heads(num_heads // self._layout.num_ranks, x.shape[2], x.device)
         return _spread(x[:, :, start:stop], sources)
 
-    def attend_first(self, merged: Merged, k: Tensor, v: Tensor, scale: float) -> None:
+    def query_heads_there(self, x: Tensor) -> Tensor:
+        return x.unflatten(0, (self._layout.num_ranks, -1))[self._layout.rank]
+
+    def attend_first(self, merged: Merged, k: Tensor, v: Tensor) -> None:
         keys, values = self._wait_keys(k, v)
         sources = self._key_heads(merged.num_heads, self._num_key_heads, k.device)
-        merged.add(self._plan.blocks, _spread(keys, sources), _spread(values, sources), scale)
+        merged.add(self._plan.blocks, _spread(keys, sources), _spread(values, sources))
 
-    def attend_rest(self, merged: Merged, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, ...]:
+    def attend_rest(self, merged: Merged, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
         return self._wait_keys(k, v)
 
     def backward(

@@ -1,6 +1,7 @@
 """Softmax attention of one block of queries on one block of keys, with its log-sum-exp.
 
-Shapes: B batch, Tq queries, Tk keys, H heads, H_kv key and value heads (H a multiple of H_kv), D head dimension, D_v that of values.
+Shapes: B batch, Tq queries, Tk keys, H heads, H_kv key and value heads (H a multiple of H_kv), D head dimension, D_v of
+values.
 
 PyTorch's flash operators return the log-sum-exp that merging blocks needs and take it back in backward, but have no
 public name: this is the only file that calls private operators. `flash_operator` says which of them runs a tensor:
@@ -11,9 +12,12 @@ queries at a time.
 The flash operators take one size of head. Where D and D_v differ, the narrower of the two is padded with zeros for them, block by
 block: queries and keys, which leaves their scores as they are, or values, whose further outputs are dropped.
 
+PyTorch's flash operators have no softcap: with one, the plain form runs whatever the device.
+
 Backward of a block with the *merged* output and log-sum-exp of all its query's blocks is exact: with
 P = exp(scale·q·kᵀ − lse) and delta = rowsum(do ⊙ o), the block's share is dv = Pᵀ·do, dS = P ⊙ (do·vᵀ − delta),
-dq = scale·dS·k, dk = scale·dSᵀ·q, and only lse and o know about the other blocks.
+dq = scale·dS·k, dk = scale·dSᵀ·q, and only lse and o know about the other blocks. With a softcap c the scores are
+s = c·tanh(scale·q·kᵀ / c), and dS is multiplied by its slope, 1 − (s / c)².
 """
 
 from __future__ import annotations
@@ -28,7 +32,10 @@ from torch import Tensor
 from longspan.dtypes import at_least_float32
 
 PLAIN_CHUNK = 128
-"""Queries at a time in the plain form: its scores are [B, H, PLAIN_CHUNK, Tk]."""
+"""Most queries at a time in the plain form: its scores are [B, H, PLAIN_CHUNK, Tk]."""
+
+MOST_SCORES = 2**26
+"""Most scores at a time in the plain form: fewer queries where there are more (256 MiB in float32)."""
 
 MANY_KEYS = 4096
 """On a CPU, so many keys or more are first copied to where those of a head lie side by side."""
@@ -76,7 +83,9 @@ def flash_operator(q: Tensor) -> FlashOperator:
     return "plain"
 
 
-def block_forward(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+def block_forward(
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float, softcap: float | None = None
+) -> tuple[Tensor, Tensor]:
     """Attention of a block of queries on a block of keys.
 
     Args:
@@ -84,11 +93,14 @@ def block_forward(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float
         k, v: ``[B, Tk, H_kv, D]`` and ``[B, Tk, H_kv, D_v]``, Tk at least 1, any strides.
         causal: query i sees keys 0 to i of the block; else all of them.
         scale: above zero: kernels mask scores before they scale them, and the others turn -inf into NaN or inf.
+        softcap: above zero: bounds the scaled scores s to softcap · tanh(s / softcap), before the mask; None is no bound.
 
     Returns:
         out ``[B, Tq, H, D_v]`` in q's dtype, normalised over the block's keys, and the log-sum-exp of the scaled scores,
         ``[B, H, Tq]``, float32 (float64 for float64). Where all scores of a query are -inf, out is 0 and the log-sum-exp -inf.
     """
+    if softcap is not None:
+        return plain_forward(q, k, v, causal=causal, scale=scale, softcap=softcap)
     dim, value_dim = q.shape[3], v.shape[3]
     if dim != value_dim and flash_operator(padded := _padded(q, value_dim)) != "plain":
         out, lse = block_forward(padded, _padded(k, value_dim), _padded(v, dim), causal=causal, scale=scale)
@@ -121,24 +133,33 @@ def block_forward(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float
 
 
 def block_backward(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, causal: bool, scale: float
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    causal: bool,
+    scale: float,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of one block, given what its queries got from all of their blocks together.
 
     Args:
         grad_out, out: ``[B, Tq, H, D_v]``; `out` merged over all blocks of these queries.
         lse: ``[B, H, Tq]``, merged too, and passed through `finite_lse`.
-        q, k, v, causal, scale: as in `block_forward`.
+        q, k, v, causal, scale, softcap: as in `block_forward`.
 
     Returns:
         dq ``[B, Tq, H, D]``, dk ``[B, Tk, H_kv, D]`` and dv ``[B, Tk, H_kv, D_v]``: this block's share, in q's dtype.
     """
+    if softcap is not None:
+        return plain_backward(grad_out, q, k, v, out, lse, causal=causal, scale=scale, softcap=softcap)
     dim, value_dim = q.shape[3], v.shape[3]
     if dim != value_dim and flash_operator(padded := _padded(q, value_dim)) != "plain":
         grad_out, v, out = (_padded(x, dim) for x in (grad_out, v, out))
-        dq, dk, dv = block_backward(
-            grad_out, padded, _padded(k, value_dim), v, out, lse, causal=causal, scale=scale
-        )
+        dq, dk, dv = block_backward(grad_out, padded, _padded(k, value_dim), v, out, lse, causal=causal, scale=scale)
         return dq[..., :dim], dk[..., :dim], dv[..., :value_dim]
     operator = flash_operator(q)
     if operator == "plain":
@@ -179,16 +200,21 @@ def near_keys(x: Tensor) -> Tensor:
     return _near(x.transpose(1, 2)).transpose(1, 2) if flash_operator(x) == "cpu" else x
 
 
-def plain_forward(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+def plain_forward(
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float, softcap: float | None = None
+) -> tuple[Tensor, Tensor]:
     """`block_forward` with public operators."""
     groups = q.shape[2] // k.shape[2]
     keys, values = (at_least_float32(x).permute(0, 2, 3, 1) for x in (k, v))
     out = q.new_empty((*q.shape[:3], v.shape[3]))
     lse = keys.new_empty((q.shape[0], q.shape[2], q.shape[1]))
-    for start in range(0, q.shape[1], PLAIN_CHUNK):
-        chunk = slice(start, start + PLAIN_CHUNK)
-        visible = min(start + PLAIN_CHUNK, k.shape[1]) if causal else k.shape[1]
-        scores = _scaled_scores(_grouped(q[:, chunk], groups), keys[..., :visible], start, causal, scale)
+    size = _chunk_size(q, k)
+    for start in range(0, q.shape[1], size):
+        chunk = slice(start, start + size)
+        visible = min(start + size, k.shape[1]) if causal else k.shape[1]
+        scores = _scaled_scores(_grouped(q[:, chunk], groups), keys[..., :visible], scale, softcap)
+        if causal:
+            _mask_later_keys(scores, start)
         chunk_lse = scores.logsumexp(-1)
         probabilities = (scores - finite_lse(chunk_lse).unsqueeze(-1)).exp()
         chunk_out = probabilities.flatten(2, 3) @ values[..., :visible].mT
@@ -198,24 +224,39 @@ def plain_forward(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float
 
 
 def plain_backward(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, causal: bool, scale: float
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    causal: bool,
+    scale: float,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`block_backward` with public operators."""
     groups = q.shape[2] // k.shape[2]
     keys, values = (at_least_float32(x).permute(0, 2, 3, 1) for x in (k, v))
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
     dk, dv = torch.zeros_like(keys.mT), torch.zeros_like(values.mT)
-    for start in range(0, q.shape[1], PLAIN_CHUNK):
-        chunk = slice(start, start + PLAIN_CHUNK)
-        visible = min(start + PLAIN_CHUNK, k.shape[1]) if causal else k.shape[1]
+    size = _chunk_size(q, k)
+    for start in range(0, q.shape[1], size):
+        chunk = slice(start, start + size)
+        visible = min(start + size, k.shape[1]) if causal else k.shape[1]
         queries, grads, outs = (_grouped(x[:, chunk], groups) for x in (q, grad_out, out))
         chunk_lse = lse[..., chunk].unflatten(1, (-1, groups)).unsqueeze(-1)
-        probabilities = (
-            (_scaled_scores(queries, keys[..., :visible], start, causal, scale) - chunk_lse).exp().flatten(2, 3)
-        )
+        scores = _scaled_scores(queries, keys[..., :visible], scale, softcap)
+        # Before the mask, whose -inf has no slope.
+        slope = None if softcap is None else 1.0 - (scores / softcap).square()
+        if causal:
+            _mask_later_keys(scores, start)
+        probabilities = (scores - chunk_lse).exp().flatten(2, 3)
         delta = (grads * outs).sum(-1, keepdim=True).flatten(2, 3)
         flat_grads = grads.flatten(2, 3)
         dscores = probabilities * (flat_grads @ values[..., :visible] - delta) * scale
+        if slope is not None:
+            dscores = dscores * slope.flatten(2, 3)
         dq[:, chunk] = _ungrouped((dscores @ keys[..., :visible].mT).unflatten(2, (groups, -1)))
         dk[:, :, :visible] += dscores.mT @ queries.flatten(2, 3)
         dv[:, :, :visible] += probabilities.mT @ flat_grads
@@ -233,14 +274,22 @@ def _first_scores(q: Tensor, k: Tensor) -> Tensor:
     return (at_least_float32(q) * first).sum(-1)
 
 
-def _scaled_scores(queries: Tensor, keys: Tensor, start: int, causal: bool, scale: float) -> Tensor:
+def _chunk_size(q: Tensor, k: Tensor) -> int:
+    """Queries at a time of [B, Tq, H, D] on keys [B, Tk, H_kv, D] in the plain form."""
+    return max(1, min(PLAIN_CHUNK, MOST_SCORES // (q.shape[0] * q.shape[2] * k.shape[1])))
+
+
+def _scaled_scores(queries: Tensor, keys: Tensor, scale: float, softcap: float | None) -> Tensor:
     """Scaled scores [B, H_kv, H / H_kv, Tq, Tk] of queries [B, H_kv, H / H_kv, Tq, D] on keys [B, H_kv, D, Tk]."""
-    groups, num_queries = queries.shape[2:4]
-    scores = (queries.flatten(2, 3) @ keys).mul_(scale).unflatten(2, (groups, num_queries))
-    if causal:
-        rows = torch.arange(start, start + num_queries, device=keys.device).unsqueeze(-1)
-        scores.masked_fill_(torch.arange(keys.shape[-1], device=keys.device) > rows, float("-inf"))
-    return scores
+    scores = (queries.flatten(2, 3) @ keys).mul_(scale).unflatten(2, queries.shape[2:4])
+    return scores if softcap is None else scores.div_(softcap).tanh_().mul_(softcap)
+
+
+def _mask_later_keys(scores: Tensor, start: int) -> None:
+    """Make scores [..., Tq, Tk] of the queries from number `start` on -inf, in place, on keys with a larger number."""
+    num_queries, num_keys = scores.shape[-2:]
+    rows = torch.arange(start, start + num_queries, device=scores.device).unsqueeze(-1)
+    scores.masked_fill_(torch.arange(num_keys, device=scores.device) > rows, -math.inf)
 
 
 def _grouped(x: Tensor, groups: int) -> Tensor:

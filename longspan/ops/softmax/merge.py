@@ -1,6 +1,7 @@
 """Runs blocks: their outputs merged by log-sum-exp, their gradients summed.
 
-Shapes: B batch, T queries of this rank, L keys in a buffer, H heads, H_kv key and value heads, D head dimension, D_v that of values.
+Shapes: B batch, T queries of this rank, L keys in a buffer, H heads, H_kv key and value heads, D head dimension, D_v of
+values.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from longspan.dtypes import accumulation_dtype
+from longspan.dtypes import accumulation_dtype, at_least_float32
 from longspan.layout.visibility import VisibleBlock
 from longspan.ops.softmax.block import block_backward, block_forward, finite_lse
 
@@ -21,8 +22,9 @@ class Merged:
     Where several blocks are merged, outputs gather in float32 (float64 for float64).
     """
 
-    def __init__(self, q: Tensor) -> None:
-        self._q = q
+    def __init__(self, q: Tensor, scale: float, softcap: float | None) -> None:
+        """scale, softcap: of all blocks' scores, as in `block_forward`."""
+        self._q, self._scale, self._softcap = q, scale, softcap
         self._out: Tensor | None = None
         self._lse: Tensor | None = None
 
@@ -43,14 +45,25 @@ class Merged:
         assert self._lse is not None
         return finite_lse(self._lse)
 
-    def add(self, blocks: Iterable[VisibleBlock], k: Tensor, v: Tensor, scale: float) -> None:
+    def add(self, blocks: Iterable[VisibleBlock], k: Tensor, v: Tensor) -> None:
         """Let the queries attend to the keys [B, L, H_kv, D] and values [B, L, H_kv, D_v] of `blocks`, too."""
         for block in blocks:
             q = query_tile(self._q, block)
-            out, lse = block_forward(q, *key_tiles(block, k, v), causal=block.mask != "full", scale=scale)
+            out, lse = block_forward(
+                q, *key_tiles(block, k, v), causal=block.mask != "full", scale=self._scale, softcap=self._softcap
+            )
             if block.mask == "anticausal":
                 out, lse = out.flip(1), lse.flip(2)
             self._merge(block, out, lse)
+
+    def add_sinks(self, sinks: Tensor) -> None:
+        """Let every query see one more key, whose score is sinks [H] of its head and whose value is 0."""
+        assert self._out is not None and self._lse is not None
+        scores = sinks.to(self._lse.dtype).unsqueeze(-1)
+        # The keys' share of the sum of exponentials; none where neither they nor the sink have any.
+        share = (self._lse - scores).sigmoid().nan_to_num(nan=0.0)
+        self._out = self._out * share.transpose(1, 2).unsqueeze(-1)
+        self._lse = torch.logaddexp(self._lse, scores)
 
     def _merge(self, block: VisibleBlock, out: Tensor, lse: Tensor) -> None:
         if self._out is None or self._lse is None:
@@ -123,11 +136,14 @@ class Total:
 class QueryTile:
     """What backward knows of a rank's queries, and the sum of their gradients.
 
-    q [B, T, H, D]; out, grad_out [B, T, H, D_v]; out and lse [B, H, T] merged over all blocks of all keys.
+    q [B, T, H, D]; out, grad_out [B, T, H, D_v]; out and lse [B, H, T] merged over all blocks of all keys, and sinks.
     """
 
-    def __init__(self, q: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor, scale: float) -> None:
-        self._q, self._out, self._lse, self._grad_out, self._scale = q, out, lse, grad_out, scale
+    def __init__(
+        self, q: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor, scale: float, softcap: float | None
+    ) -> None:
+        self._q, self._out, self._lse, self._grad_out = q, out, lse, grad_out
+        self._scale, self._softcap = scale, softcap
         self._dq = Total(q.shape, q)
 
     @property
@@ -141,7 +157,7 @@ class QueryTile:
         return self._dq.sum.to(self._q.dtype)
 
     def backward(self, blocks: Iterable[VisibleBlock], k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradients of `blocks`: dk [B, L, H_kv, D] and dv [B, L, H_kv, D_v], in float32 or float64 where several blocks have summed."""
+        """Gradients of `blocks`: dk and dv in the shapes of k and v, in float32 or float64 where several blocks have summed."""
         dk, dv = Total(k.shape, k), Total(v.shape, v)
         for block in blocks:
             flips = block.mask == "anticausal"
@@ -154,12 +170,19 @@ class QueryTile:
                 lse.flip(2) if flips else lse,
                 causal=block.mask != "full",
                 scale=self._scale,
+                softcap=self._softcap,
             )
             block_dq, block_dk, block_dv = (x.flip(1) for x in grads) if flips else grads
             self._dq.add(block.query_start, block.num_queries, block, block_dq)
             dk.add(block.key_start, block.num_keys, block, block_dk)
             dv.add(block.key_start, block.num_keys, block, block_dv)
         return dk.sum, dv.sum
+
+    def sink_grads(self, sinks: Tensor) -> Tensor:
+        """The gradient of the sinks [H], as these queries see them: −Σ e^(sink − lse) · (∂o·o), since a sink's value is 0."""
+        probabilities = (sinks.to(self._lse.dtype).unsqueeze(-1) - self._lse).exp()
+        delta = (at_least_float32(self._grad_out) * self._out).sum(-1).transpose(1, 2)
+        return -(probabilities * delta).sum((0, 2)).to(sinks.dtype)
 
 
 def query_tile(x: Tensor, block: VisibleBlock) -> Tensor:
