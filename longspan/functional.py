@@ -107,7 +107,8 @@ def linear_attention(
 
     Args:
         q, k: ``[B, T, H_k, K]``, float64, float32 or bfloat16.
-        v: ``[B, T, H, V]``, the same dtype.
+        v: ``[B, T, H, V]``, the same dtype. Under torch.autocast q, k and v are cast as the inputs of a matrix product are; gates
+            and states are not.
         scale: a number; None is K^-½.
         causal: False lets every token read all tokens of its document: ``o_t = scale · Σ_s (q_t·k_s) v_s``.
         initial_state: state before the first global token, ``[B, H, K, V]``, or before each document,

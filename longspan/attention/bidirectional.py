@@ -27,6 +27,7 @@ from longspan.attention.linear import (
 )
 from longspan.attention.memory import StepMemory
 from longspan.attention.opaque import OpaqueMemory, write_opaque
+from longspan.autocast import as_in_product, as_written
 from longspan.errors import InputError
 from longspan.exchange import Exchanger, exchange_named
 from longspan.exchange.all_reduce import JoinSum, sum_over_ranks
@@ -75,6 +76,7 @@ class SummedMemory(MemoryOfBothSides):
 
     @unseen_by_checkpointing
     def _read(self, q: Tensor, scale: float | None) -> Tensor:
+        q = as_written(q, self._k)
         factor = check_query("linear_attention", q, self._k, scale)
         joins = torch.is_grad_enabled() and q.requires_grad and self._layout.num_ranks > 1
         if joins and not self._states.requires_grad:
@@ -108,6 +110,7 @@ class TwoSidedMemory(MemoryOfBothSides):
 
     def read(self, q: Tensor, scale: float | None = None) -> Tensor:
         """``o_t = scale · Σ_s γ^{|t−s|} (q_t·k_s) v_s``; q ``[B, T, H_k, K]``, o ``[B, T, H, V]``."""
+        q = as_written(q, self._k)
         factor = check_query("retention", q, self._k, scale)
         own = factor * (q * self._k).sum(-1, keepdim=True)
         if own.shape[2] != self._v.shape[2]:
@@ -136,6 +139,7 @@ def write_bidirectional(
         return _write_both_ways_outside_graphs(
             operator, k, v, given, layout=layout, exchange=exchange, backend=backend, chunk_size=chunk_size
         )
+    k, v = as_in_product(k), as_in_product(v)
     gates = tensors_of(VARIANTS[operator], given)
     exchange_named(exchange)
     layout, backend = check_inputs(VARIANTS[operator], k, v, gates, None, layout, backend, chunk_size)

@@ -15,6 +15,7 @@ from longspan.attention import linear
 from longspan.attention.bidirectional import write_bidirectional
 from longspan.attention.linear import LinearMemory, check_query
 from longspan.attention.memory import KeyMemory, StateMemory
+from longspan.autocast import as_in_product
 from longspan.checks import check_choice, check_flag, check_tensor
 from longspan.errors import InputError
 from longspan.exchange import Exchanger
@@ -173,6 +174,7 @@ def apply_operator(
 
     gates: by name. scale: None is K^-½. options: `layout`, and those of `write`.
     """
+    q, k, v = as_in_product(q), as_in_product(k), as_in_product(v)
     check_tensor(operator, "k", k)
     check_query(operator, q, k, scale)
     check_schedule(operator, schedule, options.get("causal", True))

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from longspan.attention.opaque import CONVOLUTION, bounds_of
 from longspan.attention.together import Together
+from longspan.autocast import as_in_product
 from longspan.checks import check_choice, check_flag, check_not_empty, check_tensor, check_tensors
 from longspan.dtypes import accumulation_dtype
 from longspan.errors import InputError
@@ -109,7 +110,8 @@ def causal_conv1d(
             tokens, or the whole length without a layout.
         weight: ``[C, W]``, the dtype of x; its last column is for the token itself. The same on every rank. Its gradient on a rank
             is that rank's share: sum it over the ranks, like any parameter's.
-        bias: ``[C]``, the dtype of x, or None; its gradient likewise.
+        bias: ``[C]``, the dtype of x, or None; its gradient likewise. Under torch.autocast x, weight, bias and initial_state are
+            cast as the inputs of a matrix product are.
         activation: ``"silu"`` (``"swish"`` is the same), or None.
         layout: which tokens this rank holds, and the documents, which never see each other; None is one device and one document.
             With documents, B is 1.
@@ -135,6 +137,8 @@ def causal_conv1d(
             x, weight, bias, activation, layout,
             initial_state=initial_state, output_final_state=output_final_state, backend=backend,
         )  # fmt: skip
+    x, weight = as_in_product(x), as_in_product(weight)
+    bias, initial_state = as_in_product(bias), as_in_product(initial_state)
     check_tensors("causal_conv1d", x=x, weight=weight)
     fits = weight.dim() == 2 and weight.shape[1] <= MAX_TAPS_OF_KERNELS
     backend = choose_backend("causal_conv1d", CONVOLUTION_BACKENDS, x, fits, backend)

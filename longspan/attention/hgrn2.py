@@ -7,6 +7,7 @@ from typing import Literal, overload
 from torch import Tensor
 
 from longspan.attention.by_name import Schedule, apply_operator
+from longspan.autocast import as_in_product
 from longspan.checks import check_same_device, check_tensors
 from longspan.exchange import Exchanger
 from longspan.features import hgrn2_log_decay
@@ -97,6 +98,7 @@ def hgrn2(
     """
     check_tensors("hgrn2", q=q, f=f, i=i)
     check_same_device("hgrn2", q=q, f=f, i=i)
+    q, i = as_in_product(q), as_in_product(i)
     g, k = hgrn2_log_decay(f, lower_bound)
     return apply_operator(
         "gla",

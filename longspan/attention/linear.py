@@ -7,7 +7,7 @@ H_k), K key size, V value size.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from longspan.attention.memory import StepMemory
 from longspan.attention.opaque import OpaqueMemory, write_opaque
+from longspan.autocast import as_in_product, as_written, without_autocast
 from longspan.checks import (
     Unchanged,
     check_count,
@@ -110,6 +111,7 @@ class LinearMemory(StepMemory):
 
     @unseen_by_checkpointing
     def _read(self, q: Tensor, scale: float | None, overlapped: bool) -> Tensor:
+        q = as_written(q, self._k)
         factor = check_query(self._name, q, self._k, scale)
         self._written.check()
         with profiled("longspan.read", q):
@@ -192,12 +194,6 @@ def profiled(name: str, x: Tensor) -> Iterator[None]:
     """A named stretch of a profile, without autocast, which would put float32 states through bfloat16 products."""
     with named_range(name), without_autocast(x):
         yield
-
-
-def without_autocast(x: Tensor) -> AbstractContextManager[object]:
-    """Switches autocast off for the device of x, if it is on."""
-    device_type = x.device.type
-    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
 
 
 def check_query(name: str, q: Tensor, k: Tensor, scale: float | None) -> float:
@@ -310,6 +306,7 @@ def write_linear(
             exchange=exchange, backend=backend, chunk_size=chunk_size, has_safe_gates=has_safe_gates,
         )  # fmt: skip
     variant = VARIANTS[operator]
+    k, v = as_in_product(k), as_in_product(v)
     gates = tensors_of(variant, given)
     exchanger = exchange_named(exchange)
     check_flag(operator, "output_final_state", output_final_state)

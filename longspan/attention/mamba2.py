@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longspan.attention.by_name import Schedule, apply_operator
+from longspan.autocast import as_in_product
 from longspan.checks import check_count, check_flag, check_not_empty, check_same_device, check_tensors, described
 from longspan.dtypes import at_least_float32
 from longspan.errors import InputError
@@ -142,6 +143,7 @@ def mamba2(
     """
     check_tensors("mamba2", x=x, dt=dt, A=A, B=B, C=C)
     check_tensors("mamba2", **{n: t for n, t in (("D", D), ("z", z), ("dt_bias", dt_bias)) if t is not None})
+    x, B, C = as_in_product(x), as_in_product(B), as_in_product(C)
     check_flag("mamba2", "dt_softplus", dt_softplus)
     smallest, largest = _check_limit(dt_limit)
     if n_groups is not None:

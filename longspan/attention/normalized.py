@@ -15,6 +15,7 @@ from torch import Tensor
 from longspan.attention.by_name import Schedule, check_schedule, overlaps, write
 from longspan.attention.linear import check_query
 from longspan.attention.memory import StateMemory
+from longspan.autocast import as_in_product
 from longspan.checks import check_not_empty, check_number, check_tensors
 from longspan.dtypes import at_least_float32
 from longspan.errors import InputError
@@ -33,10 +34,12 @@ class NormalizedMemory:
 
     def read(self, q: Tensor) -> Tensor:
         """o ``[B, T, H, V]`` for φ(q) ``[B, T, H_k, K]``; the first read waits for the exchange."""
+        q = as_in_product(q)
         return self._divided(q, self.memory.read(q, scale=1.0))
 
     def read_overlapped(self, q: Tensor) -> Tensor:
         """`read`, in LASP-2's own schedule."""
+        q = as_in_product(q)
         return self._divided(q, self.memory.read_overlapped(q, scale=1.0))
 
     def _divided(self, q: Tensor, read: Tensor) -> Tensor:
@@ -179,6 +182,7 @@ def normalized_linear_attention(
     Raises:
         InputError: for an operator that is no decay, or what does not fit the operator. LayoutError: as in the operators.
     """
+    q, k, v = as_in_product(q), as_in_product(k), as_in_product(v)
     check_tensors("normalized_linear_attention", k=k)
     check_query("normalized_linear_attention", q, k, None)
     check_schedule("normalized_linear_attention", schedule, options.get("causal", True))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from longspan.attention.memory import StepMemory
+from longspan.autocast import as_written
 from longspan.dtypes import accumulation_dtype
 from longspan.errors import InputError, LayoutError
 from longspan.layout import SequenceLayout
@@ -124,6 +125,7 @@ class OpaqueMemory(StepMemory):
         """As in `LinearMemory`."""
         from longspan.attention.linear import check_query
 
+        q = as_written(q, self._k)
         return self._call(q, check_query(self._operator, q, self._k, scale))
 
     def read_overlapped(self, q: Tensor, scale: float | None = None) -> Tensor:

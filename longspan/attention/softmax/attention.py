@@ -27,6 +27,7 @@ from longspan.attention.softmax.opaque import SOFTMAX, with_positive_scale
 from longspan.attention.softmax.pair import Local, Past, Reader
 from longspan.attention.softmax.shapes import Shapes
 from longspan.attention.together import Together
+from longspan.autocast import as_in_product, as_written
 from longspan.checks import Unchanged, check_choice, check_count, check_flag, check_scale
 from longspan.layout import SequenceLayout
 from longspan.layout.sequence_layout import check_layout, layout_of_one_device, stops_graphs
@@ -112,7 +113,8 @@ def softmax_attention(
         q: ``[B, T, H, D]``, float64, float32, bfloat16 or float16; T is this rank's number of tokens, or the whole
             length without a layout.
         k, v: ``[B, T, H_kv, D]`` and ``[B, T, H_kv, D_v]``, q's dtype; H a multiple of H_kv, query head h uses key head
-            ``h // (H / H_kv)``. D_v may differ from D, as in latent attention.
+            ``h // (H / H_kv)``. D_v may differ from D, as in latent attention. Under torch.autocast q, k, v and the initial state
+            are cast as the inputs of a matrix product are.
         causal: token i sees tokens up to itself; False: all of its document.
         window: a token sees the last `window` tokens, itself included; with ``causal=False`` also the next
             ``window - 1``, those less than `window` away on either side. None is no limit.
@@ -149,6 +151,7 @@ def softmax_attention(
     No mask or score tensor is built, and blocks that the causal, window or document mask removes whole are neither
     computed nor sent.
     """
+    q, k, v = as_in_product(q), as_in_product(k), as_in_product(v)
     check_queries(q, k)
     check_scale(NAME, scale, 1.0)
     check_softcap(softcap)
@@ -187,6 +190,9 @@ def write_softmax(
             k, v, layout=layout, method=method, causal=causal, window=window, num_heads=num_heads,
             initial_state=initial_state, output_final_state=output_final_state,
         )  # fmt: skip
+    k, v = as_in_product(k), as_in_product(v)
+    if isinstance(initial_state, tuple | list):
+        initial_state = tuple(as_in_product(x) for x in initial_state)  # type: ignore[assignment]
     check_choice(NAME, "method", method, SOFTMAX_METHODS, "Leave it out for 'auto'")
     check_window(window)
     check_flag(NAME, "causal", causal)
@@ -282,6 +288,7 @@ class SoftmaxMemory(StepMemory):
 
     @unseen_by_checkpointing
     def _read(self, q: Tensor, scale: float | None, softcap: float | None, sinks: Tensor | None) -> Tensor:
+        q = as_written(q, self._k)
         check_queries(q, self._k)
         softcap = check_softcap(softcap)
         check_sinks(sinks, q)
@@ -356,6 +363,7 @@ class OpaqueSoftmaxMemory(StepMemory):
         sinks: Tensor | None = None,
     ) -> Tensor:
         """As in `SoftmaxMemory`."""
+        q = as_written(q, self._k)
         check_queries(q, self._k)
         softcap = check_softcap(softcap)
         check_sinks(sinks, q)

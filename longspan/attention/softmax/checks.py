@@ -160,6 +160,6 @@ def _check_same(x: Tensor, y: Tensor, x_name: str, y_name: str) -> None:
     if x.dtype != y.dtype:
         raise InputError(
             f"q, k and v must have one dtype; got {x_name} of {x.dtype} and {y_name} of {y.dtype}. "
-            "Cast them before the call"
+            "Cast them before the call, or call under torch.autocast, which does"
         )
     check_same_device(NAME, **{x_name: x, y_name: y})

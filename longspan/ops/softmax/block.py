@@ -29,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from longspan.autocast import not_cast
 from longspan.dtypes import at_least_float32
 
 PLAIN_CHUNK = 128
@@ -200,6 +201,7 @@ def near_keys(x: Tensor) -> Tensor:
     return _near(x.transpose(1, 2)).transpose(1, 2) if flash_operator(x) == "cpu" else x
 
 
+@not_cast
 def plain_forward(
     q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float, softcap: float | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -223,6 +225,7 @@ def plain_forward(
     return out, lse
 
 
+@not_cast
 def plain_backward(
     grad_out: Tensor,
     q: Tensor,
