@@ -55,9 +55,8 @@ def ranks_per_host(hosts: Sequence[str]) -> int:
     if len(set(names)) == len(names) and len(counts) == 1:
         return counts.pop()
     raise LayoutError(
-        "the topology 'two_level' needs nodes of equally many consecutive ranks; the hosts of the ranks are, in their order, "
-        f"{_listed(runs)}. Start equally many ranks on each host, numbered host by host; or build the layout with ranks_per_node, "
-        "or on a DeviceMesh of nodes x ranks; or use the topology 'all_to_all', which knows no nodes"
+        "hosts are nodes only where each has equally many ranks, numbered host by host; the hosts of the ranks are, in their "
+        f"order, {_listed(runs)}. Start the ranks so, or pass ranks_per_node"
     )
 
 

@@ -23,7 +23,7 @@ def test_hosts_with_equally_many_consecutive_ranks_are_nodes(names: list[str], s
 
 @pytest.mark.parametrize("names", [["a", "b", "a", "b"], ["a", "a", "b"], ["a", "b", "b", "a"]])
 def test_other_hosts_are_refused_with_the_way_out(names: list[str]) -> None:
-    with pytest.raises(LayoutError, match=r"(?s)a \(\d\), b \(\d\).*ranks_per_node.*'all_to_all'"):
+    with pytest.raises(LayoutError, match=r"a \(\d\), b \(\d\).*pass ranks_per_node"):
         ranks_per_host(names)
 
 

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 import longspan
+from longspan.comm import hosts
 from longspan.errors import LayoutError
 from longspan.exchange import TwoLevel, record_traffic
 from longspan.layout import SequenceLayout
@@ -124,6 +125,24 @@ def test_a_mesh_of_another_kind_is_refused(
     for name, text in run_on_ranks(4, raised, layout_of_mesh, shape, names, ranks_per_node):
         assert name == "LayoutError"
         assert message in text
+
+
+def scan_on_hosts(names: list[str]) -> None:
+    group = dist.new_group(list(range(len(names))))
+    original = hosts.socket.gethostname
+    hosts.socket.gethostname = lambda: names[dist.get_rank()]
+    try:
+        errors_of_scan(TwoLevel(), Identity, (1, 2, 4, 5), SequenceLayout(64, group))
+    finally:
+        hosts.socket.gethostname = original
+
+
+def test_hosts_that_are_no_nodes_are_refused_on_every_rank_with_the_way_out() -> None:
+    for name, text in run_on_ranks(3, raised, scan_on_hosts, ["one", "two", "one"]):
+        assert name == "LayoutError"
+        assert "'two_level'" in text
+        assert "one (1), two (1), one (1)" in text
+        assert "'all_to_all'" in text
 
 
 @pytest.mark.parametrize("ranks_per_node", [0, 3, 8, True, 2.0])

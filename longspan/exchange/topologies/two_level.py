@@ -66,7 +66,7 @@ class TwoLevel(Topology, Carrier):
         if cluster.num_nodes == 1 or cluster.ranks_per_node == 1:
             return False
         try:
-            return nodes_of(group_of(layout), layout.ranks_per_node).ranks_per_node == cluster.ranks_per_node
+            return _nodes(layout).ranks_per_node == cluster.ranks_per_node
         except LayoutError:
             return False
 
@@ -89,7 +89,7 @@ class TwoLevel(Topology, Carrier):
         )
 
     def _levels(self, states: Tensor, layout: SequenceLayout, phase: str) -> _Levels:
-        nodes = nodes_of(group_of(layout), layout.ranks_per_node)
+        nodes = _nodes(layout)
         runs = _runs_of(layout, nodes)
         in_node = Shares(
             node_group(group_of(layout), nodes, phase),
@@ -142,6 +142,16 @@ class TwoLevel(Topology, Carrier):
         ]
         steps = 2 * (members > 1) + 2 * (nodes > 1)
         return DirectionCost(seconds, 0.0, max(sent), max(messages), steps)
+
+
+def _nodes(layout: SequenceLayout) -> Nodes:
+    try:
+        return nodes_of(group_of(layout), layout.ranks_per_node)
+    except LayoutError as error:
+        raise LayoutError(
+            f"the topology 'two_level' needs nodes: {error}. SequenceLayout takes ranks_per_node, or a DeviceMesh of nodes x "
+            "ranks; the topology 'all_to_all' knows no nodes"
+        ) from error
 
 
 @dataclass(frozen=True)
