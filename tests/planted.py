@@ -74,7 +74,7 @@ FAULTS: dict[str, Fault] = {
     ),
     "the gradient of the query without the scale": Fault(
         "longspan/ops/decay/chunk_form.py",
-        "grad_query.view_as(query), _times(factors.query, call.scale), call.scale",
+        "grad_query.view_as(query), with_scale(factors.query, call.scale)",
         "grad_query.view_as(query), factors.query",
         (f"{CHUNKS}::test_chunk_form_equals_recurrent_form", "-k", "simple_gla and overlapped"),
     ),
@@ -85,9 +85,9 @@ FAULTS: dict[str, Fault] = {
         (f"{CONFORMANCE}[simple_gla-contiguous-all_gather-3]",),
     ),
     "the gradient of a group of heads given to another key head": Fault(
-        "longspan/ops/decay/chunk_form.py",
-        ".unflatten(1, (num_key_heads, -1)).sum(2)",
-        ".unflatten(1, (-1, num_key_heads)).sum(1)",
+        "longspan/ops/matrices.py",
+        ".unflatten(2, (num_key_heads, -1)).sum(3)",
+        ".unflatten(2, (-1, num_key_heads)).sum(2)",
         (f"{CHUNKS}::test_heads_may_share_keys_and_sizes_need_be_no_power_of_two", "-k", "simple_gla"),
     ),
     "a final state to which what entered the rank is added undecayed": Fault(

@@ -32,6 +32,7 @@ from longspan.errors import InputError
 from longspan.exchange import Exchanger, exchange_named
 from longspan.exchange.all_reduce import JoinSum, sum_over_ranks
 from longspan.layout import SequenceLayout
+from longspan.layout.rows import index_on
 from longspan.layout.sequence_layout import stops_graphs
 from longspan.ops.variants import VARIANTS
 from longspan.tracing import breaks_graphs, has_no_values, outside_graphs, unseen_by_checkpointing
@@ -178,9 +179,6 @@ def _summed_states(k: Tensor, v: Tensor, layout: SequenceLayout, backend: str, c
     pieces = range(len(layout.pieces))
     with profiled("longspan.write", k):
         ends = variant.prepare(k, v, {}, layout, chunk_size, backend).write(k, v, None, pieces, pieces)
-    documents = layout.cached(
-        ("documents of pieces", k.device),
-        lambda: torch.tensor([piece.document for piece in layout.pieces]).to(k.device),
-    )
+    documents = index_on(layout, [piece.document for piece in layout.pieces], k.device)
     states = ends.new_zeros(layout.num_documents, *ends.shape[1:]).index_add(0, documents, ends)
     return sum_over_ranks(states, layout) if layout.num_ranks > 1 else states

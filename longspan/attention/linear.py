@@ -39,10 +39,10 @@ from longspan.exchange import (
 from longspan.exchange.all_reduce import sum_over_ranks
 from longspan.first_order import first_order
 from longspan.layout import SequenceLayout
+from longspan.layout.rows import index_on, take_rows
 from longspan.layout.sequence_layout import check_layout, check_packed, layout_of_one_device, stops_graphs
 from longspan.ops.backends import resolve_backend
 from longspan.ops.gates import Gate
-from longspan.ops.tiling import take_rows
 from longspan.ops.variants import VARIANTS, Variant
 from longspan.ops.variants.variant import ChunkForm
 from longspan.plan import Reading, overlap_pays
@@ -353,7 +353,7 @@ def _start_states(initial_state: Tensor | None, layout: SequenceLayout) -> Tenso
     if initial_state is None:
         return None
     by_document = initial_state.unsqueeze(1) if layout.is_packed else initial_state.unsqueeze(0)
-    return take_rows(by_document, [piece.document for piece in layout.pieces if piece.starts_document])
+    return take_rows(by_document, [piece.document for piece in layout.pieces if piece.starts_document], layout)
 
 
 def _start(
@@ -366,7 +366,7 @@ def _start(
 ) -> PendingExchange:
     """Launch the exchange of this rank's segments' pairs."""
     if all(row is not None for row in ends.segment_rows):
-        states = take_rows(end_states, [row for row in ends.segment_rows if row is not None])
+        states = take_rows(end_states, [row for row in ends.segment_rows if row is not None], layout)
     else:
         nothing = torch.zeros_like(end_states[0])
         states = torch.stack([nothing if row is None else end_states[row] for row in ends.segment_rows])
@@ -486,6 +486,6 @@ def _check_gate(
 
 def _gather_documents(states: Tensor, documents: Sequence[int], layout: SequenceLayout) -> Tensor:
     """Final states of all documents ``[num_documents, B, H, K, V]`` on every rank, from those that end on each."""
-    index = torch.tensor(documents, dtype=torch.int64, device=states.device)
+    index = index_on(layout, documents, states.device)
     everyone = states.new_zeros(layout.num_documents, *states.shape[1:]).index_copy(0, index, states)
     return sum_over_ranks(everyone, layout)

@@ -5,7 +5,7 @@ through that product a later token would reach earlier ones. So where anything i
 from what is finite, and what the recurrence would make NaN is made NaN afterwards. States need no such care: they hold what
 earlier tokens wrote, and later tokens alone read them.
 
-Shapes: as in `longspan.ops.decay.chunk_form`; n chunks of c tokens in a block.
+Shapes: as in `longspan.ops.matrices`.
 """
 
 from __future__ import annotations
@@ -32,15 +32,13 @@ def finite_part(x: Tensor) -> Tensor:
 
 
 def not_finite(x: Tensor, block: ChunkBlock, num_heads: int) -> Tensor:
-    """Where ``x [B, T, H_k, D]`` is not finite at the block's tokens, ``[B, H, n, c, D]``; False at padding."""
-    mask = ~block.take(x).isfinite()
-    if block.valid is not None:
-        mask = mask & block.valid[..., None]
-    return mask.repeat_interleave(num_heads // mask.shape[1], dim=1)
+    """Where ``x [B, T, H_k, D]`` is not finite at the block's tokens, ``[n, B, H, c, D]``; False at padding."""
+    mask = block.without_padding(~block.take(x).isfinite(), False)
+    return mask.repeat_interleave(num_heads // mask.shape[2], dim=2)
 
 
 def from_then_on(mask: Tensor) -> Tensor:
-    """Which tokens ``[B, H, n, c, D]`` stand at or behind a marked one of their chunk."""
+    """Which tokens ``[n, B, H, c, D]`` stand at or behind a marked one of their chunk."""
     return mask.cumsum(3) > 0
 
 
@@ -53,7 +51,7 @@ def until_then(mask: Tensor) -> Tensor:
 class Harm:
     """Where a block's inputs and upstream gradients are not finite, and which gradients of the inside of chunks cannot be.
 
-    q, k ``[B, H, n, c, K]``, v and grad ``[B, H, n, c, V]``: of `not_finite`.
+    q, k ``[n, B, H, c, K]``, v and grad ``[n, B, H, c, V]``: of `not_finite`.
     """
 
     q: Tensor
@@ -81,7 +79,7 @@ class Harm:
         return _any(self.k) | until_then(_any(self.q)) | until_then(self.grad)
 
     def of_gate(self, per_channel: bool) -> Tensor:
-        """∂g_t holds what tokens at or behind t read of those before it, ``[B, H, n, c, D]``."""
+        """∂g_t holds what tokens at or behind t read of those before it, ``[n, B, H, c, D]``."""
         earlier, later = self.k | _any(self.v), self.q | _any(self.grad)
         if not per_channel:
             earlier, later = _any(earlier), _any(later)

@@ -12,7 +12,7 @@ state that leaves its last. Chunk c of piece p reads slot c + p and writes slot 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -27,55 +27,62 @@ class ChunkBlock:
     """Chunks that are computed in one batch.
 
     A block of full chunks has consecutive chunk numbers and tokens ``[start, start + num_chunks · chunk_size)``. A block of tails
-    has a token index and a mask instead: ``tokens`` int64 [num_chunks · chunk_size], where padding points at the chunk's first
-    token, and ``valid`` bool [num_chunks, chunk_size] (None if nothing is padded).
+    has a token index instead: ``tokens`` int64 [num_chunks · chunk_size], where padding points at the chunk's first token.
+
+    slots, next_slots: which slots its chunks read and write.
     """
 
     chunks: slice | Tensor
     slots: slice | Tensor
-    num_chunks: int
+    next_slots: slice | Tensor
+    chunks_and_slots: tuple[tuple[int, int], ...]
+    """The numbers of the block's chunks and of the slots that they read."""
     chunk_size: int
     start: int
     tokens: Tensor | None = None
-    valid: Tensor | None = None
+    padding: _Padding | None = None
+    """None if nothing is padded."""
     continuing: tuple[tuple[slice, int], ...] = ()
     """Which of the block's chunks, counted inside the block, lie in a piece that continues a document, and of which segment."""
 
+    @property
+    def num_chunks(self) -> int:
+        return len(self.chunks_and_slots)
+
     def take(self, x: Tensor) -> Tensor:
-        """The block's tokens of ``x [B, T, H, D]``, as ``[B, H, num_chunks, chunk_size, D]`` (a view, or a gathered copy)."""
+        """The block's tokens of ``x [B, T, H, D]``, as ``[num_chunks, B, H, chunk_size, D]`` (a view, or a gathered copy)."""
         if self.tokens is None:
             x = x.narrow(1, self.start, self.num_chunks * self.chunk_size)
         else:
             x = x.index_select(1, self.tokens)
-        return x.unflatten(1, (self.num_chunks, self.chunk_size)).permute(0, 3, 1, 2, 4)
+        return x.unflatten(1, (self.num_chunks, self.chunk_size)).permute(1, 0, 3, 2, 4)
 
     def put(self, x: Tensor, values: Tensor) -> None:
-        """Write ``values [B, H, num_chunks, chunk_size, D]`` to the block's tokens of ``x [B, T, H, D]``."""
+        """Write ``values [num_chunks, B, H, chunk_size, D]`` to the block's tokens of ``x [B, T, H, D]``."""
         if self.tokens is None:
             self.take(x).copy_(values)
             return
-        flat = values.permute(0, 2, 3, 1, 4).flatten(1, 2)
-        tokens = self.tokens
-        if self.valid is not None:
-            keep = self.valid.flatten()
-            flat, tokens = flat[:, keep], tokens[keep]
+        flat, tokens = values.permute(1, 0, 3, 2, 4).flatten(1, 2), self.tokens
+        if self.padding is not None:
+            flat, tokens = flat.index_select(1, self.padding.kept), self.padding.kept_tokens
         x.index_copy_(1, tokens, flat.to(x.dtype))
 
-    @cached_property
-    def chunks_and_slots(self) -> list[tuple[int, int]]:
-        """The numbers of the block's chunks and of the slots that they read."""
-        if isinstance(self.chunks, slice) and isinstance(self.slots, slice):
-            chunks, slots = self.chunks, self.slots
-            return list(zip(range(chunks.start, chunks.stop), range(slots.start, slots.stop), strict=True))
-        assert isinstance(self.chunks, Tensor) and isinstance(self.slots, Tensor)
-        return list(zip(self.chunks.tolist(), self.slots.tolist(), strict=True))
+    def without_padding(self, x: Tensor, value: float | bool = 0.0) -> Tensor:
+        """``x [num_chunks, B, H, chunk_size, D]`` with `value` where a token is padding."""
+        return x if self.padding is None else x.masked_fill(self.padding.mask, value)
 
-    @cached_property
-    def next_slots(self) -> slice | Tensor:
-        """The slots that the chunks of this block write."""
-        if isinstance(self.slots, slice):
-            return slice(self.slots.start + 1, self.slots.stop + 1)
-        return self.slots + 1
+
+@dataclass(frozen=True)
+class _Padding:
+    """Of a block of tails.
+
+    mask: which places are padding, bool ``[n, 1, 1, c, 1]``. kept: the other places, int64, counted over the block. kept_tokens:
+    the local tokens there.
+    """
+
+    mask: Tensor
+    kept: Tensor
+    kept_tokens: Tensor
 
 
 @dataclass(frozen=True)
@@ -98,40 +105,62 @@ class Tiling:
     blocks: tuple[ChunkBlock, ...]
     num_chunks: int
     num_slots: int
-    num_tokens: int
-    table: Tensor
+    device: torch.device
+    table: Tensor | None
     """Local token of each place in a chunk, int64 ``[num_chunks, C]``; padding points at the chunk's first token."""
-    valid: Tensor | None
-    """bool ``[num_chunks, C]``, False where `table` is padding; None if every chunk is full."""
-    token_places: Tensor | None
-    """Place of each token in the flattened table, int64 ``[T]``; None if every chunk is full."""
+    padding: Tensor | None
+    """Which places of the table are padding, bool ``[num_chunks, C]``. Both are None if every chunk is full."""
 
     @cached_property
     def _last_chunks(self) -> list[int]:
         return [entry.last_chunk for entry in self.pieces]
+
+    @cached_property
+    def last_slots(self) -> tuple[int, ...]:
+        """The slot of the state that leaves each piece."""
+        return tuple(entry.last_slot for entry in self.pieces)
+
+    @cached_property
+    def start_rows(self) -> dict[int, int]:
+        """For each piece that starts a document, its row among them."""
+        starting = (number for number, entry in enumerate(self.pieces) if entry.piece.starts_document)
+        return {number: row for row, number in enumerate(starting)}
+
+    @cached_property
+    def start_slots(self) -> tuple[int, ...]:
+        """The slot of the state that enters each piece that starts a document."""
+        return tuple(self.pieces[number].first_slot for number in self.start_rows)
 
     def piece_of_chunk(self, chunk: int) -> int:
         """The number of the piece that a chunk belongs to."""
         return bisect_right(self._last_chunks, chunk)
 
     def spread(self, x: Tensor) -> Tensor:
-        """``x [B, T, ...]`` laid out by chunks, ``[B, num_chunks, C, ...]``; padding repeats a chunk's first token."""
-        if self.valid is None:
-            return x.unflatten(1, (self.num_chunks, self.chunk_size))
-        return x[:, self.table]
+        """``x [B, T, H, ...]`` laid out by chunks, ``[num_chunks, B, H, C, ...]``; padding repeats a chunk's first token."""
+        x = x.unflatten(1, (self.num_chunks, self.chunk_size)) if self.table is None else x[:, self.table]
+        return x.movedim(3, 1).movedim(2, 0)
 
-    def collect(self, x: Tensor) -> Tensor:
-        """``x [B, num_chunks, C, ...]`` back in the order of the tokens, ``[B, T, ...]``: the inverse of `spread`."""
-        flat = x.flatten(1, 2)
-        return flat if self.token_places is None else flat[:, self.token_places]
+    def without_padding(self, x: Tensor) -> Tensor:
+        """``x [num_chunks, B, H, C, ...]`` with zeros where a token is padding."""
+        if self.padding is None:
+            return x
+        mask = self.padding[:, None, None]
+        return x.masked_fill(mask if x.dim() == 4 else mask.unsqueeze(-1), 0.0)
 
+    def enter_pieces(
+        self, states: Tensor, pieces: Iterable[int], start_states: Tensor | None, incoming: Tensor | None = None
+    ) -> None:
+        """Set the state that enters each of `pieces`, in its slot of ``states [num_slots, B, H, K, V]``.
 
-def take_rows(x: Tensor, rows: Sequence[int]) -> Tensor:
-    """A copy of ``x[rows]``. Rows that follow one another are a slice: a list would be copied to the device, and the host wait."""
-    first = rows[0] if rows else 0
-    if list(rows) == list(range(first, first + len(rows))):
-        return x[first : first + len(rows)].clone()
-    return x[list(rows)]
+        Its document's start state, of ``start_states [num_starting_pieces, B, H, K, V]``, or what arrived for its segment, of
+        ``incoming [num_segments, B, H, K, V]``; zero where there is none.
+        """
+        for number in pieces:
+            entry = self.pieces[number]
+            source, row = incoming, entry.piece.segment
+            if entry.piece.starts_document:
+                source, row = start_states, self.start_rows[number]
+            states[entry.first_slot] = 0.0 if source is None else source[row]
 
 
 _BLOCK_NUMBERS = 2**18
@@ -161,16 +190,8 @@ def _build_tiling(pieces: Sequence[Piece], chunk_size: int, block_chunks: int, d
         num_full, tail = divmod(piece.num_tokens, chunk_size)
         for first in range(0, num_full, block_chunks):
             count = min(block_chunks, num_full - first)
-            blocks.append(
-                ChunkBlock(
-                    chunks=slice(chunk + first, chunk + first + count),
-                    slots=slice(slot + first, slot + first + count),
-                    num_chunks=count,
-                    chunk_size=chunk_size,
-                    start=piece.start + first * chunk_size,
-                    continuing=() if piece.starts_document else ((slice(0, count), piece.segment),),
-                )
-            )
+            start = piece.start + first * chunk_size
+            blocks.append(_full_block(piece, chunk + first, slot + first, count, chunk_size, start))
         if tail:
             tails.append(_Tail(tail, piece.start + num_full * chunk_size, chunk + num_full, slot + num_full, piece))
         num_chunks = num_full + bool(tail)
@@ -180,19 +201,8 @@ def _build_tiling(pieces: Sequence[Piece], chunk_size: int, block_chunks: int, d
     tails.sort(key=lambda tail: tail.length)
     for first in range(0, len(tails), block_chunks):
         blocks.append(_tail_block(tails[first : first + block_chunks], device))
-    num_tokens = pieces[-1].stop if pieces else 0
-    table, valid, places = _token_table(piece_slots, chunk, chunk_size, num_tokens, device)
-    return Tiling(
-        chunk_size=chunk_size,
-        pieces=tuple(piece_slots),
-        blocks=tuple(blocks),
-        num_chunks=chunk,
-        num_slots=slot,
-        num_tokens=num_tokens,
-        table=table,
-        valid=valid,
-        token_places=places,
-    )
+    table, padding = _token_table(piece_slots, chunk_size, device)
+    return Tiling(chunk_size, tuple(piece_slots), tuple(blocks), chunk, slot, device, table, padding)
 
 
 @dataclass(frozen=True)
@@ -206,50 +216,63 @@ class _Tail:
     piece: Piece
 
 
-def _tail_block(tails: Sequence[_Tail], device: torch.device) -> ChunkBlock:
-    size = tails[-1].length
-    continuing = tuple(
-        (slice(index, index + 1), tail.piece.segment)
-        for index, tail in enumerate(tails)
-        if not tail.piece.starts_document
+def _full_block(piece: Piece, chunk: int, slot: int, count: int, chunk_size: int, start: int) -> ChunkBlock:
+    """`count` chunks of one piece that follow one another, from this chunk, slot and token."""
+    chunks, slots = range(chunk, chunk + count), range(slot, slot + count)
+    return ChunkBlock(
+        chunks=slice(chunk, chunk + count),
+        slots=slice(slot, slot + count),
+        next_slots=slice(slot + 1, slot + 1 + count),
+        chunks_and_slots=tuple(zip(chunks, slots, strict=True)),
+        chunk_size=chunk_size,
+        start=start,
+        continuing=() if piece.starts_document else ((slice(0, count), piece.segment),),
     )
+
+
+def _tail_block(tails: Sequence[_Tail], device: torch.device) -> ChunkBlock:
     if len(tails) == 1:
-        chunk, slot = tails[0].chunk, tails[0].slot
-        return ChunkBlock(
-            slice(chunk, chunk + 1), slice(slot, slot + 1), 1, size, tails[0].token, continuing=continuing
-        )
-    rows = [(tail.length, tail.token, tail.chunk, tail.slot) for tail in tails]
-    lengths, tokens, chunks, slots = torch.tensor(rows).unbind(1)
+        (tail,) = tails
+        return _full_block(tail.piece, tail.chunk, tail.slot, 1, tail.length, tail.token)
+    size = tails[-1].length
+    lengths, first_tokens, chunks, slots = torch.tensor(
+        [(tail.length, tail.token, tail.chunk, tail.slot) for tail in tails]
+    ).unbind(1)
     places = torch.arange(size)
-    valid = places < lengths[:, None]
-    index = tokens[:, None] + places * valid
+    is_padding = places >= lengths[:, None]
+    tokens = (first_tokens[:, None] + places * ~is_padding).flatten()
+    padding = None
+    if bool(is_padding.any()):
+        kept = (~is_padding).flatten().nonzero().squeeze(1)
+        padding = _Padding(is_padding[:, None, None, :, None].to(device), kept.to(device), tokens[kept].to(device))
     return ChunkBlock(
         chunks=chunks.to(device),
         slots=slots.to(device),
-        num_chunks=len(tails),
+        next_slots=(slots + 1).to(device),
+        chunks_and_slots=tuple((tail.chunk, tail.slot) for tail in tails),
         chunk_size=size,
         start=-1,
-        tokens=index.flatten().to(device),
-        valid=None if bool(valid.all()) else valid.to(device),
-        continuing=continuing,
+        tokens=tokens.to(device),
+        padding=padding,
+        continuing=tuple(
+            (slice(index, index + 1), tail.piece.segment)
+            for index, tail in enumerate(tails)
+            if not tail.piece.starts_document
+        ),
     )
 
 
 def _token_table(
-    pieces: Sequence[PieceSlots], num_chunks: int, chunk_size: int, num_tokens: int, device: torch.device
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    pieces: Sequence[PieceSlots], chunk_size: int, device: torch.device
+) -> tuple[Tensor | None, Tensor | None]:
     starts, lengths = [], []
     for entry in pieces:
         for start in range(entry.piece.start, entry.piece.stop, chunk_size):
             starts.append(start)
             lengths.append(min(chunk_size, entry.piece.stop - start))
-    first = torch.tensor(starts, dtype=torch.int64)
-    length = torch.tensor(lengths, dtype=torch.int64)
+    if all(length == chunk_size for length in lengths):
+        return None, None
     places = torch.arange(chunk_size)
-    valid = places < length[:, None]
-    table = first[:, None] + places * valid
-    if bool(valid.all()):
-        return table.to(device), None, None
-    token_places = torch.empty(num_tokens, dtype=torch.int64)
-    token_places[table[valid]] = torch.arange(num_chunks * chunk_size).view(num_chunks, chunk_size)[valid]
-    return table.to(device), valid.to(device), token_places.to(device)
+    padding = places >= torch.tensor(lengths)[:, None]
+    table = torch.tensor(starts)[:, None] + places * ~padding
+    return table.to(device), padding.to(device)

@@ -34,6 +34,7 @@ from torch import Tensor
 from longspan.dtypes import accumulation_dtype
 from longspan.first_order import first_order
 from longspan.layout import SequenceLayout
+from longspan.layout.rows import index_on, select_rows, take_rows
 from longspan.ops.backends import require_package
 from longspan.ops.decay.carried import carried_final_states, diagonal_transition
 from longspan.ops.decay.factors import BlockFactors, Factors, WideScores, factors_of
@@ -41,7 +42,8 @@ from longspan.ops.decay.gate_gradient import GateGradient
 from longspan.ops.factor_variant import FactorVariant
 from longspan.ops.finite import Harm, all_finite, finite_part, from_then_on, not_finite
 from longspan.ops.gates import Gates, LogDecays
-from longspan.ops.tiling import ChunkBlock, Tiling, chunks_of_block, take_rows, tile
+from longspan.ops.matrices import Factor, batched_product, flat, put_scaled, scaled, times, with_scale
+from longspan.ops.tiling import ChunkBlock, Tiling, chunks_of_block, tile
 from longspan.ops.variants.variant import ChunkForm, SecondPass
 from longspan.state import Transition
 
@@ -50,6 +52,7 @@ from longspan.state import Transition
 class Call:
     """What the phases of one call share beside tensors."""
 
+    layout: SequenceLayout
     tiling: Tiling
     factors: Factors
     scale: float
@@ -57,70 +60,19 @@ class Call:
     state_dtype: torch.dtype
 
 
-def _scaled(x: Tensor, factor: Tensor | None, num_heads: int, scale: float = 1.0) -> Tensor:
-    """``x [B, H_k, n, c, K]`` with its heads repeated to H and multiplied by `factor`: contiguous ``[B, H, n, c, K]``."""
-    batch, num_key_heads, n, c, size = x.shape
-    out = x.new_empty(batch, num_heads, n, c, size)
-    if num_key_heads == num_heads:
-        source, target = x, out
-    else:
-        source = x.unsqueeze(2)
-        target = out.view(batch, num_key_heads, num_heads // num_key_heads, n, c, size)
-        if factor is not None:
-            factor = factor.unflatten(1, (num_key_heads, -1))
-    if factor is not None:
-        torch.mul(source, factor, out=target)
-    elif scale != 1.0:
-        torch.mul(source.expand_as(target), scale, out=target)
-    else:
-        target.copy_(source.expand_as(target))
-    return out
-
-
-def _put_scaled(
-    target: Tensor, block: ChunkBlock, values: Tensor, factor: Tensor | None, scale: float = 1.0, add: bool = False
-) -> None:
-    """Write or add ``values [B, H, n, c, K] · factor`` (`scale` without one) to ``target [B, T, H_k, K]``, shared heads summed."""
-    num_key_heads, num_heads = target.shape[2], values.shape[1]
-    if num_key_heads == num_heads and block.tokens is None:
-        place = block.take(target)
-        if factor is not None:
-            place.addcmul_(values, factor) if add else torch.mul(values, factor, out=place)
-        elif add:
-            place.add_(values, alpha=scale)
-        elif scale != 1.0:
-            torch.mul(values, scale, out=place)
-        else:
-            place.copy_(values)
-        return
-    scaled = values * factor if factor is not None else values * scale
-    if num_key_heads != num_heads:
-        scaled = scaled.unflatten(1, (num_key_heads, -1)).sum(2)
-    block.put(target, scaled + block.take(target) if add else scaled)
-
-
-def _times(factor: Tensor | None, scale: float) -> Tensor | None:
-    return None if factor is None else factor * scale
-
-
-def _flat(x: Tensor) -> Tensor:
-    """``[B, H, n, a, b]`` as a batch of matrices ``[B·H·n, a, b]``."""
-    return x.reshape(-1, *x.shape[-2:])
-
-
 def _states_of(call: Call, block: ChunkBlock, factors: BlockFactors, states: Tensor, incoming: Tensor | None) -> Tensor:
-    """The states that enter the block's chunks, with what arrived from other ranks, times e^m: ``[B, H, n, K, V]``."""
-    state = states[block.slots].permute(1, 2, 0, 3, 4)
+    """The states that enter the block's chunks, with what arrived from other ranks, times e^m: ``[n, B, H, K, V]``."""
+    state = states[block.slots]
     if incoming is not None:
         for chunks, segment in block.continuing:
-            arrived = incoming[segment].unsqueeze(2)
+            arrived = incoming[segment]
             if factors.prefix is not None:
-                arrived = arrived * factors.prefix[:, :, chunks]
-            if isinstance(block.slots, slice) and chunks == slice(0, block.num_chunks):
+                arrived = arrived * factors.prefix[chunks]
+            if isinstance(block.slots, slice):
+                # All chunks are of one piece, and `state` is a view of what others read.
                 state = state + arrived
             else:
-                state = state.clone()
-                state[:, :, chunks] += arrived
+                state[chunks] += arrived
     return state if factors.enter is None else state * factors.enter
 
 
@@ -134,37 +86,25 @@ def write_states(call: Call, k: Tensor, v: Tensor, g: Tensor | None, start_state
     states = torch.empty(
         tiling.num_slots, batch, call.num_heads, key_size, v.shape[-1], dtype=call.state_dtype, device=k.device
     )
-    _start_pieces(call, states, start_states)
+    tiling.enter_pieces(states, range(len(tiling.pieces)), start_states)
     slots = states.unbind(0)
     for block in tiling.blocks:
         factors = call.factors.block(block, g)
-        key = _scaled(block.take(k), factors.key, call.num_heads)
-        value = _scaled(block.take(v), None, call.num_heads)
-        written = torch.bmm(_flat(key).mT, _flat(value)).view(batch, call.num_heads, block.num_chunks, key_size, -1)
+        key = scaled(block.take(k), factors.key, call.num_heads)
+        value = scaled(block.take(v), None, call.num_heads)
+        written = batched_product(key.mT, value)
         _put_states(states, block.next_slots, written, factors.leave)
         _scan(call, block, slots)
     return states
 
 
-def _start_pieces(call: Call, states: Tensor, start_states: Tensor | None) -> None:
-    """Set the state that each piece starts from."""
-    num_starts = 0
-    for entry in call.tiling.pieces:
-        if entry.piece.starts_document and start_states is not None:
-            states[entry.first_slot] = start_states[num_starts]
-            num_starts += 1
-        else:
-            states[entry.first_slot] = 0.0
-
-
 def _put_states(states: Tensor, slots: slice | Tensor, values: Tensor, factor: Tensor | None) -> None:
-    """Write ``values [B, H, n, K, V] · factor`` to the slots of ``states [num_slots, B, H, K, V]``."""
+    """Write ``values [n, B, H, K, V] · factor`` to the slots of ``states [num_slots, B, H, K, V]``."""
     if isinstance(slots, slice) and factor is not None:
         # bfloat16 products are widened first: an operation on two dtypes at once is slow on the CPU.
-        torch.mul(values.to(states.dtype), factor, out=states[slots].permute(1, 2, 0, 3, 4))
+        torch.mul(values.to(states.dtype), factor, out=states[slots])
         return
-    scaled = values if factor is None else values * factor
-    states[slots] = scaled.permute(2, 0, 1, 3, 4).to(states.dtype)
+    states[slots] = times(values, factor).to(states.dtype)
 
 
 def _scan(call: Call, block: ChunkBlock, slots: Sequence[Tensor]) -> None:
@@ -191,7 +131,7 @@ def _scan_adjoint(call: Call, block: ChunkBlock, slots: Sequence[Tensor]) -> Non
 
 
 def _gate_gradient(call: Call, g: Tensor) -> GateGradient:
-    return GateGradient(call.tiling, g, call.num_heads, call.state_dtype)
+    return GateGradient(call.tiling, g, call.state_dtype)
 
 
 class DecayWrite(torch.autograd.Function):
@@ -224,7 +164,7 @@ class DecayWrite(torch.autograd.Function):
         ctx.call, ctx.end_slots, ctx.has_start = call, end_slots, start_states is not None
         ctx.save_for_backward(k, v, g, states)
         ctx.set_materialize_grads(False)
-        return states, states[list(end_slots)], k.detach(), v.detach()
+        return states, take_rows(states, end_slots, call.layout), k.detach(), v.detach()
 
     @staticmethod
     @first_order
@@ -244,20 +184,20 @@ class DecayWrite(torch.autograd.Function):
         for block in reversed(call.tiling.blocks):
             _scan_adjoint(call, block, slots)
             factors = call.factors.block(block, g)
-            key = _scaled(block.take(k), factors.key, call.num_heads)
-            value = _scaled(block.take(v), None, call.num_heads)
-            grad_next = total[block.next_slots].permute(1, 2, 0, 3, 4)
-            grad = _flat((grad_next if factors.leave is None else grad_next * factors.leave).to(k.dtype))
-            grad_key = torch.bmm(_flat(value), grad.mT).view_as(key)
-            _put_scaled(dk, block, grad_key, factors.key, add=True)
-            _put_scaled(dv, block, torch.bmm(_flat(key), grad).view_as(value), None, add=True)
+            key = scaled(block.take(k), factors.key, call.num_heads)
+            value = scaled(block.take(v), None, call.num_heads)
+            grad_next = total[block.next_slots]
+            grad = times(grad_next, factors.leave).to(k.dtype)
+            grad_key = batched_product(value, grad.mT)
+            put_scaled(dk, block, grad_key, factors.key, add=True)
+            put_scaled(dv, block, batched_product(key, grad), add=True)
             if gate is not None:
                 gate.add_earlier(key, grad_key)
-                gate.add_through(grad_next, states[block.slots].permute(1, 2, 0, 3, 4), call.factors.total(block))
+                gate.add_through(grad_next, states[block.slots], call.factors.total(block))
                 gate.close(block)
         grad_start = None
         if ctx.has_start:
-            grad_start = total[[entry.first_slot for entry in call.tiling.pieces if entry.piece.starts_document]]
+            grad_start = take_rows(total, call.tiling.start_slots, call.layout)
         return dk, dv, None if gate is None else gate.finish(), grad_start, None, None
 
 
@@ -300,20 +240,19 @@ class DecayRead(torch.autograd.Function):
             ctx.mark_dirty(base)
         for block in call.tiling.blocks:
             factors = call.factors.block(block, g)
-            query = _scaled(block.take(q), _times(factors.query, call.scale), call.num_heads, call.scale)
+            query = scaled(block.take(q), with_scale(factors.query, call.scale), call.num_heads)
             out = None
             if k is not None and v is not None:
-                value = _scaled(block.take(v), None, call.num_heads)
+                value = scaled(block.take(v), None, call.num_heads)
                 scores, _, _ = _scores(call, block, factors, g, q, k, query)
-                out = torch.bmm(scores, _flat(value if is_finite else finite_part(value)))
+                out = torch.bmm(scores, flat(value if is_finite else finite_part(value)))
                 if not is_finite:
-                    out.masked_fill_(_flat(from_then_on(not_finite(v, block, call.num_heads))), torch.nan)
+                    out.masked_fill_(flat(from_then_on(not_finite(v, block, call.num_heads))), torch.nan)
             if states is not None:
-                state = _flat(_states_of(call, block, factors, states, incoming).to(q.dtype))
-                out = torch.bmm(_flat(query), state) if out is None else out.baddbmm_(_flat(query), state)
+                state = flat(_states_of(call, block, factors, states, incoming).to(q.dtype))
+                out = torch.bmm(flat(query), state) if out is None else out.baddbmm_(flat(query), state)
             assert out is not None
-            out = out.view(batch, call.num_heads, block.num_chunks, block.chunk_size, value_size)
-            block.put(o, out if base is None else out + block.take(o))
+            put_scaled(o, block, out.view(*query.shape[:4], value_size), add=base is not None)
         ctx.call = call
         ctx.has_base = base is not None
         ctx.save_for_backward(q, k, v, g, states, incoming)
@@ -332,7 +271,7 @@ class DecayRead(torch.autograd.Function):
         grad_states = None
         if states is not None:
             grad_states = torch.empty_like(states)
-            grad_states[[entry.last_slot for entry in call.tiling.pieces]] = 0.0
+            grad_states.index_fill_(0, index_on(call.layout, call.tiling.last_slots, grad_states.device), 0.0)
         grad_incoming = None if incoming is None else torch.zeros_like(incoming)
         inside = None
         if k is not None and v is not None and dk is not None and dv is not None:
@@ -340,21 +279,19 @@ class DecayRead(torch.autograd.Function):
             inside = _InsideBackward(call, q, k, v, g, do, (dq, dk, dv), gate, keys_are_finite)
         for block in call.tiling.blocks:
             factors = call.factors.block(block, g)
-            query = _scaled(block.take(q), _times(factors.query, call.scale), call.num_heads, call.scale)
-            grad_out = _scaled(block.take(do), None, call.num_heads)
+            query = scaled(block.take(q), with_scale(factors.query, call.scale), call.num_heads)
+            grad_out = scaled(block.take(do), None, call.num_heads)
             grad_query: Tensor | None = None
             is_finite = False
             if states is not None and grad_states is not None:
-                state = _flat(_states_of(call, block, factors, states, incoming).to(q.dtype))
-                grad_query = torch.bmm(_flat(grad_out), state.mT)
-                grad_state = torch.bmm(_flat(query).mT, _flat(grad_out)).view(
-                    *query.shape[:3], q.shape[-1], do.shape[-1]
-                )
+                state = flat(_states_of(call, block, factors, states, incoming).to(q.dtype))
+                grad_query = torch.bmm(flat(grad_out), state.mT)
+                grad_state = batched_product(query.mT, grad_out)
                 if inside is not None and inside.keys_are_finite:
                     # q and ∂o of every token are in it; it is smaller than the two, and in cache.
                     is_finite = all_finite(grad_state)
                 _put_states(grad_states, block.slots, grad_state, factors.enter)
-                grad_state = grad_states[block.slots].permute(1, 2, 0, 3, 4)
+                grad_state = grad_states[block.slots]
                 if incoming is not None and grad_incoming is not None:
                     _incoming_gradient(block, factors, grad_state, incoming, grad_incoming, gate)
             if inside is not None:
@@ -363,7 +300,7 @@ class DecayRead(torch.autograd.Function):
                 assert grad_query is not None
                 if gate is not None:
                     gate.add(query, grad_query.view_as(query))
-                _put_scaled(dq, block, grad_query.view_as(query), _times(factors.query, call.scale), call.scale)
+                put_scaled(dq, block, grad_query.view_as(query), with_scale(factors.query, call.scale))
             if gate is not None:
                 gate.close(block)
         grad_base = do if ctx.has_base else None
@@ -376,23 +313,23 @@ def _wrote_finite(call: Call, states: Tensor, *written: Tensor) -> bool:
     What a token writes is still in the state at the end of its piece, where it is not finite: 0 · NaN keeps it even through a decay
     to nothing.
     """
-    ends = [entry.last_slot for entry in call.tiling.pieces]
+    ends = call.tiling.last_slots
     if len(ends) * states[0].numel() < sum(x.numel() for x in written):
-        return all_finite(states[ends])
+        return all_finite(select_rows(states, ends, call.layout))
     return all_finite(*written)
 
 
 def _scores(
     call: Call, block: ChunkBlock, factors: BlockFactors, g: Tensor | None, q: Tensor, k: Tensor, query: Tensor
 ) -> tuple[Tensor, Tensor, WideScores | None]:
-    """scale · e^{b_t − b_s} (q_t·k_s) for s ≤ t, ``[B·H·n, c, c]``; the keys it used; and, for a wide block, its backward."""
+    """scale · e^{b_t − b_s} (q_t·k_s) for s ≤ t, ``[n·B·H, c, c]``; the keys it used; and, for a wide block, its backward."""
     if not call.factors.is_wide(block):
-        key = _scaled(block.take(k), factors.key, call.num_heads)
-        return torch.bmm(_flat(query), _flat(key).mT).tril_(), key, None
-    key = _scaled(block.take(k), None, call.num_heads)
-    plain_query = _scaled(block.take(q), None, call.num_heads)
+        key = scaled(block.take(k), factors.key, call.num_heads)
+        return torch.bmm(flat(query), flat(key).mT).tril_(), key, None
+    key = scaled(block.take(k), None, call.num_heads)
+    plain_query = scaled(block.take(q), None, call.num_heads)
     scores, wide = call.factors.wide_scores(block, g, plain_query, key, call.scale)
-    return _flat(scores), key, wide
+    return flat(scores), key, wide
 
 
 @dataclass(frozen=True)
@@ -430,7 +367,7 @@ class _InsideBackward:
         grad_query: Tensor | None,
         is_finite: bool,
     ) -> None:
-        """Write the block's gradients, with those of q through the states, ∂(scaled q) ``[B·H·n, c, K]``, in `grad_query`.
+        """Write the block's gradients, with those of q through the states, ∂(scaled q) ``[n·B·H, c, K]``, in `grad_query`.
 
         is_finite: the block's q, k, v and ∂o are known to hold neither NaN nor infinity.
         """
@@ -440,37 +377,36 @@ class _InsideBackward:
         if not is_finite and self._finite is not None:
             harm = Harm.of(block, num_heads, q, k, v, self.do)
             q, k, v, do = self._finite
-            query = _scaled(block.take(q), _times(factors.query, call.scale), num_heads, call.scale)
-            grad_out = _scaled(block.take(do), None, num_heads)
-        value = _scaled(block.take(v), None, num_heads)
+            query = scaled(block.take(q), with_scale(factors.query, call.scale), num_heads)
+            grad_out = scaled(block.take(do), None, num_heads)
+        value = scaled(block.take(v), None, num_heads)
         scores, key, wide = _scores(call, block, factors, self.g, q, k, query)
-        grad_value = torch.bmm(scores.mT, _flat(grad_out)).view_as(value)
-        grad_scores = torch.bmm(_flat(grad_out), _flat(value).mT).tril_()
+        grad_value = torch.bmm(scores.mT, flat(grad_out)).view_as(value)
+        grad_scores = torch.bmm(flat(grad_out), flat(value).mT).tril_()
         own = self._take_out_own(scores, grad_scores, query.shape)
         of_channels = own is not None
-        factor: tuple[Tensor | None, float] = (None, 1.0)
+        factor: Factor = None
         if wide is None:
-            factor = _times(factors.query, call.scale), call.scale
-            grad_key = torch.bmm(grad_scores.mT, _flat(query)).view_as(key)
+            factor = with_scale(factors.query, call.scale)
+            grad_key = torch.bmm(grad_scores.mT, flat(query)).view_as(key)
             if grad_query is None:
-                grad_query = torch.bmm(grad_scores, _flat(key))
+                grad_query = torch.bmm(grad_scores, flat(key))
             else:
                 if not of_channels:
                     self._add_to_gate(query, grad_query)
-                grad_query.baddbmm_(grad_scores, _flat(key))
+                grad_query.baddbmm_(grad_scores, flat(key))
             grad_query = grad_query.view_as(query)
             if of_channels:
                 self._add_to_gate(query, grad_query)
         else:
             inside, grad_key = wide.backward(grad_scores.view(*query.shape[:4], -1))
             if of_channels:
-                self._add_to_gate(_scaled(block.take(q), None, num_heads), inside)
+                self._add_to_gate(scaled(block.take(q), None, num_heads), inside)
             if grad_query is not None:
                 grad_query = grad_query.view_as(query)
                 self._add_to_gate(query, grad_query)
                 # Bring the part from before the chunk to the same scale as the part inside it.
-                before = grad_query * call.scale
-                inside = inside + (before if factors.query is None else before * factors.query)
+                inside = inside + times(grad_query * call.scale, factors.query)
             grad_query = inside
         if of_channels:
             self._add_to_gate(key, grad_key, -1.0)
@@ -482,18 +418,18 @@ class _InsideBackward:
             if self.gate is not None:
                 self.gate.mark(harm.of_gate(self.gate.per_channel))
         dq, dk, dv = self.grads
-        _put_scaled(dv, block, grad_value, None)
-        _put_scaled(dk, block, grad_key, factors.key if wide is None else None)
-        _put_scaled(dq, block, grad_query, *factor)
+        put_scaled(dv, block, grad_value)
+        put_scaled(dk, block, grad_key, factors.key if wide is None else None)
+        put_scaled(dq, block, grad_query, factor)
         if own is not None:
-            _put_scaled(dq, block, _scaled(block.take(k), None, num_heads), own, add=True)
-            _put_scaled(dk, block, _scaled(block.take(q), None, num_heads), own, add=True)
+            put_scaled(dq, block, scaled(block.take(k), None, num_heads), own, add=True)
+            put_scaled(dk, block, scaled(block.take(q), None, num_heads), own, add=True)
 
     def _take_out_own(self, scores: Tensor, grad_scores: Tensor, shape: torch.Size) -> Tensor | None:
         """What tokens read of themselves has no part in ∂g: of channels it is zeroed in `grad_scores` and returned, scaled.
 
-        scores, grad_scores ``[B·H·n, c, c]``; shape: ``[B, H, n, c, ·]``. Of heads ∂g takes the product of the two, in place of
-        `scores`. Returns ``[B, H, n, c, 1]`` or None.
+        scores, grad_scores ``[n·B·H, c, c]``; shape: ``[n, B, H, c, ·]``. Of heads ∂g takes the product of the two, in place of
+        `scores`. Returns ``[n, B, H, c, 1]`` or None.
         """
         if self.gate is None:
             return None
@@ -522,10 +458,8 @@ def _incoming_gradient(
 ) -> None:
     """Add the block's share of ∂S_in of its segments, and of the decay between the segment's start and each chunk."""
     for chunks, segment in block.continuing:
-        grad = grad_state[:, :, chunks]
-        if factors.prefix is not None:
-            grad = grad * factors.prefix[:, :, chunks]
-        grad_incoming[segment] += grad.sum(2)
+        grad = times(grad_state[chunks], None if factors.prefix is None else factors.prefix[chunks])
+        grad_incoming[segment] += grad.sum(0)
         if gate is not None:
             numbers = block.chunks if isinstance(block.chunks, slice) else block.chunks[chunks]
             gate.add_prefix(numbers, grad, incoming[segment])
@@ -551,7 +485,7 @@ class DecayVariant(FactorVariant):
         states = accumulation_dtype(k.dtype)
         decays = self.decay.of(gates)
         factors = factors_of(decays.on(layout, k.device), tiling, num_heads, k.dtype, states)
-        return DecayChunkForm(Call(tiling, factors, 1.0, num_heads, states), decays)
+        return DecayChunkForm(Call(layout, tiling, factors, 1.0, num_heads, states), decays)
 
 
 def default_chunk_size(dtype: torch.dtype) -> int:
@@ -601,8 +535,7 @@ class DecayChunkForm(ChunkForm):
     def final_states(self, pieces: Sequence[int], rows: Sequence[int], incoming: Tensor | None) -> Tensor:
         assert self._ends is not None
         of_pieces = [self.call.tiling.pieces[number].piece for number in pieces]
-        return carried_final_states(take_rows(self._ends, rows), of_pieces, incoming, self.transition)
+        return carried_final_states(take_rows(self._ends, rows, self.call.layout), of_pieces, incoming, self.transition)
 
     def transition(self, ranges: Sequence[tuple[int, int]]) -> Transition:
-        device = self.call.tiling.table.device
-        return diagonal_transition(self.decays, ranges, self.call.state_dtype, device)
+        return diagonal_transition(self.decays, ranges, self.call.state_dtype, self.call.tiling.device)

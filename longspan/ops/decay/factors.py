@@ -1,7 +1,7 @@
 """What the chunk form of a decay needs of its log decays: factors of tokens and of states, block by block.
 
-Shapes: B batch rows, H heads, N chunks, C tokens per chunk, n chunks of a block of c tokens each, K key size. D is 1 if a head has
-one decay, K where each key channel has its own. b_t is the sum of g from the chunk's first token to t, itself included.
+Shapes: as in `longspan.ops.matrices`; N chunks in all, C tokens per chunk. D is 1 if a head has one decay, K where each key
+channel has its own. b_t is the sum of g from the chunk's first token to t, itself included.
 
 Scaling q by e^{b_t} / r and k by r / e^{b_s}, with r in the middle of the chunk's range, turns a decay between two tokens into a
 product of two numbers. Where the range of b in a chunk is too wide for that (the chunk is *wide*), products inside the chunk are
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from longspan.ops.gates import DecayKind, LogDecays
+from longspan.ops.matrices import batched_product
 from longspan.ops.tiling import ChunkBlock, Tiling
 
 # The widest half-range of b in a chunk for which e^b / r and r / e^b are formed apart. float32 and bfloat16 reach e^{±87}:
@@ -52,9 +53,9 @@ def power_of_two(exponent: Tensor, dtype: torch.dtype) -> Tensor:
 class BlockFactors:
     """The factors of one block; None is 1.
 
-    query, key: e^b / r and r / e^b, or e^{b_C − b} for the key of a wide chunk, ``[B or 1, H, n, c, D]`` in the dtype of q; zero
+    query, key: e^b / r and r / e^b, or e^{b_C − b} for the key of a wide chunk, ``[n, B or 1, H, c, D]`` in the dtype of q; zero
     at padding.
-    enter, leave: r (times what query lacks of e^b) and e^{b_C} / r, or 1, ``[B or 1, H, n, D, 1]`` in the dtype of the states.
+    enter, leave: r (times what query lacks of e^b) and e^{b_C} / r, or 1, ``[n, B or 1, H, D, 1]`` in the dtype of the states.
     prefix: decay from the start of the piece to the start of the chunk, the same shape.
     """
 
@@ -94,7 +95,7 @@ class Factors(ABC):
 
     @abstractmethod
     def total(self, block: ChunkBlock) -> Tensor | None:
-        """e^{b_C} of the block's chunks, ``[B or 1, H, n, D, 1]`` in the dtype of the states; None is 1."""
+        """e^{b_C} of the block's chunks, ``[n, B or 1, H, D, 1]`` in the dtype of the states; None is 1."""
 
     @abstractmethod
     def is_wide(self, block: ChunkBlock) -> bool:
@@ -104,9 +105,9 @@ class Factors(ABC):
     def wide_scores(
         self, block: ChunkBlock, g: Tensor | None, q: Tensor, k: Tensor, scale: float = 1.0
     ) -> tuple[Tensor, WideScores]:
-        """Scores of a wide block, times `scale`, from q and k without factors ``[B, H, n, c, K]``, contiguous.
+        """Scores of a wide block, times `scale`, from q and k without factors ``[n, B, H, c, K]``, contiguous.
 
-        ``[B, H, n, c, c]``, zero above the diagonal. In rows up to which the range is not too wide they have the digits of the
+        ``[n, B, H, c, c]``, zero above the diagonal. In rows up to which the range is not too wide they have the digits of the
         products with `BlockFactors.query` and `BlockFactors.key` of a chunk that ends there.
         """
 
@@ -124,15 +125,16 @@ class NoDecay(Factors):
 
     def __init__(self, tiling: Tiling, num_heads: int, dtype: torch.dtype) -> None:
         self._mask: Tensor | None = None
-        if tiling.valid is not None and any(block.valid is not None for block in tiling.blocks):
-            self._mask = tiling.valid.to(dtype)[None, None, :, :, None].expand(-1, num_heads, -1, -1, -1)
+        if tiling.padding is not None and any(block.padding is not None for block in tiling.blocks):
+            is_token = (~tiling.padding).to(dtype)[:, None, None, :, None]
+            self._mask = is_token.expand(-1, -1, num_heads, -1, -1)
 
     def block(self, block: ChunkBlock, g: Tensor | None) -> BlockFactors:
         mask = self.query(block, g)
         return BlockFactors(mask, mask, None, None, None)
 
     def query(self, block: ChunkBlock, g: Tensor | None) -> Tensor | None:
-        return None if self._mask is None else self._mask[:, :, block.chunks, : block.chunk_size]
+        return None if self._mask is None else self._mask[block.chunks, :, :, : block.chunk_size]
 
     def enter(self, block: ChunkBlock) -> None:
         return None
@@ -162,9 +164,9 @@ class HeadFactors(Factors):
     """
 
     def __init__(self, cumulative: Tensor, tiling: Tiling, dtype: torch.dtype, state_dtype: torch.dtype) -> None:
-        """cumulative: b in float64, ``[B or 1, H, N, C]``; a stride of 0 in N says that all chunks are alike."""
-        alike = cumulative.stride(2) == 0 and tiling.valid is None
-        rows = cumulative[:, :, :1] if alike else cumulative
+        """cumulative: b in float64, ``[N, B or 1, H, C]``; a stride of 0 in N says that all chunks are alike."""
+        alike = cumulative.stride(0) == 0 and tiling.padding is None
+        rows = cumulative[:1] if alike else cumulative
         first, last = rows[..., 0], rows[..., -1]
         wide = (first - last) / 2 > MAX_HALF_RANGE[dtype]
         binary = rows * _LOG2_E
@@ -179,13 +181,11 @@ class HeadFactors(Factors):
         )
 
         def every_chunk(x: Tensor) -> Tensor:
-            return x.expand(-1, -1, tiling.num_chunks, *x.shape[3:]) if alike else x
+            return x.expand(tiling.num_chunks, *x.shape[1:]) if alike else x
 
         def of_tokens(fraction: Tensor, exponent: Tensor) -> Tensor:
             factor = (fraction.double() * power_of_two(exponent, torch.float64)).to(dtype)
-            if tiling.valid is not None:
-                factor = factor.masked_fill(~tiling.valid, 0.0)
-            return every_chunk(factor.unsqueeze(-1))
+            return every_chunk(tiling.without_padding(factor).unsqueeze(-1))
 
         def of_state(x: Tensor) -> Tensor:
             return every_chunk(x.to(state_dtype)[..., None, None])
@@ -204,25 +204,25 @@ class HeadFactors(Factors):
     def block(self, block: ChunkBlock, g: Tensor | None) -> BlockFactors:
         chunks, size = block.chunks, block.chunk_size
         return BlockFactors(
-            query=self._query[:, :, chunks, :size],
-            key=self._key[:, :, chunks, :size],
-            enter=self._enter[:, :, chunks],
-            leave=self._leave[:, :, chunks],
-            prefix=self._prefix[:, :, chunks],
+            query=self._query[chunks, :, :, :size],
+            key=self._key[chunks, :, :, :size],
+            enter=self._enter[chunks],
+            leave=self._leave[chunks],
+            prefix=self._prefix[chunks],
         )
 
     def query(self, block: ChunkBlock, g: Tensor | None) -> Tensor:
-        return self._query[:, :, block.chunks, : block.chunk_size]
+        return self._query[block.chunks, :, :, : block.chunk_size]
 
     def enter(self, block: ChunkBlock) -> Tensor:
-        return self._enter[:, :, block.chunks]
+        return self._enter[block.chunks]
 
     @cached_property
     def totals(self) -> tuple[Tensor, ...]:
-        return self._total.unbind(2)
+        return self._total.unbind(0)
 
     def total(self, block: ChunkBlock) -> Tensor:
-        return self._total[:, :, block.chunks]
+        return self._total[block.chunks]
 
     def is_wide(self, block: ChunkBlock) -> bool:
         return any_chunk(self._wide, block)
@@ -231,11 +231,10 @@ class HeadFactors(Factors):
         self, block: ChunkBlock, g: Tensor | None, q: Tensor, k: Tensor, scale: float = 1.0
     ) -> tuple[Tensor, WideScores]:
         chunks, size = block.chunks, block.chunk_size
-        query, key = (fractions[:, :, chunks, :size] for fractions in self._fractions)
-        exponents = self._exponents[:, :, chunks, :size]
+        query, key = (fractions[chunks, :, :, :size] for fractions in self._fractions)
+        exponents = self._exponents[chunks, :, :, :size]
         decay = power_of_two((exponents.unsqueeze(-1) - exponents.unsqueeze(-2)).clamp_(max=0.0), q.dtype).tril_()
-        if block.valid is not None:
-            decay = decay.masked_fill(~(block.valid[:, :, None] & block.valid[:, None, :]), 0.0)
+        decay = block.without_padding(block.without_padding(decay).mT).mT
         wide = _PairwiseScores(q, k, query * scale, key, decay)
         return wide.forward(), wide
 
@@ -244,7 +243,7 @@ class HeadFactors(Factors):
 class _PairwiseScores(WideScores):
     """Scores (q kᵀ) ⊙ e^{b_t − b_s}: of e^b, q and k take the fractions, and each pair the power of two.
 
-    q, k ``[B, H, n, c, K]``; query, key ``[B or 1, H, n, c, 1]``, times the scale; decay ``[B or 1, H, n, c, c]``.
+    q, k ``[n, B, H, c, K]``; query, key ``[n, B or 1, H, c, 1]``, times the scale; decay ``[n, B or 1, H, c, c]``.
     """
 
     q: Tensor
@@ -254,8 +253,7 @@ class _PairwiseScores(WideScores):
     decay: Tensor
 
     def forward(self) -> Tensor:
-        scores = torch.bmm((self.q * self.query).flatten(0, 2), (self.k * self.key).flatten(0, 2).mT)
-        scores = scores.view(*self.q.shape[:4], -1) * self.decay
+        scores = batched_product(self.q * self.query, (self.k * self.key).mT) * self.decay
         # Above the diagonal a product with something that is not finite is no zero.
         return scores.tril_()
 
@@ -268,18 +266,15 @@ def constant_factors(log_decay: Tensor, tiling: Tiling, dtype: torch.dtype, stat
     """Factors of a constant log decay per head, ``log_decay [H]``."""
     decay = log_decay.detach().to(torch.float64).clamp(min=LOWEST_LOG_DECAY)
     places = torch.arange(1, tiling.chunk_size + 1, device=decay.device, dtype=torch.float64)
-    if tiling.valid is None:
-        cumulative = (decay[:, None, None] * places)[None].expand(1, -1, tiling.num_chunks, -1)
-    else:
-        cumulative = (decay[:, None, None] * torch.minimum(places, tiling.valid.sum(-1)[:, None]))[None]
+    if tiling.padding is not None:
+        places = torch.minimum(places, (~tiling.padding).sum(-1, keepdim=True)).unsqueeze(1)
+    cumulative = (decay[:, None] * places).expand(tiling.num_chunks, -1, -1).unsqueeze(1)
     return HeadFactors(cumulative, tiling, dtype, state_dtype)
 
 
 def token_factors(g: Tensor, tiling: Tiling, dtype: torch.dtype, state_dtype: torch.dtype) -> Factors:
     """Factors of log decays per token and head, ``g [B, T, H]``."""
-    spread = tiling.spread(g.detach()).permute(0, 3, 1, 2).to(torch.float64).clamp(min=LOWEST_LOG_DECAY)
-    if tiling.valid is not None:
-        spread = spread.masked_fill(~tiling.valid, 0.0)
+    spread = tiling.without_padding(tiling.spread(g.detach()).to(torch.float64).clamp(min=LOWEST_LOG_DECAY))
     return HeadFactors(spread.cumsum(-1), tiling, dtype, state_dtype)
 
 
@@ -295,9 +290,7 @@ class ChannelFactors(Factors):
 
     def __init__(self, g: Tensor, tiling: Tiling, dtype: torch.dtype, state_dtype: torch.dtype) -> None:
         self._dtype, self._state_dtype = dtype, state_dtype
-        decays = tiling.spread(g.detach()).permute(0, 3, 1, 2, 4).to(state_dtype).clamp(min=LOWEST_LOG_DECAY)
-        if tiling.valid is not None:
-            decays = decays.masked_fill(~tiling.valid[..., None], 0.0)
+        decays = tiling.without_padding(tiling.spread(g.detach()).to(state_dtype).clamp(min=LOWEST_LOG_DECAY))
         first, total = decays[:, :, :, 0], decays.sum(3)
         span, half = total - first, MAX_HALF_RANGE[dtype]
         self._total = total.exp().unsqueeze(-1)
@@ -311,17 +304,16 @@ class ChannelFactors(Factors):
 
     @cached_property
     def totals(self) -> tuple[Tensor, ...]:
-        return self._total.unbind(2)
+        return self._total.unbind(0)
 
     def total(self, block: ChunkBlock) -> Tensor:
-        return self._total[:, :, block.chunks]
+        return self._total[block.chunks]
 
     def _decays(self, block: ChunkBlock, g: Tensor | None) -> Tensor:
-        """e^g of the block, ``[B, H, n, c, K]`` in the dtype of the states; 1 at a chunk's first token and at padding."""
+        """e^g of the block, ``[n, B, H, c, K]`` in the dtype of the states; 1 at a chunk's first token and at padding."""
         assert g is not None
         decays = block.take(g).to(self._state_dtype, memory_format=torch.contiguous_format, copy=True)
-        if block.valid is not None:
-            decays = decays.masked_fill(~block.valid[..., None], 0.0)
+        decays = block.without_padding(decays)
         decays[:, :, :, 0] = 0.0
         return decays.exp_()
 
@@ -330,42 +322,38 @@ class ChannelFactors(Factors):
     def _query(self, block: ChunkBlock, decays: Tensor) -> Tensor:
         """e^b / r, with the e^g of `_decays`, which it overwrites."""
         # cumprod_ would copy.
-        return torch.cumprod(decays, 3).mul_(self._less_reference[:, :, block.chunks].unsqueeze(3))
+        return torch.cumprod(decays, 3).mul_(self._less_reference[block.chunks].unsqueeze(3))
 
     def block(self, block: ChunkBlock, g: Tensor | None) -> BlockFactors:
         decays = self._decays(block, g)
         query = self._query(block, decays)
         key, leave = query.reciprocal(), query[:, :, :, -1].clone()
         if self.is_wide(block):
-            wide = self._is_wide_channel[:, :, block.chunks]
+            wide = self._is_wide_channel[block.chunks]
             key = torch.where(wide.unsqueeze(3), _to_the_end(decays), key)
             leave = leave.masked_fill_(wide, 1.0)
-        return self._factors(block, self._masked(block, query), self._masked(block, key), leave)
+        return self._factors(block, block.without_padding(query), block.without_padding(key), leave)
 
     def restore(self, block: ChunkBlock, g: Tensor | None, query: Tensor) -> BlockFactors:
         # A wide chunk needs the decays themselves, and padding has hidden the last token's factor.
-        if self.is_wide(block) or block.valid is not None:
+        if self.is_wide(block) or block.padding is not None:
             return self.block(block, g)
         return self._factors(block, query, query.reciprocal(), query[:, :, :, -1])
 
     def query(self, block: ChunkBlock, g: Tensor | None) -> Tensor:
-        return self._masked(block, self._query(block, self._decays(block, g))).to(self._dtype)
-
-    @staticmethod
-    def _masked(block: ChunkBlock, factor: Tensor) -> Tensor:
-        return factor if block.valid is None else factor.masked_fill_(~block.valid[..., None], 0.0)
+        return block.without_padding(self._query(block, self._decays(block, g))).to(self._dtype)
 
     def _factors(self, block: ChunkBlock, query: Tensor, key: Tensor, leave: Tensor) -> BlockFactors:
         return BlockFactors(
             query=query.to(self._dtype),
             key=key.to(self._dtype),
-            enter=self._enter[:, :, block.chunks],
+            enter=self._enter[block.chunks],
             leave=leave.unsqueeze(-1),
-            prefix=self._prefix[:, :, block.chunks],
+            prefix=self._prefix[block.chunks],
         )
 
     def enter(self, block: ChunkBlock) -> Tensor:
-        return self._enter[:, :, block.chunks]
+        return self._enter[block.chunks]
 
     def is_wide(self, block: ChunkBlock) -> bool:
         return any_chunk(self._wide, block)
@@ -375,15 +363,13 @@ class ChannelFactors(Factors):
     ) -> tuple[Tensor, WideScores]:
         decays = self._decays(block, g)
         query = self._query(block, decays)
-        lowest = self._lowest * self._less_reference[:, :, block.chunks].unsqueeze(3)
-        is_narrow = (query >= lowest).all(-1, keepdim=True)
-        if block.valid is not None:
-            is_narrow &= block.valid[..., None]
+        lowest = self._lowest * self._less_reference[block.chunks].unsqueeze(3)
+        is_narrow = block.without_padding((query >= lowest).all(-1, keepdim=True), False)
         key = torch.maximum(query, lowest).reciprocal_().to(self._dtype)
         query = query.to(self._dtype) * scale
-        narrow = torch.bmm((q * query).flatten(0, 2), (k * key).flatten(0, 2).mT).tril_()
-        halved = HalvedScores(q, k, decays, block.valid, scale)
-        return torch.where(is_narrow, narrow.view(*q.shape[:4], -1), halved.forward()), halved
+        narrow = batched_product(q * query, (k * key).mT).tril_()
+        halved = HalvedScores(q, k, decays, block, scale)
+        return torch.where(is_narrow, narrow, halved.forward()), halved
 
 
 def _to_the_end(decays: Tensor) -> Tensor:
@@ -394,20 +380,17 @@ def _to_the_end(decays: Tensor) -> Tensor:
 
 
 class HalvedScores(WideScores):
-    """Scores ``scale · Σ_k q_tk k_sk e^{b_tk − b_sk}`` for s ≤ t at any decay, by halves; q, k and e^g ``[B, H, n, c, K]``."""
+    """Scores ``scale · Σ_k q_tk k_sk e^{b_tk − b_sk}`` for s ≤ t at any decay, by halves; q, k and e^g ``[n, B, H, c, K]``."""
 
-    def __init__(self, q: Tensor, k: Tensor, decays: Tensor, valid: Tensor | None, scale: float) -> None:
-        self.size, self.valid, self.scale = q.shape[3], valid, scale
-        q, k = self._masked(q), self._masked(k)
+    def __init__(self, q: Tensor, k: Tensor, decays: Tensor, block: ChunkBlock, scale: float) -> None:
+        self.size, self.block, self.scale = q.shape[3], block, scale
+        q, k = block.without_padding(q), block.without_padding(k)
         padding = (0, 0, 0, (1 << (self.size - 1).bit_length()) - self.size)
         self.q, self.k = (torch.nn.functional.pad(x, padding) for x in (q if scale == 1.0 else q * scale, k))
         self.decays = torch.nn.functional.pad(decays, padding, value=1.0)
 
-    def _masked(self, x: Tensor) -> Tensor:
-        return x if self.valid is None else x.masked_fill(~self.valid[..., None], 0.0)
-
     def _halves(self, half: int) -> tuple[Tensor, Tensor]:
-        """Decay from the cut to each later token and from each earlier token to the cut, ``[B, H, n, cuts, half, K]``."""
+        """Decay from the cut to each later token and from each earlier token to the cut, ``[n, B, H, cuts, half, K]``."""
         decays = self.decays.unflatten(3, (-1, 2, half))
         later, earlier = decays[:, :, :, :, 1].cumprod(-2), _to_the_end(decays[:, :, :, :, 0])
         return later.to(self.q.dtype), earlier.to(self.q.dtype)
@@ -421,14 +404,14 @@ class HalvedScores(WideScores):
 
     @staticmethod
     def _squares(scores: Tensor, half: int) -> Tensor:
-        """The squares (later half × earlier half) of each cut, a view ``[B, H, n, cuts, half, half]`` of scores ``[..., C, C]``."""
+        """The squares (later half × earlier half) of each cut, a view ``[n, B, H, cuts, half, half]`` of scores ``[..., C, C]``."""
         cuts = scores.shape[-1] // (2 * half)
         blocks = scores.unflatten(-1, (cuts, 2, half)).unflatten(-4, (cuts, 2, half))
         # [..., cut, 2, half, cut, 2, half]: the diagonal over cuts, then (later, earlier).
         return blocks.diagonal(dim1=3, dim2=6)[:, :, :, 1, :, 0].permute(0, 1, 2, 5, 3, 4)
 
     def forward(self) -> Tensor:
-        """Scores ``[B, H, n, c, c]``."""
+        """Scores ``[n, B, H, c, c]``."""
         size = self.q.shape[3]
         scores = self.q.new_zeros(*self.q.shape[:3], size, size)
         scores.diagonal(dim1=-2, dim2=-1).copy_((self.q * self.k).sum(-1))
@@ -451,34 +434,33 @@ class HalvedScores(WideScores):
             dk.unflatten(3, (-1, 2, half))[:, :, :, :, 0] += (squares.mT @ (q * later)) * earlier
         dq, dk = dq[:, :, :, : self.size], dk[:, :, :, : self.size]
         # The gradient of a padded row is somebody else's.
-        return self._masked(dq if self.scale == 1.0 else dq * self.scale), self._masked(dk)
+        dq = dq if self.scale == 1.0 else dq * self.scale
+        return self.block.without_padding(dq), self.block.without_padding(dk)
 
 
 def prefix_of_chunks(totals: Tensor, tiling: Tiling, state_dtype: torch.dtype) -> Tensor:
-    """Decay from the start of the piece to each chunk, for the pieces that continue a document; totals ``[B or 1, H, N, ...]``."""
+    """Decay from the start of the piece to each chunk, for the pieces that continue a document; totals ``[N, B or 1, H, ...]``."""
     prefix = torch.zeros(totals.shape, dtype=state_dtype, device=totals.device)
     for entry in tiling.pieces:
         if not entry.piece.starts_document:
             own = slice(entry.first_chunk, entry.last_chunk)
-            prefix[:, :, own][:, :, :1] = 1.0
+            prefix[own][:1] = 1.0
             # Taking a chunk's own decay off the sum again would leave its rounding.
-            prefix[:, :, own][:, :, 1:] = totals[:, :, own][:, :, :-1].cumsum(2).exp().to(state_dtype)
+            prefix[own][1:] = totals[own][:-1].cumsum(0).exp().to(state_dtype)
     return prefix
 
 
 def wide_chunks(wide: Tensor) -> tuple[bool, ...]:
-    """For each chunk whether it is wide in any row or head; wide ``[B or 1, H, N]``."""
+    """For each chunk whether it is wide in any row or head; wide ``[N, B or 1, H]``."""
     # Reading flags back is free on the CPU; elsewhere it would make the host wait, so every chunk takes the safe form.
     if wide.device.type != "cpu":
-        return (True,) * wide.shape[2]
-    return tuple(wide.any(0).any(0).tolist())
+        return (True,) * wide.shape[0]
+    return tuple(wide.flatten(1).any(1).tolist())
 
 
 def any_chunk(flags: tuple[bool, ...], block: ChunkBlock) -> bool:
     """Whether a flag is set for any chunk of the block."""
-    if isinstance(block.chunks, slice):
-        return any(flags[block.chunks])
-    return any(flags[chunk] for chunk in block.chunks.tolist())
+    return any(flags[chunk] for chunk, _ in block.chunks_and_slots)
 
 
 def factors_of(

@@ -11,8 +11,7 @@ The first is the sum of q_i ⊙ ∂q_i − k_i ⊙ ∂k_i over i ≥ t, if both 
 that, and where decays are strong it is so much larger than all else that its rounding would be all that is left. The other three
 hold nothing that cancels. No sum is longer than a chunk, so that its rounding does not grow with the sequence.
 
-Shapes: as in `longspan.ops.decay.chunk_form`; n chunks of c tokens in a block; D is 1 for g ``[B, T, H]``, K for
-g ``[B, T, H, K]``.
+Shapes: as in `longspan.ops.matrices`; D is 1 for g ``[B, T, H]``, K for g ``[B, T, H, K]``.
 """
 
 from __future__ import annotations
@@ -27,11 +26,10 @@ from longspan.ops.tiling import ChunkBlock, Tiling
 class GateGradient:
     """Collects ∂g of one node of the graph: what a block adds, then `close` it; `finish` after all blocks."""
 
-    def __init__(self, tiling: Tiling, g: Tensor, num_heads: int, dtype: torch.dtype) -> None:
+    def __init__(self, tiling: Tiling, g: Tensor, dtype: torch.dtype) -> None:
         """dtype: of the sums."""
         self._tiling, self._g, self._dtype = tiling, g, dtype
         self.per_channel = g.dim() == 4
-        self._num_heads = num_heads
         channels = g.shape[3] if self.per_channel else 1
         self._grad = torch.empty(*g.shape[:3], channels, dtype=dtype, device=g.device)
         self._of_tokens: Tensor | None = None
@@ -41,7 +39,7 @@ class GateGradient:
         self._not_finite: Tensor | None = None
 
     def add(self, x: Tensor, grad: Tensor, sign: float = 1.0) -> None:
-        """Add ``sign · x ⊙ ∂x`` of tokens, ``[B, H, n, c, K]``, to those at and before each; summed over K if D is 1."""
+        """Add ``sign · x ⊙ ∂x`` of tokens, ``[n, B, H, c, K]``, to those at and before each; summed over K if D is 1."""
         product = self._product(x, grad)
         if self._of_tokens is None:
             self._of_tokens = product.to(self._dtype) if sign == 1.0 else product.to(self._dtype).mul_(sign)
@@ -53,24 +51,24 @@ class GateGradient:
         return product if self.per_channel else product.sum(-1, keepdim=True, dtype=self._dtype)
 
     def add_pairs(self, pairs: Tensor) -> None:
-        """Add what i reads of s times its gradient, ``[B, H, n, c (i), c (s)]``, zero unless s < i; for D = 1."""
+        """Add what i reads of s times its gradient, ``[n, B, H, c (i), c (s)]``, zero unless s < i; for D = 1."""
         sums = pairs.sum(-1, dtype=self._dtype).sub_(pairs.sum(-2, dtype=self._dtype)).unsqueeze(-1)
         self._of_tokens = sums if self._of_tokens is None else self._of_tokens.add_(sums)
 
     def add_earlier(self, x: Tensor, grad: Tensor) -> None:
-        """Add ``x ⊙ ∂x`` of the block's tokens, ``[B, H, n, c, K]``, to those behind each; summed over K if D is 1."""
+        """Add ``x ⊙ ∂x`` of the block's tokens, ``[n, B, H, c, K]``, to those behind each; summed over K if D is 1."""
         self._of_earlier = self._product(x, grad).to(self._dtype)
 
     def add_sums(self, sums: Tensor) -> None:
-        """Add sums of x ⊙ ∂x of the block's tokens that other nodes found, ``[B, H, n, c, D]``."""
+        """Add sums of x ⊙ ∂x of the block's tokens that other nodes found, ``[n, B, H, c, D]``."""
         self._of_tokens = sums if self._of_tokens is None else self._of_tokens.add_(sums)
 
     def add_end(self, grad: Tensor, state: Tensor) -> None:
-        """Add ⟨∂S, S⟩ of what leaves the block's chunks, ``[B, H, n, K, ·]``, summed over the last dimension, over K if D is 1."""
+        """Add ⟨∂S, S⟩ of what leaves the block's chunks, ``[n, B, H, K, ·]``, summed over the last dimension, over K if D is 1."""
         self._add_end(self._over_states(grad, state))
 
     def add_through(self, grad: Tensor, state: Tensor, total: Tensor | None) -> None:
-        """Add ⟨∂S, total · S⟩ of what passes through chunks, as `add_end`; total ``[B or 1, H, n, D, 1]``, None is 1."""
+        """Add ⟨∂S, total · S⟩ of what passes through chunks, as `add_end`; total ``[n, B or 1, H, D, 1]``, None is 1."""
         products = self._over_states(grad, state)
         self._add_end(products if total is None else products * total.squeeze(-1))
 
@@ -85,26 +83,22 @@ class GateGradient:
         return products.view(*grad.shape[:-2], -1)
 
     def mark(self, mask: Tensor) -> None:
-        """Make ∂g of the block NaN where `mask` says ``[B, H, n, c, D]``."""
+        """Make ∂g of the block NaN where `mask` says ``[n, B, H, c, D]``."""
         self._not_finite = mask
 
     def add_prefix(self, chunks: slice | Tensor, grad: Tensor, incoming: Tensor) -> None:
         """Add what the decay from the piece's start to each of `chunks` gets.
 
-        grad: ``[B, H, n, K, V]``, of what arrives at the chunks. incoming: ``[B, H, K, V]``.
+        grad: ``[n, B, H, K, V]``, of what arrives at the chunks. incoming: ``[B, H, K, V]``.
         """
         if self._of_prefix is None:
-            shape = (grad.shape[0], self._num_heads, self._tiling.num_chunks, self._grad.shape[-1])
-            self._of_prefix = grad.new_zeros(shape)
-        self._of_prefix[:, :, chunks] += self._over_states(grad, incoming.unsqueeze(2).expand_as(grad))
+            self._of_prefix = grad.new_zeros(self._tiling.num_chunks, *grad.shape[1:3], self._grad.shape[-1])
+        self._of_prefix[chunks] += self._over_states(grad, incoming.expand_as(grad))
 
     def close(self, block: ChunkBlock) -> None:
         """Turn what was added for `block` into ∂g of its tokens."""
         if self._of_tokens is not None:
-            of_tokens = self._of_tokens
-            if block.valid is not None:
-                of_tokens = of_tokens.masked_fill(~block.valid[..., None], 0.0)
-            grad = of_tokens.flip(3).cumsum(3).flip(3)
+            grad = block.without_padding(self._of_tokens).flip(3).cumsum(3).flip(3)
         else:
             assert self._of_earlier is not None
             grad = torch.zeros_like(self._of_earlier)
@@ -132,8 +126,8 @@ class GateGradient:
     def _add_prefix_of(self, first_chunk: int, last_chunk: int, start: int, stop: int) -> None:
         """The decay from a piece's start to a chunk holds g of all tokens in the chunks before it."""
         assert self._of_prefix is not None
-        own = self._of_prefix[:, :, first_chunk:last_chunk]
+        own = self._of_prefix[first_chunk:last_chunk]
         later = torch.zeros_like(own)
-        later[:, :, :-1] = own[:, :, 1:].flip(2).cumsum(2).flip(2)
+        later[:-1] = own[1:].flip(0).cumsum(0).flip(0)
         chunk_of_token = torch.arange(stop - start, device=own.device) // self._tiling.chunk_size
-        self._grad[:, start:stop] += later.permute(0, 2, 1, 3)[:, chunk_of_token]
+        self._grad[:, start:stop] += later[chunk_of_token].transpose(0, 1)

@@ -1,7 +1,6 @@
 """What the phases of one call of the delta rule share: its tiling, factors and blocks of tokens laid out by chunks.
 
-Shapes: as in `longspan.ops.delta`; n chunks of c tokens in a block. Tensors of a block are ``[n, B, H, c, ·]``, those of a call
-``[N, B, H, C, ·]``.
+Shapes: as in `longspan.ops.delta` and `longspan.ops.matrices`; tensors of a call are ``[N, B, H, C, ·]``.
 """
 
 from __future__ import annotations
@@ -11,9 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from longspan.layout import SequenceLayout
 from longspan.ops.decay.factors import BlockFactors, Factors, WideScores
 from longspan.ops.decay.gate_gradient import GateGradient
 from longspan.ops.finite import finite_part, from_then_on, until_then
+from longspan.ops.matrices import Factor, batched_product, flat, put_scaled, scaled, times, with_scale
 from longspan.ops.tiling import ChunkBlock, Tiling
 
 
@@ -21,6 +22,7 @@ from longspan.ops.tiling import ChunkBlock, Tiling
 class DeltaCall:
     """What the phases of one call share beside tensors."""
 
+    layout: SequenceLayout
     tiling: Tiling
     factors: Factors
     num_heads: int
@@ -29,7 +31,7 @@ class DeltaCall:
 
     def allocate(self, like: Tensor, rows: int, columns: int) -> Tensor:
         """A tensor ``[N, B, H, rows, columns]`` for `like [B, T, ...]`; zero where chunks are padded, else not set."""
-        make = torch.empty if self.tiling.valid is None else torch.zeros
+        make = torch.empty if self.tiling.padding is None else torch.zeros
         shape = (self.tiling.num_chunks, like.shape[0], self.num_heads, rows, columns)
         return make(shape, dtype=self.dtype, device=like.device)
 
@@ -41,24 +43,9 @@ class DeltaCall:
         return tuple(total.expand(batch, -1, -1, -1).flatten(0, 1) for total in totals)
 
 
-def _by_chunks(x: Tensor | None) -> Tensor | None:
-    """``[B, H, n, ...]`` as ``[n, B, H, ...]``, a view."""
-    return None if x is None else x.movedim(2, 0)
-
-
 def _row(x: Tensor | None) -> Tensor | None:
-    """A factor of states ``[B, H, n, D, 1]`` as one of the columns of q and k, ``[n, B, H, 1, D]``, a view."""
-    return None if x is None else x.movedim(2, 0).mT
-
-
-def flat(x: Tensor) -> Tensor:
-    """``[n, B, H, a, b]`` as a batch of matrices ``[n·B·H, a, b]``."""
-    return x.reshape(-1, *x.shape[-2:])
-
-
-def batched_product(first: Tensor, second: Tensor) -> Tensor:
-    """Matrix products of ``[n, B, H, a, b]`` and ``[n, B, H, b, c]``."""
-    return torch.bmm(flat(first), flat(second)).view(*first.shape[:-1], second.shape[-1])
+    """A factor of states ``[n, B, H, D, 1]`` as one of the columns of q and k, ``[n, B, H, 1, D]``, a view."""
+    return None if x is None else x.mT
 
 
 def causal_product(lower: Tensor, rows: Tensor, finite: bool) -> Tensor:
@@ -108,38 +95,11 @@ def take_block(call: DeltaCall, block: ChunkBlock, x: Tensor) -> Tensor:
 
     Padding is zero.
     """
-    taken = block.take(x).movedim(2, 0)
-    if block.valid is not None:
-        # Padding repeats a token that may be NaN, which a product with zero would keep.
-        taken = taken.masked_fill(~block.valid[:, None, None, :, None], 0.0)
+    # Padding repeats a token that may be NaN, which a product with zero would keep.
+    taken = block.without_padding(block.take(x))
     if taken.dtype != call.dtype:
         taken = taken.to(call.dtype, memory_format=torch.contiguous_format)
-    if taken.shape[2] != call.num_heads:
-        taken = taken.repeat_interleave(call.num_heads // taken.shape[2], dim=2)
-    return taken
-
-
-def put(target: Tensor, block: ChunkBlock, values: Tensor, add: bool = False) -> None:
-    """Write or add ``values [n, B, H, c, D]`` to the block's tokens of ``target [B, T, H or H_k, D]``, summed over shared heads."""
-    values = values.movedim(0, 2)
-    if target.shape[2] != values.shape[1]:
-        values = values.unflatten(1, (target.shape[2], -1)).sum(2)
-    if add and block.tokens is None:
-        block.take(target).add_(values)
-        return
-    block.put(target, values + block.take(target) if add else values)
-
-
-def scaled(x: Tensor, factor: Tensor | float | None) -> Tensor:
-    """``x · factor``, contiguous: a matrix product would copy a permuted view each time."""
-    if factor is None:
-        return x.contiguous()
-    return torch.mul(x, factor, out=torch.empty_like(x, memory_format=torch.contiguous_format))
-
-
-def times(x: Tensor, factor: Tensor | None) -> Tensor:
-    """``x · factor``; None is 1."""
-    return x if factor is None else x * factor
+    return taken if taken.shape[2] == call.num_heads else scaled(taken, None, call.num_heads)
 
 
 @dataclass(frozen=True)
@@ -167,30 +127,36 @@ def block_factors(call: DeltaCall, block: ChunkBlock, g: Tensor | None, decays: 
     """The factors of a block, from what the write phase kept of them where it did."""
     if decays is None:
         return call.factors.block(block, g)
-    return call.factors.restore(block, g, block_rows(decays, block).movedim(0, 2))
+    return call.factors.restore(block, g, block_rows(decays, block))
 
 
 def block_keys(call: DeltaCall, block: ChunkBlock, k: Tensor, g: Tensor | None, decays: Tensor | None) -> Keys:
     """The keys of a block."""
     factors = block_factors(call, block, g, decays)
-    query, key = _by_chunks(factors.query), _by_chunks(factors.key)
-    enter, leave = _row(factors.enter), _row(factors.leave)
     plain = take_block(call, block, k)
-    behind = scaled(plain, key)
+    behind = scaled(plain, factors.key, call.num_heads)
     # Without a decay the two are one tensor, and without padding all three.
-    ahead = behind if factors.query is factors.key else scaled(plain, query)
-    return Keys(query, key, enter, leave, behind if key is None else plain, ahead, behind)
+    ahead = behind if factors.query is factors.key else scaled(plain, factors.query, call.num_heads)
+    return Keys(
+        factors.query,
+        factors.key,
+        _row(factors.enter),
+        _row(factors.leave),
+        behind if factors.key is None else plain,
+        ahead,
+        behind,
+    )
 
 
 def leaving_keys(call: DeltaCall, block: ChunkBlock, k: Tensor, g: Tensor | None, decays: Tensor | None) -> Tensor:
     """`Keys.leaving` of a block, alone."""
     factors = block_factors(call, block, g, decays)
-    return times(scaled(take_block(call, block, k), _by_chunks(factors.key)), _row(factors.leave))
+    return times(scaled(take_block(call, block, k), factors.key, call.num_heads), _row(factors.leave))
 
 
 def _query_factor(call: DeltaCall, block: ChunkBlock, g: Tensor | None, decays: Tensor | None) -> Tensor | None:
     """e^{b−m} of a block, ``[n, B or 1, H, c, D]``, as kept by the write phase where it was."""
-    return _by_chunks(call.factors.query(block, g)) if decays is None else block_rows(decays, block)
+    return call.factors.query(block, g) if decays is None else block_rows(decays, block)
 
 
 @dataclass(frozen=True)
@@ -208,17 +174,15 @@ def block_queries(
     """The queries of a block for the keys of their chunk."""
     query = _query_factor(call, block, g, decays)
     plain = take_block(call, block, q) * scale
-    return QueryBlock(query, plain, scaled(plain, query))
+    return QueryBlock(query, plain, scaled(plain, query, call.num_heads))
 
 
-def state_factor(
-    call: DeltaCall, block: ChunkBlock, scale: float, g: Tensor | None, decays: Tensor | None
-) -> Tensor | float:
+def state_factor(call: DeltaCall, block: ChunkBlock, scale: float, g: Tensor | None, decays: Tensor | None) -> Factor:
     """What turns a block's q into queries for the state before their chunk: scale · e^b, ``[n, B or 1, H, c, D]``."""
     query = _query_factor(call, block, g, decays)
     enter = _row(call.factors.enter(block))
     if query is None:
-        return scale
+        return with_scale(None, scale)
     return query * scale if enter is None else query * (enter * scale)
 
 
@@ -231,14 +195,7 @@ def scores(
     """
     if not call.factors.is_wide(block):
         return batched_product(ahead, behind.mT), None
-    decayed, wide = call.factors.wide_scores(block, g, rows.movedim(0, 2), columns.movedim(0, 2))
-    return decayed.movedim(2, 0), wide
-
-
-def wide_backward(wide: WideScores, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of the rows and columns of `scores` of a wide block."""
-    grad_rows, grad_columns = wide.backward(grad.movedim(0, 2))
-    return grad_rows.movedim(2, 0), grad_columns.movedim(2, 0)
+    return call.factors.wide_scores(block, g, rows.contiguous(), columns.contiguous())
 
 
 class TokenSums:
@@ -261,12 +218,12 @@ class TokenSums:
             return
         if self._per_channel:
             sums = x * grad if subtracted is None else (x * grad).addcmul_(*subtracted, value=-1)
-            put(self.total, block, sums, add=True)
+            put_scaled(self.total, block, sums, add=True)
         else:
             sums = torch.linalg.vecdot(x, grad)
             if subtracted is not None:
                 sums -= torch.linalg.vecdot(*subtracted)
-            put(self.total.unsqueeze(-1), block, sums.unsqueeze(-1), add=True)
+            put_scaled(self.total.unsqueeze(-1), block, sums.unsqueeze(-1), add=True)
 
 
 def ticket_like(call: DeltaCall, g: Tensor | None, wanted: bool) -> Tensor | None:
@@ -278,4 +235,4 @@ def ticket_like(call: DeltaCall, g: Tensor | None, wanted: bool) -> Tensor | Non
 
 def gate_gradient(call: DeltaCall, g: Tensor | None, wanted: bool) -> GateGradient | None:
     """What collects ∂g, or None where none is wanted."""
-    return GateGradient(call.tiling, g, call.num_heads, call.dtype) if g is not None and wanted else None
+    return GateGradient(call.tiling, g, call.dtype) if g is not None and wanted else None

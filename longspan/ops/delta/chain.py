@@ -15,23 +15,25 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from longspan.layout.rows import index_on
 from longspan.ops.delta.call import DeltaCall, leaving_keys
 from longspan.ops.tiling import ChunkBlock
 
 
 @dataclass(frozen=True)
 class ChunkStep:
-    """One chunk, or the tails of several pieces: chunk numbers, slots that they read, places in the block, tokens per chunk."""
+    """One chunk, or the tails of several pieces.
 
+    numbers: of the chunks, as the host knows them. chunks, slots, next_slots, places: the same numbers, the slots that they read
+    and write, and their places in the block. size: tokens per chunk.
+    """
+
+    numbers: tuple[int, ...]
     chunks: int | Tensor
     slots: int | Tensor
+    next_slots: int | Tensor
     places: int | Tensor
     size: int
-
-    @property
-    def next_slots(self) -> int | Tensor:
-        """The slots that they write."""
-        return self.slots + 1
 
 
 def steps(call: DeltaCall, block: ChunkBlock, pieces: Collection[int]) -> Sequence[ChunkStep]:
@@ -42,13 +44,28 @@ def steps(call: DeltaCall, block: ChunkBlock, pieces: Collection[int]) -> Sequen
         if call.tiling.piece_of_chunk(block.chunks.start) not in pieces:
             return ()
         numbered = enumerate(block.chunks_and_slots)
-        return [ChunkStep(chunk, slot, place, block.chunk_size) for place, (chunk, slot) in numbered]
-    assert isinstance(block.slots, Tensor)
-    places = [i for i, (chunk, _) in enumerate(block.chunks_and_slots) if call.tiling.piece_of_chunk(chunk) in pieces]
-    if not places:
+        return [
+            ChunkStep((chunk,), chunk, slot, slot + 1, place, block.chunk_size) for place, (chunk, slot) in numbered
+        ]
+    chosen = [
+        (place, chunk, slot)
+        for place, (chunk, slot) in enumerate(block.chunks_and_slots)
+        if call.tiling.piece_of_chunk(chunk) in pieces
+    ]
+    if not chosen:
         return ()
-    chosen = torch.tensor(places, device=block.chunks.device)
-    return [ChunkStep(block.chunks[chosen], block.slots[chosen], chosen, block.chunk_size)]
+    places, numbers, slots = zip(*chosen, strict=True)
+    device = block.chunks.device
+    return [
+        ChunkStep(
+            numbers,
+            chunks=index_on(call.layout, numbers, device),
+            slots=index_on(call.layout, slots, device),
+            next_slots=index_on(call.layout, [slot + 1 for slot in slots], device),
+            places=index_on(call.layout, places, device),
+            size=block.chunk_size,
+        )
+    ]
 
 
 def walk(
@@ -90,7 +107,7 @@ class ChunkChain:
             return state
         if isinstance(step.chunks, int):
             return state * self._totals[step.chunks]
-        return state * torch.cat([self._totals[chunk] for chunk in step.chunks.tolist()])
+        return state * torch.cat([self._totals[chunk] for chunk in step.numbers])
 
     def advance(self, step: ChunkStep, leaving: Tensor, states: Tensor, corrected: Tensor) -> None:
         """Compute u of a step's chunks and the states after them, in their places.

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from longspan.dtypes import accumulation_dtype
 from longspan.layout import SequenceLayout
+from longspan.layout.rows import take_rows
 from longspan.ops.decay.factors import factors_of
 from longspan.ops.delta.call import DeltaCall
 from longspan.ops.delta.read import DeltaRead, DeltaScores
@@ -54,7 +55,7 @@ class DeltaVariant(FactorVariant):
         tiling = tile(layout, size, chunks_of_block(k, v, size), k.device)
         dtype = accumulation_dtype(k.dtype)
         factors = factors_of(decays.on(layout, k.device), tiling, num_heads, dtype, dtype)
-        return DeltaChunkForm(DeltaCall(tiling, factors, num_heads, dtype), decays, beta)
+        return DeltaChunkForm(DeltaCall(layout, tiling, factors, num_heads, dtype), decays, beta)
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ class DeltaChunkForm(ChunkForm):
 
     def final_states(self, pieces: Sequence[int], rows: Sequence[int], incoming: Tensor | None) -> Tensor:
         states, _ = self._states(incoming)
-        return states[[self.call.tiling.pieces[number].last_slot for number in pieces]]
+        return take_rows(states, [self.call.tiling.pieces[number].last_slot for number in pieces], self.call.layout)
 
     def transition(self, ranges: Sequence[tuple[int, int]]) -> Transition:
         assert self._written is not None

@@ -8,29 +8,25 @@ import torch
 from torch import Tensor
 
 from longspan.first_order import first_order
+from longspan.layout.rows import index_on, select_rows
 from longspan.ops.delta.call import (
     DeltaCall,
     TokenSums,
     anticausal_product,
-    batched_product,
     block_keys,
     block_queries,
     block_rows,
     causal_product,
-    flat,
     poison_rows,
-    put,
     put_product,
     put_rows,
-    scaled,
     scores,
     state_factor,
     take_block,
-    times,
-    wide_backward,
 )
 from longspan.ops.delta.write import PhaseLink
 from longspan.ops.finite import all_finite, finite_part, from_then_on, until_then
+from longspan.ops.matrices import batched_product, flat, put_scaled, scaled, times
 
 
 class DeltaScores(torch.autograd.Function):
@@ -90,7 +86,7 @@ class DeltaScores(torch.autograd.Function):
             if call.factors.is_wide(block):
                 _, wide = scores(call, block, g, queries.plain, keys.plain, queries.ahead, keys.behind)
                 assert wide is not None
-                grad_query, grad_key = wide_backward(wide, grad)
+                grad_query, grad_key = wide.backward(grad)
             else:
                 grad_query = times(causal_product(grad, keys.behind, finite), queries.query)
                 grad_key = times(anticausal_product(grad, queries.ahead, finite), keys.key)
@@ -98,8 +94,8 @@ class DeltaScores(torch.autograd.Function):
             if own is not None:
                 grad_query.addcmul_(own, keys.plain)
                 grad_key.addcmul_(own, queries.plain)
-            put(dq, block, ctx.scale * grad_query, add=True)
-            put(dk, block, grad_key)
+            put_scaled(dq, block, ctx.scale * grad_query, add=True)
+            put_scaled(dk, block, grad_key)
         return dq, dk, sums.total, None, None, None, None, None
 
 
@@ -132,16 +128,16 @@ class DeltaRead(torch.autograd.Function):
     ) -> Tensor:
         o = q.new_empty(*q.shape[:2], call.num_heads, corrected.shape[-1])
         # What a token writes is still in the state at the end of its piece, where it is not finite.
-        finite = all_finite(states[[entry.last_slot for entry in call.tiling.pieces]])
+        finite = all_finite(select_rows(states, call.tiling.last_slots, call.layout))
         for block in call.tiling.blocks:
-            query = scaled(take_block(call, block, q), state_factor(call, block, scale, g, decays))
+            query = scaled(take_block(call, block, q), state_factor(call, block, scale, g, decays), call.num_heads)
             out = batched_product(query, states[block.slots])
             update = block_rows(corrected, block)
             score = block_rows(found, block, block.chunk_size)
             flat(out).baddbmm_(flat(score), flat(update if finite else finite_part(update)))
             if not finite:
                 out.masked_fill_(from_then_on(~update.isfinite()), torch.nan)
-            put(o, block, out)
+            put_scaled(o, block, out)
         ctx.call, ctx.link, ctx.scale = call, link, scale
         ctx.save_for_backward(found, q, ticket, states, corrected, g, decays)
         return o
@@ -157,10 +153,10 @@ class DeltaRead(torch.autograd.Function):
         grad_found, grad_corrected = call.allocate(q, *found.shape[-2:]), call.allocate(q, *corrected.shape[-2:])
         ctx.link.finite_upstream &= finite
         grad_states = torch.empty_like(states)
-        grad_states[[entry.last_slot for entry in call.tiling.pieces]] = 0.0
+        grad_states.index_fill_(0, index_on(call.layout, call.tiling.last_slots, grad_states.device), 0.0)
         for block in call.tiling.blocks:
             factor = state_factor(call, block, ctx.scale, g, decays)
-            query = scaled(take_block(call, block, q), factor)
+            query = scaled(take_block(call, block, q), factor, call.num_heads)
             grad_out = take_block(call, block, do).contiguous()
             update, score = block_rows(corrected, block), block_rows(found, block, block.chunk_size)
             if isinstance(block.chunks, slice) and block.chunk_size == call.tiling.chunk_size:
@@ -173,5 +169,5 @@ class DeltaRead(torch.autograd.Function):
             grad_states[block.slots] = batched_product(query.mT, grad_out)
             grad_query = batched_product(grad_out, states[block.slots].mT)
             sums.add(block, query, grad_query)
-            put(dq, block, grad_query * factor)
+            put_scaled(dq, block, grad_query, factor)
         return grad_found, dq, sums.total, grad_states, grad_corrected, None, None, None, None, None

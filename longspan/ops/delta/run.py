@@ -10,7 +10,7 @@ from torch import Tensor
 from longspan.first_order import first_order
 from longspan.ops.delta.call import DeltaCall
 from longspan.ops.delta.chain import ChunkChain, walk
-from longspan.ops.delta.write import PhaseLink, start_rows
+from longspan.ops.delta.write import PhaseLink
 
 
 class DeltaRun(torch.autograd.Function):
@@ -47,16 +47,8 @@ class DeltaRun(torch.autograd.Function):
         if states is None or corrected is None:
             states = updates.new_empty(call.tiling.num_slots, *updates.shape[1:3], k.shape[-1], updates.shape[-1])
             corrected = call.allocate(k, *updates.shape[-2:])
-        starts = start_rows(call)
         left = frozenset(range(len(call.tiling.pieces))) - link.done
-        for number in left:
-            entry = call.tiling.pieces[number]
-            if not entry.piece.starts_document and incoming is not None:
-                states[entry.first_slot] = incoming[entry.piece.segment]
-            elif entry.piece.starts_document and start_states is not None:
-                states[entry.first_slot] = start_states[starts[number]]
-            else:
-                states[entry.first_slot] = 0.0
+        call.tiling.enter_pieces(states, left, start_states, incoming)
         chain = ChunkChain(call, weights, updates)
         for step, leaving in walk(call, left, k, g, decays):
             chain.advance(step, leaving, states, corrected)

@@ -16,7 +16,6 @@ from torch import Tensor
 from longspan.ops.delta.call import (
     DeltaCall,
     Keys,
-    batched_product,
     block_keys,
     poison_rows,
     put_product,
@@ -26,6 +25,7 @@ from longspan.ops.delta.call import (
 )
 from longspan.ops.delta.inverse import unit_lower_inverse
 from longspan.ops.finite import finite_part, from_then_on
+from longspan.ops.matrices import batched_product
 from longspan.ops.tiling import ChunkBlock
 
 

@@ -9,26 +9,23 @@ import torch
 from torch import Tensor
 
 from longspan.first_order import first_order
+from longspan.layout.rows import take_rows
 from longspan.ops.delta.call import (
     DeltaCall,
     anticausal_product,
-    batched_product,
     block_keys,
     block_rows,
     causal_product,
-    flat,
     gate_gradient,
-    put,
     put_rows,
     scores,
     take_block,
     ticket_like,
-    times,
-    wide_backward,
 )
 from longspan.ops.delta.chain import ChunkChain, steps, walk
 from longspan.ops.delta.solve import solve
 from longspan.ops.finite import all_finite
+from longspan.ops.matrices import batched_product, flat, put_scaled, times
 
 
 @dataclass
@@ -49,12 +46,6 @@ class PhaseLink:
     grad_corrected: Tensor | None = None
     finite_keys: bool = True
     finite_upstream: bool = True
-
-
-def start_rows(call: DeltaCall) -> dict[int, int]:
-    """For each piece that starts a document, its row among them."""
-    starting = [number for number, entry in enumerate(call.tiling.pieces) if entry.piece.starts_document]
-    return {number: row for row, number in enumerate(starting)}
 
 
 class DeltaWrite(torch.autograd.Function):
@@ -156,7 +147,7 @@ class DeltaWrite(torch.autograd.Function):
                 # The rows of L are k with its β, so that both gradients come from one call.
                 _, wide = scores(call, block, g, strength * keys.plain, keys.plain, keys.ahead, keys.behind)
                 assert wide is not None
-                first, second = wide_backward(wide, grad_lower)
+                first, second = wide.backward(grad_lower)
                 grad_strength += torch.linalg.vecdot(keys.plain, first) - torch.linalg.vecdot(keys.ahead, from_before)
                 plus = strength * (first - times(from_before, keys.query))
                 minus = second
@@ -167,20 +158,19 @@ class DeltaWrite(torch.autograd.Function):
                 minus = times(anticausal_product(grad_lower, strength * keys.ahead, finite), keys.key)
             leaving = times(grad_leaving, keys.key)
             of_pairs = None if gate is None else plus - minus
-            put(dk, block, plus.add_(minus).add_(leaving), add=True)
-            put(dv, block, strength * grad_right)
-            put(dbeta.unsqueeze(-1), block, grad_strength.unsqueeze(-1))
+            put_scaled(dk, block, plus.add_(minus).add_(leaving), add=True)
+            put_scaled(dv, block, strength * grad_right)
+            put_scaled(dbeta.unsqueeze(-1), block, grad_strength.unsqueeze(-1))
             if gate is not None and of_pairs is not None:
-                of_tokens = keys.plain.movedim(0, 2)
-                gate.add(of_tokens, of_pairs.movedim(0, 2))
-                gate.add_earlier(of_tokens, leaving.movedim(0, 2))
-                gate.add_through(grad_next.movedim(0, 2), state.movedim(0, 2), call.factors.total(block))
+                gate.add(keys.plain, of_pairs)
+                gate.add_earlier(keys.plain, leaving)
+                gate.add_through(grad_next, state, call.factors.total(block))
                 if sums is not None:
                     gate.add_sums(block.take(sums if sums.dim() == 4 else sums.unsqueeze(-1)))
                 gate.close(block)
         grad_starts = None
         if ctx.has_start:
-            grad_starts = grad_states[[call.tiling.pieces[number].first_slot for number in start_rows(call)]]
+            grad_starts = take_rows(grad_states, call.tiling.start_slots, call.layout)
         return dk, dv, dbeta, None if gate is None else gate.finish(), grad_starts, None, None, None
 
 
@@ -200,8 +190,8 @@ def _fold(
     value_size = updates.shape[-1]
     ends = weights.new_zeros(len(end_pieces), batch, heads, key_size, value_size)
     products = weights.new_zeros(len(end_pieces), batch, heads, key_size, key_size)
-    chain, starts = ChunkChain(call, weights, updates), start_rows(call)
-    link.done = link.sent & starts.keys()
+    chain = ChunkChain(call, weights, updates)
+    link.done = link.sent & call.tiling.start_rows.keys()
     if link.done:
         # From its document's start a piece's states are the true ones, whatever arrives.
         link.states = weights.new_empty(call.tiling.num_slots, batch, heads, key_size, value_size)
@@ -213,8 +203,7 @@ def _fold(
         chunk_steps = walk(call, {number}, k, g, decays)
         if number in link.done:
             assert link.states is not None and link.corrected is not None
-            start = 0.0 if start_states is None else start_states[starts[number]]
-            link.states[entry.first_slot] = start
+            call.tiling.enter_pieces(link.states, [number], start_states)
             for step, leaving in chunk_steps:
                 chain.advance(step, leaving, link.states, link.corrected)
             ends[row] = link.states[entry.last_slot]

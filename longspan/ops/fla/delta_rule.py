@@ -35,6 +35,7 @@ from longspan.dtypes import accumulation_dtype
 from longspan.errors import InputError
 from longspan.first_order import first_order
 from longspan.layout import SequenceLayout
+from longspan.layout.rows import index_on, take_rows
 from longspan.ops.backends import MAX_HEAD_SIZE, require_gpu, require_package
 from longspan.ops.gates import DecayKind, Gates, LogDecays
 from longspan.ops.variants.variant import ChunkForm, SecondPass
@@ -294,22 +295,17 @@ class FlaChunkForm(ChunkForm):
         """The states that enter `numbers`, ``[len(numbers), B, H, K, V]``: start states, what arrives, or zero."""
         assert self._written is not None
         parts = [self._written.nothing.unsqueeze(0), *(x for x in (start_states, incoming) if x is not None)]
-        has = (start_states is not None, incoming is not None)
-        key = ("fla entering", *has, tuple(numbers), parts[0].device)
-
-        def build() -> Tensor:
-            rows: list[int] = []
-            num_starts = 0
-            first_incoming = 1 + (0 if start_states is None else len(start_states))
-            for piece in self._layout.pieces:
-                if piece.starts_document:
-                    rows.append(1 + num_starts if start_states is not None else 0)
-                    num_starts += 1
-                else:
-                    rows.append(first_incoming + piece.segment if incoming is not None else 0)
-            return torch.tensor([rows[number] for number in numbers]).to(parts[0].device)
-
-        return torch.cat(parts).index_select(0, self._layout.cached(key, build))
+        rows: list[int] = []
+        num_starts = 0
+        first_incoming = 1 + (0 if start_states is None else len(start_states))
+        for piece in self._layout.pieces:
+            if piece.starts_document:
+                rows.append(1 + num_starts if start_states is not None else 0)
+                num_starts += 1
+            else:
+                rows.append(first_incoming + piece.segment if incoming is not None else 0)
+        index = index_on(self._layout, [rows[number] for number in numbers], parts[0].device)
+        return torch.cat(parts).index_select(0, index)
 
     def final_states(self, pieces: Sequence[int], rows: Sequence[int], incoming: Tensor | None) -> Tensor:
         written = self._written
@@ -320,4 +316,4 @@ class FlaChunkForm(ChunkForm):
         if self._finals is None:
             self._read(torch.zeros_like(written.k), written.v, written.start_states, incoming, 1.0)
         assert self._finals is not None
-        return self._finals[list(pieces)]
+        return take_rows(self._finals, pieces, self._layout)

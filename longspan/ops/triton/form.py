@@ -10,10 +10,10 @@ from torch import Tensor
 
 from longspan.errors import InputError
 from longspan.layout import SequenceLayout
+from longspan.layout.rows import take_rows
 from longspan.ops.backends import MAX_HEAD_SIZE, TRITON_CHUNK_SIZES, require_gpu
 from longspan.ops.decay.carried import carried_final_states, diagonal_transition
 from longspan.ops.gates import DecayKind, LogDecays
-from longspan.ops.tiling import take_rows
 from longspan.ops.triton.custom_operators import decay_read, decay_write
 from longspan.ops.triton.launch import contiguous_rows, interpreted
 from longspan.ops.triton.stretches import Stretches, stretch_length, stretches_of
@@ -152,7 +152,7 @@ class TritonChunkForm(ChunkForm):
 
     def final_states(self, pieces: Sequence[int], rows: Sequence[int], incoming: Tensor | None) -> Tensor:
         assert self._written is not None
-        own = take_rows(self._written.ends, rows)
+        own = take_rows(self._written.ends, rows, self.layout)
         return carried_final_states(own, [self.layout.pieces[number] for number in pieces], incoming, self.transition)
 
     def transition(self, ranges: Sequence[tuple[int, int]]) -> Transition:
