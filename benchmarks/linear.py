@@ -24,7 +24,7 @@ from benchmarks.harness import (
     seconds,
     timed_pairs,
 )
-from longspan.ops.decay.chunk_form import default_chunk_size
+from longspan.ops.decay.form import default_chunk_size
 from longspan.ops.variants import VARIANTS
 
 HEADS = 8

@@ -73,7 +73,7 @@ FAULTS: dict[str, Fault] = {
         (f"{CONFORMANCE}[simple_gla-zigzag-all_gather-3]",),
     ),
     "the gradient of the query without the scale": Fault(
-        "longspan/ops/decay/chunk_form.py",
+        "longspan/ops/decay/read.py",
         "grad_query.view_as(query), with_scale(factors.query, call.scale)",
         "grad_query.view_as(query), factors.query",
         (f"{CHUNKS}::test_chunk_form_equals_recurrent_form", "-k", "simple_gla and overlapped"),

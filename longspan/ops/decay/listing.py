@@ -2,7 +2,7 @@
 
     S_t = Diag(e^{g_t}) S_{t-1} + k_t v_tᵀ,      o_t = scale · S_tᵀ q_t
 
-`longspan.ops.decay.chunk_form` computes the same from factors instead of a decay for every pair, in blocks of chunks, with a
+`longspan.ops.decay` computes the same from factors instead of a decay for every pair, in blocks of chunks, with a
 backward of its own. Tests hold this listing equal to the recurrence and to the engine. Nothing calls it.
 """
 

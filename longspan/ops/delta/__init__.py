@@ -12,7 +12,7 @@ token t writes is u_t = β_t (v_t − Sᵀ k̂_t − Σ_{s<t} (k̂_t·k̃_s) u_s
     o = P u + q̂ S                P = tril(q̂ k̃ᵀ)
     S_out = e^{b_C} (S + k̃ᵀ u)   and, as a matrix, A = e^{b_C} (I − k̃ᵀ W)
 
-(Gated DeltaNet, arXiv 2412.06464; KDA, arXiv 2510.26692). As in `longspan.ops.decay.chunk_form`, the factors e^{b} are taken about
+(Gated DeltaNet, arXiv 2412.06464; KDA, arXiv 2510.26692). As in `longspan.ops.decay`, the factors e^{b} are taken about
 the middle of the chunk's range. Everything is computed in the dtype of the states: float32, for bfloat16 inputs as well.
 
 The phases are autograd nodes, in this order:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from longspan.ops.decay.chunk_form import DecayVariant
+from longspan.ops.decay import DecayVariant
 from longspan.ops.gates import DecayKind, Gates
 
 
