@@ -3,10 +3,12 @@
 from typing import TYPE_CHECKING, Any
 
 from longspan.attention.convolution import causal_conv1d
+from longspan.attention.halo import halo
 from longspan.attention.memory import KeyMemory, Memory, StateMemory
 from longspan.attention.shift import token_shift
 from longspan.errors import CheckpointError, ConfigError, DataError, InputError, LayoutError, LongspanError
 from longspan.exchange import record_traffic
+from longspan.exchange.all_reduce import sum_over_ranks
 from longspan.functional import (
     delta_rule,
     gated_delta_rule,
@@ -45,6 +47,7 @@ __all__ = [
     "delta_rule",
     "gated_delta_rule",
     "gla",
+    "halo",
     "hgrn2",
     "kda",
     "linear_attention",
@@ -57,6 +60,7 @@ __all__ = [
     "simple_gla",
     "softmax_attention",
     "sum_gradients",
+    "sum_over_ranks",
     "token_shift",
     "unparallelize",
     "write",

@@ -15,7 +15,9 @@ from longspan.attention.by_name import Schedule, apply_operator, write
 from longspan.attention.hgrn2 import hgrn2
 from longspan.attention.mamba2 import mamba2
 from longspan.attention.normalized import normalized_linear_attention, write_normalized
+from longspan.checks import check_flag, check_tensors
 from longspan.exchange import Exchanger
+from longspan.features import unit_length
 from longspan.layout import SequenceLayout
 
 __all__ = [
@@ -475,6 +477,7 @@ def delta_rule(
     beta: Tensor,
     *,
     scale: float | None = ...,
+    qk_l2norm: bool = ...,
     initial_state: Tensor | None = ...,
     output_final_state: Literal[False] = ...,
     layout: SequenceLayout | None = ...,
@@ -493,6 +496,7 @@ def delta_rule(
     beta: Tensor,
     *,
     scale: float | None = ...,
+    qk_l2norm: bool = ...,
     initial_state: Tensor | None = ...,
     output_final_state: Literal[True],
     layout: SequenceLayout | None = ...,
@@ -511,6 +515,7 @@ def delta_rule(
     beta: Tensor,
     *,
     scale: float | None = ...,
+    qk_l2norm: bool = ...,
     initial_state: Tensor | None = ...,
     output_final_state: bool,
     layout: SequenceLayout | None = ...,
@@ -528,6 +533,7 @@ def delta_rule(
     beta: Tensor,
     *,
     scale: float | None = None,
+    qk_l2norm: bool = False,
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     layout: SequenceLayout | None = None,
@@ -546,6 +552,8 @@ def delta_rule(
 
     Args:
         beta: how much of what its key reads a token replaces, ``[B, T, H]``; in (0, 1), or up to 2 for keys of length 1.
+        qk_l2norm: give the q and k of each head length 1 first, ``x / sqrt(|x|² + 1e-6)``, in float32 and rounded to their dtype,
+            as flash-linear-attention's ``use_qk_l2norm_in_kernel``. In two phases, use `longspan.features.unit_length`.
         q, k, v and the rest: as in `linear_attention`.
 
     Returns:
@@ -554,6 +562,7 @@ def delta_rule(
     Raises:
         InputError, LayoutError: as in `linear_attention`.
     """
+    q, k = _normed("delta_rule", q, k, qk_l2norm)
     return apply_operator(
         "delta_rule",
         q,
@@ -580,6 +589,7 @@ def gated_delta_rule(
     beta: Tensor,
     *,
     scale: float | None = ...,
+    qk_l2norm: bool = ...,
     initial_state: Tensor | None = ...,
     output_final_state: Literal[False] = ...,
     layout: SequenceLayout | None = ...,
@@ -599,6 +609,7 @@ def gated_delta_rule(
     beta: Tensor,
     *,
     scale: float | None = ...,
+    qk_l2norm: bool = ...,
     initial_state: Tensor | None = ...,
     output_final_state: Literal[True],
     layout: SequenceLayout | None = ...,
@@ -618,6 +629,7 @@ def gated_delta_rule(
     beta: Tensor,
     *,
     scale: float | None = ...,
+    qk_l2norm: bool = ...,
     initial_state: Tensor | None = ...,
     output_final_state: bool,
     layout: SequenceLayout | None = ...,
@@ -636,6 +648,7 @@ def gated_delta_rule(
     beta: Tensor,
     *,
     scale: float | None = None,
+    qk_l2norm: bool = False,
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     layout: SequenceLayout | None = None,
@@ -656,6 +669,7 @@ def gated_delta_rule(
     Args:
         g: log decays ``[B, T, H]``, at most 0; float32 or float64 (bfloat16 is accepted, at the price of its own rounding).
         beta: how much of what its key reads a token replaces, ``[B, T, H]``; in (0, 1), or up to 2 for keys of length 1.
+        qk_l2norm: as in `delta_rule`.
         q, k, v and the rest: as in `linear_attention`.
 
     Returns:
@@ -664,6 +678,7 @@ def gated_delta_rule(
     Raises:
         InputError, LayoutError: as in `linear_attention`; and InputError for a g above 0 or NaN (looked at on the CPU only).
     """
+    q, k = _normed("gated_delta_rule", q, k, qk_l2norm)
     return apply_operator(
         "gated_delta_rule",
         q,
@@ -690,6 +705,7 @@ def kda(
     beta: Tensor,
     *,
     scale: float | None = ...,
+    qk_l2norm: bool = ...,
     initial_state: Tensor | None = ...,
     output_final_state: Literal[False] = ...,
     layout: SequenceLayout | None = ...,
@@ -709,6 +725,7 @@ def kda(
     beta: Tensor,
     *,
     scale: float | None = ...,
+    qk_l2norm: bool = ...,
     initial_state: Tensor | None = ...,
     output_final_state: Literal[True],
     layout: SequenceLayout | None = ...,
@@ -728,6 +745,7 @@ def kda(
     beta: Tensor,
     *,
     scale: float | None = ...,
+    qk_l2norm: bool = ...,
     initial_state: Tensor | None = ...,
     output_final_state: bool,
     layout: SequenceLayout | None = ...,
@@ -746,6 +764,7 @@ def kda(
     beta: Tensor,
     *,
     scale: float | None = None,
+    qk_l2norm: bool = False,
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     layout: SequenceLayout | None = None,
@@ -766,6 +785,7 @@ def kda(
     Args:
         g: log decays ``[B, T, H, K]``, at most 0; float32 or float64 (bfloat16 is accepted, at the price of its own rounding).
         beta: how much of what its key reads a token replaces, ``[B, T, H]``; in (0, 1), or up to 2 for keys of length 1.
+        qk_l2norm: as in `delta_rule`.
         q, k, v and the rest: as in `linear_attention`.
 
     Returns:
@@ -774,6 +794,7 @@ def kda(
     Raises:
         InputError, LayoutError: as in `linear_attention`; and InputError for a g above 0 or NaN (looked at on the CPU only).
     """
+    q, k = _normed("kda", q, k, qk_l2norm)
     return apply_operator(
         "kda",
         q,
@@ -789,3 +810,11 @@ def kda(
         backend=backend,
         chunk_size=chunk_size,
     )
+
+
+def _normed(operator: str, q: Tensor, k: Tensor, qk_l2norm: bool) -> tuple[Tensor, Tensor]:
+    """q and k, of length 1 where that is asked for."""
+    if not check_flag(operator, "qk_l2norm", qk_l2norm):
+        return q, k
+    check_tensors(operator, q=q, k=k)
+    return unit_length(q), unit_length(k)

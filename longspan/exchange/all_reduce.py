@@ -2,20 +2,61 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from longspan.checks import check_tensor
 from longspan.comm.collectives import all_reduce
 from longspan.first_order import first_order
 from longspan.layout import SequenceLayout, group_of
+from longspan.layout.groups import resolve_group
+from longspan.tracing import breaks_graphs, has_no_values, outside_graphs, unseen_by_checkpointing
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
-def sum_over_ranks(x: Tensor, layout: SequenceLayout) -> Tensor:
-    """The sum of `x` over the layout's ranks, on every rank; its gradient is summed over them too."""
-    summed: Tensor = _SumOverRanks.apply(x, layout)
+def sum_over_ranks(x: Tensor, group: SequenceLayout | dist.ProcessGroup | DeviceMesh | None = None) -> Tensor:
+    """The sum of `x` over the ranks of `group`, on every rank, by one all-reduce; differentiable.
+
+    Args:
+        x: any shape and dtype, the same on every rank; summed in its dtype.
+        group: whose ranks: a layout's; or a ProcessGroup, a DeviceMesh or None as `longspan.SequenceLayout` takes them.
+
+    Returns:
+        The shape and dtype of x; x itself where there is one rank.
+
+    Its gradient is the sum over the ranks of theirs: right where a rank's loss is its own share of the loss. A loss that every rank
+    computes whole from the sum must be divided by the number of ranks. Every rank must take the same calls in the same order,
+    backward too, and x must take a gradient on all of them or on none.
+
+    Raises:
+        InputError: for what is no tensor. LayoutError: for a group that does not exist, or that this rank is not in.
+    """
+    check_tensor("sum_over_ranks()", "x", x)
+    if isinstance(group, SequenceLayout):
+        if not has_no_values(x):
+            group.check_group("sum_over_ranks()")
+        process_group, num_ranks = group.group, group.num_ranks
+    else:
+        process_group, num_ranks, _, _ = resolve_group(group)
+    if num_ranks == 1:
+        return x
+    if breaks_graphs():
+        return _sum_outside_graphs(x, process_group)
+    return x.clone() if has_no_values(x) else _sum(x, process_group)
+
+
+@unseen_by_checkpointing
+def _sum(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    summed: Tensor = _SumOverRanks.apply(x, group)
     return summed
+
+
+_sum_outside_graphs = outside_graphs(_sum)
 
 
 class _SumOverRanks(torch.autograd.Function):
@@ -27,14 +68,14 @@ class _SumOverRanks(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layout: SequenceLayout) -> Tensor:
-        ctx.layout = layout
-        return all_reduce(x, group_of(layout), "forward")
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return all_reduce(x, group, "forward")
 
     @staticmethod
     @first_order
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return all_reduce(grads[0], group_of(ctx.layout), "backward"), None
+        return all_reduce(grads[0], ctx.group, "backward"), None
 
 
 class JoinSum(torch.autograd.Function):

@@ -1,0 +1,151 @@
+"""`longspan.halo` gives each piece the tokens before it, and `longspan.sum_over_ranks` every rank the sum, with their gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import longspan
+from longspan.errors import InputError, LayoutError
+from longspan.layout import ORDERS, SequenceLayout
+from tests.compare import relative_error, worst
+from tests.ranks import raised, run_on_ranks
+from tests.unwritten import unwritten_memory_is_nan
+
+PACKED = (0, 1, 2, 9, 12, 19)
+
+
+def windows(x: Tensor, before: Tensor, pieces: Any, width: int) -> Tensor:
+    """For each token the `width` tokens before it and itself, ``[B, T, width + 1, ...]``."""
+    found = []
+    for piece, earlier in zip(pieces, before, strict=True):
+        tokens = torch.cat([earlier, x[:, piece.start : piece.stop]], dim=1)
+        found.append(tokens.unfold(1, width + 1, 1).movedim(-1, 2))
+    return torch.cat(found, dim=1)
+
+
+def expected_windows(x: Tensor, bounds: tuple[int, ...], width: int) -> Tensor:
+    rows = []
+    for token in range(x.shape[1]):
+        start = max(bound for bound in bounds if bound <= token)
+        slots = [x[:, t] if t >= start else torch.zeros_like(x[:, 0]) for t in range(token - width, token + 1)]
+        rows.append(torch.stack(slots, dim=1))
+    return torch.stack(rows, dim=1)
+
+
+@unwritten_memory_is_nan()
+def errors_of_windows(order: Any, documents: Any, width: int, sizes: tuple[int, ...]) -> float:
+    layout = SequenceLayout(19, order=order, documents=documents)
+    generator = torch.Generator().manual_seed(width)
+    batch = 1 if documents else 2
+    x = torch.randn(batch, 19, *sizes, generator=generator, dtype=torch.float64, requires_grad=True)
+    want = expected_windows(x, layout.document_bounds[:-1], width)
+    upstream = torch.randn(want.shape, generator=generator, dtype=torch.float64)
+    (want_grad,) = torch.autograd.grad(want, x, upstream)
+    own = layout.shard(x.detach()).clone().requires_grad_()
+    before = longspan.halo(own, width, layout)
+    assert before.shape == (len(layout.pieces), batch, width, *sizes)
+    got = windows(own, before, layout.pieces, width)
+    (grad,) = torch.autograd.grad(got, own, layout.shard(upstream))
+    return worst([relative_error(got, layout.shard(want)), relative_error(grad, layout.shard(want_grad))])
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_halo_is_what_stands_before_each_piece(num_ranks: int, order: Any) -> None:
+    for documents in (None, PACKED):
+        for width, sizes in ((1, ()), (3, (2, 3)), (25, (4,))):
+            errors = run_on_ranks(num_ranks, errors_of_windows, order, documents, width, sizes)
+            assert worst(errors) <= 1e-15, (documents, width)
+
+
+def halo_of_integers() -> Tensor:
+    layout = SequenceLayout(8)
+    return longspan.halo(layout.shard(torch.arange(10, 18)[None]), 2, layout)
+
+
+def test_a_halo_may_be_of_integers() -> None:
+    assert [x.tolist() for x in run_on_ranks(2, halo_of_integers)] == [[[[0, 0]]], [[[12, 13]]]]
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"x": 3}, InputError, r"halo: x must be a torch\.Tensor; got 3"),
+        ({"x": torch.zeros(6)}, InputError, r"halo takes x \[B, T, \.\.\.\]; got shape \(6,\)"),
+        ({"width": 0}, InputError, "width must be a positive int, the tokens before each piece; got 0"),
+        ({"width": 1.5}, InputError, "width must be a positive int"),
+        ({"layout": None}, InputError, "halo: layout must be a SequenceLayout"),
+        ({"x": torch.zeros(1, 5, 2)}, LayoutError, "halo takes the 6 tokens"),
+        ({"layout": SequenceLayout.local(6, [0, 2, 6]), "x": torch.zeros(2, 6, 1)}, InputError, "B = 1"),
+        ({"layout": SequenceLayout.for_rank(12, 2, 0)}, LayoutError, "made by for_rank"),
+    ],
+)
+def test_what_does_not_fit_is_refused(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    inputs: dict[str, Any] = {"x": torch.zeros(1, 6, 2), "width": 2, "layout": SequenceLayout.local(6)}
+    with pytest.raises(error, match=message):
+        longspan.halo(**{**inputs, **change})
+
+
+def test_a_halo_has_a_shape_without_values() -> None:
+    layout = SequenceLayout.for_rank(12, 2, 1, documents=[0, 7, 12])
+    assert longspan.halo(torch.zeros(1, 6, 3, device="meta"), 2, layout).shape == (2, 1, 2, 3)
+
+
+def sums() -> list[bool]:
+    rank = dist.get_rank()
+    pair = dist.new_group([0, 1])
+    x = torch.tensor([1.0, 2.0], dtype=torch.float64) * (rank + 1)
+    x.requires_grad_()
+    found = []
+    for group in (None, SequenceLayout(8), dist.group.WORLD, dist.device_mesh.init_device_mesh("cpu", (3,))):
+        total = longspan.sum_over_ranks(x, group)
+        # Every rank weighs the sum its own way.
+        (grad,) = torch.autograd.grad((total * (rank + 1)).sum(), x)
+        found.append(torch.equal(total.detach(), torch.tensor([6.0, 12.0]).double()))
+        found.append(torch.equal(grad, torch.full((2,), 6.0).double()))
+    if rank < 2:
+        found.append(torch.equal(longspan.sum_over_ranks(torch.tensor([rank + 1]), pair), torch.tensor([3])))
+    else:
+        found.append("not in the given group" in raised(longspan.sum_over_ranks, x, pair)[1])
+    return found
+
+
+def test_a_sum_is_of_all_ranks_of_a_group_with_their_gradients() -> None:
+    assert run_on_ranks(3, sums) == [[True] * 9] * 3
+
+
+def test_the_sum_of_one_rank_is_its_own() -> None:
+    x = torch.randn(3)
+    assert longspan.sum_over_ranks(x) is x
+    assert longspan.sum_over_ranks(x, SequenceLayout.local(4)) is x
+    with pytest.raises(LayoutError, match=r"sum_over_ranks\(\) needs a layout with a process group"):
+        longspan.sum_over_ranks(x, SequenceLayout.for_rank(4, 2, 0))
+    with pytest.raises(LayoutError, match="group must be a ProcessGroup"):
+        longspan.sum_over_ranks(x, "sp")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"sum_over_ranks\(\): x must be a torch\.Tensor; got 1\.0"):
+        longspan.sum_over_ranks(1.0)  # type: ignore[arg-type]
+
+
+def compiled_on_ranks() -> bool:
+    layout = SequenceLayout(8)
+    x = layout.shard(torch.arange(16.0).view(1, 8, 2)).clone().requires_grad_()
+
+    def compute(x: Tensor) -> Tensor:
+        before = longspan.halo(x * 2.0, 2, layout)
+        return longspan.sum_over_ranks(before.sum() + x.square().sum(), layout)
+
+    want = compute(x)
+    got = torch.compile(compute, backend="aot_eager")(x)
+    (want_grad,), (grad,) = torch.autograd.grad(want, x), torch.autograd.grad(got, x)
+    return torch.equal(got, want) and torch.equal(grad, want_grad)
+
+
+# PyTorch's own, where it stops a graph: it hides that from a user, but not from an error filter.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_compiled_calls_over_ranks_give_the_same() -> None:
+    assert run_on_ranks(2, compiled_on_ranks, timeout=120.0) == [True, True]
