@@ -11,7 +11,7 @@ import re
 from collections import OrderedDict
 from collections.abc import Callable
 from contextvars import Token
-from copy import copy, deepcopy
+from copy import deepcopy
 from types import MethodType
 from typing import Any, TypeVar
 
@@ -59,6 +59,7 @@ class ParallelModel:
         self.backbone = backbone_of(head)
         self.options, self.place, self.order, self.loss = options, place, order, loss
         self.mixers = mixers.mixers_of(self.backbone)
+        self.modeling_files = _modeling_files(head)
         self.call: ParallelCall | None = None
         self.last_layout: SequenceLayout | None = None
         self.num_calls = 0
@@ -71,8 +72,9 @@ class ParallelModel:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ParallelModel:
         """A copy of the model is parallel too: of the same group, with its own mixers and hooks."""
-        other = copy(self)
+        other = type(self).__new__(type(self))
         memo[id(self)] = other
+        vars(other).update(vars(self))
         for name in ("head", "backbone", "mixers", "_handles"):
             setattr(other, name, deepcopy(getattr(self, name), memo))
         other.call, other._tokens, other._layouts = None, [], OrderedDict()
@@ -84,12 +86,6 @@ class ParallelModel:
             "a parallelized model cannot be pickled whole: it holds a process group. Save its state_dict() or call "
             "save_pretrained(), which are those of the model as it was, or longspan.unparallelize(model) first"
         )
-
-    @property
-    def modeling_files(self) -> set[str]:
-        """Names of the modules of Transformers that the model's classes come from."""
-        classes = {base for module in self.head.modules() for base in type(module).__mro__}
-        return {base.__module__ for base in classes if base.__module__.startswith("transformers.models.")}
 
     # --------------------------------------------------------------------------------------------- installing
 
@@ -532,6 +528,12 @@ def _bound(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     given.pop("self", None)
     extra = given.pop("kwargs", {})
     return {**given, **extra}
+
+
+def _modeling_files(head: nn.Module) -> set[str]:
+    """Names of the modules of Transformers that a model's classes come from."""
+    classes = {base for module in head.modules() for base in type(module).__mro__}
+    return {base.__module__ for base in classes if base.__module__.startswith("transformers.models.")}
 
 
 def _owner(module: nn.Module, path: str) -> tuple[nn.Module, str]:

@@ -1,0 +1,71 @@
+"""Gradient checkpointing of both kinds recomputes with the layout of its own forward, whatever ran in between."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import longspan
+from tests.integrations.transformers.families import build
+from tests.integrations.transformers.reference import PACKED, PLAIN, gradients_of
+from tests.ranks import run_on_ranks
+
+
+def gradients(name: str, reentrant: bool | None, two_forwards: bool, before: bool) -> dict[str, Tensor]:
+    model: Any = build(name).float().train()
+
+    def checkpointing() -> None:
+        if reentrant is not None:
+            model.activation_checkpointing_enable({"use_reentrant": reentrant})
+            if reentrant:
+                model.enable_input_require_grads()
+
+    if before:
+        checkpointing()
+    longspan.parallelize(model, None)
+    if not before:
+        checkpointing()
+    first = model(**PACKED.arguments()).loss
+    # Another forward of other documents before the first one's backward.
+    loss = first + model(**PLAIN.arguments()).loss if two_forwards else first
+    loss.backward()
+    return gradients_of(model)
+
+
+def compared(name: str, reentrant: bool, two_forwards: bool, before: bool) -> None:
+    torch.manual_seed(0)
+    want = gradients(name, None, two_forwards, before)
+    got = gradients(name, reentrant, two_forwards, before)
+    different = [key for key in want if not torch.equal(got[key], want[key])]
+    assert got.keys() == want.keys() and not different, different
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("name", ["jamba", "qwen3_next"])
+def test_recomputed_gradients_are_the_same_bits(name: str, reentrant: bool) -> None:
+    run_on_ranks(2, compared, name, reentrant, True, name == "jamba")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("two_forwards", [True, False])
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mamba",
+        "mamba2",
+        "falcon_mamba",
+        "jamba",
+        "recurrent_gemma",
+        "minimax",
+        "kimi_linear",
+        "bamba",
+        "lfm2",
+        "zamba2",
+    ],
+)
+def test_every_family_recomputes_the_same_bits(name: str, reentrant: bool, two_forwards: bool) -> None:
+    run_on_ranks(2, compared, name, reentrant, two_forwards, False)

@@ -1,0 +1,180 @@
+"""What would be silently wrong over ranks is refused by name, on all ranks, before anything is sent."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import longspan
+from longspan.errors import InputError
+from tests.integrations.transformers.families import VOCABULARY, build
+from tests.integrations.transformers.reference import PLAIN
+from tests.ranks import raised, run_on_ranks
+
+IDS = PLAIN.ids
+TINY = {"vocab_size": VOCABULARY, "bos_token_id": None, "eos_token_id": None}
+
+
+def refused_call(name: str, options: dict[str, Any], given: dict[str, Any], training: bool) -> tuple[str, str]:
+    model = longspan.parallelize(build(name, **options), None).train(training)
+    return raised(lambda: model(**{"input_ids": IDS, **given}))
+
+
+LEFT = torch.ones_like(IDS)
+LEFT[0, :4] = 0
+HOLES = torch.ones_like(IDS)
+HOLES[0, 5] = 0
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "given", "training", "says"),
+    [
+        ("llama", {}, {"attention_mask": LEFT}, False, "Pad on the right"),
+        ("qwen3_next", {}, {"attention_mask": HOLES}, False, "Pad on the right"),
+        ("llama", {}, {"attention_mask": torch.ones(2, 1, 37, 37)}, False, "pack documents"),
+        ("llama", {}, {"attention_mask": {"full_attention": None}}, False, "pack documents"),
+        ("llama", {"attention_dropout": 0.1}, {}, True, "attention_dropout to 0"),
+        ("llama", {}, {"output_attentions": True}, False, "unparallelize"),
+        ("llama", {}, {"logits_to_keep": 1}, False, "Leave it out"),
+        ("llama", {}, {"past_key_values": object()}, False, "longspan.prefill"),
+        ("mamba", {}, {"cache_params": object()}, False, "longspan.prefill"),
+        ("llama", {}, {"token_type_ids": torch.zeros_like(IDS)}, False, "token_type_ids"),
+        ("llama", {}, {"input_ids": None}, False, "input_ids"),
+    ],
+)
+def test_calls(name: str, options: dict[str, Any], given: dict[str, Any], training: bool, says: str) -> None:
+    for kind, message in run_on_ranks(2, refused_call, name, options, given, training):
+        assert kind == "InputError", message
+        assert says in message
+
+
+def alibi() -> nn.Module:
+    import transformers
+
+    config = transformers.FalconConfig(**TINY, hidden_size=24, num_hidden_layers=2, num_attention_heads=4, alibi=True)
+    return transformers.FalconForCausalLM(config)
+
+
+def bloom() -> nn.Module:
+    import transformers
+
+    return transformers.BloomForCausalLM(transformers.BloomConfig(**TINY, hidden_size=24, n_layer=2, n_head=4))
+
+
+def rwkv() -> nn.Module:
+    import transformers
+
+    config = transformers.RwkvConfig(**TINY, hidden_size=24, num_hidden_layers=2, attention_hidden_size=24)
+    return transformers.RwkvForCausalLM(config)
+
+
+def classifier() -> nn.Module:
+    import transformers
+
+    config = transformers.LlamaConfig(
+        **TINY, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4, pad_token_id=0
+    )
+    return transformers.LlamaForSequenceClassification(config)
+
+
+def encoder_decoder() -> nn.Module:
+    import transformers
+
+    config = transformers.T5Config(
+        **TINY, d_model=24, d_kv=6, d_ff=40, num_layers=1, num_heads=4, decoder_start_token_id=0, pad_token_id=0
+    )
+    return transformers.T5ForConditionalGeneration(config)
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (alibi, "ALiBi"),
+        (bloom, "attention interface"),
+        (rwkv, "RwkvSelfAttention"),
+        (classifier, "ForCausalLM"),
+        (encoder_decoder, "encoder"),
+    ],
+)
+def test_models(make: Any, says: str) -> None:
+    model = make()
+    keys = [set(vars(module)) for module in model.modules()]
+    with pytest.raises(InputError, match=says):
+        longspan.parallelize(model, None)
+    assert [set(vars(module)) for module in model.modules()] == keys, "a model that was refused was changed"
+
+
+def test_options() -> None:
+    for wrong in (
+        {"order": "spiral"},
+        {"loss": "product"},
+        {"exchange": "carrier pigeon"},
+        {"softmax_method": "cubic"},
+    ):
+        with pytest.raises((InputError, longspan.LayoutError), match=str(next(iter(wrong.values())))):
+            longspan.parallelize(build("llama"), None, **wrong)  # type: ignore[arg-type]
+
+
+def lost_layout(name: str, mixer: str) -> tuple[str, str]:
+    """A mixer whose code was changed so that the layout does not reach what it calls."""
+    model = longspan.parallelize(build(name), None)
+    module = next(module for module in model.modules() if type(module).__name__ == mixer)
+    forward = module.forward
+
+    def without_keywords(*args: Any, **kwargs: Any) -> Any:
+        return forward(*args, **{key: value for key, value in kwargs.items() if not key.startswith("longspan")})
+
+    module.forward = without_keywords
+    return raised(lambda: model(input_ids=IDS))
+
+
+@pytest.mark.parametrize(("name", "mixer"), [("qwen3_next", "Qwen3NextGatedDeltaNet"), ("lfm2", "Lfm2ShortConv")])
+def test_a_mixer_that_lost_the_layout_raises(name: str, mixer: str) -> None:
+    for kind, message in run_on_ranks(2, lost_layout, name, mixer):
+        assert kind == "LayoutError"
+        assert mixer in message and "whole sequence" in message
+
+
+def mixer_alone() -> tuple[str, str]:
+    model: Any = longspan.parallelize(build("qwen3_next"), None)
+    return raised(lambda: model.model.layers[0].linear_attn(torch.zeros(1, 5, 24, dtype=torch.float64)))
+
+
+def test_a_mixer_outside_of_its_model_raises() -> None:
+    kind, message = mixer_alone()
+    assert kind == "LayoutError" and "Call the whole model" in message
+
+
+def verified(name: str, broken: bool) -> None:
+    model: Any = build(name)
+    if not broken:
+        longspan.parallelize(model, None, verify=True)
+        longspan.unparallelize(model)
+        return
+    # A layer that mixes tokens in a way that nothing tells: a shift by one token inside of a feed-forward layer.
+    layer = model.model.layers[0].mlp
+    forward = layer.forward
+    layer.forward = lambda x: forward(torch.cat([x[:, :1], x[:, :-1]], dim=1))
+    kind, message = raised(lambda: longspan.parallelize(model, None, verify=True))
+    assert kind == "InputError" and "differs from one process" in message, message
+    assert getattr(model, "sequence_parallel", None) is None
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3_next", "bamba"])
+def test_verify_passes_what_is_right(name: str) -> None:
+    run_on_ranks(2, verified, name, False)
+
+
+def test_verify_finds_what_nothing_else_tells() -> None:
+    run_on_ranks(2, verified, "llama", True)
+
+
+def test_an_untested_release_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    import transformers
+
+    monkeypatch.setattr(transformers, "__version__", "5.99.0")
+    with pytest.warns(UserWarning, match=r"5\.99\.0"):
+        longspan.parallelize(build("llama"), None)

@@ -1,0 +1,165 @@
+"""Several models in one process, some parallel and some not, do not disturb each other; what was replaced is put back."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import longspan
+from longspan.errors import InputError
+from longspan.integrations.transformers import layout_of
+from tests.compare import relative_error
+from tests.integrations.transformers.families import build
+from tests.integrations.transformers.reference import PLAIN, Wide
+from tests.ranks import run_on_ranks
+
+FILE = "transformers.models.qwen3_next.modeling_qwen3_next"
+NAMES = ("causal_conv1d_fn", "torch_chunk_gated_delta_rule", "load_balancing_loss_func")
+
+
+def functions_of_file() -> list[Any]:
+    return [getattr(sys.modules[FILE], name) for name in NAMES]
+
+
+def logits_of(model: nn.Module, **given: Any) -> Tensor:
+    with Wide(), torch.no_grad():
+        logits: Tensor = model(input_ids=PLAIN.ids, use_cache=False, **given).logits
+    return logits
+
+
+def whole(model: nn.Module) -> Tensor:
+    """Logits of all ranks of a parallelized model."""
+    logits = logits_of(model)
+    return layout_of(model).gather(logits)
+
+
+def two_models_of_one_class(first: bool) -> None:
+    """Both parallel; one is undone, in either order; a third never was."""
+    models = [build("qwen3_next") for _ in range(2)]
+    plain = build("qwen3_next")
+    want = logits_of(plain)
+    before = functions_of_file()
+    for model in models:
+        longspan.parallelize(model, None)
+    assert torch.equal(logits_of(plain), want)
+    undone, left = models if first else reversed(models)
+    longspan.unparallelize(undone)
+    assert torch.equal(logits_of(undone), want)
+    assert relative_error(whole(left), want) < 1e-12
+    assert functions_of_file() != before
+    longspan.unparallelize(left)
+    assert functions_of_file() == before
+    assert torch.equal(logits_of(left), want)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_two_models_of_one_class_are_undone_in_either_order(first: bool) -> None:
+    run_on_ranks(2, two_models_of_one_class, first)
+
+
+def test_what_is_replaced_is_put_back_once_no_model_needs_it() -> None:
+    model = build("qwen3_next")
+    before = functions_of_file()
+    longspan.parallelize(model, None)
+    assert all(old is not new for old, new in zip(before, functions_of_file(), strict=True))
+    del model
+    gc.collect()
+    # A model that is gone is not counted: the next one that is undone puts all back.
+    other = longspan.parallelize(build("qwen3_next"), None)
+    longspan.unparallelize(other)
+    assert functions_of_file() == before
+
+
+def test_nothing_of_a_model_is_left_over() -> None:
+    model = build("recurrent_gemma")
+    modules = {name: set(vars(module)) for name, module in model.named_modules()}
+    hooks = sum(len(module._forward_pre_hooks) + len(module._forward_hooks) for module in model.modules())
+    keys, config = list(model.state_dict()), model.config.to_dict()  # type: ignore[union-attr, operator]
+    longspan.parallelize(model, None)
+    assert list(model.state_dict()) == keys
+    longspan.unparallelize(model)
+    assert {name: set(vars(module)) for name, module in model.named_modules()} == {
+        **modules,
+        "": modules[""] | {"sequence_parallel"},
+    }
+    assert sum(len(module._forward_pre_hooks) + len(module._forward_hooks) for module in model.modules()) == hooks
+    assert model.config.to_dict() == config  # type: ignore[union-attr, operator]
+
+
+def made_from_one_config() -> None:
+    import transformers
+
+    first = build("llama")
+    second = transformers.LlamaForCausalLM(first.config).double()
+    second.load_state_dict(first.state_dict())
+    want = logits_of(second)
+    longspan.parallelize(first, None)
+    assert torch.equal(logits_of(second), want)
+    third = transformers.LlamaForCausalLM(second.config)
+    assert third.config._attn_implementation != "longspan"
+
+
+def test_another_model_of_the_same_config_is_left_alone() -> None:
+    run_on_ranks(2, made_from_one_config)
+
+
+def copied(name: str) -> None:
+    model = longspan.parallelize(build(name), None)
+    want = whole(model)
+    copy_of = copy.deepcopy(model)
+    assert torch.equal(whole(copy_of), want)
+    with torch.no_grad():
+        for parameter in copy_of.parameters():
+            parameter.mul_(1.1)
+    assert not torch.equal(whole(copy_of), want)
+    assert torch.equal(whole(model), want)
+    plain = logits_of(longspan.unparallelize(copy.deepcopy(model)))
+    assert relative_error(plain, want) < 1e-12
+    assert torch.equal(whole(model), want)
+
+
+@pytest.mark.parametrize("name", ["qwen3_next", "jamba", "minimax", "recurrent_gemma"])
+def test_a_copy_is_parallel_too_and_a_model_of_its_own(name: str) -> None:
+    run_on_ranks(2, copied, name)
+
+
+def test_a_parallelized_model_is_saved_as_it_was(tmp_path: Any) -> None:
+    import transformers
+
+    model = build("llama")
+    longspan.parallelize(model, None)
+    with pytest.raises(InputError, match=r"state_dict\(\)"):
+        torch.save(model, io.BytesIO())
+    model.save_pretrained(tmp_path)  # type: ignore[operator]
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
+    assert again.config._attn_implementation != "longspan"
+    longspan.unparallelize(model)
+    # Frequencies of rotary embeddings are float32 in what was loaded.
+    assert relative_error(logits_of(again), logits_of(model)) < 1e-6
+
+
+def test_twice_is_refused_and_so_is_undoing_nothing() -> None:
+    model = build("llama")
+    with pytest.raises(InputError, match="not parallelized"):
+        longspan.unparallelize(model)
+    longspan.parallelize(model, None)
+    with pytest.raises(InputError, match="already"):
+        longspan.parallelize(model, None)
+    longspan.unparallelize(model)
+    longspan.parallelize(model, None)
+
+
+def test_a_model_without_a_head_is_its_own_backbone() -> None:
+    model = build("llama").model
+    assert isinstance(model, nn.Module)
+    with Wide(), torch.no_grad():
+        want = model(input_ids=PLAIN.ids, use_cache=False).last_hidden_state
+        longspan.parallelize(model, None)
+        assert relative_error(model(input_ids=PLAIN.ids).last_hidden_state, want) < 1e-12
