@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longspan.attention.softmax import softmax_attention
 from longspan.errors import InputError
 from longspan.integrations.transformers.call import CALL, ParallelCall
-from longspan.integrations.transformers.functions import in_one_dtype
 from longspan.integrations.transformers.mixers import ATTENTION
+from longspan.layout import SequenceLayout
 
 ATTENTION_NAME = "longspan"
 """Under which the function is registered, and what ``config._attn_implementation`` says in a parallelized model.
@@ -44,7 +43,8 @@ def attention(
         query, key, value: ``[B, H, T, D]``, ``[B, H_kv, T, D]``, ``[B, H_kv, T, D_v]``, positions encoded.
         attention_mask: None; there is no mask under this implementation.
         scaling: of the scores. sliding_window: how many tokens a query sees, itself included.
-        is_causal: as in the layer where None.
+        softcap: scores become softcap · tanh(scores / softcap). s_aux, sinks: ``[H]``, logits of a token that every query sees and
+            that has no value. is_causal: as in the layer where None.
 
     Returns:
         ``[B, T, H, D_v]``, and None for the weights, which are never formed.
@@ -64,8 +64,6 @@ def attention(
         "a mask that is not causal": attention_mask is not None,
         f"attention dropout {dropout}": bool(dropout),
         "a position bias": position_bias is not None,
-        "a soft cap of scores": softcap is not None,
-        "attention sinks": s_aux is not None or sinks is not None,
     }
     for what, is_given in refused.items():
         if is_given:
@@ -74,10 +72,7 @@ def attention(
                 "right instead of masking"
             )
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    size = value.shape[-1]
-    if size < query.shape[-1]:
-        value = F.pad(value, (0, query.shape[-1] - size))
-    q, k, v = (t.transpose(1, 2) for t in in_one_dtype(query, key, value))
+    q, k, v = (t.transpose(1, 2) for t in (query, key, value))
     out = softmax_attention(
         q,
         k,
@@ -85,11 +80,13 @@ def attention(
         causal=causal,
         window=sliding_window,
         scale=q.shape[-1] ** -0.5 if scaling is None else scaling,
-        layout=call.layout,
+        softcap=softcap,
+        sinks=s_aux if sinks is None else sinks,
+        layout=_layout_of(module, call.layout),
         method=call.options.softmax_method,
     )
     call.take(ATTENTION, module)
-    return out[..., :size], None
+    return out, None
 
 
 def register() -> None:
@@ -98,3 +95,12 @@ def register() -> None:
 
     if ATTENTION_NAME not in ALL_ATTENTION_FUNCTIONS:
         ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, attention)
+
+
+def _layout_of(module: nn.Module, layout: SequenceLayout) -> SequenceLayout:
+    """Chunked attention is attention inside chunks of each document."""
+    config: Any = getattr(module, "config", None)
+    types, index = getattr(config, "layer_types", None), getattr(module, "layer_idx", None)
+    if types is None or index is None or types[index] != "chunked_attention":
+        return layout
+    return layout.chunked(config.attention_chunk_size)

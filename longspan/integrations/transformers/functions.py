@@ -65,7 +65,6 @@ def _delta_rule(
     use_qk_l2norm_in_kernel: bool = False,
     **_: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    query, key, value = in_one_dtype(query, key, value)
     if use_qk_l2norm_in_kernel:
         query, key = _unit_length(query), _unit_length(key)
     out = operator(
@@ -101,22 +100,17 @@ def mamba2_scan(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Mamba-2's scan: x ``[B, T, H, P]``, dt ``[B, T, H]``, B and C ``[B, T, G, N]``; states ``[B, H, P, N]``, not as ours."""
     call.take(MAMBA2)
-    steps = at_least_float32(dt)
-    if dt_bias is not None:
-        steps = steps + dt_bias.to(steps.dtype)
-    if dt_softplus:
-        steps = F.softplus(steps)
-    if tuple(dt_limit) != (0.0, float("inf")):
-        steps = steps.clamp(*dt_limit)
-    x, B, C = in_one_dtype(hidden_states, B, C)
     out = operators.mamba2(
-        x,
-        steps,
+        hidden_states,
+        dt,
         A,
-        B,
-        C,
+        B.to(hidden_states.dtype),
+        C.to(hidden_states.dtype),
         D=D,
         z=z,
+        dt_bias=dt_bias,
+        dt_softplus=dt_softplus,
+        dt_limit=dt_limit,
         initial_state=None if initial_states is None else initial_states.transpose(-1, -2),
         output_final_state=return_final_states,
         layout=call.layout,
@@ -185,19 +179,6 @@ FUNCTIONS: Mapping[str, Callable[..., Any]] = {
     "mamba_inner_fn": not_fused,
 }
 """By the name of the function in a modeling file, what stands in for it."""
-
-
-def in_one_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Tensors as a matrix product would take them: under autocast in its dtype, else in that of the narrowest.
-
-    Rotary embeddings and norms in float32 leave queries and keys wider than the values beside them.
-    """
-    kind = tensors[0].device.type
-    if torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
-        return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
-    narrowest = min((t.dtype for t in tensors), key=lambda dtype: dtype.itemsize)
-    return tuple(t.to(narrowest) for t in tensors)
 
 
 def with_state(out: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:

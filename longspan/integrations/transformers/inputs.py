@@ -148,10 +148,11 @@ def in_one_row(given: dict[str, Any]) -> dict[str, Any]:
     rows, length = tokens_of(given).shape[:2]
     if rows == 1:
         return given
-    positions = given.get("position_ids")
-    flat = {name: flattened(given[name], rows, length) for name in _SPLIT if given.get(name) is not None}
-    if positions is not None and positions.dim() == 3:
-        flat["position_ids"] = flattened(positions, rows, length, dim=1)
+    flat = {
+        name: flattened(given[name], rows, length, dim=1 if name == "position_ids" and given[name].dim() == 3 else 0)
+        for name in _SPLIT
+        if given.get(name) is not None
+    }
     return {**given, **flat}
 
 

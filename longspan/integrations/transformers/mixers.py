@@ -79,6 +79,7 @@ MIXERS: Mapping[str, MixerClass] = {
 LAYER_TYPES = frozenset(
     {
         "attention",
+        "chunked_attention",
         "conv",
         "full_attention",
         "hybrid",

@@ -25,7 +25,7 @@ from longspan.exchange.all_reduce import sum_over_ranks
 from longspan.integrations.transformers import attention, dispatch, inputs, losses, mixers, rotary
 from longspan.integrations.transformers.call import CALL, RUNNING, ParallelCall
 from longspan.integrations.transformers.methods import METHODS
-from longspan.layout import Order, SequenceLayout
+from longspan.layout import ORDERS, Order, SequenceLayout
 from longspan.models.mixers import ParallelOptions, SequenceParallel
 from longspan.tracing import outside_graphs
 
@@ -427,7 +427,19 @@ def backbone_of(head: nn.Module) -> nn.Module:
     """The module of a model that turns tokens into hidden states; the model itself where it has no head."""
     model: Any = head
     backbone: nn.Module = model.base_model
+    if backbone is head and hasattr(model, "get_decoder"):
+        # Some classes name their backbone otherwise than base_model_prefix says.
+        backbone = model.get_decoder() or head
+    if backbone is head and _has_head(head):
+        raise InputError(
+            f"longspan does not find the backbone of {type(head).__name__}: parallelize it alone, as model.model"
+        )
     return backbone
+
+
+def _has_head(head: nn.Module) -> bool:
+    """Whether a model's class is one of causal language models, whose head looks at each token alone."""
+    return any(_BY_CLASS.search(base.__name__) for base in type(head).__mro__)
 
 
 def state_of(model: nn.Module) -> ParallelModel | None:
@@ -450,6 +462,10 @@ def parallelize_pretrained(
         raise InputError(
             f"{type(head).__name__} is parallelized already. Call longspan.unparallelize(model) before giving it other options"
         )
+    if order not in ORDERS:
+        raise InputError(f"order must be one of {', '.join(ORDERS)}; got {order!r}")
+    if loss not in losses.LOSSES:
+        raise InputError(f"loss must be one of {', '.join(losses.LOSSES)}; got {loss!r}")
     _check_model(head)
     if verify:
         from longspan.integrations.transformers.verify import Reference
@@ -458,7 +474,11 @@ def parallelize_pretrained(
     state = ParallelModel(head, options, place, order, loss)
     state.install()
     if verify:
-        reference.compare(head)
+        try:
+            reference.compare(head)
+        except BaseException:
+            state.uninstall()
+            raise
     return model
 
 
@@ -494,20 +514,20 @@ def _check_model(head: nn.Module) -> None:
     backbone = backbone_of(head)
     if config.is_encoder_decoder:
         raise InputError(f"{name} is an encoder with a decoder; decoders of causal language models are supported")
-    if head is not backbone and not any(_BY_CLASS.search(base.__name__) for base in type(head).__mro__):
+    if head is not backbone and not _has_head(head):
         raise InputError(
             f"{name} has a head that longspan does not know: it may need tokens of other ranks. Parallelize a ForCausalLM model, "
             "or "
             "the backbone alone (model.model), whose hidden states are this rank's"
         )
+    if getattr(config, "alibi", False):
+        raise InputError(f"{name} adds a position bias (ALiBi) to its scores, which is not supported over ranks")
     has_attention = any(mixers.is_attention(module) for module in backbone.modules())
     if has_attention and not type(head)._can_set_attn_implementation():  # type: ignore[attr-defined]
         raise InputError(
             f"{name}'s attention does not ask Transformers' attention interface, where longspan answers. "
             "Write an adapter for it (docs/transformers.md)"
         )
-    if getattr(config, "alibi", False):
-        raise InputError(f"{name} adds a position bias (ALiBi) to its scores, which is not supported over ranks")
 
 
 def _check_cache(given: dict[str, Any]) -> None:

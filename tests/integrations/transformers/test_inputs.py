@@ -1,4 +1,4 @@
-"""What a parallelized model may be called with: documents of all kinds, padding, embeddings, and sequences that are split already."""
+"""What a parallelized model may be called with: documents of all kinds, padding, embeddings, sequences that are split already."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import longspan
 from longspan.errors import InputError, LayoutError
 from longspan.integrations.transformers import layout_of, shard_batch
 from longspan.integrations.transformers.inputs import document_bounds, in_one_row
+from longspan.layout import Order
 from tests.compare import relative_error, worst_of
 from tests.integrations.transformers.families import build
 from tests.integrations.transformers.reference import PACKED, PLAIN, Wide, expected, gradients_of
@@ -218,16 +219,17 @@ def test_ranks_with_other_batches_are_told(call: Any) -> None:
         assert "different batches" in message and "DistributedSampler" in message
 
 
-def lengths(name: str, length: int, order: str) -> float:
-    model = longspan.parallelize(build(name), None, order=order)  # type: ignore[arg-type]
+def lengths(name: str, length: int, order: Order) -> float:
+    model, other = build(name), build(name)
+    longspan.parallelize(model, None, order=order)
     ids = PLAIN.ids[:, :length]
     with Wide(), torch.no_grad():
         got = layout_of_logits(model, input_ids=ids)
-        want = build(name)(input_ids=ids, use_cache=False).logits
+        want = other(input_ids=ids, use_cache=False).logits
     return relative_error(got, want)
 
 
 @pytest.mark.parametrize(("length", "order"), [(4, "contiguous"), (7, "zigzag")])
 @pytest.mark.parametrize("name", ["qwen3_next", "bamba"])
-def test_shards_shorter_than_a_convolution(name: str, length: int, order: str) -> None:
+def test_shards_shorter_than_a_convolution(name: str, length: int, order: Order) -> None:
     assert all(error < 1e-10 for error in run_on_ranks(4, lengths, name, length, order))

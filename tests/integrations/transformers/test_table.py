@@ -60,7 +60,7 @@ def test_each_stand_in_takes_what_it_is_called_with(name: str) -> None:
         original = getattr(module, function, None)
         if original is None or stand_in is functions.not_fused:
             continue
-        theirs = [p for p in inspect.signature(inspect.unwrap(original)).parameters.values()]
+        theirs = list(inspect.signature(inspect.unwrap(original)).parameters.values())
         ours = list(inspect.signature(stand_in).parameters)[1:]
         if ours == ["args", "kwargs"]:
             ours = list(inspect.signature(functions._delta_rule).parameters)[2:]
@@ -100,6 +100,6 @@ def test_a_model_without_mixers_is_refused() -> None:
 
 def test_an_unknown_layer_type_is_refused() -> None:
     backbone = nn.Module()
-    backbone.config = type("Config", (), {"layer_types": ["full_attention", "indexed_attention"]})()  # type: ignore[assignment]
+    backbone.config = type("Config", (), {"layer_types": ["full_attention", "indexed_attention"]})()
     with pytest.raises(InputError, match="indexed_attention"):
         mixers.mixers_of(backbone)
