@@ -427,14 +427,15 @@ def backbone_of(head: nn.Module) -> nn.Module:
     """The module of a model that turns tokens into hidden states; the model itself where it has no head."""
     model: Any = head
     backbone: nn.Module = model.base_model
-    if backbone is head and hasattr(model, "get_decoder"):
-        # Some classes name their backbone otherwise than base_model_prefix says.
-        backbone = model.get_decoder() or head
-    if backbone is head and _has_head(head):
+    if backbone is not head or not _has_head(head):
+        return backbone
+    # Some classes name their backbone otherwise than base_model_prefix says.
+    found = [child for child in head.children() if hasattr(child, "base_model_prefix")]
+    if len(found) != 1:
         raise InputError(
             f"longspan does not find the backbone of {type(head).__name__}: parallelize it alone, as model.model"
         )
-    return backbone
+    return found[0]
 
 
 def _has_head(head: nn.Module) -> bool:
