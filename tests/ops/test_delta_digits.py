@@ -6,6 +6,7 @@ Outputs, final states and every gradient, for gates from none to −inf, keys th
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 import longspan
+from longspan import SequenceLayout
 from longspan.ops.variants import VARIANTS
 from tests.compare import relative_error, worst
 from tests.variants import Inputs, make_inputs
@@ -121,3 +123,24 @@ def test_chunks_keep_the_digits_of_the_recurrence(name: str, gates: str, strengt
         # What passes a token and what it erases of that nearly cancel in the gradient of g: see docs/design.md.
         assert excess.pop("g", 0.0) <= (4.0 if dtype == torch.float32 else 1.0), label
         assert worst(excess) <= 1.0, (label, excess)
+
+
+@pytest.mark.parametrize(
+    ("name", "gates"), [("delta_rule", "no decay"), ("gated_delta_rule", "g in [-0.1, 0]"), ("kda", "g in [-0.1, 0]")]
+)
+def test_keys_that_repeat_in_documents_whose_last_chunks_are_computed_together(name: str, gates: str) -> None:
+    """Such chunks are solved in float64, and kept in float32 with those of other documents."""
+    bounds = [0, 30, 70, SEQ_LEN]
+    inputs = made(name, gates, BETAS["beta up to 2"], torch.float32)
+
+    def call(start: int, stop: int, layout: SequenceLayout | None) -> list[Tensor]:
+        leaves = [x.detach()[:, start:stop].clone().requires_grad_() for x in inputs.leaves() if x.shape[1] == SEQ_LEN]
+        q, k, v, *given = leaves
+        gates = dict(zip(inputs.differentiable, given, strict=True))
+        o = getattr(longspan, name)(q, k, v, **gates, layout=layout)
+        return [o, *torch.autograd.grad(o, leaves, inputs.grad_o[:, start:stop])]
+
+    packed = call(0, SEQ_LEN, SequenceLayout.local(SEQ_LEN, bounds))
+    for start, stop in pairwise(bounds):
+        alone = call(start, stop, None)
+        assert worst([relative_error(x[:, start:stop], y) for x, y in zip(packed, alone, strict=True)]) < 1e-4

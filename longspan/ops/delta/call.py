@@ -73,7 +73,7 @@ def block_rows(x: Tensor, block: ChunkBlock, columns: int | None = None) -> Tens
 
 def put_rows(target: Tensor, block: ChunkBlock, values: Tensor) -> None:
     """Write ``values [n, B, H, c, D]`` to the block's rows of ``target [N, B, H, C, D or more]``."""
-    target[block.chunks, :, :, : block.chunk_size, : values.shape[-1]] = values
+    target[block.chunks, :, :, : block.chunk_size, : values.shape[-1]] = values.to(target.dtype)
 
 
 def put_product(target: Tensor, block: ChunkBlock, first: Tensor, second: Tensor) -> None:
