@@ -186,7 +186,7 @@ def hgrn2_log_decay(logits: Tensor, lower_bound: Tensor | float = 0.0) -> tuple[
             raise InputError(f"lower_bound must be a decay between 0 and 1; got {lower_bound}. {_BOUND_REMEDY}")
         if lower_bound == 0.0:
             return F.logsigmoid(x), torch.sigmoid(-x)
-        lower_bound = torch.tensor(lower_bound, dtype=x.dtype, device=x.device)
+        lower_bound = torch.full((), lower_bound, dtype=x.dtype, device=x.device)
     bound = lower_bound.to(x.dtype)
     rest = 1.0 - bound
     k = rest * torch.sigmoid(-x)

@@ -10,10 +10,15 @@ from torch import Tensor
 from longspan.layout.sequence_layout import SequenceLayout
 
 
+def index_of(numbers: Sequence[int], device: torch.device) -> Tensor:
+    """`numbers` as an index on `device`, int64."""
+    return torch.tensor(numbers, dtype=torch.int64).to(device)
+
+
 def index_on(layout: SequenceLayout, numbers: Sequence[int], device: torch.device) -> Tensor:
-    """`numbers` as an index on `device`, int64, made once for the layout."""
+    """`index_of`, made once for the layout."""
     numbers = tuple(numbers)
-    return layout.cached(("index", numbers, device), lambda: torch.tensor(numbers, dtype=torch.int64).to(device))
+    return layout.cached(("index", numbers, device), lambda: index_of(numbers, device))
 
 
 def select_rows(x: Tensor, rows: Sequence[int], layout: SequenceLayout) -> Tensor:

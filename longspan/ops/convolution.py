@@ -21,6 +21,7 @@ from longspan.dtypes import accumulation_dtype
 from longspan.errors import InputError
 from longspan.first_order import first_order
 from longspan.layout import Piece, SequenceLayout
+from longspan.layout.rows import index_of
 from longspan.ops.backends import require_gpu, require_package
 
 CONVOLUTION_BACKENDS = ("torch", "triton")
@@ -70,12 +71,13 @@ class Heads:
 
     They are the first W − 1 of some pieces: of these *heads* those that continue a document from an earlier segment come first.
 
-    rows: local rows, ascending. head, offset: the head of each, and its place in the piece. segments: those of the continuing
-    heads. started: the documents of the other heads, which start one. continued: of each continuing head, the document, and the
-    number of its tokens before the head.
+    rows: local rows, ascending. numbers: the same, as the host knows them. head, offset: the head of each, and its place in the
+    piece. segments: those of the continuing heads. started: the documents of the other heads, which start one. continued: of each
+    continuing head, the document, and the number of its tokens before the head.
     """
 
     rows: Tensor
+    numbers: tuple[int, ...]
     head: Tensor
     offset: Tensor
     segments: Tensor
@@ -104,7 +106,7 @@ def _conv_plan(layout: SequenceLayout, width: int, with_initial: bool, x: Tensor
 
     def build() -> _ConvPlan:
         heads = kept_heads(layout, width, with_initial, x.device)
-        tiles = tuple(_cut_into_tiles(layout.pieces, width, limit, heads.rows.tolist(), x.device))
+        tiles = tuple(_cut_into_tiles(layout.pieces, width, limit, heads.numbers, x.device))
         return _ConvPlan(width, heads, tiles, rows_of_batch)
 
     return layout.cached(("convolution", width, with_initial, rows_of_batch, limit, x.device), build)
@@ -127,6 +129,7 @@ def heads_of(layout: SequenceLayout, width: int, with_initial: bool, device: tor
     local, head_of, offset_of = zip(*sorted(rows), strict=True) if rows else ((), (), ())
     return Heads(
         rows=index_of(local, device),
+        numbers=local,
         head=index_of(head_of, device),
         offset=index_of(offset_of, device),
         segments=index_of([piece.segment for piece, _ in continuing], device),
@@ -141,11 +144,6 @@ def kept_heads(layout: SequenceLayout, width: int, with_initial: bool, device: t
     return layout.cached(key, lambda: heads_of(layout, width, with_initial, device))
 
 
-def index_of(numbers: Sequence[int], device: torch.device) -> Tensor:
-    """`numbers` as an index, int64, on `device`."""
-    return torch.tensor(numbers, dtype=torch.int64).to(device)
-
-
 @dataclass(frozen=True)
 class _Run:
     """Rows ``[start, stop)`` of one piece, from the slot `slot` of their tile on."""
@@ -156,7 +154,7 @@ class _Run:
 
 
 def _cut_into_tiles(
-    pieces: Sequence[Piece], width: int, limit: int, head_rows: list[int], device: torch.device
+    pieces: Sequence[Piece], width: int, limit: int, head_rows: Sequence[int], device: torch.device
 ) -> Iterator[_Tile]:
     """Cut pieces into tiles of at most `limit` slots; short pieces share a tile."""
     runs: list[_Run] = []
@@ -181,7 +179,7 @@ def _cut_into_tiles(
         yield _make_tile(runs, context, width, head_rows, device)
 
 
-def _make_tile(runs: list[_Run], context: int, width: int, head_rows: list[int], device: torch.device) -> _Tile:
+def _make_tile(runs: list[_Run], context: int, width: int, head_rows: Sequence[int], device: torch.device) -> _Tile:
     start, stop = runs[0].start, runs[-1].stop
     heads = slice(bisect_left(head_rows, start), bisect_left(head_rows, stop))
     head_slots = torch.tensor(head_rows[heads], dtype=torch.int64) - start

@@ -23,10 +23,10 @@ def diagonal_transition(
     if decays.in_time is not None:
         sums = [decays.in_time[:, start:stop].sum(1, dtype=state_dtype) for start, stop in ranges]
         return transition(torch.stack(sums))
-    lengths = torch.tensor([float(stop - start) for start, stop in ranges], dtype=state_dtype)
     log_decay = decays.constant
     if log_decay is None:
-        return transition(lengths * 0.0)
+        return transition(torch.zeros(len(ranges), dtype=state_dtype, device=device))
+    lengths = torch.tensor([float(stop - start) for start, stop in ranges], dtype=state_dtype)
     clamped = log_decay.to(state_dtype).clamp(min=LOWEST_LOG_DECAY)
     logs = lengths.to(log_decay.device, non_blocking=True)[:, None] * clamped
     return HeadDecay(logs.to(device, non_blocking=True), decays.numbers)
