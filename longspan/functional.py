@@ -7,11 +7,11 @@ H_k), K key size, V value size.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, overload
+from typing import Literal, Unpack, overload
 
 from torch import Tensor
 
-from longspan.attention.by_name import Schedule, apply_operator, write
+from longspan.attention.by_name import BidirectionalOptions, OperatorOptions, Schedule, apply_operator, write
 from longspan.attention.hgrn2 import hgrn2
 from longspan.attention.mamba2 import mamba2
 from longspan.attention.normalized import normalized_linear_attention, write_normalized
@@ -42,51 +42,20 @@ def linear_attention(
     k: Tensor,
     v: Tensor,
     *,
-    scale: float | None = ...,
-    causal: bool = ...,
-    initial_state: Tensor | None = ...,
     output_final_state: Literal[False] = ...,
-    layout: SequenceLayout | None = ...,
-    exchange: str | Exchanger = ...,
-    schedule: Schedule = ...,
-    backend: str | None = ...,
-    chunk_size: int | None = ...,
+    **options: Unpack[BidirectionalOptions],
 ) -> Tensor: ...
 
 
 @overload
 def linear_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    scale: float | None = ...,
-    causal: bool = ...,
-    initial_state: Tensor | None = ...,
-    output_final_state: Literal[True],
-    layout: SequenceLayout | None = ...,
-    exchange: str | Exchanger = ...,
-    schedule: Schedule = ...,
-    backend: str | None = ...,
-    chunk_size: int | None = ...,
+    q: Tensor, k: Tensor, v: Tensor, *, output_final_state: Literal[True], **options: Unpack[BidirectionalOptions]
 ) -> tuple[Tensor, Tensor]: ...
 
 
 @overload
 def linear_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    scale: float | None = ...,
-    causal: bool = ...,
-    initial_state: Tensor | None = ...,
-    output_final_state: bool,
-    layout: SequenceLayout | None = ...,
-    exchange: str | Exchanger = ...,
-    schedule: Schedule = ...,
-    backend: str | None = ...,
-    chunk_size: int | None = ...,
+    q: Tensor, k: Tensor, v: Tensor, *, output_final_state: bool, **options: Unpack[BidirectionalOptions]
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
@@ -143,21 +112,9 @@ def linear_attention(
         LayoutError: for another number of tokens than the layout's.
     """
     return apply_operator(
-        "linear_attention",
-        q,
-        k,
-        v,
-        {},
-        scale,
-        output_final_state,
-        causal=causal,
-        initial_state=initial_state,
-        layout=layout,
-        exchange=exchange,
-        schedule=schedule,
-        backend=backend,
-        chunk_size=chunk_size,
-    )
+        "linear_attention", q, k, v, {}, scale, output_final_state, causal=causal,
+        initial_state=initial_state, layout=layout, exchange=exchange, schedule=schedule, backend=backend, chunk_size=chunk_size,
+    )  # fmt: skip
 
 
 @overload
@@ -167,15 +124,8 @@ def retention(
     v: Tensor,
     log_decay: Tensor | Sequence[float],
     *,
-    scale: float | None = ...,
-    causal: bool = ...,
-    initial_state: Tensor | None = ...,
     output_final_state: Literal[False] = ...,
-    layout: SequenceLayout | None = ...,
-    exchange: str | Exchanger = ...,
-    schedule: Schedule = ...,
-    backend: str | None = ...,
-    chunk_size: int | None = ...,
+    **options: Unpack[BidirectionalOptions],
 ) -> Tensor: ...
 
 
@@ -186,15 +136,8 @@ def retention(
     v: Tensor,
     log_decay: Tensor | Sequence[float],
     *,
-    scale: float | None = ...,
-    causal: bool = ...,
-    initial_state: Tensor | None = ...,
     output_final_state: Literal[True],
-    layout: SequenceLayout | None = ...,
-    exchange: str | Exchanger = ...,
-    schedule: Schedule = ...,
-    backend: str | None = ...,
-    chunk_size: int | None = ...,
+    **options: Unpack[BidirectionalOptions],
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -205,15 +148,8 @@ def retention(
     v: Tensor,
     log_decay: Tensor | Sequence[float],
     *,
-    scale: float | None = ...,
-    causal: bool = ...,
-    initial_state: Tensor | None = ...,
     output_final_state: bool,
-    layout: SequenceLayout | None = ...,
-    exchange: str | Exchanger = ...,
-    schedule: Schedule = ...,
-    backend: str | None = ...,
-    chunk_size: int | None = ...,
+    **options: Unpack[BidirectionalOptions],
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
@@ -249,21 +185,9 @@ def retention(
         InputError, LayoutError: as in `linear_attention`; and InputError for a log_decay above 0, or one that requires a gradient.
     """
     return apply_operator(
-        "retention",
-        q,
-        k,
-        v,
-        {"log_decay": log_decay},
-        scale,
-        output_final_state,
-        causal=causal,
-        initial_state=initial_state,
-        layout=layout,
-        exchange=exchange,
-        schedule=schedule,
-        backend=backend,
-        chunk_size=chunk_size,
-    )
+        "retention", q, k, v, {"log_decay": log_decay}, scale, output_final_state, causal=causal,
+        initial_state=initial_state, layout=layout, exchange=exchange, schedule=schedule, backend=backend, chunk_size=chunk_size,
+    )  # fmt: skip
 
 
 @overload
@@ -273,50 +197,20 @@ def simple_gla(
     v: Tensor,
     g: Tensor,
     *,
-    scale: float | None = ...,
-    initial_state: Tensor | None = ...,
     output_final_state: Literal[False] = ...,
-    layout: SequenceLayout | None = ...,
-    exchange: str | Exchanger = ...,
-    schedule: Schedule = ...,
-    backend: str | None = ...,
-    chunk_size: int | None = ...,
+    **options: Unpack[OperatorOptions],
 ) -> Tensor: ...
 
 
 @overload
 def simple_gla(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    *,
-    scale: float | None = ...,
-    initial_state: Tensor | None = ...,
-    output_final_state: Literal[True],
-    layout: SequenceLayout | None = ...,
-    exchange: str | Exchanger = ...,
-    schedule: Schedule = ...,
-    backend: str | None = ...,
-    chunk_size: int | None = ...,
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, *, output_final_state: Literal[True], **options: Unpack[OperatorOptions]
 ) -> tuple[Tensor, Tensor]: ...
 
 
 @overload
 def simple_gla(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    *,
-    scale: float | None = ...,
-    initial_state: Tensor | None = ...,
-    output_final_state: bool,
-    layout: SequenceLayout | None = ...,
-    exchange: str | Exchanger = ...,
-    schedule: Schedule = ...,
-    backend: str | None = ...,
-    chunk_size: int | None = ...,
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, *, output_final_state: bool, **options: Unpack[OperatorOptions]
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
@@ -353,20 +247,9 @@ def simple_gla(
         InputError, LayoutError: as in `linear_attention`; and InputError for a g above 0 or NaN (looked at on the CPU only).
     """
     return apply_operator(
-        "simple_gla",
-        q,
-        k,
-        v,
-        {"g": g},
-        scale,
-        output_final_state,
-        initial_state=initial_state,
-        layout=layout,
-        exchange=exchange,
-        schedule=schedule,
-        backend=backend,
-        chunk_size=chunk_size,
-    )
+        "simple_gla", q, k, v, {"g": g}, scale, output_final_state,
+        initial_state=initial_state, layout=layout, exchange=exchange, schedule=schedule, backend=backend, chunk_size=chunk_size,
+    )  # fmt: skip
 
 
 @overload
@@ -376,50 +259,20 @@ def gla(
     v: Tensor,
     g: Tensor,
     *,
-    scale: float | None = ...,
-    initial_state: Tensor | None = ...,
     output_final_state: Literal[False] = ...,
-    layout: SequenceLayout | None = ...,
-    exchange: str | Exchanger = ...,
-    schedule: Schedule = ...,
-    backend: str | None = ...,
-    chunk_size: int | None = ...,
+    **options: Unpack[OperatorOptions],
 ) -> Tensor: ...
 
 
 @overload
 def gla(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    *,
-    scale: float | None = ...,
-    initial_state: Tensor | None = ...,
-    output_final_state: Literal[True],
-    layout: SequenceLayout | None = ...,
-    exchange: str | Exchanger = ...,
-    schedule: Schedule = ...,
-    backend: str | None = ...,
-    chunk_size: int | None = ...,
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, *, output_final_state: Literal[True], **options: Unpack[OperatorOptions]
 ) -> tuple[Tensor, Tensor]: ...
 
 
 @overload
 def gla(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    *,
-    scale: float | None = ...,
-    initial_state: Tensor | None = ...,
-    output_final_state: bool,
-    layout: SequenceLayout | None = ...,
-    exchange: str | Exchanger = ...,
-    schedule: Schedule = ...,
-    backend: str | None = ...,
-    chunk_size: int | None = ...,
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, *, output_final_state: bool, **options: Unpack[OperatorOptions]
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
@@ -453,20 +306,9 @@ def gla(
         InputError, LayoutError: as in `linear_attention`; and InputError for a g above 0 or NaN (looked at on the CPU only).
     """
     return apply_operator(
-        "gla",
-        q,
-        k,
-        v,
-        {"g": g},
-        scale,
-        output_final_state,
-        initial_state=initial_state,
-        layout=layout,
-        exchange=exchange,
-        schedule=schedule,
-        backend=backend,
-        chunk_size=chunk_size,
-    )
+        "gla", q, k, v, {"g": g}, scale, output_final_state,
+        initial_state=initial_state, layout=layout, exchange=exchange, schedule=schedule, backend=backend, chunk_size=chunk_size,
+    )  # fmt: skip
 
 
 @overload
@@ -476,15 +318,9 @@ def delta_rule(
     v: Tensor,
     beta: Tensor,
     *,
-    scale: float | None = ...,
     qk_l2norm: bool = ...,
-    initial_state: Tensor | None = ...,
     output_final_state: Literal[False] = ...,
-    layout: SequenceLayout | None = ...,
-    exchange: str | Exchanger = ...,
-    schedule: Schedule = ...,
-    backend: str | None = ...,
-    chunk_size: int | None = ...,
+    **options: Unpack[OperatorOptions],
 ) -> Tensor: ...
 
 
@@ -495,15 +331,9 @@ def delta_rule(
     v: Tensor,
     beta: Tensor,
     *,
-    scale: float | None = ...,
     qk_l2norm: bool = ...,
-    initial_state: Tensor | None = ...,
     output_final_state: Literal[True],
-    layout: SequenceLayout | None = ...,
-    exchange: str | Exchanger = ...,
-    schedule: Schedule = ...,
-    backend: str | None = ...,
-    chunk_size: int | None = ...,
+    **options: Unpack[OperatorOptions],
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -514,15 +344,9 @@ def delta_rule(
     v: Tensor,
     beta: Tensor,
     *,
-    scale: float | None = ...,
     qk_l2norm: bool = ...,
-    initial_state: Tensor | None = ...,
     output_final_state: bool,
-    layout: SequenceLayout | None = ...,
-    exchange: str | Exchanger = ...,
-    schedule: Schedule = ...,
-    backend: str | None = ...,
-    chunk_size: int | None = ...,
+    **options: Unpack[OperatorOptions],
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
@@ -564,20 +388,9 @@ def delta_rule(
     """
     q, k = _normed("delta_rule", q, k, qk_l2norm)
     return apply_operator(
-        "delta_rule",
-        q,
-        k,
-        v,
-        {"beta": beta},
-        scale,
-        output_final_state,
-        initial_state=initial_state,
-        layout=layout,
-        exchange=exchange,
-        schedule=schedule,
-        backend=backend,
-        chunk_size=chunk_size,
-    )
+        "delta_rule", q, k, v, {"beta": beta}, scale, output_final_state,
+        initial_state=initial_state, layout=layout, exchange=exchange, schedule=schedule, backend=backend, chunk_size=chunk_size,
+    )  # fmt: skip
 
 
 @overload
@@ -588,15 +401,9 @@ def gated_delta_rule(
     g: Tensor,
     beta: Tensor,
     *,
-    scale: float | None = ...,
     qk_l2norm: bool = ...,
-    initial_state: Tensor | None = ...,
     output_final_state: Literal[False] = ...,
-    layout: SequenceLayout | None = ...,
-    exchange: str | Exchanger = ...,
-    schedule: Schedule = ...,
-    backend: str | None = ...,
-    chunk_size: int | None = ...,
+    **options: Unpack[OperatorOptions],
 ) -> Tensor: ...
 
 
@@ -608,15 +415,9 @@ def gated_delta_rule(
     g: Tensor,
     beta: Tensor,
     *,
-    scale: float | None = ...,
     qk_l2norm: bool = ...,
-    initial_state: Tensor | None = ...,
     output_final_state: Literal[True],
-    layout: SequenceLayout | None = ...,
-    exchange: str | Exchanger = ...,
-    schedule: Schedule = ...,
-    backend: str | None = ...,
-    chunk_size: int | None = ...,
+    **options: Unpack[OperatorOptions],
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -628,15 +429,9 @@ def gated_delta_rule(
     g: Tensor,
     beta: Tensor,
     *,
-    scale: float | None = ...,
     qk_l2norm: bool = ...,
-    initial_state: Tensor | None = ...,
     output_final_state: bool,
-    layout: SequenceLayout | None = ...,
-    exchange: str | Exchanger = ...,
-    schedule: Schedule = ...,
-    backend: str | None = ...,
-    chunk_size: int | None = ...,
+    **options: Unpack[OperatorOptions],
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
@@ -680,20 +475,9 @@ def gated_delta_rule(
     """
     q, k = _normed("gated_delta_rule", q, k, qk_l2norm)
     return apply_operator(
-        "gated_delta_rule",
-        q,
-        k,
-        v,
-        {"g": g, "beta": beta},
-        scale,
-        output_final_state,
-        initial_state=initial_state,
-        layout=layout,
-        exchange=exchange,
-        schedule=schedule,
-        backend=backend,
-        chunk_size=chunk_size,
-    )
+        "gated_delta_rule", q, k, v, {"g": g, "beta": beta}, scale, output_final_state,
+        initial_state=initial_state, layout=layout, exchange=exchange, schedule=schedule, backend=backend, chunk_size=chunk_size,
+    )  # fmt: skip
 
 
 @overload
@@ -704,15 +488,9 @@ def kda(
     g: Tensor,
     beta: Tensor,
     *,
-    scale: float | None = ...,
     qk_l2norm: bool = ...,
-    initial_state: Tensor | None = ...,
     output_final_state: Literal[False] = ...,
-    layout: SequenceLayout | None = ...,
-    exchange: str | Exchanger = ...,
-    schedule: Schedule = ...,
-    backend: str | None = ...,
-    chunk_size: int | None = ...,
+    **options: Unpack[OperatorOptions],
 ) -> Tensor: ...
 
 
@@ -724,15 +502,9 @@ def kda(
     g: Tensor,
     beta: Tensor,
     *,
-    scale: float | None = ...,
     qk_l2norm: bool = ...,
-    initial_state: Tensor | None = ...,
     output_final_state: Literal[True],
-    layout: SequenceLayout | None = ...,
-    exchange: str | Exchanger = ...,
-    schedule: Schedule = ...,
-    backend: str | None = ...,
-    chunk_size: int | None = ...,
+    **options: Unpack[OperatorOptions],
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -744,15 +516,9 @@ def kda(
     g: Tensor,
     beta: Tensor,
     *,
-    scale: float | None = ...,
     qk_l2norm: bool = ...,
-    initial_state: Tensor | None = ...,
     output_final_state: bool,
-    layout: SequenceLayout | None = ...,
-    exchange: str | Exchanger = ...,
-    schedule: Schedule = ...,
-    backend: str | None = ...,
-    chunk_size: int | None = ...,
+    **options: Unpack[OperatorOptions],
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
@@ -796,20 +562,9 @@ def kda(
     """
     q, k = _normed("kda", q, k, qk_l2norm)
     return apply_operator(
-        "kda",
-        q,
-        k,
-        v,
-        {"g": g, "beta": beta},
-        scale,
-        output_final_state,
-        initial_state=initial_state,
-        layout=layout,
-        exchange=exchange,
-        schedule=schedule,
-        backend=backend,
-        chunk_size=chunk_size,
-    )
+        "kda", q, k, v, {"g": g, "beta": beta}, scale, output_final_state,
+        initial_state=initial_state, layout=layout, exchange=exchange, schedule=schedule, backend=backend, chunk_size=chunk_size,
+    )  # fmt: skip
 
 
 def _normed(operator: str, q: Tensor, k: Tensor, qk_l2norm: bool) -> tuple[Tensor, Tensor]:

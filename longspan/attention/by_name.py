@@ -37,6 +37,33 @@ SCHEDULES: tuple[Schedule, ...] = ("auto", "fused", "overlapped")
 """In which order one call computes: see `longspan.linear_attention`."""
 
 
+class LayerOptions(TypedDict, total=False):
+    """What every layer of linear attention takes beside its tensors: see `longspan.linear_attention`.
+
+    These classes are for overloads, which say what follows from `output_final_state`; each definition has them one by one, with
+    its defaults.
+    """
+
+    initial_state: Tensor | None
+    layout: SequenceLayout | None
+    exchange: str | Exchanger
+    schedule: Schedule
+    backend: str | None
+    chunk_size: int | None
+
+
+class OperatorOptions(LayerOptions, total=False):
+    """What every operator takes beside its tensors."""
+
+    scale: float | None
+
+
+class BidirectionalOptions(OperatorOptions, total=False):
+    """What an operator takes that has ``causal=False``."""
+
+    causal: bool
+
+
 class LinearOptions(TypedDict, total=False):
     """What `write` takes for linear attention beside k, v and the layout: gates, and options as in the one-call operators."""
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import Literal, Unpack, overload
 
 from torch import Tensor
 
-from longspan.attention.by_name import Schedule, apply_operator
+from longspan.attention.by_name import LayerOptions, Schedule, apply_operator
 from longspan.autocast import as_in_product
 from longspan.checks import check_same_device, check_tensors
 from longspan.exchange import Exchanger
@@ -14,54 +14,27 @@ from longspan.features import hgrn2_log_decay
 from longspan.layout import SequenceLayout
 
 
+class Hgrn2Options(LayerOptions, total=False):
+    """What `hgrn2` takes beside q, f and i."""
+
+    lower_bound: Tensor | float
+
+
 @overload
 def hgrn2(
-    q: Tensor,
-    f: Tensor,
-    i: Tensor,
-    *,
-    lower_bound: Tensor | float = ...,
-    initial_state: Tensor | None = ...,
-    output_final_state: Literal[False] = ...,
-    layout: SequenceLayout | None = ...,
-    exchange: str | Exchanger = ...,
-    schedule: Schedule = ...,
-    backend: str | None = ...,
-    chunk_size: int | None = ...,
+    q: Tensor, f: Tensor, i: Tensor, *, output_final_state: Literal[False] = ..., **options: Unpack[Hgrn2Options]
 ) -> Tensor: ...
 
 
 @overload
 def hgrn2(
-    q: Tensor,
-    f: Tensor,
-    i: Tensor,
-    *,
-    lower_bound: Tensor | float = ...,
-    initial_state: Tensor | None = ...,
-    output_final_state: Literal[True],
-    layout: SequenceLayout | None = ...,
-    exchange: str | Exchanger = ...,
-    schedule: Schedule = ...,
-    backend: str | None = ...,
-    chunk_size: int | None = ...,
+    q: Tensor, f: Tensor, i: Tensor, *, output_final_state: Literal[True], **options: Unpack[Hgrn2Options]
 ) -> tuple[Tensor, Tensor]: ...
 
 
 @overload
 def hgrn2(
-    q: Tensor,
-    f: Tensor,
-    i: Tensor,
-    *,
-    lower_bound: Tensor | float = ...,
-    initial_state: Tensor | None = ...,
-    output_final_state: bool,
-    layout: SequenceLayout | None = ...,
-    exchange: str | Exchanger = ...,
-    schedule: Schedule = ...,
-    backend: str | None = ...,
-    chunk_size: int | None = ...,
+    q: Tensor, f: Tensor, i: Tensor, *, output_final_state: bool, **options: Unpack[Hgrn2Options]
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 
 

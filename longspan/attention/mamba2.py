@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, overload
+from typing import Any, Literal, Unpack, overload
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from longspan.attention.by_name import Schedule, apply_operator
+from longspan.attention.by_name import LayerOptions, Schedule, apply_operator
 from longspan.autocast import as_in_product
 from longspan.checks import check_count, check_flag, check_not_empty, check_same_device, check_tensors, described
 from longspan.dtypes import at_least_float32
@@ -16,6 +16,17 @@ from longspan.errors import InputError
 from longspan.exchange import Exchanger
 from longspan.layout import SequenceLayout
 from longspan.tracing import has_no_values
+
+
+class Mamba2Options(LayerOptions, total=False):
+    """What `mamba2` takes beside x, dt, A, B and C."""
+
+    D: Tensor | None
+    z: Tensor | None
+    dt_bias: Tensor | None
+    dt_softplus: bool
+    dt_limit: tuple[float, float]
+    n_groups: int | None
 
 
 @overload
@@ -26,19 +37,8 @@ def mamba2(
     B: Tensor,
     C: Tensor,
     *,
-    D: Tensor | None = ...,
-    z: Tensor | None = ...,
-    dt_bias: Tensor | None = ...,
-    dt_softplus: bool = ...,
-    dt_limit: tuple[float, float] = ...,
-    n_groups: int | None = ...,
-    initial_state: Tensor | None = ...,
     output_final_state: Literal[False] = ...,
-    layout: SequenceLayout | None = ...,
-    exchange: str | Exchanger = ...,
-    schedule: Schedule = ...,
-    backend: str | None = ...,
-    chunk_size: int | None = ...,
+    **options: Unpack[Mamba2Options],
 ) -> Tensor: ...
 
 
@@ -50,19 +50,8 @@ def mamba2(
     B: Tensor,
     C: Tensor,
     *,
-    D: Tensor | None = ...,
-    z: Tensor | None = ...,
-    dt_bias: Tensor | None = ...,
-    dt_softplus: bool = ...,
-    dt_limit: tuple[float, float] = ...,
-    n_groups: int | None = ...,
-    initial_state: Tensor | None = ...,
     output_final_state: Literal[True],
-    layout: SequenceLayout | None = ...,
-    exchange: str | Exchanger = ...,
-    schedule: Schedule = ...,
-    backend: str | None = ...,
-    chunk_size: int | None = ...,
+    **options: Unpack[Mamba2Options],
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -74,19 +63,8 @@ def mamba2(
     B: Tensor,
     C: Tensor,
     *,
-    D: Tensor | None = ...,
-    z: Tensor | None = ...,
-    dt_bias: Tensor | None = ...,
-    dt_softplus: bool = ...,
-    dt_limit: tuple[float, float] = ...,
-    n_groups: int | None = ...,
-    initial_state: Tensor | None = ...,
     output_final_state: bool,
-    layout: SequenceLayout | None = ...,
-    exchange: str | Exchanger = ...,
-    schedule: Schedule = ...,
-    backend: str | None = ...,
-    chunk_size: int | None = ...,
+    **options: Unpack[Mamba2Options],
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
