@@ -79,6 +79,69 @@ def test_sinks_may_be_all_that_learns(method: SoftmaxMethod) -> None:
     )
 
 
+def errors_where_ranks_differ(method: SoftmaxMethod, order: Order) -> list[float]:
+    """Errors of the gradients of sinks and of the keys and values of rank 0, where rank 1 has frozen all but the sinks."""
+    q, k, v, grad = random_inputs(4, 1, 20, 4, 2, 8)
+    sinks = torch.linspace(-1.0, 2.0, 4, dtype=torch.float64)
+    layout = SequenceLayout(20, order=order)
+    shards = [layout.shard(x).clone() for x in (q, k, v)]
+    for x in shards[1:]:
+        x.requires_grad_(layout.rank == 0)
+    own = sinks.clone().requires_grad_()
+    softmax_attention(shards[0], shards[1], shards[2], scale=0.4, sinks=own, layout=layout, method=method).backward(
+        layout.shard(grad)
+    )
+    leaves = [x.clone().requires_grad_() for x in (k, v, sinks)]
+    want = dense_attention(q, leaves[0], leaves[1], causal=True, documents=(0, 20), scale=0.4, sinks=leaves[2])
+    want_grads = torch.autograd.grad(want, leaves, grad)
+    assert own.grad is not None
+    torch.distributed.all_reduce(own.grad)
+    errors = [relative_error(own.grad, want_grads[2])]
+    for x, y in zip(shards[1:], want_grads, strict=False):
+        assert (x.grad is None) == (layout.rank == 1)
+        if x.grad is not None:
+            errors.append(relative_error(x.grad, layout.shard(y)))
+    return errors
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("method", METHODS)
+def test_a_rank_whose_sinks_alone_learn_returns_the_gradients_of_others_keys(
+    method: SoftmaxMethod, order: Order
+) -> None:
+    for errors in run_on_ranks(2, errors_where_ranks_differ, method, order, timeout=20.0):
+        assert worst(errors) <= 1e-11
+
+
+def errors_where_a_rank_takes_the_final_state(method: SoftmaxMethod) -> list[float]:
+    """Errors of the gradients of sinks, from rank 0's loss on o, and of rank 1's keys, from its loss on the final state."""
+    q, k, v, grad = random_inputs(4, 1, 20, 4, 2, 8)
+    layout = SequenceLayout(20)
+    shards = [layout.shard(x).clone() for x in (q, k, v)]
+    shards[1].requires_grad_(layout.rank == 1)
+    own = torch.zeros(4, dtype=torch.float64, requires_grad=True)
+    o, final = softmax_attention(
+        shards[0], shards[1], shards[2], sinks=own, output_final_state=True, layout=layout, method=method
+    )
+    ((o * layout.shard(grad)).sum() if layout.rank == 0 else (final[0] * k).sum()).backward()
+    assert own.grad is not None
+    torch.distributed.all_reduce(own.grad)
+    sinks = torch.zeros(4, dtype=torch.float64, requires_grad=True)
+    want = dense_attention(q, k, v, causal=True, documents=(0, 20), scale=8**-0.5, sinks=sinks)
+    seen = (want * grad)[:, :10].sum()
+    errors = [relative_error(own.grad, torch.autograd.grad(seen, sinks)[0])]
+    if layout.rank == 1:
+        assert shards[1].grad is not None
+        errors.append(relative_error(shards[1].grad, layout.shard(k)))
+    return errors
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_rank_whose_sinks_alone_learn_takes_part_in_the_final_state(method: SoftmaxMethod) -> None:
+    for errors in run_on_ranks(2, errors_where_a_rank_takes_the_final_state, method, timeout=20.0):
+        assert worst(errors) <= 1e-11
+
+
 def errors_after_a_past(method: SoftmaxMethod, window: int | None) -> list[float]:
     """Errors of o and of the gradients of q, of the past and of the sinks, of 11 tokens after 5."""
     q, k, v, grad = random_inputs(3, 2, 16, 4, 2, 8)
