@@ -129,6 +129,26 @@ def test_attention_in_a_chunked_layout_sees_chunks_alone(documents: Any) -> None
             assert worst(run_on_ranks(2, chunked_attention, order, documents, method)) <= 1e-11
 
 
+def compiled_on_ranks() -> float:
+    q, k, v, _ = random_inputs(4, 1, 24, 2, 2, 8, torch.float32)
+    layout = SequenceLayout(24, order="zigzag")
+    own = [layout.shard(x) for x in (q, k, v)]
+    positions = positions_of([0, 10, 24])
+
+    def attend(positions: Tensor, *own: Tensor) -> Tensor:
+        packed = SequenceLayout.from_positions(positions, order="zigzag")
+        return softmax_attention(own[0], own[1], own[2], layout=packed.chunked(8))
+
+    torch._dynamo.reset()
+    got = torch.compile(attend, backend="eager")(positions, *own)
+    want = dense_attention(q, k, v, causal=True, documents=(0, 8, 10, 18, 24), scale=8**-0.5)
+    return relative_error(got, layout.shard(want))
+
+
+def test_layouts_are_made_inside_a_compiled_call_over_ranks() -> None:
+    assert worst(run_on_ranks(2, compiled_on_ranks, timeout=120.0)) <= 1e-5
+
+
 def test_a_chunked_layout_is_made_inside_a_compiled_call() -> None:
     q, k, v, _ = random_inputs(4, 1, 20, 2, 2, 8, torch.float32)
     layout = SequenceLayout.local(20)

@@ -214,6 +214,8 @@ class SequenceLayout:
 
         One host read, of one byte per token.
         """
+        if breaks_graphs():
+            return _from_positions_outside_graphs(position_ids, group, order, ranks_per_node)
         bounds = bounds_of_positions(position_ids)
         documents = bounds if len(bounds) > 2 else None
         return cls(bounds[-1], group, order, documents, ranks_per_node=ranks_per_node)
@@ -232,6 +234,8 @@ class SequenceLayout:
                 f"chunked() takes the number of tokens of a chunk, an int of at least 1; got {described(size)}. Pass what the "
                 "model's config has, such as attention_chunk_size"
             )
+        if stops_graphs(self):
+            return _chunked_outside_graphs(self, size)
         return self.cached(("chunked", size), lambda: self._cut(size))
 
     def _cut(self, size: int) -> SequenceLayout:
@@ -678,6 +682,15 @@ def _has_any(numbers: Sequence[int], start: int, stop: int) -> bool:
     return bisect_left(numbers, start) < bisect_left(numbers, stop)
 
 
+def _from_positions(
+    position_ids: Tensor, group: dist.ProcessGroup | DeviceMesh | None, order: Order, ranks_per_node: int | None
+) -> SequenceLayout:
+    # A bound method takes no mark of the compiler's.
+    return SequenceLayout.from_positions(position_ids, group, order, ranks_per_node=ranks_per_node)
+
+
 _shard_outside_graphs = outside_graphs(SequenceLayout.shard)
+_chunked_outside_graphs = outside_graphs(SequenceLayout.chunked)
+_from_positions_outside_graphs = outside_graphs(_from_positions)
 _gather_outside_graphs = outside_graphs(SequenceLayout.gather)
 _on_device_outside_graphs = outside_graphs(SequenceLayout._on_device)
