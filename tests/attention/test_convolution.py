@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 from longspan.attention import shift
@@ -21,59 +19,18 @@ from longspan.errors import InputError, LayoutError
 from longspan.exchange import halo, record_traffic
 from longspan.layout import Order, SequenceLayout
 from longspan.ops import convolution
+from tests.attention.convolution_reference import (
+    LENGTHS,
+    ORDERS,
+    Documents,
+    definition,
+    documents_of,
+    inputs,
+)
 from tests.compare import relative_error, worst, worst_of
 from tests.exchange.test_exchange import Noted, NotedWork
 from tests.ranks import raised, run_on_ranks
 from tests.unwritten import unwritten_memory_is_nan
-
-ORDERS: list[Order] = ["contiguous", "zigzag"]
-Documents = list[int] | None
-LENGTHS = (4, 9, 37)
-NUM_CHANNELS = 3
-
-
-def documents_of(seq_len: int) -> list[Documents]:
-    """None, and boundaries on shards and inside them with one-token documents and some shorter than a halo."""
-    return [None, sorted({0, 1, 2, seq_len // 4, seq_len // 2, seq_len // 2 + 2, seq_len - 1, seq_len})]
-
-
-def inputs(
-    seq_len: int, taps: int, documents: Documents, *, batch: int = 1, dtype: torch.dtype = torch.float64
-) -> dict[str, Tensor]:
-    """Global x, parameters, initial state, and random gradients of y and of the final state."""
-    generator = torch.Generator().manual_seed(seq_len * 10 + taps)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
-
-    num_states = batch if documents is None else len(documents) - 1
-    return {
-        "x": normal(batch, seq_len, NUM_CHANNELS),
-        "weight": normal(NUM_CHANNELS, taps),
-        "bias": normal(NUM_CHANNELS),
-        "initial_state": normal(num_states, taps - 1, NUM_CHANNELS),
-        "grad_y": normal(batch, seq_len, NUM_CHANNELS),
-        "grad_final": normal(num_states, taps - 1, NUM_CHANNELS),
-    }
-
-
-def definition(
-    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, documents: Documents, initial: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """y and the final state, tap by tap and document by document."""
-    width = weight.shape[1] - 1
-    outputs, finals = [], []
-    for number, (start, stop) in enumerate(pairwise(documents or [0, x.shape[1]])):
-        if initial is None:
-            before = x.new_zeros(x.shape[0], width, x.shape[2])
-        else:
-            before = initial if documents is None else initial[number : number + 1]
-        tokens = torch.cat([before, x[:, start:stop]], dim=1)
-        z = torch.stack([tokens[:, tap : tap + stop - start] * weight[:, tap] for tap in range(width + 1)]).sum(0)
-        outputs.append(z if bias is None else z + bias)
-        finals.append(tokens[:, stop - start :])
-    y = torch.cat(outputs, dim=1)
-    return y if activation is None else y * torch.sigmoid(y), torch.cat(finals)
 
 
 def errors_on_rank(
@@ -182,236 +139,6 @@ def test_single_and_half_precision_stay_close_to_float64(order: Order, dtype: to
         for documents_number in (0, 1):
             for error, what in run_on_ranks(3, worst_error, order, documents_number, options):
                 assert error < tolerance, what
-
-
-def test_it_is_the_depthwise_convolution_of_torch() -> None:
-    given = inputs(20, 4, None, batch=2)
-    padded = F.pad(given["x"].transpose(1, 2), (3, 0))
-    expected = F.silu(F.conv1d(padded, given["weight"].unsqueeze(1), given["bias"], groups=NUM_CHANNELS)).transpose(
-        1, 2
-    )
-    for activation in ("silu", "swish"):
-        got = causal_conv1d(given["x"], given["weight"], given["bias"], activation)
-        assert isinstance(got, Tensor)
-        assert relative_error(got, expected) < 1e-12
-
-
-@unwritten_memory_is_nan()
-def shift_errors(order: Order, batch: int) -> float:
-    errors = []
-    for seq_len in LENGTHS:
-        for documents in documents_of(seq_len) if batch == 1 else [None]:
-            for dtype, with_states in ((torch.float64, False), (torch.float64, True), (torch.bfloat16, False)):
-                given = inputs(seq_len, 2, documents, batch=batch, dtype=dtype)
-                layout = SequenceLayout(seq_len, order=order, documents=documents)
-                whole = [given[name].clone().requires_grad_() for name in ("x", "initial_state")[: 1 + with_states]]
-                shift = torch.tensor([1.0, 0.0], dtype=dtype).expand(NUM_CHANNELS, 2)
-                expected = definition(whole[0], shift, None, None, documents, whole[1] if with_states else None)
-                # Every rank weighs the final state its own way; its gradient is the sum over ranks.
-                total = layout.num_ranks * (layout.num_ranks + 1) // 2
-                weights = [given["grad_y"], total * given["grad_final"]][: 1 + with_states]
-                expected_grads = torch.autograd.grad(expected[: 1 + with_states], whole, weights)
-
-                own = [layout.shard(whole[0].detach()), *(x.detach().squeeze(1) for x in whole[1:])]
-                own = [x.clone().requires_grad_() for x in own]
-                got = token_shift(
-                    own[0],
-                    initial_state=own[1] if with_states else None,
-                    output_final_state=with_states,
-                    layout=layout,
-                )
-                outputs = list(got) if isinstance(got, tuple) else [got]
-                upstream = [layout.shard(given["grad_y"]), (layout.rank + 1) * given["grad_final"].squeeze(1)]
-                grads = torch.autograd.grad(outputs, own, upstream[: len(outputs)])
-                assert all(x.dtype == dtype for x in (*outputs, *grads))
-                errors.append(relative_error(outputs[0], layout.shard(expected[0])))
-                errors.append(relative_error(grads[0], layout.shard(expected_grads[0])))
-                if with_states:
-                    summed = grads[1].clone()
-                    dist.all_reduce(summed)
-                    errors.append(relative_error(outputs[1], expected[1].squeeze(1)))
-                    errors.append(relative_error(summed, expected_grads[1].squeeze(1)))
-    return worst(errors)
-
-
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
-def test_a_token_shift_gives_each_token_the_one_before_it(num_ranks: int, order: Order) -> None:
-    for batch in (1, 2):
-        assert worst(run_on_ranks(num_ranks, shift_errors, order, batch)) < 1e-15
-
-
-def shift_partly(order: Order, frozen: bool) -> float:
-    """The second rank's loss takes y, those of the others the final state."""
-    layout = SequenceLayout(7, order=order)
-    given = inputs(7, 2, None)
-    x = layout.shard(given["x"]).clone().requires_grad_(not (frozen and layout.rank == 0))
-    state = given["initial_state"].squeeze(1).clone().requires_grad_()
-    y, final = token_shift(x, initial_state=state, output_final_state=True, layout=layout)
-    (y.sum() if layout.rank == 1 else final.sum()).backward()
-    assert state.grad is not None
-    assert (x.grad is None) == (not x.requires_grad)
-    dist.all_reduce(state.grad)
-    expected = torch.zeros(8, dtype=torch.float64)
-    for start, stop in layout.segments_of(1):
-        expected[start:stop] += 1
-    expected[7] += layout.num_ranks - 1
-    errors = [relative_error(state.grad, expected[0].expand_as(state), 1.0)]
-    if x.grad is not None:
-        errors.append(relative_error(x.grad, layout.shard(expected[1:].view(1, 7, 1)).expand_as(x), 1.0))
-    return worst(errors)
-
-
-@pytest.mark.parametrize("frozen", [False, True])
-@pytest.mark.parametrize("order", ORDERS)
-def test_ranks_may_use_either_output_of_a_token_shift(order: Order, frozen: bool) -> None:
-    assert run_on_ranks(4, shift_partly, order, frozen) == [0.0] * 4
-
-
-def test_token_by_token_a_shift_gives_what_one_call_gives() -> None:
-    given = inputs(7, 2, None, batch=2)
-    x, state = given["x"], given["initial_state"].squeeze(1)
-    want, want_final = token_shift(x, initial_state=state, output_final_state=True)
-    outputs = []
-    for token in x.split(1, dim=1):
-        y, state = token_shift(token, initial_state=state, output_final_state=True)
-        outputs.append(y)
-    assert torch.equal(torch.cat(outputs, dim=1), want)
-    assert torch.equal(state, want_final)
-
-
-def test_a_token_shift_needs_no_layout() -> None:
-    x = torch.arange(6.0).view(1, 3, 2)
-    assert token_shift(x).tolist() == [[[0.0, 0.0], [0.0, 1.0], [2.0, 3.0]]]
-
-
-@pytest.fixture
-def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiles of a few rows, as they would be for very many channels."""
-    monkeypatch.setattr(convolution, "_TILE_NUMBERS_CPU", 1)
-
-
-def one_device(
-    given: dict[str, Tensor], documents: Documents, initial: bool, activation: str | None = "silu"
-) -> tuple[list[Tensor], list[Tensor]]:
-    """(y and gradients by causal_conv1d, the same by the definition)."""
-    names = ["x", "weight", "bias", *(["initial_state"] if initial else [])]
-    both = []
-    for side in (0, 1):
-        leaves = {name: given[name].clone().requires_grad_() for name in names}
-        layout = SequenceLayout.local(given["x"].shape[1], documents)
-        state = leaves.get("initial_state")
-        x, weight, bias = leaves["x"], leaves["weight"], leaves["bias"]
-        if side == 0:
-            y = causal_conv1d(x, weight, bias, activation, layout, initial_state=state)
-            assert isinstance(y, Tensor)
-        else:
-            y, _ = definition(x, weight, bias, activation, documents, state)
-        both.append([y, *torch.autograd.grad(y, list(leaves.values()), given["grad_y"])])
-    return both[0], both[1]
-
-
-@pytest.mark.parametrize(("taps", "initial"), [(1, False), (2, False), (4, False), (7, False), (2, True), (7, True)])
-@pytest.mark.parametrize("activation", [None, "silu"])
-def test_tiles_of_any_cut_give_the_same(small_tiles: None, taps: int, activation: str | None, initial: bool) -> None:
-    """Long documents over many tiles, many documents in one tile, and documents that start anywhere in them."""
-    generator = torch.Generator().manual_seed(taps)
-    for seq_len in (3, 16 * taps, 16 * taps + 1, 300):
-        for count in (0, 1, 5, 40, seq_len - 1):
-            cuts = torch.randperm(seq_len - 1, generator=generator)[: min(count, seq_len - 1)] + 1
-            documents = [0, *sorted(cuts.tolist()), seq_len]
-            for got, want in zip(
-                *one_device(inputs(seq_len, taps, documents), documents, initial, activation), strict=True
-            ):
-                assert relative_error(got, want) < 1e-12, (seq_len, documents)
-
-
-def test_a_batch_is_cut_into_tiles_by_rows_too(small_tiles: None) -> None:
-    for got, want in zip(*one_device(inputs(100, 4, None, batch=5), None, True), strict=True):
-        assert relative_error(got, want) < 1e-12
-
-
-def test_many_documents_share_a_tile_and_long_ones_are_not_copied() -> None:
-    layout = SequenceLayout.local(4000, [*range(0, 1000, 2), 4000])
-    x = torch.zeros(1, 4000, 1 << 9)
-    plan = convolution._conv_plan(layout, 3, False, x)
-    assert next((tile.start, tile.stop) for tile in plan.tiles if tile.slots is not None) == (0, 52)
-    assert all(tile.slots is None for tile in plan.tiles if tile.start >= 1000)
-    assert len(plan.tiles) < 40
-
-
-def test_gradients_are_those_of_finite_differences() -> None:
-    for documents in (None, [0, 1, 4, 9]):
-        given = inputs(9, 3, documents)
-        layout = SequenceLayout.local(9, documents)
-        leaves = [given[name].requires_grad_() for name in ("x", "weight", "bias", "initial_state")]
-
-        def convolve(x: Tensor, weight: Tensor, bias: Tensor, state: Tensor, layout: SequenceLayout = layout) -> Any:
-            return causal_conv1d(x, weight, bias, "silu", layout, initial_state=state, output_final_state=True)
-
-        assert torch.autograd.gradcheck(convolve, leaves)
-        assert torch.autograd.gradcheck(lambda x, layout=layout: token_shift(x, layout=layout), leaves[:1])
-
-
-def test_tensors_need_not_be_contiguous() -> None:
-    given = inputs(30, 4, None, batch=2)
-    plain, _ = one_device(given, None, True)
-    strided = {
-        name: torch.stack([x, x], dim=-1)[..., 0] if name in ("weight", "bias") else x.mT.contiguous().mT
-        for name, x in given.items()
-    }
-    for got, want in zip(one_device(strided, None, True)[0], plain, strict=True):
-        assert torch.equal(got, want)
-
-
-def test_backward_keeps_the_inputs_and_nothing_else() -> None:
-    given = inputs(64, 4, None)
-    leaves = [given[name].requires_grad_() for name in ("x", "weight", "bias")]
-    kept: list[Tensor] = []
-
-    def keep(x: Tensor) -> Tensor:
-        kept.append(x)
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        causal_conv1d(leaves[0], leaves[1], leaves[2], "silu")
-    assert sorted(x.data_ptr() for x in kept) == sorted(x.data_ptr() for x in leaves)
-
-
-def test_a_graph_can_be_walked_twice() -> None:
-    given = inputs(20, 4, None)
-    x = given["x"].requires_grad_()
-    y = causal_conv1d(x, given["weight"])
-    assert isinstance(y, Tensor)
-    first, second = (torch.autograd.grad(y, x, given["grad_y"], retain_graph=True)[0] for _ in range(2))
-    assert torch.equal(first, second)
-
-
-@pytest.mark.parametrize("value", [float("inf"), float("nan")])
-def test_a_document_with_an_infinity_harms_no_other(value: float) -> None:
-    documents = [0, 4, 5, 6, 20]
-    given = inputs(20, 4, documents)
-    given["x"][:, 5] = value
-    x = given["x"].requires_grad_()
-    layout = SequenceLayout.local(20, documents)
-    y = causal_conv1d(x, given["weight"], given["bias"], "silu", layout)
-    assert isinstance(y, Tensor)
-    y.backward(given["grad_y"])
-    assert x.grad is not None
-    others = torch.arange(20) != 5
-    assert y[:, others].isfinite().all() and x.grad[:, others].isfinite().all()
-
-
-def test_decoding_token_by_token_equals_one_call() -> None:
-    given = inputs(12, 4, None, batch=2)
-    weight, bias, state = given["weight"], given["bias"], given["initial_state"]
-    whole = causal_conv1d(given["x"], weight, bias, "silu", initial_state=state, output_final_state=True)
-    tokens = []
-    for token in given["x"].split(1, dim=1):
-        y, state = causal_conv1d(token, weight, bias, "silu", initial_state=state, output_final_state=True)
-        tokens.append(y)
-    assert relative_error(torch.cat(tokens, dim=1), whole[0]) < 1e-12
-    assert torch.equal(state, whole[1])
 
 
 def prefill_then_decode() -> float:
@@ -611,15 +338,6 @@ def test_inputs_that_do_not_fit_are_refused_with_the_way_out() -> None:
     for message, kind, args, options in cases:
         with pytest.raises(kind, match=message):
             causal_conv1d(*args, **options)
-
-
-def test_a_token_shift_refuses_what_does_not_fit() -> None:
-    with pytest.raises(InputError, match=r"token_shift takes x \[B, T, C\]"):
-        token_shift(torch.zeros(3, 4))
-    with pytest.raises(InputError, match=r"token_shift: initial_state must be the token before, \[B, C\] = \(1, 2\)"):
-        token_shift(torch.zeros(1, 4, 2), initial_state=torch.zeros(1, 1, 2))
-    with pytest.raises(LayoutError, match="token_shift takes the 5 tokens"):
-        token_shift(torch.zeros(1, 4, 2), layout=SequenceLayout.local(5))
 
 
 def global_tokens_on_ranks() -> None:

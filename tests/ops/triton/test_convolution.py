@@ -17,7 +17,7 @@ from longspan.ops.triton import convolution as kernels
 from longspan.ops.triton import launch
 from longspan.ops.triton.convolution import HEADS, INSIDE, rows_of
 from tests import unwritten
-from tests.attention.test_convolution import Documents, definition, documents_of
+from tests.attention.convolution_reference import Documents, definition, documents_of
 from tests.compare import relative_error, worst, worst_of
 from tests.ops.test_variants import unwritten_memory_is_nan
 from tests.ranks import run_on_ranks
