@@ -28,6 +28,7 @@ from longspan.ops.norm import rms_norm_gated
 
 if TYPE_CHECKING:
     from longspan.attention.softmax import softmax_attention
+    from longspan.integrations.transformers.prefill import prefill
     from longspan.parallel import parallelize, sum_gradients, unparallelize
 
 __version__ = "0.1.0"
@@ -54,6 +55,7 @@ __all__ = [
     "mamba2",
     "normalized_linear_attention",
     "parallelize",
+    "prefill",
     "record_traffic",
     "retention",
     "rms_norm_gated",
@@ -69,6 +71,7 @@ __all__ = [
 
 _LAZY = {
     "parallelize": "longspan.parallel",
+    "prefill": "longspan.integrations.transformers.prefill",
     "softmax_attention": "longspan.attention.softmax",
     "sum_gradients": "longspan.parallel",
     "unparallelize": "longspan.parallel",

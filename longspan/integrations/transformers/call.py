@@ -8,11 +8,15 @@ from __future__ import annotations
 
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from longspan.layout import SequenceLayout
 from longspan.models.mixers import ParallelOptions
+
+if TYPE_CHECKING:
+    from longspan.integrations.transformers.cache import RecordingCache
 
 CALL = "longspan_call"
 """The keyword under which a call travels from a backbone to its mixers."""
@@ -23,7 +27,8 @@ class ParallelCall:
     """One forward of a parallelized model: whose tokens these are, and which mixers have taken that.
 
     layout: of this rank's tokens. options: how layers exchange. split_already: whether the caller split the sequences. mixer: the
-    one that runs now, or None. taken: names of functions that mixers called with the layout, by the mixer.
+    one that runs now, or None. taken: names of functions that mixers called with the layout, by the mixer. recorder: takes what
+    layers remember of a prompt, or None where nothing is decoded afterwards.
     """
 
     layout: SequenceLayout
@@ -31,6 +36,7 @@ class ParallelCall:
     split_already: bool = False
     mixer: nn.Module | None = None
     taken: dict[int, set[str]] = field(default_factory=dict)
+    recorder: RecordingCache | None = None
 
     def take(self, function: str, mixer: nn.Module | None = None) -> None:
         """Note that a mixer, the one that runs if not said, has called `function` with the layout."""

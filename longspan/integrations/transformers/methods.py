@@ -57,23 +57,37 @@ def recurrent_unit(
     reset: Tensor,
     recurrent_states: Tensor | None,
     acc_dtype: torch.dtype = torch.float32,
-) -> tuple[Tensor, None]:
+) -> tuple[Tensor, Tensor | None]:
     """`RecurrentGemmaRglru._rnn_scan`: a decay per head whose heads are channels, with states of one number.
 
-    Where a document starts the layout cuts; `reset` is not needed for that.
+    Its caller keeps the state that is returned, ``[B, C]``, for decoding. Where a document starts the layout cuts; `reset` is not
+    needed for that.
     """
     call = _running(self)
     call.take(RECURRENT_UNIT)
     x = hidden_states.unsqueeze(-1)
     ones = x.new_ones(*x.shape[:2], 1, 1)
     gate = recurrent_gate.clamp(min=torch.finfo(recurrent_gate.dtype).tiny)
-    out = operators.simple_gla(ones, ones, x, gate.log(), scale=1.0, layout=call.layout, exchange=call.options.exchange)
-    return out.squeeze(-1), None
+    out = operators.simple_gla(
+        ones,
+        ones,
+        x,
+        gate.log(),
+        scale=1.0,
+        output_final_state=call.recorder is not None,
+        layout=call.layout,
+        exchange=call.options.exchange,
+    )
+    scanned, state = with_state(out)
+    return scanned.squeeze(-1), None if state is None else state.flatten(1).to(acc_dtype)
 
 
 def convolution_of_module(self: Any, x: Tensor) -> Tensor:
     """``nn.Conv1d.forward`` of a depthwise convolution that is padded on both sides and cut to its input by its caller."""
-    return convolution(_running(self), x, self.weight.squeeze(1), self.bias)
+    call = _running(self)
+    if call.recorder is not None and call.mixer is not None:
+        call.recorder.keep_on_module(call.mixer, x, self.kernel_size[0] - 1)
+    return convolution(call, x, self.weight.squeeze(1), self.bias)
 
 
 def _running(module: object) -> ParallelCall:

@@ -23,7 +23,9 @@ from longspan.comm.collectives import all_gather_single
 from longspan.errors import InputError, LayoutError
 from longspan.exchange.all_reduce import sum_over_ranks
 from longspan.integrations.transformers import attention, dispatch, inputs, losses, mixers, rotary
+from longspan.integrations.transformers.cache import RecordingCache
 from longspan.integrations.transformers.call import CALL, RUNNING, ParallelCall
+from longspan.integrations.transformers.decoding import Decoding, cache_of
 from longspan.integrations.transformers.methods import METHODS
 from longspan.layout import ORDERS, Order, SequenceLayout
 from longspan.models.mixers import ParallelOptions, SequenceParallel
@@ -60,6 +62,7 @@ class ParallelModel:
         self.options, self.place, self.order, self.loss = options, place, order, loss
         self.mixers = mixers.mixers_of(self.backbone)
         self.modeling_files = _modeling_files(head)
+        self.decoding = Decoding(self)
         self.call: ParallelCall | None = None
         self.last_layout: SequenceLayout | None = None
         self.num_calls = 0
@@ -75,6 +78,7 @@ class ParallelModel:
         other = type(self).__new__(type(self))
         memo[id(self)] = other
         vars(other).update(vars(self))
+        other.decoding = Decoding(other)
         for name in ("head", "backbone", "mixers", "_handles"):
             setattr(other, name, deepcopy(getattr(self, name), memo))
         other.call, other._tokens, other._layouts = None, [], OrderedDict()
@@ -95,10 +99,8 @@ class ParallelModel:
         attention.register()
         self._own_config()
         self._before = self.head.config._attn_implementation  # type: ignore[union-attr]
-        for config in self._configs():
-            config._attn_implementation_internal = attention.ATTENTION_NAME
-        for module, kind in self.mixers.items():
-            self._replace_methods(module, kind)
+        self.put_on()
+        for module in self.mixers:
             self._hook(module, self.before_mixer, self.after_mixer)
         for module in self.backbone.modules():
             if rotary.looks_at_largest_position(module):
@@ -106,24 +108,39 @@ class ParallelModel:
         self._hook(self.backbone, self.before_backbone, self.after_backbone)
         if self.head is not self.backbone:
             self._hook(self.head, self.before_head, self.after_head)
+            self.decoding.install(self.head)
         setattr(self.head, _STATE, self)
 
     def uninstall(self) -> None:
         """The model as it was."""
         for handle in self._handles:
             handle.remove()
-        for module, kind in self.mixers.items():
-            for path in kind.methods:
-                owner, name = _owner(module, path)
-                owner.__dict__.pop(name, None)
+        self.take_off()
+        self.decoding.uninstall(self.head)
         for module in self.backbone.modules():
             bound = module.__dict__.get("_gradient_checkpointing_func")
             if isinstance(bound, BoundCheckpointing):
                 module.__dict__["_gradient_checkpointing_func"] = bound.checkpoint
-        for config in self._configs():
-            config._attn_implementation_internal = self._before
         dispatch.uninstall(self, self.modeling_files)
         delattr(self.head, _STATE)
+
+    def put_on(self) -> None:
+        """What is set in the model itself, beside its hooks: the attention implementation, and methods of some mixers."""
+        for config in self._configs():
+            config._attn_implementation_internal = attention.ATTENTION_NAME
+        for module, kind in self.mixers.items():
+            for path, stand_in in kind.methods.items():
+                owner, name = _owner(module, path)
+                owner.__dict__[name] = MethodType(METHODS[stand_in], owner)
+
+    def take_off(self) -> None:
+        """The opposite of `put_on`."""
+        for config in self._configs():
+            config._attn_implementation_internal = self._before
+        for module, kind in self.mixers.items():
+            for path in kind.methods:
+                owner, name = _owner(module, path)
+                owner.__dict__.pop(name, None)
 
     def _hook(self, module: nn.Module, before: Callable[..., Any], after: Callable[..., Any]) -> None:
         self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
@@ -145,11 +162,6 @@ class ParallelModel:
         }
         return list(found.values())
 
-    def _replace_methods(self, module: nn.Module, kind: mixers.MixerClass) -> None:
-        for path, stand_in in kind.methods.items():
-            owner, name = _owner(module, path)
-            owner.__dict__[name] = MethodType(METHODS[stand_in], owner)
-
     # --------------------------------------------------------------------------------------------- one forward
 
     def layout_of(self, given: dict[str, Any], bounds: list[int] | None) -> SequenceLayout:
@@ -168,6 +180,8 @@ class ParallelModel:
     def before_head(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Whole sequences stay whole here, but for the labels; the backbone splits what it is given."""
         given = _bound(module, args, kwargs)
+        if self.decoding.begins(module, given):
+            return None
         call, given = self._begin(given)
         labels, shifted = given.get("labels"), given.get("shift_labels")
         if labels is not None or shifted is not None:
@@ -184,6 +198,8 @@ class ParallelModel:
 
     def after_head(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         """The share of the loss becomes what the caller's way of combining gradients needs."""
+        if self.decoding.ends(module):
+            return None
         self.call = None
         if self._z_loss_coefficient is not None:
             self.head.z_loss_coefficient = self._z_loss_coefficient  # type: ignore[assignment]
@@ -205,6 +221,8 @@ class ParallelModel:
     def before_backbone(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """This rank's tokens, their positions, and the call for the mixers."""
         given = _bound(module, args, kwargs)
+        if self.decoding.begins(module, given):
+            return None
         call = given.pop(CALL, None) or self.call
         if call is None:
             call, given = self._begin(given)
@@ -216,11 +234,15 @@ class ParallelModel:
         else:
             given = inputs.local_arguments(given, call.layout, takes)
         self._bind_checkpointing()
+        cache = cache_of(given)
+        call.recorder = cache if isinstance(cache, RecordingCache) else None
         given[CALL] = self.call = call
         return (), given
 
     def after_backbone(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         """Every mixer has taken the layout, or the results would be wrong."""
+        if self.decoding.ends(module):
+            return
         call = self.call
         if self.head is self.backbone:
             self.call = None
@@ -236,6 +258,8 @@ class ParallelModel:
 
     def before_mixer(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The mixer that runs now is known to the call, and the call to what it calls."""
+        if self.decoding.is_running:
+            return
         kind = self.mixers[module]
         call = kwargs.get(CALL) if kind.reaches else self.call
         if call is None:
@@ -249,6 +273,8 @@ class ParallelModel:
 
     def after_mixer(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         """All that the table says of the mixer's class happened."""
+        if self.decoding.is_running:
+            return
         kind = self.mixers[module]
         call = kwargs.get(CALL) if kind.reaches else self.call
         if not kind.hands_on:
@@ -286,7 +312,7 @@ class ParallelModel:
             call = ParallelCall(layout, self.options, split_already=True)
         else:
             inputs.check_arguments(given)
-            self._compare_over_ranks(given)
+            self.compare_over_ranks(given)
             bounds = inputs.document_bounds(given)
             if bounds is not None:
                 layout = self.layout_of(given, bounds)
@@ -336,7 +362,7 @@ class ParallelModel:
             self._z_loss_coefficient = coefficient
             self.head.z_loss_coefficient = coefficient * layout.num_local_tokens / layout.seq_len
 
-    def _compare_over_ranks(self, given: dict[str, Any]) -> None:
+    def compare_over_ranks(self, given: dict[str, Any]) -> None:
         """The same batch on every rank of the group, or an error on all of them."""
         if self.num_calls >= COMPARED_BATCHES or self.place.num_ranks == 1:
             return
@@ -532,14 +558,12 @@ def _check_model(head: nn.Module) -> None:
 
 
 def _check_cache(given: dict[str, Any]) -> None:
-    for name in ("past_key_values", "cache_params"):
-        cache = given.get(name)
-        if cache is not None and not getattr(cache, "longspan_records", False):
-            raise InputError(
-                f"{name} was given to a parallelized model: decoding goes on one rank. Take longspan.prefill(model, input_ids), "
-                "whose "
-                "cache goes to model.generate of the unparallelized model, or leave the cache out in training"
-            )
+    cache = cache_of(given)
+    if cache is not None and not isinstance(cache, RecordingCache):
+        raise InputError(
+            f"a parallelized model was given a {type(cache).__name__} that longspan.prefill has not filled: decoding goes on one "
+            "rank. Take longspan.prefill(model, input_ids), whose cache this model decodes with, or leave the cache out in training"
+        )
 
 
 def _bound(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

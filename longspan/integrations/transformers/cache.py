@@ -1,0 +1,226 @@
+"""The cache that a parallel forward fills: what each layer remembers of the whole prompt, brought to where decoding goes on.
+
+Layers hand their memory to a cache of Transformers while the forward runs. `RecordingCache` takes it: states are whole on every
+rank already; of keys, values and convolution inputs a rank has its own tokens, which `hand_over` brings together, in a fresh cache
+of the class that Transformers itself would make. Nothing but methods of that class fills it.
+
+Shapes: B rows, N tokens of the prompt, T tokens of this rank, H heads, D their size, C channels, W taps or the tokens of a window.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from longspan.comm.all_to_all import start_all_to_all
+from longspan.errors import LayoutError
+from longspan.layout import SequenceLayout, group_of
+
+
+@dataclass(frozen=True)
+class Tail:
+    """The last tokens of the prompt that a layer needs, as far as this rank has them.
+
+    x: this rank's tokens from global position `first` on, in dimension `dim`.
+    """
+
+    x: Tensor
+    dim: int
+    first: int
+
+    @classmethod
+    def of(cls, x: Tensor, dim: int, num_tokens: int, layout: SequenceLayout) -> Tail:
+        """This rank's part of the last `num_tokens` tokens of ``[..., T, ...]``; shares no memory with `x` where it is not all."""
+        first = max(0, layout.seq_len - num_tokens)
+        own = _tokens_from(first, layout.rank, layout)
+        part = x.narrow(dim, x.shape[dim] - own, own)
+        return cls(part if own == x.shape[dim] else part.clone(), dim, first)
+
+    def whole(self, layout: SequenceLayout, targets: range) -> Tensor | None:
+        """All ranks' tokens from `first` on, in order, on the ranks `targets`, and None elsewhere. Every rank calls it."""
+        if layout.num_ranks == 1:
+            return self.x
+        rows = self.x.movedim(self.dim, 0).contiguous()
+        counts = [_tokens_from(self.first, rank, layout) for rank in range(layout.num_ranks)]
+        receives = layout.rank in targets
+        flight = start_all_to_all(
+            rows.repeat(len(targets), *(1,) * (rows.dim() - 1)) if len(targets) > 1 else rows,
+            [counts[layout.rank] if rank in targets else 0 for rank in range(layout.num_ranks)],
+            counts if receives else [0] * layout.num_ranks,
+            group_of(layout),
+            "prefill",
+        )
+        received = flight.wait()
+        if not receives:
+            return None
+        return received.index_select(0, _order_from(self.first, layout).to(received.device)).movedim(0, self.dim)
+
+
+class RecordingCache:
+    """Stands where a cache does in a parallel forward; combined with the class of the fresh cache by `recording`.
+
+    It gives out nothing, so that every layer takes the way of a first call, and keeps what layers hand to it.
+    """
+
+    def start(self, fresh: Any, layout: SequenceLayout, targets: range) -> None:
+        """fresh: the cache to fill. targets: the ranks that fill one."""
+        # What a model asks of a cache before its layers run is answered as by an empty one.
+        self.__dict__.update(fresh.__dict__)
+        self.fresh, self.prompt_layout, self.targets = fresh, layout, targets
+        self.keys: dict[int, tuple[Tail, Tail]] = {}
+        self.taps: dict[tuple[int, int], tuple[Tail, int]] = {}
+        self.states: dict[tuple[int, int], Tensor] = {}
+        self.lightning: dict[int, Tensor] = {}
+        self.taps_of_modules: dict[nn.Module, tuple[Tail, int]] = {}
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> Any:
+        """Keys and values ``[B, H, T, D]`` of this rank's tokens, or latents; a window's layer keeps what decoding will see."""
+        window = _window_of(self.fresh, layer_idx)
+        kept = self.prompt_layout.seq_len if window is None else window - 1
+        keys, values = (Tail.of(x, -2, kept, self.prompt_layout) for x in (key_states, value_states))
+        self.keys[layer_idx] = keys, values
+        return key_states, value_states
+
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> None:
+        """Nothing is remembered before a prompt."""
+
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> None:
+        """Nothing is remembered before a prompt."""
+
+    def get_linear_cache(self, layer_idx: int) -> None:
+        """Nothing is remembered before a prompt."""
+
+    def update_conv_state(
+        self,
+        conv_states: Tensor,
+        layer_idx: int,
+        state_idx: int = 0,
+        conv_kernel_size: int | None = None,
+        **_: Any,
+    ) -> Tensor:
+        """Inputs of a convolution, ``[B, C, T]``; the last W of the prompt are kept."""
+        if conv_kernel_size is None:
+            raise LayoutError(
+                f"the convolution of layer {layer_idx} does not say how many inputs its cache holds (conv_kernel_size), so that "
+                "the last of the prompt cannot be handed over. This release of Transformers is not one that longspan knows"
+            )
+        tail = Tail.of(conv_states, -1, conv_kernel_size, self.prompt_layout)
+        self.taps[layer_idx, state_idx] = tail, conv_kernel_size
+        return conv_states
+
+    def update_recurrent_state(self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0, **_: Any) -> Tensor:
+        """The state after the last token of the prompt, which every rank has."""
+        self.states[layer_idx, state_idx] = recurrent_states
+        return recurrent_states
+
+    def set_linear_cache(self, layer_idx: int, linear_cache: Tensor) -> None:
+        """MiniMax's name for `update_recurrent_state`."""
+        self.lightning[layer_idx] = linear_cache
+
+    def keep_on_module(self, module: nn.Module, x: Tensor, num_taps: int) -> None:
+        """For a layer that keeps the inputs ``[B, C, T]`` of its convolution on itself, as ``conv1d_state``."""
+        self.taps_of_modules[module] = Tail.of(x, -1, num_taps, self.prompt_layout), num_taps
+
+    def check(self) -> None:
+        """Every layer that the fresh cache has room for has handed something over; the same on every rank."""
+        from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
+
+        with_taps = {layer for layer, _ in self.taps}
+        missing = [
+            index
+            for index, layer in enumerate(self.fresh.layers)
+            if (isinstance(layer, CacheLayerMixin) and index not in self.keys)
+            or (
+                isinstance(layer, LinearAttentionCacheLayerMixin)
+                and index not in with_taps
+                and not self.taps_of_modules
+            )
+        ]
+        if missing:
+            raise LayoutError(
+                f"layers {missing} put nothing into the cache: generation would go on without the prompt. This release of "
+                "Transformers is not one that longspan knows, or the model's code was changed"
+            )
+
+    def hand_over(self) -> Any:
+        """The filled cache on the ranks that fill one, None on the others. Every rank calls it; what was kept is let go."""
+        layout, targets = self.prompt_layout, self.targets
+        keeps = layout.rank in targets
+        for index in sorted(self.keys):
+            keys, values = (tail.whole(layout, targets) for tail in self.keys.pop(index))
+            if keeps:
+                self.fresh.update(keys, values, index)
+                if _window_of(self.fresh, index) is not None:
+                    self.fresh.layers[index].cumulative_length = layout.seq_len
+        for (index, state), (tail, num_taps) in sorted(self.taps.items(), key=lambda item: item[0]):
+            taps = tail.whole(layout, targets)
+            if keeps:
+                self.fresh.update_conv_state(taps, index, state, conv_kernel_size=num_taps)
+        for module, (tail, num_taps) in self.taps_of_modules.items():
+            taps = tail.whole(layout, targets)
+            block: Any = module
+            block.conv1d_state = None if taps is None else F.pad(taps, (num_taps - taps.shape[-1], 0))
+            if not keeps:
+                block.rg_lru.recurrent_states = None
+        if not keeps:
+            return None
+        for (index, state), memory in self.states.items():
+            self.fresh.update_recurrent_state(memory, index, state)
+        for index, memory in self.lightning.items():
+            self.fresh.set_linear_cache(index, memory)
+        return self.fresh
+
+
+def recording(fresh: Any, layout: SequenceLayout, targets: range) -> Any:
+    """A cache that records for `fresh`, an instance of its class too: models ask what they are given."""
+    cache: Any = object.__new__(type("RecordingCache", (RecordingCache, type(fresh)), {}))
+    cache.start(fresh, layout, targets)
+    return cache
+
+
+def fresh_cache(backbone: nn.Module) -> Any:
+    """The empty cache that Transformers would make for a model: the modeling file's own class, if it has one."""
+    from transformers.cache_utils import Cache, DynamicCache
+
+    file = sys.modules[type(backbone).__module__]
+    own = [
+        kind
+        for kind in vars(file).values()
+        if isinstance(kind, type) and issubclass(kind, Cache) and kind.__module__ == file.__name__
+    ]
+    return own[0]() if own else DynamicCache(config=backbone.config)  # type: ignore[arg-type]
+
+
+def _window_of(cache: Any, layer_idx: int) -> int | None:
+    """How many tokens the layer's attention sees, where its cache forgets the others; None where it keeps all."""
+    layer = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
+    if not getattr(layer, "is_sliding", False):
+        return None
+    window: int = layer.sliding_window  # type: ignore[union-attr]
+    # With a window of one token Transformers' layer keeps all of them.
+    return window if window > 1 else None
+
+
+def _tokens_from(first: int, rank: int, layout: SequenceLayout) -> int:
+    """How many tokens from position `first` on a rank has: the last of its local ones."""
+    return sum(max(0, stop - max(start, first)) for start, stop in layout.segments_of(rank))
+
+
+def _order_from(first: int, layout: SequenceLayout) -> Tensor:
+    """Where the tokens from position `first` on lie, in order, when those of all ranks stand one rank after another."""
+
+    def build() -> Tensor:
+        runs = [
+            torch.arange(max(start, first), stop)
+            for rank in range(layout.num_ranks)
+            for start, stop in layout.segments_of(rank)
+            if stop > first
+        ]
+        return torch.cat(runs).argsort()
+
+    return layout.cached(("tail order", first), build)
