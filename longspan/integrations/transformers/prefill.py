@@ -28,7 +28,8 @@ class Prefilled(NamedTuple):
 
     cache: a cache of Transformers that holds the whole prompt, or None on ranks that have none.
     logits: ``[B, V]`` of the prompt's last token, or None on ranks that have none.
-    rank: of the group, which has the prompt's last token: 0 in zigzag order, the last one in contiguous order.
+    rank: of the group, which has the prompt's last token: the last one in contiguous order; in zigzag order 0, unless the prompt
+    has fewer than two tokens for each rank.
     """
 
     cache: Any

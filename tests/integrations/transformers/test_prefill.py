@@ -1,0 +1,392 @@
+"""A prompt prefilled over ranks leaves the cache that Transformers makes in one process, and the same tokens follow."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import longspan
+from longspan.integrations.transformers import layout_of
+from longspan.layout import Order
+from tests.compare import relative_error, worst_of
+from tests.integrations.transformers.families import FAMILIES, VOCABULARY, build
+from tests.integrations.transformers.reference import Wide
+from tests.ranks import raised, run_on_ranks
+
+TOLERANCE = 1e-12
+NUM_TOKENS = 29
+NUM_NEW = 6
+GREEDY: dict[str, Any] = {"max_new_tokens": NUM_NEW, "do_sample": False, "pad_token_id": 0}
+
+FEW = ("qwen3", "deepseek_v3", "lfm2", "minimax", "qwen3_next", "kimi_linear", "zamba2", "mamba2", "recurrent_gemma")
+"""A family for each kind of memory: windows, latents, convolutions, states, states of modules, and their mixtures."""
+WITHOUT_LENGTH = ("mamba", "mamba2", "falcon_mamba", "minimax")
+"""Whose cache does not know how many tokens it holds: Transformers cannot continue it from the whole prompt."""
+
+
+def prompt(rows: int = 2, length: int = NUM_TOKENS) -> Tensor:
+    return torch.randint(1, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(9))
+
+
+def name_of_cache(model: nn.Module) -> str:
+    return "cache_params" if "mamba" in type(model).__name__.lower() else "past_key_values"
+
+
+def empty_cache(model: Any) -> Any:
+    """What Transformers' ``generate`` and models make."""
+    from transformers import DynamicCache
+    from transformers.models.minimax.modeling_minimax import MiniMaxCache
+
+    return MiniMaxCache() if model.config.model_type == "minimax" else DynamicCache(config=model.config)
+
+
+def tensors_of(cache: Any, model: nn.Module) -> dict[str, Tensor]:
+    """Everything that a model remembers, by name: in its cache and on its modules."""
+    found: dict[str, Any] = {}
+    for index, layer in enumerate(cache.layers):
+        for name in ("keys", "values"):
+            found[f"{index} {name}"] = getattr(layer, name, None)
+        if hasattr(layer, "cumulative_length"):
+            found[f"{index} length"] = torch.tensor([layer.cumulative_length])
+        for name in ("conv_states", "recurrent_states"):
+            found |= {f"{index} {name} {key}": value for key, value in getattr(layer, name, {}).items()}
+        for key, value in getattr(layer, "has_previous_state", {}).items():
+            found[f"{index} previous {key}"] = torch.tensor([value])
+    found |= {f"{index} linear": value for index, value in enumerate(getattr(cache, "linear_cache", ()))}
+    for path, module in model.named_modules():
+        for name in ("conv1d_state", "recurrent_states"):
+            found[f"{path} {name}"] = module.__dict__.get(name)
+    return {name: value.clone() for name, value in found.items() if isinstance(value, Tensor)}
+
+
+def continued(model: Any, cache: Any, ids: Tensor) -> Tensor:
+    """Greedy tokens behind `ids`, whose last is not in the cache yet, in the way that docs/transformers_generation.md says."""
+    name = name_of_cache(model)
+    if name == "cache_params":
+        tokens = model.generate(ids[:, -1:], cache_params=cache, **GREEDY)
+    elif model.config.model_type == "minimax":
+        positions = torch.tensor([[ids.shape[1] - 1]])
+        tokens = model.generate(ids[:, -1:], past_key_values=cache, position_ids=positions, **GREEDY)
+    else:
+        tokens = model.generate(ids, past_key_values=cache, **GREEDY)
+    new: Tensor = tokens[:, -NUM_NEW:]
+    return new
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What is left of a prompt: the last token's logits ``[B, V]``, all memory by name, and the tokens that follow it."""
+
+    logits: Tensor
+    tensors: dict[str, Tensor]
+    following: Tensor
+
+
+@functools.lru_cache(maxsize=4)
+def expected(name: str) -> Memory:
+    """In one process, by the unmodified model: the whole prompt at once, and continued from all but its last token."""
+    model: Any = build(name)
+    ids = prompt()
+    with Wide(), torch.no_grad():
+        cache = empty_cache(model)
+        logits = model(ids, use_cache=True, **{name_of_cache(model): cache}).logits[:, -1]
+        tensors = tensors_of(cache, model)
+        cache = empty_cache(model)
+        model(ids[:, :-1], use_cache=True, **{name_of_cache(model): cache})
+        return Memory(logits, tensors, continued(model, cache, ids))
+
+
+def of_ranks(name: str, order: Order, to: Any) -> tuple[int, Memory | None]:
+    """The rank that has the last token, and what this rank has of a prompt's memory."""
+    model: Any = longspan.parallelize(build(name), None, order=order)
+    ids = prompt()
+    with Wide():
+        cache, logits, rank = longspan.prefill(model, ids, to=to)
+        assert (cache is None) == (logits is None)
+        found = None
+        if cache is not None:
+            assert type(cache) is type(empty_cache(model))
+            found = tensors_of(cache, model)
+        cache = longspan.prefill(model, ids[:, :-1], to=to).cache
+        if cache is None:
+            assert not [name for name in tensors_of(empty_cache(model), model) if name.endswith("state")]
+            return rank, None
+        assert found is not None
+        assert logits is not None
+        return rank, Memory(logits, found, continued(model, cache, ids))
+
+
+def check(name: str, num_ranks: int, order: Order, to: str) -> None:
+    want = expected(name)
+    last = 0 if order == "zigzag" else num_ranks - 1
+    for rank, (owner, got) in enumerate(run_on_ranks(num_ranks, of_ranks, name, order, to)):
+        assert owner == last
+        if to == "last" and rank != owner:
+            assert got is None
+            continue
+        assert got is not None
+        assert got.tensors.keys() == want.tensors.keys()
+        errors = {key: relative_error(got.tensors[key], want.tensors[key]) for key in want.tensors}
+        errors["logits"] = relative_error(got.logits, want.logits)
+        error, what = worst_of(errors)
+        assert error < TOLERANCE, f"{name} on rank {rank} of {num_ranks}: {what} is off by {error:.1e}"
+        assert torch.equal(got.following, want.following)
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_two_ranks_are_one_process(name: str) -> None:
+    check(name, 2, "zigzag", "last")
+
+
+@pytest.mark.parametrize(("num_ranks", "order", "to"), [(2, "contiguous", "last"), (3, "zigzag", "all")])
+def test_other_orders_and_targets(num_ranks: int, order: Order, to: str) -> None:
+    check("qwen3_next", num_ranks, order, to)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family(name: str) -> None:
+    for num_ranks in (2, 4):
+        for order in ("contiguous", "zigzag"):
+            check(name, num_ranks, order, "last")
+    check(name, 4, "zigzag", "all")
+    check(name, 1, "zigzag", "last")
+
+
+def dtypes_of(name: str) -> list[tuple[str, torch.dtype, torch.dtype]]:
+    """Where a bfloat16 model's cache differs in dtype from Transformers' own."""
+    model: Any = build(name).bfloat16()
+    ids = prompt()
+    with torch.no_grad():
+        cache = empty_cache(model)
+        model(ids, use_cache=True, **{name_of_cache(model): cache})
+    want = tensors_of(cache, model)
+    longspan.parallelize(model, None)
+    got = tensors_of(longspan.prefill(model, ids, to="all").cache, model)
+    return [(key, want[key].dtype, got[key].dtype) for key in want if want[key].dtype != got[key].dtype]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
+def test_dtypes_of_a_bfloat16_model(name: str) -> None:
+    assert run_on_ranks(2, dtypes_of, name) == [[], []]
+
+
+def shortest(name: str, length: int) -> tuple[Any, Tensor]:
+    model: Any = build(name)
+    ids = prompt(1, length)
+    with Wide():
+        with torch.no_grad():
+            want = model(ids, use_cache=False).logits[:, -1]
+        _, logits, rank = longspan.prefill(
+            longspan.parallelize(model, None),
+            ids,
+            attention_mask=torch.ones_like(ids),
+            position_ids=torch.arange(length)[None],
+        )
+        return (logits, rank), want
+
+
+@pytest.mark.parametrize("length", [2, 3])
+def test_a_prompt_of_a_token_a_rank(length: int) -> None:
+    """Shorter than convolutions, and than the segments that give rank 0 the last token."""
+    ((nothing, owner), _), ((got, _), want) = run_on_ranks(2, shortest, "zamba2", length)
+    assert (nothing, owner) == (None, 1)
+    assert relative_error(got, want) < TOLERANCE
+
+
+def a_loop_by_hand(name: str) -> tuple[Tensor, Tensor] | None:
+    """Tokens of a loop that calls the parallelized model with prefill's cache, and of one process."""
+    model: Any = build(name)
+    ids = prompt()
+    with Wide(), torch.no_grad():
+        want = model.generate(ids, **GREEDY)
+        longspan.parallelize(model, None)
+        cache, logits, _ = longspan.prefill(model, ids)
+        if cache is None or logits is None:
+            return None
+        tokens = [ids]
+        for step in range(NUM_NEW):
+            tokens.append(logits.argmax(-1, keepdim=True))
+            positions = {} if name == "mamba2" else {"position_ids": torch.tensor([[NUM_TOKENS + step]])}
+            logits = model(tokens[-1], use_cache=True, **{name_of_cache(model): cache}, **positions).logits[:, -1]
+    return torch.cat(tokens, 1), want
+
+
+@pytest.mark.parametrize("name", ["mamba2", "minimax"])
+def test_calls_with_its_cache_decode_on_one_rank(name: str) -> None:
+    found, nothing = run_on_ranks(2, a_loop_by_hand, name)
+    assert nothing is None
+    assert torch.equal(*found)
+
+
+def whole_error(model: nn.Module, ids: Tensor, want: Tensor) -> float:
+    """Error of the logits of a parallel forward, of all ranks."""
+    logits = model(ids).logits
+    return relative_error(layout_of(model).gather(logits), want)
+
+
+def decoding_between_steps() -> list[float]:
+    """Errors of the logits of a parallel forward before and after decoding, by the model and by its copy."""
+    model: Any = build("minimax")
+    ids = prompt()
+    with Wide(), torch.no_grad():
+        want = model(ids, use_cache=False).logits
+        following = model.generate(ids, **GREEDY)[:, -NUM_NEW:]
+        longspan.parallelize(model, None)
+        errors = []
+        for each in (model, copy.deepcopy(model)):
+            errors.append(whole_error(each, ids, want))
+            cache = longspan.prefill(each, ids[:, :-1], to="all").cache
+            kept = copy.deepcopy(cache)
+            for start in (cache, kept):
+                assert torch.equal(continued(each, start, ids), following)
+            # Where decoding fails the model is parallel again.
+            kind, _ = raised(lambda each=each, cache=cache: each(ids[:, -1:], past_key_values=cache, position_ids="?"))
+            assert kind != "InputError"
+            errors.append(whole_error(each, ids, want))
+        longspan.unparallelize(model)
+        assert torch.equal(model.generate(ids, **GREEDY)[:, -NUM_NEW:], following)
+    return errors
+
+
+def test_the_model_is_parallel_again_after_decoding() -> None:
+    for errors in run_on_ranks(2, decoding_between_steps):
+        assert worst_of(dict(enumerate(errors)))[0] < TOLERANCE
+
+
+def refused(what: str) -> tuple[str, str]:
+    rank = dist.get_rank()
+    ids = prompt()
+    model: Any = build("llama")
+    given: dict[str, Any] = {}
+    match what:
+        case "not parallelized":
+            return raised(lambda: longspan.prefill(model, ids))
+        case "backbone":
+            model = model.model
+        case "head of another library":
+            return raised(lambda: longspan.prefill(nn.Linear(2, 2), ids))
+        case "no model":
+            return raised(lambda: longspan.prefill("gpt2", ids))  # type: ignore[arg-type]
+        case "padding":
+            given["attention_mask"] = torch.ones_like(ids)
+            given["attention_mask"][0, -3:] = 0
+        case "documents":
+            ids = ids[:1]
+            given["position_ids"] = torch.cat([torch.arange(9), torch.arange(NUM_TOKENS - 9)])[None]
+        case "short":
+            ids = ids[:, :1]
+        case "different prompts":
+            ids = ids + rank
+        case "target":
+            given["to"] = "first"
+        case "generate" | "a cache of Transformers" | "training" | "sharded":
+            pass
+    longspan.parallelize(model, None)
+    match what:
+        case "generate":
+            return raised(lambda: model.generate(ids, **GREEDY))
+        case "a cache of Transformers":
+            return raised(lambda: model.generate(ids, past_key_values=empty_cache(model), **GREEDY))
+        case "training":
+            model.train()
+        case "sharded":
+            from torch.distributed.device_mesh import init_device_mesh
+            from torch.distributed.fsdp import fully_shard
+
+            fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    return raised(lambda: longspan.prefill(model, ids, **given))
+
+
+@pytest.mark.parametrize(
+    ("what", "says"),
+    [
+        ("not parallelized", "longspan.parallelize(model, group) first"),
+        ("backbone", "ForCausalLM"),
+        ("head of another library", "a Linear"),
+        ("no model", "'gpt2'"),
+        ("padding", "rows of one length"),
+        ("documents", "each prompt by itself"),
+        ("short", "1 tokens, fewer than the 2 ranks"),
+        ("different prompts", "different batches"),
+        ("target", "last, all; got 'first'"),
+        ("training", "model.eval()"),
+        ("sharded", "to='all'"),
+        ("generate", "longspan.prefill(model, input_ids[:, :-1])"),
+        ("a cache of Transformers", "longspan.prefill(model, input_ids[:, :-1])"),
+    ],
+)
+def test_refusals(what: str, says: str) -> None:
+    for kind, message in run_on_ranks(2, refused, what):
+        assert kind == "InputError", message
+        assert says in message
+
+
+def the_whole_prompt_again(name: str) -> tuple[str, str] | None:
+    model: Any = longspan.parallelize(build(name), None)
+    ids = prompt()
+    with Wide():
+        cache = longspan.prefill(model, ids[:, :-1]).cache
+        if cache is None:
+            return None
+        return raised(lambda: model.generate(ids, **{name_of_cache(model): cache}, **GREEDY))
+
+
+@pytest.mark.parametrize("name", ["mamba2", "minimax"])
+def test_a_cache_without_length_is_not_fed_the_prompt_again(name: str) -> None:
+    answer, nothing = run_on_ranks(2, the_whole_prompt_again, name)
+    assert nothing is None
+    kind, message = answer
+    assert kind == "InputError"
+    assert "input_ids[:, -1:]" in message
+    assert ("position_ids" in message) == (name == "minimax")
+
+
+@pytest.mark.parametrize("name", ["falcon_mamba", "mamba2", "minimax"])
+def test_why_the_whole_prompt_is_refused(name: str) -> None:
+    """Transformers itself, in one process, generates something else when it continues such a cache from the whole prompt."""
+    model: Any = build(name)
+    ids = prompt()
+    with Wide(), torch.no_grad():
+        want = model.generate(ids, **GREEDY)
+        cache = empty_cache(model)
+        model(ids[:, :-1], use_cache=True, **{name_of_cache(model): cache})
+        got = model.generate(ids, **{name_of_cache(model): cache}, **GREEDY)
+    assert not torch.equal(got, want)
+
+
+def sampled() -> tuple[Tensor, Tensor] | None:
+    """Sampled tokens of one rank of a model with PEFT around it, and of one process."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(3)
+    model: Any = get_peft_model(
+        build("olmo_hybrid"), LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    )
+    model.double().eval()
+    ids = prompt()
+    sampling = {**GREEDY, "do_sample": True, "temperature": 0.8, "top_k": 20}
+    with Wide(), torch.no_grad():
+        torch.manual_seed(5)
+        want = model.generate(input_ids=ids, **sampling)
+        cache = longspan.prefill(longspan.parallelize(model, None), ids[:, :-1]).cache
+        if cache is None:
+            return None
+        torch.manual_seed(5)
+        return model.generate(input_ids=ids, past_key_values=cache, **sampling), want
+
+
+# Of PEFT's, which asks models of Transformers by an older name.
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+def test_generate_samples_as_in_one_process_with_peft_around_the_model() -> None:
+    found, nothing = run_on_ranks(2, sampled)
+    assert nothing is None
+    assert torch.equal(*found)
