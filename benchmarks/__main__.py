@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from benchmarks import convolution, exchange, host, linear, modelled, peers, softmax
+from benchmarks import convolution, exchange, host, linear, modelled, peers, prefill, softmax
 from benchmarks.harness import machine, reexecute_with_memory_settings, save
 from benchmarks.network import NetworkError
 
@@ -17,6 +17,7 @@ def main() -> None:
         **peers.TABLES,
         **convolution.TABLES,
         **softmax.TABLES,
+        **prefill.TABLES,
         **exchange.TABLES,
         **modelled.TABLES,
         **host.TABLES,

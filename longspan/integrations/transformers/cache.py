@@ -193,7 +193,7 @@ def fresh_cache(backbone: nn.Module) -> Any:
         for kind in vars(file).values()
         if isinstance(kind, type) and issubclass(kind, Cache) and kind.__module__ == file.__name__
     ]
-    return own[0]() if own else DynamicCache(config=backbone.config)  # type: ignore[arg-type]
+    return own[0]() if own else DynamicCache(config=backbone.config)
 
 
 def _window_of(cache: Any, layer_idx: int) -> int | None:

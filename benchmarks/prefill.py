@@ -1,0 +1,130 @@
+"""A long prompt of a model of Transformers on the CPU: read by itself, by longspan on one rank, and over two."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import longspan
+from benchmarks.harness import Table, paired, peak_bytes, require_close, run_ranks, seconds
+
+VOCABULARY = 512
+SIDES = ("Transformers", "longspan, 1 rank", "longspan, 2 ranks")
+
+
+def small_model() -> Any:
+    """Three layers of gated delta rule and one of softmax attention, as Qwen3-Next has them, with plain feed-forward layers."""
+    from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen3NextConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        layer_types=["linear_attention", "linear_attention", "linear_attention", "full_attention"],
+        mlp_only_layers=[0, 1, 2, 3],
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        linear_num_key_heads=4,
+        linear_num_value_heads=8,
+        linear_key_head_dim=64,
+        linear_value_head_dim=64,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+    )
+    return Qwen3NextForCausalLM(config).eval()
+
+
+def alone(model: Any, ids: Tensor) -> Any:
+    """The cache that Transformers makes by itself."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(ids, use_cache=True, past_key_values=cache, logits_to_keep=1)
+    return cache
+
+
+def side(name: str, ids: Tensor) -> Callable[[], Any]:
+    """A function that reads the prompt in one of three ways and returns the cache, None on ranks that have none."""
+    model = small_model()
+    if name == "Transformers":
+        return lambda: alone(model, ids)
+    # Made by all ranks, as new groups must be.
+    of_rank_0 = dist.new_group([0])
+    if name == "longspan, 2 ranks":
+        parallel = longspan.parallelize(model, None)
+    elif dist.get_rank() == 0:
+        parallel = longspan.parallelize(copy.deepcopy(model), of_rank_0)
+    else:
+        return lambda: None
+    return lambda: longspan.prefill(parallel, ids).cache
+
+
+def prompt(seq_len: int) -> Tensor:
+    return torch.randint(VOCABULARY, (1, seq_len), generator=torch.Generator().manual_seed(1))
+
+
+def _times(seq_len: int, turns: int) -> list[list[float]]:
+    """Times of each side, in turn; what one rank does alone, rank 0 does, and the other waits."""
+    ids = prompt(seq_len)
+    sides = {name: side(name, ids) for name in SIDES}
+    caches = {}
+    for name, run in sides.items():
+        if dist.get_rank() == 0 or name == "longspan, 2 ranks":
+            caches[name] = run()
+        dist.barrier()
+    if dist.get_rank() == 0:
+        require_same(caches)
+    caches.clear()
+    times: list[list[float]] = [[] for _ in SIDES]
+    for turn in range(turns):
+        for name in SIDES if turn % 2 == 0 else reversed(SIDES):
+            dist.barrier()
+            if dist.get_rank() == 0 or name == "longspan, 2 ranks":
+                times[SIDES.index(name)].append(seconds(sides[name]))
+    return times
+
+
+def require_same(caches: dict[str, Any]) -> None:
+    """All sides leave the same keys and states."""
+    want = caches["Transformers"]
+    for name, cache in caches.items():
+        require_close(f"keys of {name}", cache.layers[3].keys, want.layers[3].keys, 1e-3)
+        for layer in range(3):
+            got, expected = (c.layers[layer].recurrent_states[0] for c in (cache, want))
+            require_close(f"states of {name}", got, expected, 1e-3)
+
+
+def _peak_of(name: str, seq_len: int) -> int:
+    warm, run = side(name, prompt(64)), side(name, prompt(seq_len))
+    warm()
+    return peak_bytes(run)
+
+
+def prefill(quick: bool) -> Table:
+    seq_len = 2048 if quick else 16384
+    table = Table(
+        "prefill",
+        f"A prompt of {seq_len:,} tokens, 3 layers of gated delta rule and 1 of softmax (Qwen3-Next), float32, one thread a rank",
+        "two ranks faster than one, with less memory on each",
+        ["side", "s", "Transformers / side", "peak MiB, rank 0", "peak MiB, rank 1"],
+    )
+    times = run_ranks(2, _times, seq_len, 2 if quick else 5)[0]
+    for name, of_side in zip(SIDES, times, strict=True):
+        num_ranks = 2 if name == "longspan, 2 ranks" else 1
+        peaks = [f"{peak / 2**20:.0f}" for peak in run_ranks(num_ranks, _peak_of, name, seq_len)]
+        result = paired(times[0], of_side)
+        table.add(name, f"{result.second:.2f}", result.ratio, *peaks, *["-"] * (2 - num_ranks))
+    return table
+
+
+TABLES = {"prefill": prefill}
