@@ -1,7 +1,7 @@
 """An all-to-all of rows with parts of any size, started and waited for apart.
 
-It also serves where only some ranks send something to some others: their parts of the all-to-all are then the only ones that are
-not empty. All ranks do the same number of operations, which messages would not (`longspan.exchange.halo` says why that matters).
+It also serves where only some ranks send to some others: all other parts are then empty. With single messages ranks would have
+unequal numbers of operations; with an all-to-all they have one each (`longspan.exchange.halo` says why that matters).
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def start_all_to_all_within(
         group: of the ranks; None is the default group.
         rank: this one's number in it. What it sends itself does not count as traffic.
         phase, name: as `note_collective` takes them.
-        header_bytes: of each row, which are not counted.
+        header_bytes: how many bytes of each row are a header, which does not count as traffic.
 
     Returns:
         The flight; what arrives ``[rows, ...]`` lies rank by rank.

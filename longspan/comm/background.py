@@ -82,10 +82,10 @@ def run_beside(
         name, phase: of the exchange, as `longspan.comm.numbering.begin` takes them.
 
     Every rank of the group calls this for the same work, in the same order. Works of one group run one after another.
-    Once a work has failed, so do those that had been begun after it; the next one that is begun has new groups.
+    Once a work has failed, those begun after it fail too; the next one that is begun has new groups.
 
     Raises:
-        ExchangeError: if a work failed for whose result nobody waited.
+        ExchangeError: if an earlier work failed, and nobody has waited for its result.
     """
     step = begin(group, name, phase)
     if device.type == "cpu":
@@ -116,8 +116,8 @@ def _plain(device_type: str) -> Iterator[None]:
 class _Worker:
     """A daemon thread that runs works in order; it ends with the worker, or with the process.
 
-    What it waits for then will not come: an exchange that was never finished. Its group's connections are closed, so that the wait
-    ends with an error. A thread that stays in torch while Python shuts down would abort the process.
+    What it still waits for then will never come: it belongs to an exchange that was not finished. Its group's connections are
+    closed, so that the wait ends with an error. A thread that stays in torch while Python shuts down would abort the process.
     """
 
     def __init__(self, name: str) -> None:

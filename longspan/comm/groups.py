@@ -43,12 +43,12 @@ def peek(group: dist.ProcessGroup, key: Hashable) -> Any:
 
 
 def keep(group: dist.ProcessGroup, key: Hashable, value: object) -> None:
-    """Let `kept` have `value` for this group and `key`, whatever it had."""
+    """Make `value` what `kept` has for this group and `key`."""
     _kept.setdefault(group, {})[key] = value
 
 
 def forget(group: dist.ProcessGroup, which: Callable[[Any], bool]) -> list[Any]:
-    """Keep no longer what has a key that `which` picks; returns it."""
+    """Drop what is kept under keys that `which` picks, and return it."""
     entries = _kept.setdefault(group, {})
     return [entries.pop(key) for key in list(entries) if which(key)]
 

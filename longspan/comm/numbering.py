@@ -1,8 +1,8 @@
 """The exchanges of a process group in their order, and what becomes of a rank that is out of step with the others.
 
 Every rank of a group takes the same exchanges in the same order, backward too. Each has a number and a label, the same on all
-ranks. A rank that waits for longer than others need publishes the labels of its last exchanges in the group's store and compares
-them with those of the ranks that wait, too: where one number has two labels, the ranks are out of step, and all of them are told.
+ranks. A rank that has waited for long publishes the labels of its last exchanges in the group's store, and compares them with those
+of other ranks that wait: where one number has two labels, the ranks are out of step, and all of them are told.
 While nobody waits for long, nothing is published.
 
 On the CPU exchanges run on process groups of their own, forward and backward apart, so that what does not belong together never
@@ -64,7 +64,7 @@ class Step:
 
     @property
     def tag(self) -> int:
-        """What tells messages of this exchange from others', a small number: another for another number or label."""
+        """A small number that tells messages of this exchange from those of others: it depends on its number and label."""
         return crc32(f"{self.number} {self.label}".encode()) % NUM_TAGS
 
     def check(self, words: Tensor) -> None:
@@ -371,7 +371,7 @@ def _belongs_to_epoch(key: Any) -> bool:
 
 
 def close_connections(group: dist.ProcessGroup) -> None:
-    """Make all operations under way on a gloo group fail, here and on its other ranks, as a receive does that runs out of time."""
+    """Make all operations under way on a gloo group fail, here and on its other ranks, as if a receive had run out of time."""
     other = (group.rank() + 1) % group.size()
     with suppress(RuntimeError):
         group.recv([torch.empty(1)], other, _NO_TAG).wait(timedelta(milliseconds=1))

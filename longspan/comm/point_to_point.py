@@ -85,7 +85,7 @@ class Mailbox:
         return receipt.buffer
 
     def close(self) -> None:
-        """Launch what is left, and leave the sends under way: they are waited for a few exchanges later."""
+        """Launch what is left. Sends stay under way, and are waited for a few exchanges later."""
         self.flush()
         under_way: deque[list[tuple[Sequence[Any], Tensor]]] = kept(self._group, "sends", deque)
         under_way.append(self._sends)

@@ -1,7 +1,7 @@
 """Counting what exchanges send: a recorder that is on inside a ``with`` block.
 
-A collective counts the bytes that the rank hands to the network for other ranks, as the topology's formula says; not what a
-particular backend does with them. Its messages are the parts that go to other ranks, without empty ones.
+What counts for a collective are the bytes that the rank has for other ranks, as the topology's formula says, whatever a particular
+backend does with them. Its messages are the parts for other ranks that are not empty.
 """
 
 from __future__ import annotations

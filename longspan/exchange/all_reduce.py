@@ -1,4 +1,4 @@
-"""The sum over ranks as a differentiable exchange: what all of them need the same of."""
+"""The sum over ranks as a differentiable exchange: every rank has a part, and every rank needs the sum."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def sum_over_ranks(x: Tensor, group: SequenceLayout | dist.ProcessGroup | Device
     Returns:
         The shape and dtype of x; x itself where there is one rank.
 
-    Its gradient is the sum over the ranks of theirs: right where a rank's loss is its own share of the loss. A loss that every rank
-    computes whole from the sum must be divided by the number of ranks. Every rank must take the same calls in the same order,
+    Its gradient is the sum of the gradients of all ranks: right where a rank's loss is its own share of the loss. A loss that every
+    rank computes whole from the sum must be divided by the number of ranks. Every rank must take the same calls in the same order,
     backward too, and x must take a gradient on all of them or on none.
 
     Raises:
@@ -79,7 +79,7 @@ class _SumOverRanks(torch.autograd.Function):
 
 
 class JoinSum(torch.autograd.Function):
-    """What `sum_over_ranks` returned where this rank's part takes no gradient; joins the sum's backward, whose result it drops.
+    """A sum of which this rank's part takes no gradient: this rank joins the backward all-reduce, and drops its result.
 
     | | shape | |
     |---|---|---|

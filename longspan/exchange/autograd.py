@@ -85,7 +85,7 @@ class _StateWait(torch.autograd.Function):
     | joins | [] or None | a leaf, where this rank's states take no gradient but others' may |
     | incoming | [num_segments, B, H, K, V] | S_in of this rank's segments |
 
-    Backward: sends G = ∂L/∂S_in and does not wait for what comes back, unless no start node does.
+    Backward: sends G = ∂L/∂S_in. The start node waits for what comes back; this node does where the start node takes no gradient.
     """
 
     @staticmethod
@@ -128,13 +128,13 @@ class PendingExchange:
         return self._pair.state.shape
 
     def modelled(self) -> tuple[Cost, Cluster]:
-        """What it costs by the model, and the machines that are taken for it."""
+        """Its cost by the model, and the machines that the model assumes."""
         return self._exchange.modelled(self._pair, self._link.layout)
 
     def wait(self, joins: bool = False) -> Tensor:
         """S_in ``[num_segments, B, H, K, V]`` of this rank's segments; differentiable; to be called once.
 
-        joins: take part in the backward exchange even if this rank's states take no gradient: those of other ranks may.
+        joins: take part in the backward exchange even if this rank's states take no gradient, because those of other ranks may.
         """
         leaf = None
         if joins and not self._ticket.requires_grad:

@@ -41,8 +41,8 @@ from longspan.state import Pair, Transition
 class ChainRun:
     """Segments that `rank` holds and that follow each other in the direction of travel.
 
-    number: counts the runs of all ranks. rows: the segments' local numbers. cuts: for each, whether what enters does not leave.
-    source, target: ranks of the runs before and after it; None where nothing enters or leaves.
+    number: counts the runs of all ranks. rows: the segments' local numbers. cuts: for each, whether nothing of what enters it
+    leaves it. source, target: ranks of the runs before and after it; None where nothing enters or leaves.
     """
 
     number: int
@@ -90,7 +90,7 @@ def _chain(layout: SequenceLayout, reverse: bool, cuts: Sequence[bool] | None) -
 
 @dataclass(frozen=True)
 class Chain(Carrier):
-    """The chain, with what its topologies set.
+    """The chain, with the options of the topologies that use it.
 
     name: of the topology, for the count of messages. num_blocks: of value columns. state_dtype: states are rounded to it for the
     wire; None sends them as they are. cuts: as `chain_of` takes them.
@@ -174,9 +174,9 @@ class MessageOrder:
 def order_of(runs: Sequence[ChainRun], layout: SequenceLayout, in_batches: bool) -> MessageOrder:
     """The order for the runs of all ranks.
 
-    in_batches: a rank's messages go in batches, each of which begins when the one before has been received (NCCL). What is
-    batched ahead of its step could then stand before what it waits for. It cannot where nothing waits for anything, or where the
-    chain is a line, with one segment per rank: all waiting goes one way.
+    in_batches: a rank's messages go in batches, and a batch begins when the one before it has been received (NCCL). A message that
+    is asked for ahead of its step could then be queued before one that it waits for. That cannot happen where no message waits for
+    another, or where the chain is a line of one segment per rank, in which all waiting goes one way.
     """
     all_at_once = not in_batches or all(run.is_independent or run.target is None for run in runs)
     may_send_ahead = all_at_once or layout.num_segments == 1
@@ -270,8 +270,8 @@ def chain_cost(problem: Problem, cluster: Cluster, num_blocks: int) -> Direction
     Each segment's owner sends n or fewer states and no transition. A chain of h messages crosses every boundary between segments
     of different ranks: h = P − 1 contiguous, 2P − 2 zigzag, which turns at the last rank; h is shorter where documents cut it. The
     first block takes h hops of |U| / M, and folds at each segment that it passes: f = h + n − 2 of them (n P − 2 for one document),
-    as the first segment has nothing to fold and the last one nothing to send. The M − 1 others follow it, each behind the one
-    before it by what the busiest rank needs for a block, with all ranks at once.
+    as the first segment has nothing to fold and the last one nothing to send. The other M − 1 blocks follow. Each comes later
+    than the one before it by the time that the busiest rank takes for a block, while all ranks are at work.
 
         seconds = Σ_hops (latency + |U| / M bandwidth) + f · fold(R / M) + (M − 1) · n · (gap + |U| / M bandwidth + fold(R / M))
 
@@ -289,7 +289,7 @@ def chain_cost(problem: Problem, cluster: Cluster, num_blocks: int) -> Direction
 
 
 def messages_of_chain(problem: Problem) -> int:
-    """Of the rank that sends most: its n segments, without zigzag's turn and end, which are all that two ranks have."""
+    """Messages of the rank that sends most: one per segment. Of two ranks in zigzag order, each has one segment that sends none."""
     return problem.segments_per_rank if problem.num_ranks > 2 else 1
 
 

@@ -266,8 +266,8 @@ class _HaloWait(torch.autograd.Function):
 class PendingHalo:
     """A halo that has been started and not yet waited for.
 
-    x: ``[B, T, C]``, the tokens, for what needs no halo. Using these and not the tensor that was given saves a pass over it in
-    backward, because the gradients that arrive from other ranks are added to what comes back through them.
+    x: ``[B, T, C]``, the tokens, for what needs no halo. Use these, and not the tensor that was given to `start_halo`:
+    gradients that arrive from other ranks are then added to theirs in place, without another pass over all tokens.
     """
 
     x: Tensor
@@ -294,13 +294,13 @@ def start_halo(
         width: number of tokens, at least 1.
         adds_in_place: backward adds to the gradient of `PendingHalo.x` in place. Only where that goes to a single autograd
             Function, which makes a tensor of its own for the gradient.
-        joins: take part in the backward exchange even if x takes no gradient here: that of other ranks may.
+        joins: take part in the backward exchange even if x takes no gradient here, because that of other ranks may.
 
     Raises:
         LayoutError: for a layout of several ranks without a process group.
 
-    Every rank takes part, unless no two ranks exchange tokens. A rank whose plan is not empty must let the halo enter its result,
-    even if it takes no token itself: the gradients of the tokens that it sent come back through it.
+    Every rank takes part, unless no two ranks exchange tokens. A rank whose plan is not empty must use the halo in its result,
+    even if it receives no token: the gradients of the tokens that it sent come back through it.
     """
     if layout.num_ranks > 1 and layout.group is None:
         raise LayoutError(

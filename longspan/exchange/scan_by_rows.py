@@ -219,7 +219,7 @@ def shares_of(rows: int, members: int) -> set[int]:
 
 
 def sent_by_rows(members: int, rows: int, own: int, stretches: int, there: int, back: int) -> int:
-    """Bytes that a member with `own` of the rows sends: the others' rows of its stretches there, and its own of theirs back.
+    """Bytes that a member with `own` of the rows sends: its stretches' rows to their owners, and its own rows of all others back.
 
     there, back: bytes of one row of one stretch.
     """
@@ -227,6 +227,6 @@ def sent_by_rows(members: int, rows: int, own: int, stretches: int, there: int, 
 
 
 def messages_by_rows(members: int, rows: int, owns: bool) -> int:
-    """Messages of a member there and back: to the others that have rows, and to all others if it owns any itself."""
+    """Messages that a member sends there and back: to others that own rows, and then, if it owns any itself, to all others."""
     owners = min(rows, members)
     return (owners - 1) + (members - 1) if owns else owners

@@ -80,7 +80,7 @@ class Exchanger(ABC):
 
     @abstractmethod
     def modelled(self, pair: Pair, layout: SequenceLayout) -> tuple[Cost, Cluster]:
-        """What this exchange costs by the model, and the machines that are taken for it; see `Carrier.start` for the arguments."""
+        """The cost of this exchange by the model, and the machines that it assumes; see `Carrier.start` for the arguments."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class Topology(Exchanger):
         check_state_dtype(self.state_dtype)
 
     def serves(self, pair: Pair, layout: SequenceLayout, cluster: Cluster) -> bool:
-        """Whether a choice may take it: it can carry this exchange out, and was made for ranks on such a cluster.
+        """Whether a choice may take it: whether it can carry this exchange out, and is meant for such a cluster.
 
         Called on every rank alike; sends nothing, unless `cluster` has several nodes.
         """

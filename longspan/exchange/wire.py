@@ -1,9 +1,9 @@
 """What travels: states, with their transitions where these must be sent, as rows of one buffer.
 
 States travel in their own dtype, or rounded to a narrower one (`state_dtype`) for the wire alone. Transitions always travel in
-their own dtype, float32 or float64, because products of many of them leave a state's error behind; beside narrower states their
-bits are laid out as numbers of the states' wire dtype, and nothing but copies ever touches them. So one buffer of one dtype
-serves every collective.
+their own dtype, float32 or float64, because many of them are multiplied with each other, and their errors grow with every
+product. Beside narrower states their bits are laid out as numbers of the states' wire dtype, and nothing but copies ever touches
+them. So one buffer of one dtype serves every collective.
 
 Behind each row there may be a header of 8 bytes, which says which exchange it belongs to. Formulas of bytes leave it out.
 

@@ -218,7 +218,7 @@ def _measure_collectives(ranks: RankClock, link: Link) -> tuple[Link, Link]:
 
 
 def _measure_chain(ranks: RankClock, ranks_per_node: int) -> tuple[float, float]:
-    """Seconds of a hop, and by which blocks follow each other, of states so small that their size does not matter."""
+    """Seconds of a hop, and seconds between blocks that follow each other, for states so small that their size does not matter."""
     num_ranks = ranks.layout.num_ranks
     layout = SequenceLayout(num_ranks, ranks.layout.group, ranks_per_node=ranks_per_node)
     states = torch.zeros(1, 1, 1, 4, _BLOCKS, device=ranks.device)
@@ -272,5 +272,5 @@ def _folds_of(ranks: RankClock, kind: type[Transition], shape: tuple[int, ...]) 
 
 
 def _rest(seconds: float, part: float) -> float:
-    """What is left without a part that was measured at another moment, which may have been a worse one."""
+    """A time less a part that was measured at another, perhaps slower moment: at least a tenth of the time."""
     return max(seconds - part, 0.1 * seconds)

@@ -109,7 +109,7 @@ class Auto(Exchanger):
 
 
 def _errors(priced: list[Priced], pair: Pair, layout: SequenceLayout) -> dict[str, float]:
-    """How many times as long as modelled an exchange takes, for the topologies that were tried."""
+    """For each topology that was tried, the time of an exchange as a multiple of the modelled one."""
     candidates = [Candidate(each.topology.name, each.topology.resolve(pair, layout), each.seconds) for each in priced]
     tried = {
         each.topology.name: (seconds, each.seconds)

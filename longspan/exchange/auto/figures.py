@@ -19,7 +19,7 @@ from longspan.plan import Cluster, Link, Problem
 class Figures:
     """The measured cluster, and for each size of states what its trial found.
 
-    errors: how many times as long as modelled the topologies took that were tried. taken: the topology that was last taken.
+    errors: for each topology that was tried, its time as a multiple of the modelled one. taken: the topology that was last taken.
     """
 
     cluster: Cluster
@@ -94,7 +94,7 @@ def known_figures(layout: SequenceLayout, device: torch.device) -> Figures | Non
 
 
 def take_figures(layout: SequenceLayout, device: torch.device, figures: Figures) -> None:
-    """Let a process group have `figures`, instead of measuring or of what was measured; every rank of the group takes the same.
+    """Give a process group `figures`, so that it measures none, or in place of those it measured; every rank gives the same.
 
     Raises:
         InputError: for figures of another number of ranks or nodes.

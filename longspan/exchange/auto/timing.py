@@ -42,12 +42,12 @@ class RankClock:
         return run_beside(group_of(self.layout), self.device, reduce).wait()
 
     def alone(self, function: Callable[[], object], repeats: int) -> float:
-        """Shortest time of a call on this rank, after one that is not counted: what else runs on the machine only adds to it."""
+        """Shortest time of a call on this rank, after one that is not counted: other work on the machine only makes it longer."""
         function()
         return min(self.one(function) for _ in range(repeats))
 
     def together(self, function: Callable[[], object], repeats: int) -> float:
-        """Median time of a call that all ranks begin together, after one that is not counted; each that of the slowest rank.
+        """Median time of a call that all ranks begin together, after one that is not counted; the slowest rank's time counts.
 
         The median, not the shortest: what ranks do to each other that share cores or links is part of the time.
         """

@@ -1,4 +1,4 @@
-"""Exchanges on trial: the time of a topology on the ranks at hand, from their all being ready until the last has what it waits for.
+"""Exchanges on trial: the time of a topology on the ranks at hand, from when all are ready until the last has what it waits for.
 
 The cost model knows links and folds one by one. What ranks do to each other that share cores or a switch, it does not know; among
 topologies that cost about the same, that decides. So ``exchange="auto"`` tries those that the model finds close.

@@ -8,8 +8,8 @@ segments per rank, a rank sends
 
 whatever the sequence length, |A| = 0 where every rank knows the transitions. It folds up to n · P − 1 pairs.
 
-A rank that needs nothing from others does not wait for it: the last one backward, and forward the first one, where every rank
-knows the transitions that backward will take.
+A rank that needs nothing from others does not wait. Backward that is the last rank; forward it is the first, where every rank
+knows the transitions, so that it has nothing to keep for backward.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ that forward brought. With n segments per rank, and r rows on this rank, a rank 
     backward   n · ((R − r) · |U| + (P − 1) · r · |U|) / R numbers,          (P − 1) · n · 2 |U| / P         where P divides R
 
 each way in at most 2 (P − 1) messages: one to every other rank that has rows, and one to every other rank if it has rows itself.
-|A| = 0 where every rank knows the transitions. It folds P · n − 1 pairs of r rows.
+|A| = 0 where every rank knows the transitions. A rank folds P · n − 1 pairs of r rows.
 """
 
 from __future__ import annotations

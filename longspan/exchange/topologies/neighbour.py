@@ -1,4 +1,4 @@
-"""Neighbours only: each state goes to the owner of the next segment and no further. One message, no scan, no waiting in a chain.
+"""Neighbours only: each state goes to the owner of the next segment and no further: one message, without a scan or a chain.
 
 That is the whole exchange where no state survives a second segment on another rank:
 

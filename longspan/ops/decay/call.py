@@ -30,7 +30,7 @@ class DecayCall:
 
 
 def states_of(block: ChunkBlock, factors: BlockFactors, states: Tensor, incoming: Tensor | None) -> Tensor:
-    """The states that enter the block's chunks, with what arrived from other ranks, times e^m: ``[n, B, H, K, V]``."""
+    """The states that enter the block's chunks ``[n, B, H, K, V]``, with what arrived from other ranks, times `factors.enter`."""
     state = states[block.slots]
     if incoming is not None:
         for chunks, segment in block.continuing:

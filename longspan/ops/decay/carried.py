@@ -35,7 +35,7 @@ def diagonal_transition(
 def carried_final_states(
     own: Tensor, pieces: Sequence[Piece], incoming: Tensor | None, transition: Callable[[Ranges], Transition]
 ) -> Tensor:
-    """The states that leave `pieces`, ``[len(pieces), B, H, K, V]``: those that start from zero (`own`), and what entered, decayed.
+    """The states that leave `pieces`, ``[len(pieces), B, H, K, V]``: `own`, which started from zero, plus what entered, decayed.
 
     incoming: the state that enters each segment, ``[num_segments, B, H, K, V]``, or None.
     """

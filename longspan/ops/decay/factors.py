@@ -373,7 +373,7 @@ class ChannelFactors(Factors):
 
 
 def _to_the_end(decays: Tensor) -> Tensor:
-    """The product of the decays behind each token, ``[..., c, K]`` as they came."""
+    """For each token the product of the decays of all tokens behind it, ``[..., c, K]`` like `decays`."""
     product = torch.ones_like(decays)
     product[..., :-1, :] = decays[..., 1:, :].flip(-2).cumprod(-2).flip(-2)
     return product

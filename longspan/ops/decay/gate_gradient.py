@@ -63,17 +63,13 @@ class GateGradient:
         """Add sums of x ⊙ ∂x of the block's tokens that other nodes found, ``[n, B, H, c, D]``."""
         self._of_tokens = sums if self._of_tokens is None else self._of_tokens.add_(sums)
 
-    def add_end(self, grad: Tensor, state: Tensor) -> None:
-        """Add ⟨∂S, S⟩ of what leaves the block's chunks, ``[n, B, H, K, ·]``, summed over the last dimension, over K if D is 1."""
-        self._add_end(self._over_states(grad, state))
-
     def add_through(self, grad: Tensor, state: Tensor, total: Tensor | None) -> None:
-        """Add ⟨∂S, total · S⟩ of what passes through chunks, as `add_end`; total ``[n, B or 1, H, D, 1]``, None is 1."""
-        products = self._over_states(grad, state)
-        self._add_end(products if total is None else products * total.squeeze(-1))
+        """Add ⟨∂S, total · S⟩ of what passes through chunks; ∂S, S ``[n, B, H, K, V]``, total ``[n, B or 1, H, D, 1]``, None is 1.
 
-    def _add_end(self, products: Tensor) -> None:
-        self._of_ends = products if self._of_ends is None else self._of_ends + products
+        Summed over V, and over K if D is 1.
+        """
+        products = self._over_states(grad, state)
+        self._of_ends = products if total is None else products * total.squeeze(-1)
 
     def _over_states(self, grad: Tensor, state: Tensor) -> Tensor:
         """⟨∂S, S⟩ ``[..., D]`` of ``[..., K, ·]``."""

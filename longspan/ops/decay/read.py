@@ -244,10 +244,12 @@ class _InsideBackward:
             put_scaled(dk, block, scaled(block.take(q), None, num_heads), own, add=True)
 
     def _take_out_own(self, scores: Tensor, grad_scores: Tensor, shape: torch.Size) -> Tensor | None:
-        """What tokens read of themselves has no part in ∂g: of channels it is zeroed in `grad_scores` and returned, scaled.
+        """Keep what tokens read of themselves out of ∂g, in which it has no part.
 
-        scores, grad_scores ``[n·B·H, c, c]``; shape: ``[n, B, H, c, ·]``. Of heads ∂g takes the product of the two, in place of
-        `scores`. Returns ``[n, B, H, c, 1]`` or None.
+        A decay per channel: its gradient is zeroed in `grad_scores`, and returned, scaled, ``[n, B, H, c, 1]``. A decay per head:
+        ∂g takes the product of the two without its diagonal, which is written over `scores`; returns None.
+
+        scores, grad_scores ``[n·B·H, c, c]``; shape: ``[n, B, H, c, ·]``.
         """
         if self.gate is None:
             return None

@@ -104,7 +104,7 @@ def take_block(call: DeltaCall, block: ChunkBlock, x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Keys:
-    """Of one block: factors laid out by chunks, k as it came, k̂ and k̃, ``[n, B, H, c, K]``.
+    """Of one block: factors, k as it came, k̂ and k̃, ``[n, B, H, c, K]``.
 
     query, key: e^{b−m}, e^{m−b}. enter, leave: e^m and e^{b_C−m} as rows, ``[n, B or 1, H, 1, D]``. None is 1.
     """
@@ -124,7 +124,7 @@ class Keys:
 
 
 def block_factors(call: DeltaCall, block: ChunkBlock, g: Tensor | None, decays: Tensor | None) -> BlockFactors:
-    """The factors of a block, from what the write phase kept of them where it did."""
+    """The factors of a block, from `decays`, what the write phase kept of them; None: formed again."""
     if decays is None:
         return call.factors.block(block, g)
     return call.factors.restore(block, g, block_rows(decays, block))
@@ -155,13 +155,13 @@ def leaving_keys(call: DeltaCall, block: ChunkBlock, k: Tensor, g: Tensor | None
 
 
 def _query_factor(call: DeltaCall, block: ChunkBlock, g: Tensor | None, decays: Tensor | None) -> Tensor | None:
-    """e^{b−m} of a block, ``[n, B or 1, H, c, D]``, as kept by the write phase where it was."""
+    """e^{b−m} of a block, ``[n, B or 1, H, c, D]``, from `decays`, what the write phase kept of it; None: formed again."""
     return call.factors.query(block, g) if decays is None else block_rows(decays, block)
 
 
 @dataclass(frozen=True)
 class QueryBlock:
-    """Of one block: factors laid out by chunks, scale · q and q̂, ``[n, B, H, c, K]``."""
+    """Of one block: e^{b−m}, scale · q and q̂, ``[n, B, H, c, K]``."""
 
     query: Tensor | None
     plain: Tensor

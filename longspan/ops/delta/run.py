@@ -24,9 +24,9 @@ class DeltaRun(torch.autograd.Function):
     | states S | [num_slots, B, H, K, V] | |
     | corrected u | [N, B, H, C, V] | Ũ − W S |
 
-    Forward: as in `longspan.ops.delta.chain`. Backward: pieces whose end no other rank receives are gone through here, as the
-    gradient of their end is known; of the others only what enters them is found, so that it can be sent, and DeltaWrite goes
-    through them when the gradient of their end has arrived.
+    Forward: as in `longspan.ops.delta.chain`. Backward: where no other rank receives the end of a piece, the gradient of that end
+    is known here, and the piece is gone through. Of the other pieces only the gradient of what enters them is found, to be sent,
+    and DeltaWrite goes through them when the gradient of their end has arrived.
     """
 
     @staticmethod

@@ -3,7 +3,7 @@
 Shapes: as in `longspan.ops.delta.call`.
 
 Where an entry of L exceeds 1, as β above 1 makes it, T = (I + L)⁻¹ may be far from small: then L, T and the products with T are
-float64. In float32 keys that resemble each other would lose two digits there, which token by token are kept.
+float64. In float32, where keys resemble each other, they would have two digits less than token by token.
 """
 
 from __future__ import annotations

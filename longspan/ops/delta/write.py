@@ -32,10 +32,10 @@ from longspan.ops.matrices import batched_product, flat, put_scaled, times
 class PhaseLink:
     """What the write and run nodes of one call hand to each other.
 
-    sent: numbers of the pieces whose end another rank receives. states, corrected: in forward what write has gone through already
-    (`done` pieces), in backward what run kept. grad_states, grad_corrected: what run's backward leaves for write's: complete for
-    the pieces that are not sent, the reads' share for those that are. finite_keys, finite_upstream: k and β, and the gradients of
-    the outputs, are known to hold neither NaN nor infinity.
+    sent: numbers of the pieces whose end another rank receives. done: those that write has gone through. states, corrected:
+    forward, those of `done` pieces; backward, those that run kept. grad_states, grad_corrected: what run's backward hands to
+    write's; of pieces that are sent it is the reads' share alone. finite_keys: whether k and β are known to hold neither NaN nor
+    infinity; finite_upstream: the same of the gradients of the outputs.
     """
 
     sent: frozenset[int]
@@ -66,7 +66,7 @@ class DeltaWrite(torch.autograd.Function):
     Backward, with λ as in `longspan.ops.delta.chain` and ∂u complete: ∂r = Tᵀ ∂u; ∂L = −tril(∂r uᵀ, −1); z = ∂L k̃ − ∂r (e^m S)ᵀ;
     ∂v = β ∂r; ∂k̂ = β z; ∂k̃ = ∂Lᵀ β k̂ + e^{b_C−m} u λᵀ; ∂β = ⟨∂r, v⟩ + ⟨z, k̂⟩; b_C gets ⟨S_out, λ⟩.
 
-    The products take no gradient: ∂ above is formed with the true states, what arrived included, and holds it already.
+    The products take no gradient of their own: those above are formed with the true states, which hold what arrived.
     """
 
     @staticmethod
