@@ -118,7 +118,7 @@ def _softmax_written_and_read(layout: Any, q: Tensor, k: Tensor, v: Tensor) -> O
 def _softmax_after_a_past(layout: Any, q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor) -> Outputs:
     if layout is not None and layout.is_packed:
         # Documents have no past.
-        return (longspan.softmax_attention(q, k, v, layout=layout) + 0.0 * (past_k.sum() + past_v.sum()),)
+        return (longspan.softmax_attention(q + 0.0 * (past_k.sum() + past_v.sum()), k, v, layout=layout),)
     o, final = longspan.softmax_attention(
         q, k, v, window=20, initial_state=(past_k, past_v), output_final_state=True, layout=layout
     )
