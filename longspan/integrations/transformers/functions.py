@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -18,9 +17,6 @@ from longspan.attention.convolution import causal_conv1d
 from longspan.dtypes import at_least_float32
 from longspan.integrations.transformers.call import ParallelCall
 from longspan.integrations.transformers.mixers import CONVOLUTION, GATED_DELTA, KIMI_DELTA, MAMBA2, SELECTIVE_SCAN
-
-NORM_EPS = 1e-6
-"""What Transformers adds to the squared length of queries and keys of the delta rules."""
 
 
 def convolution(
@@ -65,14 +61,13 @@ def _delta_rule(
     use_qk_l2norm_in_kernel: bool = False,
     **_: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    if use_qk_l2norm_in_kernel:
-        query, key = _unit_length(query), _unit_length(key)
     out = operator(
         query,
         key,
         value,
         g,
         beta.to(query.dtype),
+        qk_l2norm=use_qk_l2norm_in_kernel,
         initial_state=initial_state,
         output_final_state=output_final_state,
         layout=call.layout,
@@ -184,8 +179,3 @@ FUNCTIONS: Mapping[str, Callable[..., Any]] = {
 def with_state(out: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:
     """What an operator returned, and the final state or None."""
     return (out, None) if isinstance(out, Tensor) else out
-
-
-def _unit_length(x: Tensor) -> Tensor:
-    wide = at_least_float32(x)
-    return (wide * torch.rsqrt((wide * wide).sum(-1, keepdim=True) + NORM_EPS)).to(x.dtype)
