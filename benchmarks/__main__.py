@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from benchmarks import convolution, exchange, host, linear, modelled, peers, prefill, softmax
+from benchmarks import convolution, exchange, host, hugging_face, linear, modelled, peers, prefill, softmax
 from benchmarks.harness import machine, reexecute_with_memory_settings, save
 from benchmarks.network import NetworkError
 
@@ -21,6 +21,7 @@ def main() -> None:
         **exchange.TABLES,
         **modelled.TABLES,
         **host.TABLES,
+        **hugging_face.TABLES,
     }
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("tables", nargs="*", metavar="TABLE", help=f"of {', '.join(all_tables)}; all without one")

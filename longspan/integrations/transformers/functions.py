@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -141,16 +142,18 @@ def selective_scan(
     steps = steps.transpose(1, 2)
     x = hidden_states.transpose(1, 2)
     queries, keys = (t.transpose(1, 2).unsqueeze(2).to(x.dtype) for t in (C, B))
-    out = operators.gla(
-        queries,
-        keys,
-        (x * steps).to(x.dtype).unsqueeze(-1),
-        steps.unsqueeze(-1) * A.to(steps.dtype),
-        scale=1.0,
-        output_final_state=return_last_state,
-        layout=call.layout,
-        exchange=call.options.exchange,
-    )
+    # There is no matrix product in the recurrence for autocast to round.
+    with torch.autocast(x.device.type, enabled=False):
+        out = operators.gla(
+            queries,
+            keys,
+            (x * steps).to(x.dtype).unsqueeze(-1),
+            steps.unsqueeze(-1) * A.to(steps.dtype),
+            scale=1.0,
+            output_final_state=return_last_state,
+            layout=call.layout,
+            exchange=call.options.exchange,
+        )
     scanned, state = with_state(out)
     y = scanned.squeeze(-1).transpose(1, 2)
     if D is not None:

@@ -63,7 +63,8 @@ def check(name: str, how: str) -> None:
         error = relative_error(got, want.logits)
         assert error < 2.0 * own, f"logits are off by {error:.1e}, Transformers' own by {own:.1e}"
         median = statistics.median(relative_error(got_gradients[key], want.gradients[key]) for key in want.gradients)
-        assert median < 1.5 * own_gradients, (
+        # The delta rules differ by up to twice, either way: what is rounded before a product is not the same.
+        assert median < 2.5 * own_gradients, (
             f"gradients are off by {median:.1e}, Transformers' own by {own_gradients:.1e}"
         )
 

@@ -1,0 +1,221 @@
+"""Layers of Transformers' models, as they are and parallelized, in one run: time and peak memory."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import longspan
+from benchmarks.harness import Table, in_subprocess, paired, peak_bytes, require_close, run_ranks, seconds, timed_pairs
+from longspan.integrations.transformers import layout_of
+
+WIDTH = 256
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A backbone of one layer that is no softmax attention; its feed-forward part is small.
+
+    longest: tokens up to which Transformers' own code is run; beyond, it takes minutes a step.
+    """
+
+    model: str
+    config: str
+    options: dict[str, Any] = field(default_factory=dict)
+    longest: int = 16384
+
+
+_SMALL = {"hidden_size": WIDTH, "num_hidden_layers": 1, "vocab_size": 61, "intermediate_size": 64}
+_LINEAR = {"layer_types": ["linear_attention"]}
+
+LAYERS: dict[str, Layer] = {
+    "Qwen3-Next: Gated DeltaNet, 4 to 8 heads of 64": Layer(
+        "Qwen3NextModel",
+        "Qwen3NextConfig",
+        {
+            **_LINEAR,
+            "linear_key_head_dim": 64,
+            "linear_value_head_dim": 64,
+            "linear_num_key_heads": 4,
+            "linear_num_value_heads": 8,
+            "mlp_only_layers": [0],
+            "head_dim": 64,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+        },
+    ),
+    "Bamba: Mamba-2, 8 heads of 64, 64 states": Layer(
+        "BambaModel",
+        "BambaConfig",
+        {
+            "attn_layer_indices": [],
+            "mamba_n_heads": 8,
+            "mamba_d_head": 64,
+            "mamba_d_state": 64,
+            "mamba_expand": 2,
+            "mamba_chunk_size": 256,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+        },
+    ),
+    "MiniMax: lightning attention, 4 heads of 64": Layer(
+        "MiniMaxModel",
+        "MiniMaxConfig",
+        {
+            **_LINEAR,
+            "head_dim": 64,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "num_local_experts": 2,
+            "num_experts_per_tok": 1,
+            "block_size": 256,
+        },
+    ),
+    "Kimi-Linear: KDA, 4 heads of 64": Layer(
+        "KimiLinearModel",
+        "KimiLinearConfig",
+        {
+            **_LINEAR,
+            "linear_head_dim": 64,
+            "linear_num_heads": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "moe_intermediate_size": 64,
+            "num_local_experts": 2,
+            "num_experts_per_tok": 1,
+        },
+        longest=4096,
+    ),
+    "Jamba: Mamba, 128 channels, 16 states": Layer(
+        "JambaModel",
+        "JambaConfig",
+        {
+            "hidden_size": 64,
+            "attn_layer_period": 8,
+            "attn_layer_offset": 7,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "num_experts": 1,
+            "num_experts_per_tok": 1,
+            "mamba_d_state": 16,
+            "mamba_dt_rank": 8,
+            "mamba_expand": 2,
+            "use_mamba_kernels": False,
+        },
+        longest=1024,
+    ),
+}
+
+
+def _backbone(name: str) -> nn.Module:
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    layer = LAYERS[name]
+    config = getattr(transformers, layer.config)(pad_token_id=0, **{**_SMALL, **layer.options})
+    torch.manual_seed(0)
+    model: nn.Module = getattr(transformers, layer.model)(config)
+    return model.train()
+
+
+def _step(model: nn.Module, embeds: Tensor) -> Callable[[], Tensor]:
+    """Forward and backward of the sum of squares of what comes out; returns that of this rank."""
+
+    def run() -> Tensor:
+        model.zero_grad()
+        hidden: Tensor = model(inputs_embeds=embeds, use_cache=False).last_hidden_state
+        hidden.square().sum().backward()
+        return hidden.detach()
+
+    return run
+
+
+def _embeds(model: Any, seq_len: int) -> Tensor:
+    return torch.randn(1, seq_len, model.config.hidden_size, generator=torch.Generator().manual_seed(1))
+
+
+def _own_and_ours(name: str, seq_len: int, pairs: int) -> Any:
+    own, ours = _backbone(name), longspan.parallelize(_backbone(name), None)
+    embeds = _embeds(own, seq_len)
+    theirs, mine = _step(own, embeds), _step(ours, embeds)
+    require_close(name, mine(), theirs(), 1e-3)
+    return timed_pairs(theirs, mine, pairs)
+
+
+def _peak(name: str, seq_len: int, parallel: bool) -> int:
+    model = _backbone(name)
+    if parallel:
+        longspan.parallelize(model, None)
+    _step(model, _embeds(model, 256))()
+    gc.collect()
+    return peak_bytes(_step(model, _embeds(model, seq_len)))
+
+
+def _two_ranks(name: str, seq_len: int, pairs: int) -> tuple[list[float], list[float]]:
+    """Times of one rank alone and of both, in turn."""
+    groups = [dist.new_group([rank]) for rank in range(dist.get_world_size())]
+    alone_model = longspan.parallelize(_backbone(name), groups[dist.get_rank()])
+    shared = longspan.parallelize(_backbone(name), None)
+    embeds = _embeds(alone_model, seq_len)
+    alone, together = _step(alone_model, embeds), _step(shared, embeds)
+    whole = layout_of(shared).gather(together())
+    if dist.get_rank() == 0:
+        require_close(f"{name} over ranks", whole, alone(), 1e-3)
+    alones, togethers = [], []
+    for _ in range(pairs):
+        dist.barrier()
+        if dist.get_rank() == 0:
+            alones.append(seconds(alone))
+        dist.barrier()
+        elapsed = torch.tensor([seconds(together)])
+        dist.all_reduce(elapsed, dist.ReduceOp.MAX)
+        togethers.append(float(elapsed))
+    return alones, togethers
+
+
+def _mebibytes(size: int) -> str:
+    return f"{size / 2**20:.0f}"
+
+
+def hugging_face(quick: bool) -> Table:
+    table = Table(
+        "hugging_face",
+        "One layer of a Transformers model, forward + backward, B1, float32, one thread: its own PyTorch code over ours",
+        "never below 1",
+        ["layer", "tokens", "ms, own", "ms, ours", "times as fast", "peak MiB, own", "peak MiB, ours"],
+    )
+    for name, layer in LAYERS.items():
+        lengths = {min(1024, layer.longest)} if quick else {min(4096, layer.longest), layer.longest}
+        for seq_len in sorted(lengths):
+            pairs = 2 if quick or seq_len > 4096 or layer.longest < 16384 else 5
+            result = in_subprocess(_own_and_ours, name, seq_len, pairs)
+            peaks = [_mebibytes(in_subprocess(_peak, name, seq_len, parallel)) for parallel in (False, True)]
+            times = (f"{result.first * 1e3:.0f}", f"{result.second * 1e3:.0f}")
+            table.add(name, f"{seq_len:,}", *times, result.ratio, *peaks)
+    return table
+
+
+def hugging_face_ranks(quick: bool) -> Table:
+    table = Table(
+        "hugging_face_ranks",
+        "One layer of a Transformers model, forward + backward, B1, float32: two ranks of one thread over one",
+        "at least 1.8 times as fast",
+        ["layer", "tokens", "ms, one rank", "ms, two ranks", "times as fast", "peak MiB per rank of two"],
+    )
+    for name in LAYERS:
+        for seq_len in (1024,) if quick else (4096, 16384):
+            alone, together = run_ranks(2, _two_ranks, name, seq_len, 2 if quick else 5 if seq_len <= 4096 else 3)[0]
+            peak = max(run_ranks(2, _peak, name, seq_len, True))
+            result = paired(alone, together)
+            times = (f"{result.first * 1e3:.0f}", f"{result.second * 1e3:.0f}")
+            table.add(name, f"{seq_len:,}", *times, result.ratio, _mebibytes(peak))
+    return table
+
+
+TABLES: dict[str, Callable[[bool], Table]] = {"hugging_face": hugging_face, "hugging_face_ranks": hugging_face_ranks}
