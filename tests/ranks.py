@@ -78,7 +78,9 @@ class RankError(Exception):
         super().__init__("\n\n".join(parts))
 
 
-def run_on_ranks(num_ranks: int, function: Callable[..., Any], *args: Any, timeout: float = 60.0) -> list[Any]:
+def run_on_ranks(
+    num_ranks: int, function: Callable[..., Any], *args: Any, timeout: float = 60.0, checked: bool = True
+) -> list[Any]:
     """Call `function(*args)` on every one of `num_ranks` gloo ranks and return the values by rank.
 
     The default group is initialised; a function asks `dist.get_rank()` for its rank. Function, arguments and return
@@ -90,20 +92,22 @@ def run_on_ranks(num_ranks: int, function: Callable[..., Any], *args: Any, timeo
         timeout: seconds after which the call is given up if no rank that is awaited has computed anything in them, so that a busy
             machine fails no test. After ten times as long it is given up in any case (on systems that do not tell what a process
             has computed, only then).
+        checked: whether collectives that do not match are errors. torch's DistributedDataParallel ends a process that checks them.
 
     Raises:
         RankError: a rank raised, died, or did not answer in time.
     """
     if function.__module__ == "__main__":
         raise ValueError(f"{function.__qualname__} is defined in __main__; ranks can only import it from a module")
-    pool = _pools.get(num_ranks)
+    kind = (num_ranks, checked)
+    pool = _pools.get(kind)
     if pool is None:
-        pool = _pools[num_ranks] = _Pool(num_ranks)
+        pool = _pools[kind] = _Pool(num_ranks, checked)
     try:
         return pool.call(function, args, timeout)
     except BaseException:
         # Also on an interrupt: the ranks are inside a call whose answers nobody will collect.
-        del _pools[num_ranks]
+        del _pools[kind]
         pool.kill()
         raise
 
@@ -128,15 +132,16 @@ def stop_ranks() -> None:
         pool.kill()
 
 
-_pools: dict[int, _Pool] = {}
+_pools: dict[tuple[int, bool], _Pool] = {}
 atexit.register(stop_ranks)
 
 
 class _Pool:
     """The processes of one world size and the pipes to them."""
 
-    def __init__(self, num_ranks: int) -> None:
+    def __init__(self, num_ranks: int, checked: bool) -> None:
         self.num_ranks = num_ranks
+        self.checked = checked
         self.folder = Path(tempfile.mkdtemp(prefix=f"longspan-ranks-{num_ranks}-"))
         self.processes: list[BaseProcess] = []
         self.connections: list[Connection] = []
@@ -156,7 +161,9 @@ class _Pool:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["torch.distributed"])
         ours, theirs = context.Pipe()
-        process = context.Process(target=_serve, args=(rank, self.num_ranks, theirs, self.folder), daemon=True)
+        process = context.Process(
+            target=_serve, args=(rank, self.num_ranks, self.checked, theirs, self.folder), daemon=True
+        )
         with theirs:
             process.start()
         self.processes.append(process)
@@ -302,7 +309,7 @@ def _warning_filters() -> list[tuple[Any, ...]]:
     ]
 
 
-def _serve(rank: int, num_ranks: int, connection: Connection, folder: Path) -> None:
+def _serve(rank: int, num_ranks: int, checked: bool, connection: Connection, folder: Path) -> None:
     """A rank's life: join the group, then answer calls until the pipe closes."""
     import torch
     import torch.distributed as dist
@@ -318,7 +325,7 @@ def _serve(rank: int, num_ranks: int, connection: Connection, folder: Path) -> N
         if name in ("lo", "lo0"):
             os.environ["GLOO_SOCKET_IFNAME"] = name
     torch.set_num_threads(1)
-    dist.set_debug_level(dist.DebugLevel.DETAIL)
+    dist.set_debug_level(dist.DebugLevel.DETAIL if checked else dist.DebugLevel.OFF)
 
     def meet(number: int) -> bytes:
         store = dist.FileStore(str(folder / f"store-{number}"), num_ranks)

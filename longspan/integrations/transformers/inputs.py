@@ -15,7 +15,7 @@ from torch import Tensor
 
 from longspan.checks import described
 from longspan.errors import InputError, LayoutError
-from longspan.integrations.transformers.losses import shifted_labels
+from longspan.integrations.transformers.losses import IGNORED, shifted_labels
 from longspan.layout import SequenceLayout
 
 LAYOUT = "longspan_layout"
@@ -133,6 +133,23 @@ def _document_starts(given: Mapping[str, Any], rows: int, length: int) -> Tensor
     if mask is not None:
         starts = starts & mask[:, 1:].to(torch.bool)
     return torch.cat([starts.new_ones(rows, 1), starts], dim=1)
+
+
+def check_first_labels(given: Mapping[str, Any], layout: SequenceLayout, rows: int) -> None:
+    """Refuse labels of documents' first tokens where another has counted the labels: no token of the document predicts them.
+
+    Raises:
+        InputError: where one counts.
+    """
+    labels = given.get("labels")
+    if labels is None or given.get("shift_labels") is not None or layout.documents is None or LAYOUT in given:
+        return
+    starts = [start for start in layout.documents[1:-1] if start % (layout.seq_len // rows)]
+    if bool((labels[:, starts] != IGNORED).any()):
+        raise InputError(
+            "labels of the first tokens of packed documents count in num_items_in_batch, but no token predicts them: the loss "
+            "would be too small. Set them to -100, as DataCollatorWithFlattening does"
+        )
 
 
 def flattened(x: Tensor | None, rows: int, length: int, dim: int = 0) -> Tensor | None:

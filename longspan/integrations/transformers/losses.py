@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -32,8 +33,23 @@ IGNORED = -100
 BALANCE_LOSS = "load_balancing_loss_func"
 """Name in modeling files of the auxiliary loss of mixtures of experts."""
 
-LOSS_LAYOUT: ContextVar[SequenceLayout | None] = ContextVar("longspan_loss_layout", default=None)
-"""The layout of the model whose head runs now; None outside of parallelized models."""
+FUSED_HEAD = "fused_lm_head"
+"""The keyword by which TRL asks a head for log-probabilities of labels, from which it computes the loss itself."""
+
+
+@dataclass(frozen=True)
+class LossCall:
+    """The call of the head that runs now: its layout, and whether the balance loss is a rank's share or the whole.
+
+    TRL's loss is this rank's share times the number of ranks, and then the balance loss is added: that one must be whole.
+    """
+
+    layout: SequenceLayout
+    balance_is_share: bool = True
+
+
+LOSS_CALL: ContextVar[LossCall | None] = ContextVar("longspan_loss_call", default=None)
+"""None outside of parallelized models' heads."""
 
 
 def shifted_labels(labels: Tensor, layout: SequenceLayout) -> Tensor:
@@ -56,34 +72,46 @@ def combined(share: Tensor, layout: SequenceLayout, kind: LossKind, counted_by_t
 
 
 def balance_loss(original: Callable[..., Any]) -> Callable[..., Any]:
-    """The auxiliary loss over all ranks' tokens; each rank's share is 1/P of it."""
+    """The auxiliary loss over all ranks' tokens that are no padding; each rank's share is 1/P of it."""
 
     @functools.wraps(original)
     def dispatch(
         gate_logits: Any, num_experts: int | None = None, top_k: int = 2, attention_mask: Tensor | None = None
     ) -> Any:
-        layout = LOSS_LAYOUT.get()
-        if layout is None or layout.num_ranks == 1 or not isinstance(gate_logits, tuple) or num_experts is None:
+        call = LOSS_CALL.get()
+        if call is None or call.layout.num_ranks == 1 or not isinstance(gate_logits, tuple) or num_experts is None:
             return original(gate_logits, num_experts, top_k, attention_mask)
-        return _balance(gate_logits, num_experts, top_k, layout) / layout.num_ranks
+        whole = _balance(gate_logits, num_experts, top_k, _local_mask(attention_mask, call.layout), call.layout)
+        return whole / call.layout.num_ranks if call.balance_is_share else whole
 
     return dispatch
 
 
-def _balance(gate_logits: tuple[Tensor, ...], num_experts: int, top_k: int, layout: SequenceLayout) -> Tensor:
+def _local_mask(mask: Tensor | None, layout: SequenceLayout) -> Tensor | None:
+    """1 for each of this rank's tokens that is no padding, ``[B · T]``; None where there is none."""
+    if mask is None:
+        return None
+    return layout.shard(mask.reshape(1, -1) if layout.is_packed else mask).flatten()
+
+
+def _balance(
+    gate_logits: tuple[Tensor, ...], num_experts: int, top_k: int, mask: Tensor | None, layout: SequenceLayout
+) -> Tensor:
     """Experts · Σ_e (share of choices of e) · (mean probability of e), over all layers' tokens of all ranks.
 
-    gate_logits: ``[T, num_experts]`` of each layer.
+    gate_logits: ``[B · T, num_experts]`` of each layer. mask: ``[B · T]``, of the tokens that count.
     """
     dtype, device = torch.promote_types(gate_logits[0].dtype, torch.float32), gate_logits[0].device
     chosen = torch.zeros(num_experts, dtype=dtype, device=device)
     probabilities = torch.zeros(num_experts, dtype=dtype, device=device)
+    rows = torch.zeros(1, dtype=dtype, device=device)
     for logits in gate_logits:
+        counts = torch.ones(len(logits), dtype=dtype, device=device) if mask is None else mask.to(device, dtype)
         weights = torch.softmax(logits.to(device=device, dtype=dtype), dim=-1)
-        experts = torch.topk(weights, top_k, dim=-1).indices.flatten()
-        chosen = chosen.scatter_add(0, experts, torch.ones_like(experts, dtype=dtype))
-        probabilities = probabilities + weights.sum(0)
-    rows = chosen.new_tensor([float(sum(logits.shape[0] for logits in gate_logits))])
+        experts = torch.topk(weights, top_k, dim=-1).indices
+        chosen = chosen.scatter_add(0, experts.flatten(), counts[:, None].expand_as(experts).flatten())
+        probabilities = probabilities + counts @ weights
+        rows = rows + counts.sum()
     summed = sum_over_ranks(torch.cat([chosen, probabilities, rows]), layout)
     chosen, probabilities, rows = summed.split([num_experts, num_experts, 1])
     rows = rows.detach()

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import inspect
 import re
+import sys
 from collections import OrderedDict
 from collections.abc import Callable
 from contextvars import Token
 from copy import deepcopy
+from importlib import import_module
 from types import MethodType
 from typing import Any, TypeVar
 
@@ -38,6 +40,9 @@ COMPARED_BATCHES = 2
 KEPT_LAYOUTS = 8
 """Layouts of the last batches, which keep what was built for them."""
 
+_OF_FUSED_HEAD = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1", "label_mask")
+"""What TRL's head returns for each token."""
+
 _STATE = "longspan_parallel"
 _BY_CLASS = re.compile(r"(ForCausalLM|LMHeadModel)$")
 
@@ -46,7 +51,8 @@ class ParallelModel:
     """What longspan keeps for a model it has parallelized.
 
     head: the model with the loss, or the backbone alone. backbone: the module that turns tokens into hidden states. call: the
-    forward that runs now. last_layout: of the last forward.
+    forward that runs now. last_layout: of the last forward. gathers_logits: whether calls without gradients return the logits of
+    whole sequences.
     """
 
     def __init__(
@@ -68,6 +74,8 @@ class ParallelModel:
         self.num_calls = 0
         self._layouts: OrderedDict[tuple[int, tuple[int, ...] | None], SequenceLayout] = OrderedDict()
         self._tokens: list[tuple[Any, Token[Any]]] = []
+        self.gathers_logits = False
+        self._num_rows = 1
         self._counted_by_trainer = False
         self._z_loss_coefficient: float | None = None
         self._handles: list[RemovableHandle] = []
@@ -182,17 +190,20 @@ class ParallelModel:
         given = _bound(module, args, kwargs)
         if self.decoding.begins(module, given):
             return None
+        self._num_rows = inputs.tokens_of(given).shape[0]
         call, given = self._begin(given)
         labels, shifted = given.get("labels"), given.get("shift_labels")
         if labels is not None or shifted is not None:
             self._check_loss()
-            local, num_valid = self._local_labels(given, call.layout)
             self._counted_by_trainer = given.get("num_items_in_batch") is not None
+            if self._counted_by_trainer and self.num_calls <= COMPARED_BATCHES:
+                inputs.check_first_labels(given, call.layout, self._num_rows)
+            local, num_valid = self._local_labels(given, call.layout)
             if not self._counted_by_trainer:
                 given["num_items_in_batch"] = num_valid
             given["labels"] = given["shift_labels"] = local
         self._scale_z_loss(call.layout)
-        self._set(losses.LOSS_LAYOUT, call.layout)
+        self._set(losses.LOSS_CALL, losses.LossCall(call.layout, not given.get(losses.FUSED_HEAD)))
         given[CALL] = self.call = call
         return (), given
 
@@ -205,9 +216,13 @@ class ParallelModel:
             self.head.z_loss_coefficient = self._z_loss_coefficient  # type: ignore[assignment]
             self._z_loss_coefficient = None
         self._reset()
-        if output is None or kwargs.get("labels") is None:
+        if output is None:
             return output
         layout = kwargs[CALL].layout
+        if not torch.is_grad_enabled():
+            self._gather_outputs(output, layout, bool(kwargs.get(losses.FUSED_HEAD)))
+        if kwargs.get("labels") is None:
+            return output
         share = output[0] if isinstance(output, tuple) else output.loss
         if share is None:
             return output
@@ -354,6 +369,15 @@ class ParallelModel:
                 "and compute the loss from its logits, which are this rank's, and labels made with "
                 "layout_of(model).shard_labels(ids)"
             )
+
+    def _gather_outputs(self, output: Any, layout: SequenceLayout, is_fused: bool) -> None:
+        """In evaluation, whole sequences' logits where they are wanted, and what TRL's head returns for each token."""
+        names = _OF_FUSED_HEAD if is_fused else ("logits",) if self.gathers_logits else ()
+        for name in names:
+            local = getattr(output, name, None)
+            if layout.num_ranks > 1 and local is not None:
+                whole = layout.gather(local)
+                setattr(output, name, whole.reshape(self._num_rows, -1, *whole.shape[2:]))
 
     def _scale_z_loss(self, layout: SequenceLayout) -> None:
         """A loss that is a mean over the tokens of a call: this rank's part of the mean over all of them."""
@@ -576,9 +600,13 @@ def _bound(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 
 def _modeling_files(head: nn.Module) -> set[str]:
-    """Names of the modules of Transformers that a model's classes come from."""
+    """Names of the modules of Transformers that the model's classes come from."""
     classes = {base for module in head.modules() for base in type(module).__mro__}
-    return {base.__module__ for base in classes if base.__module__.startswith("transformers.models.")}
+    files = {base.__module__ for base in classes if base.__module__.startswith("transformers.models.")}
+    if any(hasattr(sys.modules[file], losses.BALANCE_LOSS) for file in files):
+        # TRL takes the balance loss of every family from this one.
+        files.add(import_module("transformers.models.mixtral.modeling_mixtral").__name__)
+    return files
 
 
 def _owner(module: nn.Module, path: str) -> tuple[nn.Module, str]:
