@@ -11,8 +11,8 @@ from longspan.ops.norm import rms_norm_gated
 from longspan.tracing import unseen_by_checkpointing
 
 
-class RMSNorm(nn.Module):
-    """x / rms(x) · weight over the last dimension (arXiv 1910.07467), computed in float32 or wider."""
+class _Norm(nn.Module):
+    """A norm with a weight per channel, one at first."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -22,6 +22,10 @@ class RMSNorm(nn.Module):
     def reset_parameters(self) -> None:
         """Set the weight to one."""
         nn.init.ones_(self.weight)
+
+
+class RMSNorm(_Norm):
+    """x / rms(x) · weight over the last dimension (arXiv 1910.07467), computed in float32 or wider."""
 
     @unseen_by_checkpointing
     def forward(self, x: Tensor) -> Tensor:
@@ -30,17 +34,8 @@ class RMSNorm(nn.Module):
         return F.rms_norm(wide, self.weight.shape, self.weight.to(wide.dtype), self.eps).to(x.dtype)
 
 
-class GatedRMSNorm(nn.Module):
+class GatedRMSNorm(_Norm):
     """x / rms(x) · weight ⊙ silu(gate) over the last dimension: see `longspan.rms_norm_gated`."""
-
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(size))
-
-    def reset_parameters(self) -> None:
-        """Set the weight to one."""
-        nn.init.ones_(self.weight)
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:
         return rms_norm_gated(x, gate, self.weight, self.eps)
