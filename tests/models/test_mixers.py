@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -238,3 +239,23 @@ def test_a_memory_crosses_from_many_ranks_to_one_with_its_gradients(operator: st
     for order in ("contiguous", "zigzag"):
         for errors in run_on_ranks(2, prefilled_and_decoded, operator, order, window):
             assert worst(errors) < 1e-10, (order, errors)
+
+
+def test_what_an_adapter_returns_undoes_it() -> None:
+    calls = []
+
+    def reversible(model: nn.Module, options: ParallelOptions, place: SequenceParallel) -> Callable[[], None]:
+        calls.append("applied")
+        return lambda: calls.append("undone")
+
+    try:
+        register_adapter(nn.Bilinear, reversible)
+        model = longspan.parallelize(nn.Bilinear(2, 2, 2), None)
+        longspan.unparallelize(model)
+        assert calls == ["applied", "undone"]
+        register_adapter(nn.Bilinear, lambda model, options, place: None)
+        longspan.parallelize(model, None)
+        with pytest.raises(InputError, match="returned nothing that undoes its work"):
+            longspan.unparallelize(model)
+    finally:
+        adapters._ADAPTERS.clear()

@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 import longspan.parallel.apply as parallel_module
-from longspan import SequenceLayout, parallelize, record_traffic, sum_gradients
+from longspan import SequenceLayout, parallelize, record_traffic, sum_gradients, unparallelize
 from longspan.errors import InputError
 from longspan.models import LinearLlama3
 from longspan.models.gates import GATE_BUILDERS
@@ -221,3 +221,34 @@ def test_a_group_of_one_sums_nothing() -> None:
 def test_parallelizing_again_replaces_the_group() -> None:
     model = parallelize(parallelize(tiny_model(), None), None)
     assert isinstance(model(random_tokens(1, 4)), torch.Tensor)
+
+
+def undone() -> None:
+    model = tiny_model()
+    tokens = random_tokens(2, 20)
+    want = model(tokens)
+    parallelize(model, None, exchange="ring", softmax_method="ring")
+    assert unparallelize(model) is model
+    assert torch.equal(model(tokens), want)
+    layout = SequenceLayout(20)
+    kind, message = raised(lambda: model(layout.shard(tokens), layout=layout))
+    assert kind == "LayoutError" and "not parallelized" in message
+    parallelize(model, None)
+    assert relative_error(layout.gather(model(layout.shard(tokens), layout=layout)), want) < TOLERANCE
+
+
+def test_what_was_parallelized_can_be_undone() -> None:
+    run_on_ranks(2, undone)
+
+
+def test_nothing_to_undo_is_said() -> None:
+    with pytest.raises(InputError, match="not parallelized"):
+        unparallelize(tiny_model())
+    with pytest.raises(InputError, match=r"torch\.nn\.Module"):
+        unparallelize("model")  # type: ignore[type-var]
+
+
+@pytest.mark.parametrize("option", [{"order": "zigzag"}, {"loss": "sum"}, {"verify": True}])
+def test_an_option_that_does_not_concern_the_model_is_refused(option: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=f"{next(iter(option))}=.* concerns models of Hugging Face"):
+        parallelize(tiny_model(), None, **option)

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 import longspan
 from longspan.integrations.transformers import layout_of
-from longspan.layout import Order
+from longspan.layout import ORDERS, Order
 from tests.compare import relative_error, worst_of
 from tests.integrations.transformers.families import FAMILIES, build
 from tests.integrations.transformers.reference import PACKED, PLAIN, Batch, Expected, Wide, expected, gradients_of
@@ -63,3 +63,37 @@ def check(name: str, kind: str, num_ranks: int, order: Order, **options: Any) ->
 @pytest.mark.parametrize("name", FAMILIES)
 def test_two_ranks_are_one_process(name: str) -> None:
     check(name, "packed", 2, "zigzag")
+
+
+# The test above has two ranks, zigzag, and packed documents.
+GRID = [
+    (name, kind, num_ranks, order)
+    for name in FAMILIES
+    for kind in KINDS
+    for num_ranks in (1, 2, 4)
+    for order in ORDERS
+    if (kind, num_ranks, order) != ("packed", 2, "zigzag") and (num_ranks > 1 or order == "zigzag")
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "kind", "num_ranks", "order"), GRID)
+def test_any_ranks_in_any_order(name: str, kind: str, num_ranks: int, order: Order) -> None:
+    check(name, kind, num_ranks, order)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("qwen3_next", {"exchange": "ring", "softmax_method": "ring"}),
+        pytest.param("kimi_linear", {"exchange": "pipelined", "softmax_method": "ring"}, marks=pytest.mark.slow),
+        pytest.param("bamba", {"exchange": "all_to_all", "softmax_method": "ulysses"}, marks=pytest.mark.slow),
+        pytest.param("mistral", {"softmax_method": "ring"}, marks=pytest.mark.slow),
+        pytest.param("gemma2", {"softmax_method": "ulysses"}, marks=pytest.mark.slow),
+        pytest.param("gpt_oss", {"softmax_method": "ring"}, marks=pytest.mark.slow),
+        pytest.param("minimax", {"exchange": "ring", "softmax_method": "all_gather"}, marks=pytest.mark.slow),
+        pytest.param("jamba", {"exchange": "all_gather", "softmax_method": "ulysses"}, marks=pytest.mark.slow),
+    ],
+)
+def test_any_exchange_and_softmax_method(name: str, options: dict[str, Any]) -> None:
+    check(name, "packed", 2, "zigzag", **options)
