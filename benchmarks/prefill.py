@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -73,8 +74,8 @@ def prompt(seq_len: int) -> Tensor:
     return torch.randint(VOCABULARY, (1, seq_len), generator=torch.Generator().manual_seed(1))
 
 
-def _times(seq_len: int, turns: int) -> list[list[float]]:
-    """Times of each side, in turn; what one rank does alone, rank 0 does, and the other waits."""
+def _times(seq_len: int, turns: int) -> list[list[list[float]]]:
+    """Seconds, and seconds of a rank's processor, of each side in turn, on the slower rank; rank 1 waits where rank 0 is alone."""
     ids = prompt(seq_len)
     sides = {name: side(name, ids) for name in SIDES}
     caches = {}
@@ -85,12 +86,18 @@ def _times(seq_len: int, turns: int) -> list[list[float]]:
     if dist.get_rank() == 0:
         require_same(caches)
     caches.clear()
-    times: list[list[float]] = [[] for _ in SIDES]
+    times: list[list[list[float]]] = [[[], []] for _ in SIDES]
     for turn in range(turns):
         for name in SIDES if turn % 2 == 0 else reversed(SIDES):
             dist.barrier()
+            took = torch.zeros(2, dtype=torch.float64)
             if dist.get_rank() == 0 or name == "longspan, 2 ranks":
-                times[SIDES.index(name)].append(seconds(sides[name]))
+                begun = time.process_time()
+                wall = seconds(sides[name])
+                took = torch.tensor([wall, time.process_time() - begun], dtype=torch.float64)
+            dist.all_reduce(took, dist.ReduceOp.MAX)
+            for kind, value in zip(times[SIDES.index(name)], took.tolist(), strict=True):
+                kind.append(value)
     return times
 
 
@@ -116,14 +123,14 @@ def prefill(quick: bool) -> Table:
         "prefill",
         f"A prompt of {seq_len:,} tokens, 3 layers of gated delta rule and 1 of softmax (Qwen3-Next), float32, one thread a rank",
         "two ranks faster than one, with less memory on each",
-        ["side", "s", "Transformers / side", "peak MiB, rank 0", "peak MiB, rank 1"],
+        ["side", "s", "Transformers / side", "CPU s of a rank", "CPU: Transformers / side", "peak MiB of each rank"],
     )
     times = run_ranks(2, _times, seq_len, 2 if quick else 5)[0]
     for name, of_side in zip(SIDES, times, strict=True):
         num_ranks = 2 if name == "longspan, 2 ranks" else 1
-        peaks = [f"{peak / 2**20:.0f}" for peak in run_ranks(num_ranks, _peak_of, name, seq_len)]
-        result = paired(times[0], of_side)
-        table.add(name, f"{result.second:.2f}", result.ratio, *peaks, *["-"] * (2 - num_ranks))
+        peaks = ", ".join(f"{peak / 2**20:.0f}" for peak in run_ranks(num_ranks, _peak_of, name, seq_len))
+        wall, processor = (paired(first, second) for first, second in zip(times[0], of_side, strict=True))
+        table.add(name, f"{wall.second:.2f}", wall.ratio, f"{processor.second:.2f}", processor.ratio, peaks)
     return table
 
 
