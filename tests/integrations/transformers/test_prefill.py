@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -265,6 +266,44 @@ def decoding_between_steps() -> list[float]:
 def test_the_model_is_parallel_again_after_decoding() -> None:
     for errors in run_on_ranks(2, decoding_between_steps):
         assert worst_of(dict(enumerate(errors)))[0] < TOLERANCE
+
+
+def sent_by_rank(name: str, order: Order) -> int:
+    model: Any = longspan.parallelize(build(name), None, order=order)
+    with longspan.record_traffic() as traffic:
+        longspan.prefill(model, prompt())
+    return traffic.of_phase("prefill").bytes_sent
+
+
+def test_what_one_rank_decodes_with_is_sent_to_it_alone() -> None:
+    """Keys and values of two softmax layers, 2 heads of 12; the last inputs of convolutions are on the last rank."""
+    first, last = run_on_ranks(2, sent_by_rank, "qwen3_next", "contiguous")
+    bytes_of_a_token = 2 * 2 * 2 * 2 * 12 * 8
+    assert (first, last) == ((NUM_TOKENS + 1) // 2 * bytes_of_a_token, 0)
+
+
+def test_a_window_sends_what_it_will_see() -> None:
+    """Two layers with windows of 9 tokens, 2 heads of 6: 8 tokens, all of them on the last rank."""
+    assert run_on_ranks(2, sent_by_rank, "mistral", "contiguous") == [0, 0]
+
+
+def test_one_rank_needs_no_process_group() -> None:
+    model: Any = longspan.parallelize(build("recurrent_gemma"), None)
+    ids = prompt()
+    with Wide():
+        cache = longspan.prefill(model, ids[:, :-1]).cache
+        assert torch.equal(continued(model, cache, ids), expected("recurrent_gemma").following)
+
+
+def run_blocks_of_the_page() -> None:
+    torch.manual_seed(0)
+    page = PROJECT_ROOT / "docs" / "transformers_generation.md"
+    blocks = re.findall(r"^```python\n(.*?)^```$", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    exec(compile("\n".join(blocks), str(page), "exec"), {"__name__": "page"})
+
+
+def test_the_blocks_of_the_page_run() -> None:
+    run_on_ranks(2, run_blocks_of_the_page)
 
 
 def refused(what: str) -> tuple[str, str]:
