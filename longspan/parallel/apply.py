@@ -82,8 +82,9 @@ def parallelize(
     if adapter is None and _is_transformers_model(model):
         from longspan.integrations.transformers.model import parallelize_pretrained
 
-        parallelize_pretrained(model, options, place, order=order or "zigzag", loss=loss or "mean", verify=verify)
-        return _placed(model, place)
+        return parallelize_pretrained(
+            model, options, place, order=order or "zigzag", loss=loss or "mean", verify=verify
+        )
     for name, given in (("order", order), ("loss", loss), ("verify", verify or None)):
         if given is not None:
             raise InputError(
@@ -104,7 +105,9 @@ def parallelize(
             )
         for mixer in mixers:
             mixer.set_parallel(options, place)
-    return _placed(model, place)
+    # A module takes any attribute.
+    model.sequence_parallel = place  # type: ignore[assignment]
+    return model
 
 
 def unparallelize(model: Model) -> Model:
@@ -115,14 +118,15 @@ def unparallelize(model: Model) -> Model:
     """
     if not isinstance(model, nn.Module):
         raise InputError(f"unparallelize() takes a torch.nn.Module; got {described(model)}. Pass the model itself")
-    if getattr(model, "sequence_parallel", None) is None:
-        raise InputError(f"{type(model).__name__} is not parallelized: there is nothing to undo")
     adapter = adapter_of(type(model))
     if adapter is None and _is_transformers_model(model):
         from longspan.integrations.transformers.model import unparallelize_pretrained
 
         unparallelize_pretrained(model)
-    elif adapter is not None:
+        return model
+    if getattr(model, "sequence_parallel", None) is None:
+        raise InputError(f"{type(model).__name__} is not parallelized: there is nothing to undo")
+    if adapter is not None:
         undo = model.__dict__.get(_UNDO)
         if undo is None:
             raise InputError(
@@ -142,12 +146,6 @@ def unparallelize(model: Model) -> Model:
 
 _UNDO = "_longspan_undo"
 """Where a model keeps what its adapter returned."""
-
-
-def _placed(model: Model, place: SequenceParallel) -> Model:
-    # A module takes any attribute.
-    model.sequence_parallel = place  # type: ignore[assignment]
-    return model
 
 
 def _is_transformers_model(model: nn.Module) -> bool:

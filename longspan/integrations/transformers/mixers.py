@@ -105,8 +105,13 @@ _ADVICE = (
 
 def is_attention(module: nn.Module) -> bool:
     """Whether a module is an attention layer of a model, by the conventions of Transformers' modeling files."""
-    name = type(module).__name__
-    return name not in MIXERS and name.endswith("Attention") and hasattr(module, "config")
+    is_named = type(module).__name__.endswith("Attention") and hasattr(module, "config")
+    return is_named and class_in_table(module) is None
+
+
+def class_in_table(module: nn.Module) -> MixerClass | None:
+    """What the table says of a module's class, or of the one that it derives from (FSDP2 derives classes of its own)."""
+    return next((MIXERS[base.__name__] for base in type(module).__mro__ if base.__name__ in MIXERS), None)
 
 
 def mixers_of(backbone: nn.Module) -> dict[nn.Module, MixerClass]:
@@ -119,8 +124,9 @@ def mixers_of(backbone: nn.Module) -> dict[nn.Module, MixerClass]:
     found: dict[nn.Module, MixerClass] = {}
     for name, module in backbone.named_modules():
         kind = type(module).__name__
-        if kind in MIXERS:
-            found[module] = MIXERS[kind]
+        known = class_in_table(module)
+        if known is not None:
+            found[module] = known
         elif is_attention(module):
             found[module] = MixerClass((ATTENTION,))
         elif _is_unknown_mixer(module) and not any(name.startswith(f"{other}.") for other in _names(backbone, found)):

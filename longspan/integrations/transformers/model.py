@@ -118,6 +118,7 @@ class ParallelModel:
             self._hook(self.head, self.before_head, self.after_head)
             self.decoding.install(self.head)
         setattr(self.head, _STATE, self)
+        self.head.sequence_parallel = self.place  # type: ignore[assignment]
 
     def uninstall(self) -> None:
         """The model as it was."""
@@ -131,6 +132,7 @@ class ParallelModel:
                 module.__dict__["_gradient_checkpointing_func"] = bound.checkpoint
         dispatch.uninstall(self, self.modeling_files)
         delattr(self.head, _STATE)
+        del self.head.sequence_parallel
 
     def put_on(self) -> None:
         """What is set in the model itself, beside its hooks: the attention implementation, and methods of some mixers."""
@@ -391,7 +393,8 @@ class ParallelModel:
         if self.num_calls >= COMPARED_BATCHES or self.place.num_ranks == 1:
             return
         tokens = inputs.tokens_of(given).detach()
-        values = tokens.to(torch.float64).flatten()
+        # Of embeddings the first channel alone: all of them would be copied as float64.
+        values = (tokens if tokens.dim() == 2 else tokens[..., 0]).to(torch.float64).flatten()
         weights = torch.arange(1, values.numel() + 1, device=values.device, dtype=torch.float64)
         own = torch.stack([values.new_tensor(s) for s in tokens.shape[:2]] + [values.sum(), (values * weights).sum()])
         all_ranks = own.new_empty(self.place.num_ranks * own.numel())

@@ -75,6 +75,9 @@ def batch(rows: int = 2, length: int = 37, bounds: tuple[int, ...] | None = None
     labels = ids.clone()
     labels[0, 3 : length // 2] = IGNORED
     labels[-1, length - length // 5 :] = IGNORED
+    if bounds is not None:
+        # What a document's first token is counts in the batch, and must not be predicted from the document before.
+        labels[:, list(bounds[:-1])] = ids[:, list(bounds[:-1])]
     return Batch(ids, labels, bounds)
 
 

@@ -85,10 +85,7 @@ def test_nothing_of_a_model_is_left_over() -> None:
     longspan.parallelize(model, None)
     assert list(model.state_dict()) == keys
     longspan.unparallelize(model)
-    assert {name: set(vars(module)) for name, module in model.named_modules()} == {
-        **modules,
-        "": modules[""] | {"sequence_parallel"},
-    }
+    assert {name: set(vars(module)) for name, module in model.named_modules()} == modules
     assert sum(len(module._forward_pre_hooks) + len(module._forward_hooks) for module in model.modules()) == hooks
     assert model.config.to_dict() == config  # type: ignore[union-attr, operator]
 
@@ -163,3 +160,22 @@ def test_a_model_without_a_head_is_its_own_backbone() -> None:
         want = model(input_ids=PLAIN.ids, use_cache=False).last_hidden_state
         longspan.parallelize(model, None)
         assert relative_error(model(input_ids=PLAIN.ids).last_hidden_state, want) < 1e-12
+
+
+def wrapped_and_undone() -> None:
+    """Parallelized inside of what wraps it, and undone from outside, and the other way round."""
+    inner = build("llama")
+    want = logits_of(inner)
+    wrapper = torch.compile(inner, backend="eager")
+    assert isinstance(wrapper, nn.Module)
+    longspan.parallelize(wrapper, None)
+    assert relative_error(whole(inner), want) < 1e-12
+    longspan.unparallelize(inner)
+    assert torch.equal(logits_of(inner), want)
+    longspan.parallelize(inner, None)
+    longspan.unparallelize(wrapper)
+    assert torch.equal(logits_of(inner), want)
+
+
+def test_a_model_is_found_inside_of_what_wraps_it() -> None:
+    run_on_ranks(2, wrapped_and_undone)
