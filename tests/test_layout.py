@@ -51,6 +51,7 @@ def test_pieces_cover_the_local_tokens_and_cross_no_boundary(num_ranks: int, seq
         assert local == layout.num_local_tokens
         in_document = torch.tensor([p - max(d for d in documents if d <= p) for p in layout.positions.tolist()])
         assert torch.equal(layout.document_positions_on("cpu"), in_document)
+        assert layout.document_ends_on("cpu").tolist() == [stop - 1 for stop in layout.document_bounds[1:]]
 
 
 def test_segments_say_where_documents_start() -> None:

@@ -417,6 +417,12 @@ class SequenceLayout:
 
         return self._on_device("document_positions", device, build)
 
+    def document_ends_on(self, device: torch.device | str) -> Tensor:
+        """Global position of the last token of each document, int64 ``[num_documents]`` on `device`, copied once."""
+        return self._on_device(
+            "document_ends", device, lambda: torch.tensor([stop - 1 for stop in self.document_bounds[1:]])
+        )
+
     def _on_device(self, name: str, device: torch.device | str, build: Callable[[], Tensor]) -> Tensor:
         if breaks_graphs():
             return _on_device_outside_graphs(self, name, device, build)
@@ -574,7 +580,7 @@ class SequenceLayout:
         num_known = tokens.shape[1] - 1
         labels[:, :num_known] = tokens[:, 1:]
         if self.documents is not None:
-            labels[:, [stop - 1 for stop in self.documents[1:]]] = ignore_index
+            labels[:, self.document_ends_on(tokens.device)] = ignore_index
         return self.shard(labels)
 
     def verify(self) -> None:

@@ -56,8 +56,7 @@ def shifted_labels(labels: Tensor, layout: SequenceLayout) -> Tensor:
     """The label of each token's successor: ``[B, N]`` of whole sequences, shifted before any split; none across documents."""
     shifted = F.pad(labels, (0, 1), value=IGNORED)[:, 1:].contiguous()
     if layout.documents is not None:
-        last = torch.tensor([stop - 1 for stop in layout.documents[1:]], device=labels.device)
-        shifted[:, last] = IGNORED
+        shifted[:, layout.document_ends_on(labels.device)] = IGNORED
     return shifted
 
 
