@@ -12,10 +12,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from longspan.attention.softmax import SOFTMAX_METHODS, SoftmaxMethod
 from longspan.checks import described
+from longspan.comm.collectives import all_reduce
 from longspan.errors import InputError
 from longspan.exchange import Exchanger, exchange_named
 from longspan.integrations.transformers.accelerate import SEQUENCE, SequenceParallelConfig
@@ -82,7 +84,8 @@ def prepare_trainer(
     state.gathers_logits = gather_logits
     # Data that has no length is handed out by one process, batch by batch, to all; each must read its own.
     trainer.accelerator.dataloader_config.dispatch_batches = False
-    _count_once(trainer, num_ranks, gather_logits)
+    assert group is not None
+    _count_once(trainer, group, gather_logits)
 
 
 def _check_kind(trainer: Any) -> None:
@@ -160,8 +163,9 @@ def _check_dropout(model: nn.Module) -> None:
             )
 
 
-def _count_once(trainer: Any, num_ranks: int, gather_logits: bool) -> None:
+def _count_once(trainer: Any, group: dist.ProcessGroup, gather_logits: bool) -> None:
     """What Trainer gathers from all processes counts once for each sequence, and not once for each process that shares it."""
+    num_ranks = group.size()
     accelerator = trainer.accelerator
     gather_for_metrics = accelerator.gather_for_metrics
 
@@ -197,6 +201,14 @@ def _count_once(trainer: Any, num_ranks: int, gather_logits: bool) -> None:
             ignore_keys = list(getattr(head_of(model).config, "keys_to_ignore_at_inference", ["past_key_values"]))
         return step(model, inputs, prediction_loss_only, ignore_keys=[*ignore_keys, *_OF_THIS_RANK])
 
+    finish: Callable[..., Any] = trainer._finalize_training
+
+    def finish_with_whole_loss(*args: Any, **kwargs: Any) -> Any:
+        # Of steps that were not logged any more Trainer takes what this process has: here the loss of its tokens.
+        trainer._tr_loss = all_reduce(trainer._tr_loss, group, "forward") / num_ranks
+        return finish(*args, **kwargs)
+
+    trainer._finalize_training = finish_with_whole_loss
     accelerator.gather_for_metrics = of_shards
     trainer.evaluation_loop = evaluation_loop
     trainer.prediction_step = prediction_step

@@ -21,6 +21,7 @@ RUNS: dict[str, Run] = {
     "packed": Run("bamba", packed=True),
     "accumulated": Run("bamba", num_rows=13, arguments={"gradient_accumulation_steps": 2}),
     "balance loss": Run("qwen3_next", config={"output_router_logits": True, "router_aux_loss_coef": 0.1}),
+    "logged rarely": Run("bamba", arguments={"logging_steps": 4}),
     "adapters": Run("minimax", lora=True),
     "adapters, packed": Run("olmo_hybrid", lora=True, packed=True),
     "layers that take no keywords": Run("jamba"),

@@ -217,7 +217,7 @@ def _train(run: Run, folder: str, cp_size: int, resume: str | None, steps: int) 
 
         prepare_trainer(trainer, **run.prepare)
     trainer.train(resume_from_checkpoint=resume)
-    kept = ("loss", "grad_norm", "eval_loss", "eval_accuracy", "eval_mean", "eval_rows")
+    kept = ("loss", "grad_norm", "train_loss", "eval_loss", "eval_accuracy", "eval_mean", "eval_rows")
     log = {name: [row[name] for row in trainer.state.log_history if name in row] for name in kept}
     weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     return Trained(
