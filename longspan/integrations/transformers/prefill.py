@@ -99,7 +99,8 @@ def _forward(state: ParallelModel, given: dict[str, Tensor], layout: SequenceLay
     )
     local = inputs.local_arguments(given, layout, frozenset(of_backbone))
     name = next(name for name in reversed(CACHE_ARGUMENTS) if name in of_head)
-    local |= {name: recorder, "use_cache": True, inputs.LAYOUT: layout}
+    # The cache that is given is used all the same; with use_cache RecurrentGemma takes a rank's only token for a step of decoding.
+    local |= {name: recorder, "use_cache": False, inputs.LAYOUT: layout}
     if "logits_to_keep" in of_head:
         local["logits_to_keep"] = 1
     logits: Tensor = head(**local).logits

@@ -66,10 +66,17 @@ def tensors_of(cache: Any, model: nn.Module) -> dict[str, Tensor]:
         for key, value in getattr(layer, "has_previous_state", {}).items():
             found[f"{index} previous {key}"] = torch.tensor([value])
     found |= {f"{index} linear": value for index, value in enumerate(getattr(cache, "linear_cache", ()))}
-    for path, module in model.named_modules():
-        for name in ("conv1d_state", "recurrent_states"):
-            found[f"{path} {name}"] = module.__dict__.get(name)
+    found |= tensors_on_modules(model)
     return {name: value.clone() for name, value in found.items() if isinstance(value, Tensor)}
+
+
+def tensors_on_modules(model: nn.Module) -> dict[str, Tensor]:
+    return {
+        f"{path} {name}": value
+        for path, module in model.named_modules()
+        for name in ("conv1d_state", "recurrent_states")
+        if isinstance(value := module.__dict__.get(name), Tensor)
+    }
 
 
 def continued(model: Any, cache: Any, ids: Tensor) -> Tensor:
@@ -122,7 +129,7 @@ def of_ranks(name: str, order: Order, to: Any) -> tuple[int, Memory | None]:
             found = tensors_of(cache, model)
         cache = longspan.prefill(model, ids[:, :-1], to=to).cache
         if cache is None:
-            assert not [name for name in tensors_of(empty_cache(model), model) if name.endswith("state")]
+            assert not tensors_on_modules(model)
             return rank, None
         assert found is not None
         assert logits is not None
@@ -185,27 +192,44 @@ def test_dtypes_of_a_bfloat16_model(name: str) -> None:
     assert run_on_ranks(2, dtypes_of, name) == [[], []]
 
 
-def shortest(name: str, length: int) -> tuple[Any, Tensor]:
+def shortest(name: str, length: int) -> tuple[int, dict[str, float] | None]:
+    """The rank that has the last token, and there the errors of what is left of a prompt of few tokens."""
     model: Any = build(name)
     ids = prompt(1, length)
-    with Wide():
-        with torch.no_grad():
-            want = model(ids, use_cache=False).logits[:, -1]
-        _, logits, rank = longspan.prefill(
+    with Wide(), torch.no_grad():
+        cache = empty_cache(model)
+        want = {"logits": model(ids, use_cache=True, **{name_of_cache(model): cache}).logits[:, -1]}
+        want |= tensors_of(cache, model)
+        cache, logits, rank = longspan.prefill(
             longspan.parallelize(model, None),
             ids,
             attention_mask=torch.ones_like(ids),
             position_ids=torch.arange(length)[None],
         )
-        return (logits, rank), want
+        if cache is None or logits is None:
+            return rank, None
+        got = {"logits": logits, **tensors_of(cache, model)}
+    return rank, {key: relative_error(got[key], want[key]) for key in want}
 
 
 @pytest.mark.parametrize("length", [2, 3])
-def test_a_prompt_of_a_token_a_rank(length: int) -> None:
+@pytest.mark.parametrize("name", ["zamba2", "recurrent_gemma"])
+def test_a_prompt_of_a_token_a_rank(name: str, length: int) -> None:
     """Shorter than convolutions, and than the segments that give rank 0 the last token."""
-    ((nothing, owner), _), ((got, _), want) = run_on_ranks(2, shortest, "zamba2", length)
-    assert (nothing, owner) == (None, 1)
-    assert relative_error(got, want) < TOLERANCE
+    check_short(name, length)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_prompt_of_a_token_a_rank_in_every_family(name: str) -> None:
+    check_short(name, 2)
+
+
+def check_short(name: str, length: int) -> None:
+    first, (owner, errors) = run_on_ranks(2, shortest, name, length)
+    assert first == (1, None)
+    assert owner == 1
+    assert worst_of(errors)[0] < TOLERANCE
 
 
 def a_loop_by_hand(name: str) -> tuple[Tensor, Tensor] | None:
@@ -258,6 +282,10 @@ def decoding_between_steps() -> list[float]:
             kind, _ = raised(lambda each=each, cache=cache: each(ids[:, -1:], past_key_values=cache, position_ids="?"))
             assert kind != "InputError"
             errors.append(whole_error(each, ids, want))
+        twin = copy.deepcopy(model)
+        model.lm_head.weight *= -1
+        assert torch.equal(continued(twin, longspan.prefill(twin, ids[:, :-1], to="all").cache, ids), following)
+        model.lm_head.weight *= -1
         longspan.unparallelize(model)
         assert torch.equal(model.generate(ids, **GREEDY)[:, -NUM_NEW:], following)
     return errors
@@ -268,23 +296,24 @@ def test_the_model_is_parallel_again_after_decoding() -> None:
         assert worst_of(dict(enumerate(errors)))[0] < TOLERANCE
 
 
-def sent_by_rank(name: str, order: Order) -> int:
-    model: Any = longspan.parallelize(build(name), None, order=order)
+def sent_by_rank(name: str, length: int) -> int:
+    model: Any = longspan.parallelize(build(name), None, order="contiguous")
     with longspan.record_traffic() as traffic:
-        longspan.prefill(model, prompt())
+        longspan.prefill(model, prompt(2, length))
     return traffic.of_phase("prefill").bytes_sent
 
 
 def test_what_one_rank_decodes_with_is_sent_to_it_alone() -> None:
     """Keys and values of two softmax layers, 2 heads of 12; the last inputs of convolutions are on the last rank."""
-    first, last = run_on_ranks(2, sent_by_rank, "qwen3_next", "contiguous")
     bytes_of_a_token = 2 * 2 * 2 * 2 * 12 * 8
-    assert (first, last) == ((NUM_TOKENS + 1) // 2 * bytes_of_a_token, 0)
+    assert run_on_ranks(2, sent_by_rank, "qwen3_next", 29) == [15 * bytes_of_a_token, 0]
 
 
 def test_a_window_sends_what_it_will_see() -> None:
-    """Two layers with windows of 9 tokens, 2 heads of 6: 8 tokens, all of them on the last rank."""
-    assert run_on_ranks(2, sent_by_rank, "mistral", "contiguous") == [0, 0]
+    """Two layers with windows of 9 tokens, 2 heads of 6: 8 tokens, of which the last rank has all or all but one."""
+    bytes_of_a_token = 2 * 2 * 2 * 2 * 6 * 8
+    assert run_on_ranks(2, sent_by_rank, "mistral", 16) == [0, 0]
+    assert run_on_ranks(2, sent_by_rank, "mistral", 15) == [bytes_of_a_token, 0]
 
 
 def test_one_rank_needs_no_process_group() -> None:
