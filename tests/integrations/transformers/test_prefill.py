@@ -23,6 +23,7 @@ from longspan.layout import Order
 from tests.compare import relative_error, worst_of
 from tests.integrations.transformers.families import FAMILIES, VOCABULARY, build
 from tests.integrations.transformers.reference import Wide
+from tests.integrations.transformers.test_rotary import KINDS, options_of
 from tests.ranks import raised, run_on_ranks
 
 PROJECT_ROOT = Path(__file__).resolve().parents[3]
@@ -102,10 +103,14 @@ class Memory:
     following: Tensor
 
 
+def built(name: str, rope: str | None) -> nn.Module:
+    return build(name, **({} if rope is None else options_of(rope)))
+
+
 @functools.lru_cache(maxsize=4)
-def expected(name: str) -> Memory:
+def expected(name: str, rope: str | None = None) -> Memory:
     """In one process, by the unmodified model: the whole prompt at once, and continued from all but its last token."""
-    model: Any = build(name)
+    model: Any = built(name, rope)
     ids = prompt()
     with Wide(), torch.no_grad():
         cache = empty_cache(model)
@@ -116,9 +121,9 @@ def expected(name: str) -> Memory:
         return Memory(logits, tensors, continued(model, cache, ids))
 
 
-def of_ranks(name: str, order: Order, to: Any) -> tuple[int, Memory | None]:
+def of_ranks(name: str, order: Order, to: Any, rope: str | None) -> tuple[int, Memory | None]:
     """The rank that has the last token, and what this rank has of a prompt's memory."""
-    model: Any = longspan.parallelize(build(name), None, order=order)
+    model: Any = longspan.parallelize(built(name, rope), None, order=order)
     ids = prompt()
     with Wide():
         cache, logits, rank = longspan.prefill(model, ids, to=to)
@@ -136,10 +141,10 @@ def of_ranks(name: str, order: Order, to: Any) -> tuple[int, Memory | None]:
         return rank, Memory(logits, found, continued(model, cache, ids))
 
 
-def check(name: str, num_ranks: int, order: Order, to: str) -> None:
-    want = expected(name)
+def check(name: str, num_ranks: int, order: Order, to: str, rope: str | None = None) -> None:
+    want = expected(name, rope)
     last = 0 if order == "zigzag" else num_ranks - 1
-    for rank, (owner, got) in enumerate(run_on_ranks(num_ranks, of_ranks, name, order, to)):
+    for rank, (owner, got) in enumerate(run_on_ranks(num_ranks, of_ranks, name, order, to, rope)):
         assert owner == last
         if to == "last" and rank != owner:
             assert got is None
@@ -161,6 +166,11 @@ def test_two_ranks_are_one_process(name: str) -> None:
 @pytest.mark.parametrize(("order", "to"), [("contiguous", "last"), ("zigzag", "all")])
 def test_other_orders_and_targets(order: Order, to: str) -> None:
     check("qwen3_next", 2, order, to)
+
+
+@pytest.mark.parametrize("rope", KINDS)
+def test_frequencies_that_look_at_the_longest_position(rope: str) -> None:
+    check("llama", 2, "zigzag", "last", rope)
 
 
 @pytest.mark.slow
