@@ -21,8 +21,10 @@ def all_gather_single(out: Tensor, local: Tensor, group: dist.ProcessGroup | Non
     return gather(out, local, group=group, async_op=async_op)
 
 
-def all_reduce(x: Tensor, group: dist.ProcessGroup, phase: str) -> Tensor:
-    """The sum of x over the ranks, on every rank, contiguous: an exchange of its own that is waited for at once."""
+def all_reduce(
+    x: Tensor, group: dist.ProcessGroup, phase: str, operation: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM
+) -> Tensor:
+    """The sum of x over the ranks, or another `operation`, on every rank, contiguous: an exchange that is waited for at once."""
     total = x.clone(memory_format=torch.contiguous_format)
     num_ranks = group.size()
     note_collective("all_reduce", phase, 2 * (num_ranks - 1) * total.numel() * total.element_size() // num_ranks)
@@ -32,6 +34,6 @@ def all_reduce(x: Tensor, group: dist.ProcessGroup, phase: str) -> Tensor:
             x.device,
             "all_reduce",
             phase,
-            lambda channel, _: dist.all_reduce(total, group=channel, async_op=True),
+            lambda channel, _: dist.all_reduce(total, operation, group=channel, async_op=True),
         ).wait()
     return total

@@ -50,6 +50,13 @@ def sum_over_ranks(x: Tensor, group: SequenceLayout | dist.ProcessGroup | Device
     return x.clone() if has_no_values(x) else _sum(x, process_group)
 
 
+def max_over_ranks(x: Tensor, layout: SequenceLayout) -> Tensor:
+    """The largest of each entry of `x` over the layout's ranks, on every rank, by one all-reduce; it has no gradient."""
+    if layout.num_ranks == 1 or has_no_values(x):
+        return x.detach()
+    return all_reduce(x.detach(), group_of(layout), "forward", dist.ReduceOp.MAX)
+
+
 @unseen_by_checkpointing
 def _sum(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     summed: Tensor = _SumOverRanks.apply(x, group)

@@ -6,7 +6,7 @@ selective scans are given ``[B, C, T]``, the others ``[B, T, H, ...]``. Argument
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,9 +15,12 @@ from torch import Tensor
 
 import longspan.functional as operators
 from longspan.attention.convolution import causal_conv1d
+from longspan.attention.shift import token_shift
 from longspan.dtypes import at_least_float32
+from longspan.errors import InputError
+from longspan.exchange.all_reduce import max_over_ranks
 from longspan.integrations.transformers.call import ParallelCall
-from longspan.integrations.transformers.mixers import CONVOLUTION, GATED_DELTA, KIMI_DELTA, MAMBA2, SELECTIVE_SCAN
+from longspan.integrations.transformers.mixers import CONVOLUTION, GATED_DELTA, KIMI_DELTA, MAMBA2, RWKV, SELECTIVE_SCAN
 
 
 def convolution(
@@ -163,6 +166,47 @@ def selective_scan(
     return y if state is None else (y, state.squeeze(-1))
 
 
+def rwkv_linear_attention(
+    call: ParallelCall,
+    time_decay: Tensor,
+    time_first: Tensor,
+    key: Tensor,
+    value: Tensor,
+    state: Sequence[Tensor] | None = None,
+    return_state: bool = False,
+) -> tuple[Tensor, None]:
+    """RWKV-4's attention: key and value ``[B, T, C]``, time_decay and time_first ``[C]``; a mean of values with weights e^key.
+
+    Weighted values and weights are two columns of one state, which decays by e^-e^time_decay in each token and is read before the
+    token itself, whose weight is e^(key + time_first). All weights are divided by the largest of their channel, on all ranks:
+    the mean is the same. In float64, which holds keys 700 apart.
+
+    Raises:
+        InputError: for a state: it would be of a cache.
+    """
+    if state is not None or return_state:
+        raise InputError("RWKV's state is not kept over ranks. Leave use_cache and state out, or decode on one rank")
+    call.take(RWKV)
+    with torch.autocast(key.device.type, enabled=False):
+        weights, values, first, decay = (t.double() for t in (key, value, time_first, time_decay))
+        largest = max_over_ranks(weights.detach().amax((0, 1)), call.layout)
+        e = torch.exp(weights - largest)
+        ones = e.new_ones(*e.shape[:2], 1, 1)
+        summed = operators.simple_gla(
+            ones,
+            ones,
+            torch.stack([e * values, e], dim=-1),
+            (-torch.exp(decay)).expand_as(e),
+            scale=1.0,
+            layout=call.layout,
+            exchange=call.options.exchange,
+        )
+        before = token_shift(summed.flatten(2), layout=call.layout).view_as(summed)
+        own = e * torch.exp(first)
+        mean = (before[..., 0] + own * values) / (before[..., 1] + own)
+    return mean.to(key.dtype), None
+
+
 def not_fused(call: ParallelCall, *_: Any, **__: Any) -> None:
     """A kernel that does convolution and scan at once: its callers take None for "not here", and call the two themselves."""
 
@@ -173,6 +217,7 @@ FUNCTIONS: Mapping[str, Callable[..., Any]] = {
     KIMI_DELTA: kimi_delta_attention,
     MAMBA2: mamba2_scan,
     SELECTIVE_SCAN: selective_scan,
+    RWKV: rwkv_linear_attention,
     "mamba2_split_conv1d_scan_combined": not_fused,
     "mamba_inner_fn": not_fused,
 }

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 import longspan.functional as operators
+from longspan.attention.shift import token_shift
 from longspan.integrations.transformers.call import CALL, RUNNING, ParallelCall
 from longspan.integrations.transformers.functions import convolution, with_state
-from longspan.integrations.transformers.mixers import LIGHTNING, RECURRENT_UNIT
+from longspan.integrations.transformers.mixers import LIGHTNING, RECURRENT_UNIT, TOKEN_SHIFT
 
 
 def lightning_attention(
@@ -90,6 +91,13 @@ def convolution_of_module(self: Any, x: Tensor) -> Tensor:
     return convolution(call, x, self.weight.squeeze(1), self.bias)
 
 
+def shift_of_module(self: Any, x: Tensor) -> Tensor:
+    """``nn.ZeroPad2d.forward`` as RWKV uses it: the token before each, zero before the first."""
+    call = _running(self)
+    call.take(TOKEN_SHIFT)
+    return token_shift(x, layout=call.layout)
+
+
 def _running(module: object) -> ParallelCall:
     call = RUNNING.get()
     if call is None:
@@ -101,5 +109,6 @@ METHODS: Mapping[str, Callable[..., Any]] = {
     "lightning_attention": lightning_attention,
     "recurrent_unit": recurrent_unit,
     "convolution_of_module": convolution_of_module,
+    "shift_of_module": shift_of_module,
 }
 """By the name in the table of mixers, what stands in for a method."""

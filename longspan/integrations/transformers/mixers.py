@@ -21,9 +21,11 @@ GATED_DELTA = "torch_chunk_gated_delta_rule"
 KIMI_DELTA = "chunk_kimi_delta_attention"
 MAMBA2 = "mamba2_chunk_scan"
 SELECTIVE_SCAN = "mamba_selective_scan"
+RWKV = "rwkv_linear_attention"
 ATTENTION = "attention"
 LIGHTNING = "lightning attention"
 RECURRENT_UNIT = "recurrent unit"
+TOKEN_SHIFT = "token shift"
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ _KIMI_DELTA_ATTENTION = MixerClass((CONVOLUTION, KIMI_DELTA))
 _MAMBA2 = MixerClass((CONVOLUTION, MAMBA2))
 _MAMBA = MixerClass((CONVOLUTION, SELECTIVE_SCAN), hands_on=False, reaches=False)
 _SHORT_CONVOLUTION = MixerClass((CONVOLUTION,))
+_SHIFTED = {"time_shift.forward": "shift_of_module"}
 
 MIXERS: Mapping[str, MixerClass] = {
     "BailingHybridDeltaAttention": _KIMI_DELTA_ATTENTION,
@@ -72,6 +75,8 @@ MIXERS: Mapping[str, MixerClass] = {
         hands_on=False,
         methods={"conv_1d.forward": "convolution_of_module", "rg_lru._rnn_scan": "recurrent_unit"},
     ),
+    "RwkvFeedForward": MixerClass((TOKEN_SHIFT,), hands_on=False, reaches=False, methods=_SHIFTED),
+    "RwkvSelfAttention": MixerClass((TOKEN_SHIFT, RWKV), hands_on=False, reaches=False, methods=_SHIFTED),
     "Zamba2MambaMixer": _MAMBA2,
 }
 """The mixers of Transformers that are no attention, by the name of their class."""

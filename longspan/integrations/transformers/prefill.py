@@ -98,7 +98,12 @@ def _forward(state: ParallelModel, given: dict[str, Tensor], layout: SequenceLay
         inspect.signature(type(module).forward).parameters for module in (state.head, state.backbone)
     )
     local = inputs.local_arguments(given, layout, frozenset(of_backbone))
-    name = next(name for name in reversed(CACHE_ARGUMENTS) if name in of_head)
+    name = next((name for name in reversed(CACHE_ARGUMENTS) if name in of_head), None)
+    if name is None:
+        raise InputError(
+            f"prefill: {type(head_of(head)).__name__} takes no cache ({' or '.join(CACHE_ARGUMENTS)}); what it remembers cannot "
+            "be handed to it. Run the prompt on one rank, longspan.unparallelize(model)"
+        )
     # The cache that is given is used all the same; with use_cache RecurrentGemma takes a rank's only token for a step of decoding.
     local |= {name: recorder, "use_cache": False, inputs.LAYOUT: layout}
     if "logits_to_keep" in of_head:

@@ -376,6 +376,17 @@ FAMILIES: dict[str, Family] = {
             "head_dim": 6,
         },
     ),
+    "rwkv": Family(
+        "RwkvForCausalLM",
+        "RwkvConfig",
+        {
+            "hidden_size": 24,
+            "attention_hidden_size": 24,
+            "num_hidden_layers": 2,
+            "intermediate_size": 40,
+            "rescale_every": 0,
+        },
+    ),
 }
 
 

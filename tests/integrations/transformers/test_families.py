@@ -11,7 +11,10 @@ import torch.distributed as dist
 
 import longspan
 from longspan.integrations.transformers import layout_of
+from longspan.integrations.transformers.call import ParallelCall
+from longspan.integrations.transformers.functions import rwkv_linear_attention
 from longspan.layout import ORDERS, Order
+from longspan.models.mixers import ParallelOptions
 from tests.compare import relative_error, worst_of
 from tests.integrations.transformers.families import FAMILIES, build
 from tests.integrations.transformers.reference import PACKED, PLAIN, Batch, Expected, Wide, expected, gradients_of
@@ -97,3 +100,17 @@ def test_any_ranks_in_any_order(name: str, kind: str, num_ranks: int, order: Ord
 )
 def test_any_exchange_and_softmax_method(name: str, options: dict[str, Any]) -> None:
     check(name, "packed", 2, "zigzag", **options)
+
+
+def test_keys_of_rwkv_may_be_far_apart() -> None:
+    from transformers.models.rwkv.modeling_rwkv import rwkv_linear_attention_cpu
+
+    generator = torch.Generator().manual_seed(0)
+    decay, first = (torch.randn(5, generator=generator, dtype=torch.float64) for _ in range(2))
+    key = 100.0 * torch.randn(2, 40, 5, generator=generator, dtype=torch.float64)
+    value = torch.randn(2, 40, 5, generator=generator, dtype=torch.float64)
+    call = ParallelCall(longspan.SequenceLayout.local(40), ParallelOptions())
+    got, _ = rwkv_linear_attention(call, decay, first, key, value)
+    with Wide():
+        want, _ = rwkv_linear_attention_cpu(decay, first, key, value)
+    assert relative_error(got, want) < 1e-12

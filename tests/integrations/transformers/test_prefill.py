@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import longspan
+from longspan.errors import InputError
 from longspan.integrations.transformers import layout_of
 from longspan.layout import Order
 from tests.compare import relative_error, worst_of
@@ -36,6 +37,10 @@ FEW = ("qwen3", "deepseek_v3", "lfm2", "minimax", "qwen3_next", "kimi_linear", "
 """A family for each kind of memory: windows, latents, convolutions, states, states of modules, and their mixtures."""
 WITHOUT_LENGTH = ("mamba", "mamba2", "falcon_mamba", "minimax")
 """Whose cache does not know how many tokens it holds: Transformers cannot continue it from the whole prompt."""
+
+
+# RWKV keeps what it remembers in a list of its own.
+WITH_CACHE = [name for name in FAMILIES if name != "rwkv"]
 
 
 def prompt(rows: int = 2, length: int = NUM_TOKENS) -> Tensor:
@@ -174,7 +179,7 @@ def test_frequencies_that_look_at_the_longest_position(rope: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", WITH_CACHE)
 def test_every_family(name: str) -> None:
     for num_ranks in (2, 4):
         for order in ("contiguous", "zigzag"):
@@ -197,7 +202,7 @@ def dtypes_of(name: str) -> list[tuple[str, torch.dtype, torch.dtype]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", WITH_CACHE)
 def test_dtypes_of_a_bfloat16_model(name: str) -> None:
     assert run_on_ranks(2, dtypes_of, name) == [[], []]
 
@@ -535,3 +540,8 @@ def test_the_example_runs() -> None:
     )
     assert result.returncode == 0, result.stderr
     assert "64 tokens over 2 ranks: the same 4 tokens as in one process" in result.stdout
+
+
+def test_a_model_without_a_cache_is_refused() -> None:
+    with pytest.raises(InputError, match=r"RwkvForCausalLM takes no cache.*unparallelize"):
+        longspan.prefill(longspan.parallelize(build("rwkv"), None), prompt())

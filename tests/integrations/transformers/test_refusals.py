@@ -64,13 +64,6 @@ def bloom() -> nn.Module:
     return transformers.BloomForCausalLM(transformers.BloomConfig(**TINY, hidden_size=24, n_layer=2, n_head=4))
 
 
-def rwkv() -> nn.Module:
-    import transformers
-
-    config = transformers.RwkvConfig(**TINY, hidden_size=24, num_hidden_layers=2, attention_hidden_size=24)
-    return transformers.RwkvForCausalLM(config)
-
-
 def classifier() -> nn.Module:
     import transformers
 
@@ -94,7 +87,6 @@ def encoder_decoder() -> nn.Module:
     [
         (alibi, "ALiBi"),
         (bloom, "no layer that mixes tokens"),
-        (rwkv, "attention interface"),
         (classifier, "ForCausalLM"),
         (encoder_decoder, "encoder"),
     ],

@@ -82,7 +82,7 @@ def fake(class_name: str) -> nn.Module:
 
 @pytest.mark.parametrize(
     "class_name",
-    ["RwkvSelfAttention", "ZayaDynamicConv1d", "NewLinearAttentionCore", "FooMamba3Mixer", "BarDeltaNet", "Indexer"],
+    ["Rwkv7TimeMix", "ZayaDynamicConv1d", "NewLinearAttentionCore", "FooMamba3Mixer", "BarDeltaNet", "Indexer"],
 )
 def test_what_is_not_known_and_may_mix_tokens_is_refused(class_name: str) -> None:
     backbone = nn.Module()
