@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 import longspan
-from benchmarks import exposed, methods, modelled
+from benchmarks import exposed, finetune, methods, modelled
 from benchmarks.figures.__main__ import FIGURES
 from benchmarks.figures.common import with_origin, write
 from benchmarks.figures.timeline import _spans
@@ -64,6 +64,15 @@ DATA: dict[str, dict[str, Any]] = {
             {"lane": "exchange in flight", "name": "exchange", "start_ms": 1.0, "ms": 2.0},
             {"lane": "", "name": "backward", "start_ms": 4.0, "ms": 3.0},
         ],
+    },
+    "finetune": {
+        "length": 256,
+        "steps": 3,
+        "shape": "4 layers",
+        "sides": {
+            side: {"losses": [3.0, 2.0, 1.0], "peak_bytes": [2**20] * ranks, "largest_relative_difference": 1e-6}
+            for side, ranks in finetune.SIDES.items()
+        },
     },
 }
 

@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from benchmarks.figures import throughput, timeline, traffic, waiting
+from benchmarks.figures import finetune, throughput, timeline, traffic, waiting
 from benchmarks.figures.common import pyplot, with_origin, write
 from benchmarks.harness import reexecute_with_memory_settings
 from benchmarks.network import NetworkError
@@ -16,6 +16,7 @@ FIGURES = {
     "traffic": traffic.FIGURE,
     "waiting": waiting.FIGURE,
     "timeline": timeline.FIGURE,
+    "finetune": finetune.FIGURE,
 }
 
 
