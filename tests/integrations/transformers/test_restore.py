@@ -40,8 +40,15 @@ def whole(model: nn.Module) -> Tensor:
     return layout_of(model).gather(logits)
 
 
+def forget_models_of_earlier_tests() -> None:
+    """What they replaced is put back by the next model that is undone, once they are gone."""
+    gc.collect()
+    longspan.unparallelize(longspan.parallelize(build("qwen3_next"), None))
+
+
 def two_models_of_one_class(first: bool) -> None:
     """Both parallel; one is undone, in either order; a third never was."""
+    forget_models_of_earlier_tests()
     models = [build("qwen3_next") for _ in range(2)]
     plain = build("qwen3_next")
     want = logits_of(plain)
@@ -65,6 +72,7 @@ def test_two_models_of_one_class_are_undone_in_either_order(first: bool) -> None
 
 
 def test_what_is_replaced_is_put_back_once_no_model_needs_it() -> None:
+    forget_models_of_earlier_tests()
     model = build("qwen3_next")
     before = functions_of_file()
     longspan.parallelize(model, None)
