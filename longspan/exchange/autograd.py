@@ -16,6 +16,7 @@ from torch import Tensor
 
 from longspan.comm.numbering import backward_of, steps_of
 from longspan.comm.profiling import named_range
+from longspan.exchange.recomputation import carrier_of
 from longspan.exchange.topology import Carrier, Exchanger, Handle, ReverseHandle
 from longspan.first_order import first_order
 from longspan.layout import SequenceLayout, group_of
@@ -53,7 +54,9 @@ class _StateStart(torch.autograd.Function):
     def forward(ctx: Any, state: Tensor, parameter: Tensor, link: _StateLink) -> Tensor:
         ctx.link = link
         with named_range("longspan.exchange.start"):
-            link.forward = link.carrier.start(Pair(link.kind(parameter), state), link.layout)
+            # What is still being sent must not hold the graph that it came from.
+            pair = Pair(link.kind(parameter.detach()), state.detach())
+            link.forward = link.carrier.start(pair, link.layout)
             link.number = steps_of(group_of(link.layout)).number
         if link.keeps_incoming:
             ctx.save_for_backward(parameter)
@@ -156,6 +159,6 @@ def start_exchange(exchange: Exchanger, pair: Pair, layout: SequenceLayout) -> P
     """
     parameter = pair.transition.parameter
     keeps_incoming = parameter.requires_grad and not pair.transition.is_known
-    link = _StateLink(exchange.resolve(pair, layout), type(pair.transition), layout, keeps_incoming)
+    link = _StateLink(carrier_of(exchange, pair, layout), type(pair.transition), layout, keeps_incoming)
     ticket: Tensor = _StateStart.apply(pair.state, parameter, link)
     return PendingExchange(ticket, link, exchange, pair)

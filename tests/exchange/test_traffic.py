@@ -13,11 +13,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from longspan.comm.background import run_beside
 from longspan.exchange import TOPOLOGIES, Pipelined, Topology, record_traffic
 from longspan.exchange.wire import HEADER_BYTES
-from longspan.layout import SequenceLayout, group_of
+from longspan.layout import SequenceLayout
 from longspan.state import ChannelDecay, Dense, HeadDecay, Transition
+from tests.exchange.drain import drain
 from tests.exchange.scan import errors_of_scan
 from tests.ranks import run_on_ranks
 
@@ -155,11 +155,6 @@ def spy_on_torch() -> Iterator[list[Sent]]:
 
 def topology_with(name: str, state_dtype: torch.dtype | None) -> Topology:
     return Pipelined(state_dtype, NUM_BLOCKS) if name == "pipelined" else TOPOLOGIES[name](state_dtype)
-
-
-def drain(layout: SequenceLayout) -> None:
-    """Wait until this rank has started all that it sends: what it need not wait for may still lie before it."""
-    run_beside(group_of(layout), torch.device("cpu"), lambda group: torch.zeros(0)).wait()
 
 
 def counted_and_expected(name: str, order: Any, state_dtype: torch.dtype | None) -> list[tuple[Accounts, Accounts]]:
