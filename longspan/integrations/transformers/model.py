@@ -24,6 +24,7 @@ from torch.utils.hooks import RemovableHandle
 from longspan.comm.collectives import all_gather_single
 from longspan.errors import InputError, LayoutError
 from longspan.exchange.all_reduce import sum_over_ranks
+from longspan.exchange.recomputation import keeping_states
 from longspan.integrations.transformers import attention, dispatch, inputs, losses, mixers, rotary
 from longspan.integrations.transformers.cache import RecordingCache
 from longspan.integrations.transformers.call import CALL, RUNNING, ParallelCall
@@ -409,9 +410,7 @@ class ParallelModel:
             )
 
     def _bind_checkpointing(self) -> None:
-        """Layers whose mixers are not given keywords find the call of their own forward when they are computed again."""
-        if all(kind.reaches for kind in self.mixers.values()):
-            return
+        """Layers that are computed again find the call of their own forward, and the states that entered them."""
         for module in self.backbone.modules():
             present = module.__dict__.get("_gradient_checkpointing_func")
             if present is not None and not isinstance(present, BoundCheckpointing):
@@ -431,10 +430,11 @@ class ParallelModel:
 
 
 class BoundCheckpointing:
-    """A model's checkpointing function, whose recomputation sees the call of the forward that it repeats."""
+    """A model's checkpointing function. A recomputation sees the call of the forward that it repeats, and exchanges no states."""
 
     def __init__(self, model: ParallelModel, checkpoint: Callable[..., Any]) -> None:
         self.model, self.checkpoint = model, checkpoint
+        self._keeping = keeping_states(checkpoint)
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         model, call = self.model, self.model.call
@@ -446,7 +446,7 @@ class BoundCheckpointing:
             finally:
                 model.call = before
 
-        return self.checkpoint(with_call, *args, **kwargs)
+        return self._keeping(with_call, *args, **kwargs)
 
 
 _REPORT = (

@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 
 import longspan
+from longspan import record_traffic
+from longspan.integrations.transformers import layout_of
+from tests.exchange.drain import drain
 from tests.integrations.transformers.families import build
 from tests.integrations.transformers.reference import PACKED, PLAIN, gradients_of
 from tests.ranks import run_on_ranks
@@ -47,6 +50,36 @@ def compared(name: str, reentrant: bool, two_forwards: bool, before: bool) -> No
 @pytest.mark.parametrize("name", ["jamba", "qwen3_next"])
 def test_recomputed_gradients_are_the_same_bits(name: str, reentrant: bool) -> None:
     run_on_ranks(2, compared, name, reentrant, True, name == "jamba")
+
+
+def states_sent(name: str, reentrant: bool) -> tuple[int, int]:
+    """How many messages of states a rank sends as forward does: in forward, and in backward."""
+    model: Any = longspan.parallelize(
+        build(name).float().train(), None, exchange="pipelined", softmax_method="all_gather"
+    )
+    model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    if reentrant:
+        model.enable_input_require_grads()
+
+    def count(traffic: longspan.exchange.Traffic) -> int:
+        return sum(event.name == "pipelined" and event.phase == "forward" for event in traffic.events)
+
+    with record_traffic() as forward:
+        loss = model(**PLAIN.arguments()).loss
+        drain(layout_of(model))
+    with record_traffic() as backward:
+        loss.backward()
+        drain(layout_of(model))
+    assert backward.count("backward")
+    return count(forward), count(backward)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("name", ["minimax", "jamba", "qwen3_next"])
+def test_a_recomputed_layer_sends_no_states(name: str, reentrant: bool) -> None:
+    for forward, backward in run_on_ranks(2, states_sent, name, reentrant):
+        assert forward > 0
+        assert backward == 0
 
 
 @pytest.mark.slow
