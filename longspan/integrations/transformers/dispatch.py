@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterable
 from types import ModuleType
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakSet, finalize
 
 from longspan.integrations.transformers.call import CALL, RUNNING
 from longspan.integrations.transformers.functions import FUNCTIONS
@@ -23,8 +23,9 @@ _USERS = "longspan_users"
 
 
 def install(user: object, modeling_files: Iterable[str]) -> None:
-    """Replace the functions of modeling files, by their names in `sys.modules`, for as long as `user` needs them."""
-    for module in _modules(modeling_files):
+    """Replace the functions of modeling files, by their names in `sys.modules`, until `uninstall` or until `user` is gone."""
+    files = tuple(modeling_files)
+    for module in _modules(files):
         for name in (*FUNCTIONS, BALANCE_LOSS):
             present = module.__dict__.get(name)
             if present is None:
@@ -34,19 +35,32 @@ def install(user: object, modeling_files: Iterable[str]) -> None:
                 setattr(present, _USERS, WeakSet())
                 setattr(module, name, present)
             getattr(present, _USERS).add(user)
+    finalize(user, _put_back, files).atexit = False
 
 
 def uninstall(user: object, modeling_files: Iterable[str]) -> None:
     """`user` needs no replacement any more; the last user puts the original functions back."""
-    for module in _modules(modeling_files):
-        for name in (*FUNCTIONS, BALANCE_LOSS):
-            present: Any = module.__dict__.get(name)
-            users = getattr(present, _USERS, None)
-            if users is None:
-                continue
-            users.discard(user)
-            if not users:
-                setattr(module, name, present.__wrapped__)
+    files = tuple(modeling_files)
+    for function in _replaced(files).values():
+        getattr(function, _USERS).discard(user)
+    _put_back(files)
+
+
+def _put_back(modeling_files: Iterable[str]) -> None:
+    """Restore the functions that nobody uses any more."""
+    for (module, name), function in _replaced(modeling_files).items():
+        # Not its length, which counts one that is going.
+        if not list(getattr(function, _USERS)):
+            setattr(module, name, function.__wrapped__)
+
+
+def _replaced(modeling_files: Iterable[str]) -> dict[tuple[ModuleType, str], Any]:
+    return {
+        (module, name): function
+        for module in _modules(modeling_files)
+        for name in (*FUNCTIONS, BALANCE_LOSS)
+        if hasattr(function := module.__dict__.get(name), _USERS)
+    }
 
 
 def _modules(modeling_files: Iterable[str]) -> list[ModuleType]:
