@@ -17,7 +17,7 @@ _LOOKS = {
 
 def measure(quick: bool) -> Data:
     """Losses by step and peak memory by process."""
-    length, steps = (256, 3) if quick else (4096, 40)
+    length, steps = (256, 3) if quick else (2048, 24)
     return {
         "length": length,
         "steps": steps,
