@@ -73,6 +73,10 @@ def prepare_trainer(
             )
     mesh = trainer.accelerator.torch_device_mesh
     group = None if mesh is None else mesh[SEQUENCE].get_group()
+    if num_ranks > 1 and group is dist.group.WORLD:
+        # A mesh of one dimension is the default group, where gradients are averaged: exchanges must not wait for them, nor come
+        # between them in another order on another rank.
+        group = dist.new_group()
     place = SequenceParallel(group, num_ranks)
     options = ParallelOptions(exchange, softmax_method)
     parallelize_pretrained(trainer.model, options, place, order=order, loss="mean", verify=False)

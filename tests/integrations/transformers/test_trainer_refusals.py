@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from longspan.errors import InputError
@@ -49,6 +50,7 @@ def refusals(folder: str) -> dict[str, tuple[str, str]]:
     with environment():
         trainer = trainer_of(build("llama"), folder, 2)
         prepare_trainer(trainer)
+        assert trainer.model.sequence_parallel.group is not dist.group.WORLD, "gradients are averaged there"
         found["twice"] = raised(prepare_trainer, trainer)
         found["predictions"] = raised(trainer.predict, trainer.eval_dataset)
         packed = {
