@@ -125,8 +125,8 @@ def ranks_per_node() -> int:
     return 2 if size % 2 == 0 else 1
 
 
-SPLITS = [(3, "contiguous"), (2, "zigzag")]
-MORE = [(1, "contiguous"), (2, "contiguous"), (3, "zigzag")]
+SPLITS = [(3, "contiguous")]
+MORE = [(2, "zigzag"), (1, "contiguous"), (2, "contiguous"), (3, "zigzag")]
 
 
 @pytest.mark.parametrize(

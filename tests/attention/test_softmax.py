@@ -31,7 +31,7 @@ def divisible(num_ranks: int, heads: int, method: SoftmaxMethod) -> bool:
     return method != "ulysses" or heads % num_ranks == 0
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize("num_ranks", [1, pytest.param(2, marks=pytest.mark.slow), 3, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("method", METHODS)
 def test_every_rank_equals_dense_attention(num_ranks: int, method: SoftmaxMethod) -> None:
     settings: list[tuple[int, Documents, tuple[int, int], int]] = [
@@ -113,7 +113,7 @@ def test_rows_that_documents_and_windows_cut_are_right_for_groups_of_heads() -> 
     check(3, cases)
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+@pytest.mark.parametrize("num_ranks", [1, pytest.param(2, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize("method", METHODS)
 def test_values_may_be_narrower_or_wider_than_keys(num_ranks: int, method: SoftmaxMethod) -> None:
     settings: list[tuple[int | None, Documents, tuple[int, int], bool]] = [

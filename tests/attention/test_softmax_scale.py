@@ -77,7 +77,7 @@ def check(num_ranks: int, calls: list[Call]) -> None:
             assert error <= TOLERANCES[call.dtype], (rank, call, error)
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+@pytest.mark.parametrize("num_ranks", [1, pytest.param(2, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_negative_or_zero_scale_equals_dense_attention(num_ranks: int, method: SoftmaxMethod) -> None:
     settings: list[tuple[Order, bool, int | None, Documents]] = [
@@ -129,7 +129,7 @@ def random_call(generator: random.Random, num_ranks: int) -> Call:
     )
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+@pytest.mark.parametrize("num_ranks", [1, pytest.param(2, marks=pytest.mark.slow), 3])
 def test_random_calls_equal_dense_attention(num_ranks: int) -> None:
     generator = random.Random(num_ranks)
     check(num_ranks, [random_call(generator, num_ranks) for _ in range(120)])
@@ -190,7 +190,7 @@ def errors_with_hidden_keys(method: SoftmaxMethod) -> list[float]:
     return errors
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+@pytest.mark.parametrize("num_ranks", [1, pytest.param(2, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize("method", METHODS)
 def test_keys_whose_score_is_minus_infinity_are_not_there(num_ranks: int, method: SoftmaxMethod) -> None:
     """A query that sees no other key reads zeros, as in PyTorch's attention."""

@@ -129,7 +129,7 @@ def test_a_rank_that_does_not_come_is_named_when_the_time_of_the_group_is_over(e
     assert all(error < 1e-10 for _, error in results)
 
 
-@pytest.mark.parametrize("num_ranks", [2, 3])
+@pytest.mark.parametrize("num_ranks", [pytest.param(2, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize("exchange", ["all_gather", "ring", "neighbour", "all_to_all", "two_level"])
 @pytest.mark.parametrize("fault", FAULTS)
 def test_ranks_out_of_step_are_an_error_on_every_rank_and_the_next_call_is_right(

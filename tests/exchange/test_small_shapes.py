@@ -34,15 +34,19 @@ def errors_of_small(name: str, order: Any, ranks_per_node: int, state_dtype: tor
     ]
 
 
-SPLITS = [(3, 1), (4, 1), (4, 2)]
+# Order, ranks, and ranks of a node, which one topology knows of. The first case of a topology is quick, the last too where it has nodes.
+SPLITS = [("contiguous", 3, 1), ("zigzag", 3, 1), ("contiguous", 4, 1), ("zigzag", 4, 1)]
+WITH_NODES = [("contiguous", 4, 2), ("zigzag", 4, 2)]
+QUICK = [SPLITS[0], WITH_NODES[1]]
+CASES = [
+    pytest.param(name, *split, marks=() if split in QUICK else pytest.mark.slow)
+    for name in NAMES
+    for split in [*SPLITS, *(WITH_NODES if name == "two_level" else [])]
+]
 
 
-@pytest.mark.parametrize(("num_ranks", "ranks_per_node"), SPLITS)
-@pytest.mark.parametrize("order", ["contiguous", "zigzag"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "order", "num_ranks", "ranks_per_node"), CASES)
 def test_small_states_are_the_scan(name: str, order: str, num_ranks: int, ranks_per_node: int) -> None:
-    if ranks_per_node > 1 and name != "two_level":
-        pytest.skip("knows no nodes")
     for state_dtype, limit in ((None, 1e-12), (torch.bfloat16, 0.1)):
         for errors in run_on_ranks(num_ranks, errors_of_small, name, order, ranks_per_node, state_dtype):
             assert worst(errors) < limit

@@ -18,7 +18,7 @@ from tests.ops.accuracy import by_recurrence
 DECAYS = ["linear_attention", "retention", "simple_gla", "gla"]
 # Kernels have tests of their own, with fewer cases: the interpreter is slow.
 BACKENDS = ["torch"]
-LENGTHS = [1, 63, 64, 65, 100, 257]
+LENGTHS = [1, *(pytest.param(length, marks=pytest.mark.slow) for length in (63, 64, 65)), 100, 257]
 
 
 def inputs_of(name: str, seq_len: int, dtype: torch.dtype, decay: float, seed: int) -> dict[str, Tensor]:

@@ -248,8 +248,8 @@ def test_inputs_that_do_not_fit_are_refused_with_value_expectation_and_remedy(na
             longspan.write(name, k, v)
 
 
-def test_autocast_changes_nothing(name: str) -> None:
-    inputs = make_inputs(name, 21, dtype=torch.float32)
+def test_autocast_leaves_float64_alone(name: str) -> None:
+    inputs = make_inputs(name, 21, dtype=torch.float64)
     call = getattr(longspan, name)
     directions = ({}, {"causal": False}) if name in ("linear_attention", "retention") else ({},)
     for options in directions:

@@ -54,8 +54,18 @@ def check_one_device(name: str, backend: str, lengths: tuple[int, ...], with_doc
         assert num_compiled() <= min(2, number + 1), (name, length)
 
 
-@pytest.mark.parametrize("with_documents", [False, True])
-@pytest.mark.parametrize("name", CALLS)
+# One of each kind of node; the others are made of the same.
+QUICK = {"simple_gla", "gated_delta_rule", "softmax", "convolution", "mamba2"}
+
+
+@pytest.mark.parametrize(
+    ("name", "with_documents"),
+    [
+        pytest.param(name, packed, marks=() if name in QUICK or not packed else pytest.mark.slow)
+        for name in CALLS
+        for packed in (False, True)
+    ],
+)
 def test_one_graph_serves_all_lengths(name: str, with_documents: bool) -> None:
     check_one_device(name, "aot_eager", LENGTHS, with_documents)
 
@@ -90,10 +100,6 @@ def compiled_on_ranks(name: str, backend: str, order: Any, documents: bool) -> t
             after_two = graphs
     torch._dynamo.reset()
     return worst(errors), graphs - after_two
-
-
-# One of each kind of node; the others are made of the same.
-QUICK = {"simple_gla", "gated_delta_rule", "softmax", "convolution", "mamba2"}
 
 
 @pytest.mark.parametrize(

@@ -304,7 +304,11 @@ def test_many_bad_steps_in_a_row_stop_the_run_with_its_checkpoint(corpus: Path, 
     assert [path.name for path in sorted((run / "checkpoints").iterdir())] == ["step-00000003", "step-00000004"]
 
 
-@pytest.mark.parametrize("operator", GATE_BUILDERS)
+@pytest.mark.parametrize(
+    "operator",
+    # Of the decays and of the delta rules one each.
+    [pytest.param(name, marks=() if name in ("simple_gla", "kda") else pytest.mark.slow) for name in GATE_BUILDERS],
+)
 def test_a_diverging_run_skips_its_steps_whatever_the_operator(corpus: Path, tmp_path: Path, operator: str) -> None:
     run = tmp_path / "run"
     values = {"model__operator": operator, "train__max_skipped_steps": 2, "validation__every": 1}

@@ -35,10 +35,10 @@ def compiled(name: str) -> dict[str, float]:
 @pytest.mark.parametrize(
     "name",
     [
-        "qwen3_5",
+        "llama",
         *(
             pytest.param(name, marks=pytest.mark.slow)
-            for name in ("llama", "bamba", "minimax", "jamba", "mamba2", "lfm2", "kimi_linear")
+            for name in ("qwen3_5", "bamba", "minimax", "jamba", "mamba2", "lfm2", "kimi_linear")
         ),
     ],
 )

@@ -528,6 +528,7 @@ def test_generate_samples_as_in_one_process_with_peft_around_the_model() -> None
     assert torch.equal(*found)
 
 
+@pytest.mark.slow
 def test_the_example_runs() -> None:
     example = PROJECT_ROOT / "examples" / "generate_long_prompt.py"
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(example)]

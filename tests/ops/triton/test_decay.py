@@ -65,7 +65,7 @@ def test_packed_documents_groups_and_sizes_that_are_no_power_of_two(name: str, d
         (80, 72),
         pytest.param((256, 144), marks=pytest.mark.slow),
         pytest.param((40, 256), marks=pytest.mark.slow),
-        (256, 256),
+        pytest.param((256, 256), marks=pytest.mark.slow),
     ],
 )
 def test_heads_wider_than_a_tile(name: str, sizes: tuple[int, int]) -> None:
