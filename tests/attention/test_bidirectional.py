@@ -52,7 +52,9 @@ def errors_on_rank(name: str, order: Any, seq_len: int, documents: list[int] | N
     return errors + [relative_error(g, layout.shard(e)) for g, e in zip(grads, expected_grads, strict=True)]
 
 
-@pytest.mark.parametrize("num_ranks", [1, pytest.param(2, marks=pytest.mark.slow), 3, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "num_ranks", [1, pytest.param(2, marks=pytest.mark.slow), 3, pytest.param(4, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("order", ["contiguous", "zigzag"])
 @pytest.mark.parametrize("name", OPERATORS)
 def test_bidirectional_equals_the_plain_sum_on_every_rank(name: str, order: str, num_ranks: int) -> None:

@@ -140,7 +140,9 @@ def test_sequence_parallel_equals_the_recurrent_form_on_every_rank(
 
 # Many cases: by default the smallest and the largest transition that is sent on any number of ranks, the others on three and four.
 EVERY = [
-    pytest.param(name, n, marks=pytest.mark.slow if n in (2, 8) and name not in ("simple_gla", "gated_delta_rule") else ())
+    pytest.param(
+        name, n, marks=pytest.mark.slow if n in (2, 8) and name not in ("simple_gla", "gated_delta_rule") else ()
+    )
     for name, n in itertools.product(VARIANTS, (2, 3, 4, 8))
 ]
 

@@ -31,7 +31,9 @@ def divisible(num_ranks: int, heads: int, method: SoftmaxMethod) -> bool:
     return method != "ulysses" or heads % num_ranks == 0
 
 
-@pytest.mark.parametrize("num_ranks", [1, pytest.param(2, marks=pytest.mark.slow), 3, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "num_ranks", [1, pytest.param(2, marks=pytest.mark.slow), 3, pytest.param(4, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("method", METHODS)
 def test_every_rank_equals_dense_attention(num_ranks: int, method: SoftmaxMethod) -> None:
     settings: list[tuple[int, Documents, tuple[int, int], int]] = [

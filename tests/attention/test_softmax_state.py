@@ -129,7 +129,9 @@ def check(num_ranks: int, cases: list[Case], tolerance: float = 1e-11) -> None:
             assert worst(errors) <= tolerance, (rank, case, errors)
 
 
-@pytest.mark.parametrize("num_ranks", [1, pytest.param(2, marks=pytest.mark.slow), 3, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "num_ranks", [1, pytest.param(2, marks=pytest.mark.slow), 3, pytest.param(4, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("method", METHODS)
 def test_every_rank_equals_dense_attention_over_past_and_present(num_ranks: int, method: SoftmaxMethod) -> None:
     cases = [

@@ -34,7 +34,7 @@ def errors_of_small(name: str, order: Any, ranks_per_node: int, state_dtype: tor
     ]
 
 
-# Order, ranks, and ranks of a node, which one topology knows of. The first case of a topology is quick, the last too where it has nodes.
+# Order, ranks, and ranks of a node, which one topology knows of. Quick are the first case of each, and the last of that with nodes.
 SPLITS = [("contiguous", 3, 1), ("zigzag", 3, 1), ("contiguous", 4, 1), ("zigzag", 4, 1)]
 WITH_NODES = [("contiguous", 4, 2), ("zigzag", 4, 2)]
 QUICK = [SPLITS[0], WITH_NODES[1]]

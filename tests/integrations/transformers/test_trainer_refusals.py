@@ -16,6 +16,7 @@ from torch import Tensor
 
 from longspan.errors import InputError
 from longspan.integrations.transformers import SequenceParallelConfig, prepare_trainer
+from tests.compare import relative_error
 from tests.integrations.transformers.families import build
 from tests.integrations.transformers.training import LENGTH, environment, trainer_of
 from tests.ranks import raised, run_on_ranks
