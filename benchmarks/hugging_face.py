@@ -90,7 +90,6 @@ LAYERS: dict[str, Layer] = {
             "num_local_experts": 2,
             "num_experts_per_tok": 1,
         },
-        longest=4096,
     ),
     "Jamba: Mamba, 128 channels, 16 states": Layer(
         "JambaModel",
@@ -108,7 +107,7 @@ LAYERS: dict[str, Layer] = {
             "mamba_expand": 2,
             "use_mamba_kernels": False,
         },
-        longest=1024,
+        longest=4096,
     ),
 }
 
@@ -164,7 +163,8 @@ def _two_ranks(name: str, seq_len: int, pairs: int) -> tuple[list[float], list[f
     shared = longspan.parallelize(_backbone(name), None)
     embeds = _embeds(alone_model, seq_len)
     alone, together = _step(alone_model, embeds), _step(shared, embeds)
-    whole = layout_of(shared).gather(together())
+    hidden = together()
+    whole = layout_of(shared).gather(hidden)
     if dist.get_rank() == 0:
         require_close(f"{name} over ranks", whole, alone(), 1e-3)
     alones, togethers = [], []

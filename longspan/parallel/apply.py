@@ -52,7 +52,8 @@ def parallelize(
             module whose token-mixing layers are `longspan.models.mixers.SequenceMixer`s; or one whose class has an adapter
             (`longspan.parallel.register_adapter`). With the same weights on every rank.
         mesh_or_group: process group or DeviceMesh (such as ``mesh["sp"]``), as in `SequenceLayout`; None is the default group.
-        order: Transformers only: which tokens of a sequence a rank takes, ``"zigzag"`` if not said, as in `SequenceLayout`.
+        order: Transformers only: which tokens of a sequence a rank takes, as in `SequenceLayout`. If not said, ``"zigzag"``, which
+            balances softmax layers, or ``"contiguous"`` for a model that has none.
         exchange: how linear layers exchange their states, as in the operators.
         softmax_method: how softmax layers exchange keys and values, as in `softmax_attention`.
         loss: Transformers only: ``"mean"`` (if not said), so that averaging gradients over the ranks, as DistributedDataParallel,
@@ -82,9 +83,7 @@ def parallelize(
     if adapter is None and _is_transformers_model(model):
         from longspan.integrations.transformers.model import parallelize_pretrained
 
-        return parallelize_pretrained(
-            model, options, place, order=order or "zigzag", loss=loss or "mean", verify=verify
-        )
+        return parallelize_pretrained(model, options, place, order=order, loss=loss or "mean", verify=verify)
     for name, given in (("order", order), ("loss", loss), ("verify", verify or None)):
         if given is not None:
             raise InputError(

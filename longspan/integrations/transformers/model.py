@@ -61,13 +61,15 @@ class ParallelModel:
         head: nn.Module,
         options: ParallelOptions,
         place: SequenceParallel,
-        order: Order,
+        order: Order | None,
         loss: losses.LossKind,
     ) -> None:
         self.head = head
         self.backbone = backbone_of(head)
-        self.options, self.place, self.order, self.loss = options, place, order, loss
+        self.options, self.place, self.loss = options, place, loss
         self.mixers = mixers.mixers_of(self.backbone)
+        balances = any(mixers.is_attention(mixer) for mixer in self.mixers)
+        self.order: Order = order or ("zigzag" if balances else "contiguous")
         self.modeling_files = _modeling_files(head)
         self.decoding = Decoding(self)
         self.call: ParallelCall | None = None
@@ -506,7 +508,7 @@ def parallelize_pretrained(
     options: ParallelOptions,
     place: SequenceParallel,
     *,
-    order: Order,
+    order: Order | None,
     loss: losses.LossKind,
     verify: bool,
 ) -> Model:
@@ -516,7 +518,7 @@ def parallelize_pretrained(
         raise InputError(
             f"{type(head).__name__} is parallelized already. Call longspan.unparallelize(model) before giving it other options"
         )
-    if order not in ORDERS:
+    if order not in (None, *ORDERS):
         raise InputError(f"order must be one of {', '.join(ORDERS)}; got {order!r}")
     if loss not in losses.LOSSES:
         raise InputError(f"loss must be one of {', '.join(losses.LOSSES)}; got {loss!r}")

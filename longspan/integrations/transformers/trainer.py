@@ -32,7 +32,7 @@ _OF_THIS_RANK = ("aux_loss", "router_logits", "hidden_states", "attentions")
 def prepare_trainer(
     trainer: Any,
     *,
-    order: Order = "zigzag",
+    order: Order | None = None,
     exchange: str | Exchanger = "auto",
     softmax_method: SoftmaxMethod = "auto",
     gather_logits: bool = False,

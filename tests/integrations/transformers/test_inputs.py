@@ -235,3 +235,16 @@ def lengths(name: str, length: int, order: Order) -> float:
 @pytest.mark.parametrize("name", ["qwen3_next", "bamba"])
 def test_shards_shorter_than_a_convolution(name: str, length: int, order: Order) -> None:
     assert all(error < 1e-10 for error in run_on_ranks(4, lengths, name, length, order))
+
+
+@pytest.mark.parametrize(("name", "order"), [("llama", "zigzag"), ("bamba", "zigzag"), ("mamba2", "contiguous")])
+def test_models_without_softmax_layers_need_no_balance(name: str, order: Order) -> None:
+    for found in run_on_ranks(2, order_by_default, name):
+        assert found == order
+
+
+def order_by_default(name: str) -> str:
+    model: Any = longspan.parallelize(build(name), None)
+    with torch.no_grad():
+        model(input_ids=PLAIN.ids)
+    return layout_of(model).order

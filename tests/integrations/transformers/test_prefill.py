@@ -253,7 +253,7 @@ def a_loop_by_hand(name: str) -> tuple[Tensor, Tensor] | None:
     ids = prompt()
     with Wide(), torch.no_grad():
         want = model.generate(ids, **GREEDY)
-        longspan.parallelize(model, None)
+        longspan.parallelize(model, None, order="zigzag")
         cache, logits, _ = longspan.prefill(model, ids)
         if cache is None or logits is None:
             return None
@@ -419,7 +419,7 @@ def test_refusals(what: str, says: str) -> None:
 
 
 def the_whole_prompt_again(name: str) -> tuple[str, str] | None:
-    model: Any = longspan.parallelize(build(name), None)
+    model: Any = longspan.parallelize(build(name), None, order="zigzag")
     ids = prompt()
     with Wide():
         cache = longspan.prefill(model, ids[:, :-1]).cache
