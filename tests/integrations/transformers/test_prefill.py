@@ -235,7 +235,7 @@ def test_a_prompt_of_a_token_a_rank(name: str, length: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", WITH_CACHE)
 def test_a_prompt_of_a_token_a_rank_in_every_family(name: str) -> None:
     check_short(name, 2)
 

@@ -106,10 +106,16 @@ def test_a_checkpoint_goes_on_with_another_number_of_ranks(tmp_path: Path, saved
     saving = replace(run, arguments={"save_strategy": "steps", "save_steps": 3})
     if saved_by == "one process":
         train(saving, str(tmp_path / "saved"), 0, None, 3)
-        check(run_over_ranks(run, tmp_path, resume=str(tmp_path / "saved" / "checkpoint-3")), want)
+        checkpoint = tmp_path / "saved" / "checkpoint-3"
     else:
         run_over_ranks(saving, tmp_path, steps=3)
         checkpoint = tmp_path / "ranks" / "checkpoint-3"
         assert len(list(checkpoint.glob("*.safetensors"))) == 1
-        check([train(run, str(tmp_path / "on"), 0, str(checkpoint))], want)
-        check(run_over_ranks(run, tmp_path, resume=str(checkpoint)), want)
+    alone = train(run, str(tmp_path / "on"), 0, str(checkpoint))
+    check(run_over_ranks(run, tmp_path, resume=str(checkpoint)), alone)
+    # Trainer's mean over a training is of the steps since it went on.
+    check([_without_mean(alone)], _without_mean(want))
+
+
+def _without_mean(trained: Trained) -> Trained:
+    return replace(trained, log={name: values for name, values in trained.log.items() if name != "train_loss"})
