@@ -15,7 +15,8 @@ Model = TypeVar("Model", bound=nn.Module)
 Adapter = Callable[[Model, ParallelOptions, SequenceParallel], Callable[[], None] | None]
 """Changes a model in place, so that it runs on this rank's tokens; raises InputError for one that it cannot change.
 
-What it returns undoes that, for `longspan.unparallelize`; None if it cannot be undone."""
+What it returns undoes that, for `longspan.unparallelize`; None if it cannot be undone.
+"""
 
 _ADAPTERS: dict[type[nn.Module], Adapter[Any]] = {}
 

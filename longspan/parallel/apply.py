@@ -88,12 +88,10 @@ def parallelize(
         if given is not None:
             raise InputError(
                 f"parallelize(): {name}={given!r} concerns models of Hugging Face Transformers, which are called with whole "
-                "sequences; "
-                f"{type(model).__name__} is called with a layout, which says the order. Leave {name} out"
+                f"sequences; {type(model).__name__} is called with a layout, which says the order. Leave {name} out"
             )
     if adapter is not None:
-        undo = adapter(model, options, place)
-        model.__dict__[_UNDO] = undo
+        model.__dict__[_UNDO] = adapter(model, options, place)
     else:
         mixers = [module for module in model.modules() if isinstance(module, SequenceMixer)]
         if not mixers:
@@ -130,8 +128,7 @@ def unparallelize(model: Model) -> Model:
         if undo is None:
             raise InputError(
                 f"the adapter of {type(model).__name__} returned nothing that undoes its work. Let it return a function that "
-                "does, or "
-                "build the model anew"
+                "does, or build the model anew"
             )
         undo()
         del model.__dict__[_UNDO]

@@ -16,6 +16,7 @@ from torch import Tensor
 import longspan.functional as operators
 from longspan.attention.convolution import causal_conv1d
 from longspan.attention.shift import token_shift
+from longspan.autocast import without_autocast
 from longspan.dtypes import at_least_float32
 from longspan.errors import InputError
 from longspan.exchange.all_reduce import max_over_ranks
@@ -146,7 +147,7 @@ def selective_scan(
     x = hidden_states.transpose(1, 2)
     queries, keys = (t.transpose(1, 2).unsqueeze(2).to(x.dtype) for t in (C, B))
     # There is no matrix product in the recurrence for autocast to round.
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         out = operators.gla(
             queries,
             keys,
@@ -187,7 +188,7 @@ def rwkv_linear_attention(
     if state is not None or return_state:
         raise InputError("RWKV's state is not kept over ranks. Leave use_cache and state out, or decode on one rank")
     call.take(RWKV)
-    with torch.autocast(key.device.type, enabled=False):
+    with without_autocast(key):
         weights, values, first, decay = (t.double() for t in (key, value, time_first, time_decay))
         largest = max_over_ranks(weights.detach().amax((0, 1)), call.layout)
         e = torch.exp(weights - largest)

@@ -44,24 +44,21 @@ def check_arguments(given: Mapping[str, Any]) -> None:
     """Refuse what would be silently wrong over ranks.
 
     Raises:
-        InputError: for an attention mask that is not of right padding, attention weights, some of the logits, or an argument per
-            token
-            that is not known.
+        InputError: for an attention mask that is not of right padding, attention weights, some of the logits, or an argument
+            per token that is not known.
     """
     tokens = tokens_of(given)
     _check_mask(given.get("attention_mask"))
     if given.get("output_attentions"):
         raise InputError(
-            "output_attentions=True: attention weights of all tokens to all tokens are never formed over ranks. Leave it out, or "
-            "call "
-            "longspan.unparallelize(model) and take a short sequence"
+            "output_attentions=True: attention weights of all tokens to all tokens are never formed over ranks. Leave it out, "
+            "or call longspan.unparallelize(model) and take a short sequence"
         )
     kept = given.get("logits_to_keep", 0)
     if not isinstance(kept, int) or kept != 0:
         raise InputError(
-            f"logits_to_keep={described(kept)}: the last tokens of a sequence are on one rank. Leave it out, and take them from "
-            "the "
-            "logits of the rank that holds them (layout_of(model).positions)"
+            f"logits_to_keep={described(kept)}: the last tokens of a sequence are on one rank. Leave it out, and take them "
+            "from the logits of the rank that holds them (layout_of(model).positions)"
         )
     for name, value in given.items():
         if isinstance(value, Tensor) and name not in _UNDERSTOOD and value.shape[:2] == tokens.shape[:2]:
@@ -77,16 +74,14 @@ def _check_mask(mask: object) -> None:
     if not isinstance(mask, Tensor) or mask.dim() != 2:
         raise InputError(
             f"attention_mask must be of right padding, [B, N] of ones and then zeros; got {described(mask)}. Masks of pairs of "
-            "tokens "
-            "are not supported over ranks: pack documents (position_ids that restart) or pad on the right"
+            "tokens are not supported over ranks: pack documents (position_ids that restart) or pad on the right"
         )
     lengths = mask.to(torch.int64).sum(1, keepdim=True)
     right = torch.arange(mask.shape[1], device=mask.device) < lengths
     if not bool((mask.to(torch.bool) == right).all()):
         raise InputError(
-            "attention_mask masks tokens on the left or inside of a row: the state of a recurrent layer would run over them. Pad "
-            "on "
-            "the right (padding_side='right'), or pack documents without padding"
+            "attention_mask masks tokens on the left or inside of a row: the state of a recurrent layer would run over them. "
+            "Pad on the right (padding_side='right'), or pack documents without padding"
         )
 
 
@@ -106,8 +101,7 @@ def document_bounds(given: Mapping[str, Any]) -> list[int] | None:
         if rows != 1 or values[0] != 0 or values[-1] != length:
             raise InputError(
                 f"cu_seq_lens_q must be of one row and go from 0 to its {length} tokens; got {rows} rows and bounds from "
-                f"{values[0]} to "
-                f"{values[-1]}. Flatten the batch into one row, as DataCollatorWithFlattening does"
+                f"{values[0]} to {values[-1]}. Flatten the batch into one row, as DataCollatorWithFlattening does"
             )
         values = [value for value, before in zip(values, [-1, *values], strict=False) if value != before]
         return values if len(values) > 2 else None
@@ -152,10 +146,8 @@ def check_first_labels(given: Mapping[str, Any], layout: SequenceLayout, rows: i
         )
 
 
-def flattened(x: Tensor | None, rows: int, length: int, dim: int = 0) -> Tensor | None:
+def flattened(x: Tensor, rows: int, length: int, dim: int = 0) -> Tensor:
     """Rows one after another: ``[B, N, ...]`` as ``[1, B · N, ...]``, B in dimension `dim`."""
-    if x is None:
-        return None
     whole = x.expand(*x.shape[:dim], rows, *x.shape[dim + 1 :])
     return whole.reshape(*x.shape[:dim], 1, rows * length, *x.shape[dim + 2 :])
 
@@ -178,7 +170,7 @@ def local_arguments(given: dict[str, Any], layout: SequenceLayout, takes: frozen
 
     takes: names of the backbone's parameters. Positions are given where it takes them, masks and caches taken away.
     """
-    local = {name: value for name, value in given.items() if name not in _PACKING}
+    local = dict(given)
     tokens = tokens_of(given)
     for name in ("input_ids", "inputs_embeds"):
         if local.get(name) is not None:

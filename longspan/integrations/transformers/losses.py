@@ -3,8 +3,8 @@
 The sum of all ranks' shares is the loss. What a model returns depends on who combines the gradients:
 
     num_items_in_batch given     the share, as Transformers' Trainer counts and scales it
-    loss="mean"                  the share times the number of ranks: whoever averages gradients (DDP, FSDP2) averages it to the
-    loss loss="sum"                   the share, for `longspan.sum_gradients`
+    loss="mean"                  the share times the number of ranks, for whoever averages gradients (DDP, FSDP2)
+    loss="sum"                   the share, for `longspan.sum_gradients`
 
 Without gradients nothing is combined afterwards: every rank is given the whole loss; with num_items_in_batch, which Trainer
 multiplies by the number of ranks and averages, an equal part of it.

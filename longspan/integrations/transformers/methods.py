@@ -13,6 +13,7 @@ from torch import Tensor
 
 import longspan.functional as operators
 from longspan.attention.shift import token_shift
+from longspan.autocast import without_autocast
 from longspan.integrations.transformers.call import CALL, RUNNING, ParallelCall
 from longspan.integrations.transformers.functions import convolution, with_state
 from longspan.integrations.transformers.mixers import LIGHTNING, RECURRENT_UNIT, TOKEN_SHIFT
@@ -69,16 +70,18 @@ def recurrent_unit(
     x = hidden_states.unsqueeze(-1)
     ones = x.new_ones(*x.shape[:2], 1, 1)
     gate = recurrent_gate.clamp(min=torch.finfo(recurrent_gate.dtype).tiny)
-    out = operators.simple_gla(
-        ones,
-        ones,
-        x,
-        gate.log(),
-        scale=1.0,
-        output_final_state=call.recorder is not None,
-        layout=call.layout,
-        exchange=call.options.exchange,
-    )
+    # There is no matrix product in the recurrence for autocast to round.
+    with without_autocast(x):
+        out = operators.simple_gla(
+            ones,
+            ones,
+            x,
+            gate.log(),
+            scale=1.0,
+            output_final_state=call.recorder is not None,
+            layout=call.layout,
+            exchange=call.options.exchange,
+        )
     scanned, state = with_state(out)
     return scanned.squeeze(-1), None if state is None else state.flatten(1).to(acc_dtype)
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import nn
 
@@ -127,24 +126,24 @@ def mixers_of(backbone: nn.Module) -> dict[nn.Module, MixerClass]:
     """
     _check_layer_types(backbone)
     found: dict[nn.Module, MixerClass] = {}
+    # What stands inside of a mixer is the mixer's.
+    inside: list[str] = []
     for name, module in backbone.named_modules():
         kind = type(module).__name__
         known = class_in_table(module)
         if known is not None:
             found[module] = known
+            inside.append(f"{name}.")
         elif is_attention(module):
             found[module] = MixerClass((ATTENTION,))
-        elif _is_unknown_mixer(module) and not any(name.startswith(f"{other}.") for other in _names(backbone, found)):
+            inside.append(f"{name}.")
+        elif _is_unknown_mixer(module) and not name.startswith(tuple(inside)):
             raise InputError(
                 f"longspan does not know how the layer {name!r} of {type(backbone).__name__}, a {kind}, mixes tokens. {_ADVICE}"
             )
     if not found:
         raise InputError(f"{type(backbone).__name__} has no layer that mixes tokens which longspan knows. {_ADVICE}")
     return found
-
-
-def _names(backbone: nn.Module, modules: Mapping[nn.Module, Any]) -> list[str]:
-    return [name for name, module in backbone.named_modules() if module in modules]
 
 
 def _is_unknown_mixer(module: nn.Module) -> bool:

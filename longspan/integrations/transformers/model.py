@@ -82,7 +82,6 @@ class ParallelModel:
         self._counted_by_trainer = False
         self._z_loss_coefficient: float | None = None
         self._handles: list[RemovableHandle] = []
-        self._undo: list[Callable[[], None]] = []
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ParallelModel:
         """A copy of the model is parallel too: of the same group, with its own mixers and hooks."""
@@ -215,7 +214,7 @@ class ParallelModel:
     def after_head(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         """The share of the loss becomes what the caller's way of combining gradients needs."""
         if self.decoding.ends(module):
-            return None
+            return output
         self.call = None
         if self._z_loss_coefficient is not None:
             self.head.z_loss_coefficient = self._z_loss_coefficient  # type: ignore[assignment]
@@ -311,9 +310,9 @@ class ParallelModel:
 
     def before_rotary(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Frequencies of the whole sequence's largest position, on every rank."""
-        given = _bound(module, args, kwargs)
         if self.call is None:
             return args, kwargs
+        given = _bound(module, args, kwargs)
         given["position_ids"] = rotary.with_last_position(given["position_ids"], self.call.layout)
         return (), given
 
@@ -370,8 +369,7 @@ class ParallelModel:
         if not re.search(r"self\.loss_function\([^)]*\*\*", source):
             raise InputError(
                 f"{type(self.head).__name__} computes its loss in its own way, from labels that are not split. Call it without "
-                "labels, "
-                "and compute the loss from its logits, which are this rank's, and labels made with "
+                "labels, and compute the loss from its logits, which are this rank's, and labels made with "
                 "layout_of(model).shard_labels(ids)"
             )
 
@@ -572,9 +570,8 @@ def _check_model(head: nn.Module) -> None:
         raise InputError(f"{name} is an encoder with a decoder; decoders of causal language models are supported")
     if head is not backbone and not _has_head(head):
         raise InputError(
-            f"{name} has a head that longspan does not know: it may need tokens of other ranks. Parallelize a ForCausalLM model, "
-            "or "
-            "the backbone alone (model.model), whose hidden states are this rank's"
+            f"{name} has a head that longspan does not know: it may need tokens of other ranks. Parallelize a ForCausalLM "
+            "model, or the backbone alone (model.model), whose hidden states are this rank's"
         )
     if getattr(config, "alibi", False):
         raise InputError(f"{name} adds a position bias (ALiBi) to its scores, which is not supported over ranks")

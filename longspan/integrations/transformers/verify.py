@@ -70,10 +70,8 @@ class Reference:
         if not error <= tolerance:
             raise InputError(
                 f"{type(head).__name__} over {num_ranks} ranks differs from one process: {worst} by {error:.1e} of its size, "
-                "more than "
-                f"{tolerance:.0e}, for {self.tokens.shape[1]} random tokens. Do not train it so; see docs/transformers.md for "
-                "what is "
-                "supported"
+                f"more than {tolerance:.0e}, for {self.tokens.shape[1]} random tokens. Do not train it so; see "
+                "docs/transformers.md for what is supported"
             )
 
 
