@@ -44,7 +44,7 @@ from longspan.layout.sequence_layout import check_layout, check_packed, layout_o
 from longspan.ops.backends import resolve_backend
 from longspan.ops.gates import Gate
 from longspan.ops.variants import VARIANTS, Variant
-from longspan.ops.variants.variant import ChunkForm
+from longspan.ops.variants.variant import ChunkForm, SecondPass
 from longspan.plan import Reading, overlap_pays
 from longspan.state import Pair, Transition
 from longspan.tracing import breaks_graphs, has_no_values, outside_graphs, unseen_by_checkpointing
@@ -92,8 +92,12 @@ class LinearMemory(StepMemory):
         second = self._form.second_pass
         if self._pending is None or second is None:
             return False
-        cost, cluster = self._pending.modelled()
-        _, batch, num_heads, key_size, value_size = self._pending.shape
+        asked = _overlap_pays_outside_graphs if self._breaks_graphs() else LinearMemory._overlap_pays
+        return asked(self, self._pending, second)
+
+    def _overlap_pays(self, pending: PendingExchange, second: SecondPass) -> bool:
+        cost, cluster = pending.modelled()
+        _, batch, num_heads, key_size, value_size = pending.shape
         reading = Reading(
             num_tokens=max(self._layout.tokens_of),
             chunk_size=second.chunk_size,
@@ -166,6 +170,7 @@ class LinearMemory(StepMemory):
         return states.squeeze(1) if layout.is_packed else states.squeeze(0)
 
 
+_overlap_pays_outside_graphs = outside_graphs(LinearMemory._overlap_pays)
 _read_linear_outside_graphs = outside_graphs(LinearMemory._read)
 _final_linear_state_outside_graphs = outside_graphs(LinearMemory.final_state)
 

@@ -18,7 +18,7 @@ def index_of(numbers: Sequence[int], device: torch.device) -> Tensor:
 def index_on(layout: SequenceLayout, numbers: Sequence[int], device: torch.device) -> Tensor:
     """`index_of`, made once for the layout."""
     numbers = tuple(numbers)
-    return layout.cached(("index", numbers, device), lambda: index_of(numbers, device))
+    return layout.on_device(("index", numbers), device, lambda: torch.tensor(numbers, dtype=torch.int64))
 
 
 def select_rows(x: Tensor, rows: Sequence[int], layout: SequenceLayout) -> Tensor:

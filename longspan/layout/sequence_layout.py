@@ -397,7 +397,7 @@ class SequenceLayout:
 
     def positions_on(self, device: torch.device | str) -> Tensor:
         """`positions` on `device`, copied once."""
-        return self._on_device("positions", device, lambda: self.positions)
+        return self.on_device("positions", device, lambda: self.positions)
 
     def document_positions_on(self, device: torch.device | str) -> Tensor:
         """Position of each local token inside its document, int64 ``[T_local]`` on `device`: what rotary embeddings take."""
@@ -415,19 +415,20 @@ class SequenceLayout:
                 [torch.arange(s, s + piece.num_tokens) for s, piece in zip(starts, self.pieces, strict=True)]
             )
 
-        return self._on_device("document_positions", device, build)
+        return self.on_device("document_positions", device, build)
 
     def document_ends_on(self, device: torch.device | str) -> Tensor:
         """Global position of the last token of each document, int64 ``[num_documents]`` on `device`, copied once."""
-        return self._on_device(
+        return self.on_device(
             "document_ends", device, lambda: torch.tensor([stop - 1 for stop in self.document_bounds[1:]])
         )
 
-    def _on_device(self, name: str, device: torch.device | str, build: Callable[[], Tensor]) -> Tensor:
+    def on_device(self, key: Hashable, device: torch.device | str, build: Callable[[], Tensor]) -> Tensor:
+        """What `build` returns, on `device`: built and copied once for this layout and `key`. A compiler does not look inside."""
         if breaks_graphs():
-            return _on_device_outside_graphs(self, name, device, build)
+            return _on_device_outside_graphs(self, key, device, build)
         target = torch.device(device)
-        kept = self.cached((name, target), lambda: build().to(target))
+        kept = self.cached((key, target), lambda: build().to(target))
         return torch.empty(kept.shape, dtype=kept.dtype, device=target) if makes_fakes() else kept
 
     def cached(self, key: Hashable, build: Callable[[], T]) -> T:
@@ -544,7 +545,7 @@ class SequenceLayout:
                     local += stop - start
             return index
 
-        return self._on_device("global_order", device, build)
+        return self.on_device("global_order", device, build)
 
     def shard_labels(self, tokens: Tensor, ignore_index: int = -100) -> Tensor:
         """Next-token labels of this rank's tokens, shifted before the split.
@@ -699,4 +700,4 @@ _shard_outside_graphs = outside_graphs(SequenceLayout.shard)
 _chunked_outside_graphs = outside_graphs(SequenceLayout.chunked)
 _from_positions_outside_graphs = outside_graphs(_from_positions)
 _gather_outside_graphs = outside_graphs(SequenceLayout.gather)
-_on_device_outside_graphs = outside_graphs(SequenceLayout._on_device)
+_on_device_outside_graphs = outside_graphs(SequenceLayout.on_device)
