@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from longspan.attention.convolution import causal_conv1d
-from longspan.attention.halo import halo
+from longspan.attention.halo_of_pieces import halo
 from longspan.attention.memory import KeyMemory, Memory, StateMemory
 from longspan.attention.shift import token_shift
 from longspan.errors import CheckpointError, ConfigError, DataError, InputError, LayoutError, LongspanError

@@ -32,8 +32,8 @@ from longspan.errors import InputError
 from longspan.exchange import Exchanger, exchange_named
 from longspan.exchange.all_reduce import JoinSum, sum_over_ranks
 from longspan.layout import SequenceLayout
+from longspan.layout.calls import stops_graphs
 from longspan.layout.rows import index_on
-from longspan.layout.sequence_layout import stops_graphs
 from longspan.ops.variants import VARIANTS
 from longspan.tracing import breaks_graphs, has_no_values, outside_graphs, unseen_by_checkpointing
 

@@ -20,7 +20,7 @@ from longspan.checks import check_choice, check_flag, check_tensor
 from longspan.errors import InputError
 from longspan.exchange import Exchanger
 from longspan.layout import SequenceLayout
-from longspan.layout.sequence_layout import stops_graphs
+from longspan.layout.calls import stops_graphs
 from longspan.ops.variants import VARIANTS
 from longspan.tracing import outside_graphs
 

@@ -34,8 +34,8 @@ from longspan.errors import InputError
 from longspan.exchange.all_reduce import JoinSum, sum_over_ranks
 from longspan.exchange.halo import halo_plan, start_halo
 from longspan.layout import SequenceLayout
+from longspan.layout.calls import check_layout, check_packed, layout_of_one_device, stops_graphs
 from longspan.layout.rows import index_of
-from longspan.layout.sequence_layout import check_layout, check_packed, layout_of_one_device, stops_graphs
 from longspan.ops.backends import DTYPES, choose_backend
 from longspan.ops.convolution import (
     CONVOLUTION_BACKENDS,

@@ -39,8 +39,8 @@ from longspan.exchange import (
 from longspan.exchange.all_reduce import sum_over_ranks
 from longspan.first_order import first_order
 from longspan.layout import SequenceLayout
+from longspan.layout.calls import check_layout, check_packed, layout_of_one_device, stops_graphs
 from longspan.layout.rows import index_on, take_rows
-from longspan.layout.sequence_layout import check_layout, check_packed, layout_of_one_device, stops_graphs
 from longspan.ops.backends import resolve_backend
 from longspan.ops.gates import Gate
 from longspan.ops.variants import VARIANTS, Variant

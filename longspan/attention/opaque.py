@@ -17,7 +17,7 @@ from longspan.autocast import as_written
 from longspan.dtypes import accumulation_dtype
 from longspan.errors import InputError, LayoutError
 from longspan.layout import SequenceLayout
-from longspan.layout.sequence_layout import layout_of_one_device
+from longspan.layout.calls import layout_of_one_device
 from longspan.ops.variants.variant import Variant
 from longspan.tracing import OpaqueOperator
 

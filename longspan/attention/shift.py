@@ -19,8 +19,8 @@ from longspan.checks import check_flag
 from longspan.exchange.halo import halo_plan, start_halo
 from longspan.first_order import first_order
 from longspan.layout import SequenceLayout
+from longspan.layout.calls import stops_graphs
 from longspan.layout.rows import index_of
-from longspan.layout.sequence_layout import stops_graphs
 from longspan.ops.convolution import PlaceRows, kept_heads
 from longspan.tracing import has_no_values, outside_graphs, unseen_by_checkpointing
 

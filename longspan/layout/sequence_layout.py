@@ -9,10 +9,8 @@ A *piece* is the part of a segment that belongs to one packed document.
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
@@ -24,6 +22,7 @@ from longspan.errors import InputError, LayoutError
 from longspan.layout.documents import bounds_of_positions, check_documents, cut_bounds, shortened
 from longspan.layout.gather import gather_tokens
 from longspan.layout.groups import check_ranks_per_node, resolve_group
+from longspan.layout.pieces import Piece, Segment, cut_in_pieces, cut_in_segments, has_any
 from longspan.modes import built_for_every_mode
 from longspan.tracing import (
     breaks_graphs,
@@ -46,43 +45,6 @@ def _cached_property(build: Callable[[SequenceLayout], T]) -> T:
     getter: Any = property(lambda layout: layout.cached(build.__name__, lambda: build(layout)), doc=build.__doc__)
     result: T = getter
     return result
-
-
-@dataclass(frozen=True)
-class Segment:
-    """A contiguous run of global positions ``[start, stop)`` held by `rank` as its `slot`-th run."""
-
-    start: int
-    stop: int
-    rank: int
-    slot: int
-    starts_document: bool
-    """True if a document starts at or after `start` and before `stop`: nothing passes from before to behind the segment."""
-
-    @property
-    def num_tokens(self) -> int:
-        return self.stop - self.start
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A maximal run of this rank's tokens inside one segment and one document.
-
-    ``start`` and ``stop`` are local positions, `global_start` is the global position of the first token; `segment` counts this
-    rank's segments, `document` all documents.
-    """
-
-    start: int
-    stop: int
-    global_start: int
-    segment: int
-    document: int
-    starts_document: bool
-    ends_document: bool
-
-    @property
-    def num_tokens(self) -> int:
-        return self.stop - self.start
 
 
 class SequenceLayout:
@@ -234,7 +196,7 @@ class SequenceLayout:
                 f"chunked() takes the number of tokens of a chunk, an int of at least 1; got {described(size)}. Pass what the "
                 "model's config has, such as attention_chunk_size"
             )
-        if stops_graphs(self):
+        if breaks_graphs() and self.num_ranks > 1:
             return _chunked_outside_graphs(self, size)
         return self.cached(("chunked", size), lambda: self._cut(size))
 
@@ -246,7 +208,7 @@ class SequenceLayout:
         other._init(self.seq_len, self.group, self.num_ranks, self.rank, self.order, bounds, self.ranks_per_node)
         # Those of this layout: a mirrored one's are not those of its length.
         other._cache["all_segments"] = tuple(
-            replace(segment, starts_document=_has_any(bounds[:-1], segment.start, segment.stop))
+            replace(segment, starts_document=has_any(bounds[:-1], segment.start, segment.stop))
             for segment in self.all_segments
         )
         return other
@@ -268,7 +230,7 @@ class SequenceLayout:
                 stop=self.seq_len - segment.start,
                 rank=segment.rank,
                 slot=self.num_segments - 1 - segment.slot,
-                starts_document=_has_any(starts, self.seq_len - segment.stop, self.seq_len - segment.start),
+                starts_document=has_any(starts, self.seq_len - segment.stop, self.seq_len - segment.start),
             )
             for segment in reversed(self.all_segments)
         )
@@ -306,21 +268,7 @@ class SequenceLayout:
     @_cached_property
     def all_segments(self) -> tuple[Segment, ...]:
         """Every rank's segments, in global order."""
-        num_segments = self.num_ranks * self.num_segments
-        base, longer = divmod(self.seq_len, num_segments)
-        bounds = [index * base + min(index, longer) for index in range(num_segments + 1)]
-        starts = self.document_bounds[:-1]
-        segments = []
-        next_start = 0
-        for index in range(num_segments):
-            start, stop = bounds[index], bounds[index + 1]
-            first = next_start
-            while next_start < len(starts) and starts[next_start] < stop:
-                next_start += 1
-            in_first_half = index < self.num_ranks
-            rank = index if in_first_half else num_segments - 1 - index
-            segments.append(Segment(start, stop, rank, 0 if in_first_half else 1, next_start > first))
-        return tuple(segments)
+        return cut_in_segments(self.seq_len, self.num_ranks, self.num_segments, self.document_bounds[:-1])
 
     def segment_numbers(self, rank: int) -> tuple[int, ...]:
         """Which of `all_segments` `rank` holds, in the order of its local tokens."""
@@ -367,28 +315,7 @@ class SequenceLayout:
     @_cached_property
     def pieces(self) -> tuple[Piece, ...]:
         """This rank's tokens cut at segment and document boundaries, in local order."""
-        bounds = self.document_bounds
-        pieces = []
-        local = 0
-        for index, (start, stop) in enumerate(self.segments):
-            document = _last_at_or_before(bounds, start) if start < stop else 0
-            while start < stop:
-                end = min(stop, bounds[document + 1])
-                pieces.append(
-                    Piece(
-                        start=local,
-                        stop=local + end - start,
-                        global_start=start,
-                        segment=index,
-                        document=document,
-                        starts_document=start == bounds[document],
-                        ends_document=end == bounds[document + 1],
-                    )
-                )
-                local += end - start
-                start = end
-                document += 1
-        return tuple(pieces)
+        return cut_in_pieces(self.segments, self.document_bounds)
 
     @_cached_property
     def positions(self) -> Tensor:
@@ -605,51 +532,6 @@ class SequenceLayout:
             raise LayoutError("the ranks disagree on the layout: " + "; ".join(rows))
 
 
-@lru_cache(maxsize=8)
-def _kept_for_one_device(seq_len: int, documents: tuple[int, ...] | None) -> SequenceLayout:
-    return SequenceLayout.local(seq_len, documents)
-
-
-def layout_of_one_device(seq_len: int, documents: tuple[int, ...] | None = None) -> SequenceLayout:
-    """The layout of a call without one, with what calls of the same length and documents have built of it already."""
-    # A compiled call builds it once, as it is compiled.
-    if torch.compiler.is_compiling() or type(seq_len) is not int:
-        return SequenceLayout.local(seq_len, documents)
-    return _kept_for_one_device(seq_len, documents)
-
-
-def stops_graphs(layout: object) -> bool:
-    """Whether `torch.compile` traces a call over several ranks, which it is to make between two graphs."""
-    return breaks_graphs() and isinstance(layout, SequenceLayout) and layout.num_ranks > 1
-
-
-def check_layout(layout: object, length: int, what: str, sends: bool = True) -> None:
-    """Raise unless `layout` is one whose process group exists and that gives this rank `length` tokens; `what` names the caller.
-
-    sends: whether the call needs the process group; shapes alone do not.
-
-    Raises:
-        InputError: for what is no layout. LayoutError: for another number of tokens, or a group that is not there.
-    """
-    if not isinstance(layout, SequenceLayout):
-        raise InputError(
-            f"{what}: layout must be a SequenceLayout or None; got {described(layout)}. Build one as "
-            "SequenceLayout(seq_len, group)"
-        )
-    layout.check_local_length(length, what)
-    if sends:
-        layout.check_group(what)
-
-
-def check_packed(name: str, x: Tensor, layout: SequenceLayout) -> None:
-    """Raise InputError where a layout has documents and x ``[B, T, ...]`` more than one row."""
-    if layout.is_packed and x.shape[0] != 1:
-        raise InputError(
-            f"{name}: with documents the batch has one row, B = 1, the packed sequence; got B = {x.shape[0]}. Lay the rows one "
-            "after another, with their bounds among the layout's documents"
-        )
-
-
 def _length(what: str, x: Tensor, dim: int) -> int:
     """The size of dimension `dim` of x; raises InputError where x is no plain tensor or has no such dimension."""
     check_tensor(what, "x", x)
@@ -661,32 +543,12 @@ def _length(what: str, x: Tensor, dim: int) -> int:
     return x.shape[dim]
 
 
-def group_of(layout: SequenceLayout) -> dist.ProcessGroup:
-    """The process group of a layout of two ranks or more."""
-    assert layout.group is not None and layout.num_ranks > 1
-    return layout.group
-
-
 def _plain_tensor(numbers: Sequence[int]) -> Tensor:
     """`numbers` as an int64 tensor on the CPU, usable in training whatever mode the layout is made in."""
     if torch.compiler.is_compiling():
         return torch.tensor(numbers, dtype=torch.int64)
     with outside_modes(), torch.inference_mode(False):
         return torch.tensor(numbers, dtype=torch.int64)
-
-
-def _last_at_or_before(bounds: tuple[int, ...], position: int) -> int:
-    if torch.compiler.is_compiling():
-        # A compiler follows Python, and no built-in search.
-        return sum(bound <= position for bound in bounds) - 1
-    return bisect_right(bounds, position) - 1
-
-
-def _has_any(numbers: Sequence[int], start: int, stop: int) -> bool:
-    """Whether any of the rising `numbers` is in [start, stop)."""
-    if torch.compiler.is_compiling():
-        return any(start <= number < stop for number in numbers)
-    return bisect_left(numbers, start) < bisect_left(numbers, stop)
 
 
 def _from_positions(

@@ -19,7 +19,7 @@ from longspan.checks import check_flag, check_not_empty, check_tensor, described
 from longspan.dtypes import accumulation_dtype, at_least_float32
 from longspan.errors import InputError
 from longspan.layout import SequenceLayout
-from longspan.layout.sequence_layout import check_layout
+from longspan.layout.calls import check_layout
 from longspan.models.config import LinearLlama3Config
 from longspan.models.feed_forward import FeedForward, SwiGLU
 from longspan.models.initial import InitialWeights

@@ -148,7 +148,7 @@ def _is_transformers_model(model: nn.Module) -> bool:
     """Whether a model is Transformers'; whose module is loaded then."""
     if "transformers" not in sys.modules:
         return False
-    from longspan.integrations.transformers.model import is_transformers_model
+    from longspan.integrations.transformers.structure import is_transformers_model
 
     return is_transformers_model(model)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import longspan
-from longspan.layout import sequence_layout
+from longspan.layout import calls, sequence_layout
 from longspan.ops.variants import VARIANTS
 from tests.variants import make_inputs
 
@@ -87,7 +87,7 @@ def test_a_second_call_of_the_same_length_builds_nothing(name: str, monkeypatch:
 
     monkeypatch.setattr(sequence_layout.SequenceLayout, "_init", counted_layout)
     monkeypatch.setattr(sequence_layout, "built_for_every_mode", counted)
-    sequence_layout._kept_for_one_device.cache_clear()
+    calls._kept_for_one_device.cache_clear()
     CALLS[name](37).backward()
     assert "layout" in builds and len(builds) > 1
     builds.clear()

@@ -30,7 +30,7 @@ from longspan.attention.together import Together
 from longspan.autocast import as_in_product, as_written
 from longspan.checks import Unchanged, check_choice, check_count, check_flag, check_scale
 from longspan.layout import SequenceLayout
-from longspan.layout.sequence_layout import check_layout, layout_of_one_device, stops_graphs
+from longspan.layout.calls import check_layout, layout_of_one_device, stops_graphs
 from longspan.layout.visibility import Visibility, visibility_of
 from longspan.tracing import breaks_graphs, has_no_values, outside_graphs, unseen_by_checkpointing
 

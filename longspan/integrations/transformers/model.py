@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import inspect
 import re
-import sys
 from collections import OrderedDict
 from collections.abc import Callable
 from contextvars import Token
 from copy import deepcopy
-from importlib import import_module
 from types import MethodType
 from typing import Any, TypeVar
 
@@ -30,6 +28,14 @@ from longspan.integrations.transformers.cache import RecordingCache
 from longspan.integrations.transformers.call import CALL, RUNNING, ParallelCall
 from longspan.integrations.transformers.decoding import Decoding, cache_of
 from longspan.integrations.transformers.methods import METHODS
+from longspan.integrations.transformers.structure import (
+    arguments_by_name,
+    backbone_of,
+    check_model,
+    head_of,
+    modeling_files_of,
+    owner_of,
+)
 from longspan.layout import ORDERS, Order, SequenceLayout
 from longspan.models.mixers import ParallelOptions, SequenceParallel
 from longspan.tracing import outside_graphs
@@ -45,7 +51,6 @@ _OF_FUSED_HEAD = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is
 """What TRL's head returns for each token."""
 
 _STATE = "longspan_parallel"
-_BY_CLASS = re.compile(r"(ForCausalLM|LMHeadModel)$")
 
 
 class ParallelModel:
@@ -70,7 +75,7 @@ class ParallelModel:
         self.mixers = mixers.mixers_of(self.backbone)
         balances = any(mixers.is_attention(mixer) for mixer in self.mixers)
         self.order: Order = order or ("zigzag" if balances else "contiguous")
-        self.modeling_files = _modeling_files(head)
+        self.modeling_files = modeling_files_of(head)
         self.decoding = Decoding(self)
         self.call: ParallelCall | None = None
         self.last_layout: SequenceLayout | None = None
@@ -142,7 +147,7 @@ class ParallelModel:
             config._attn_implementation_internal = attention.ATTENTION_NAME
         for module, kind in self.mixers.items():
             for path, stand_in in kind.methods.items():
-                owner, name = _owner(module, path)
+                owner, name = owner_of(module, path)
                 owner.__dict__[name] = MethodType(METHODS[stand_in], owner)
 
     def take_off(self) -> None:
@@ -151,7 +156,7 @@ class ParallelModel:
             config._attn_implementation_internal = self._before
         for module, kind in self.mixers.items():
             for path in kind.methods:
-                owner, name = _owner(module, path)
+                owner, name = owner_of(module, path)
                 owner.__dict__.pop(name, None)
 
     def _hook(self, module: nn.Module, before: Callable[..., Any], after: Callable[..., Any]) -> None:
@@ -191,7 +196,7 @@ class ParallelModel:
     @outside_graphs
     def before_head(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Whole sequences stay whole here, but for the labels; the backbone splits what it is given."""
-        given = _bound(module, args, kwargs)
+        given = arguments_by_name(module, args, kwargs)
         if self.decoding.begins(module, given):
             return None
         self._num_rows = inputs.tokens_of(given).shape[0]
@@ -239,7 +244,7 @@ class ParallelModel:
     @outside_graphs
     def before_backbone(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """This rank's tokens, their positions, and the call for the mixers."""
-        given = _bound(module, args, kwargs)
+        given = arguments_by_name(module, args, kwargs)
         if self.decoding.begins(module, given):
             return None
         call = given.pop(CALL, None) or self.call
@@ -312,7 +317,7 @@ class ParallelModel:
         """Frequencies of the whole sequence's largest position, on every rank."""
         if self.call is None:
             return args, kwargs
-        given = _bound(module, args, kwargs)
+        given = arguments_by_name(module, args, kwargs)
         given["position_ids"] = rotary.with_last_position(given["position_ids"], self.call.layout)
         return (), given
 
@@ -454,48 +459,6 @@ _REPORT = (
 )
 
 
-def is_transformers_model(model: nn.Module) -> bool:
-    """Whether a model is Transformers', or PEFT's around one; Transformers is not imported for the answer."""
-    return any(
-        base.__module__.startswith("transformers.") and base.__name__ == "PreTrainedModel"
-        for base in type(head_of(model)).__mro__
-    )
-
-
-def head_of(model: nn.Module) -> nn.Module:
-    """The Transformers model inside what PEFT, DistributedDataParallel and torch.compile put around it."""
-    while True:
-        if isinstance(model, nn.parallel.DistributedDataParallel):
-            model = model.module
-        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
-            model = model._orig_mod  # type: ignore[assignment]
-        elif callable(getattr(model, "get_base_model", None)):
-            wrapper: Any = model
-            model = wrapper.get_base_model()
-        else:
-            return model
-
-
-def backbone_of(head: nn.Module) -> nn.Module:
-    """The module of a model that turns tokens into hidden states; the model itself where it has no head."""
-    model: Any = head
-    backbone: nn.Module = model.base_model
-    if backbone is not head or not _has_head(head):
-        return backbone
-    # Some classes name their backbone otherwise than base_model_prefix says.
-    found = [child for child in head.children() if hasattr(child, "base_model_prefix")]
-    if len(found) != 1:
-        raise InputError(
-            f"longspan does not find the backbone of {type(head).__name__}: parallelize it alone, as model.model"
-        )
-    return found[0]
-
-
-def _has_head(head: nn.Module) -> bool:
-    """Whether a model's class is one of causal language models, whose head looks at each token alone."""
-    return any(_BY_CLASS.search(base.__name__) for base in type(head).__mro__)
-
-
 def state_of(model: nn.Module) -> ParallelModel | None:
     """What longspan keeps for a model, or None where it is not parallelized."""
     return getattr(head_of(model), _STATE, None)
@@ -520,7 +483,7 @@ def parallelize_pretrained(
         raise InputError(f"order must be one of {', '.join(ORDERS)}; got {order!r}")
     if loss not in losses.LOSSES:
         raise InputError(f"loss must be one of {', '.join(losses.LOSSES)}; got {loss!r}")
-    _check_model(head)
+    check_model(head)
     if verify:
         from longspan.integrations.transformers.verify import Reference
 
@@ -559,30 +522,6 @@ def layout_of(model: nn.Module) -> SequenceLayout:
     return state.last_layout
 
 
-def _check_model(head: nn.Module) -> None:
-    from longspan.integrations.transformers.versions import warn_of_untested
-
-    warn_of_untested()
-    config: Any = head.config
-    name = type(head).__name__
-    backbone = backbone_of(head)
-    if config.is_encoder_decoder:
-        raise InputError(f"{name} is an encoder with a decoder; decoders of causal language models are supported")
-    if head is not backbone and not _has_head(head):
-        raise InputError(
-            f"{name} has a head that longspan does not know: it may need tokens of other ranks. Parallelize a ForCausalLM "
-            "model, or the backbone alone (model.model), whose hidden states are this rank's"
-        )
-    if getattr(config, "alibi", False):
-        raise InputError(f"{name} adds a position bias (ALiBi) to its scores, which is not supported over ranks")
-    has_attention = any(mixers.is_attention(module) for module in backbone.modules())
-    if has_attention and not type(head)._can_set_attn_implementation():  # type: ignore[attr-defined]
-        raise InputError(
-            f"{name}'s attention does not ask Transformers' attention interface, where longspan answers. "
-            "Write an adapter for it (docs/transformers.md)"
-        )
-
-
 def _check_cache(given: dict[str, Any]) -> None:
     cache = cache_of(given)
     if cache is not None and not isinstance(cache, RecordingCache):
@@ -590,27 +529,3 @@ def _check_cache(given: dict[str, Any]) -> None:
             f"a parallelized model was given a {type(cache).__name__} that longspan.prefill has not filled: decoding goes on one "
             "rank. Take longspan.prefill(model, input_ids), whose cache this model decodes with, or leave the cache out in training"
         )
-
-
-def _bound(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """A forward's arguments by name."""
-    bound = inspect.signature(type(module).forward).bind(module, *args, **kwargs)
-    given = dict(bound.arguments)
-    given.pop("self", None)
-    extra = given.pop("kwargs", {})
-    return {**given, **extra}
-
-
-def _modeling_files(head: nn.Module) -> set[str]:
-    """Names of the modules of Transformers that the model's classes come from."""
-    classes = {base for module in head.modules() for base in type(module).__mro__}
-    files = {base.__module__ for base in classes if base.__module__.startswith("transformers.models.")}
-    if any(hasattr(sys.modules[file], losses.BALANCE_LOSS) for file in files):
-        # TRL takes the balance loss of every family from this one.
-        files.add(import_module("transformers.models.mixtral.modeling_mixtral").__name__)
-    return files
-
-
-def _owner(module: nn.Module, path: str) -> tuple[nn.Module, str]:
-    *parents, name = path.split(".")
-    return module.get_submodule(".".join(parents)), name

@@ -16,7 +16,8 @@ from longspan.errors import InputError
 from longspan.integrations.transformers import inputs
 from longspan.integrations.transformers.cache import fresh_cache, recording
 from longspan.integrations.transformers.decoding import CACHE_ARGUMENTS, mark_prefilled
-from longspan.integrations.transformers.model import ParallelModel, head_of, state_of
+from longspan.integrations.transformers.model import ParallelModel, state_of
+from longspan.integrations.transformers.structure import head_of
 from longspan.layout import SequenceLayout
 
 Target = Literal["last", "all"]

@@ -21,7 +21,8 @@ from longspan.comm.collectives import all_reduce
 from longspan.errors import InputError
 from longspan.exchange import Exchanger, exchange_named
 from longspan.integrations.transformers.accelerate import SEQUENCE, SequenceParallelConfig
-from longspan.integrations.transformers.model import head_of, parallelize_pretrained, state_of
+from longspan.integrations.transformers.model import parallelize_pretrained, state_of
+from longspan.integrations.transformers.structure import head_of
 from longspan.layout import Order
 from longspan.models.mixers import ParallelOptions, SequenceParallel
 

@@ -12,7 +12,7 @@ import transformers
 
 from longspan.errors import LongspanError
 from longspan.integrations.transformers.mixers import mixers_of
-from longspan.integrations.transformers.model import backbone_of
+from longspan.integrations.transformers.structure import backbone_of
 from longspan.layout import Order
 from tests.compare import worst
 from tests.integrations.transformers.families import FAMILIES, build

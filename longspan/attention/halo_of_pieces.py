@@ -9,7 +9,7 @@ from longspan.checks import check_count, check_tensor
 from longspan.errors import InputError
 from longspan.exchange.halo import halo_plan, start_halo
 from longspan.layout import SequenceLayout
-from longspan.layout.sequence_layout import check_layout, check_packed, stops_graphs
+from longspan.layout.calls import check_layout, check_packed, stops_graphs
 from longspan.ops.convolution import index_of
 from longspan.tracing import has_no_values, outside_graphs, unseen_by_checkpointing
 

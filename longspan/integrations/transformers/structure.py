@@ -1,0 +1,110 @@
+"""Where the parts of a Transformers model are, and which models can be parallelized."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+from importlib import import_module
+from typing import Any
+
+from torch import nn
+
+from longspan.errors import InputError
+from longspan.integrations.transformers import losses, mixers
+from longspan.integrations.transformers.versions import warn_of_untested
+
+_BY_CLASS = re.compile(r"(ForCausalLM|LMHeadModel)$")
+
+
+def is_transformers_model(model: nn.Module) -> bool:
+    """Whether a model is Transformers', or PEFT's around one; Transformers is not imported for the answer."""
+    return any(
+        base.__module__.startswith("transformers.") and base.__name__ == "PreTrainedModel"
+        for base in type(head_of(model)).__mro__
+    )
+
+
+def head_of(model: nn.Module) -> nn.Module:
+    """The Transformers model inside what PEFT, DistributedDataParallel and torch.compile put around it."""
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod  # type: ignore[assignment]
+        elif callable(getattr(model, "get_base_model", None)):
+            wrapper: Any = model
+            model = wrapper.get_base_model()
+        else:
+            return model
+
+
+def backbone_of(head: nn.Module) -> nn.Module:
+    """The module of a model that turns tokens into hidden states; the model itself where it has no head."""
+    model: Any = head
+    backbone: nn.Module = model.base_model
+    if backbone is not head or not _has_head(head):
+        return backbone
+    # Some classes name their backbone otherwise than base_model_prefix says.
+    found = [child for child in head.children() if hasattr(child, "base_model_prefix")]
+    if len(found) != 1:
+        raise InputError(f"longspan finds no backbone of {type(head).__name__}: parallelize it alone, as model.model")
+    return found[0]
+
+
+def _has_head(head: nn.Module) -> bool:
+    """Whether a model's class is one of causal language models, whose head looks at each token alone."""
+    return any(_BY_CLASS.search(base.__name__) for base in type(head).__mro__)
+
+
+def check_model(head: nn.Module) -> None:
+    """Refuse a model that would be silently wrong over ranks, or that the hooks do not reach.
+
+    Raises:
+        InputError: for encoders with decoders, heads that look at other tokens, ALiBi, and attention that does not ask
+            Transformers' attention interface.
+    """
+    warn_of_untested()
+    config: Any = head.config
+    name = type(head).__name__
+    backbone = backbone_of(head)
+    if config.is_encoder_decoder:
+        raise InputError(f"{name} is an encoder with a decoder; decoders of causal language models are supported")
+    if head is not backbone and not _has_head(head):
+        raise InputError(
+            f"{name} has a head that longspan does not know: it may need tokens of other ranks. Parallelize a ForCausalLM "
+            "model, or the backbone alone (model.model), whose hidden states are this rank's"
+        )
+    if getattr(config, "alibi", False):
+        raise InputError(f"{name} adds a position bias (ALiBi) to its scores, which is not supported over ranks")
+    has_attention = any(mixers.is_attention(module) for module in backbone.modules())
+    if has_attention and not type(head)._can_set_attn_implementation():  # type: ignore[attr-defined]
+        raise InputError(
+            f"{name}'s attention does not ask Transformers' attention interface, where longspan answers. "
+            "Write an adapter for it (docs/transformers.md)"
+        )
+
+
+def arguments_by_name(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A forward's arguments by name."""
+    bound = inspect.signature(type(module).forward).bind(module, *args, **kwargs)
+    given = dict(bound.arguments)
+    given.pop("self", None)
+    extra = given.pop("kwargs", {})
+    return {**given, **extra}
+
+
+def modeling_files_of(head: nn.Module) -> set[str]:
+    """Names of the modules of Transformers that the model's classes come from."""
+    classes = {base for module in head.modules() for base in type(module).__mro__}
+    files = {base.__module__ for base in classes if base.__module__.startswith("transformers.models.")}
+    if any(hasattr(sys.modules[file], losses.BALANCE_LOSS) for file in files):
+        # TRL takes the balance loss of every family from this one.
+        files.add(import_module("transformers.models.mixtral.modeling_mixtral").__name__)
+    return files
+
+
+def owner_of(module: nn.Module, path: str) -> tuple[nn.Module, str]:
+    """The submodule that has what a dotted path ends with, and its name there."""
+    *parents, name = path.split(".")
+    return module.get_submodule(".".join(parents)), name
