@@ -12,7 +12,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import longspan
-from benchmarks.harness import Table, in_subprocess, paired, peak_bytes, require_close, run_ranks, seconds, timed_pairs
+from benchmarks.harness import (
+    Table,
+    in_subprocess,
+    paired,
+    peak_bytes,
+    require_close,
+    run_ranks,
+    timed_alone_and_together,
+    timed_pairs,
+)
 from longspan.attention.convolution import causal_conv1d
 
 TAPS = 4
@@ -125,16 +134,7 @@ def _two_rank_times(seq_len: int, channels: int, dtype: torch.dtype, pairs: int)
     y = layout.gather(together()[0])
     if dist.get_rank() == 0:
         require_close("causal_conv1d over ranks", y, alone()[0], 1e-2 if dtype == torch.bfloat16 else 1e-6)
-    alones, togethers = [], []
-    for _ in range(pairs):
-        dist.barrier()
-        if dist.get_rank() == 0:
-            alones.append(seconds(alone))
-        dist.barrier()
-        elapsed = torch.tensor([seconds(together)])
-        dist.all_reduce(elapsed, dist.ReduceOp.MAX)
-        togethers.append(float(elapsed))
-    return alones, togethers
+    return timed_alone_and_together(alone, together, pairs)
 
 
 def convolution_ranks(quick: bool) -> Table:

@@ -12,37 +12,12 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.harness import peak_bytes, require_close, run_ranks
+from benchmarks.small_hybrid import small_hybrid
 
 SIDES = {"Transformers, 1 process": 1, "longspan, 1 process": 1, "longspan, 2 ranks": 2}
 """How many processes share a sequence on each side."""
 
 SHAPE = "4 layers (3 gated delta rule, 1 softmax), hidden 128, bytes, float32, AdamW, clipped norm"
-
-
-def small_model() -> Any:
-    """Three layers of gated delta rule and one of softmax attention, as Qwen3-Next has them; a token is a byte."""
-    from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
-
-    torch.manual_seed(0)
-    config = Qwen3NextConfig(
-        vocab_size=256,
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=4,
-        layer_types=["linear_attention", "linear_attention", "linear_attention", "full_attention"],
-        mlp_only_layers=[0, 1, 2, 3],
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        linear_num_key_heads=2,
-        linear_num_value_heads=4,
-        linear_key_head_dim=32,
-        linear_value_head_dim=32,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
-    )
-    return Qwen3NextForCausalLM(config)
 
 
 def text_rows(num_rows: int, length: int) -> list[dict[str, torch.Tensor]]:
@@ -82,7 +57,12 @@ def run(side: str, length: int, steps: int) -> dict[str, Any]:
             parallelism_config=SequenceParallelConfig(cp_size=num_ranks) if side.startswith("longspan") else None,
         )
         rows = text_rows(steps, length)
-        trainer = Trainer(model=small_model(), args=args, train_dataset=rows, data_collator=default_data_collator)
+        trainer = Trainer(
+            model=small_hybrid(128, feed_forward=384, key_heads=2, vocabulary=256),
+            args=args,
+            train_dataset=rows,
+            data_collator=default_data_collator,
+        )
         trainer.remove_callback(PrinterCallback)
         if side.startswith("longspan"):
             prepare_trainer(trainer)

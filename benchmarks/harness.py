@@ -94,6 +94,27 @@ def paired(firsts: Sequence[float], seconds_: Sequence[float]) -> Paired:
     return Paired(statistics.median(firsts), statistics.median(seconds_), ratio)
 
 
+def seconds_of_slowest(function: Callable[[], Any]) -> float:
+    """Wall time of a call that all ranks begin together, of the slowest of them; the same on every rank."""
+    dist.barrier()
+    elapsed = torch.tensor([seconds(function)], dtype=torch.float64)
+    dist.all_reduce(elapsed, dist.ReduceOp.MAX)
+    return float(elapsed)
+
+
+def timed_alone_and_together(
+    alone: Callable[[], Any], together: Callable[[], Any], pairs: int
+) -> tuple[list[float], list[float]]:
+    """Times of rank 0 by itself, and of all ranks, in turn. Elsewhere the first list is empty."""
+    alones, togethers = [], []
+    for _ in range(pairs):
+        dist.barrier()
+        if dist.get_rank() == 0:
+            alones.append(seconds(alone))
+        togethers.append(seconds_of_slowest(together))
+    return alones, togethers
+
+
 def require_close(what: str, got: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
     """Refuse to report a side whose result is wrong: error relative to the largest expected value."""
     error = float(

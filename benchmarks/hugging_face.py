@@ -12,7 +12,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import longspan
-from benchmarks.harness import Table, in_subprocess, paired, peak_bytes, require_close, run_ranks, seconds, timed_pairs
+from benchmarks.harness import (
+    Table,
+    in_subprocess,
+    paired,
+    peak_bytes,
+    require_close,
+    run_ranks,
+    timed_alone_and_together,
+    timed_pairs,
+)
 from longspan.integrations.transformers import layout_of
 
 WIDTH = 256
@@ -167,16 +176,7 @@ def _two_ranks(name: str, seq_len: int, pairs: int) -> tuple[list[float], list[f
     whole = layout_of(shared).gather(hidden)
     if dist.get_rank() == 0:
         require_close(f"{name} over ranks", whole, alone(), 1e-3)
-    alones, togethers = [], []
-    for _ in range(pairs):
-        dist.barrier()
-        if dist.get_rank() == 0:
-            alones.append(seconds(alone))
-        dist.barrier()
-        elapsed = torch.tensor([seconds(together)])
-        dist.all_reduce(elapsed, dist.ReduceOp.MAX)
-        togethers.append(float(elapsed))
-    return alones, togethers
+    return timed_alone_and_together(alone, together, pairs)
 
 
 def _mebibytes(size: int) -> str:

@@ -22,6 +22,8 @@ from benchmarks.harness import (
     require_close,
     run_ranks,
     seconds,
+    seconds_of_slowest,
+    timed_alone_and_together,
     timed_pairs,
 )
 from longspan.ops.decay.form import default_chunk_size
@@ -184,16 +186,7 @@ def _two_rank_times(operator: str, dtype: torch.dtype, seq_len: int, pairs: int)
     o = split.gather(together())
     if dist.get_rank() == 0:
         require_close(f"{operator} over ranks", o, alone(), 2e-2 if dtype == torch.bfloat16 else 1e-4)
-    alones, togethers = [], []
-    for _ in range(pairs):
-        dist.barrier()
-        if dist.get_rank() == 0:
-            alones.append(seconds(alone))
-        dist.barrier()
-        elapsed = torch.tensor([seconds(together)])
-        dist.all_reduce(elapsed, dist.ReduceOp.MAX)
-        togethers.append(float(elapsed))
-    return alones, togethers
+    return timed_alone_and_together(alone, together, pairs)
 
 
 def ranks(quick: bool) -> Table:
@@ -230,11 +223,9 @@ def _schedule_times(operator: str, dtype: torch.dtype, seq_len: int, pairs: int)
     times: tuple[list[float], list[float]] = ([], [])
     for index in range(pairs + 1):
         for side in (0, 1) if index % 2 else (1, 0):
-            dist.barrier()
-            elapsed = torch.tensor([seconds(partial(run, side == 0))])
-            dist.all_reduce(elapsed, dist.ReduceOp.MAX)
+            elapsed = seconds_of_slowest(partial(run, side == 0))
             if index:
-                times[side].append(float(elapsed))
+                times[side].append(elapsed)
     return times
 
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import longspan
-from benchmarks.harness import require_close, seconds
+from benchmarks.harness import require_close, seconds_of_slowest
 from longspan.comm.traffic import Traffic, note_collective, record_traffic, waiting
 
 Method = Callable[[Tensor, Tensor, Tensor, longspan.SequenceLayout], Tensor]
@@ -193,11 +193,9 @@ def times(names: list[str], seq_len: int, dtype: torch.dtype, repeats: int) -> d
     for repeat in range(repeats + 1):
         first = repeat % len(names)
         for name in names[first:] + names[:first]:
-            dist.barrier()
-            elapsed = torch.tensor([seconds(partial(step, METHODS[name], tensors, layout))], dtype=torch.float64)
-            dist.all_reduce(elapsed, dist.ReduceOp.MAX)
+            elapsed = seconds_of_slowest(partial(step, METHODS[name], tensors, layout))
             if repeat:
-                taken[name].append(float(elapsed))
+                taken[name].append(elapsed)
     return taken
 
 

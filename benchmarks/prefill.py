@@ -13,35 +13,10 @@ from torch import Tensor
 
 import longspan
 from benchmarks.harness import Table, paired, peak_bytes, require_close, run_ranks, seconds
+from benchmarks.small_hybrid import small_hybrid
 
 VOCABULARY = 512
 SIDES = ("Transformers", "longspan, 1 rank", "longspan, 2 ranks")
-
-
-def small_model() -> Any:
-    """Three layers of gated delta rule and one of softmax attention, as Qwen3-Next has them, with plain feed-forward layers."""
-    from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
-
-    torch.manual_seed(0)
-    config = Qwen3NextConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=256,
-        intermediate_size=512,
-        num_hidden_layers=4,
-        layer_types=["linear_attention", "linear_attention", "linear_attention", "full_attention"],
-        mlp_only_layers=[0, 1, 2, 3],
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=64,
-        linear_num_key_heads=4,
-        linear_num_value_heads=8,
-        linear_key_head_dim=64,
-        linear_value_head_dim=64,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
-    )
-    return Qwen3NextForCausalLM(config).eval()
 
 
 def alone(model: Any, ids: Tensor) -> Any:
@@ -56,7 +31,7 @@ def alone(model: Any, ids: Tensor) -> Any:
 
 def side(name: str, ids: Tensor) -> Callable[[], Any]:
     """A function that reads the prompt in one of three ways and returns the cache, None on ranks that have none."""
-    model = small_model()
+    model = small_hybrid(256, feed_forward=512, key_heads=4, vocabulary=VOCABULARY).eval()
     if name == "Transformers":
         return lambda: alone(model, ids)
     # Made by all ranks, as new groups must be.

@@ -15,38 +15,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from small import small_model
 from torch import Tensor
 
 import longspan
-
-
-def small_model() -> Any:
-    """Qwen3-Next's architecture in small: gated delta rule, softmax attention, mixture of experts."""
-    from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
-
-    torch.manual_seed(0)
-    config = Qwen3NextConfig(
-        vocab_size=256,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=4,
-        layer_types=["linear_attention", "linear_attention", "linear_attention", "full_attention"],
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        linear_num_key_heads=2,
-        linear_num_value_heads=4,
-        linear_key_head_dim=16,
-        linear_value_head_dim=16,
-        num_experts=4,
-        num_experts_per_tok=2,
-        moe_intermediate_size=32,
-        shared_expert_intermediate_size=32,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
-    )
-    return Qwen3NextForCausalLM(config)
 
 
 def model_and_prompt(arguments: argparse.Namespace, device: torch.device) -> tuple[Any, Any, Tensor]:

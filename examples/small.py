@@ -1,4 +1,4 @@
-"""What the fine-tuning examples share: a model and text at hand, or those that the command line names."""
+"""What the examples with models of Transformers share: a model and text at hand, or those that the command line names."""
 
 from __future__ import annotations
 
