@@ -123,7 +123,7 @@ def convolution_documents(quick: bool) -> Table:
     return table
 
 
-def _two_rank_times(seq_len: int, channels: int, dtype: torch.dtype, pairs: int) -> tuple[list[float], list[float]]:
+def _two_rank_times(seq_len: int, channels: int, dtype: torch.dtype, pairs: int) -> list[list[float]]:
     """Times of rank 0 alone on all tokens, and of all ranks on their shares, in turn."""
     whole = make_tensors(seq_len, channels, dtype)
     layout = longspan.SequenceLayout(seq_len)
@@ -134,7 +134,7 @@ def _two_rank_times(seq_len: int, channels: int, dtype: torch.dtype, pairs: int)
     y = layout.gather(together()[0])
     if dist.get_rank() == 0:
         require_close("causal_conv1d over ranks", y, alone()[0], 1e-2 if dtype == torch.bfloat16 else 1e-6)
-    return timed_alone_and_together(alone, together, pairs)
+    return timed_alone_and_together(alone, together, rounds=pairs)
 
 
 def convolution_ranks(quick: bool) -> Table:

@@ -102,17 +102,24 @@ def seconds_of_slowest(function: Callable[[], Any]) -> float:
     return float(elapsed)
 
 
-def timed_alone_and_together(
-    alone: Callable[[], Any], together: Callable[[], Any], pairs: int
-) -> tuple[list[float], list[float]]:
-    """Times of rank 0 by itself, and of all ranks, in turn. Elsewhere the first list is empty."""
-    alones, togethers = [], []
-    for _ in range(pairs):
+def timed_alone_and_together(alone: Callable[[], Any], *together: Callable[[], Any], rounds: int) -> list[list[float]]:
+    """Times of rank 0 by itself, and of all ranks at each of `together`, in turn. Elsewhere the first list is empty.
+
+    An untimed call precedes each: a step of training follows one of its kind, and the first after another kind pays for memory
+    that is touched anew.
+    """
+    alones: list[float] = []
+    togethers: list[list[float]] = [[] for _ in together]
+    for _ in range(rounds):
         dist.barrier()
         if dist.get_rank() == 0:
+            alone()
             alones.append(seconds(alone))
-        togethers.append(seconds_of_slowest(together))
-    return alones, togethers
+        for function, times in zip(together, togethers, strict=True):
+            dist.barrier()
+            function()
+            times.append(seconds_of_slowest(function))
+    return [alones, *togethers]
 
 
 def require_close(what: str, got: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:

@@ -173,7 +173,7 @@ def layout(quick: bool) -> Table:
     return table
 
 
-def _two_rank_times(operator: str, dtype: torch.dtype, seq_len: int, pairs: int) -> tuple[list[float], list[float]]:
+def _two_rank_times(operator: str, dtype: torch.dtype, seq_len: int, pairs: int) -> list[list[float]]:
     """Times of rank 0 alone on the whole sequence, and of all ranks on their shares, in turn."""
     whole = make_tensors(seq_len, 64, dtype, operator)
     split = longspan.SequenceLayout(seq_len)
@@ -186,7 +186,7 @@ def _two_rank_times(operator: str, dtype: torch.dtype, seq_len: int, pairs: int)
     o = split.gather(together())
     if dist.get_rank() == 0:
         require_close(f"{operator} over ranks", o, alone(), 2e-2 if dtype == torch.bfloat16 else 1e-4)
-    return timed_alone_and_together(alone, together, pairs)
+    return timed_alone_and_together(alone, together, rounds=pairs)
 
 
 def ranks(quick: bool) -> Table:
