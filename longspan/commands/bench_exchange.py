@@ -8,6 +8,8 @@ computed meanwhile, so that nothing hides the exchange.
 from __future__ import annotations
 
 import statistics
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,13 +19,22 @@ from torch import Tensor
 from longspan.comm.background import run_beside
 from longspan.commands.bench_options import BenchExchange
 from longspan.commands.bench_report import BenchFigures, Measured, print_figures, write_json
+from longspan.commands.options import parse_options, refuse
 from longspan.errors import LongspanError
 from longspan.exchange import TOPOLOGIES, Auto, Carrier, Priced, by_cost, record_traffic
 from longspan.exchange.auto.figures import figures_of
 from longspan.exchange.auto.timing import RankClock
 from longspan.exchange.auto.trial import exchange_seconds
 from longspan.exchange.problem import problem_of
-from longspan.launch import EXIT_DONE, Place, start_process_group
+from longspan.launch import (
+    EXIT_DONE,
+    Place,
+    StopRequest,
+    place_of_this_process,
+    run_local_ranks,
+    run_rank,
+    start_process_group,
+)
 from longspan.layout import SequenceLayout, group_of
 from longspan.ops.variants import VARIANTS
 from longspan.state import Dense, Identity, Pair, exclusive_scan, exclusive_scan_adjoint
@@ -35,8 +46,33 @@ missing or doubled term shows as 0.1 or more."""
 _SEGMENT_TOKENS = 4
 
 
+_DESCRIPTION = """Measure each topology's exchange of states, forward and backward, beside what the cost model says.
+
+Starts its own ranks on this machine, or uses those of torchrun. Results are checked first; nothing hides the exchange.
+"""
+
+
 class WrongResultError(LongspanError):
     """A topology does not compute the scan."""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Measure as the arguments ask, on ranks that are started here or on torchrun's, and return the exit code."""
+    options = parse_options(BenchExchange, "bench exchange", _DESCRIPTION, arguments)
+    place = None
+    try:
+        place = place_of_this_process()
+        options.check(options.ranks if place is None else place.world_size)
+    except LongspanError as error:
+        return refuse(error, place)
+    if place is None:
+        command = [sys.executable, "-m", "longspan", "bench", "exchange", *arguments]
+        return run_local_ranks(command, options.ranks, options.threads)
+
+    def as_rank(place: Place, stop: StopRequest) -> int:
+        return bench_exchange(options, place)
+
+    return run_rank(place, as_rank)
 
 
 def bench_exchange(options: BenchExchange, place: Place) -> int:

@@ -1,16 +1,39 @@
-"""What ``longspan plan exchange`` is told: a cluster that is not here, and a layer."""
+"""``longspan plan exchange``: the exchange of a layer on a cluster that is not here."""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from longspan.commands.options import parse_options, refuse
 from longspan.commands.table import cost_table
 from longspan.commands.units import bytes_per_second, seconds
+from longspan.errors import ConfigError, LongspanError
 from longspan.exchange import TOPOLOGIES, by_cost
+from longspan.launch import EXIT_DONE
+from longspan.ops.variants import VARIANTS
 from longspan.plan.cluster import Cluster, Link, gpu_cluster
 from longspan.plan.problem import Problem
 from longspan.state import Transition
+
+_DESCRIPTION = """What each topology's exchange of states would cost on a cluster given by numbers: nothing is measured.
+
+Rates have units, 400gbit or 45GB a second, and so have times: 15us, 0.2ms.
+"""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Print the table that the arguments ask for, and return the exit code."""
+    options = parse_options(PlanExchange, "plan exchange", _DESCRIPTION, arguments)
+    try:
+        if options.operator not in VARIANTS:
+            raise ConfigError(f"operator must be one of {', '.join(VARIANTS)}; got {options.operator!r}")
+        sys.stdout.write(options.report(VARIANTS[options.operator].transition))
+    except LongspanError as error:
+        return refuse(error)
+    return EXIT_DONE
 
 
 @dataclass(frozen=True)

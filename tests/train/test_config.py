@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from longspan.cli import parse_train
+from longspan.commands.train import parse_train
 from longspan.errors import CheckpointError, ConfigError
 from longspan.exchange import Auto, Ring
 from longspan.train import config as configs

@@ -1,0 +1,50 @@
+"""The table of commands: each is found by its name, has a file of its own, and explains itself."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+from longspan.cli import COMMANDS, Command, find, main, usage
+from longspan.errors import ConfigError
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_each_command_has_a_file_named_after_it() -> None:
+    for command in COMMANDS:
+        module = import_module(command.module)
+        assert callable(module.run), command.name
+        assert command.module == f"longspan.commands.{command.name.replace(' ', '_')}"
+
+
+def test_the_usage_has_each_command_in_a_line_that_fits_a_terminal() -> None:
+    lines = usage().splitlines()
+    assert max(map(len, lines)) <= 110
+    for command in COMMANDS:
+        assert sum(line.split("  ")[1].strip() == command.name for line in lines if line.startswith("  ")) == 1
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
+def test_each_command_explains_itself(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main([*command.name.split(), "--help"])
+    shown = capsys.readouterr().out
+    assert f"longspan {command.name}" in " ".join(shown.split())
+
+
+def test_a_command_is_found_by_its_first_words() -> None:
+    assert find(["train", "exchange"]).name == "train"
+    assert find(["plan", "exchange", "--ranks", "4"]).name == "plan exchange"
+    with pytest.raises(ConfigError, match="unknown command 'exchange'"):
+        find(["exchange"])
+    with pytest.raises(ConfigError, match="plan takes what to look at"):
+        find(["plan", "--ranks", "4"])
+
+
+def test_each_command_is_in_the_documentation() -> None:
+    text = "".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md")))
+    for command in COMMANDS:
+        assert f"longspan {command.name}" in text, command.name
