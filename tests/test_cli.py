@@ -184,7 +184,7 @@ def test_torchrun_ranks_that_do_not_fit_are_refused_with_the_degrees_that_do(
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(name, value)
     assert main(["train", "--config", str(config), "--run.dir", str(tmp_path / "run")]) == 2
-    message = "1 ranks are not parallel.dp 1 x parallel.sp 2 = 2. With 1 ranks, parallel.sp can be 1,"
+    message = "1 ranks are not parallel.dp_replicate 1 x parallel.dp_shard 1 x parallel.sp 2 = 2. 1 ranks can be"
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
@@ -200,7 +200,7 @@ def test_torchrun_ranks_that_do_not_fit_are_refused_with_the_degrees_that_do(
         (["--model.operator", "nothing"], "operator must be one of linear_attention, retention, simple_gla"),
         (["--parallel.exchange", "nothing"], "parallel.exchange must be 'auto' or one of"),
         (["--train.batch_tokens", "100"], "train.batch_tokens 100 is no multiple of train.seq_len 8192"),
-        (["--parallel.dp", "2"], "8192 is 1 sequences of train.seq_len 8192, which parallel.dp 2 does not divide"),
+        (["--parallel.dp_shard", "2"], "8192 is 1 sequences of train.seq_len 8192, which parallel.dp_replicate 1 x "),
     ],
 )
 def test_what_does_not_fit_is_refused_before_any_rank_starts(

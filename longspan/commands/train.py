@@ -30,7 +30,7 @@ with a checkpoint.
 
 def run(arguments: Sequence[str]) -> int:
     """Train as the arguments ask, and return the exit code."""
-    from longspan.train.config import check, check_degrees
+    from longspan.train.config import check, check_degrees, num_ranks_asked_for
 
     place = None
     try:
@@ -38,7 +38,7 @@ def run(arguments: Sequence[str]) -> int:
         config, resume = parse_train(arguments)
         check(config)
         if place is None:
-            num_ranks = config.parallel.sp * (config.parallel.dp or 1)
+            num_ranks = num_ranks_asked_for(config)
             check_degrees(config, num_ranks)
     except LongspanError as error:
         return refuse(error, place)

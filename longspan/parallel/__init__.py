@@ -1,6 +1,18 @@
-"""Sequence parallelism applied to a model from outside, and the sum of its gradients over ranks."""
+"""A model over ranks, from outside: the mesh, sequence parallelism, weights divided over ranks, the sum of gradients."""
 
 from longspan.parallel.adapters import Adapter, register_adapter
 from longspan.parallel.apply import parallelize, sum_gradients, unparallelize
+from longspan.parallel.mesh import MeshDegrees, ParallelMesh
+from longspan.parallel.sharded import gathered, shard_weights
 
-__all__ = ["Adapter", "parallelize", "register_adapter", "sum_gradients", "unparallelize"]
+__all__ = [
+    "Adapter",
+    "MeshDegrees",
+    "ParallelMesh",
+    "gathered",
+    "parallelize",
+    "register_adapter",
+    "shard_weights",
+    "sum_gradients",
+    "unparallelize",
+]

@@ -23,6 +23,7 @@ from longspan.exchange import Exchanger, exchange_named
 from longspan.layout import Order, SequenceLayout
 from longspan.models.mixers import ParallelOptions, SequenceMixer, SequenceParallel
 from longspan.parallel.adapters import adapter_of
+from longspan.parallel.sharded import is_divided, on_this_rank
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -189,13 +190,13 @@ def sum_gradients(
         note_collective("all_reduce", "backward", 2 * (num_ranks - 1) * flat.nbytes // num_ranks)
         with waiting():
             dist.all_reduce(flat, group=process_group)
-        for parameter, summed in zip(bucket, flat.split([_on_this_rank(p).numel() for p in bucket]), strict=True):
+        for parameter, summed in zip(bucket, flat.split([on_this_rank(p).numel() for p in bucket]), strict=True):
             _set_gradient(parameter, summed)
 
 
 def _check_mesh(parameter: nn.Parameter, group: dist.ProcessGroup | None) -> None:
     """Refuse a sharded parameter whose gradient is reduced already over ranks of the group."""
-    if not _is_distributed(parameter):
+    if not is_divided(parameter):
         return
     mesh: DeviceMesh = parameter.device_mesh  # type: ignore[attr-defined]
     over = sorted({*mesh.mesh.flatten().tolist()} & {*dist.get_process_group_ranks(group)})
@@ -218,7 +219,7 @@ def _buckets(parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
         bucket: list[nn.Parameter] = []
         num_bytes = 0
         for parameter in same_kind:
-            size = _on_this_rank(parameter).nbytes
+            size = on_this_rank(parameter).nbytes
             if bucket and num_bytes + size > BUCKET_BYTES:
                 yield bucket
                 bucket, num_bytes = [], 0
@@ -227,30 +228,19 @@ def _buckets(parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
         yield bucket
 
 
-def _is_distributed(x: Tensor) -> bool:
-    """Whether x is a DTensor; to ask for the class would import it, which takes a second."""
-    return hasattr(x, "device_mesh")
-
-
-def _on_this_rank(x: Any) -> Tensor:
-    """A tensor, or this rank's shard of it."""
-    local: Tensor = x.to_local() if _is_distributed(x) else x
-    return local
-
-
 def _gradient_on_this_rank(parameter: nn.Parameter) -> Tensor:
     """This rank's gradient, dense; zero where there is none."""
     if parameter.grad is None:
-        return torch.zeros_like(_on_this_rank(parameter))
-    own = _on_this_rank(parameter.grad)
+        return torch.zeros_like(on_this_rank(parameter))
+    own = on_this_rank(parameter.grad)
     return own if own.layout is torch.strided else own.to_dense()
 
 
 def _set_gradient(parameter: nn.Parameter, summed: Tensor) -> None:
     if parameter.grad is None:
         parameter.grad = torch.empty_like(parameter)
-    own = _on_this_rank(parameter.grad)
-    summed = summed.view_as(_on_this_rank(parameter))
+    own = on_this_rank(parameter.grad)
+    summed = summed.view_as(on_this_rank(parameter))
     if own.layout is torch.strided:
         own.copy_(summed)
     else:

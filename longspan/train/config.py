@@ -25,6 +25,7 @@ from longspan.attention.softmax import SoftmaxMethod
 from longspan.errors import ConfigError
 from longspan.exchange import TOPOLOGIES, Auto, Exchanger
 from longspan.models import LinearLlama3Config
+from longspan.parallel import MeshDegrees
 
 
 @dataclass(frozen=True)
@@ -97,8 +98,12 @@ class ParallelConfig:
 
     sp: int = 2
     """Sequence-parallel degree: ranks that share one sequence."""
-    dp: int | None = None
-    """Data-parallel degree; None takes 1, or under torchrun the ranks that sp leaves."""
+    dp_shard: int = 1
+    """Ranks over which a copy of the weights is divided (FSDP2); they train on different sequences."""
+    dp_replicate: int | None = None
+    """Copies of the weights; None takes 1, or under torchrun the ranks that dp_shard and sp leave."""
+    shard_over_sp: bool = False
+    """Divide the weights over the ranks that share a sequence as well."""
     order: Literal["contiguous", "zigzag"] = "zigzag"
     """Which tokens of a sequence a rank holds: one run of them, or two that balance causal softmax layers (zigzag)."""
     exchange: str = "auto"
@@ -323,6 +328,8 @@ def unknown_key(key: str, others: Sequence[str] = (), option: bool = False) -> C
     keys = known_keys()
     sections = _section_names()
     dash = "--" if option else ""
+    if key in _FORMER_KEYS:
+        return ConfigError(f"{dash}{key} is no {'option' if option else 'key'} any more: {_FORMER_KEYS[key]}")
     near = difflib.get_close_matches(key, [*keys, *others], n=1, cutoff=0.6)
     if not near:
         # A right name in a wrong section, or without one.
@@ -338,6 +345,10 @@ def differences(old: Config, new: Config) -> list[str]:
     before, after = flatten(old), flatten(new)
     return [f"{key}: {before[key]!r} -> {after[key]!r}" for key in before if before[key] != after[key]]
 
+
+_FORMER_KEYS = {
+    "parallel.dp": "data-parallel ranks either hold copies of the weights, parallel.dp_replicate, or share one, parallel.dp_shard"
+}
 
 _FIXED_SECTIONS = ("data", "model")
 _FIXED_KEYS = ("train.seed", "train.seq_len", "train.batch_tokens")
@@ -418,34 +429,38 @@ def _check_text_and_size(key: str, value: Any) -> None:
         raise ConfigError(f"{key} is {value}; it must be less than 2^63")
 
 
-def check_degrees(config: Config, world_size: int) -> int:
-    """The data-parallel degree in a world of `world_size` ranks.
+def num_ranks_asked_for(config: Config) -> int:
+    """Ranks that a command starts on one machine: what the degrees say, with one copy of the weights where they do not."""
+    parallel = config.parallel
+    return (parallel.dp_replicate or 1) * parallel.dp_shard * parallel.sp
+
+
+def check_degrees(config: Config, world_size: int) -> MeshDegrees:
+    """The mesh of a world of `world_size` ranks.
 
     Raises:
-        ConfigError: if data- and sequence-parallel degree do not make up the world, or the batch does not divide.
+        ConfigError: if the degrees do not make up the world, or the batch does not divide.
     """
-    sp = config.parallel.sp
-    dp = config.parallel.dp if config.parallel.dp is not None else max(1, world_size // sp)
-    if dp * sp != world_size:
-        legal = [degree for degree in range(1, world_size + 1) if world_size % degree == 0]
-        raise ConfigError(
-            f"{world_size} ranks are not parallel.dp {dp} x parallel.sp {sp} = {dp * sp}. With {world_size} ranks, "
-            f"parallel.sp can be {', '.join(map(str, legal))}, and parallel.dp is then what remains (leave it out)"
-        )
-    if config.batch_sequences % dp:
+    parallel = config.parallel
+    others = parallel.dp_shard * parallel.sp
+    replicate = parallel.dp_replicate if parallel.dp_replicate is not None else max(1, world_size // others)
+    degrees = MeshDegrees(replicate, parallel.dp_shard, parallel.sp, parallel.shard_over_sp)
+    degrees.check_world(world_size, "parallel.")
+    if config.batch_sequences % degrees.data:
         raise ConfigError(
             f"train.batch_tokens {config.train.batch_tokens} is {config.batch_sequences} sequences of train.seq_len "
-            f"{config.train.seq_len}, which parallel.dp {dp} does not divide. Use a multiple of "
-            f"{dp * config.train.seq_len} tokens"
+            f"{config.train.seq_len}, which parallel.dp_replicate {replicate} x parallel.dp_shard {parallel.dp_shard} does not "
+            f"divide. Use a multiple of {degrees.data * config.train.seq_len} tokens"
         )
-    return dp
+    return degrees
 
 
 _LEAST: dict[str, float] = {
     "data.max_bytes": 1,
     "data.vocab_size": 257,
     "parallel.sp": 1,
-    "parallel.dp": 1,
+    "parallel.dp_shard": 1,
+    "parallel.dp_replicate": 1,
     "parallel.threads": 1,
     "optim.warmup_steps": 0,
     "optim.final_lr_fraction": 0,

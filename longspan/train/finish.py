@@ -7,6 +7,8 @@ import math
 import time
 from typing import Any
 
+from torch import Tensor
+
 from longspan.errors import CheckpointError
 from longspan.train.metrics import plot_losses
 from longspan.train.run_folder import writing
@@ -23,12 +25,13 @@ def finish(trainer: Trainer, started: float) -> None:
     if trainer.validation is None:
         trainer.validate()
     trainer.phase.name = "writing the results"
+    weights = trainer.whole_weights()
     if not trainer.ranks.is_first:
         return
     folder = trainer.folder
-    _write_weights(trainer)
+    _write_weights(trainer, weights)
     _plot(trainer)
-    text = _sample(trainer)
+    text = _sample(trainer, weights)
     summary = _summary(trainer, time.perf_counter() - started)
     with writing(folder.summary_json):
         folder.summary_json.write_text(json.dumps(summary | {"sample": text}, indent=1) + "\n", encoding="utf-8")
@@ -37,11 +40,11 @@ def finish(trainer: Trainer, started: float) -> None:
     _print(trainer, summary, text)
 
 
-def _write_weights(trainer: Trainer) -> None:
+def _write_weights(trainer: Trainer, whole: dict[str, Tensor]) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    weights = {name: p.detach().cpu().contiguous() for name, p in trainer.model.named_parameters()}
+    weights = {name: weight.cpu().contiguous() for name, weight in whole.items()}
     # One entry: safetensors writes several in an order that changes from run to run.
     metadata = {"LinearLlama3Config": json.dumps(trainer.model.config.to_dict())}
     with writing(trainer.folder.weights):
@@ -62,11 +65,11 @@ def _plot(trainer: Trainer) -> None:
         plot_losses(records, trainer.baseline.nats_per_token, trainer.folder.plot)
 
 
-def _sample(trainer: Trainer) -> str:
+def _sample(trainer: Trainer, weights: dict[str, Tensor]) -> str:
     sample = trainer.config.sample
     if not sample.tokens:
         return ""
-    model = trainer.model_for_one_process()
+    model = trainer.model_for_one_process(weights)
     seed = trainer.config.train.seed
     device = trainer.ranks.device
     return generate(model, trainer.data.tokenizer, sample.prompt, sample.tokens, sample.temperature, seed, device)
@@ -78,7 +81,7 @@ def _summary(trainer: Trainer, seconds: float) -> dict[str, Any]:
     return {
         "steps": trainer.step,
         "tokens": trainer.step * trainer.config.train.batch_tokens,
-        "ranks": f"data {trainer.ranks.dp} x sequence {trainer.ranks.sp}",
+        "ranks": trainer.ranks.degrees.summary(),
         "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
         "training_loss": totals.last_loss,
         "validation_loss": _finite(trainer.validation.nats_per_token),

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from longspan.layout import SequenceLayout
+from longspan.parallel.sharded import free_gathered
 from longspan.train.ranks import Ranks
 
 IGNORED = -100
@@ -68,8 +69,14 @@ def evaluate(
     Ranks of one `dp_rank` compute one sequence together, those of the others the next ones.
     """
     total = 0.0
-    for row in range(ranks.dp_rank, len(sequences), ranks.dp):
-        total += float(loss_sum(model, sequences[row : row + 1].to(ranks.device), layout))
+    for first in range(0, len(sequences), ranks.dp):
+        row = first + ranks.dp_rank
+        if row < len(sequences):
+            total += float(loss_sum(model, sequences[row : row + 1].to(ranks.device), layout))
+        elif ranks.degrees.shards_weights:
+            # The other ranks gather this one's share of the weights.
+            loss_sum(model, sequences[first : first + 1].to(ranks.device), layout)
+    free_gathered(model)
     nats = float(ranks.gather_numbers([total]).sum())
     return Evaluation(nats, sequences[:, 1:].numel(), count_bytes(sequences[:, 1:], token_bytes))
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from longspan.models import LinearLlama3
-from longspan.parallel import parallelize
+from longspan.parallel import parallelize, shard_weights, sum_gradients
+from longspan.parallel.sharded import copy_whole
 from longspan.train.config import Config
 from longspan.train.ranks import Ranks
 
@@ -22,21 +23,26 @@ def build_model(config: Config, vocab_size: int, device: torch.device) -> Linear
 
 
 def make_parallel(model: LinearLlama3, config: Config, ranks: Ranks) -> LinearLlama3:
-    """Let the model run on the sequences that the ranks share; a single process has nothing to share."""
+    """Let the model run on the sequences that the ranks share, and divide its weights; a single process has nothing to share."""
     if ranks.mesh is None:
         return model
-    return parallelize(
+    model = parallelize(
         model,
         ranks.mesh["sp"],
         exchange=config.parallel.build_exchange(),
         softmax_method=config.parallel.softmax_method,
     )
+    return shard_weights(model, ranks.mesh) if ranks.degrees.shards_weights else model
 
 
-@torch.no_grad()
-def copy_weights(source: nn.Module, target: LinearLlama3) -> LinearLlama3:
-    """Give `target` the weights of `source`, parameter by parameter of the same name; return it."""
-    weights = dict(source.named_parameters())
+def sum_over_ranks(model: nn.Module, ranks: Ranks) -> None:
+    """After backward: gradients are the sums over all ranks. FSDP2 has summed those of weights that are divided."""
+    if not ranks.degrees.shards_weights:
+        sum_gradients(model)
+
+
+def copy_weights(weights: dict[str, Tensor], target: LinearLlama3) -> LinearLlama3:
+    """Give `target` whole weights by name; return it."""
     for name, parameter in target.named_parameters():
-        parameter.copy_(weights[name])
+        copy_whole(weights[name], parameter)
     return target

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from longspan.parallel.sharded import divided_like, is_divided
 from longspan.train.config import OptimConfig
 
 
@@ -42,9 +44,10 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def gradient_norm(model: nn.Module) -> Tensor:
-    """Euclidean norm of all gradients together, float32 or float64 scalar."""
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    return torch.nn.utils.get_total_norm(gradients)
+    """Euclidean norm of all gradients together, float32 or float64 scalar; of all ranks' shares, where gradients are divided."""
+    norm: Any = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    whole: Tensor = norm.full_tensor() if is_divided(norm) else norm
+    return whole
 
 
 def clip_gradients(model: nn.Module, norm: Tensor, clip_norm: float) -> None:
@@ -53,7 +56,7 @@ def clip_gradients(model: nn.Module, norm: Tensor, clip_norm: float) -> None:
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state by ``parameter name/state name``."""
+    """The optimizer's state by ``parameter name/state name``; divided over ranks where the parameter is."""
     return {
         f"{name}/{key}": value
         for name, parameter in model.named_parameters()
@@ -62,7 +65,7 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 
 
 def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Give the optimizer the state that `optimizer_tensors` took; raises KeyError or ValueError for that of another model."""
+    """Give the optimizer the state that `optimizer_tensors` took, whole; raises KeyError or ValueError for that of another model."""
     parameters = dict(model.named_parameters())
     optimizer.state.clear()
     for key, value in tensors.items():
@@ -71,4 +74,5 @@ def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, t
         if value.dim() and value.shape != parameter.shape:
             raise ValueError(f"{key} has shape {tuple(value.shape)}, its parameter {tuple(parameter.shape)}")
         # AdamW counts its steps in a tensor on the CPU, or on the parameter's device where it is fused.
-        optimizer.state[parameter][state] = value.to(parameter.device)
+        value = value.to(parameter.device)
+        optimizer.state[parameter][state] = divided_like(value, parameter) if value.dim() else value

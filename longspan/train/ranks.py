@@ -12,12 +12,12 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from longspan import errors
 from longspan.comm.collectives import all_gather_single
 from longspan.errors import ConfigError, LongspanError
 from longspan.launch import Place, start_process_group
+from longspan.parallel import MeshDegrees, ParallelMesh
 
 Value = TypeVar("Value")
 
@@ -25,17 +25,16 @@ Value = TypeVar("Value")
 class Ranks:
     """All ranks of a run.
 
-    `mesh` has the dimensions ``("dp", "sp")``, and is None for a single rank, which has no process group. `rank` counts
-    the whole world; ranks with the same `dp_rank` share sequences.
+    `mesh` is None for a single rank, which has no process group; `degrees` are its sizes. `rank` counts the whole world; ranks
+    with the same `dp_rank` share sequences.
     """
 
     def __init__(self, place: Place, device: torch.device) -> None:
         self.rank = place.rank
         self.world_size = place.world_size
         self.device = device
-        self.mesh: DeviceMesh | None = None
-        self.dp = 1
-        self.sp = place.world_size
+        self.mesh: ParallelMesh | None = None
+        self.degrees = MeshDegrees(sp=place.world_size)
 
     @classmethod
     def start(cls, place: Place, device: str, timeout_seconds: float) -> Ranks:
@@ -51,11 +50,11 @@ class Ranks:
             start_process_group(place, "nccl" if chosen.type == "cuda" else "gloo", timeout_seconds)
         return cls(place, chosen)
 
-    def arrange(self, dp: int, sp: int) -> None:
-        """Make the mesh: neighbouring ranks share a sequence."""
-        self.dp, self.sp = dp, sp
+    def arrange(self, degrees: MeshDegrees) -> None:
+        """Make the mesh."""
+        self.degrees = degrees
         if self.world_size > 1:
-            self.mesh = init_device_mesh(self.device.type, (dp, sp), mesh_dim_names=("dp", "sp"))
+            self.mesh = ParallelMesh(degrees, self.device.type)
 
     def close(self) -> None:
         """Leave the process group, after all ranks have come here."""
@@ -68,8 +67,19 @@ class Ranks:
         return self.rank == 0
 
     @property
+    def dp(self) -> int:
+        """Groups of ranks that compute different sequences."""
+        return self.degrees.data
+
+    @property
+    def sp(self) -> int:
+        """Ranks that share a sequence."""
+        return self.degrees.sp
+
+    @property
     def dp_rank(self) -> int:
-        return self.rank // self.sp
+        """Which of the groups this rank is in."""
+        return self.degrees.coordinate(self.rank, "data")
 
     def gather_numbers(self, numbers: Sequence[float]) -> Tensor:
         """Every rank's numbers, float64 ``[world_size, len(numbers)]`` on the CPU."""

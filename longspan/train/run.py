@@ -57,7 +57,7 @@ def train_on(
     phase = phase or RunPhase()
     torch.manual_seed(config.train.seed)
     ranks.agree(_facts(config, resume))
-    ranks.arrange(configs.check_degrees(config, ranks.world_size), config.parallel.sp)
+    ranks.arrange(configs.check_degrees(config, ranks.world_size))
     report = Report(config.train.steps, config.run.print_every, silent=not ranks.is_first)
     report.heading("longspan", _describe_ranks(ranks, config))
 
@@ -176,7 +176,7 @@ def _describe_ranks(ranks: Ranks, config: Config) -> str:
     if ranks.world_size == 1:
         return f"{version}; 1 process on {ranks.device.type}, {torch.get_num_threads()} threads"
     return (
-        f"{version}; {ranks.world_size} ranks on {ranks.device.type}: data {ranks.dp} x sequence {ranks.sp} "
+        f"{version}; {ranks.world_size} ranks on {ranks.device.type}: {ranks.degrees.summary()} "
         f"({config.parallel.order}), {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)} each"
     )
 

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from longspan.errors import LongspanError
 from longspan.layout import SequenceLayout
-from longspan.parallel import sum_gradients
+from longspan.parallel import gathered
 from longspan.train.loss import loss_sum
+from longspan.train.model import sum_over_ranks
 from longspan.train.optimizer import gradient_norm
 from longspan.train.ranks import Ranks
 
@@ -101,16 +102,21 @@ def self_check(
     parallel_model.zero_grad(set_to_none=True)
     loss = loss_sum(parallel_model, own, layout) / num_tokens
     loss.backward()
-    sum_gradients(parallel_model)
+    sum_over_ranks(parallel_model, ranks)
     total = float(ranks.gather_numbers([float(loss.detach())]).sum())
+    norm = float(gradient_norm(parallel_model))
+    named = [(name, _gradient_or_zero(parameter)) for name, parameter in parallel_model.named_parameters()]
+    gradients = gathered(named, ranks.is_first)
     found: dict[str, Any] = ranks.from_first(
-        lambda: _compare(parallel_model, build_alone(), tokens.to(ranks.device), total, threads_alone)
+        lambda: (
+            {"loss": total, "norm": norm} | _compare(gradients, build_alone(), tokens.to(ranks.device), threads_alone)
+        )
     )
     parallel_model.zero_grad(set_to_none=True)
     return SelfCheck(num_tokens=num_tokens, **found)
 
 
-def _compare(parallel_model: nn.Module, alone: nn.Module, tokens: Tensor, total: float, threads: int) -> dict[str, Any]:
+def _compare(gradients: dict[str, Tensor], alone: nn.Module, tokens: Tensor, threads: int) -> dict[str, Any]:
     threads_before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -118,17 +124,14 @@ def _compare(parallel_model: nn.Module, alone: nn.Module, tokens: Tensor, total:
         loss.backward()
     finally:
         torch.set_num_threads(threads_before)
-    squares: dict[str, float] = {}
-    for (name, parameter), (_, expected) in zip(
-        parallel_model.named_parameters(), alone.named_parameters(), strict=True
-    ):
-        squares[name] = float((_gradient_or_zero(parameter) - _gradient_or_zero(expected)).square().sum())
+    squares = {
+        name: float((gradients[name] - _gradient_or_zero(expected)).square().sum())
+        for name, expected in alone.named_parameters()
+    }
     norm_alone = float(gradient_norm(alone))
     difference = math.sqrt(sum(squares.values()))
     return {
-        "loss": total,
         "loss_alone": float(loss.detach()),
-        "norm": float(gradient_norm(parallel_model)),
         "norm_alone": norm_alone,
         "gradient_difference": difference / norm_alone if norm_alone else difference,
         "worst": max(squares, key=lambda name: (math.isnan(squares[name]), squares[name])),

@@ -17,14 +17,15 @@ from longspan.errors import CheckpointError, DataError, LongspanError
 from longspan.launch import StopRequest
 from longspan.layout import SequenceLayout
 from longspan.models import LinearLlama3
-from longspan.parallel import sum_gradients
+from longspan.parallel import gathered
+from longspan.parallel.sharded import accumulating
 from longspan.train import config as configs
 from longspan.train.checkpoint import Checkpoint, complete_checkpoints, save_checkpoint
 from longspan.train.config import Config
 from longspan.train.exchange import figures_to_save, measures, take_saved_figures
 from longspan.train.loss import Evaluation, evaluate, loss_sum, unigram_baseline
 from longspan.train.metrics import MetricsFile, Totals, peak_memory_bytes
-from longspan.train.model import build_model, copy_weights, make_parallel
+from longspan.train.model import build_model, copy_weights, make_parallel, sum_over_ranks
 from longspan.train.optimizer import (
     build_optimizer,
     clip_gradients,
@@ -77,9 +78,13 @@ class Trainer:
     def _build_model(self) -> LinearLlama3:
         return build_model(self.config, self.data.tokenizer.vocab_size, self.ranks.device)
 
-    def model_for_one_process(self) -> LinearLlama3:
-        """The model with its present weights, without sequence parallelism."""
-        return copy_weights(self.model, self._build_model())
+    def whole_weights(self) -> dict[str, Tensor]:
+        """The present weights by name, on rank 0; the other ranks, which must call this as well, have none."""
+        return gathered(self.model.named_parameters(), self.ranks.is_first)
+
+    def model_for_one_process(self, weights: dict[str, Tensor]) -> LinearLlama3:
+        """The model with these weights, whole, for one process."""
+        return copy_weights(weights, self._build_model())
 
     def _layout(self, seq_len: int) -> SequenceLayout:
         if self.ranks.mesh is None:
@@ -93,9 +98,10 @@ class Trainer:
         rows = min(len(tokens), max(1, wanted // self.config.train.seq_len))
         rows = max(self.ranks.dp, rows - rows % self.ranks.dp)
         length = max(self.ranks.sp, min(self.config.train.seq_len, wanted // rows))
+        weights = self.whole_weights()
         return self_check(
             self.model,
-            self.model_for_one_process,
+            lambda: self.model_for_one_process(weights),
             tokens[:rows, : length + 1],
             self._layout(length),
             self.ranks,
@@ -128,7 +134,7 @@ class Trainer:
             loss = self._forward_backward()
             self.phase.name = "summing gradients"
             with named_range("longspan.train.sum_gradients"):
-                sum_gradients(self.model)
+                sum_over_ranks(self.model, self.ranks)
         norm = gradient_norm(self.model)
         # One exchange for all that the ranks must know of each other, so that all of them decide alike.
         memory = peak_memory_bytes(self.ranks.device)
@@ -161,7 +167,7 @@ class Trainer:
             with named_range("longspan.train.forward"):
                 loss = loss_sum(self.model, tokens, self.layout) / self.config.train.batch_tokens
             self.phase.name = "computing backward"
-            with named_range("longspan.train.backward"):
+            with named_range("longspan.train.backward"), accumulating(self.model, first + count == rows):
                 loss.backward()
             total += loss.detach()
         return total
@@ -225,14 +231,15 @@ class Trainer:
         self.phase.name = "saving a checkpoint"
         keep = self.config.checkpoint.keep
         measured = figures_to_save(self.layout, self.ranks) if measures(self.config, self.ranks) else None
-        self.ranks.from_first(lambda: str(save_checkpoint(self.folder.checkpoints, self._checkpoint(measured), keep)))
+        checkpoint = self._checkpoint(measured)
+        self.ranks.from_first(lambda: str(save_checkpoint(self.folder.checkpoints, checkpoint, keep)))
 
     def _checkpoint(self, exchange: dict[str, Any] | None) -> Checkpoint:
         return Checkpoint(
             step=self.step,
             tensors={
-                "model": dict(self.model.named_parameters()),
-                "optimizer": optimizer_tensors(self.model, self.optimizer),
+                "model": self.whole_weights(),
+                "optimizer": gathered(optimizer_tensors(self.model, self.optimizer).items(), self.ranks.is_first),
                 "random": {"torch": torch.get_rng_state()},
             },
             state={
@@ -288,9 +295,7 @@ class Trainer:
                 f"{found.get(odd[0], 'missing')} in the checkpoint and {shapes.get(odd[0], 'missing')} here "
                 f"({len(odd)} differ). {_OTHER_VERSION}"
             )
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(weights[name])
+        copy_weights(weights, self.model)
 
 
 _OTHER_VERSION = "Use the version of longspan that wrote them, or start a new run"

@@ -12,8 +12,19 @@ import torch
 from longspan.commands.train import parse_train
 from longspan.errors import CheckpointError, ConfigError
 from longspan.exchange import Auto, Ring
+from longspan.parallel import MeshDegrees
 from longspan.train import config as configs
-from longspan.train.config import Config, check, check_degrees, flatten, from_mapping, read_toml, to_mapping, to_toml
+from longspan.train.config import (
+    Config,
+    check,
+    check_degrees,
+    flatten,
+    from_mapping,
+    num_ranks_asked_for,
+    read_toml,
+    to_mapping,
+    to_toml,
+)
 
 ROOT = Path(__file__).parents[2]
 
@@ -34,9 +45,9 @@ def parse(*arguments: str) -> Config:
 def test_the_command_line_overrides_the_file_and_the_file_the_defaults(tmp_path: Path) -> None:
     file = tmp_path / "c.toml"
     file.write_text('[train]\nsteps = 7\nseed = 5\n[optim]\nlr = 1\n[model]\npattern = "LN"\n')
-    config = parse("--config", str(file), "--train.steps", "9", "--parallel.dp=3", "--data.suffixes", ".md", ".rst")
+    config = parse("--config", str(file), "--train.steps", "9", "--parallel.dp_replicate=3", "--data.suffixes", ".md", ".rst")
     assert (config.train.steps, config.train.seed, config.optim.lr, config.model.pattern) == (9, 5, 1.0, "LN")
-    assert config.parallel.dp == 3
+    assert config.parallel.dp_replicate == 3
     assert config.data.suffixes == (".md", ".rst")
     assert parse() == Config()
     assert parse(f"--config={file}").train.steps == 7
@@ -46,7 +57,7 @@ def test_a_config_comes_back_from_toml(tmp_path: Path) -> None:
     config = with_values(
         sample__prompt='a "quoted" \\ line\n\ttab \x7f \x01 é',
         optim__lr=1e-5,
-        parallel__dp=2,
+        parallel__dp_replicate=2,
         data__suffixes=[".a", ".b"],
         run__dir="some where",
     )
@@ -128,19 +139,28 @@ def test_the_exchange_is_told_what_states_travel_in() -> None:
 
 def test_the_defaults_are_in_range() -> None:
     check(Config())
-    assert check_degrees(Config(), 2) == 1
+    assert check_degrees(Config(), 2) == MeshDegrees(1, 1, 2)
 
 
-def test_a_world_that_is_not_dp_times_sp_is_refused_with_the_legal_degrees() -> None:
-    with pytest.raises(ConfigError, match=r"6 ranks are not parallel.dp 1 x parallel.sp 4 = 4.* can be 1, 2, 3, 6,"):
-        check_degrees(with_values(parallel__sp=4), 6)
-    with pytest.raises(ConfigError, match=r"8 ranks are not parallel.dp 2 x parallel.sp 2 = 4"):
-        check_degrees(with_values(parallel__sp=2, parallel__dp=2), 8)
+def test_a_world_that_is_no_product_of_the_degrees_is_refused_with_the_legal_ones() -> None:
     with pytest.raises(
-        ConfigError, match=r"8192 is 1 sequences .*parallel.dp 4 does not divide. Use a multiple of 32768"
+        ConfigError, match=r"6 ranks are not parallel.dp_replicate 1 x parallel.dp_shard 1 x parallel.sp 4 = 4.* 1 x 1 x 6,"
     ):
-        check_degrees(with_values(parallel__sp=2), 8)
-    assert check_degrees(with_values(parallel__sp=2, train__batch_tokens=32_768), 8) == 4
+        check_degrees(with_values(parallel__sp=4), 6)
+    with pytest.raises(ConfigError, match=r"8 ranks are not .*sp 2 = 4. 8 ranks can be .*: 2 x 2 x 2, "):
+        check_degrees(with_values(parallel__sp=2, parallel__dp_replicate=2), 8)
+    with pytest.raises(
+        ConfigError,
+        match=r"8192 is 1 sequences .*dp_replicate 2 x parallel.dp_shard 2 does not divide. Use a multiple of 32768",
+    ):
+        check_degrees(with_values(parallel__sp=2, parallel__dp_shard=2), 8)
+    assert check_degrees(with_values(parallel__sp=2, train__batch_tokens=32_768), 8) == MeshDegrees(4, 1, 2)
+
+
+def test_a_key_of_former_versions_is_refused_with_what_it_has_become() -> None:
+    for refused in (lambda: with_values(parallel__dp=2), lambda: parse("--parallel.dp", "2")):
+        with pytest.raises(ConfigError, match=r"parallel.dp is no \w+ any more: .*dp_replicate, .*dp_shard"):
+            refused()
 
 
 def test_only_what_is_trained_must_stay_on_resume() -> None:
@@ -188,7 +208,7 @@ def test_every_key_is_documented_with_its_default() -> None:
 def test_the_examples_are_configs(path: Path) -> None:
     config = read_toml(path)
     check(config)
-    assert check_degrees(config, config.parallel.sp * (config.parallel.dp or 1)) == (config.parallel.dp or 1)
+    assert check_degrees(config, num_ranks_asked_for(config)).world_size == num_ranks_asked_for(config)
     assert path.name in path.read_text()
 
 

@@ -56,6 +56,8 @@ def finished(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         (2, {"parallel__sp": 1}),
         (3, {"parallel__sp": 3, "train__micro_batch_sequences": 3}),
         (4, {"parallel__sp": 2, "train__micro_batch_sequences": 1}),
+        (2, {"parallel__sp": 1, "parallel__dp_shard": 2, "train__micro_batch_sequences": 1}),
+        (4, {"parallel__sp": 2, "parallel__shard_over_sp": True}),
     ],
 )
 def test_the_same_run_on_any_ranks(
@@ -399,7 +401,7 @@ def test_ranks_that_were_started_differently_all_say_how(corpus: Path, tmp_path:
 @pytest.mark.parametrize(
     ("values", "kind", "message"),
     [
-        ({"parallel__sp": 4}, "ConfigError", "2 ranks are not parallel.dp 1 x parallel.sp 4"),
+        ({"parallel__sp": 4}, "ConfigError", "2 ranks are not parallel.dp_replicate 1 x parallel.dp_shard 1 x parallel.sp 4"),
         ({"data__source": "/nowhere"}, "DataError", "data.source '/nowhere' does not exist"),
         ({"train__batch_tokens": 61_000}, "DataError", "fewer than one global batch of 1000 sequences of 61"),
         ({"parallel__device": "cuda"}, "ConfigError", "parallel.device is 'cuda', but there are 0 usable GPUs"),
