@@ -4,7 +4,7 @@ from longspan.comm.traffic import Traffic, record_traffic
 from longspan.errors import InputError
 from longspan.exchange.auto.choice import Auto
 from longspan.exchange.autograd import PendingExchange, start_exchange
-from longspan.exchange.recomputation import keeping_states
+from longspan.exchange.recomputation import keeping_exchanges, keeping_states
 from longspan.exchange.topologies.all_gather import AllGather
 from longspan.exchange.topologies.all_to_all import AllToAll
 from longspan.exchange.topologies.listed import TOPOLOGIES
@@ -55,6 +55,7 @@ __all__ = [
     "TwoLevel",
     "by_cost",
     "exchange_named",
+    "keeping_exchanges",
     "keeping_states",
     "record_traffic",
     "start_exchange",

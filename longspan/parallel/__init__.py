@@ -2,15 +2,21 @@
 
 from longspan.parallel.adapters import Adapter, register_adapter
 from longspan.parallel.apply import parallelize, sum_gradients, unparallelize
+from longspan.parallel.compiled import compile_blocks
 from longspan.parallel.mesh import MeshDegrees, ParallelMesh
+from longspan.parallel.precision import compute_in
+from longspan.parallel.recompute import recompute_blocks
 from longspan.parallel.sharded import gathered, shard_weights
 
 __all__ = [
     "Adapter",
     "MeshDegrees",
     "ParallelMesh",
+    "compile_blocks",
+    "compute_in",
     "gathered",
     "parallelize",
+    "recompute_blocks",
     "register_adapter",
     "shard_weights",
     "sum_gradients",

@@ -2,8 +2,8 @@
 
     world = dp_replicate × dp_shard × sp            rank = (replicate · dp_shard + shard) · sp + place
 
-Neighbouring ranks share a sequence: sequence parallelism sends the most, layer by layer, and neighbours have the fastest links. Ranks
-that differ in `dp_replicate` or `dp_shard` compute other sequences. Those along `dp_shard` hold shares of the weights, and with
+Neighbouring ranks share a sequence: they exchange in every layer, and neighbours have the fastest links. Ranks that
+differ in `dp_replicate` or `dp_shard` compute other sequences. Those along `dp_shard` hold shares of the weights, and with
 `shard_over_sp` those along `sp`, too: ranks that share a sequence have the same weights otherwise.
 """
 
@@ -29,8 +29,8 @@ _MOST_LISTED = 12
 class MeshDegrees:
     """The sizes of a mesh: arithmetic of ranks, without a process group; checked when it is made.
 
-    dp_replicate: copies of the weights, each trained on other sequences. dp_shard: ranks over which a copy is divided, which compute
-    other sequences, too. sp: ranks that share a sequence. shard_over_sp: whether a copy is divided over these as well.
+    dp_replicate: copies of the weights, each trained on other sequences. dp_shard: ranks over which a copy is divided, which
+    compute other sequences, too. sp: ranks that share a sequence. shard_over_sp: whether a copy is divided over these as well.
 
     Raises:
         ConfigError: for a degree that is no positive integer.
@@ -128,9 +128,7 @@ class MeshDegrees:
         degrees = factorings(world_size)
         # First those that are nearest to what was asked for.
         degrees.sort(key=lambda other: -sum(getattr(other, name) == getattr(self, name) for name in _DIMENSIONS))
-        listed = ", ".join(
-            f"{other.dp_replicate} x {other.dp_shard} x {other.sp}" for other in degrees[:_MOST_LISTED]
-        )
+        listed = ", ".join(f"{other.dp_replicate} x {other.dp_shard} x {other.sp}" for other in degrees[:_MOST_LISTED])
         more = f" and {len(degrees) - _MOST_LISTED} more" if len(degrees) > _MOST_LISTED else ""
         raise ConfigError(
             f"{world_size} ranks are not {asked} = {self.world_size}. {world_size} ranks can be (dp_replicate x dp_shard x sp): "
@@ -146,7 +144,7 @@ class MeshDegrees:
         """Which rank sits where, in a few lines for a person."""
         lines = [
             f"{self.world_size} ranks: dp_replicate {self.dp_replicate} x dp_shard {self.dp_shard} x sp {self.sp}",
-            f"sequences: {self._described('sp', 'share one', 'each rank its own')}",
+            f"sequences: {self._described('sp', 'share one each', 'each rank its own')}",
         ]
         if self.shards_weights:
             lines.append("weights: " + self._described("shard", f"hold 1/{self.size('shard')} each", ""))

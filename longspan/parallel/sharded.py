@@ -2,8 +2,8 @@
 
 The one gradient convention holds: a rank's loss is its local sum over valid tokens, divided by the number of valid tokens of all
 ranks (data × sequence), and gradients are sums over all of them. FSDP2 takes means by default; its divisor is set to one, and it is
-given all ranks: it scatters the sums over the ranks along ``"shard"``, and sums over those along ``"replicate"``, which hold the same
-share. So nothing is left to sum after backward.
+given all ranks: it scatters the sums over the ranks along ``"shard"``, and sums over those along ``"replicate"``, which hold the
+same share. So nothing is left to sum after backward.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def shard_weights(
         mesh: whose ``"shard"`` dimension has several ranks.
         blocks: the modules that are gathered and reduced one at a time; if not said, the entries of the outermost
             `torch.nn.ModuleList`s. The model itself is one more, of what is in none of them.
-        dtype: what is computed in, such as torch.bfloat16; None is that of the weights. The weights stay what they are, gradients are
-            summed and kept in float32 at least.
+        dtype: what is computed in, such as torch.bfloat16; None is that of the weights. The weights stay what they are, gradients
+            are summed and kept in float32 at least.
 
     A rank's loss is its sum over valid tokens divided by the number of valid tokens of all ranks. After ``loss.backward()`` the
     gradients are the sums over all ranks of the mesh: call no `sum_gradients`. Weights and gradients are `DTensor`s of this rank's
@@ -60,14 +60,10 @@ def shard_weights(
             raise InputError(
                 f"shard_weights(): {name} has no dimension to divide; got a scalar. Make it a tensor of shape (1,)"
             )
-    units = list(outermost_blocks(model) if blocks is None else blocks)
-    if not units:
-        raise InputError(
-            f"shard_weights() gathers one block at a time; {type(model).__name__} has no torch.nn.ModuleList of them. Say which "
-            "modules are: blocks=[...]"
-        )
+    units = blocks_of(model, blocks)
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=None if dtype is None else torch.float32)
-    for module in (*units, model):
+    all_modules: list[nn.Module] = [*units, model]
+    for module in all_modules:
         sharded: Any = fully_shard(module, mesh=mesh.weights, mp_policy=policy)
         sharded.set_gradient_divide_factor(1.0)
         # A divisor of one by a plain sum, which every backend has.
@@ -75,13 +71,24 @@ def shard_weights(
     return model
 
 
-def outermost_blocks(model: nn.Module) -> Iterator[nn.Module]:
+def blocks_of(model: nn.Module, blocks: Iterable[nn.Module] | None) -> list[nn.Module]:
+    """The blocks that are given, or those of the outermost module lists; raises InputError where there are none."""
+    found = list(_outermost_blocks(model) if blocks is None else blocks)
+    if not found:
+        raise InputError(
+            f"what is done block by block needs blocks; {type(model).__name__} has no torch.nn.ModuleList of them. Say which "
+            "modules they are: blocks=[...]"
+        )
+    return found
+
+
+def _outermost_blocks(model: nn.Module) -> Iterator[nn.Module]:
     """The entries of the module lists that are in no other module list: a model's blocks, in its order."""
     for child in model.children():
         if isinstance(child, nn.ModuleList):
             yield from child
         else:
-            yield from outermost_blocks(child)
+            yield from _outermost_blocks(child)
 
 
 @contextmanager

@@ -171,6 +171,12 @@ class TrainConfig:
     """Tokens of a global batch, whatever the number of ranks."""
     micro_batch_sequences: int | None = None
     """Sequences that a rank computes at once; None takes all of its part of the batch."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """What layers compute in. Weights, gradients' sums and the optimizer are float32, and so are memory states."""
+    recompute: Literal["none", "layer", "selective"] = "none"
+    """Keep no activations of a layer, and compute them again in backward: all, or but for what exchanges brought (selective)."""
+    compile: bool = False
+    """Compile each layer by torch.compile; the first steps take longer."""
     check_tokens: int = 65_536
     """Compare this much of the first batch with a single process before the first step."""
     max_skipped_steps: int = 10

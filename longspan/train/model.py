@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from longspan.errors import ConfigError
 from longspan.models import LinearLlama3
-from longspan.parallel import parallelize, shard_weights, sum_gradients
-from longspan.parallel.sharded import copy_whole
+from longspan.parallel import compile_blocks, compute_in, parallelize, recompute_blocks, shard_weights, sum_gradients
+from longspan.parallel.compiled import check_compiler
+from longspan.parallel.sharded import copy_whole, on_this_rank
 from longspan.train.config import Config
 from longspan.train.ranks import Ranks
 
@@ -22,17 +24,48 @@ def build_model(config: Config, vocab_size: int, device: torch.device) -> Linear
     return model.to(device)
 
 
-def make_parallel(model: LinearLlama3, config: Config, ranks: Ranks) -> LinearLlama3:
-    """Let the model run on the sequences that the ranks share, and divide its weights; a single process has nothing to share."""
-    if ranks.mesh is None:
-        return model
-    model = parallelize(
-        model,
-        ranks.mesh["sp"],
-        exchange=config.parallel.build_exchange(),
-        softmax_method=config.parallel.softmax_method,
-    )
-    return shard_weights(model, ranks.mesh) if ranks.degrees.shards_weights else model
+def make_parallel(model: LinearLlama3, config: Config, ranks: Ranks, dtype: torch.dtype | None = None) -> LinearLlama3:
+    """Let the model run as the config says, on the sequences that the ranks share and with a share of its weights each.
+
+    dtype: what layers compute in, where it is not that of the weights.
+    """
+    if ranks.mesh is not None:
+        parallelize(
+            model,
+            ranks.mesh["sp"],
+            exchange=config.parallel.build_exchange(),
+            softmax_method=config.parallel.softmax_method,
+        )
+    if config.train.compile:
+        compile_blocks(model)
+    if dtype is not None and not ranks.degrees.shards_weights:
+        compute_in(model, dtype)
+    if config.train.recompute != "none":
+        recompute_blocks(model, config.train.recompute)
+    if ranks.mesh is not None and ranks.degrees.shards_weights:
+        shard_weights(model, ranks.mesh, dtype=dtype)
+    return model
+
+
+def compute_dtype(config: Config) -> torch.dtype | None:
+    """What layers compute in, where it is not float32."""
+    return torch.bfloat16 if config.train.dtype == "bfloat16" else None
+
+
+def check_device(config: Config, device: torch.device) -> None:
+    """Raise ConfigError where the device cannot compute as the config says."""
+    if config.train.compile:
+        check_compiler(device)
+    if config.train.dtype == "bfloat16" and device.type == "cuda" and not computes_in_bfloat16():
+        raise ConfigError(
+            f"train.dtype is 'bfloat16', which {torch.cuda.get_device_name(device)} does not compute in. Use train.dtype "
+            "'float32', or a GPU of compute capability 8.0 or newer"
+        )
+
+
+def computes_in_bfloat16() -> bool:
+    """Whether this process's GPU does, and does not merely emulate it."""
+    return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def sum_over_ranks(model: nn.Module, ranks: Ranks) -> None:
@@ -46,3 +79,10 @@ def copy_weights(weights: dict[str, Tensor], target: LinearLlama3) -> LinearLlam
     for name, parameter in target.named_parameters():
         copy_whole(weights[name], parameter)
     return target
+
+
+@torch.no_grad()
+def copy_shares(source: nn.Module, target: nn.Module) -> None:
+    """Give `target` the weights of `source`, which is the same model on the same mesh: each rank copies what it holds."""
+    for ours, theirs in zip(target.parameters(), source.parameters(), strict=True):
+        on_this_rank(ours).copy_(on_this_rank(theirs))

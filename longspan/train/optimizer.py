@@ -65,7 +65,7 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 
 
 def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Give the optimizer the state that `optimizer_tensors` took, whole; raises KeyError or ValueError for that of another model."""
+    """Give the optimizer the state that `optimizer_tensors` took, whole; raises KeyError or ValueError for another model's."""
     parameters = dict(model.named_parameters())
     optimizer.state.clear()
     for key, value in tensors.items():

@@ -18,6 +18,7 @@ from longspan.train import exchange
 from longspan.train.checkpoint import Checkpoint, load_checkpoint, newest_checkpoint, remove_leftovers
 from longspan.train.config import Config
 from longspan.train.finish import finish
+from longspan.train.model import check_device
 from longspan.train.phase import RunPhase
 from longspan.train.ranks import Ranks
 from longspan.train.report import Report
@@ -57,6 +58,7 @@ def train_on(
     phase = phase or RunPhase()
     torch.manual_seed(config.train.seed)
     ranks.agree(_facts(config, resume))
+    ranks.together(lambda: check_device(config, ranks.device))
     ranks.arrange(configs.check_degrees(config, ranks.world_size))
     report = Report(config.train.steps, config.run.print_every, silent=not ranks.is_first)
     report.heading("longspan", _describe_ranks(ranks, config))

@@ -25,7 +25,7 @@ from longspan.train.config import Config
 from longspan.train.exchange import figures_to_save, measures, take_saved_figures
 from longspan.train.loss import Evaluation, evaluate, loss_sum, unigram_baseline
 from longspan.train.metrics import MetricsFile, Totals, peak_memory_bytes
-from longspan.train.model import build_model, copy_weights, make_parallel, sum_over_ranks
+from longspan.train.model import build_model, compute_dtype, copy_shares, copy_weights, make_parallel, sum_over_ranks
 from longspan.train.optimizer import (
     build_optimizer,
     clip_gradients,
@@ -67,7 +67,7 @@ class Trainer:
         self.layout = self._layout(train.seq_len)
         self.token_bytes = data.tokenizer.token_bytes
         self.baseline = unigram_baseline(data.train.tokens, data.tokenizer.vocab_size, self.held_out, self.token_bytes)
-        self.model = make_parallel(self._build_model(), config, ranks)
+        self.model = make_parallel(self._build_model(), config, ranks, compute_dtype(config))
         self.optimizer = build_optimizer(self.model, config.optim)
         self.has_saved_figures = False
         self.step = 0
@@ -100,13 +100,21 @@ class Trainer:
         length = max(self.ranks.sp, min(self.config.train.seq_len, wanted // rows))
         weights = self.whole_weights()
         return self_check(
-            self.model,
+            self._model_in_float32(),
             lambda: self.model_for_one_process(weights),
             tokens[:rows, : length + 1],
             self._layout(length),
             self.ranks,
             threads_alone,
         )
+
+    def _model_in_float32(self) -> LinearLlama3:
+        """The model as it is trained, but for a lower precision, whose rounding would hide what the check looks for."""
+        if compute_dtype(self.config) is None:
+            return self.model
+        model = make_parallel(self._build_model(), self.config, self.ranks)
+        copy_shares(self.model, model)
+        return model
 
     def run(self, stop: StopRequest) -> bool:
         """Train up to the last step; True if a signal stopped the run before, with a checkpoint."""

@@ -58,11 +58,11 @@ def test_degrees_and_names_that_do_not_exist_are_refused() -> None:
     with pytest.raises(ConfigError, match="dp_shard is 0"):
         MeshDegrees(dp_shard=0)
     name: Any = "tp"
-    with pytest.raises(LayoutError, match="a mesh has the dimensions dp_replicate, .*; got 'tp'"):
+    with pytest.raises(LayoutError, match=r"a mesh has the dimensions dp_replicate, .*; got 'tp'"):
         MeshDegrees().size(name)
     with pytest.raises(LayoutError, match="rank 4 is not in a mesh of 4 ranks, 0 to 3"):
         MeshDegrees(sp=4).coordinate(4, "sp")
-    with pytest.raises(LayoutError, match="there is none. Call torch.distributed.init_process_group"):
+    with pytest.raises(LayoutError, match=r"there is none. Call torch.distributed.init_process_group"):
         ParallelMesh(MeshDegrees())
 
 

@@ -45,7 +45,9 @@ def parse(*arguments: str) -> Config:
 def test_the_command_line_overrides_the_file_and_the_file_the_defaults(tmp_path: Path) -> None:
     file = tmp_path / "c.toml"
     file.write_text('[train]\nsteps = 7\nseed = 5\n[optim]\nlr = 1\n[model]\npattern = "LN"\n')
-    config = parse("--config", str(file), "--train.steps", "9", "--parallel.dp_replicate=3", "--data.suffixes", ".md", ".rst")
+    config = parse(
+        "--config", str(file), "--train.steps", "9", "--parallel.dp_replicate=3", "--data.suffixes", ".md", ".rst"
+    )
     assert (config.train.steps, config.train.seed, config.optim.lr, config.model.pattern) == (9, 5, 1.0, "LN")
     assert config.parallel.dp_replicate == 3
     assert config.data.suffixes == (".md", ".rst")
@@ -144,10 +146,13 @@ def test_the_defaults_are_in_range() -> None:
 
 def test_a_world_that_is_no_product_of_the_degrees_is_refused_with_the_legal_ones() -> None:
     with pytest.raises(
-        ConfigError, match=r"6 ranks are not parallel.dp_replicate 1 x parallel.dp_shard 1 x parallel.sp 4 = 4.* 1 x 1 x 6,"
+        ConfigError,
+        match=r"6 ranks are not parallel.dp_replicate 1 x parallel.dp_shard 1 x parallel.sp 4 = 4.* 1 x 1 x 6,",
     ):
         check_degrees(with_values(parallel__sp=4), 6)
-    with pytest.raises(ConfigError, match=r"8 ranks are not .*sp 2 = 4. 8 ranks can be .*: 2 x 2 x 2, "):
+    with pytest.raises(
+        ConfigError, match=r"8 ranks are not .*sp 2 = 4. 8 ranks can be .*: 2 x 1 x 4, 4 x 1 x 2, 2 x 2 x 2, "
+    ):
         check_degrees(with_values(parallel__sp=2, parallel__dp_replicate=2), 8)
     with pytest.raises(
         ConfigError,

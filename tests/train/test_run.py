@@ -366,8 +366,8 @@ def _gradients_of_own_tokens(model: torch.nn.Module) -> None:
 
 _SABOTAGES: dict[str, Any] = {
     "labels": lambda: mock.patch.object(SequenceLayout, "shard_labels", _labels_shifted_after_the_split),
-    "averaged gradients": lambda: mock.patch("longspan.train.selfcheck.sum_gradients", _averaged_gradients),
-    "own gradients": lambda: mock.patch("longspan.train.selfcheck.sum_gradients", _gradients_of_own_tokens),
+    "averaged gradients": lambda: mock.patch("longspan.train.model.sum_gradients", _averaged_gradients),
+    "own gradients": lambda: mock.patch("longspan.train.model.sum_gradients", _gradients_of_own_tokens),
     "no exchange": lambda: mock.patch.object(LinearMemory, "incoming", lambda memory, q=None: None),
 }
 
@@ -401,7 +401,11 @@ def test_ranks_that_were_started_differently_all_say_how(corpus: Path, tmp_path:
 @pytest.mark.parametrize(
     ("values", "kind", "message"),
     [
-        ({"parallel__sp": 4}, "ConfigError", "2 ranks are not parallel.dp_replicate 1 x parallel.dp_shard 1 x parallel.sp 4"),
+        (
+            {"parallel__sp": 4},
+            "ConfigError",
+            "2 ranks are not parallel.dp_replicate 1 x parallel.dp_shard 1 x parallel.sp 4",
+        ),
         ({"data__source": "/nowhere"}, "DataError", "data.source '/nowhere' does not exist"),
         ({"train__batch_tokens": 61_000}, "DataError", "fewer than one global batch of 1000 sequences of 61"),
         ({"parallel__device": "cuda"}, "ConfigError", "parallel.device is 'cuda', but there are 0 usable GPUs"),

@@ -14,8 +14,9 @@ reads. A method that attends elsewhere than where the tokens are has two more no
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from longspan.attention.softmax.shapes import Shapes
 from longspan.dtypes import at_least_float32
+from longspan.exchange.recomputation import KeptTensors, kept_tensors
 from longspan.first_order import first_order
 from longspan.layout import SequenceLayout
 from longspan.layout.visibility import Run, Visibility, VisibleBlock, plan_blocks
@@ -58,6 +60,10 @@ class KeyExchange(ABC):
     @abstractmethod
     def start(self, k: Tensor, v: Tensor) -> None:
         """Send this rank's keys and values on their way."""
+
+    def start_again(self, k: Tensor) -> None:
+        """In the place of `start`, where a checkpointed function is repeated and what was brought has been kept."""
+        return
 
     @abstractmethod
     def attend_first(self, merged: Merged, k: Tensor, v: Tensor) -> None:
@@ -215,7 +221,11 @@ class Reader:
             moves = isinstance(exchange, MovingExchange)
             self._past_blocks = past.blocks([(0, layout.seq_len)] if moves else layout.segments)
         self._num_reads = 0
-        self._ticket: Tensor | None = _KeysStart.apply(k, v, exchange) if exchange.exchanges else None
+        self._kept: KeptTensors | None = None
+        self._ticket: Tensor | None = None
+        if exchange.exchanges:
+            self._kept, repeats = kept_tensors(type(exchange).__name__, k.shape, v.shape, k.dtype)
+            self._ticket = _KeysStart.apply(k, v, exchange, repeats)
 
     def attend(self, q: Tensor, scale: float, softcap: float | None = None, sinks: Tensor | None = None) -> Tensor:
         """Attention [B, T, H, D_v] of this rank's queries on every key that they may see, and on the sinks [H]."""
@@ -236,7 +246,18 @@ class Reader:
                 )
         if not isinstance(exchange, MovingExchange):
             out: Tensor = _Attend.apply(
-                q, self._k, self._v, self._ticket, *past, sinks, self._past_blocks, exchange, scale, softcap, read
+                q,
+                self._k,
+                self._v,
+                self._ticket,
+                *past,
+                sinks,
+                self._past_blocks,
+                exchange,
+                scale,
+                softcap,
+                read,
+                self._kept,
             )
             return out
         if sinks is not None:
@@ -244,11 +265,22 @@ class Reader:
         if self._past is not None:
             heads = q.shape[2]
             past = exchange.key_heads_there(self._past.k, heads), exchange.key_heads_there(self._past.v, heads)
-        q_there, ticket = _There.apply(q, self._ticket, exchange, read)
+        q_there, ticket = _There.apply(q, self._ticket, exchange, read, self._kept)
         moved: Tensor = _Attend.apply(
-            q_there, self._k, self._v, ticket, *past, sinks, self._past_blocks, exchange, scale, softcap, read
+            q_there,
+            self._k,
+            self._v,
+            ticket,
+            *past,
+            sinks,
+            self._past_blocks,
+            exchange,
+            scale,
+            softcap,
+            read,
+            self._kept,
         )
-        back: Tensor = _Back.apply(moved, exchange)
+        back: Tensor = _Back.apply(moved, exchange, read, self._kept)
         return back
 
 
@@ -297,17 +329,20 @@ class _KeysStart(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, k: Tensor, v: Tensor, exchange: KeyExchange) -> Tensor:
+    def forward(ctx: Any, k: Tensor, v: Tensor, exchange: KeyExchange, repeats: bool) -> Tensor:
         ctx.exchange, ctx.shapes, ctx.dtype = exchange, (k.shape, v.shape), k.dtype
-        exchange.start(k, v)
+        if repeats:
+            exchange.start_again(k)
+        else:
+            exchange.start(k, v)
         return k.new_zeros(1)
 
     @staticmethod
     @first_order
-    def backward(ctx: Any, grad_ticket: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, grad_ticket: Tensor) -> tuple[Tensor, Tensor, None, None]:
         exchange: KeyExchange = ctx.exchange
         dk, dv = exchange.finish(ctx.shapes)
-        return dk.to(ctx.dtype), dv.to(ctx.dtype), None
+        return dk.to(ctx.dtype), dv.to(ctx.dtype), None, None
 
 
 class _Join(torch.autograd.Function):
@@ -364,8 +399,13 @@ class _Attend(torch.autograd.Function):
         scale: float,
         softcap: float | None,
         read: int,
+        kept: KeptTensors | None,
     ) -> Tensor:
-        found = attend(exchange, q, k, v, (past_k, past_v), past_blocks, sinks, scale, softcap)
+        found = None if kept is None else _attended_before(kept, read, k, v)
+        if found is None:
+            found = attend(exchange, q, k, v, (past_k, past_v), past_blocks, sinks, scale, softcap)
+            if kept is not None:
+                _keep_attended(kept, read, found, k, v)
         ctx.save_for_backward(q, found.out, found.lse, past_k, past_v, sinks, *found.kept)
         ctx.past_blocks, ctx.exchange, ctx.read = past_blocks, exchange, read
         ctx.scale, ctx.softcap = scale, softcap
@@ -386,7 +426,7 @@ class _Attend(torch.autograd.Function):
         past_dk, past_dv = (x.to(q.dtype) for x in past_grads) if past_grads else (None, None)
         ticket = grad_out.new_zeros(1) if returns_key_grads else None
         sink_grads = queries.sink_grads(sinks) if ctx.needs_input_grad[6] else None
-        return queries.dq, dk, dv, ticket, past_dk, past_dv, sink_grads, None, None, None, None, None
+        return queries.dq, dk, dv, ticket, past_dk, past_dv, sink_grads, None, None, None, None, None, None
 
 
 class _There(torch.autograd.Function):
@@ -400,31 +440,60 @@ class _There(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, ticket: Tensor, exchange: MovingExchange, read: int) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, q: Tensor, ticket: Tensor, exchange: MovingExchange, read: int, kept: KeptTensors | None
+    ) -> tuple[Tensor, Tensor]:
         ctx.exchange, ctx.read = exchange, read
         passed_on = ticket.clone()
         if not ctx.needs_input_grad[1]:
             ctx.mark_non_differentiable(passed_on)
-        return exchange.there(q, "forward"), passed_on
+        return _moved(kept, ("there", read), lambda: exchange.there(q, "forward")), passed_on
 
     @staticmethod
     @first_order
-    def backward(ctx: Any, grad_q: Tensor, grad_ticket: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+    def backward(ctx: Any, grad_q: Tensor, grad_ticket: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
         exchange: MovingExchange = ctx.exchange
         dq = exchange.back_with_key_grads(grad_q, ctx.read)
-        return dq, grad_ticket if ctx.needs_input_grad[1] else None, None, None
+        return dq, grad_ticket if ctx.needs_input_grad[1] else None, None, None, None
 
 
 class _Back(torch.autograd.Function):
     """After `_Attend`: moves outputs [B, S, h, D_v] to their tokens, [B, T, H, D_v]; its backward moves their gradients."""
 
     @staticmethod
-    def forward(ctx: Any, out: Tensor, exchange: MovingExchange) -> Tensor:
+    def forward(ctx: Any, out: Tensor, exchange: MovingExchange, read: int, kept: KeptTensors | None) -> Tensor:
         ctx.exchange = exchange
-        return exchange.back(out, "forward")
+        return _moved(kept, ("back", read), lambda: exchange.back(out, "forward"))
 
     @staticmethod
     @first_order
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, None, None, None]:
         exchange: MovingExchange = ctx.exchange
-        return exchange.there(grad_out, "backward"), None
+        return exchange.there(grad_out, "backward"), None, None, None
+
+
+def _keep_attended(kept: KeptTensors, read: int, found: Attended, k: Tensor, v: Tensor) -> None:
+    """Keep what the first run of a checkpointed function found, but for the rank's own keys and values: they are computed again."""
+    brought = [None if x is k or x is v else x for x in found.kept]
+    kept.keep(("attended", read), [found.out, found.lse, *brought])
+
+
+def _attended_before(kept: KeptTensors, read: int, k: Tensor, v: Tensor) -> Attended | None:
+    """What the first run of a checkpointed function found in its read number `read`; None in that run."""
+    again = kept.again(("attended", read))
+    if again is None:
+        return None
+    out, lse, *brought = again
+    return Attended(out, lse, tuple(own if x is None else x for x, own in zip_longest(brought, (k, v))))
+
+
+def _moved(kept: KeptTensors | None, key: object, move: Callable[[], Tensor]) -> Tensor:
+    """What `move` brings, or has brought in the first run of a checkpointed function."""
+    again = None if kept is None else kept.again(key)
+    if again is not None:
+        moved: Tensor = again[0]
+        return moved
+    moved = move()
+    if kept is not None:
+        kept.keep(key, [moved])
+    return moved

@@ -98,6 +98,9 @@ class Ulysses(MovingExchange):
         self._returning: dict[int, list[Flight]] = {}
         self._num_key_heads = 0
 
+    def start_again(self, k: Tensor) -> None:
+        self._num_key_heads = k.shape[2]
+
     def start(self, k: Tensor, v: Tensor) -> None:
         rows, num_tokens, self._num_key_heads, _ = k.shape
         parts = [(k[:, :, start:stop], v[:, :, start:stop]) for start, stop in self._heads_of(k.shape[2])]
