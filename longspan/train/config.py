@@ -221,6 +221,8 @@ class RunConfig:
 
     dir: str | None = None
     """The run folder; None takes runs/ and the time of the start."""
+    go_on: bool = False
+    """Where run.dir holds a run, go on with it from its newest checkpoint, or its beginning: for jobs that are started again."""
     print_every: int = 10
     """Steps between two printed lines where there is no terminal for a progress bar."""
     tensorboard: bool = False
@@ -400,6 +402,8 @@ def check(config: Config) -> None:
             "pip install 'longspan[tensorboard]', or leave the key out: metrics.jsonl has the same numbers"
         )
     config.parallel.build_exchange()
+    if config.run.go_on and config.run.dir is None:
+        raise ConfigError("run.go_on is True, but run.dir is not given: say which run to go on with, by run.dir")
     if config.run.trace_step is not None and config.run.trace_step > config.train.steps:
         raise ConfigError(
             f"run.trace_step {config.run.trace_step} comes after the last step, train.steps {config.train.steps}. Trace an "

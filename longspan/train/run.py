@@ -15,7 +15,13 @@ from longspan.errors import CheckpointError, ConfigError
 from longspan.launch import EXIT_DONE, EXIT_STOPPED, Place, StopRequest, num_cores
 from longspan.train import config as configs
 from longspan.train import exchange
-from longspan.train.checkpoint import Checkpoint, load_checkpoint, newest_checkpoint, remove_leftovers
+from longspan.train.checkpoint import (
+    Checkpoint,
+    complete_checkpoints,
+    load_checkpoint,
+    newest_checkpoint,
+    remove_leftovers,
+)
 from longspan.train.config import Config
 from longspan.train.finish import finish
 from longspan.train.model import check_device
@@ -104,9 +110,22 @@ def _facts(config: Config, resume: RunFolder | None) -> dict[str, str]:
 
 def _open_run(config: Config, resume: RunFolder | None, ranks: Ranks) -> tuple[RunFolder, Checkpoint | None]:
     """A new run's folder, or that of a run to go on with and its newest checkpoint."""
+    if resume is None and config.run.go_on:
+        # Rank 0 looks, before any rank writes: all of them take the same way.
+        wanted, has_checkpoint = ranks.from_first(lambda: _begun_before(config))
+        if not has_checkpoint:
+            return RunFolder(Path(wanted)), None
+        resume = RunFolder(Path(wanted))
     if resume is None:
         return RunFolder(Path(ranks.from_first(lambda: str(create_run_folder(config.run.dir).path)))), None
-    return resume, ranks.together(lambda: _newest_fitting_checkpoint(resume, config))
+    found = resume
+    return found, ranks.together(lambda: _newest_fitting_checkpoint(found, config))
+
+
+def _begun_before(config: Config) -> tuple[str, bool]:
+    """The folder of a run that goes on where it stands, made if it is not there, and whether it has a checkpoint."""
+    folder = create_run_folder(config.run.dir, or_begun=True)
+    return str(folder.path), bool(complete_checkpoints(folder.checkpoints))
 
 
 def _newest_fitting_checkpoint(folder: RunFolder, config: Config) -> Checkpoint:
@@ -168,7 +187,7 @@ def _write_start(trainer: Trainer) -> None:
     remove_leftovers(trainer.folder.checkpoints)
     trainer.metrics.cut_after(trainer.step)
     # Without its folder, the config is that of another run as well.
-    config = dataclasses.replace(trainer.config, run=dataclasses.replace(trainer.config.run, dir=None))
+    config = dataclasses.replace(trainer.config, run=dataclasses.replace(trainer.config.run, dir=None, go_on=False))
     with writing(trainer.folder.config):
         trainer.folder.config.write_text(configs.to_toml(config), encoding="utf-8")
 

@@ -40,8 +40,10 @@ class RunFolder:
         self.summary_text = path / "summary.md"
 
 
-def create_run_folder(wanted: str | None) -> RunFolder:
+def create_run_folder(wanted: str | None, or_begun: bool = False) -> RunFolder:
     """Make a new run folder; None is ``runs/`` and the time.
+
+    or_begun: whether `wanted` may be the folder of a run that was begun before.
 
     Raises:
         ConfigError: if there is a run, or anything else, in that folder already, or it cannot be made.
@@ -49,6 +51,10 @@ def create_run_folder(wanted: str | None) -> RunFolder:
     if wanted is None:
         return _create_by_time()
     path = Path(wanted)
+    if or_begun:
+        _make(path)
+        _check_holds_a_run_alone(path)
+        return RunFolder(path)
     if _is_used(path):
         raise ConfigError(
             f"run.dir {wanted!r} is not empty, and a run never overwrites another one. Go on with that run by "
@@ -56,6 +62,20 @@ def create_run_folder(wanted: str | None) -> RunFolder:
         )
     _make(path)
     return RunFolder(path)
+
+
+def _check_holds_a_run_alone(path: Path) -> None:
+    """Raise ConfigError for a folder that holds something, and no run: a run that was cut off early has some of its files."""
+    folder = RunFolder(path)
+    known = {value.name for key, value in vars(folder).items() if key != "path"}
+    try:
+        odd = sorted(entry.name for entry in path.iterdir() if entry.name not in known)
+    except OSError as error:
+        raise ConfigError(f"run.dir {str(path)!r} cannot be read: {error}. Give another folder") from error
+    if odd and not _is_file(folder.config):
+        raise ConfigError(
+            f"run.dir {str(path)!r} holds no run to go on with, and it is not empty: it has {odd[0]!r}. Give another folder"
+        )
 
 
 def find_run_to_resume(wanted: str | None) -> RunFolder:

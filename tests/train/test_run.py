@@ -14,14 +14,14 @@ import torch
 import torch.distributed as dist
 
 from longspan.attention.linear import LinearMemory
-from longspan.errors import CheckpointError
+from longspan.errors import CheckpointError, ConfigError
 from longspan.exchange import TOPOLOGIES
 from longspan.launch import EXIT_DONE, EXIT_STOPPED, Place
 from longspan.layout import SequenceLayout
 from longspan.models.gates import GATE_BUILDERS
 from longspan.plan import gpu_cluster
 from longspan.train.checkpoint import Checkpoint, load_checkpoint, newest_checkpoint
-from longspan.train.config import Config
+from longspan.train.config import Config, check, from_mapping
 from longspan.train.exchange import take_saved_figures
 from longspan.train.loss import loss_sum
 from longspan.train.ranks import Ranks
@@ -119,6 +119,28 @@ def test_a_resumed_run_is_bit_equal_to_one_that_was_never_interrupted(
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert (run / "weights.safetensors").read_bytes() == (finished / "weights.safetensors").read_bytes()
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-00000003", "step-00000006"]
+
+
+def test_a_job_that_is_started_again_goes_on_where_it_stands(corpus: Path, finished: Path, tmp_path: Path) -> None:
+    """From nothing, from a folder without a checkpoint, and from a checkpoint, by one and the same command."""
+    new, cut_off = tmp_path / "new", tmp_path / "cut-off"
+    shutil.copytree(finished / "data", cut_off / "data")
+    begun = interrupted(finished, tmp_path / "begun", after=3)
+    for run in (new, cut_off, begun):
+        assert run_on_ranks(2, train_here, tiny_config(corpus, run, run__go_on=True)) == [EXIT_DONE] * 2
+        assert metrics(run, *COMPUTED) == metrics(finished, *COMPUTED)
+    assert len(metrics(begun)) == len(metrics(finished))
+
+
+def test_a_job_that_is_started_again_takes_no_other_folder(corpus: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "thesis.tex").touch()
+    for kind, text in run_on_ranks(2, raised, train_here, tiny_config(corpus, other, run__go_on=True)):
+        assert kind == "ConfigError"
+        assert "holds no run to go on with" in text and "thesis.tex" in text
+    with pytest.raises(ConfigError, match=r"run.go_on is True, but run.dir is not given"):
+        check(from_mapping({"run": {"go_on": True}}))
 
 
 def _go_on_without_measuring(config: Config) -> int:
