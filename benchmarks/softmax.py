@@ -33,6 +33,7 @@ from benchmarks.softmax_sides import (
     peak_of_side,
     plain_step,
 )
+from longspan.data.packing import PackedBatch
 from longspan.models import LinearLlama3, LinearLlama3Config
 from longspan.train.loss import loss_sum
 
@@ -289,7 +290,7 @@ def _hybrid_calls(seq_len: int, rounds: int) -> list[list[Call]]:
 def _model_step(model: LinearLlama3, tokens: Tensor, layout: longspan.SequenceLayout) -> Tensor:
     """Forward, backward and the sum over ranks; returns all gradients as one vector."""
     model.zero_grad()
-    (loss_sum(model, tokens, layout) / layout.seq_len).backward()
+    (loss_sum(model, PackedBatch.of(tokens), layout) / layout.seq_len).backward()
     longspan.sum_gradients(model)
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 

@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,38 @@ class TokenFile:
     path: Path
     info: TokenFileInfo
     tokens: np.ndarray
+
+    @property
+    def num_tokens(self) -> int:
+        return self.info.num_tokens
+
+    @property
+    def token_counts(self) -> np.ndarray:
+        """How often each token of the vocabulary occurs, int64 ``[vocab_size]``."""
+        return np.bincount(self.tokens, minlength=self.info.vocab_size)
+
+    @cached_property
+    def _bounds(self) -> np.ndarray:
+        return np.array(self.info.documents, dtype=np.int64)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """A copy of the tokens ``[start, stop)``, int64."""
+        return self.tokens[start:stop].astype(np.int64)
+
+    def document_starts(self, start: int, stop: int) -> np.ndarray:
+        """Offsets at which a document starts, among ``[start, stop)``, int64."""
+        first, last = np.searchsorted(self._bounds[:-1], [start, stop])
+        return self._bounds[first:last]
+
+    def bounds_of_documents(self, start: int, stop: int) -> np.ndarray:
+        """Where each document that has a token in ``[start, stop)`` starts, and where the last of them ends, int64."""
+        first = np.searchsorted(self._bounds, start, side="right") - 1
+        last = np.searchsorted(self._bounds, stop, side="left")
+        return self._bounds[first : last + 1]
+
+    def num_longer_documents(self, length: int) -> int:
+        """Number of documents of more than `length` tokens."""
+        return int((np.diff(self._bounds) > length).sum())
 
 
 def sidecar_path(path: Path) -> Path:

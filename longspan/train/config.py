@@ -46,6 +46,8 @@ class DataConfig:
     """A byte-level BPE trained on the training text, or bytes as they are."""
     vocab_size: int = 2048
     """Size of the BPE's vocabulary."""
+    documents: Literal["reset", "concatenate"] = "reset"
+    """Start memory, attention and positions anew with each document, and predict no token across its end (reset), or do not."""
     folder: str | None = None
     """Keep prepared data here, for several runs; None keeps it in the run folder."""
 

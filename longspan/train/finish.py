@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from longspan.errors import CheckpointError
-from longspan.train.metrics import plot_losses
+from longspan.train.metrics import Totals, plot_losses
 from longspan.train.run_folder import writing
 from longspan.train.sample import generate
 from longspan.train.trainer import Trainer
@@ -90,10 +90,19 @@ def _summary(trainer: Trainer, seconds: float) -> dict[str, Any]:
         "unigram_bits_per_byte": trainer.baseline.bits_per_byte,
         "tokens_per_second": totals.tokens_per_second,
         "wait_share": totals.wait_share,
+        "data_wait_share": totals.data_wait_share,
         "memory_bytes": totals.memory_bytes,
         "seconds_in_steps": totals.seconds,
         "seconds_of_this_process": seconds,
+        "tokens_by_document_length": tokens_by_document_length(totals),
     }
+
+
+def tokens_by_document_length(totals: Totals) -> dict[str, int]:
+    """Tokens seen of documents of so many tokens, by ranges such as ``"1024-2047"``, the shortest first; none left out between."""
+    counts = totals.tokens_by_document_length
+    shortest = next((power for power, count in enumerate(counts) if count), 0)
+    return {f"{2**power}-{2 ** (power + 1) - 1}": counts[power] for power in range(shortest, len(counts))}
 
 
 def _finite(value: float) -> float | None:
@@ -102,9 +111,14 @@ def _finite(value: float) -> float | None:
 
 
 def _as_markdown(trainer: Trainer, summary: dict[str, Any], text: str) -> str:
-    rows = "\n".join(f"| {key.replace('_', ' ')} | {_with_separators(value)} |" for key, value in summary.items())
+    numbers = {key: value for key, value in summary.items() if not isinstance(value, dict)}
+    rows = "\n".join(f"| {key.replace('_', ' ')} | {_with_separators(value)} |" for key, value in numbers.items())
+    lengths = "\n".join(f"| {key} | {value:,} |" for key, value in summary["tokens_by_document_length"].items())
     sample = f"\n## Sample\n\n~~~~\n{trainer.config.sample.prompt}{text}\n~~~~\n" if text else ""
-    return f"# {trainer.folder.path.name}\n\n| | |\n|---|---|\n{rows}\n\n![Loss](loss.png)\n{sample}"
+    return (
+        f"# {trainer.folder.path.name}\n\n| | |\n|---|---|\n{rows}\n\n"
+        f"| tokens of the document | tokens seen |\n|---|---|\n{lengths}\n\n![Loss](loss.png)\n{sample}"
+    )
 
 
 def _with_separators(value: Any) -> str:

@@ -3,7 +3,7 @@
 A rank's loss is the sum over its own valid tokens, divided by the number of valid tokens of all ranks (data x
 sequence). Parameter gradients are then summed over all ranks, and equal those of one process.
 
-Shapes: B sequences of this rank, N tokens of a sequence, T_local tokens of it on this rank.
+Valid are the tokens that have a label: with documents all but the last of each. How many they are is known from the data alone.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from longspan.data.packing import IGNORED, PackedBatch, Sequences
 from longspan.layout import SequenceLayout
 from longspan.parallel.sharded import free_gathered
 from longspan.train.ranks import Ranks
-
-IGNORED = -100
+from longspan.train.step_batch import LayoutOf
 
 
 @dataclass(frozen=True)
@@ -45,26 +45,29 @@ class Evaluation:
         return f"{self.nats_per_token:.3f} nats/token, {self.bits_per_byte:.3f} bits/byte"
 
 
-def loss_sum(model: Any, tokens: Tensor, layout: SequenceLayout | None) -> Tensor:
+def loss_sum(model: Any, batch: PackedBatch, layout: SequenceLayout | None) -> Tensor:
     """Sum of the cross-entropies of this rank's tokens, in nats: a float32 scalar.
 
     Args:
         model: takes tokens ``[B, T_local]`` and `layout`, gives logits ``[B, T_local, vocab_size]``.
-        tokens: int64 ``[B, N + 1]``, whole sequences and the token that follows each.
-        layout: which tokens this rank holds; None is all of them.
+        batch: whole sequences, the same on every rank of the layout.
+        layout: which tokens this rank holds, and of which documents; None is all of them, as one document.
     """
-    inputs, labels = tokens[:, :-1], tokens[:, 1:]
-    if layout is not None:
-        inputs, labels = layout.shard(inputs), layout.shard_labels(tokens, ignore_index=IGNORED)
+    inputs, labels = (batch.inputs, batch.labels) if layout is None else own_tokens(batch, layout)
     logits = model(inputs, layout=layout)
     return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
 
 
+def own_tokens(batch: PackedBatch, layout: SequenceLayout) -> tuple[Tensor, Tensor]:
+    """This rank's inputs and labels ``[B, T_local]``: labels were shifted before the split."""
+    return layout.shard(batch.inputs), layout.shard(batch.labels)
+
+
 @torch.no_grad()
 def evaluate(
-    model: Any, sequences: Tensor, token_bytes: np.ndarray, layout: SequenceLayout, ranks: Ranks
+    model: Any, sequences: Sequences, token_bytes: np.ndarray, layout_of: LayoutOf, ranks: Ranks
 ) -> Evaluation:
-    """The loss on `sequences`, int64 ``[n, N + 1]``; the same sequences and result on every rank.
+    """The loss on `sequences`; the same sequences and result on every rank.
 
     Ranks of one `dp_rank` compute one sequence together, those of the others the next ones.
     """
@@ -72,25 +75,36 @@ def evaluate(
     for first in range(0, len(sequences), ranks.dp):
         row = first + ranks.dp_rank
         if row < len(sequences):
-            total += float(loss_sum(model, sequences[row : row + 1].to(ranks.device), layout))
+            total += float(_loss_of_row(model, sequences, row, layout_of, ranks))
         elif ranks.degrees.shards_weights:
             # The other ranks gather this one's share of the weights.
-            loss_sum(model, sequences[first : first + 1].to(ranks.device), layout)
+            _loss_of_row(model, sequences, first, layout_of, ranks)
     free_gathered(model)
     nats = float(ranks.gather_numbers([total]).sum())
-    return Evaluation(nats, sequences[:, 1:].numel(), count_bytes(sequences[:, 1:], token_bytes))
+    return Evaluation(nats, sequences.num_valid_tokens, count_bytes(sequences, token_bytes))
 
 
-def unigram_baseline(
-    train_tokens: np.ndarray, vocab_size: int, sequences: Tensor, token_bytes: np.ndarray
-) -> Evaluation:
-    """The loss of predicting every token of `sequences` by its frequency in the training text, each count plus one."""
-    counts = np.bincount(train_tokens, minlength=vocab_size).astype(np.float64) + 1.0
+def _loss_of_row(model: Any, sequences: Sequences, row: int, layout_of: LayoutOf, ranks: Ranks) -> Tensor:
+    batch = sequences.rows(row, 1).packed()
+    return loss_sum(model, batch.to(ranks.device), layout_of(batch.seq_len, batch.documents))
+
+
+def unigram_baseline(token_counts: np.ndarray, sequences: Sequences, token_bytes: np.ndarray) -> Evaluation:
+    """The loss of predicting every label of `sequences` by its frequency in the training text, each count plus one.
+
+    token_counts: of each token of the vocabulary in the training text, ``[vocab_size]``.
+    """
+    counts = token_counts.astype(np.float64) + 1.0
     nats = -np.log(counts / counts.sum())
-    targets = sequences[:, 1:].numpy()
-    return Evaluation(float(nats[targets].sum()), targets.size, count_bytes(sequences[:, 1:], token_bytes))
+    targets = _targets(sequences)
+    return Evaluation(float(nats[targets].sum()), targets.size, count_bytes(sequences, token_bytes))
 
 
-def count_bytes(targets: Tensor, token_bytes: np.ndarray) -> int:
-    """Bytes of text that the tokens of `targets` stand for."""
-    return int(token_bytes[targets.numpy()].sum())
+def count_bytes(sequences: Sequences, token_bytes: np.ndarray) -> int:
+    """Bytes of text that the labels of `sequences` stand for."""
+    return int(token_bytes[_targets(sequences)].sum())
+
+
+def _targets(sequences: Sequences) -> np.ndarray:
+    labels = sequences.labels.numpy()
+    return labels[labels != IGNORED]

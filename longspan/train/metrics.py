@@ -6,10 +6,11 @@ import json
 import math
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from longspan.errors import CheckpointError
@@ -29,6 +30,9 @@ class Totals:
     """The most of any rank."""
     last_loss: float | None = None
     """None before the first step, or where it was not finite."""
+    seconds_waiting_for_data: float = 0.0
+    tokens_by_document_length: list[int] = field(default_factory=list)
+    """Tokens seen of documents of 2^i to 2^(i+1) - 1 tokens, by i, up to the longest seen."""
 
     def add(self, tokens: int, seconds: float, seconds_waiting: float, memory_bytes: int, loss: float) -> None:
         """Count a step."""
@@ -37,6 +41,17 @@ class Totals:
         self.seconds_waiting += seconds_waiting
         self.memory_bytes = max(self.memory_bytes, memory_bytes)
         self.last_loss = loss if math.isfinite(loss) else None
+
+    def add_data(self, seconds_waiting: float, tokens_by_document_length: np.ndarray) -> None:
+        """Count a step's waiting for data, and its tokens by the length of their documents, ``[64]`` by powers of two."""
+        self.seconds_waiting_for_data += seconds_waiting
+        counts = tokens_by_document_length.copy()
+        counts[: len(self.tokens_by_document_length)] += np.array(self.tokens_by_document_length, dtype=np.int64)
+        self.tokens_by_document_length = np.trim_zeros(counts, "b").tolist()
+
+    @property
+    def data_wait_share(self) -> float:
+        return self.seconds_waiting_for_data / self.seconds if self.seconds else 0.0
 
     @property
     def tokens_per_second(self) -> float:

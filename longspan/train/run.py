@@ -209,8 +209,18 @@ def _describe_data(trainer: Trainer) -> str:
     return (
         f"{trainer.config.data.source}: {len(train.documents) + len(validation.documents) - 2:,} documents, "
         f"{num_bytes / 1e6:.1f} MB; {train.num_tokens:,} tokens to train on, {validation.num_tokens:,} held out; "
-        f"{trainer.config.data.tokenizer}, vocabulary {train.vocab_size:,}"
+        f"{trainer.config.data.tokenizer}, vocabulary {train.vocab_size:,}; {_describe_documents(trainer)}"
     )
+
+
+def _describe_documents(trainer: Trainer) -> str:
+    """What becomes of documents in sequences."""
+    if trainer.config.data.documents == "concatenate":
+        return "documents follow one another without a reset"
+    seq_len = trainer.config.train.seq_len
+    longer = trainer.data.train.num_longer_documents(seq_len)
+    cut = f", and where the {longer:,} that are longer than {seq_len:,} tokens are cut" if longer else ""
+    return f"memory starts anew with each document{cut}"
 
 
 def _describe_model(trainer: Trainer) -> str:

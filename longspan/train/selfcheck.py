@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from longspan.data.packing import Sequences
 from longspan.errors import LongspanError
 from longspan.layout import SequenceLayout
 from longspan.parallel import gathered
@@ -17,6 +18,7 @@ from longspan.train.loss import loss_sum
 from longspan.train.model import sum_over_ranks
 from longspan.train.optimizer import gradient_norm
 from longspan.train.ranks import Ranks
+from longspan.train.step_batch import LayoutOf
 
 TOLERANCE = 1e-4
 """Largest relative difference of loss, gradient norm and gradients. Both sides compute in float32 and differ in the
@@ -82,8 +84,8 @@ class SelfCheck:
 def self_check(
     parallel_model: nn.Module,
     build_alone: Callable[[], nn.Module],
-    tokens: Tensor,
-    layout: SequenceLayout,
+    sequences: Sequences,
+    layout_of: LayoutOf,
     ranks: Ranks,
     threads_alone: int,
 ) -> SelfCheck:
@@ -92,15 +94,15 @@ def self_check(
     Args:
         parallel_model: as it will be trained. Its gradients are gone afterwards.
         build_alone: makes the same model with the same weights for a single process; called on rank 0 alone.
-        tokens: int64 ``[B, N + 1]``, the same on every rank; dp divides B.
-        layout: of N tokens.
+        sequences: B of them, the same on every rank; dp divides B.
+        layout_of: makes this rank's layout for the ranks together.
         threads_alone: CPU threads for the single process, while the other ranks wait.
     """
-    num_tokens = tokens[:, 1:].numel()
-    rows = len(tokens) // ranks.dp
-    own = tokens[ranks.dp_rank * rows : (ranks.dp_rank + 1) * rows].to(ranks.device)
+    num_tokens = max(1, sequences.num_valid_tokens)
+    rows = len(sequences) // ranks.dp
+    own = sequences.rows(ranks.dp_rank * rows, rows).packed().to(ranks.device)
     parallel_model.zero_grad(set_to_none=True)
-    loss = loss_sum(parallel_model, own, layout) / num_tokens
+    loss = loss_sum(parallel_model, own, layout_of(own.seq_len, own.documents)) / num_tokens
     loss.backward()
     sum_over_ranks(parallel_model, ranks)
     total = float(ranks.gather_numbers([float(loss.detach())]).sum())
@@ -109,18 +111,21 @@ def self_check(
     gradients = gathered(named, ranks.is_first)
     found: dict[str, Any] = ranks.from_first(
         lambda: (
-            {"loss": total, "norm": norm} | _compare(gradients, build_alone(), tokens.to(ranks.device), threads_alone)
+            {"loss": total, "norm": norm} | _compare(gradients, build_alone(), sequences, threads_alone, ranks.device)
         )
     )
     parallel_model.zero_grad(set_to_none=True)
     return SelfCheck(num_tokens=num_tokens, **found)
 
 
-def _compare(gradients: dict[str, Tensor], alone: nn.Module, tokens: Tensor, threads: int) -> dict[str, Any]:
+def _compare(
+    gradients: dict[str, Tensor], alone: nn.Module, sequences: Sequences, threads: int, device: torch.device
+) -> dict[str, Any]:
     threads_before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        loss = loss_sum(alone, tokens, None) / tokens[:, 1:].numel()
+        batch = sequences.packed().to(device)
+        loss = loss_sum(alone, batch, SequenceLayout.local(batch.seq_len, batch.documents)) / max(1, batch.num_valid_tokens)
         loss.backward()
     finally:
         torch.set_num_threads(threads_before)

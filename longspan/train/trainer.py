@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, TypeVar
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from longspan.comm.profiling import named_range
 from longspan.comm.traffic import Traffic, record_traffic
 from longspan.data.batches import TrainingBatches, validation_sequences
+from longspan.data.loader import Loader
 from longspan.data.prepare import PreparedData
 from longspan.errors import CheckpointError, DataError, LongspanError
 from longspan.launch import StopRequest
@@ -40,6 +42,7 @@ from longspan.train.ranks import Ranks
 from longspan.train.report import Report
 from longspan.train.run_folder import RunFolder
 from longspan.train.selfcheck import SelfCheck, self_check
+from longspan.train.step_batch import StepBatch, make_step_batch
 from longspan.train.trace import StepTrace
 
 
@@ -62,11 +65,14 @@ class Trainer:
         self.metrics = MetricsFile(folder.metrics, folder.events if config.run.tensorboard else None)
         self.trace = StepTrace(folder.traces, config.run.trace_step, ranks.rank, ranks.device)
         train = config.train
-        self.batches = TrainingBatches(data.train, train.seq_len, config.batch_sequences, train.seed)
-        self.held_out = validation_sequences(data.validation, train.seq_len, config.validation.sequences, ranks.sp)
+        documents = config.data.documents
+        self.batches = TrainingBatches(data.train, train.seq_len, config.batch_sequences, train.seed, documents)
+        self.held_out = validation_sequences(
+            data.validation, train.seq_len, config.validation.sequences, ranks.sp, documents
+        )
         self.layout = self._layout(train.seq_len)
         self.token_bytes = data.tokenizer.token_bytes
-        self.baseline = unigram_baseline(data.train.tokens, data.tokenizer.vocab_size, self.held_out, self.token_bytes)
+        self.baseline = unigram_baseline(data.train.token_counts, self.held_out, self.token_bytes)
         self.model = make_parallel(self._build_model(), config, ranks, compute_dtype(config))
         self.optimizer = build_optimizer(self.model, config.optim)
         self.has_saved_figures = False
@@ -86,24 +92,27 @@ class Trainer:
         """The model with these weights, whole, for one process."""
         return copy_weights(weights, self._build_model())
 
-    def _layout(self, seq_len: int) -> SequenceLayout:
+    def _layout(self, seq_len: int, documents: Sequence[int] | None = None) -> SequenceLayout:
         if self.ranks.mesh is None:
-            return SequenceLayout.local(seq_len)
-        return SequenceLayout(seq_len, self.ranks.mesh["sp"], order=self.config.parallel.order)
+            return SequenceLayout.local(seq_len, documents)
+        return SequenceLayout(seq_len, self.ranks.mesh["sp"], self.config.parallel.order, documents)
+
+    def _make_batch(self, step: int) -> StepBatch:
+        return make_step_batch(self.batches, step, self.ranks, self.config.train.micro_batch_sequences, self._layout)
 
     def check(self, threads_alone: int) -> SelfCheck:
         """Compare the next batch, or as much of it as one process is asked to compute, with one process."""
-        tokens = self.batches.batch(self.step)
+        sequences = self.batches.batch(self.step)
         wanted = self.config.train.check_tokens
-        rows = min(len(tokens), max(1, wanted // self.config.train.seq_len))
+        rows = min(len(sequences), max(1, wanted // self.config.train.seq_len))
         rows = max(self.ranks.dp, rows - rows % self.ranks.dp)
         length = max(self.ranks.sp, min(self.config.train.seq_len, wanted // rows))
         weights = self.whole_weights()
         return self_check(
             self._model_in_float32(),
             lambda: self.model_for_one_process(weights),
-            tokens[:rows, : length + 1],
-            self._layout(length),
+            sequences.rows(0, rows).shortened(length),
+            self._layout,
             self.ranks,
             threads_alone,
         )
@@ -121,10 +130,13 @@ class Trainer:
         config = self.config
         self.phase.name = "starting to train"
         stopping = bool(self.ranks.gather_numbers([stop.requested]).any())
-        with self.report:
+        timeout = config.parallel.timeout_seconds
+        loader = Loader(self._make_batch, self.step, config.train.steps, timeout_seconds=timeout)
+        with self.report, loader:
+            self._await_batch(loader)
             while self.step < config.train.steps and not stopping:
                 with self.trace.of(self.step + 1):
-                    stopping = self._train_step(stop)
+                    stopping = self._train_step(loader, stop)
                 last = self.step == config.train.steps
                 if last or _is_due(self.step, config.validation.every):
                     self.validate()
@@ -134,19 +146,30 @@ class Trainer:
                 self._save()
         return stopping and self.step < config.train.steps
 
-    def _train_step(self, stop: StopRequest) -> bool:
+    def _await_batch(self, loader: Loader[StepBatch]) -> None:
+        """Wait for the first batch; where a rank cannot read its own, all raise why."""
+        self.phase.name = "reading a batch"
+        loader.wait()
+        self.ranks.together(loader.check)
+
+    def _train_step(self, loader: Loader[StepBatch], stop: StopRequest) -> bool:
         """One optimizer step; True if a signal has reached any rank."""
         start = time.perf_counter()
         self.phase.step = self.step + 1
+        batch = loader.take()
         with record_traffic() as traffic:
-            loss = self._forward_backward()
+            loss = self._forward_backward(batch)
             self.phase.name = "summing gradients"
             with named_range("longspan.train.sum_gradients"):
                 sum_over_ranks(self.model, self.ranks)
         norm = gradient_norm(self.model)
-        # One exchange for all that the ranks must know of each other, so that all of them decide alike.
+        # One exchange for all that the ranks must know of each other, so that all of them decide alike: also whether each of them
+        # has its part of the next batch.
+        loss_value, norm_value = float(loss), float(norm)
+        self.phase.name = "reading a batch"
+        data_wait = loader.wait()
         memory = peak_memory_bytes(self.ranks.device)
-        own = [float(loss), float(norm), stop.requested, traffic.wait_seconds, memory]
+        own = [loss_value, norm_value, stop.requested, traffic.wait_seconds, memory, data_wait, loader.has_failed]
         everyone = self.ranks.gather_numbers(own)
         finite = bool(everyone[:, :2].isfinite().all())
         lr = learning_rate(self.config.optim, self.step + 1, self.config.train.steps)
@@ -158,32 +181,41 @@ class Trainer:
                 self.optimizer.step()
         self.model.zero_grad(set_to_none=True)
         self.step += 1
-        self._record(everyone, float(norm), lr, finite, time.perf_counter() - start, traffic)
+        self._record(everyone, float(norm), lr, finite, time.perf_counter() - start, traffic, batch)
+        if everyone[:, 6].any():
+            self.ranks.together(loader.check)
         return bool(everyone[:, 2].any())
 
-    def _forward_backward(self) -> Tensor:
-        """Make the gradients of this rank's part of the next batch; return its part of the loss, a scalar."""
-        rows = self.config.batch_sequences // self.ranks.dp
-        at_once = self.config.train.micro_batch_sequences or rows
+    def _forward_backward(self, batch: StepBatch) -> Tensor:
+        """Make the gradients of this rank's part of the batch; return its part of the loss, a scalar."""
         total = torch.zeros((), device=self.ranks.device)
-        for first in range(0, rows, at_once):
-            self.phase.name = "reading a batch"
-            count = min(at_once, rows - first)
-            tokens = self.batches.batch(self.step, self.ranks.dp_rank * rows + first, count).to(self.ranks.device)
+        last = len(batch.micro_batches) - 1
+        for number, (packed, layout) in enumerate(batch.micro_batches):
             self.phase.name = "computing forward"
-            # Every token of a batch has a next one, so its tokens are its valid tokens.
             with named_range("longspan.train.forward"):
-                loss = loss_sum(self.model, tokens, self.layout) / self.config.train.batch_tokens
+                # A batch of documents of one token has nothing to predict.
+                share = loss_sum(self.model, packed.to(self.ranks.device), layout)
+                loss = share / max(1, batch.num_valid_tokens)
             self.phase.name = "computing backward"
-            with named_range("longspan.train.backward"), accumulating(self.model, first + count == rows):
+            with named_range("longspan.train.backward"), accumulating(self.model, number == last):
                 loss.backward()
             total += loss.detach()
         return total
 
-    def _record(self, everyone: Tensor, norm: float, lr: float, finite: bool, seconds: float, traffic: Traffic) -> None:
-        waited = float(everyone[:, 3].mean())
+    def _record(
+        self,
+        everyone: Tensor,
+        norm: float,
+        lr: float,
+        finite: bool,
+        seconds: float,
+        traffic: Traffic,
+        batch: StepBatch,
+    ) -> None:
+        waited, data_wait = float(everyone[:, 3].mean()), float(everyone[:, 5].max())
         loss, memory_bytes = float(everyone[:, 0].sum()), int(everyone[:, 4].max())
         self.totals.add(self.config.train.batch_tokens, seconds, waited, memory_bytes, loss)
+        self.totals.add_data(data_wait, batch.tokens_by_document_length)
         record: dict[str, Any] = {
             "step": self.step,
             "loss": loss,
@@ -192,7 +224,10 @@ class Trainer:
             "skipped": not finite,
             "tokens": self.step * self.config.train.batch_tokens,
             "tokens_per_second": self.config.train.batch_tokens / seconds,
+            "valid_tokens": batch.num_valid_tokens,
             "wait_share": waited / seconds,
+            "data_wait": data_wait,
+            "data_wait_share": data_wait / seconds,
             "exchanges": traffic.num_collectives,
             "exchanged_bytes": traffic.bytes_sent,
             "memory_bytes": memory_bytes,
@@ -223,8 +258,7 @@ class Trainer:
     def validate(self) -> None:
         """Compute the loss on the held-out sequences, write it down and say it."""
         self.phase.name = "validating"
-        layout = self._layout(self.held_out.shape[1] - 1)
-        self.validation = evaluate(self.model, self.held_out, self.token_bytes, layout, self.ranks)
+        self.validation = evaluate(self.model, self.held_out, self.token_bytes, self._layout, self.ranks)
         if self.ranks.is_first:
             self.metrics.append(
                 {

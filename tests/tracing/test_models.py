@@ -11,6 +11,7 @@ from torch import Tensor
 
 import longspan
 from longspan import SequenceLayout
+from longspan.data.packing import PackedBatch
 from longspan.train.loss import loss_sum
 from tests.compare import relative_error, worst
 from tests.models.tiny import random_tokens, tiny_model
@@ -28,7 +29,7 @@ def _fresh_compiler() -> Iterator[None]:
 
 
 def gradients(model: Any, called: Any, tokens: Tensor, layout: SequenceLayout | None) -> list[Tensor]:
-    loss = loss_sum(called, tokens, layout)
+    loss = loss_sum(called, PackedBatch.of(tokens), layout)
     return [loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))]
 
 

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import torch
 
+from longspan.data.packing import PackedBatch, Sequences
 from longspan.layout import ORDERS, SequenceLayout
 from longspan.train.loss import Evaluation, loss_sum, unigram_baseline
 
@@ -34,7 +35,7 @@ def test_bits_per_byte_and_nats_per_token() -> None:
 
 def test_a_uniform_model_of_bytes_takes_eight_bits_a_byte() -> None:
     tokens = torch.randint(256, (2, 11))
-    total = loss_sum(Constant([0.0] * 256), tokens, None)
+    total = loss_sum(Constant([0.0] * 256), PackedBatch.of(tokens), None)
     assert math.isclose(Evaluation(float(total), 20, 20).bits_per_byte, 8.0, rel_tol=1e-6)
 
 
@@ -43,24 +44,34 @@ def test_the_unigram_baseline_counts_every_token_once_more() -> None:
     sequences = torch.tensor([[2, 0, 1], [2, 2, 0]])
     # Smoothed counts 4, 2, 1 of 7; the first token of a sequence is not predicted.
     expected = -(2 * math.log(4 / 7) + math.log(2 / 7) + math.log(1 / 7))
-    baseline = unigram_baseline(train, 3, sequences, np.array([1, 5, 0]))
+    baseline = unigram_baseline(np.bincount(train, minlength=3), Sequences(sequences), np.array([1, 5, 0]))
     assert math.isclose(baseline.nats, expected)
     assert (baseline.num_tokens, baseline.num_bytes) == (4, 1 + 5 + 0 + 1)
 
 
+def test_the_baseline_predicts_what_the_model_does() -> None:
+    sequences = torch.tensor([[2, 0, 1], [2, 2, 0]])
+    counts, token_bytes = np.array([3, 1, 0]), np.array([1, 5, 0])
+    # The second document of the first row begins with the token 1.
+    baseline = unigram_baseline(counts, Sequences(sequences, ((2,), ())), token_bytes)
+    assert math.isclose(baseline.nats, -(2 * math.log(4 / 7) + math.log(1 / 7)))
+    assert (baseline.num_tokens, baseline.num_bytes) == (3, 1 + 0 + 1)
+
+
 def test_the_baseline_of_the_training_text_is_its_entropy() -> None:
     train = np.repeat(np.arange(4), 10_000)
-    baseline = unigram_baseline(train, 4, torch.from_numpy(train)[None], np.ones(4, dtype=np.int64))
+    sequences = Sequences(torch.from_numpy(train)[None])
+    baseline = unigram_baseline(np.bincount(train), sequences, np.ones(4, dtype=np.int64))
     assert math.isclose(baseline.nats_per_token, math.log(4))
 
 
 def test_ranks_losses_add_up_to_the_loss_of_one_process() -> None:
     logits = [0.3, -1.0, 2.0, 0.1, 0.0]
-    tokens = torch.randint(5, (2, 24))
+    batch = PackedBatch.of(torch.randint(5, (2, 24)))
     alone = Constant(logits)
-    expected = float(loss_sum(alone, tokens, None))
-    assert torch.equal(alone.seen, tokens[:, :-1])
+    expected = float(loss_sum(alone, batch, None))
+    assert torch.equal(alone.seen, batch.inputs)
     for order in ORDERS:
         layouts = [SequenceLayout.for_rank(23, 3, rank, order) for rank in range(3)]
-        parts = [float(loss_sum(Constant(logits), tokens, layout)) for layout in layouts]
+        parts = [float(loss_sum(Constant(logits), batch, layout)) for layout in layouts]
         assert math.isclose(sum(parts), expected, rel_tol=1e-6)

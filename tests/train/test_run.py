@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from longspan.attention.linear import LinearMemory
+from longspan.data.packing import IGNORED, PackedBatch
 from longspan.errors import CheckpointError, ConfigError
 from longspan.exchange import TOPOLOGIES
 from longspan.launch import EXIT_DONE, EXIT_STOPPED, Place
@@ -213,7 +214,7 @@ def test_what_a_resumed_run_says_of_its_speed_needs_no_file_that_may_be_gone(
         summaries.append(json.loads((run / "summary.json").read_text()))
         assert [record["step"] for record in metrics(run)] == ([1, 2, 3, 3] if name == "whole" else []) + [4, 5, 6, 6]
     saved = load_checkpoint(newest_checkpoint(tmp_path / "gone" / "checkpoints")).state["totals"]
-    assert saved["tokens"] == 6 * 244
+    assert saved["tokens"] == 6 * 366
     for summary in summaries:
         rate = summary["tokens"] / summary["seconds_in_steps"]
         assert summary["tokens_per_second"] == pytest.approx(rate)
@@ -366,10 +367,11 @@ def _refuse_constant(name: str) -> float:
     raise AssertionError(f"{name} is no JSON")
 
 
-def _labels_shifted_after_the_split(layout: SequenceLayout, tokens: torch.Tensor, ignore_index: int) -> torch.Tensor:
-    labels = layout.shard(tokens[:, : layout.seq_len]).roll(-1, dims=1)
-    labels[:, -1] = ignore_index
-    return labels
+def _labels_shifted_after_the_split(batch: PackedBatch, layout: SequenceLayout) -> tuple[torch.Tensor, torch.Tensor]:
+    inputs = layout.shard(batch.inputs)
+    labels = inputs.roll(-1, dims=1)
+    labels[:, -1] = IGNORED
+    return inputs, labels
 
 
 def _averaged_gradients(model: torch.nn.Module) -> None:
@@ -387,7 +389,7 @@ def _gradients_of_own_tokens(model: torch.nn.Module) -> None:
 
 
 _SABOTAGES: dict[str, Any] = {
-    "labels": lambda: mock.patch.object(SequenceLayout, "shard_labels", _labels_shifted_after_the_split),
+    "labels": lambda: mock.patch("longspan.train.loss.own_tokens", _labels_shifted_after_the_split),
     "averaged gradients": lambda: mock.patch("longspan.train.model.sum_gradients", _averaged_gradients),
     "own gradients": lambda: mock.patch("longspan.train.model.sum_gradients", _gradients_of_own_tokens),
     "no exchange": lambda: mock.patch.object(LinearMemory, "incoming", lambda memory, q=None: None),

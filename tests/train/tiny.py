@@ -21,7 +21,7 @@ TINY: dict[str, dict[str, Any]] = {
     "data": {"tokenizer": "bytes", "validation_fraction": 0.3},
     "model": {"dim": 16, "num_layers": 2, "pattern": "LN", "num_heads": 2, "num_kv_heads": 1, "hidden_dim": 24},
     "optim": {"lr": 1e-2, "warmup_steps": 2},
-    "train": {"steps": 6, "seq_len": 61, "batch_tokens": 244},
+    "train": {"steps": 6, "seq_len": 61, "batch_tokens": 366},
     "validation": {"every": 3, "sequences": 3},
     "checkpoint": {"every": 3},
     "sample": {"tokens": 4},
