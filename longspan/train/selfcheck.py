@@ -125,7 +125,8 @@ def _compare(
     torch.set_num_threads(threads)
     try:
         batch = sequences.packed().to(device)
-        loss = loss_sum(alone, batch, SequenceLayout.local(batch.seq_len, batch.documents)) / max(1, batch.num_valid_tokens)
+        layout = SequenceLayout.local(batch.seq_len, batch.documents)
+        loss = loss_sum(alone, batch, layout) / max(1, batch.num_valid_tokens)
         loss.backward()
     finally:
         torch.set_num_threads(threads_before)
