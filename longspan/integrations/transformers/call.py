@@ -47,3 +47,11 @@ class ParallelCall:
 
 RUNNING: ContextVar[ParallelCall | None] = ContextVar("longspan_running_call", default=None)
 """The call of the mixer that runs now, where its model does not hand keywords on to the functions; None outside of such mixers."""
+
+
+def running_call(module: object) -> ParallelCall:
+    """The call of the mixer that runs now, for what stands in for a part of it."""
+    call = RUNNING.get()
+    if call is None:
+        raise RuntimeError(f"{type(module).__name__} of a parallelized model runs outside of its mixer's forward")
+    return call

@@ -1,4 +1,4 @@
-"""Functions of Transformers' modeling files, replaced by ones that look for a layout: with none, nothing changes.
+"""Functions of others' modeling files, replaced by ones that look for a layout: with none, nothing changes.
 
 A modeling file is shared by all models of its kind in the process. Its functions are replaced while a parallelized model of the
 kind lives, and put back when the last of them has been unparallelized or is gone: users are counted by weak references.
@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from types import ModuleType
 from typing import Any
 from weakref import WeakSet, finalize
 
 from longspan.integrations.transformers.call import CALL, RUNNING
+from longspan.integrations.transformers.fla_functions import FLA_FUNCTIONS
 from longspan.integrations.transformers.functions import FUNCTIONS
 from longspan.integrations.transformers.losses import BALANCE_LOSS, balance_loss
 from longspan.tracing import outside_graphs
@@ -26,12 +27,12 @@ def install(user: object, modeling_files: Iterable[str]) -> None:
     """Replace the functions of modeling files, by their names in `sys.modules`, until `uninstall` or until `user` is gone."""
     files = tuple(modeling_files)
     for module in _modules(files):
-        for name in (*FUNCTIONS, BALANCE_LOSS):
+        for name, stand_in in _stand_ins(module).items():
             present = module.__dict__.get(name)
             if present is None:
                 continue
             if not hasattr(present, _USERS):
-                present = _dispatcher(present, FUNCTIONS[name]) if name in FUNCTIONS else balance_loss(present)
+                present = balance_loss(present) if stand_in is None else _dispatcher(present, stand_in)
                 setattr(present, _USERS, WeakSet())
                 setattr(module, name, present)
             getattr(present, _USERS).add(user)
@@ -58,13 +59,18 @@ def _replaced(modeling_files: Iterable[str]) -> dict[tuple[ModuleType, str], Any
     return {
         (module, name): function
         for module in _modules(modeling_files)
-        for name in (*FUNCTIONS, BALANCE_LOSS)
+        for name in _stand_ins(module)
         if hasattr(function := module.__dict__.get(name), _USERS)
     }
 
 
 def _modules(modeling_files: Iterable[str]) -> list[ModuleType]:
     return [sys.modules[name] for name in sorted(modeling_files)]
+
+
+def _stand_ins(module: ModuleType) -> Mapping[str, Callable[..., Any] | None]:
+    """What is replaced in a modeling file, by name; None for the balance loss, which is wrapped."""
+    return FLA_FUNCTIONS if module.__name__.startswith("fla.") else {**FUNCTIONS, BALANCE_LOSS: None}
 
 
 def _dispatcher(original: Callable[..., Any], replacement: Callable[..., Any]) -> Callable[..., Any]:

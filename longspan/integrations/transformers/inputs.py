@@ -21,8 +21,10 @@ from longspan.layout import SequenceLayout
 LAYOUT = "longspan_layout"
 """The keyword of a call whose sequences are split already: its layout. `shard_batch` makes such a call."""
 
-_PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
-"""How collators describe documents to kernels; the layout says it instead."""
+_BOUNDS = ("cu_seq_lens_q", "cu_seqlens")
+"""What Transformers' collators, and flash-linear-attention's models, call the bounds of documents."""
+_PACKING = (*_BOUNDS, "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+"""How documents are described to kernels; the layout says it instead."""
 
 _SPLIT = ("input_ids", "inputs_embeds", "position_ids", "labels", "shift_labels")
 _UNDERSTOOD = frozenset({*_SPLIT, *_PACKING, "attention_mask", "num_items_in_batch", "past_key_values", "cache_params"})
@@ -88,19 +90,20 @@ def _check_mask(mask: object) -> None:
 def document_bounds(given: Mapping[str, Any]) -> list[int] | None:
     """Where packed documents start and the last ends, in rows taken one after another; None for plain rows.
 
-    By ``cu_seq_lens_q``, ``seq_idx``, or position ids that do not go on, as Transformers' collators make them. Tokens that
-    ``attention_mask`` calls padding belong to the document before them.
+    By ``cu_seq_lens_q`` (``cu_seqlens``), ``seq_idx``, or position ids that do not go on, as Transformers' collators make them.
+    Tokens that ``attention_mask`` calls padding belong to the document before them.
 
     Raises:
         InputError: for document bounds that do not end with the tokens.
     """
     rows, length = tokens_of(given).shape[:2]
-    bounds = given.get("cu_seq_lens_q")
-    if bounds is not None:
+    name = next((name for name in _BOUNDS if given.get(name) is not None), None)
+    if name is not None:
+        bounds = given[name]
         values = bounds.flatten().tolist() if isinstance(bounds, Tensor) else [int(bound) for bound in bounds]
         if rows != 1 or values[0] != 0 or values[-1] != length:
             raise InputError(
-                f"cu_seq_lens_q must be of one row and go from 0 to its {length} tokens; got {rows} rows and bounds from "
+                f"{name} must be of one row and go from 0 to its {length} tokens; got {rows} rows and bounds from "
                 f"{values[0]} to {values[-1]}. Flatten the batch into one row, as DataCollatorWithFlattening does"
             )
         values = [value for value, before in zip(values, [-1, *values], strict=False) if value != before]

@@ -14,7 +14,8 @@ from torch import Tensor
 import longspan.functional as operators
 from longspan.attention.shift import token_shift
 from longspan.autocast import without_autocast
-from longspan.integrations.transformers.call import CALL, RUNNING, ParallelCall
+from longspan.integrations.transformers.call import CALL, ParallelCall, running_call
+from longspan.integrations.transformers.fla_methods import FLA_METHODS
 from longspan.integrations.transformers.functions import convolution, with_state
 from longspan.integrations.transformers.mixers import LIGHTNING, RECURRENT_UNIT, TOKEN_SHIFT
 
@@ -65,7 +66,7 @@ def recurrent_unit(
     Its caller keeps the state that is returned, ``[B, C]``, for decoding. Where a document starts the layout cuts; `reset` is not
     needed for that.
     """
-    call = _running(self)
+    call = running_call(self)
     call.take(RECURRENT_UNIT)
     x = hidden_states.unsqueeze(-1)
     ones = x.new_ones(*x.shape[:2], 1, 1)
@@ -88,7 +89,7 @@ def recurrent_unit(
 
 def convolution_of_module(self: Any, x: Tensor) -> Tensor:
     """``nn.Conv1d.forward`` of a depthwise convolution that is padded on both sides and cut to its input by its caller."""
-    call = _running(self)
+    call = running_call(self)
     if call.recorder is not None and call.mixer is not None:
         call.recorder.keep_on_module(call.mixer, x, self.kernel_size[0] - 1)
     return convolution(call, x, self.weight.squeeze(1), self.bias)
@@ -96,16 +97,9 @@ def convolution_of_module(self: Any, x: Tensor) -> Tensor:
 
 def shift_of_module(self: Any, x: Tensor) -> Tensor:
     """``nn.ZeroPad2d.forward`` as RWKV uses it: the token before each, zero before the first."""
-    call = _running(self)
+    call = running_call(self)
     call.take(TOKEN_SHIFT)
     return token_shift(x, layout=call.layout)
-
-
-def _running(module: object) -> ParallelCall:
-    call = RUNNING.get()
-    if call is None:
-        raise RuntimeError(f"{type(module).__name__} of a parallelized model runs outside of its mixer's forward")
-    return call
 
 
 METHODS: Mapping[str, Callable[..., Any]] = {
@@ -113,5 +107,6 @@ METHODS: Mapping[str, Callable[..., Any]] = {
     "recurrent_unit": recurrent_unit,
     "convolution_of_module": convolution_of_module,
     "shift_of_module": shift_of_module,
+    **FLA_METHODS,
 }
 """By the name in the table of mixers, what stands in for a method."""

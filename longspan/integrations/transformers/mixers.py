@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
@@ -25,6 +25,16 @@ ATTENTION = "attention"
 LIGHTNING = "lightning attention"
 RECURRENT_UNIT = "recurrent unit"
 TOKEN_SHIFT = "token shift"
+
+GLA = "gla"
+SIMPLE_GLA = "simple_gla"
+RETENTION = "retention"
+LINEAR_ATTENTION = "linear_attention"
+DELTA_RULE = "delta_rule"
+GATED_DELTA_RULE = "gated_delta_rule"
+KDA = "kda"
+HGRN = "hgrn"
+ROTARY = "rotary embedding"
 
 
 @dataclass(frozen=True)
@@ -80,6 +90,42 @@ MIXERS: Mapping[str, MixerClass] = {
 }
 """The mixers of Transformers that are no attention, by the name of their class."""
 
+_ROTATED = {"rotary.forward": "rotary_of_positions"}
+
+FLA_MIXERS: Mapping[str, MixerClass] = {
+    "attn.Attention": MixerClass((ATTENTION, ROTARY), hands_on=False, methods=_ROTATED),
+    "delta_net.DeltaNet": MixerClass((DELTA_RULE,), hands_on=False),
+    "gated_deltanet.GatedDeltaNet": MixerClass((GATED_DELTA_RULE,), hands_on=False),
+    "gla.GatedLinearAttention": MixerClass((GLA,), hands_on=False),
+    "hgrn.HGRNAttention": MixerClass((HGRN,), hands_on=False),
+    "hgrn2.HGRN2Attention": MixerClass((GLA,), hands_on=False),
+    "kda.KimiDeltaAttention": MixerClass((KDA,), hands_on=False),
+    "linear_attn.LinearAttention": MixerClass((LINEAR_ATTENTION,), hands_on=False, reaches=False),
+    "mamba2.Mamba2": MixerClass((CONVOLUTION, MAMBA2), hands_on=False, methods={"forward": "mamba2_of_fla"}),
+    "multiscale_retention.MultiScaleRetention": MixerClass((RETENTION, ROTARY), hands_on=False, methods=_ROTATED),
+    "simple_gla.SimpleGatedLinearAttention": MixerClass((SIMPLE_GLA,), hands_on=False),
+}
+"""Those of flash-linear-attention, by file and class in ``fla.layers``. Short convolutions inside of them are counted too."""
+
+FLA_MODELS = frozenset(
+    {
+        "delta_net",
+        "gated_deltanet",
+        "gla",
+        "hgrn",
+        "hgrn2",
+        "kda",
+        "linear_attn",
+        "mamba2",
+        "retnet",
+        "transformer",
+    }
+)
+"""Packages of ``fla.models`` whose models mix tokens in such layers alone."""
+
+FLA_LAYERS = "fla.layers."
+_SHORT_CONVOLUTION_OF_FLA = "ShortConvolution"
+
 LAYER_TYPES = frozenset(
     {
         "attention",
@@ -114,8 +160,17 @@ def is_attention(module: nn.Module) -> bool:
 
 
 def class_in_table(module: nn.Module) -> MixerClass | None:
-    """What the table says of a module's class, or of the one that it derives from (FSDP2 derives classes of its own)."""
-    return next((MIXERS[base.__name__] for base in type(module).__mro__ if base.__name__ in MIXERS), None)
+    """What the tables say of a module's class, or of the one that it derives from (FSDP2 derives classes of its own)."""
+    for base in type(module).__mro__:
+        if base.__module__.startswith(FLA_LAYERS):
+            known = FLA_MIXERS.get(f"{base.__module__.removeprefix(FLA_LAYERS)}.{base.__name__}")
+            if known is None:
+                continue
+            has_convolution = any(type(child).__name__ == _SHORT_CONVOLUTION_OF_FLA for child in module.children())
+            return replace(known, calls=(*known.calls, CONVOLUTION)) if has_convolution else known
+        if base.__name__ in MIXERS:
+            return MIXERS[base.__name__]
+    return None
 
 
 def mixers_of(backbone: nn.Module) -> dict[nn.Module, MixerClass]:
@@ -125,6 +180,7 @@ def mixers_of(backbone: nn.Module) -> dict[nn.Module, MixerClass]:
         InputError: for a layer type or a class that is not known.
     """
     _check_layer_types(backbone)
+    _check_fla_model(backbone)
     found: dict[nn.Module, MixerClass] = {}
     # What stands inside of a mixer is the mixer's.
     inside: list[str] = []
@@ -148,6 +204,8 @@ def mixers_of(backbone: nn.Module) -> dict[nn.Module, MixerClass]:
 
 def _is_unknown_mixer(module: nn.Module) -> bool:
     kind = type(module).__name__
+    if type(module).__module__.startswith(FLA_LAYERS):
+        return True
     if isinstance(module, nn.Conv1d):
         return max(module.kernel_size) > 1
     if isinstance(module, nn.RNNBase):
@@ -164,3 +222,13 @@ def _check_layer_types(backbone: nn.Module) -> None:
                 f"{type(backbone).__name__} has layers of the type {', '.join(unknown)} (config.{name}), which longspan does not "
                 f"know. {_ADVICE}"
             )
+
+
+def _check_fla_model(backbone: nn.Module) -> None:
+    """Refuse a model of flash-linear-attention that is not known to mix tokens in the layers of the table alone."""
+    package = type(backbone).__module__.split(".")
+    if package[:2] == ["fla", "models"] and package[2] not in FLA_MODELS:
+        raise InputError(
+            f"longspan does not know how {type(backbone).__name__} of flash-linear-attention mixes tokens; it knows its models "
+            f"{', '.join(sorted(FLA_MODELS))}. {_ADVICE}"
+        )

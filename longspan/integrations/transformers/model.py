@@ -27,6 +27,7 @@ from longspan.integrations.transformers import attention, dispatch, inputs, loss
 from longspan.integrations.transformers.cache import RecordingCache
 from longspan.integrations.transformers.call import CALL, RUNNING, ParallelCall
 from longspan.integrations.transformers.decoding import Decoding, cache_of
+from longspan.integrations.transformers.fla_methods import COMPUTE_LOSS, loss_of_shifted_labels
 from longspan.integrations.transformers.methods import METHODS
 from longspan.integrations.transformers.structure import (
     arguments_by_name,
@@ -73,7 +74,7 @@ class ParallelModel:
         self.backbone = backbone_of(head)
         self.options, self.place, self.loss = options, place, loss
         self.mixers = mixers.mixers_of(self.backbone)
-        balances = any(mixers.is_attention(mixer) for mixer in self.mixers)
+        balances = any(mixers.ATTENTION in kind.calls for kind in self.mixers.values())
         self.order: Order = order or ("zigzag" if balances else "contiguous")
         self.modeling_files = modeling_files_of(head)
         self.decoding = Decoding(self)
@@ -149,6 +150,8 @@ class ParallelModel:
             for path, stand_in in kind.methods.items():
                 owner, name = owner_of(module, path)
                 owner.__dict__[name] = MethodType(METHODS[stand_in], owner)
+        if hasattr(self.head, COMPUTE_LOSS):
+            self.head.__dict__[COMPUTE_LOSS] = MethodType(loss_of_shifted_labels, self.head)
 
     def take_off(self) -> None:
         """The opposite of `put_on`."""
@@ -158,6 +161,7 @@ class ParallelModel:
             for path in kind.methods:
                 owner, name = owner_of(module, path)
                 owner.__dict__.pop(name, None)
+        self.head.__dict__.pop(COMPUTE_LOSS, None)
 
     def _hook(self, module: nn.Module, before: Callable[..., Any], after: Callable[..., Any]) -> None:
         self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
@@ -252,7 +256,9 @@ class ParallelModel:
             call, given = self._begin(given)
         given.pop(inputs.LAYOUT, None)
         _check_cache(given)
-        takes = frozenset(inspect.signature(type(module).forward).parameters)
+        parameters = inspect.signature(type(module).forward).parameters
+        takes = frozenset(parameters)
+        takes_keywords = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
         if call.split_already:
             given = inputs.without_masks(given, takes)
         else:
@@ -260,7 +266,12 @@ class ParallelModel:
         self._bind_checkpointing()
         cache = cache_of(given)
         call.recorder = cache if isinstance(cache, RecordingCache) else None
-        given[CALL] = self.call = call
+        self.call = call
+        if takes_keywords:
+            given[CALL] = call
+        elif "position_ids" not in takes:
+            # They have said where documents start.
+            given.pop("position_ids", None)
         return (), given
 
     def after_backbone(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
@@ -366,6 +377,8 @@ class ParallelModel:
         return layout.shard(shifted).contiguous(), (shifted != losses.IGNORED).sum()
 
     def _check_loss(self) -> None:
+        if COMPUTE_LOSS in self.head.__dict__:
+            return
         forward = inspect.unwrap(type(self.head).forward)
         try:
             source = inspect.getsource(forward)

@@ -17,7 +17,7 @@ from longspan.integrations.transformers import inputs
 from longspan.integrations.transformers.cache import fresh_cache, recording
 from longspan.integrations.transformers.decoding import CACHE_ARGUMENTS, mark_prefilled
 from longspan.integrations.transformers.model import ParallelModel, state_of
-from longspan.integrations.transformers.structure import head_of
+from longspan.integrations.transformers.structure import head_of, is_of_fla
 from longspan.layout import SequenceLayout
 
 Target = Literal["last", "all"]
@@ -139,6 +139,11 @@ def _checked_state(model: nn.Module, to: str) -> ParallelModel:
     if state.head is state.backbone:
         raise InputError(
             f"{name} has no head, so that nothing can be generated from its cache. Parallelize the ForCausalLM model that has one"
+        )
+    if is_of_fla(state.head):
+        raise InputError(
+            f"prefill() does not fill caches of flash-linear-attention's models yet; got {name}. Run the prompt on one rank, after "
+            "longspan.unparallelize(model)"
         )
     if state.head.training:
         raise InputError(

@@ -14,6 +14,7 @@ from longspan.errors import InputError
 from longspan.integrations.transformers import losses, mixers
 from longspan.integrations.transformers.versions import warn_of_untested
 
+_MODELING_FILES = ("transformers.models.", "fla.layers.", "fla.modules.")
 _BY_CLASS = re.compile(r"(ForCausalLM|LMHeadModel)$")
 
 
@@ -23,6 +24,11 @@ def is_transformers_model(model: nn.Module) -> bool:
         base.__module__.startswith("transformers.") and base.__name__ == "PreTrainedModel"
         for base in type(head_of(model)).__mro__
     )
+
+
+def is_of_fla(head: nn.Module) -> bool:
+    """Whether a model is one of flash-linear-attention's, or derived from one."""
+    return any(base.__module__.startswith("fla.models.") for base in type(head).__mro__)
 
 
 def head_of(model: nn.Module) -> nn.Module:
@@ -64,9 +70,16 @@ def check_model(head: nn.Module) -> None:
         InputError: for encoders with decoders, heads that look at other tokens, ALiBi, and attention that does not ask
             Transformers' attention interface.
     """
-    warn_of_untested()
+    warn_of_untested("transformers")
     config: Any = head.config
     name = type(head).__name__
+    if is_of_fla(head):
+        warn_of_untested("fla")
+        if getattr(config, "use_l2warp", False):
+            raise InputError(
+                f"{name} adds a penalty to the gradient of its logits that depends on how many tokens a call has, which is not "
+                "supported over ranks. Set config.use_l2warp to False"
+            )
     backbone = backbone_of(head)
     if config.is_encoder_decoder:
         raise InputError(f"{name} is an encoder with a decoder; decoders of causal language models are supported")
@@ -95,9 +108,9 @@ def arguments_by_name(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
 
 
 def modeling_files_of(head: nn.Module) -> set[str]:
-    """Names of the modules of Transformers that the model's classes come from."""
+    """Names of the modules of Transformers and flash-linear-attention that the model's classes come from."""
     classes = {base for module in head.modules() for base in type(module).__mro__}
-    files = {base.__module__ for base in classes if base.__module__.startswith("transformers.models.")}
+    files = {base.__module__ for base in classes if base.__module__.startswith(_MODELING_FILES)}
     if any(hasattr(sys.modules[file], losses.BALANCE_LOSS) for file in files):
         # TRL takes the balance loss of every family from this one.
         files.add(import_module("transformers.models.mixtral.modeling_mixtral").__name__)

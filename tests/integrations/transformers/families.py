@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -13,11 +14,12 @@ VOCABULARY = 61
 
 @dataclass(frozen=True)
 class Family:
-    """One kind of model: names of its classes in Transformers, and the config's options."""
+    """One kind of model: names of its classes in a package, Transformers or ``fla.models``, and the config's options."""
 
     model: str
     config: str
     options: dict[str, Any] = field(default_factory=dict)
+    package: str = "transformers"
 
 
 _HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
@@ -390,20 +392,93 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+_OF_FLA: dict[str, Any] = {
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "fuse_norm": False,
+    "fuse_swiglu": False,
+    "fuse_cross_entropy": False,
+}
+_ATTENTION_OF_FLA = {"layers": [1], "num_heads": 4, "num_kv_heads": 2, "window_size": 9}
+
+
+def _of_fla(name: str, **options: Any) -> Family:
+    return Family(f"{name}ForCausalLM", f"{name}Config", {**_OF_FLA, **options}, "fla.models")
+
+
+FLA_FAMILIES: dict[str, Family] = {
+    "fla_gla": _of_fla(
+        "GLA", num_heads=4, num_kv_heads=2, expand_k=0.5, expand_v=1.0, use_short_conv=True, fuse_norm=True
+    ),
+    "fla_simple_gla": Family(
+        "SimpleGLAForCausalLM",
+        "SimpleGLAConfig",
+        {**_OF_FLA, "num_heads": 4},
+        "tests.integrations.transformers.fla_models",
+    ),
+    "fla_retnet": _of_fla("RetNet", num_heads=2, expand_k=1.0, expand_v=2.0, attn=_ATTENTION_OF_FLA),
+    "fla_linear_attn": _of_fla(
+        "LinearAttention", num_heads=4, num_kv_heads=2, expand_v=2.0, feature_map="elu", norm_feature_map=True
+    ),
+    "fla_delta_net": _of_fla("DeltaNet", num_heads=4, expand_v=2.0, use_gate=True, allow_neg_eigval=True),
+    "fla_gated_deltanet": _of_fla(
+        "GatedDeltaNet",
+        num_heads=2,
+        num_v_heads=4,
+        head_dim=6,
+        expand_v=2.0,
+        num_hidden_layers=3,
+        attn={**_ATTENTION_OF_FLA, "window_size": None},
+    ),
+    "fla_kda": _of_fla(
+        "KDA",
+        num_heads=2,
+        num_v_heads=4,
+        head_dim=6,
+        expand_v=2.0,
+        allow_neg_eigval=True,
+        safe_gate=True,
+        lower_bound=-3.0,
+        tie_word_embeddings=True,
+    ),
+    "fla_hgrn": _of_fla("HGRN", use_short_conv=True),
+    "fla_hgrn2": _of_fla("HGRN2", num_heads=4, expand_ratio=None, num_hidden_layers=3),
+    "fla_mamba2": Family(
+        "Mamba2ForCausalLM",
+        "Mamba2Config",
+        {
+            "hidden_size": 24,
+            "num_hidden_layers": 2,
+            "head_dim": 8,
+            "state_size": 10,
+            "chunk_size": 16,
+            "dt_limit": (0.05, 0.9),
+            "D_has_hdim": True,
+            "residual_in_fp32": False,
+            "fuse_norm": False,
+            "fuse_cross_entropy": False,
+        },
+        "fla.models",
+    ),
+    "fla_transformer": _of_fla("Transformer", num_heads=4, num_kv_heads=2, window_size=9, qk_norm=True),
+}
+"""Those of flash-linear-attention, whose layers run on a CPU inside of `fla_on_cpu`."""
+
+
 def build(name: str, **options: Any) -> nn.Module:
     """A float64 model of a family with random weights, in evaluation mode; `options` replace those of its config."""
-    import transformers
-
-    family = FAMILIES[name]
+    family = (FAMILIES | FLA_FAMILIES)[name]
+    package = import_module(family.package)
     given = {"pad_token_id": None, **family.options, **options}
-    config = getattr(transformers, family.config)(vocab_size=VOCABULARY, bos_token_id=None, eos_token_id=None, **given)
+    config = getattr(package, family.config)(vocab_size=VOCABULARY, bos_token_id=None, eos_token_id=None, **given)
     # Products grouped by expert have no float64.
     config._experts_implementation = "eager"
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
         torch.manual_seed(0)
-        return randomised(getattr(transformers, family.model)(config)).double().eval()
+        return randomised(getattr(package, family.model)(config)).double().eval()
     finally:
         torch.set_default_dtype(before)
 

@@ -1,0 +1,378 @@
+"""What stands in for the functions that layers of flash-linear-attention call: the same arguments, on this rank's tokens.
+
+Shapes: B rows, T tokens of this rank, H heads of v, H_k heads of q and k, K and V their sizes, C channels, W taps. Layers call one
+function for training and another for a few tokens, with the same mathematics: one stand-in serves both. Documents are the layout's,
+so ``cu_seqlens`` does not reach the layers. States of a cache do not either: a parallelized model has none in its forward. Names,
+defaults and conventions are those of release 0.6, which tests/integrations/transformers/test_fla_table.py holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import longspan.functional as operators
+from longspan.attention.convolution import causal_conv1d
+from longspan.attention.softmax import softmax_attention
+from longspan.autocast import without_autocast
+from longspan.dtypes import at_least_float32
+from longspan.errors import InputError
+from longspan.integrations.transformers.call import ParallelCall
+from longspan.integrations.transformers.mixers import (
+    ATTENTION,
+    CONVOLUTION,
+    DELTA_RULE,
+    GATED_DELTA_RULE,
+    GLA,
+    HGRN,
+    KDA,
+    LINEAR_ATTENTION,
+    RETENTION,
+    SIMPLE_GLA,
+)
+
+EPS_OF_NORMALIZER = 1e-10
+"""What `chunk_linear_attn` adds to the sum of its weights."""
+
+
+def convolution(
+    call: ParallelCall,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    activation: str | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """`causal_conv1d`: x ``[B, T, C]``, weight ``[C, W]``."""
+    _check_no_state("causal_conv1d", initial_state, output_final_state)
+    _check_left_out("causal_conv1d", residual=residual)
+    return _convolved(call, x, weight, bias, activation), None
+
+
+def convolution_of_one_token(
+    call: ParallelCall,
+    x: Tensor,
+    cache: Tensor,
+    residual: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`causal_conv1d_update`, of a rank with one token, x ``[B, 1, C]``, which is the middle of a sequence all the same."""
+    _check_left_out("causal_conv1d_update", residual=residual)
+    assert weight is not None
+    return _convolved(call, x, weight, bias, activation), cache
+
+
+def convolution_of_one_token_in_cuda(
+    call: ParallelCall,
+    x: Tensor,
+    conv_state: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+) -> Tensor:
+    """The same of the package causal-conv1d, x ``[B, C]``."""
+    return _convolved(call, x.unsqueeze(1), weight, bias, activation).squeeze(1)
+
+
+def _convolved(call: ParallelCall, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
+    call.take(CONVOLUTION)
+    bias = None if bias is None else bias.to(x.dtype)
+    return causal_conv1d(x, weight.to(x.dtype), bias, activation, call.layout)
+
+
+def gla(
+    call: ParallelCall,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None = None,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    *,
+    gk: Tensor | None = None,
+    gv: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """`chunk_gla` (log decays g) and `fused_recurrent_gla` (gk): q, k and decays ``[B, T, H, K]``, v ``[B, T, H, V]``."""
+    _check_no_state("gla", initial_state, output_final_state)
+    _check_left_out("fused_recurrent_gla", gv=gv)
+    call.take(GLA)
+    decays = g if gk is None else gk
+    assert decays is not None
+    out = operators.gla(q, k, v, decays, scale=scale, layout=call.layout, exchange=call.options.exchange)
+    return out, None
+
+
+def simple_gla(
+    call: ParallelCall,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None = None,
+    g_gamma: Tensor | None = None,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """`chunk_simple_gla` and `fused_recurrent_simple_gla`: a log decay for each head and token, ``[B, T, H]``."""
+    _check_no_state("simple_gla", initial_state, output_final_state)
+    _check_left_out("simple_gla", g_gamma=g_gamma)
+    call.take(SIMPLE_GLA)
+    assert g is not None
+    return operators.simple_gla(q, k, v, g, scale=scale, layout=call.layout, exchange=call.options.exchange), None
+
+
+def retention(
+    call: ParallelCall,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """`chunk_retention` and its like: the decay of head h is 1 - 2^(-5 - h)."""
+    _check_no_state("retention", initial_state, output_final_state)
+    call.take(RETENTION)
+    # On the CPU, so that choosing an exchange does not wait for the device; in the steps of the original.
+    decays = (1 - 2.0 ** (-5.0 - torch.arange(v.shape[2], dtype=torch.float))).log()
+    return operators.retention(q, k, v, decays, scale=scale, layout=call.layout, exchange=call.options.exchange), None
+
+
+def parallel_retention(
+    call: ParallelCall,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None = None,
+    output_attentions: bool = False,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, None]:
+    """The same without states: what it returns second is weights of all tokens, and None without them."""
+    return retention(call, q, k, v, scale)
+
+
+def linear_attention(
+    call: ParallelCall,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None = None,
+    initial_state: Any = None,
+    output_final_state: bool = False,
+    normalize: bool = True,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """`chunk_linear_attn` and its like; with `normalize`, divided by the sum of its weights."""
+    _check_no_state("linear_attn", initial_state, output_final_state)
+    call.take(LINEAR_ATTENTION)
+    scale = k.shape[-1] ** -0.5 if scale is None else scale
+    options: dict[str, Any] = {"layout": call.layout, "exchange": call.options.exchange}
+    if not normalize:
+        return operators.linear_attention(q, k, v, scale=scale, **options), None
+    # The scale is in the numerator and in the denominator, but not in what is added to that.
+    return operators.normalized_linear_attention(q, k, v, eps=EPS_OF_NORMALIZER / scale, **options), None
+
+
+def delta_rule(
+    call: ParallelCall,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """`chunk_delta_rule` and `fused_recurrent_delta_rule`: q, k ``[B, T, H, K]``, v ``[B, T, H, V]``, beta ``[B, T, H]``."""
+    _check_no_state("delta_rule", initial_state, output_final_state)
+    call.take(DELTA_RULE)
+    out = operators.delta_rule(
+        q,
+        k,
+        v,
+        beta,
+        scale=scale,
+        qk_l2norm=use_qk_l2norm_in_kernel,
+        layout=call.layout,
+        exchange=call.options.exchange,
+    )
+    return out, None
+
+
+def gated_delta_rule(call: ParallelCall, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+    """`chunk_gated_delta_rule` and its like: q, k ``[B, T, H_k, K]``, v ``[B, T, H, V]``, g and beta ``[B, T, H]``."""
+    call.take(GATED_DELTA_RULE)
+    return _gated_delta_rule(call, operators.gated_delta_rule, *args, **kwargs)
+
+
+def kda(call: ParallelCall, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+    """`chunk_kda` and `fused_recurrent_kda`: as the gated delta rule, g ``[B, T, H, K]``."""
+    call.take(KDA)
+    return _gated_delta_rule(call, operators.kda, *args, **kwargs)
+
+
+def _gated_delta_rule(
+    call: ParallelCall,
+    operator: Callable[..., Any],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
+    *,
+    use_gate_in_kernel: bool = False,
+    A_log: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    lower_bound: float | None = None,
+    use_beta_sigmoid_in_kernel: bool = False,
+    allow_neg_eigval: bool = False,
+    gk: Tensor | None = None,
+    gv: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    name = operator.__name__
+    _check_no_state(name, initial_state, output_final_state)
+    _check_left_out(name, gk=gk, gv=gv)
+    decays = _log_decays(g, A_log, dt_bias, lower_bound) if use_gate_in_kernel else g
+    if use_beta_sigmoid_in_kernel:
+        beta = torch.sigmoid(at_least_float32(beta))
+        if allow_neg_eigval:
+            beta = 2.0 * beta
+    out = operator(
+        q,
+        k,
+        v,
+        decays,
+        beta,
+        scale=scale,
+        qk_l2norm=use_qk_l2norm_in_kernel,
+        layout=call.layout,
+        exchange=call.options.exchange,
+    )
+    return out, None
+
+
+def _log_decays(g: Tensor, rate: Tensor | None, bias: Tensor | None, lower_bound: float | None) -> Tensor:
+    """Log decays from what a layer's projection gives, ``[B, T, H]`` or ``[B, T, H, K]``: the gate inside of the kernels.
+
+    ``-e^rate · softplus(g + bias)``, or between `lower_bound` and 0, ``lower_bound · sigmoid(e^rate · (g + bias))``; rate ``[H]``,
+    bias ``[H]`` or ``[H · K]``.
+    """
+    g = at_least_float32(g)
+    if bias is not None:
+        g = g + bias.to(g.dtype).view(g.shape[2:])
+    factor = None if rate is None else rate.to(g.dtype).exp().view(-1, *(1,) * (g.dim() - 3))
+    if lower_bound is not None:
+        return lower_bound * torch.sigmoid(g if factor is None else factor * g)
+    assert factor is not None
+    return -factor * F.softplus(g)
+
+
+def hgrn(
+    call: ParallelCall,
+    x: Tensor,
+    g: Tensor,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """`chunk_hgrn` and `fused_recurrent_hgrn`, ``h_t = e^{g_t} h_{t-1} + x_t``: x and g ``[B, T, C]``, a head a channel."""
+    _check_no_state("hgrn", initial_state, output_final_state)
+    call.take(HGRN)
+    ones = x.new_ones(*x.shape[:2], 1, 1)
+    # There is no matrix product in the recurrence for autocast to round.
+    with without_autocast(x):
+        out = operators.simple_gla(
+            ones, ones, x.unsqueeze(-1), g, scale=1.0, layout=call.layout, exchange=call.options.exchange
+        )
+    return out.squeeze(-1), None
+
+
+def flash_attention(
+    call: ParallelCall,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    **_: Any,
+) -> Tensor:
+    """flash-attn's `flash_attn_func`: q ``[B, T, H, K]``, k and v ``[B, T, H_k, K]``; a window of keys before the query's own."""
+    if dropout_p:
+        raise InputError(f"attention dropout {dropout_p} is not supported over ranks. Set it to 0")
+    call.take(ATTENTION)
+    return softmax_attention(
+        q,
+        k,
+        v,
+        causal=causal,
+        window=None if window_size[0] < 0 else window_size[0] + 1,
+        scale=softmax_scale,
+        layout=call.layout,
+        method=call.options.softmax_method,
+    )
+
+
+def _check_no_state(name: str, initial_state: object, output_final_state: bool | None) -> None:
+    if initial_state is not None or output_final_state:
+        raise InputError(
+            f"{name} of flash-linear-attention was called with a state, which would be of a cache: a parallelized model has none. "
+            "Leave use_cache and past_key_values out, or decode with longspan.unparallelize(model)"
+        )
+
+
+def _check_left_out(name: str, **given: Tensor | None) -> None:
+    for argument, value in given.items():
+        if value is not None:
+            raise InputError(
+                f"{name} of flash-linear-attention is not supported over ranks with {argument}. Leave it out"
+            )
+
+
+FLA_FUNCTIONS: Mapping[str, Callable[..., Any]] = {
+    "causal_conv1d": convolution,
+    "causal_conv1d_update": convolution_of_one_token,
+    "causal_conv1d_update_cuda": convolution_of_one_token_in_cuda,
+    "chunk_delta_rule": delta_rule,
+    "chunk_gated_delta_rule": gated_delta_rule,
+    "chunk_gla": gla,
+    "chunk_hgrn": hgrn,
+    "chunk_kda": kda,
+    "chunk_linear_attn": linear_attention,
+    "chunk_retention": retention,
+    "chunk_simple_gla": simple_gla,
+    "flash_attn_func": flash_attention,
+    "fused_chunk_linear_attn": linear_attention,
+    "fused_chunk_retention": retention,
+    "fused_recurrent_delta_rule": delta_rule,
+    "fused_recurrent_gated_delta_rule": gated_delta_rule,
+    "fused_recurrent_gla": gla,
+    "fused_recurrent_hgrn": hgrn,
+    "fused_recurrent_kda": kda,
+    "fused_recurrent_linear_attn": linear_attention,
+    "fused_recurrent_retention": retention,
+    "fused_recurrent_simple_gla": simple_gla,
+    "parallel_retention": parallel_retention,
+}
+"""By the name of a function in the files of ``fla.layers`` and ``fla.modules``, what stands in for it."""
