@@ -15,7 +15,7 @@ REQUIREMENTS := pyproject.toml constraints.txt
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help train test test-all lint typecheck bench format clean
+.PHONY: help train test test-fla test-all lint typecheck bench format clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -26,8 +26,14 @@ train: $(VENV)/.installed ## train the example model on this machine's CPU (abou
 test: $(VENV)/.installed-dev ## run the tests, but for the slow ones
 	$(BIN)/python -m pytest $(SHARED) $(ARGS)
 
-test-all: $(VENV)/.installed-dev ## run all tests
+# Where flash-linear-attention can be imported, Transformers takes its kernels, which need a GPU, and its models do not run on a CPU
+# any more. So it has a folder of its own, which these tests alone see.
+test-fla: $(VENV)/.installed-fla ## run the tests with the models of flash-linear-attention
+	PYTHONPATH=$(CURDIR)/$(VENV)/fla $(BIN)/python -m pytest -n 0 -m "" tests/integrations/transformers/test_fla.py $(ARGS)
+
+test-all: $(VENV)/.installed-dev ## run all tests; with ARGS, without those of test-fla
 	$(BIN)/python -m pytest $(SHARED) -m "" $(ARGS)
+	$(if $(ARGS),,$(MAKE) test-fla)
 
 lint: $(VENV)/.installed-dev ## check style and formatting
 	$(BIN)/python -m ruff check .
@@ -77,3 +83,8 @@ $(VENV)/.installed-bench: $(REQUIREMENTS)
 $(VENV)/.installed-dev: $(REQUIREMENTS)
 	$(call install,".[dev]")
 	@touch $(VENV)/.installed
+
+$(VENV)/.installed-fla: $(VENV)/.installed-dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps --upgrade \
+	    --target $(VENV)/fla flash-linear-attention fla-core einops
+	@touch $@

@@ -20,7 +20,9 @@ from torch import Tensor
 
 from longspan.integrations.transformers.mixers import FLA_MIXERS
 
-needs_fla = pytest.mark.skipif(find_spec("fla") is None, reason="flash-linear-attention is not installed")
+needs_fla = pytest.mark.skipif(
+    find_spec("fla") is None, reason="flash-linear-attention is not installed: make test-fla"
+)
 ignores_warnings = pytest.mark.filterwarnings("ignore")
 """The package warns where there is no GPU, and where flash-attn, mamba-ssm and causal-conv1d are not installed."""
 
