@@ -14,12 +14,13 @@ from longspan.parallel.sharded import blocks_of, is_sharded
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def compile_blocks(model: Model, *, blocks: Iterable[nn.Module] | None = None) -> Model:
+def compile_blocks(model: Model, *, blocks: Iterable[nn.Module] | None = None, backend: str = "inductor") -> Model:
     """Let `torch.compile` compile each block of a model by itself, so that equal blocks are compiled once; in place.
 
     Args:
         model: before `compute_in`, `recompute_blocks` and `shard_weights`, which stay outside of what is compiled.
         blocks: as in `shard_weights`.
+        backend: as `torch.compile` takes it.
 
     On one device a block is one graph. Over ranks its exchanges stand between graphs (docs/design.md).
 
@@ -32,7 +33,7 @@ def compile_blocks(model: Model, *, blocks: Iterable[nn.Module] | None = None) -
         )
     for block in blocks_of(model, blocks):
         # On the object and not on its class: other models have blocks of this class, too.
-        block.forward = torch.compile(block.forward)
+        block.forward = torch.compile(block.forward, backend=backend)
     return model
 
 

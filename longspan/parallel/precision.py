@@ -13,10 +13,10 @@ from functools import partial
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from longspan.errors import InputError
-from longspan.parallel.sharded import blocks_of, is_sharded
+from longspan.parallel.sharded import blocks_of, cast_input, is_sharded
 
 Model = TypeVar("Model", bound=nn.Module)
 Place = tuple[nn.Module, str]
@@ -59,7 +59,7 @@ def _forward_cast(
 ) -> Any:
     with _cast(places, dtype):
         return forward(
-            *(_cast_input(x, dtype) for x in args), **{name: _cast_input(x, dtype) for name, x in kwargs.items()}
+            *(cast_input(x, dtype) for x in args), **{name: cast_input(x, dtype) for name, x in kwargs.items()}
         )
 
 
@@ -77,7 +77,3 @@ def _cast(places: list[Place], dtype: torch.dtype) -> Iterator[None]:
     finally:
         for module, name, parameter in before:
             module._parameters[name] = parameter
-
-
-def _cast_input(x: Any, dtype: torch.dtype) -> Any:
-    return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x

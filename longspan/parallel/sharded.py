@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -61,14 +62,28 @@ def shard_weights(
                 f"shard_weights(): {name} has no dimension to divide; got a scalar. Make it a tensor of shape (1,)"
             )
     units = blocks_of(model, blocks)
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=None if dtype is None else torch.float32)
+    # FSDP2 would cast what is inside of arguments, too: angles of rotary embeddings and memory states, which stay float32.
+    policy = MixedPrecisionPolicy(
+        param_dtype=dtype, reduce_dtype=None if dtype is None else torch.float32, cast_forward_inputs=False
+    )
     all_modules: list[nn.Module] = [*units, model]
     for module in all_modules:
+        if dtype is not None:
+            module.register_forward_pre_hook(partial(_cast_inputs, dtype), with_kwargs=True)
         sharded: Any = fully_shard(module, mesh=mesh.weights, mp_policy=policy)
         sharded.set_gradient_divide_factor(1.0)
         # A divisor of one by a plain sum, which every backend has.
         sharded.set_force_sum_reduction_for_comms(True)
     return model
+
+
+def cast_input(x: Any, dtype: torch.dtype) -> Any:
+    """A floating tensor in `dtype`, and everything else as it is."""
+    return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
+
+
+def _cast_inputs(dtype: torch.dtype, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return tuple(cast_input(x, dtype) for x in args), {name: cast_input(x, dtype) for name, x in kwargs.items()}
 
 
 def blocks_of(model: nn.Module, blocks: Iterable[nn.Module] | None) -> list[nn.Module]:
