@@ -18,7 +18,7 @@ from torch import Tensor
 import longspan.functional as operators
 from longspan.attention.convolution import causal_conv1d
 from longspan.attention.softmax import softmax_attention
-from longspan.autocast import without_autocast
+from longspan.autocast import as_in_product, without_autocast
 from longspan.dtypes import at_least_float32
 from longspan.errors import InputError
 from longspan.integrations.transformers.call import ParallelCall
@@ -34,6 +34,7 @@ from longspan.integrations.transformers.mixers import (
     RETENTION,
     SIMPLE_GLA,
 )
+from longspan.ops.backends import MAX_HEAD_SIZE
 
 EPS_OF_NORMALIZER = 1e-10
 """What `chunk_linear_attn` adds to the sum of its weights."""
@@ -210,6 +211,7 @@ def delta_rule(
         qk_l2norm=use_qk_l2norm_in_kernel,
         layout=call.layout,
         exchange=call.options.exchange,
+        backend=_own_kernels(q),
     )
     return out, None
 
@@ -267,8 +269,16 @@ def _gated_delta_rule(
         qk_l2norm=use_qk_l2norm_in_kernel,
         layout=call.layout,
         exchange=call.options.exchange,
+        backend=_own_kernels(q),
     )
     return out, None
+
+
+def _own_kernels(q: Tensor) -> str | None:
+    """The backend of a delta rule: the package's own kernels where they take q, with longspan's exchange around them."""
+    halves = (torch.bfloat16, torch.float16)
+    takes = as_in_product(q).dtype in halves and q.shape[3] <= MAX_HEAD_SIZE
+    return "fla" if takes and q.device.type == "cuda" and torch.version.hip is None else None
 
 
 def _log_decays(g: Tensor, rate: Tensor | None, bias: Tensor | None, lower_bound: float | None) -> Tensor:

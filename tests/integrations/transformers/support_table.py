@@ -1,12 +1,20 @@
-"""Runs every family and writes the table of docs/transformers.md: ``python -m tests.integrations.transformers.support_table``."""
+"""Runs every family and writes the tables of docs/transformers.md: ``python -m tests.integrations.transformers.support_table``.
+
+That of flash-linear-attention's models is written by ``... support_table fla`` where the package can be imported. For the other
+table it must not be: Transformers would take its kernels.
+"""
 
 from __future__ import annotations
 
 import re
 import sys
 import time
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import transformers
 
@@ -15,13 +23,17 @@ from longspan.integrations.transformers.mixers import mixers_of
 from longspan.integrations.transformers.structure import backbone_of
 from longspan.layout import Order
 from tests.compare import worst
-from tests.integrations.transformers.families import FAMILIES, build
+from tests.integrations.transformers.families import FAMILIES, FLA_FAMILIES, Family, build
+from tests.integrations.transformers.fla_on_cpu import fla_on_cpu
 from tests.integrations.transformers.test_checkpointing import compared
 from tests.integrations.transformers.test_families import TOLERANCE, errors_over_ranks, expected_of
+from tests.integrations.transformers.test_fla import expected_of as expected_of_fla
+from tests.integrations.transformers.test_fla import on_cpu
 from tests.ranks import RankError, run_on_ranks, stop_ranks
 
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "transformers.md"
 BEGIN, END = "<!-- support table: begin -->", "<!-- support table: end -->"
+FLA_BEGIN, FLA_END = "<!-- support table of fla: begin -->", "<!-- support table of fla: end -->"
 
 COLUMNS: Mapping[str, tuple[str, int, Order]] = {
     "2 ranks, zigzag": ("plain", 2, "zigzag"),
@@ -30,10 +42,18 @@ COLUMNS: Mapping[str, tuple[str, int, Order]] = {
 }
 
 
+def run(function: Callable[..., Any], num_ranks: int, name: str, *args: Any) -> list[Any]:
+    """`function` on ranks, for a family of either package."""
+    if name in FLA_FAMILIES:
+        return run_on_ranks(num_ranks, on_cpu, function, name, *args)
+    return run_on_ranks(num_ranks, function, name, *args)
+
+
 def error_of(name: str, kind: str, num_ranks: int, order: Order) -> str:
     """The worst error of loss, logits and gradients over all ranks, in float64."""
     try:
-        found = run_on_ranks(num_ranks, errors_over_ranks, name, kind, order, {}, expected_of(name, kind))
+        want = expected_of_fla(name, kind) if name in FLA_FAMILIES else expected_of(name, kind)
+        found = run(errors_over_ranks, num_ranks, name, kind, order, {}, want)
     except (RankError, LongspanError) as failure:
         return f"fails: {type(failure).__name__}"
     error = worst(worst(errors) for errors in found)
@@ -41,22 +61,30 @@ def error_of(name: str, kind: str, num_ranks: int, order: Order) -> str:
 
 
 def checkpointing_of(name: str) -> str:
-    try:
-        for reentrant in (True, False):
-            run_on_ranks(2, compared, name, reentrant, False, False)
-    except RankError:
-        return "no"
-    return "same bits"
+    kinds = []
+    for reentrant in (False, True):
+        try:
+            run(compared, 2, name, reentrant, False, False)
+            kinds.append(reentrant)
+        except RankError:
+            pass
+    return {(False, True): "same bits", (False,): "same bits, not reentrant"}.get(tuple(kinds), "no")
 
 
-def rows() -> list[str]:
+def mixers_by_name(name: str) -> list[str]:
+    """The classes of a family's mixers."""
+    context: Any = fla_on_cpu() if name in FLA_FAMILIES else nullcontext()
+    with context:
+        return sorted({type(mixer).__name__ for mixer in mixers_of(backbone_of(build(name)))})
+
+
+def rows(families: Mapping[str, Family]) -> list[str]:
     lines = [
         "| model | layers | " + " | ".join(COLUMNS) + " | gradient checkpointing |",
         "|---" * (len(COLUMNS) + 3) + "|",
     ]
-    for name, family in FAMILIES.items():
-        kinds = sorted({type(mixer).__name__ for mixer in mixers_of(backbone_of(build(name)))})
-        cells = [f"`{family.model}`", ", ".join(f"`{kind}`" for kind in kinds)]
+    for name, family in families.items():
+        cells = [f"`{family.model}`", ", ".join(f"`{kind}`" for kind in mixers_by_name(name))]
         cells += [error_of(name, *what) for what in COLUMNS.values()]
         lines.append("| " + " | ".join([*cells, checkpointing_of(name)]) + " |")
         sys.stdout.write(lines[-1] + "\n")
@@ -64,17 +92,24 @@ def rows() -> list[str]:
     return lines
 
 
-def table() -> str:
+def table(of_fla: bool) -> str:
     about = f"Transformers {transformers.__version__}, {time.strftime('%Y-%m-%d')}"
-    return "\n".join(
-        [BEGIN, "", f"{about}, by `python -m tests.integrations.transformers.support_table`:", "", *rows(), "", END]
-    )
+    command = "python -m tests.integrations.transformers.support_table"
+    begin, end, families = BEGIN, END, FAMILIES
+    if of_fla:
+        release = import_module("fla").__version__
+        about, command = f"flash-linear-attention {release}, {about}", f"{command} fla"
+        begin, end, families = FLA_BEGIN, FLA_END, FLA_FAMILIES
+    return "\n".join([begin, "", f"{about}, by `{command}`:", "", *rows(families), "", end])
 
 
 def main() -> None:
+    of_fla = sys.argv[1:] == ["fla"]
+    warnings.simplefilter("ignore")
+    written = table(of_fla)
     page = PAGE.read_text(encoding="utf-8")
-    written = table()
-    PAGE.write_text(re.sub(f"{BEGIN}.*{END}", lambda _: written, page, flags=re.DOTALL), encoding="utf-8")
+    begin, end = (FLA_BEGIN, FLA_END) if of_fla else (BEGIN, END)
+    PAGE.write_text(re.sub(f"{begin}.*{end}", lambda _: written, page, flags=re.DOTALL), encoding="utf-8")
     stop_ranks()
 
 

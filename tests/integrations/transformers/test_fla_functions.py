@@ -92,6 +92,23 @@ def test_gates_inside_of_kernels() -> None:
     assert relative_error(fla_functions._log_decays(g, None, bias, -4.0), want) < 1e-12
 
 
+@pytest.mark.parametrize(
+    ("device", "dtype", "size", "backend"),
+    [
+        ("cuda", torch.bfloat16, 256, "fla"),
+        ("cuda", torch.float16, 64, "fla"),
+        ("cuda", torch.float32, 64, None),
+        ("cuda", torch.bfloat16, 257, None),
+        ("cpu", torch.bfloat16, 64, None),
+    ],
+)
+def test_delta_rules_take_the_own_kernels_where_these_run(
+    device: str, dtype: torch.dtype, size: int, backend: str | None
+) -> None:
+    q: Any = SimpleNamespace(device=torch.device(device), dtype=dtype, shape=(1, 11, 2, size))
+    assert fla_functions._own_kernels(q) == backend
+
+
 @pytest.mark.parametrize("normalize", [False, True])
 def test_linear_attention_is_divided_by_the_sum_of_its_weights(normalize: bool) -> None:
     # So small that what is added to the sum matters.
