@@ -60,6 +60,7 @@ OPTIONAL_PACKAGES = [
     "triton",
     "trl",
     "tyro",
+    "wandb",
 ]
 
 

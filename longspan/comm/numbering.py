@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.distributed import distributed_c10d
 
 from longspan.comm.groups import forget, kept, new_group_beside, timeout_of
+from longspan.comm.traffic import note_flight
 from longspan.errors import ExchangeError, OutOfStepError
 
 # A rank that waits for longer compares itself with the others, and again whenever so much time has passed.
@@ -51,11 +52,12 @@ _forward_of: ContextVar[int | None] = ContextVar("forward_of", default=None)
 
 @dataclass(frozen=True)
 class Step:
-    """One exchange of this rank. number: counts those of its group and epoch, from one."""
+    """One exchange of this rank. number: counts those of its group and epoch, from one. begun: seconds, `time.perf_counter`."""
 
     epoch: int
     number: int
     label: str
+    begun: float = field(default_factory=time.perf_counter, compare=False)
 
     @property
     def word(self) -> int:
@@ -253,6 +255,7 @@ def wait_in_step(
             _publish_and_compare(group, step)
             if time.monotonic() >= deadline:
                 raise _timeout_error(group, step)
+        note_flight(step.begun)
         if check is not None:
             check()
     except Exception as error:

@@ -32,11 +32,22 @@ class Traffic:
 
     events: list[Event] = field(default_factory=list)
     wait_seconds: float = 0.0
+    flights: list[tuple[float, float]] = field(default_factory=list)
+    """From when to when exchanges were under way, as far as this rank waited for their end (`time.perf_counter`)."""
 
     @property
     def num_collectives(self) -> int:
         """Number of collectives, and of messages sent outside one, that were started."""
         return len(self.events)
+
+    @property
+    def exchange_seconds(self) -> float:
+        """Seconds in which at least one exchange was under way, hidden or not; `wait_seconds` is the part that was not."""
+        total, reached = 0.0, float("-inf")
+        for begun, ended in sorted(self.flights):
+            total += max(0.0, ended - max(begun, reached))
+            reached = max(reached, ended)
+        return total
 
     @property
     def num_messages(self) -> int:
@@ -99,6 +110,14 @@ def waiting() -> Iterator[None]:
     try:
         yield
     finally:
-        elapsed = time.perf_counter() - begun
+        ended = time.perf_counter()
         for traffic in _recorders:
-            traffic.wait_seconds += elapsed
+            traffic.wait_seconds += ended - begun
+            traffic.flights.append((begun, ended))
+
+
+def note_flight(begun: float) -> None:
+    """Tell the recorders of an exchange that has just ended; begun: when it was started (`time.perf_counter`)."""
+    ended = time.perf_counter()
+    for traffic in _recorders:
+        traffic.flights.append((begun, ended))

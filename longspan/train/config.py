@@ -229,6 +229,12 @@ class RunConfig:
     """Steps between two printed lines where there is no terminal for a progress bar."""
     tensorboard: bool = False
     """Write the metrics for TensorBoard, too (needs the extra longspan[tensorboard])."""
+    wandb: bool = False
+    """Send the metrics to Weights & Biases, too (needs the extra longspan[wandb])."""
+    wandb_project: str = "longspan"
+    """Project of Weights & Biases."""
+    memory_snapshot_step: int | None = None
+    """Write a snapshot of a GPU's memory over this optimizer step, counted from 1, into traces/, one file per rank."""
     trace_step: int | None = None
     """Write a Chrome trace of this optimizer step, counted from 1, into traces/ in the run folder, one file per rank."""
 
@@ -398,19 +404,21 @@ def check(config: Config) -> None:
         if not value > 0.0:
             raise ConfigError(f"{key} is {value}; it must be greater than 0")
     config.model.build(vocab_size=257)
-    if config.run.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        raise ConfigError(
-            "run.tensorboard is True, but the package tensorboard is not installed. Install it with "
-            "pip install 'longspan[tensorboard]', or leave the key out: metrics.jsonl has the same numbers"
-        )
     config.parallel.build_exchange()
     if config.run.go_on and config.run.dir is None:
         raise ConfigError("run.go_on is True, but run.dir is not given: say which run to go on with, by run.dir")
-    if config.run.trace_step is not None and config.run.trace_step > config.train.steps:
-        raise ConfigError(
-            f"run.trace_step {config.run.trace_step} comes after the last step, train.steps {config.train.steps}. Trace an "
-            "earlier one"
-        )
+    for name in ("tensorboard", "wandb"):
+        if getattr(config.run, name) and importlib.util.find_spec(name) is None:
+            raise ConfigError(
+                f"run.{name} is True, but the package {name} is not installed. Install it with "
+                f"pip install 'longspan[{name}]', or leave the key out: metrics.jsonl has the same numbers"
+            )
+    for key in ("run.trace_step", "run.memory_snapshot_step"):
+        recorded = flatten(config)[key]
+        if recorded is not None and recorded > config.train.steps:
+            raise ConfigError(
+                f"{key} {recorded} comes after the last step, train.steps {config.train.steps}. Record an earlier one"
+            )
     if config.train.batch_tokens % config.train.seq_len:
         near = max(1, round(config.train.batch_tokens / config.train.seq_len)) * config.train.seq_len
         raise ConfigError(
@@ -492,6 +500,7 @@ _LEAST: dict[str, float] = {
     "sample.temperature": 0,
     "run.print_every": 1,
     "run.trace_step": 1,
+    "run.memory_snapshot_step": 1,
 }
 
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import math
 import os
-import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from longspan.errors import CheckpointError
+from longspan.train.trackers import Tracker
 
 # Any number that is measured is smaller; NaN and infinity are not.
 _LARGEST = 2**63
@@ -62,26 +62,12 @@ class Totals:
         return self.seconds_waiting / self.seconds if self.seconds else 0.0
 
 
-def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory that this process has held: allocated on its GPU, or resident."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
 class MetricsFile:
-    """``metrics.jsonl``: one JSON object a line, each with its ``step``.
+    """``metrics.jsonl``: one JSON object a line, each with its ``step``; the numbers go to `trackers`, too."""
 
-    With a folder for `events`, the numbers go to TensorBoard, too.
-    """
-
-    def __init__(self, path: Path, events: Path | None = None) -> None:
+    def __init__(self, path: Path, trackers: Sequence[Tracker] = ()) -> None:
         self.path = path
-        self._events = events
-        self._writer: Any = None
+        self._trackers = trackers
 
     def append(self, record: dict[str, Any]) -> None:
         """Add a line; a number that is not finite is written as null, which JSON has.
@@ -95,24 +81,13 @@ class MetricsFile:
                 file.write(json.dumps(finite) + "\n")
         except OSError as error:
             raise _unwritten(self.path, error) from error
-        if self._events is not None:
-            self._append_events(finite)
+        for tracker in self._trackers:
+            tracker.write(finite)
 
     def close(self) -> None:
-        """Flush what TensorBoard has not written yet."""
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
-
-    def _append_events(self, record: dict[str, Any]) -> None:
-        if self._writer is None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            # What a resumed run makes again replaces what was there.
-            self._writer = SummaryWriter(str(self._events), purge_step=record["step"])
-        for key, value in record.items():
-            if key != "step" and value is not None:
-                self._writer.add_scalar(key, value, record["step"])
+        """Let the trackers write what they have not written yet."""
+        for tracker in self._trackers:
+            tracker.close()
 
     def read(self) -> list[dict[str, Any]]:
         """All records, none if there is no file; a last line that a crash cut off is left out.

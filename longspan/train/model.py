@@ -54,6 +54,11 @@ def compute_dtype(config: Config) -> torch.dtype | None:
 
 def check_device(config: Config, device: torch.device) -> None:
     """Raise ConfigError where the device cannot compute as the config says."""
+    if config.run.memory_snapshot_step is not None and device.type != "cuda":
+        raise ConfigError(
+            f"run.memory_snapshot_step is {config.run.memory_snapshot_step}, and this run is on the {device.type}: PyTorch records "
+            "the memory of GPUs alone. Leave it out: metrics.jsonl has the memory of each step, and run.trace_step its allocations"
+        )
     if config.train.compile:
         check_compiler(device)
     if config.train.dtype == "bfloat16" and device.type == "cuda" and not computes_in_bfloat16():

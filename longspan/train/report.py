@@ -83,7 +83,7 @@ class Report:
         """Show a step: loss, tokens per second, share of time waiting for other ranks, peak memory of a rank."""
         numbers = (
             f"loss {record['loss']:.3f}  {record['tokens_per_second']:,.0f} tokens/s  "
-            f"waiting {record['wait_share']:.0%}  {record['memory_bytes'] / 2**30:.2f} GiB"
+            f"waiting {record['wait_share']:.0%}  {record['peak_memory_bytes'] / 2**30:.2f} GiB"
         )
         step = record["step"]
         if self._bar is not None:

@@ -24,9 +24,10 @@ from longspan.train.checkpoint import (
 )
 from longspan.train.config import Config
 from longspan.train.finish import finish
-from longspan.train.model import check_device
+from longspan.train.model import check_device, compute_dtype
 from longspan.train.phase import RunPhase
 from longspan.train.ranks import Ranks
+from longspan.train.rate import find_peak
 from longspan.train.report import Report
 from longspan.train.run_folder import RunFolder, create_run_folder, writing
 from longspan.train.selfcheck import SelfCheck
@@ -79,6 +80,8 @@ def train_on(
     trainer = ranks.together(lambda: _build_trainer(config, ranks, folder, data, report, phase, saved))
     report.heading("data", _describe_data(trainer))
     report.heading("model", _describe_model(trainer))
+    phase.name = "measuring the device"
+    report.heading("device", _find_peak(trainer))
 
     if ranks.world_size > 1:
         phase.name = "checking the first batch"
@@ -232,6 +235,16 @@ def _describe_model(trainer: Trainer) -> str:
         f"(L {linear or 'none'}, N softmax attention); {train.steps} steps of {trainer.config.batch_sequences} x "
         f"{train.seq_len:,} tokens"
     )
+
+
+def _find_peak(trainer: Trainer) -> str:
+    """Tell the trainer what all devices reach together; a line that says what each of them does."""
+    config, ranks = trainer.config, trainer.ranks
+    peak = find_peak(ranks.device, compute_dtype(config) or torch.float32)
+    peaks = ranks.gather_numbers([peak.flops or 0.0])
+    trainer.peak_flops = float(peaks.sum()) if bool((peaks > 0).all()) else None
+    operations = trainer.model.flops_per_token(config.train.seq_len) * config.train.batch_tokens
+    return f"{operations / 1e9:,.0f} GFLOP a step; a rank: {peak}"
 
 
 def _describe_check(check: SelfCheck, world_size: int) -> str:

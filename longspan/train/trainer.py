@@ -26,7 +26,8 @@ from longspan.train.checkpoint import Checkpoint, complete_checkpoints, save_che
 from longspan.train.config import Config
 from longspan.train.exchange import figures_to_save, measures, take_saved_figures
 from longspan.train.loss import Evaluation, evaluate, loss_sum, unigram_baseline
-from longspan.train.metrics import MetricsFile, Totals, peak_memory_bytes
+from longspan.train.memory import StepMemory
+from longspan.train.metrics import MetricsFile, Totals
 from longspan.train.model import build_model, compute_dtype, copy_shares, copy_weights, make_parallel, sum_over_ranks
 from longspan.train.optimizer import (
     build_optimizer,
@@ -39,11 +40,14 @@ from longspan.train.optimizer import (
 )
 from longspan.train.phase import RunPhase
 from longspan.train.ranks import Ranks
+from longspan.train.rate import ModelOperations
 from longspan.train.report import Report
 from longspan.train.run_folder import RunFolder
 from longspan.train.selfcheck import SelfCheck, self_check
+from longspan.train.snapshot import MemorySnapshot
 from longspan.train.step_batch import StepBatch, make_step_batch
 from longspan.train.trace import StepTrace
+from longspan.train.trackers import build_trackers
 
 
 class TrainingError(LongspanError):
@@ -62,8 +66,10 @@ class Trainer:
         self.data = data
         self.report = report
         self.phase = phase
-        self.metrics = MetricsFile(folder.metrics, folder.events if config.run.tensorboard else None)
+        self.metrics = MetricsFile(folder.metrics, build_trackers(config, folder))
         self.trace = StepTrace(folder.traces, config.run.trace_step, ranks.rank, ranks.device)
+        self.snapshot = MemorySnapshot(folder.traces, config.run.memory_snapshot_step, ranks.rank)
+        self.memory = StepMemory(ranks.device)
         train = config.train
         documents = config.data.documents
         self.batches = TrainingBatches(data.train, train.seq_len, config.batch_sequences, train.seed, documents)
@@ -75,6 +81,9 @@ class Trainer:
         self.baseline = unigram_baseline(data.train.token_counts, self.held_out, self.token_bytes)
         self.model = make_parallel(self._build_model(), config, ranks, compute_dtype(config))
         self.optimizer = build_optimizer(self.model, config.optim)
+        self.operations = ModelOperations(self.model)
+        self.peak_flops: float | None = None
+        """Of all ranks together, operations per second; None is unknown."""
         self.has_saved_figures = False
         self.step = 0
         self.skipped_in_a_row = 0
@@ -134,8 +143,9 @@ class Trainer:
         loader = Loader(self._make_batch, self.step, config.train.steps, timeout_seconds=timeout)
         with self.report, loader:
             self._await_batch(loader)
+            self.memory.begin()
             while self.step < config.train.steps and not stopping:
-                with self.trace.of(self.step + 1):
+                with self.trace.of(self.step + 1), self.snapshot.of(self.step + 1):
                     stopping = self._train_step(loader, stop)
                 last = self.step == config.train.steps
                 if last or _is_due(self.step, config.validation.every):
@@ -168,9 +178,10 @@ class Trainer:
         loss_value, norm_value = float(loss), float(norm)
         self.phase.name = "reading a batch"
         data_wait = loader.wait()
-        memory = peak_memory_bytes(self.ranks.device)
-        own = [loss_value, norm_value, stop.requested, traffic.wait_seconds, memory, data_wait, loader.has_failed]
-        everyone = self.ranks.gather_numbers(own)
+        held, peak = self.memory.take()
+        operations = self.operations.of_batch(batch) / self.ranks.sp
+        own = [loss_value, norm_value, stop.requested, traffic.wait_seconds, peak, data_wait, loader.has_failed]
+        everyone = self.ranks.gather_numbers([*own, held, traffic.exchange_seconds, operations])
         finite = bool(everyone[:, :2].isfinite().all())
         lr = learning_rate(self.config.optim, self.step + 1, self.config.train.steps)
         self.phase.name = "updating the weights"
@@ -181,6 +192,7 @@ class Trainer:
                 self.optimizer.step()
         self.model.zero_grad(set_to_none=True)
         self.step += 1
+        self.memory.end(self.step)
         self._record(everyone, float(norm), lr, finite, time.perf_counter() - start, traffic, batch)
         if everyone[:, 6].any():
             self.ranks.together(loader.check)
@@ -213,8 +225,10 @@ class Trainer:
         batch: StepBatch,
     ) -> None:
         waited, data_wait = float(everyone[:, 3].mean()), float(everyone[:, 5].max())
-        loss, memory_bytes = float(everyone[:, 0].sum()), int(everyone[:, 4].max())
-        self.totals.add(self.config.train.batch_tokens, seconds, waited, memory_bytes, loss)
+        loss, peak_memory_bytes = float(everyone[:, 0].sum()), int(everyone[:, 4].max())
+        tokens_per_second = self.config.train.batch_tokens / seconds
+        flops_per_second = float(everyone[:, 9].sum()) / seconds
+        self.totals.add(self.config.train.batch_tokens, seconds, waited, peak_memory_bytes, loss)
         self.totals.add_data(data_wait, batch.tokens_by_document_length)
         record: dict[str, Any] = {
             "step": self.step,
@@ -223,14 +237,19 @@ class Trainer:
             "lr": lr,
             "skipped": not finite,
             "tokens": self.step * self.config.train.batch_tokens,
-            "tokens_per_second": self.config.train.batch_tokens / seconds,
+            "tokens_per_second": tokens_per_second,
+            "tokens_per_second_per_rank": tokens_per_second / self.ranks.world_size,
+            "flops_per_second": flops_per_second,
+            "flops_share": flops_per_second / self.peak_flops if self.peak_flops else None,
             "valid_tokens": batch.num_valid_tokens,
             "wait_share": waited / seconds,
+            "exchange_share": float(everyone[:, 8].mean()) / seconds,
             "data_wait": data_wait,
             "data_wait_share": data_wait / seconds,
             "exchanges": traffic.num_collectives,
             "exchanged_bytes": traffic.bytes_sent,
-            "memory_bytes": memory_bytes,
+            "memory_bytes": int(everyone[:, 7].max()),
+            "peak_memory_bytes": peak_memory_bytes,
             "seconds": seconds,
         }
         if self.ranks.is_first:

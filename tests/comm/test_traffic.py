@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from longspan.comm.traffic import note_collective, record_traffic, waiting
+from longspan.comm.traffic import Traffic, note_collective, record_traffic, waiting
 
 
 def test_recorders_nest_and_count_messages_and_waiting() -> None:
@@ -26,3 +26,12 @@ def test_two_recorders_that_saw_the_same_are_told_apart() -> None:
             pass
         note_collective("ring", "forward", 5)
     assert outer.bytes_sent == 5
+
+
+def test_time_under_way_counts_once_where_exchanges_overlap() -> None:
+    traffic = Traffic(flights=[(3.0, 4.0), (0.0, 1.0), (0.5, 2.0), (0.6, 0.7)])
+    assert traffic.exchange_seconds == 3.0
+    assert Traffic().exchange_seconds == 0.0
+    with record_traffic() as recorded, waiting():
+        pass
+    assert recorded.exchange_seconds == recorded.wait_seconds

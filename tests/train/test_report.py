@@ -10,7 +10,7 @@ import pytest
 
 from longspan.train.report import Report
 
-RECORD = {"step": 1, "loss": 1.0, "tokens_per_second": 1.0, "wait_share": 0.0, "memory_bytes": 1}
+RECORD = {"step": 1, "loss": 1.0, "tokens_per_second": 1.0, "wait_share": 0.0, "peak_memory_bytes": 1}
 
 
 class Gone(io.StringIO):
