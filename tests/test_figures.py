@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 import longspan
-from benchmarks import exposed, finetune, methods, modelled
+from benchmarks import curves, exposed, finetune, methods, modelled
 from benchmarks.figures.__main__ import FIGURES
 from benchmarks.figures.common import with_origin, write
 from benchmarks.figures.timeline import _spans
@@ -74,7 +74,26 @@ DATA: dict[str, dict[str, Any]] = {
             for side, ranks in finetune.SIDES.items()
         },
     },
+    "curves": {
+        "seq_len": 128,
+        "steps": 3,
+        "shape": "4 layers",
+        "sides": {
+            side: {"mesh": mesh, "losses": [3.0, 2.0, 1.0], "relative_differences": [0.0, 1e-7, 2e-7]}
+            for side, mesh in curves.MESHES.items()
+        },
+    },
 }
+
+
+def test_curves_that_differ_from_one_process_are_not_reported() -> None:
+    for wrong in (2.00003, float("nan")):
+        found = [[3.0, 2.0], [3.0, 2.0], [3.0, wrong]]
+        with (
+            mock.patch.object(curves, "losses", side_effect=found),
+            pytest.raises(SystemExit, match="differs from one process by"),
+        ):
+            curves.measure(128, 2)
 
 
 @pytest.mark.parametrize("name", FIGURES)
@@ -199,7 +218,10 @@ def test_the_documentation_has_the_modelled_table_as_the_command_prints_it() -> 
     assert all(row in page for row in rows)
 
 
+_PAGES = ("exchange.md", "performance.md", "transformers_training.md")
+
+
 def test_the_documentation_names_every_figure_and_table() -> None:
-    pages = [(ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("exchange.md", "transformers_training.md")]
+    pages = [(ROOT / "docs" / name).read_text(encoding="utf-8") for name in _PAGES]
     for name in FIGURES:
         assert any(re.search(rf"`{name}`|benchmarks\.figures {name}`", page) for page in pages)

@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from benchmarks.figures import finetune, throughput, timeline, traffic, waiting
+from benchmarks.figures import curves, finetune, throughput, timeline, traffic, waiting
 from benchmarks.figures.common import pyplot, with_origin, write
 from benchmarks.harness import reexecute_with_memory_settings
 from benchmarks.network import NetworkError
@@ -17,6 +17,7 @@ FIGURES = {
     "waiting": waiting.FIGURE,
     "timeline": timeline.FIGURE,
     "finetune": finetune.FIGURE,
+    "curves": curves.FIGURE,
 }
 
 
