@@ -27,6 +27,7 @@ from types import FrameType
 from typing import Any
 
 from longspan.errors import ConfigError, ExchangeError, LongspanError
+from longspan.faults import install_faults, parse_faults
 
 EXIT_DONE = 0
 EXIT_FAILED = 1
@@ -38,6 +39,10 @@ EXIT_STOPPED = 75
 128 and its number, without a checkpoint."""
 
 _RENDEZVOUS = "LONGSPAN_RENDEZVOUS"
+# For tests alone: see longspan.faults.
+_FAULTS = "LONGSPAN_FAULT"
+# How often torchrun has started the ranks anew, which it sets.
+_ATTEMPT = "TORCHELASTIC_RESTART_COUNT"
 # Large CPU tensors in huge pages: else the first touch of every 4 KiB costs long sequences a good part of their time. What the
 # user has set stays.
 _MEMORY_SETTINGS = {"THP_MEM_ALLOC_ENABLE": "1"}
@@ -209,7 +214,7 @@ def _ending(code: int | None) -> str:
 def _print_stacks(late: list[int], ranks: list[subprocess.Popen[bytes]], folder: Path) -> None:
     """Say what the ranks that had not ended were doing: where a deadline has passed, one of them is why."""
     for rank in late:
-        ranks[rank].send_signal(signal.SIGUSR1)
+        wake_to_show_stacks(ranks[rank].pid)
     time.sleep(0.3 if late else 0.0)
     for rank in late:
         path = _stacks_path(folder, rank)
@@ -257,12 +262,16 @@ def run_rank(place: Place, function: Callable[[Place, StopRequest], int]) -> int
     if place.rendezvous is not None:
         _end_with_starting_command()
         faulthandler.register(signal.SIGUSR1, file=_stacks_path(place.rendezvous, place.rank).open("w"))
+    elif place.world_size > 1:
+        # Where torchrun collects what ranks say; another rank asks for it, see longspan.train.watch.
+        faulthandler.register(signal.SIGUSR1, file=sys.__stderr__ or sys.stderr)
     stop = StopRequest()
     with stop.listening():
         try:
+            _install_faults(place)
             return function(place, stop)
         except Exception as error:
-            code = _leave_report(place, error)
+            code = report_failure(place, error)
     if place.world_size > 1:
         # Other ranks may be in a collective that never ends; leaving the interpreter would wait for its threads.
         sys.stdout.flush()
@@ -271,7 +280,22 @@ def run_rank(place: Place, function: Callable[[Place, StopRequest], int]) -> int
     return code
 
 
-def _leave_report(place: Place, error: Exception) -> int:
+def _install_faults(place: Place) -> None:
+    faults = os.environ.get(_FAULTS)
+    if faults:
+        attempt = os.environ.get(_ATTEMPT, "0")
+        install_faults(parse_faults(faults), place.rank, int(attempt) if attempt.isdigit() else 0)
+
+
+def wake_to_show_stacks(process_id: int) -> None:
+    """Ask a rank on this host for the stacks of its threads, even if it is stopped: it answers as it is woken."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.kill(process_id, signal.SIGUSR1)
+        os.kill(process_id, signal.SIGCONT)
+
+
+def report_failure(place: Place, error: Exception) -> int:
+    """Print what has failed on this rank, or leave it for the starting command; return the exit code."""
     # An exchange that failed is nothing that was refused before the run: it names where the run stood.
     refused = isinstance(error, LongspanError) and not isinstance(error, ExchangeError)
     where = "; ".join(getattr(error, "__notes__", []))

@@ -12,22 +12,33 @@ from longspan.errors import DataError
 
 Batch = TypeVar("Batch")
 
+_SECONDS_TO_END = 2.0
+
 
 class Loader(Generic[Batch]):
     """What `make` returns for the steps from `first` on, before `stop`, made in a thread, `ahead` steps at most before it is taken.
 
-    A context, at whose end the thread has ended. What `make` raises stops the thread, and is raised by `take`.
+    A context, at whose end the thread has ended, or is left behind where reading takes longer. What `make` raises stops the thread,
+    and is raised by `take`.
 
-    timeout_seconds: longest time to wait for a step's batch.
+    timeout_seconds: longest time to wait for a step's batch. whose: of the message that it was not there.
     """
 
     def __init__(
-        self, make: Callable[[int], Batch], first: int, stop: int, *, ahead: int = 2, timeout_seconds: float = 600.0
+        self,
+        make: Callable[[int], Batch],
+        first: int,
+        stop: int,
+        *,
+        ahead: int = 2,
+        timeout_seconds: float = 600.0,
+        whose: str = "",
     ) -> None:
         self._make = make
         self._next_to_make, self._next_to_take, self._stop = first, first, stop
         self._ahead = ahead
         self._timeout = timeout_seconds
+        self._whose = whose
         self._made: dict[int, Batch] = {}
         self._failure: BaseException | None = None
         self._closed = False
@@ -44,7 +55,8 @@ class Loader(Generic[Batch]):
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-        self._thread.join()
+        # A thread that waits for a disk that does not answer ends with the process.
+        self._thread.join(_SECONDS_TO_END)
 
     def wait(self) -> float:
         """Wait until the next batch is there, or until it is known that it cannot be had; seconds that this took."""
@@ -53,8 +65,8 @@ class Loader(Generic[Batch]):
             there = self._changed.wait_for(self._is_settled, self._timeout)
             if not there and self._failure is None:
                 self._failure = DataError(
-                    f"the batch of step {self._next_to_take + 1} was not there after {self._timeout:g} s of reading. Look at the "
-                    "disk that holds the data, or raise parallel.timeout_seconds"
+                    f"the batch of step {self._next_to_take + 1}{self._whose} was not there after {self._timeout:g} s of reading. "
+                    "Look at the disk that holds the data, or raise parallel.timeout_seconds"
                 )
         return time.perf_counter() - start
 

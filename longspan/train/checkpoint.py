@@ -20,6 +20,7 @@ from typing import Any
 from torch import Tensor
 
 from longspan.errors import CheckpointError
+from longspan.faults import reached
 
 CHECKPOINT_FORMAT = "longspan-checkpoint-1"
 MANIFEST = "manifest.json"
@@ -51,6 +52,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
         # The run was resumed from it and has made no step since.
         return final
     try:
+        reached("checkpoint.begun", checkpoint.step)
         folder.mkdir(parents=True, exist_ok=True)
         if temporary.exists():
             shutil.rmtree(temporary)
@@ -61,15 +63,18 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
         }
         contents["state.json"] = json.dumps(checkpoint.state, indent=1).encode()
         for name, content in contents.items():
+            reached("checkpoint.file", checkpoint.step)
             _write_synced(temporary / name, content)
         files = {name: {"bytes": len(c), "sha256": hashlib.sha256(c).hexdigest()} for name, c in contents.items()}
         _write_synced(temporary / MANIFEST, _manifest(checkpoint.step, files))
         _sync_folder(temporary)
+        reached("checkpoint.written", checkpoint.step)
         if final.exists():
             # It lacks a file, or it would have been found above.
             shutil.rmtree(final)
         temporary.rename(final)
         _sync_folder(folder)
+        reached("checkpoint.renamed", checkpoint.step)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(
@@ -80,6 +85,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
         # Under its own name it would look damaged to a resume if this were cut off.
         with contextlib.suppress(OSError):
             discarded = old.rename(folder / f"{_DISCARDED}{old.name}")
+            reached("checkpoint.removing", checkpoint.step)
             shutil.rmtree(discarded, ignore_errors=True)
     return final
 

@@ -3,17 +3,61 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator
 
+from longspan.faults import reached
 from longspan.launch import Place
+
+PHASES = {
+    "starting": "start",
+    "meeting the other ranks": "meet",
+    "opening the run folder": "open",
+    "preparing the data": "prepare",
+    "building the model": "build",
+    "checking the first batch": "check",
+    "starting to train": "begin",
+    "reading a batch": "data",
+    "computing forward": "forward",
+    "computing backward": "backward",
+    "summing gradients": "sum",
+    "updating the weights": "update",
+    "comparing replicas": "replicas",
+    "validating": "validate",
+    "saving a checkpoint": "save",
+    "writing the results": "results",
+    "ending": "end",
+}
+"""What a rank may be doing, and the point's name for `longspan.faults`."""
 
 
 class RunPhase:
     """The present activity and, once steps are made, the step it belongs to (counted from 1)."""
 
     def __init__(self) -> None:
-        self.name = "starting"
         self.step: int | None = None
+        self.since = time.monotonic()
+        self._name = "starting"
+
+    @property
+    def name(self) -> str:
+        """What a person reads, such as those of `PHASES`."""
+        return self._name
+
+    @name.setter
+    def name(self, name: str) -> None:
+        self._name = name
+        self.since = time.monotonic()
+        reached(PHASES.get(name, name), self.step)
+
+    def describe(self, place: Place) -> str:
+        """Which rank this is, in which step, doing what."""
+        return f"rank {place.rank} of {place.world_size}, {self.where}"
+
+    @property
+    def where(self) -> str:
+        """In which step, doing what."""
+        return f"while {self.name}" if self.step is None else f"step {self.step}, while {self.name}"
 
     @contextlib.contextmanager
     def noted(self, place: Place) -> Iterator[None]:
@@ -21,6 +65,5 @@ class RunPhase:
         try:
             yield
         except Exception as error:
-            step = "" if self.step is None else f", step {self.step}"
-            error.add_note(f"rank {place.rank} of {place.world_size}{step}, while {self.name}")
+            error.add_note(self.describe(place))
             raise

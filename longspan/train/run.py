@@ -32,6 +32,7 @@ from longspan.train.report import Report
 from longspan.train.run_folder import RunFolder, create_run_folder, writing
 from longspan.train.selfcheck import SelfCheck
 from longspan.train.trainer import Trainer, saved_value
+from longspan.train.watch import Watch
 
 
 def train(config: Config, place: Place, stop: StopRequest, resume: RunFolder | None = None) -> int:
@@ -47,10 +48,12 @@ def train(config: Config, place: Place, stop: StopRequest, resume: RunFolder | N
         LongspanError: for what the user can mend, on every rank.
     """
     phase = RunPhase()
-    with phase.noted(place):
+    watch = Watch(place, phase, config.parallel.timeout_seconds)
+    with watch.watching(), phase.noted(place):
         torch.set_num_threads(config.parallel.threads or max(1, num_cores() // place.local_world_size))
         phase.name = "meeting the other ranks"
         ranks = Ranks.start(place, config.parallel.device, config.parallel.timeout_seconds)
+        watch.meet()
         code = train_on(ranks, config, stop, resume, phase)
         phase.name = "ending"
         ranks.close()

@@ -16,6 +16,7 @@ from longspan.data.batches import TrainingBatches, validation_sequences
 from longspan.data.loader import Loader
 from longspan.data.prepare import PreparedData
 from longspan.errors import CheckpointError, DataError, LongspanError
+from longspan.faults import reached
 from longspan.launch import StopRequest
 from longspan.layout import SequenceLayout
 from longspan.models import LinearLlama3
@@ -107,6 +108,7 @@ class Trainer:
         return SequenceLayout(seq_len, self.ranks.mesh["sp"], self.config.parallel.order, documents)
 
     def _make_batch(self, step: int) -> StepBatch:
+        reached("batch", step + 1)
         return make_step_batch(self.batches, step, self.ranks, self.config.train.micro_batch_sequences, self._layout)
 
     def check(self, threads_alone: int) -> SelfCheck:
@@ -139,8 +141,10 @@ class Trainer:
         config = self.config
         self.phase.name = "starting to train"
         stopping = bool(self.ranks.gather_numbers([stop.requested]).any())
-        timeout = config.parallel.timeout_seconds
-        loader = Loader(self._make_batch, self.step, config.train.steps, timeout_seconds=timeout)
+        # A rank gives up its own batch before the others give up the rank: so all of them hear which batch it was.
+        timeout = 0.9 * config.parallel.timeout_seconds
+        whose = f" of rank {self.ranks.rank}" if self.ranks.world_size > 1 else ""
+        loader = Loader(self._make_batch, self.step, config.train.steps, timeout_seconds=timeout, whose=whose)
         with self.report, loader:
             self._await_batch(loader)
             self.memory.begin()
@@ -169,9 +173,11 @@ class Trainer:
         batch = loader.take()
         with record_traffic() as traffic:
             loss = self._forward_backward(batch)
+            reached("gradients", self.step + 1, self.model)
             self.phase.name = "summing gradients"
             with named_range("longspan.train.sum_gradients"):
                 sum_over_ranks(self.model, self.ranks)
+            reached("gradients.summed", self.step + 1, self.model)
         norm = gradient_norm(self.model)
         # One exchange for all that the ranks must know of each other, so that all of them decide alike: also whether each of them
         # has its part of the next batch.
