@@ -1,126 +1,430 @@
-"""Prepare a corpus once: read, split, tokenize, write; later runs on the same folder find it there."""
+"""Prepare a corpus once: list, split, tokenize, write; later runs on the same folder find it there.
+
+A prepared folder holds shards (`longspan.data.tokens`), the tokenizer, and ``data.json``, which names them all with their
+checksums and is written last: a folder without it was not finished, and the next call goes on with what is done, which it
+verifies first.
+"""
 
 from __future__ import annotations
 
-import hashlib
-import json
+import contextlib
+import fcntl
+import os
+import re
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from longspan.data.documents import Document, read_corpus
-from longspan.data.tokenizer import ByteTokenizer, Kind, Tokenizer, load_tokenizer, train_bpe
-from longspan.data.tokens import TokenFile, open_token_file, write_token_file, write_whole
+import numpy as np
+
+from longspan.data.files import digest, read_checked, remove_leftovers, sync_folder, with_checksum, write_whole
+from longspan.data.reading import read_documents
+from longspan.data.shards import Shard, ShardTask, finished_shard, open_shard
+from longspan.data.sources import ListedSource, list_source
+from longspan.data.split import SplitRule, split_rule
+from longspan.data.tokenizer import (
+    BPE,
+    BYTES,
+    END_OF_DOCUMENT,
+    ByteTokenizer,
+    Tokenizer,
+    load_tokenizer,
+    open_tokenizer,
+    train_bpe,
+)
+from longspan.data.tokens import SPLITS, TOKENS_FORMAT, SplitName, TokenShard, TokenStream, verify_shards
+from longspan.data.workers import make_shards
 from longspan.errors import DataError
 
 # A BPE's merges settle long before this; more text only takes longer.
-_TOKENIZER_TRAINING_BYTES = 4_000_000
+_SAMPLE_CHARACTERS = 4_000_000
+_MOST_SAMPLED_SHARDS = 256
+DEFAULT_SHARD_BYTES = 2**26
+
+_MANIFEST = "data.json"
+_MANIFEST_OF_FORMAT_1 = "recipe.json"
+_SHARD_FILE = re.compile(r"(shard|train|validation)-\d{2,}-\d{5,}\.(json|tokens|index|counts)")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What decides the contents of prepared data, apart from the text itself."""
+    """What decides the contents of prepared data, apart from the text itself.
 
-    source: str
+    source: one or several, as `list_source` takes them. tokenizer: ``"bpe"``, ``"bytes"``, or the path of a ``tokenizer.json``.
+    vocab_size: of the BPE. end_of_document: the token of a ``tokenizer.json`` that ends a document; None looks for it.
+    """
+
+    source: tuple[str, ...]
     suffixes: tuple[str, ...]
     text_key: str
-    max_bytes: int
+    max_bytes: int | None
     validation_fraction: float
-    tokenizer: Kind
+    tokenizer: str
     vocab_size: int
     seed: int
+    end_of_document: str | None = None
+    shard_bytes: int = DEFAULT_SHARD_BYTES
+
+    def as_json(self) -> dict[str, Any]:
+        """The values by name, as JSON has them."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+
+class Progress(Protocol):
+    """What is told how far a preparation is."""
+
+    def begin(self, what: str, total: int | None) -> None:
+        """A part of the work begins, of `total` bytes; None where nobody knows how many."""
+        ...
+
+    def advance(self, num_bytes: int) -> None: ...
+
+
+class _Silent:
+    def begin(self, what: str, total: int | None) -> None: ...
+
+    def advance(self, num_bytes: int) -> None: ...
 
 
 @dataclass(frozen=True)
 class PreparedData:
-    """Verified token files and the tokenizer that made them."""
+    """Token files and the tokenizer that made them.
 
-    train: TokenFile
-    validation: TokenFile
+    train: the training text of all sources, one after another. train_by_source: that of each. num_empty: documents without text,
+    which were left out.
+    """
+
+    sources: tuple[str, ...]
+    train: TokenStream
+    train_by_source: tuple[TokenStream, ...]
+    validation: TokenStream
     tokenizer: Tokenizer
+    tokenizer_sha256: str
+    num_empty: int
+
+    def token_counts(self, weights: Sequence[float] = ()) -> np.ndarray:
+        """How often each token of the vocabulary occurs in the training text, float64 ``[vocab_size]``.
+
+        weights: of the sources, as much of each as is trained on; none takes them as they are.
+        """
+        size = self.tokenizer.vocab_size
+        if not weights:
+            return self.train.token_counts(size).astype(np.float64)
+        shares = np.array(weights) / sum(weights)
+        mixed = [
+            share * stream.token_counts(size) / stream.num_tokens
+            for share, stream in zip(shares, self.train_by_source, strict=True)
+        ]
+        return self.train.num_tokens * np.sum(mixed, axis=0)
 
     @property
     def fingerprint(self) -> dict[str, str]:
         """Checksums by which a checkpoint recognizes its data."""
         return {
-            "train": self.train.info.sha256,
-            "validation": self.validation.info.sha256,
-            "tokenizer": self.train.info.tokenizer_sha256,
+            "train": self.train.fingerprint,
+            "validation": self.validation.fingerprint,
+            "tokenizer": self.tokenizer_sha256,
         }
 
 
-def prepare_corpus(recipe: Recipe, folder: Path) -> float:
+def prepare_corpus(recipe: Recipe, folder: Path, num_workers: int = 1, progress: Progress | None = None) -> float:
     """Write the prepared data of `recipe` into `folder`, unless it is there already; return the seconds that it took.
 
+    What an earlier call finished before it was killed is verified and kept; the result is the same, byte for byte, as that of a
+    call that was not, whatever the number of processes. No more than a few MB of text are held in memory by each process.
+
+    Args:
+        num_workers: processes that make shards.
+
     Raises:
-        DataError: if the source cannot be read, `folder` holds data of another recipe, or it cannot be written to.
+        DataError: if the source cannot be read, `folder` holds data of another recipe or version, another process is preparing
+        it, or it
+            cannot be written to.
     """
     start = time.perf_counter()
-    recipe_path = folder / "recipe.json"
-    written = json.dumps(_recipe_as_json(recipe), indent=1)
-    if _exists(recipe_path):
-        _check_same_recipe(recipe, recipe_path)
+    progress = progress or _Silent()
+    if _exists(folder / _MANIFEST) or _exists(folder / _MANIFEST_OF_FORMAT_1):
+        _check_same_recipe(recipe, folder)
         return time.perf_counter() - start
-    corpus = read_corpus(
-        recipe.source, recipe.suffixes, recipe.text_key, recipe.max_bytes, recipe.validation_fraction, recipe.seed
-    )
-    tokenizer: Tokenizer = ByteTokenizer()
-    if recipe.tokenizer == "bpe":
-        texts = [document.text for document in corpus.train]
-        tokenizer = train_bpe(texts, recipe.vocab_size, _TOKENIZER_TRAINING_BYTES)
+    progress.begin("listing the sources", None)
+    listed = [_listed(recipe, source) for source in recipe.source]
+    rules = [_rule(recipe, source) for source in listed]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
-        for name, documents in (("train", corpus.train), ("validation", corpus.validation)):
-            _write_split(folder / f"{name}.bin", documents, tokenizer)
-        # Written last: its presence says that the rest is whole.
-        write_whole(recipe_path, written.encode())
+        with _locked(folder):
+            remove_leftovers(folder)
+            progress.begin("making the tokenizer", None)
+            tokenizer, end_of_document = _make_tokenizer(recipe, listed, rules)
+            write_whole(folder / "tokenizer.json", tokenizer.to_json().encode())
+            tasks = _tasks(recipe, folder, listed, rules, tokenizer)
+            done = _verified(tasks, progress)
+            sizes = [portion.num_bytes for source in listed for portion in source.portions]
+            missing = [(task, size) for task, size in zip(tasks, sizes, strict=True) if task.description not in done]
+            total = sum(size for _, size in missing)
+            progress.begin("tokenizing", None if any(size == 0 for _, size in missing) else total)
+            make_shards([task for task, _ in missing], tokenizer, end_of_document, num_workers, progress.advance)
+            _finish(recipe, folder, tasks, tokenizer, end_of_document)
     except OSError as error:
         raise DataError(
-            f"the prepared data could not be written to {folder}: {error}. Make room or give access, or give another "
-            "data.folder"
+            f"the prepared data could not be written to {folder}: {error}. Make room or give access and run the same "
+            "command again, which "
+            "goes on with what is done; or give another data.folder"
         ) from error
     return time.perf_counter() - start
 
 
-def open_prepared(folder: Path) -> PreparedData:
-    """Open what `prepare_corpus` wrote, checking every byte of it.
+def open_prepared(folder: Path, verify: bool = True) -> PreparedData:
+    """Open what `prepare_corpus` wrote.
+
+    verify: check every byte now. False checks sizes and what describes the tokens; each block of tokens is then checked before
+    it is first used.
 
     Raises:
-        DataError: if a file is missing, damaged, or does not belong to the others.
+        DataError: if a file is missing, damaged, of another version, or does not belong to the others.
     """
-    tokenizer = load_tokenizer(folder / "tokenizer.json")
-    checksum = _checksum(tokenizer)
-    files = {name: open_token_file(folder / f"{name}.bin") for name in ("train", "validation")}
-    for file in files.values():
-        if file.info.tokenizer_sha256 != checksum:
+    remedy = f"Prepare the data again: remove {folder}"
+    manifest = _read_manifest(folder)
+    try:
+        tokenizer = _tokenizer_of(folder, manifest, remedy)
+        by_source = [
+            [_shard_of(folder, source, number, sha256, remedy) for number, sha256 in enumerate(entry["shards"])]
+            for source, entry in enumerate(manifest["sources"])
+        ]
+        names = tuple(str(entry["name"]) for entry in manifest["sources"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DataError(
+            f"{folder / _MANIFEST} does not describe prepared data: {type(error).__name__}: {error}. {remedy}"
+        ) from error
+    everything = [shard for shards in by_source for shard in shards]
+    if not any(split in shard.splits for shard in everything for split in SPLITS):
+        raise DataError(f"{folder / _MANIFEST} names no shard that holds tokens. {remedy}")
+    for split in _splits(everything):
+        split.check_size()
+    if verify:
+        verify_shards(_splits(everything))
+    return PreparedData(
+        sources=names,
+        train=_stream("the training text", everything, "train"),
+        train_by_source=tuple(
+            _stream(f"the training text of {name}", shards, "train")
+            for name, shards in zip(names, by_source, strict=True)
+        ),
+        validation=_stream("the held-out text", everything, "validation"),
+        tokenizer=tokenizer,
+        tokenizer_sha256=manifest["tokenizer_sha256"],
+        num_empty=sum(shard.num_empty for shard in everything),
+    )
+
+
+def _tokenizer_of(folder: Path, manifest: dict[str, Any], remedy: str) -> Tokenizer:
+    """The tokenizer of a prepared folder, which must be the one that it was prepared with."""
+    path = folder / "tokenizer.json"
+    tokenizer = load_tokenizer(path, manifest["end_of_document"])
+    if digest(tokenizer.to_json().encode()) != manifest["tokenizer_sha256"]:
+        raise DataError(
+            f"{path} is not the tokenizer that the data of {folder / _MANIFEST} was prepared with. {remedy}"
+        )
+    if tokenizer.vocab_size != manifest["vocab_size"]:
+        raise DataError(
+            f"{folder} was prepared for a vocabulary of {manifest['vocab_size']}; the tokenizer has {tokenizer.vocab_size}. "
+            f"{remedy}"
+        )
+    return tokenizer
+
+
+def _shard_of(folder: Path, source: int, number: int, sha256: str, remedy: str) -> Shard:
+    """A shard of a prepared folder, which must be the one that the folder was finished with."""
+    path = folder / f"shard-{source:02d}-{number:05d}.json"
+    stems = {split: folder / f"{split}-{source:02d}-{number:05d}" for split in SPLITS}
+    _, shard = open_shard(path, stems, remedy)
+    if shard.description_sha256 != sha256:
+        raise DataError(f"{path} is not the one that {folder / _MANIFEST} was written for. {remedy}")
+    return shard
+
+
+def num_prepared_bytes(folder: Path) -> int:
+    """Bytes of all files in a folder; none of one that is not there."""
+    return sum(path.stat().st_size for path in folder.glob("*.tokens"))
+
+
+def _stream(name: str, shards: Sequence[Shard], split: SplitName) -> TokenStream:
+    return TokenStream(name, [shard.splits[split] for shard in shards if split in shard.splits])
+
+
+def _splits(shards: Sequence[Shard]) -> list[TokenShard]:
+    return [split for shard in shards for split in shard.splits.values()]
+
+
+def _listed(recipe: Recipe, source: str) -> ListedSource:
+    return list_source(source, recipe.suffixes, recipe.text_key, recipe.max_bytes, recipe.seed, recipe.shard_bytes)
+
+
+def _rule(recipe: Recipe, source: ListedSource) -> SplitRule:
+    documents = (
+        document
+        for item in source.items
+        for document in read_documents(item, recipe.text_key, source.skips_undecodable)
+    )
+    return split_rule(documents, recipe.validation_fraction, recipe.seed, source.name)
+
+
+def _make_tokenizer(
+    recipe: Recipe, sources: Sequence[ListedSource], rules: Sequence[SplitRule]
+) -> tuple[Tokenizer, str]:
+    """The tokenizer of a recipe, and the text of the token that ends a document."""
+    if recipe.tokenizer == BYTES:
+        return ByteTokenizer(), END_OF_DOCUMENT
+    if recipe.tokenizer == BPE:
+        return train_bpe(_sample(recipe, sources, rules), recipe.vocab_size), END_OF_DOCUMENT
+    return open_tokenizer(Path(recipe.tokenizer), recipe.end_of_document)
+
+
+def _sample(recipe: Recipe, sources: Sequence[ListedSource], rules: Sequence[SplitRule]) -> Iterator[str]:
+    """Training text for a tokenizer: the beginnings of portions spread evenly over all of them, the same amount of each."""
+    portions = [
+        (source, rule, portion) for source, rule in zip(sources, rules, strict=True) for portion in source.portions
+    ]
+    count = min(len(portions), _MOST_SAMPLED_SHARDS)
+    for index in range(count):
+        source, rule, portion = portions[index * len(portions) // count]
+        num_characters = 0
+        documents = (
+            document
+            for item in portion.items
+            for document in read_documents(item, recipe.text_key, source.skips_undecodable)
+        )
+        for document in documents:
+            if rule.side(document.name) == "validation" and not rule.cut:
+                continue
+            text = next(iter(document.pieces), "")
+            if rule.cut:
+                text = text[: max(1, int(len(text) * (1.0 - rule.fraction)))]
+            yield text
+            num_characters += len(text)
+            if num_characters >= _SAMPLE_CHARACTERS // count:
+                break
+
+
+def _tasks(
+    recipe: Recipe, folder: Path, sources: Sequence[ListedSource], rules: Sequence[SplitRule], tokenizer: Tokenizer
+) -> list[ShardTask]:
+    sha256 = digest(tokenizer.to_json().encode())
+    return [
+        ShardTask(
+            folder=str(folder),
+            source=index,
+            number=number,
+            items=portion.items,
+            rule=rule,
+            text_key=recipe.text_key,
+            skip_undecodable=source.skips_undecodable,
+            tokenizer_sha256=sha256,
+            vocab_size=tokenizer.vocab_size,
+        )
+        for index, (source, rule) in enumerate(zip(sources, rules, strict=True))
+        for number, portion in enumerate(source.portions)
+    ]
+
+
+def _verified(tasks: Sequence[ShardTask], progress: Progress) -> set[Path]:
+    """The descriptions of the shards that are done already, and what they should be."""
+    found = {task.description: shard for task in tasks if (shard := finished_shard(task)) is not None}
+    if found:
+        sizes = [s.info.num_tokens * s.token_type.dtype.itemsize for s in _splits(list(found.values()))]
+        progress.begin(f"verifying {len(found)} shards that are done", sum(sizes))
+    whole = set()
+    for description, shard in found.items():
+        with contextlib.suppress(DataError):
+            verify_shards(_splits([shard]), progress.advance)
+            whole.add(description)
+    return whole
+
+
+def _finish(
+    recipe: Recipe, folder: Path, tasks: Sequence[ShardTask], tokenizer: Tokenizer, end_of_document: str
+) -> None:
+    """Remove what does not belong to the data, and write what says that it is whole."""
+    sources: list[dict[str, Any]] = [{"name": name, "shards": []} for name in recipe.source]
+    kept = set()
+    for task in tasks:
+        body, shard = open_shard(task.description, {split: task.stem(split) for split in SPLITS}, "")
+        sources[task.source]["shards"].append(shard.description_sha256)
+        kept |= {task.description} | {
+            task.stem(split).with_suffix(suffix)
+            for split in shard.splits
+            for suffix in (".tokens", ".index", ".counts")
+        }
+    for path in folder.iterdir():
+        if path not in kept and _SHARD_FILE.fullmatch(path.name):
+            path.unlink()
+    sync_folder(folder)
+    body = {
+        "format": TOKENS_FORMAT,
+        "recipe": recipe.as_json(),
+        "vocab_size": tokenizer.vocab_size,
+        "end_of_document": end_of_document,
+        "tokenizer_sha256": digest(tokenizer.to_json().encode()),
+        "sources": sources,
+    }
+    write_whole(folder / _MANIFEST, with_checksum(body))
+    sync_folder(folder)
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / _MANIFEST
+    again = f"Prepare the data again: remove {folder}, or give another folder"
+    if not path.is_file():
+        if (folder / _MANIFEST_OF_FORMAT_1).is_file():
             raise DataError(
-                f"{folder / 'tokenizer.json'} is not the tokenizer that {file.path.name} was prepared with. "
-                f"Prepare the data again: remove {folder}"
+                f"{folder} was prepared by another version of longspan, which wrote its index as JSON (format "
+                "longspan-tokens-1); this "
+                f"version reads {TOKENS_FORMAT}. {again}"
             )
-        if file.info.vocab_size != tokenizer.vocab_size:
+        raise DataError(
+            f"{folder} holds no prepared data: it has no {_MANIFEST}. Prepare it with longspan prepare, which goes on with "
+            "what an earlier "
+            "call has done"
+        )
+    body = read_checked(path, again)
+    if body.get("format") != TOKENS_FORMAT:
+        raise DataError(
+            f"{folder} was prepared by another version of longspan (format {body.get('format')!r}); this version reads "
+            f"{TOKENS_FORMAT}. "
+            f"{again}"
+        )
+    return body
+
+
+def _check_same_recipe(recipe: Recipe, folder: Path) -> None:
+    found = _read_manifest(folder)["recipe"]
+    expected = recipe.as_json()
+    if found != expected:
+        changes = "; ".join(
+            f"{key} was {found.get(key)!r}, now {expected.get(key)!r}"
+            for key in {**expected, **found}
+            if found.get(key) != expected.get(key)
+        )
+        raise DataError(
+            f"{folder} holds data prepared otherwise: {changes}. Give another data.folder, or remove this one"
+        )
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keep other processes from preparing the same folder; the lock ends with this process."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
             raise DataError(
-                f"{file.path} was prepared for a vocabulary of {file.info.vocab_size}; the tokenizer has "
-                f"{tokenizer.vocab_size}. Prepare the data again: remove {folder}"
-            )
-    return PreparedData(files["train"], files["validation"], tokenizer)
-
-
-def _write_split(path: Path, documents: tuple[Document, ...], tokenizer: Tokenizer) -> None:
-    encoded = tokenizer.encode([document.text for document in documents])
-    for tokens in encoded:
-        tokens.append(tokenizer.end_of_document)
-    num_text_bytes = sum(len(document.text.encode()) for document in documents)
-    write_token_file(path, encoded, tokenizer.vocab_size, num_text_bytes, _checksum(tokenizer))
-
-
-def _checksum(tokenizer: Tokenizer) -> str:
-    return hashlib.sha256(tokenizer.to_json().encode()).hexdigest()
-
-
-def _recipe_as_json(recipe: Recipe) -> dict[str, Any]:
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(recipe).items()}
+                f"another process is preparing {folder} now. Wait until it is done, or give another data.folder"
+            ) from None
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _exists(path: Path) -> bool:
@@ -128,19 +432,3 @@ def _exists(path: Path) -> bool:
         return path.exists()
     except OSError as error:
         raise DataError(f"{path} cannot be looked for: {error}. Give another data.folder") from error
-
-
-def _check_same_recipe(recipe: Recipe, path: Path) -> None:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path} cannot be read: {error}. Remove {path.parent} to prepare the data again") from error
-    expected = _recipe_as_json(recipe)
-    if found != expected:
-        keys = [key for key in expected if not isinstance(found, dict) or found.get(key) != expected[key]]
-        changes = "; ".join(
-            f"{k} was {found.get(k) if isinstance(found, dict) else None!r}, now {expected[k]!r}" for k in keys
-        )
-        raise DataError(
-            f"{path.parent} holds data prepared otherwise: {changes}. Give another data.folder, or remove this one"
-        )

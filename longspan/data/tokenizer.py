@@ -1,23 +1,27 @@
-"""Tokenizers: bytes as they are, or a byte-level BPE trained on the training documents.
+"""Tokenizers: bytes as they are, a byte-level BPE trained on the training documents, or a ``tokenizer.json`` that exists.
 
-Both are lossless on text, end a document with one token of their own, and know how many bytes of text a token stands
-for, which is what makes a loss comparable between tokenizers (bits per byte).
+The first two are lossless on text. All of them end a document with one token of their own, and know how many bytes of text a token
+stands for, which is what makes a loss comparable between tokenizers (bits per byte).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from longspan.errors import DataError
 
 if TYPE_CHECKING:
     import numpy as np
 
-Kind = Literal["bpe", "bytes"]
+BPE, BYTES = "bpe", "bytes"
+"""Tokenizers by name; anything else is the path of a ``tokenizer.json``."""
+
 END_OF_DOCUMENT = "<|endoftext|>"
+_ENDS_OF_OTHERS = (END_OF_DOCUMENT, "<|end_of_text|>", "</s>", "<eos>", "<|endofsequence|>", "[SEP]")
+"""What other tokenizers end a text with, the likeliest first."""
 
 
 class Tokenizer(Protocol):
@@ -37,6 +41,10 @@ class Tokenizer(Protocol):
         ...
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]: ...
+
+    def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """`encode`, as arrays of unsigned integers."""
+        ...
 
     def decode(self, tokens: Sequence[int]) -> str: ...
 
@@ -60,6 +68,11 @@ class ByteTokenizer:
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         return [list(text.encode()) for text in texts]
 
+    def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
+        import numpy as np
+
+        return [np.frombuffer(text.encode(), dtype=np.uint8) for text in texts]
+
     def decode(self, tokens: Sequence[int]) -> str:
         return bytes(token for token in tokens if token < 256).decode(errors="replace")
 
@@ -67,26 +80,41 @@ class ByteTokenizer:
         return json.dumps({"kind": "bytes"})
 
 
-class BpeTokenizer:
-    """A byte-level BPE of the `tokenizers` package."""
+class JsonTokenizer:
+    """A tokenizer of the `tokenizers` package.
 
-    def __init__(self, tokenizer: Any) -> None:
+    end_of_document: the text of the token that follows each document; it must be in the vocabulary.
+    """
+
+    def __init__(self, tokenizer: Any, end_of_document: str = END_OF_DOCUMENT) -> None:
         self._tokenizer = tokenizer
-        self.vocab_size: int = tokenizer.get_vocab_size()
-        self.end_of_document: int = tokenizer.token_to_id(END_OF_DOCUMENT)
+        # Text that spells the end of a document is text: only the preparation writes that token. Nothing is cut off or filled up.
+        tokenizer.encode_special_tokens = True
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        # Numbers may be left out in a vocabulary that was changed by hand.
+        self.vocab_size: int = max(tokenizer.get_vocab().values()) + 1
+        self.end_of_document: int = tokenizer.token_to_id(end_of_document)
 
     @property
     def token_bytes(self) -> np.ndarray:
         import numpy as np
 
-        # A byte-level BPE writes every byte as one printable character.
         counts = np.zeros(self.vocab_size, dtype=np.int64)
+        added = self._tokenizer.get_added_tokens_decoder()
+        is_byte_level = '"ByteLevel"' in json.dumps(json.loads(self.to_json())["decoder"])
         for text, token in self._tokenizer.get_vocab().items():
-            counts[token] = 0 if token == self.end_of_document else len(text)
+            counts[token] = len(text.encode()) if token in added else _num_bytes(text, is_byte_level)
+        counts[self.end_of_document] = 0
         return counts
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts))]
+        return [encoding.ids for encoding in self._encodings(texts)]
+
+    def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
+        import numpy as np
+
+        return [np.array(encoding.ids, dtype=np.uint32) for encoding in self._encodings(texts)]
 
     def decode(self, tokens: Sequence[int]) -> str:
         return str(self._tokenizer.decode(list(tokens)))
@@ -94,9 +122,22 @@ class BpeTokenizer:
     def to_json(self) -> str:
         return str(self._tokenizer.to_str())
 
+    def _encodings(self, texts: Sequence[str]) -> Iterable[Any]:
+        encodings: Iterable[Any] = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return encodings
 
-def train_bpe(texts: Sequence[str], vocab_size: int, max_bytes: int) -> BpeTokenizer:
-    """Train a byte-level BPE of at most `vocab_size` tokens on the first `max_bytes` bytes or so of `texts`.
+
+def _num_bytes(text: str, is_byte_level: bool) -> int:
+    """Bytes that a token of this text stands for: those of a byte-level vocabulary have a printable character for each byte."""
+    if is_byte_level:
+        return len(text)
+    if len(text) == 6 and text.startswith("<0x") and text.endswith(">"):
+        return 1
+    return len(text.replace("\u2581", " ").removeprefix("##").encode())
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> JsonTokenizer:
+    """Train a byte-level BPE of at most `vocab_size` tokens on `texts`.
 
     Raises:
         DataError: if `vocab_size` has no room for the 256 bytes and the end of a document.
@@ -116,38 +157,57 @@ def train_bpe(texts: Sequence[str], vocab_size: int, max_bytes: int) -> BpeToken
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    chosen = []
-    num_characters = 0
-    for text in texts:
-        if num_characters >= max_bytes:
-            break
-        chosen.append(text)
-        num_characters += len(text)
-    tokenizer.train_from_iterator(chosen, trainer)
-    # Text that spells the end of a document is text: only the preparation writes that token.
-    tokenizer.encode_special_tokens = True
-    return BpeTokenizer(tokenizer)
+    tokenizer.train_from_iterator(texts, trainer)
+    return JsonTokenizer(tokenizer)
 
 
-def load_tokenizer(path: Path) -> Tokenizer:
+def open_tokenizer(path: Path, end_of_document: str | None) -> tuple[JsonTokenizer, str]:
+    """A ``tokenizer.json`` of another model, and the text of the token that ends its documents.
+
+    end_of_document: that text; None takes the first of the usual ones that the vocabulary has.
+
+    Raises:
+        DataError: if the file is no tokenizer, or has no such token.
+    """
+    rust = _read_rust(path, "Give the tokenizer.json of a model, or 'bpe' or 'bytes', as data.tokenizer")
+    ends = _ENDS_OF_OTHERS if end_of_document is None else (end_of_document,)
+    found = next((text for text in ends if rust.token_to_id(text) is not None), None)
+    if found is None:
+        raise DataError(
+            f"{path} has no token {' or '.join(map(repr, ends))} to end a document with. Name the one that it has as "
+            "data.end_of_document"
+        )
+    return JsonTokenizer(rust, found), found
+
+
+def load_tokenizer(path: Path, end_of_document: str = END_OF_DOCUMENT) -> Tokenizer:
     """Read the tokenizer that was written with `Tokenizer.to_json`.
 
     Raises:
         DataError: if the file is missing or is no tokenizer.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-        if json.loads(text) == {"kind": "bytes"}:
+        if json.loads(path.read_text(encoding="utf-8")) == {"kind": BYTES}:
             return ByteTokenizer()
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path} cannot be read as a tokenizer: {error}. Prepare the data again") from error
+    rust = _read_rust(path, "Prepare the data again")
+    if rust.token_to_id(end_of_document) is None:
+        raise DataError(f"{path} has no token {end_of_document!r}. Prepare the data again")
+    return JsonTokenizer(rust, end_of_document)
+
+
+def _read_rust(path: Path, remedy: str) -> Any:
     from tokenizers import Tokenizer as Rust
 
     try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read as a tokenizer: {error}. {remedy}") from error
+    try:
         rust: Any = Rust.from_str(text)
     except Exception as error:  # the package raises bare Exception
-        raise DataError(f"{path} is not a tokenizer: {error}. Prepare the data again") from error
-    rust.encode_special_tokens = True
-    if rust.token_to_id(END_OF_DOCUMENT) is None:
-        raise DataError(f"{path} has no token {END_OF_DOCUMENT!r}. Prepare the data again")
-    return BpeTokenizer(rust)
+        raise DataError(f"{path} is not a tokenizer: {error}. {remedy}") from error
+    if not rust.get_vocab():
+        raise DataError(f"{path} is not a tokenizer: its vocabulary is empty. {remedy}")
+    return rust

@@ -32,24 +32,33 @@ from longspan.parallel import MeshDegrees
 class DataConfig:
     """Where the text comes from and how it becomes tokens."""
 
-    source: str = "python-stdlib"
-    """The sources of this Python's standard library (python-stdlib), or a folder, a .txt file or a .jsonl file."""
-    suffixes: tuple[str, ...] = (".txt", ".jsonl", ".md", ".py")
+    source: tuple[str, ...] = ("python-stdlib",)
+    """The sources of this Python's standard library (python-stdlib); folders; text, .jsonl, .parquet files; hf:NAME (Hugging
+    Face)."""
+    weights: tuple[float, ...] = ()
+    """Share of the sequences that each source has, in proportion to the others; none is as much as it has text."""
+    suffixes: tuple[str, ...] = (".txt", ".jsonl", ".md", ".py", ".parquet")
     """Endings of the files to read in a folder."""
     text_key: str = "text"
-    """Key of the text in a line of a .jsonl file."""
+    """Key of the text in a line of a .jsonl file, or its column."""
     max_bytes: int = 12_000_000
-    """Read about this many bytes of text, of files chosen at random."""
+    """Read about this many bytes of text of each source, of files chosen at random."""
     validation_fraction: float = 0.05
     """Share of the documents that is held out."""
-    tokenizer: Literal["bpe", "bytes"] = "bpe"
-    """A byte-level BPE trained on the training text, or bytes as they are."""
+    tokenizer: str = "bpe"
+    """A byte-level BPE trained on the training text (bpe), bytes as they are (bytes), or the path of a tokenizer.json."""
     vocab_size: int = 2048
     """Size of the BPE's vocabulary."""
+    end_of_document: str | None = None
+    """The token of a tokenizer.json that ends a document; None looks for a usual one, such as <|endoftext|>."""
     documents: Literal["reset", "concatenate"] = "reset"
     """Start memory, attention and positions anew with each document, and predict no token across its end (reset), or do not."""
     folder: str | None = None
     """Keep prepared data here, for several runs; None keeps it in the run folder."""
+    prepared: str | None = None
+    """A folder that longspan prepare has written; what is said of sources, tokenizer and folder is then left out."""
+    verify: Literal["auto", "start", "use"] = "auto"
+    """Check every byte of the token files at the start, or each block before its first use; auto takes the start up to 2 GiB."""
 
 
 @dataclass(frozen=True)
@@ -375,7 +384,7 @@ def changes_what_is_trained(old: Config, new: Config) -> list[str]:
     return [
         line
         for line in differences(old, new)
-        if line.split(":")[0] != "data.folder"
+        if line.split(":")[0] not in ("data.folder", "data.prepared", "data.verify")
         and (line.split(".")[0] in _FIXED_SECTIONS or line.split(":")[0] in _FIXED_KEYS)
     ]
 
@@ -403,6 +412,7 @@ def check(config: Config) -> None:
         value = flatten(config)[key]
         if not value > 0.0:
             raise ConfigError(f"{key} is {value}; it must be greater than 0")
+    _check_data(config.data)
     config.model.build(vocab_size=257)
     config.parallel.build_exchange()
     if config.run.go_on and config.run.dir is None:
@@ -429,6 +439,39 @@ def check(config: Config) -> None:
         raise ConfigError(
             f"train.seq_len {config.train.seq_len} is shorter than parallel.sp {config.parallel.sp}: each rank needs a "
             "token. Use a longer sequence or fewer ranks"
+        )
+
+
+_KEYS_OF_PREPARATION = (
+    *(
+        "source",
+        "suffixes",
+        "text_key",
+        "max_bytes",
+        "validation_fraction",
+        "tokenizer",
+        "vocab_size",
+        "end_of_document",
+    ),
+    "folder",
+)
+
+
+def _check_data(data: DataConfig) -> None:
+    if not data.source:
+        raise ConfigError("data.source is empty; it must name at least one source")
+    if any(not (math.isfinite(weight) and weight > 0.0) for weight in data.weights):
+        raise ConfigError(f"data.weights is {list(data.weights)}; each must be a finite number greater than 0")
+    if data.prepared is not None:
+        changed = [key for key in _KEYS_OF_PREPARATION if getattr(data, key) != getattr(DataConfig(), key)]
+        if changed:
+            raise ConfigError(
+                f"data.prepared is given, and so is data.{changed[0]}, which says how data is prepared: what is in "
+                f"{data.prepared!r} was prepared already. Leave one of them out"
+            )
+    elif data.weights and len(data.weights) != len(data.source):
+        raise ConfigError(
+            f"data.weights has {len(data.weights)} numbers for the {len(data.source)} sources of data.source. Give one for each"
         )
 
 
@@ -518,6 +561,11 @@ def _check_type(key: str, value: Any, kind: Any) -> Any:
         raise ConfigError(f"{key} is {value!r}; it must be one of {', '.join(map(repr, typing.get_args(kind)))}")
     if typing.get_origin(kind) is tuple:
         value = [value] if isinstance(value, str) else value
+        (entry_kind, _) = typing.get_args(kind)
+        if entry_kind is float:
+            if isinstance(value, list) and all(type(entry) in (int, float) for entry in value):
+                return tuple(_as_float(key, entry) if type(entry) is int else entry for entry in value)
+            raise ConfigError(f"{key} is {value!r}; it must be a list of numbers")
         if isinstance(value, list) and all(isinstance(entry, str) for entry in value):
             return tuple(value)
         raise ConfigError(f"{key} is {value!r}; it must be a string or a list of strings")

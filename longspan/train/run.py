@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 import longspan
-from longspan.data.prepare import PreparedData, Recipe, open_prepared, prepare_corpus
+from longspan.data.prepare import PreparedData
 from longspan.errors import CheckpointError, ConfigError
 from longspan.launch import EXIT_DONE, EXIT_STOPPED, Place, StopRequest, num_cores
 from longspan.train import config as configs
@@ -23,6 +23,7 @@ from longspan.train.checkpoint import (
     remove_leftovers,
 )
 from longspan.train.config import Config
+from longspan.train.data import describe_data, prepare_data
 from longspan.train.finish import finish
 from longspan.train.model import check_device, compute_dtype
 from longspan.train.phase import RunPhase
@@ -78,10 +79,11 @@ def train_on(
     report.heading("run", f"{folder.path}" + (f", going on from step {saved.step}" if saved else ""))
 
     phase.name = "preparing the data"
-    data = _prepare_data(config, folder, ranks)
+    data = prepare_data(config, folder, ranks)
     phase.name = "building the model"
     trainer = ranks.together(lambda: _build_trainer(config, ranks, folder, data, report, phase, saved))
-    report.heading("data", _describe_data(trainer))
+    if ranks.is_first:
+        report.heading("data", describe_data(config, data))
     report.heading("model", _describe_model(trainer))
     phase.name = "measuring the device"
     report.heading("device", _find_peak(trainer))
@@ -153,26 +155,6 @@ def _newest_fitting_checkpoint(folder: RunFolder, config: Config) -> Checkpoint:
     return saved
 
 
-def _prepare_data(config: Config, folder: RunFolder, ranks: Ranks) -> PreparedData:
-    """Rank 0 prepares; every rank then checks what it reads, and that all read the same."""
-    data = config.data
-    path = Path(data.folder) if data.folder else folder.data
-    recipe = Recipe(
-        source=data.source,
-        suffixes=data.suffixes,
-        text_key=data.text_key,
-        max_bytes=data.max_bytes,
-        validation_fraction=data.validation_fraction,
-        tokenizer=data.tokenizer,
-        vocab_size=data.vocab_size,
-        seed=config.train.seed,
-    )
-    ranks.from_first(lambda: prepare_corpus(recipe, path))
-    prepared = ranks.together(lambda: open_prepared(path))
-    ranks.agree(prepared.fingerprint)
-    return prepared
-
-
 def _build_trainer(
     config: Config,
     ranks: Ranks,
@@ -206,27 +188,6 @@ def _describe_ranks(ranks: Ranks, config: Config) -> str:
         f"{version}; {ranks.world_size} ranks on {ranks.device.type}: {ranks.degrees.summary()} "
         f"({config.parallel.order}), {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)} each"
     )
-
-
-def _describe_data(trainer: Trainer) -> str:
-    data = trainer.data
-    train, validation = data.train.info, data.validation.info
-    num_bytes = train.num_text_bytes + validation.num_text_bytes
-    return (
-        f"{trainer.config.data.source}: {len(train.documents) + len(validation.documents) - 2:,} documents, "
-        f"{num_bytes / 1e6:.1f} MB; {train.num_tokens:,} tokens to train on, {validation.num_tokens:,} held out; "
-        f"{trainer.config.data.tokenizer}, vocabulary {train.vocab_size:,}; {_describe_documents(trainer)}"
-    )
-
-
-def _describe_documents(trainer: Trainer) -> str:
-    """What becomes of documents in sequences."""
-    if trainer.config.data.documents == "concatenate":
-        return "documents follow one another without a reset"
-    seq_len = trainer.config.train.seq_len
-    longer = trainer.data.train.num_longer_documents(seq_len)
-    cut = f", and where the {longer:,} that are longer than {seq_len:,} tokens are cut" if longer else ""
-    return f"memory starts anew with each document{cut}"
 
 
 def _describe_model(trainer: Trainer) -> str:

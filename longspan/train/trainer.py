@@ -12,7 +12,7 @@ from torch import Tensor
 
 from longspan.comm.profiling import named_range
 from longspan.comm.traffic import Traffic, record_traffic
-from longspan.data.batches import TrainingBatches, validation_sequences
+from longspan.data.batches import validation_sequences
 from longspan.data.loader import Loader
 from longspan.data.prepare import PreparedData
 from longspan.errors import CheckpointError, DataError, LongspanError
@@ -25,6 +25,7 @@ from longspan.parallel.sharded import accumulating
 from longspan.train import config as configs
 from longspan.train.checkpoint import Checkpoint, complete_checkpoints, save_checkpoint
 from longspan.train.config import Config
+from longspan.train.data import training_batches
 from longspan.train.exchange import figures_to_save, measures, take_saved_figures
 from longspan.train.loss import Evaluation, evaluate, loss_sum, unigram_baseline
 from longspan.train.memory import StepMemory
@@ -73,13 +74,13 @@ class Trainer:
         self.memory = StepMemory(ranks.device)
         train = config.train
         documents = config.data.documents
-        self.batches = TrainingBatches(data.train, train.seq_len, config.batch_sequences, train.seed, documents)
+        self.batches = training_batches(config, data)
         self.held_out = validation_sequences(
             data.validation, train.seq_len, config.validation.sequences, ranks.sp, documents
         )
         self.layout = self._layout(train.seq_len)
         self.token_bytes = data.tokenizer.token_bytes
-        self.baseline = unigram_baseline(data.train.token_counts, self.held_out, self.token_bytes)
+        self.baseline = unigram_baseline(data.token_counts(config.data.weights), self.held_out, self.token_bytes)
         self.model = make_parallel(self._build_model(), config, ranks, compute_dtype(config))
         self.optimizer = build_optimizer(self.model, config.optim)
         self.operations = ModelOperations(self.model)

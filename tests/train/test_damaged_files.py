@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 
-from longspan.data.documents import read_corpus
 from longspan.data.prepare import Recipe, open_prepared, prepare_corpus
 from longspan.errors import CheckpointError, ConfigError, DataError, LongspanError
 from longspan.train.checkpoint import (
@@ -26,6 +25,7 @@ from longspan.train.checkpoint import (
 )
 from longspan.train.config import Config, check, from_mapping, read_toml, to_toml
 from longspan.train.metrics import MetricsFile
+from tests.data.corpus import read_corpus
 
 JSON_OF_EVERY_TYPE = [
     "null",
@@ -174,12 +174,14 @@ def test_a_source_that_cannot_be_read_is_refused(source: str) -> None:
 def prepared(tmp_path: Path) -> tuple[Recipe, Path]:
     text = tmp_path / "text.jsonl"
     text.write_text("".join(json.dumps({"text": f"document number {number}"}) + "\n" for number in range(8)))
-    recipe = Recipe(str(text), (".jsonl",), "text", 10**6, 0.3, "bpe", 270, 0)
+    recipe = Recipe((str(text),), (".jsonl",), "text", 10**6, 0.3, "bpe", 270, 0)
     prepare_corpus(recipe, tmp_path / "data")
     return recipe, tmp_path / "data"
 
 
-@pytest.mark.parametrize("name", ["tokenizer.json", "train.json", "train.bin", "recipe.json"])
+@pytest.mark.parametrize(
+    "name", ["tokenizer.json", "shard-00-00000.json", "train-00-00000.tokens", "train-00-00000.index", "data.json"]
+)
 def test_any_prepared_file_is_whole_or_refused(prepared: tuple[Recipe, Path], name: str) -> None:
     recipe, folder = prepared
 
@@ -190,7 +192,7 @@ def test_any_prepared_file_is_whole_or_refused(prepared: tuple[Recipe, Path], na
     path = folder / name
     content = path.read_bytes()
     assert count_refused(path, damages(content), read, DataError, str(folder)) > 30
-    if name in ("train.json", "recipe.json"):
+    if name in ("shard-00-00000.json", "data.json"):
         assert count_refused(path, json_damages(json.loads(content)), read, DataError, str(folder)) > 100
 
 

@@ -277,18 +277,18 @@ def test_a_resume_from_a_damaged_checkpoint_names_the_file(corpus: Path, finishe
 def test_a_resume_on_changed_data_is_refused(corpus: Path, finished: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(finished, run)
-    path = run / "data" / "train.bin"
+    path = run / "data" / "train-00-00000.tokens"
     content = bytearray(path.read_bytes())
     content[0] ^= 1
     path.write_bytes(content)
     for kind, text in run_on_ranks(2, raised, train_here, tiny_config(corpus, run), True):
         assert kind == "DataError"
-        assert "train.bin is not what was prepared" in text
+        assert "train-00-00000.tokens is not what was prepared" in text
     shutil.rmtree(run / "data")
     write_corpus(tmp_path / "other")
     (tmp_path / "other" / "0.txt").write_text("something else " * 50)
     config = tiny_config(corpus, run)
-    other = dataclasses.replace(config, data=dataclasses.replace(config.data, source=str(tmp_path / "other")))
+    other = dataclasses.replace(config, data=dataclasses.replace(config.data, source=(str(tmp_path / "other"),)))
     for kind, text in run_on_ranks(2, raised, train_here, other, True):
         assert kind == "CheckpointError"
         assert "data.source" in text
