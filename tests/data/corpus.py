@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from longspan.data import reading
 from longspan.data.prepare import DEFAULT_SHARD_BYTES
-from longspan.data.reading import read_documents
 from longspan.data.shards import sides
 from longspan.data.sources import list_source
 from longspan.data.split import split_rule
@@ -42,9 +43,9 @@ def read_corpus(
     """List, split and read a source."""
     listed = list_source(source, suffixes, text_key, max_bytes, seed, shard_bytes)
 
-    def documents():  # type: ignore[no-untyped-def]
+    def documents() -> Iterator[reading.Document]:
         for item in listed.items:
-            yield from read_documents(item, text_key, listed.skips_undecodable)
+            yield from reading.read_documents(item, text_key, listed.skips_undecodable)
 
     rule = split_rule(documents(), validation_fraction, seed, source)
     corpus = Corpus(num_portions=len(listed.portions))

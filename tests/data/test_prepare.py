@@ -301,7 +301,8 @@ def test_what_vouches_for_anything_is_refused(text: Path, tmp_path: Path, name: 
     del body["sha256"]
     if key not in body:
         pytest.skip("not in this file")
-    for value in (None, 3, "x", [], {}, [{}], {"train": {}}):
+    values: tuple[Any, ...] = (None, 3, "x", [], {}, [{}], {"train": {}})
+    for value in values:
         (folder / name).write_bytes(with_checksum(body | {key: value}))
         with pytest.raises(DataError, match=r"Prepare the data again|another version"):
             open_prepared(folder)
