@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 import longspan.functional as operators
-from longspan.attention.convolution import causal_conv1d
 from longspan.dtypes import at_least_float32
 from longspan.errors import InputError
-from longspan.integrations.transformers.call import running_call
+from longspan.integrations.transformers.call import ParallelCall, running_call
+from longspan.integrations.transformers.functions import convolution, selective_scan
 from longspan.integrations.transformers.losses import LOSS_CALL
-from longspan.integrations.transformers.mixers import CONVOLUTION, MAMBA2, ROTARY
+from longspan.integrations.transformers.mixers import MAMBA2, ROTARY
 
 COMPUTE_LOSS = "_compute_logits_and_loss"
 """The method by which heads of flash-linear-attention compute their loss."""
@@ -72,12 +72,7 @@ def mamba2_of_fla(
     rows, tokens, _channels = hidden_states.shape
     inner, groups, state = self.intermediate_size, self.n_groups, self.ssm_state_size
     gate, mixed, dt = self.in_proj(hidden_states).split([inner, self.conv_dim, self.num_heads], dim=-1)
-    fused = self.activation if self.activation in ("silu", "swish") else None
-    bias = None if self.conv1d.bias is None else self.conv1d.bias.to(mixed.dtype)
-    mixed = causal_conv1d(mixed, self.conv1d.weight.squeeze(1).to(mixed.dtype), bias, fused, call.layout)
-    call.take(CONVOLUTION)
-    if fused is None:
-        mixed = self.act(mixed)
+    mixed = _convolved(self, call, mixed.transpose(1, 2)).transpose(1, 2)
     x, B, C = mixed.split([inner, groups * state, groups * state], dim=-1)
     y = operators.mamba2(
         x.view(rows, tokens, self.num_heads, self.head_dim),
@@ -95,6 +90,43 @@ def mamba2_of_fla(
     call.take(MAMBA2)
     y = self.norm(y, gate) if self.rmsnorm else y * self.act(gate)
     return self.out_proj(y.to(hidden_states.dtype)), None, past_key_values
+
+
+def mamba_of_fla(
+    self: Any,
+    hidden_states: Tensor,
+    attention_mask: Tensor | None = None,
+    past_key_values: Any = None,
+    use_cache: bool | None = False,
+    output_attentions: bool | None = False,
+    **_: Any,
+) -> tuple[Tensor, None, Any]:
+    """`Mamba.forward`: projections and gate are the layer's own."""
+    call = running_call(self)
+    mixed, gate = self.in_proj(hidden_states).transpose(1, 2).chunk(2, dim=1)
+    mixed = _convolved(self, call, mixed)
+    state = self.ssm_state_size
+    steps, B, C = self.x_proj(mixed.transpose(1, 2)).split([self.dt_rank, state, state], dim=-1)
+    y = selective_scan(
+        call,
+        mixed,
+        self.dt_proj(steps).transpose(1, 2),
+        -torch.exp(at_least_float32(self.A_log)),
+        B.transpose(1, 2),
+        C.transpose(1, 2),
+        D=self.D,
+        delta_softplus=True,
+    )
+    assert isinstance(y, Tensor)
+    y = (y * self.act(gate)).transpose(1, 2)
+    return self.out_proj(y.to(hidden_states.dtype)), None, past_key_values
+
+
+def _convolved(layer: Any, call: ParallelCall, x: Tensor) -> Tensor:
+    """The convolution of a Mamba layer and its activation, ``[B, C, T]``."""
+    fused = layer.activation if layer.activation in ("silu", "swish") else None
+    y = convolution(call, x, layer.conv1d.weight.squeeze(1), layer.conv1d.bias, fused)
+    return y if fused is not None else layer.act(y)
 
 
 def loss_of_shifted_labels(
@@ -118,6 +150,7 @@ def loss_of_shifted_labels(
 
 FLA_METHODS: Mapping[str, Callable[..., Any]] = {
     "rotary_of_positions": rotary_of_positions,
+    "mamba_of_fla": mamba_of_fla,
     "mamba2_of_fla": mamba2_of_fla,
 }
 """By the name in the table of mixers, what stands in for a method."""

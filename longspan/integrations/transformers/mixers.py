@@ -101,7 +101,9 @@ FLA_MIXERS: Mapping[str, MixerClass] = {
     "hgrn2.HGRN2Attention": MixerClass((GLA,), hands_on=False),
     "kda.KimiDeltaAttention": MixerClass((KDA,), hands_on=False),
     "linear_attn.LinearAttention": MixerClass((LINEAR_ATTENTION,), hands_on=False, reaches=False),
+    "mamba.Mamba": MixerClass((CONVOLUTION, SELECTIVE_SCAN), hands_on=False, methods={"forward": "mamba_of_fla"}),
     "mamba2.Mamba2": MixerClass((CONVOLUTION, MAMBA2), hands_on=False, methods={"forward": "mamba2_of_fla"}),
+    "mla.MultiheadLatentAttention": MixerClass((ATTENTION, ROTARY), hands_on=False, methods=_ROTATED),
     "multiscale_retention.MultiScaleRetention": MixerClass((RETENTION, ROTARY), hands_on=False, methods=_ROTATED),
     "simple_gla.SimpleGatedLinearAttention": MixerClass((SIMPLE_GLA,), hands_on=False),
 }
@@ -116,8 +118,11 @@ FLA_MODELS = frozenset(
         "hgrn2",
         "kda",
         "linear_attn",
+        "mamba",
         "mamba2",
+        "mla",
         "retnet",
+        "samba",
         "transformer",
     }
 )

@@ -461,6 +461,31 @@ FLA_FAMILIES: dict[str, Family] = {
         },
         "fla.models",
     ),
+    "fla_mamba": Family(
+        "MambaForCausalLM",
+        "MambaConfig",
+        {
+            "hidden_size": 24,
+            "num_hidden_layers": 2,
+            "state_size": 5,
+            "dt_rank": 3,
+            "fuse_norm": False,
+            "fuse_cross_entropy": False,
+        },
+        "fla.models",
+    ),
+    "fla_samba": _of_fla("Samba", state_size=5, time_step_rank=3, attn=_ATTENTION_OF_FLA),
+    "fla_mla": _of_fla(
+        "MLA",
+        num_heads=4,
+        q_lora_rank=8,
+        kv_lora_rank=10,
+        qk_rope_head_dim=4,
+        qk_nope_head_dim=6,
+        qk_head_dim=10,
+        v_head_dim=7,
+        window_size=9,
+    ),
     "fla_transformer": _of_fla("Transformer", num_heads=4, num_kv_heads=2, window_size=9, qk_norm=True),
 }
 """Those of flash-linear-attention, whose layers run on a CPU inside of `fla_on_cpu`."""

@@ -78,7 +78,8 @@ def _stand_ins() -> dict[str, Callable[..., Any]]:
         shared = v.shape[2] // q.shape[2]
         q, k = (_unit(x).repeat_interleave(shared, dim=2) for x in (q, k))
         decays = gated_gate(g, gate["A_log"], gate["dt_bias"])
-        return gated(q, k, v, beta.sigmoid() * (2 if allow_neg_eigval else 1), decays)
+        o, state = gated(q, k, v, beta.sigmoid() * (2 if allow_neg_eigval else 1), decays)
+        return o.to(v.dtype), state
 
     def kda(
         q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, allow_neg_eigval: bool, **gate: Any
