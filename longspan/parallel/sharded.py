@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from operator import itemgetter
 from typing import Any, TypeVar
 
 import torch
@@ -152,11 +153,12 @@ def gathered(tensors: Iterable[tuple[str, Tensor]], keeps: bool) -> dict[str, Te
     """Whole tensors by name, on the ranks that keep them; the others have an empty dictionary.
 
     Args:
-        tensors: names, and tensors whole or divided over ranks; the same names in the same order on every rank.
+        tensors: names, and tensors whole or divided over ranks; the same names on every rank, in any order.
         keeps: whether this rank wants them. One that does not has at most one whole tensor at a time.
     """
     found = {}
-    for name, tensor in tensors:
+    # What was read from a file comes in another order on each rank, and gathers are matched by theirs.
+    for name, tensor in sorted(tensors, key=itemgetter(0)):
         whole = tensor.full_tensor() if is_divided(tensor) else tensor  # type: ignore[attr-defined]
         if keeps:
             found[name] = whole.detach()

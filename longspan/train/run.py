@@ -73,6 +73,9 @@ def train_on(
     ranks.arrange(configs.check_degrees(config, ranks.world_size))
     report = Report(config.train.steps, config.run.print_every, silent=not ranks.is_first)
     report.heading("longspan", _describe_ranks(ranks, config))
+    if ranks.degrees.data > 1 or ranks.degrees.shards_weights:
+        # With sequence parallelism alone every rank does the same.
+        report.heading("mesh", "; ".join(ranks.degrees.describe().splitlines()[1:]))
 
     phase.name = "opening the run folder"
     folder, saved = _open_run(config, resume, ranks)
