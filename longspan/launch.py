@@ -339,6 +339,11 @@ def _check_meeting_point() -> None:
         raise ConfigError(f"the environment variable MASTER_PORT is {port!r}; it must be a port, 0 to 65535. {remedy}")
 
 
+def set_deterministic_environment() -> None:
+    """Let cuBLAS compute deterministically, which it reads from the environment when it is first used."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
 def num_cores() -> int:
     """Cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):

@@ -130,15 +130,15 @@ class ParallelConfig:
     timeout_seconds: float = 600.0
     """Give up when a collective has waited this long for another rank."""
 
-    def build_exchange(self) -> Exchanger:
-        """How linear layers are told to exchange their states.
+    def build_exchange(self, measure: bool = True) -> Exchanger:
+        """How linear layers are told to exchange their states. measure: whether auto chooses by what it measures, or by figures.
 
         Raises:
             ConfigError: for a topology that does not exist.
         """
         state_dtype = torch.bfloat16 if self.exchange_dtype == "bfloat16" else None
         if self.exchange == "auto":
-            return Auto(state_dtype, measure=True)
+            return Auto(state_dtype, measure=measure)
         if self.exchange not in TOPOLOGIES:
             raise ConfigError(
                 f"parallel.exchange must be 'auto' or one of {', '.join(map(repr, TOPOLOGIES))}; got {self.exchange!r}"
@@ -190,6 +190,10 @@ class TrainConfig:
     """Compile each layer by torch.compile; the first steps take longer."""
     check_tokens: int = 65_536
     """Compare this much of the first batch with a single process before the first step."""
+    check_replicas_every: int = 0
+    """Steps between two comparisons of the weights of ranks that must hold the same, bit for bit; 0 makes none."""
+    deterministic: bool = False
+    """The same bits from run to run: deterministic operations, one CPU thread, an exchange chosen without measuring."""
     max_skipped_steps: int = 10
     """Stop after this many steps in a row whose loss or gradient is not finite."""
 
@@ -415,6 +419,11 @@ def check(config: Config) -> None:
     _check_data(config.data)
     config.model.build(vocab_size=257)
     config.parallel.build_exchange()
+    if config.train.deterministic and config.parallel.threads not in (None, 1):
+        raise ConfigError(
+            f"train.deterministic is True and parallel.threads {config.parallel.threads}: the order of sums depends on the "
+            "number of threads. Leave parallel.threads out, which is 1 then, or train.deterministic"
+        )
     if config.run.go_on and config.run.dir is None:
         raise ConfigError("run.go_on is True, but run.dir is not given: say which run to go on with, by run.dir")
     for name in ("tensorboard", "wandb"):
@@ -534,6 +543,7 @@ _LEAST: dict[str, float] = {
     "train.batch_tokens": 1,
     "train.micro_batch_sequences": 1,
     "train.check_tokens": 1,
+    "train.check_replicas_every": 0,
     "train.max_skipped_steps": 1,
     "validation.every": 0,
     "validation.sequences": 1,

@@ -19,7 +19,7 @@ from longspan.train.ranks import Ranks
 
 def measures(config: Config, ranks: Ranks) -> bool:
     """Whether the ranks measure which exchange is the fastest."""
-    exchange = config.parallel.build_exchange()
+    exchange = config.parallel.build_exchange(measure=not config.train.deterministic)
     return ranks.sp > 1 and isinstance(exchange, Auto) and exchange.measure
 
 

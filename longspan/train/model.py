@@ -33,7 +33,7 @@ def make_parallel(model: LinearLlama3, config: Config, ranks: Ranks, dtype: torc
         parallelize(
             model,
             ranks.mesh["sp"],
-            exchange=config.parallel.build_exchange(),
+            exchange=config.parallel.build_exchange(measure=not config.train.deterministic),
             softmax_method=config.parallel.softmax_method,
         )
     if config.train.compile:

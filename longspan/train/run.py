@@ -24,6 +24,7 @@ from longspan.train.checkpoint import (
 )
 from longspan.train.config import Config
 from longspan.train.data import describe_data, prepare_data
+from longspan.train.deterministic import deterministic_algorithms
 from longspan.train.finish import finish
 from longspan.train.model import check_device, compute_dtype
 from longspan.train.phase import RunPhase
@@ -51,7 +52,9 @@ def train(config: Config, place: Place, stop: StopRequest, resume: RunFolder | N
     phase = RunPhase()
     watch = Watch(place, phase, config.parallel.timeout_seconds)
     with watch.watching(), phase.noted(place):
-        torch.set_num_threads(config.parallel.threads or max(1, num_cores() // place.local_world_size))
+        # With another number of threads sums are in another order.
+        threads = 1 if config.train.deterministic else max(1, num_cores() // place.local_world_size)
+        torch.set_num_threads(config.parallel.threads or threads)
         phase.name = "meeting the other ranks"
         ranks = Ranks.start(place, config.parallel.device, config.parallel.timeout_seconds)
         watch.meet()
@@ -65,8 +68,12 @@ def train_on(
     ranks: Ranks, config: Config, stop: StopRequest, resume: RunFolder | None = None, phase: RunPhase | None = None
 ) -> int:
     """`train` on ranks that have met."""
+    with deterministic_algorithms(config.train.deterministic, ranks.device):
+        return _train_on(ranks, config, stop, resume, phase or RunPhase())
+
+
+def _train_on(ranks: Ranks, config: Config, stop: StopRequest, resume: RunFolder | None, phase: RunPhase) -> int:
     start = time.perf_counter()
-    phase = phase or RunPhase()
     torch.manual_seed(config.train.seed)
     ranks.agree(_facts(config, resume))
     ranks.together(lambda: check_device(config, ranks.device))

@@ -43,6 +43,7 @@ from longspan.train.optimizer import (
 from longspan.train.phase import RunPhase
 from longspan.train.ranks import Ranks
 from longspan.train.rate import ModelOperations
+from longspan.train.replicas import check_replicas
 from longspan.train.report import Report
 from longspan.train.run_folder import RunFolder
 from longspan.train.selfcheck import SelfCheck, self_check
@@ -153,6 +154,9 @@ class Trainer:
                 with self.trace.of(self.step + 1), self.snapshot.of(self.step + 1):
                     stopping = self._train_step(loader, stop)
                 last = self.step == config.train.steps
+                if _is_due(self.step, config.train.check_replicas_every):
+                    self.phase.name = "comparing replicas"
+                    check_replicas(self.model, self.ranks, self.step)
                 if last or _is_due(self.step, config.validation.every):
                     self.validate()
                 if last or _is_due(self.step, config.checkpoint.every):
