@@ -31,6 +31,11 @@ COMMANDS = (
         "longspan.commands.train",
     ),
     Command(
+        "prepare",
+        "turn text, JSON lines, Parquet or a Hugging Face data set into token files for train",
+        "longspan.commands.prepare",
+    ),
+    Command(
         "plan exchange",
         "what each topology's exchange of states would cost, on a cluster given by numbers",
         "longspan.commands.plan_exchange",
