@@ -36,6 +36,21 @@ COMMANDS = (
         "longspan.commands.prepare",
     ),
     Command(
+        "plot",
+        "draw loss, tokens per second and memory of runs, over each other",
+        "longspan.commands.plot",
+    ),
+    Command(
+        "verify",
+        "a checkpoint's bytes against their digests; a config over ranks against one process",
+        "longspan.commands.verify",
+    ),
+    Command(
+        "doctor",
+        "what this machine and a group of ranks can do, and what is wrong with them",
+        "longspan.commands.doctor",
+    ),
+    Command(
         "plan exchange",
         "what each topology's exchange of states would cost, on a cluster given by numbers",
         "longspan.commands.plan_exchange",

@@ -1,0 +1,147 @@
+"""``longspan verify``: is a checkpoint what was written, and does a config compute over ranks what one process computes?"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from longspan.commands.options import parse_options, refuse
+from longspan.errors import CheckpointError, ConfigError, LongspanError
+from longspan.launch import (
+    EXIT_DONE,
+    EXIT_REFUSED,
+    Place,
+    StopRequest,
+    num_cores,
+    place_of_this_process,
+    run_local_ranks,
+    run_rank,
+)
+
+if TYPE_CHECKING:
+    from longspan.train.config import Config
+    from longspan.train.ranks import Ranks
+    from longspan.train.selfcheck import SelfCheck
+
+_DESCRIPTION = """Verify a checkpoint, or that a config computes over ranks what one process computes.
+
+  longspan verify runs/my-run                     every byte of its checkpoints against their digests
+  longspan verify runs/my-run/checkpoints/step-00000100
+  longspan verify --config my.toml                one batch's loss and gradients on the config's ranks and on one process
+
+Exit codes: 0 all is as it should be, 2 something is not, or cannot be read.
+"""
+
+
+@dataclass(frozen=True)
+class Verify:
+    """What to verify: checkpoints, a config, or both."""
+
+    paths: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    """Run folders, or checkpoints."""
+    config: str | None = None
+    """A TOML file as longspan train takes it; an empty file is the defaults."""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Verify what the arguments ask for, and return the exit code."""
+    options = parse_options(Verify, "verify", _DESCRIPTION, arguments)
+    place = None
+    try:
+        place = place_of_this_process()
+        if not options.paths and options.config is None:
+            raise ConfigError("verify takes a run folder or a checkpoint, or --config FILE.toml; got none")
+        code = EXIT_DONE
+        if options.paths and (place is None or place.rank == 0):
+            code = max(_verify_checkpoints(checkpoints_in(Path(path))) for path in options.paths)
+        if options.config is None:
+            return code
+        config = _read_config(options.config)
+        return max(code, _on_ranks(config, place, ["verify", "--config", options.config]))
+    except LongspanError as error:
+        return refuse(error, place)
+
+
+def checkpoints_in(path: Path) -> list[Path]:
+    """The checkpoints of a run folder, or the one that `path` is.
+
+    Raises:
+        ConfigError: if there is none.
+    """
+    from longspan.train.checkpoint import MANIFEST, complete_checkpoints
+
+    if (path / MANIFEST).is_file() or path.name.startswith("step-"):
+        return [path]
+    for folder in (path / "checkpoints", path):
+        if found := complete_checkpoints(folder):
+            return found
+    raise ConfigError(f"{str(path)!r} has no complete checkpoint. Give a run folder, or a checkpoint in it")
+
+
+def _verify_checkpoints(paths: list[Path]) -> int:
+    from longspan.train.checkpoint import load_checkpoint
+
+    code = EXIT_DONE
+    for path in paths:
+        try:
+            load_checkpoint(path)
+        except CheckpointError as error:
+            sys.stdout.write(f"DAMAGED  {path}: {error}\n")
+            code = EXIT_REFUSED
+        else:
+            files = [file for file in path.rglob("*") if file.is_file()]
+            num_bytes = sum(file.stat().st_size for file in files)
+            sys.stdout.write(
+                f"ok       {path}: {len(files)} files, {num_bytes / 2**20:,.1f} MiB, every byte as written\n"
+            )
+    return code
+
+
+def _read_config(file: str) -> Config:
+    from longspan.train.config import check, read_toml
+
+    config = read_toml(Path(file))
+    check(config)
+    return config
+
+
+def _on_ranks(config: Config, place: Place | None, command: list[str]) -> int:
+    from longspan.train.config import num_ranks_asked_for
+
+    if place is None and (num_ranks := num_ranks_asked_for(config)) > 1:
+        threads = config.parallel.threads or max(1, num_cores() // num_ranks)
+        return run_local_ranks([sys.executable, "-m", "longspan", *command], num_ranks, threads)
+
+    def as_rank(place: Place, stop: StopRequest) -> int:
+        import torch
+
+        from longspan.train.ranks import Ranks
+        from longspan.train.verify import verify_config
+
+        torch.set_num_threads(config.parallel.threads or max(1, num_cores() // place.local_world_size))
+        ranks = Ranks.start(place, config.parallel.device, config.parallel.timeout_seconds)
+        found = verify_config(config, ranks)
+        if ranks.is_first:
+            sys.stdout.write(_report(found, ranks))
+            sys.stdout.flush()
+        ranks.close()
+        return EXIT_DONE if found.agrees else EXIT_REFUSED
+
+    return run_rank(place or Place(), as_rank)
+
+
+def _report(found: SelfCheck, ranks: Ranks) -> str:
+    loss, norm, gradients = found.differences
+    degrees = ranks.degrees
+    return (
+        f"{'ok      ' if found.agrees else 'DIFFERS '} {ranks.world_size} ranks (dp_replicate {degrees.dp_replicate} x dp_shard "
+        f"{degrees.dp_shard} x sp {degrees.sp}) against one process, {found.num_tokens:,} tokens:\n"
+        f"         loss          {found.loss:.7f} and {found.loss_alone:.7f}, relative difference {loss:.1e}\n"
+        f"         gradient norm {found.norm:.7f} and {found.norm_alone:.7f}, {norm:.1e}\n"
+        f"         gradients     {gradients:.1e}, most in {found.worst}\n"
+    )

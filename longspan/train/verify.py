@@ -1,0 +1,63 @@
+"""The check that a run makes before its first step, by itself: random tokens, no data, no run folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from longspan.data.packing import Sequences
+from longspan.launch import num_cores
+from longspan.layout import SequenceLayout
+from longspan.parallel import gathered
+from longspan.train.config import Config, check_degrees
+from longspan.train.model import build_model, copy_weights, make_parallel
+from longspan.train.ranks import Ranks
+from longspan.train.selfcheck import SelfCheck, self_check
+
+_DOCUMENT_TOKENS = 700
+
+
+def verify_config(config: Config, ranks: Ranks) -> SelfCheck:
+    """Compare one batch of the config's model on these ranks with one process; the same result on every rank.
+
+    The batch has a sequence for each data-parallel group, of the config's length, shortened to `train.check_tokens` in all, and
+    documents of about 700 tokens where the config resets at documents. Weights and tokens are drawn from `train.seed`; the
+    vocabulary is `data.vocab_size`. It computes in float32, as a run's own check does.
+
+    Raises:
+        ConfigError: if the mesh does not fit the ranks.
+    """
+    ranks.arrange(check_degrees(config, ranks.world_size))
+    sequences = random_sequences(config, ranks.dp, ranks.sp)
+    model = make_parallel(build_model(config, config.data.vocab_size, ranks.device), config, ranks)
+    weights = gathered(model.named_parameters(), ranks.is_first)
+
+    def layout_of(seq_len: int, documents: Sequence[int] | None) -> SequenceLayout:
+        if ranks.mesh is None:
+            return SequenceLayout.local(seq_len, documents)
+        return SequenceLayout(seq_len, ranks.mesh["sp"], config.parallel.order, documents)
+
+    return self_check(
+        model,
+        lambda: copy_weights(weights, build_model(config, config.data.vocab_size, ranks.device)),
+        sequences,
+        layout_of,
+        ranks,
+        threads_alone=num_cores(),
+    )
+
+
+def random_sequences(config: Config, num_sequences: int, least_tokens: int) -> Sequences:
+    """Random tokens, the same on every rank, of the config's length and vocabulary."""
+    wanted = max(config.train.check_tokens // num_sequences, least_tokens)
+    length = min(config.train.seq_len, wanted)
+    random = torch.Generator().manual_seed(config.train.seed)
+    tokens = torch.randint(config.data.vocab_size, (num_sequences, length + 1), generator=random)
+    if config.data.documents != "reset":
+        return Sequences(tokens)
+    starts = [
+        tuple(sorted({*torch.randint(1, length + 1, (length // _DOCUMENT_TOKENS,), generator=random).tolist()}))
+        for _ in range(num_sequences)
+    ]
+    return Sequences(tokens, tuple(starts))

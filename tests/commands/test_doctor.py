@@ -1,0 +1,99 @@
+"""``longspan doctor``: each verdict, with its remedy, and the exit code."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from longspan.cli import main
+from longspan.commands import examination
+from longspan.commands.examination import (
+    Finding,
+    alike,
+    backends,
+    clocks,
+    compute,
+    cores,
+    kernels,
+    lines,
+    open_files,
+    room,
+)
+
+
+def test_findings_are_judged() -> None:
+    assert [open_files(limit).verdict for limit in (-1, 1024, 65536)] == ["ok", "warning", "ok"]
+    assert "ulimit -n" in open_files(1024).remedy
+    assert [cores(2, local, 1).verdict for local in (1, 2, 3)] == ["ok", "ok", "warning"]
+    assert [clocks(offset).verdict for offset in (0.001, 5.0)] == ["ok", "warning"]
+    assert "NTP" in clocks(5.0).remedy
+    assert backends(torch.device("cpu")).verdict == "ok"
+    assert backends(torch.device("cuda")).verdict == ("ok" if torch.distributed.is_nccl_available() else "error")
+    assert "GFLOP/s in float32" in compute(torch.device("cpu")).found
+    assert kernels(torch.device("cpu")).verdict == "ok"
+
+
+def test_room_is_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert room("disk", tmp_path, 1, "Make room").verdict == "ok"
+    short = room("disk", tmp_path, 2**80, "Make room")
+    assert short.verdict == "warning" and short.line().endswith("Make room")
+    assert room("disk", tmp_path / "absent", 1, "Make room").verdict == "warning"
+    monkeypatch.setattr(examination.os, "access", lambda *arguments: False)
+    assert room("disk", tmp_path, 1, "Make room").verdict == "error"
+
+
+def test_ranks_that_differ_are_an_error_that_names_them() -> None:
+    rank = {"host": "a", "versions": "torch 2.13", "device": "cuda"}
+    assert alike([rank, rank | {"host": "b"}]).found == "2 ranks on 2 hosts, the same versions everywhere"
+    found = alike([rank, rank, rank | {"host": "b", "versions": "torch 2.12"}])
+    assert found.verdict == "error"
+    assert found.found == "versions differ: rank 0 has torch 2.13; rank 2 on b has torch 2.12"
+    assert "device differ" in alike([rank, rank | {"device": "cpu"}]).found
+
+
+def test_ranks_that_agree_are_one_line_and_the_worst_decides() -> None:
+    good, bad = (
+        Finding("ok", "open files", "at most 65,536"),
+        Finding("warning", "open files", "at most 1,024", "Raise it"),
+    )
+    text, failed = lines([[good.to_json()], [good.to_json()]])
+    assert text == "ok       open files     at most 65,536\n\n0 errors, 0 warnings\n" and not failed
+    text, failed = lines([[good.to_json()], [bad.to_json()]])
+    assert text.splitlines()[:2] == [
+        "ok       open files     rank 0: at most 65,536",
+        "warning  open files     rank 1: at most 1,024. Raise it",
+    ]
+    assert not failed
+    _, failed = lines([[good.to_json()], [Finding("error", "open files", "none").to_json()]])
+    assert failed
+
+
+def test_the_command_looks_at_a_group_of_this_machine() -> None:
+    done = subprocess.run([sys.executable, "-m", "longspan", "doctor"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    subjects = [
+        line[9:23].strip() for line in done.stdout.splitlines() if line[:8].strip() in ("ok", "warning", "error")
+    ]
+    assert subjects == [
+        "versions",
+        "cores",
+        "device",
+        "backends",
+        "kernels",
+        "open files",
+        "shared memory",
+        "disk",
+        "group",
+        "links",
+        "clocks",
+    ]
+    assert "MB/s" in done.stdout and "0 errors" in done.stdout
+
+
+def test_a_group_of_no_ranks_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--ranks", "0"]) == 2
+    assert "ranks must be at least 1" in capsys.readouterr().err
