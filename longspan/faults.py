@@ -13,8 +13,9 @@ are the phases of a run (`longspan.train.phase.PHASES`), and where code calls `r
     gradients             this rank's gradients are made, and are summed over the ranks next
     gradients.summed      the sums are there; the ranks decide together whether to take the step
     checkpoint.begun      nothing is written yet
-    checkpoint.file       before each file of a checkpoint
-    checkpoint.written    everything is on the disk under a temporary name
+    checkpoint.file       before each file of this rank
+    checkpoint.writing    within each file of tensors, after the first of them
+    checkpoint.written    everything of all ranks is on the disk under a temporary name
     checkpoint.renamed    the checkpoint is there; the older ones have not been removed yet
     checkpoint.removing   an older one has lost its name, and its files are removed next
 

@@ -1,8 +1,9 @@
-"""Checkpoints that are whole or absent.
+"""Checkpoints that are whole or absent: their folders, their manifests, and what is verified.
 
 A checkpoint is a folder ``step-00000100`` of safetensors and JSON files and a manifest with the SHA-256 of each. It is
 written under a temporary name, flushed to disk, and renamed: a crash at any instant leaves the complete ones as they
 were. The manifest is canonical JSON with a checksum of itself, so that no byte of a checkpoint can change unnoticed.
+Every rank writes files of its own (`longspan.train.saving`), and `complete_checkpoint` makes a checkpoint of them.
 """
 
 from __future__ import annotations
@@ -13,81 +14,100 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
+from typing import Any, TypedDict
 
 from longspan.errors import CheckpointError
 from longspan.faults import reached
 
-CHECKPOINT_FORMAT = "longspan-checkpoint-1"
+CHECKPOINT_FORMAT = "longspan-checkpoint-2"
+_FORMER_FORMATS = ("longspan-checkpoint-1",)
 MANIFEST = "manifest.json"
 _TEMPORARY = ".writing-"
 _DISCARDED = ".removing-"
 _NAME = re.compile(r"step-([0-9]{8,})")
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """What a checkpoint holds: tensors by file and name, and JSON."""
+class WrittenFile(TypedDict):
+    """What a manifest says of a file."""
 
-    step: int
-    tensors: dict[str, dict[str, Tensor]]
-    state: dict[str, Any]
+    bytes: int
+    sha256: str
 
 
-def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
-    """Write `checkpoint` below `folder`, then remove all but the newest `keep` complete ones; return its path.
+def begin_checkpoint(folder: Path, step: int) -> bool:
+    """Make the folder that the ranks write the checkpoint of a step into, empty; False if the checkpoint is there already.
 
     Raises:
-        CheckpointError: if it cannot be written. What was there before stays as it is.
+        CheckpointError: if it cannot be made.
     """
-    from safetensors.torch import save
-
-    final = folder / _folder_name(checkpoint.step)
-    temporary = folder / f"{_TEMPORARY}{final.name}"
-    if _is_complete(final):
+    if _is_complete(folder / folder_name(step)):
         # The run was resumed from it and has made no step since.
-        return final
-    try:
-        reached("checkpoint.begun", checkpoint.step)
+        return False
+    temporary = temporary_folder(folder, step)
+    with _writing(folder, step):
+        reached("checkpoint.begun", step)
         folder.mkdir(parents=True, exist_ok=True)
         if temporary.exists():
             shutil.rmtree(temporary)
         temporary.mkdir()
-        contents = {
-            f"{name}.safetensors": save({key: value.detach().cpu().contiguous() for key, value in tensors.items()})
-            for name, tensors in checkpoint.tensors.items()
-        }
-        contents["state.json"] = json.dumps(checkpoint.state, indent=1).encode()
-        for name, content in contents.items():
-            reached("checkpoint.file", checkpoint.step)
-            _write_synced(temporary / name, content)
-        files = {name: {"bytes": len(c), "sha256": hashlib.sha256(c).hexdigest()} for name, c in contents.items()}
-        _write_synced(temporary / MANIFEST, _manifest(checkpoint.step, files))
+    return True
+
+
+def complete_checkpoint(folder: Path, step: int, files: Mapping[str, WrittenFile], keep: int) -> Path:
+    """Make a checkpoint of what was written and flushed, then remove all but the newest `keep` complete ones; return its path.
+
+    Args:
+        folder: of all checkpoints.
+        step: which `begin_checkpoint` was called for.
+        files: all files of the checkpoint.
+        keep: how many complete checkpoints stay.
+
+    Raises:
+        CheckpointError: if that cannot be done. What was there before stays as it is.
+    """
+    temporary, final = temporary_folder(folder, step), folder / folder_name(step)
+    with _writing(folder, step):
+        write_synced(temporary / MANIFEST, _manifest(step, dict(files)))
         _sync_folder(temporary)
-        reached("checkpoint.written", checkpoint.step)
+        reached("checkpoint.written", step)
         if final.exists():
-            # It lacks a file, or it would have been found above.
+            # It lacks a file, or `begin_checkpoint` would have found it.
             shutil.rmtree(final)
         temporary.rename(final)
         _sync_folder(folder)
-        reached("checkpoint.renamed", checkpoint.step)
-    except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise CheckpointError(
-            f"the checkpoint of step {checkpoint.step} could not be written to {folder}: {error}. Earlier "
-            "checkpoints are untouched: make room or give access, and go on with --resume"
-        ) from error
+        reached("checkpoint.renamed", step)
     for old in complete_checkpoints(folder)[:-keep]:
         # Under its own name it would look damaged to a resume if this were cut off.
         with contextlib.suppress(OSError):
             discarded = old.rename(folder / f"{_DISCARDED}{old.name}")
-            reached("checkpoint.removing", checkpoint.step)
+            reached("checkpoint.removing", step)
             shutil.rmtree(discarded, ignore_errors=True)
     return final
+
+
+def abandon_checkpoint(folder: Path, step: int) -> None:
+    """Remove what was written of a checkpoint that cannot be completed."""
+    shutil.rmtree(temporary_folder(folder, step), ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _writing(folder: Path, step: int) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        abandon_checkpoint(folder, step)
+        raise not_written(folder, step, str(error)) from error
+
+
+def not_written(folder: Path, step: int, why: str) -> CheckpointError:
+    """The error for a checkpoint that the disk does not take."""
+    return CheckpointError(
+        f"the checkpoint of step {step} could not be written to {folder}: {why}. Earlier checkpoints are untouched: make "
+        "room or give access, and go on with --resume"
+    )
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
@@ -116,67 +136,83 @@ def remove_leftovers(folder: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def load_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint after checking every byte of it.
+def verify_checkpoint(path: Path) -> list[Path]:
+    """Check every byte of a checkpoint; return its files, the manifest first.
 
     Raises:
         CheckpointError: if a file is missing, damaged or not part of it; the message names the file.
     """
-    manifest = _read_manifest(path)
-    contents = {}
-    for name, expected in manifest["files"].items():
-        try:
-            content = (path / name).read_bytes()
-        except OSError as error:
-            raise _damaged(path / name, f"cannot be read: {error}") from error
-        if len(content) != expected["bytes"]:
-            raise _damaged(path / name, f"has {len(content)} bytes; {expected['bytes']} were written")
-        if hashlib.sha256(content).hexdigest() != expected["sha256"]:
-            raise _damaged(path / name, "has changed since it was written: its SHA-256 is another")
-        contents[name] = content
-    state = _read_state(path, contents)
-    tensors = {
-        name.removesuffix(".safetensors"): _read_tensors(path / name, content)
-        for name, content in contents.items()
-        if name.endswith(".safetensors")
-    }
-    return Checkpoint(manifest["step"], tensors, state)
+    files = read_manifest(path).files
+    for name in files:
+        verify_file(path, name, files)
+    return [path / MANIFEST, *(path / name for name in files)]
 
 
-def _read_state(path: Path, contents: dict[str, bytes]) -> dict[str, Any]:
-    name = "state.json"
-    if name not in contents:
-        raise _damaged(path / name, "is not part of the checkpoint")
+def verify_file(path: Path, name: str, files: Mapping[str, WrittenFile]) -> None:
+    """Check every byte of a file of a checkpoint; `files` are its manifest's.
+
+    Raises:
+        CheckpointError: if it is missing, damaged or not part of the checkpoint; the message names the file.
+    """
+    expected = _expected(path, name, files)
     try:
-        state: Any = json.loads(contents[name])
-    except (ValueError, RecursionError) as error:
-        raise _damaged(path / name, f"is not JSON: {error}") from error
-    if not isinstance(state, dict):
-        raise _damaged(path / name, "is not a JSON object")
-    return state
+        with (path / name).open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            digest = hashlib.file_digest(file, "sha256").hexdigest() if size == expected["bytes"] else ""
+    except OSError as error:
+        raise damaged(path / name, f"cannot be read: {error}") from error
+    _check_digest(path / name, size, digest, expected)
 
 
-def _read_tensors(path: Path, content: bytes) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load
-
+def read_verified(path: Path, name: str, files: Mapping[str, WrittenFile]) -> bytes:
+    """The bytes of a small file of a checkpoint, of which every one was checked; raises as `verify_file`."""
+    expected = _expected(path, name, files)
     try:
-        return load(content)
-    except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
-        raise _damaged(path, f"holds no tensors: {error}") from error
+        content = (path / name).read_bytes()
+    except OSError as error:
+        raise damaged(path / name, f"cannot be read: {error}") from error
+    _check_digest(path / name, len(content), hashlib.sha256(content).hexdigest(), expected)
+    return content
 
 
-def _folder_name(step: Any) -> str:
+def _expected(path: Path, name: str, files: Mapping[str, WrittenFile]) -> WrittenFile:
+    if name not in files:
+        raise damaged(path / name, "is not part of the checkpoint")
+    return files[name]
+
+
+def _check_digest(path: Path, size: int, digest: str, expected: WrittenFile) -> None:
+    if size != expected["bytes"]:
+        raise damaged(path, f"has {size} bytes; {expected['bytes']} were written")
+    if digest != expected["sha256"]:
+        raise damaged(path, "has changed since it was written: its SHA-256 is another")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint says of itself."""
+
+    step: int
+    files: dict[str, WrittenFile]
+
+
+def folder_name(step: Any) -> str:
+    """The name of the folder of a step's checkpoint."""
     return f"step-{step:08d}" if type(step) is int else ""
 
 
-def _manifest(step: Any, files: dict[str, dict[str, Any]]) -> bytes:
+def temporary_folder(folder: Path, step: int) -> Path:
+    """Where a checkpoint is written before it is complete."""
+    return folder / f"{_TEMPORARY}{folder_name(step)}"
+
+
+def _manifest(step: Any, files: Mapping[str, Any]) -> bytes:
     body = {"files": files, "format": CHECKPOINT_FORMAT, "step": step}
     checksum = hashlib.sha256(_canonical(body)).hexdigest()
     return _canonical(body | {"sha256": checksum})
 
 
-def _is_manifest_of(content: bytes, step: Any, files: dict[str, dict[str, Any]]) -> bool:
+def _is_manifest_of(content: bytes, step: Any, files: Mapping[str, Any]) -> bool:
     try:
         return content == _manifest(step, files)
     except RecursionError:
@@ -188,28 +224,38 @@ def _canonical(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, indent=1).encode()
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
+def read_manifest(path: Path) -> Manifest:
+    """The manifest of a checkpoint.
+
+    Raises:
+        CheckpointError: if it is missing or damaged, or of another checkpoint or version.
+    """
     manifest = path / MANIFEST
     try:
         content = manifest.read_bytes()
         values: Any = json.loads(content)
     except (OSError, ValueError, RecursionError) as error:
-        raise _damaged(manifest, f"cannot be read: {error}") from error
+        raise damaged(manifest, f"cannot be read: {error}") from error
+    if isinstance(values, dict) and values.get("format") in _FORMER_FORMATS:
+        raise CheckpointError(
+            f"{manifest} is of format {values['format']}, which this version does not read: it reads {CHECKPOINT_FORMAT}. Use "
+            "the version of longspan that wrote it, or start a new run"
+        )
     if not isinstance(values, dict) or values.get("format") != CHECKPOINT_FORMAT:
-        raise _damaged(manifest, f"is no manifest of format {CHECKPOINT_FORMAT}")
+        raise damaged(manifest, f"is no manifest of format {CHECKPOINT_FORMAT}")
     files = values.get("files")
     if not isinstance(files, dict) or not _is_manifest_of(content, values.get("step"), files):
-        raise _damaged(manifest, "has changed since it was written: its checksum is another")
+        raise damaged(manifest, "has changed since it was written: its checksum is another")
     for name, expected in files.items():
         kinds = {key: type(value) for key, value in expected.items()} if isinstance(expected, dict) else {}
         if kinds != {"bytes": int, "sha256": str}:
-            raise _damaged(manifest, f"does not give the bytes and the SHA-256 of {name!r}")
-    if path.name != _folder_name(values["step"]):
-        raise _damaged(manifest, f"is that of step {values['step']!r}")
+            raise damaged(manifest, f"does not give the bytes and the SHA-256 of {name!r}")
+    if path.name != folder_name(values["step"]):
+        raise damaged(manifest, f"is that of step {values['step']!r}")
     outside = [name for name in files if Path(name).name != name or name in ("", "..") or "\0" in name]
     if outside:
-        raise _damaged(manifest, f"names a file outside its folder: {outside[0]!r}")
-    return values
+        raise damaged(manifest, f"names a file outside its folder: {outside[0]!r}")
+    return Manifest(values["step"], files)
 
 
 def _by_step(folder: Path) -> list[Path]:
@@ -229,18 +275,21 @@ def _is_complete(path: Path) -> bool:
         return False
 
 
-def _damaged(path: Path, what: str) -> CheckpointError:
+def damaged(path: Path, what: str) -> CheckpointError:
+    """The error for a file of a checkpoint that is not what was written."""
     return CheckpointError(
         f"{path} {what}. Remove the folder {path.parent.name} to go on from the checkpoint before it, or restore the "
         "file"
     )
 
 
-def _write_synced(path: Path, content: bytes) -> None:
+def write_synced(path: Path, content: bytes) -> WrittenFile:
+    """Write a new file and flush it to disk; return what a manifest says of it."""
     with path.open("xb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
+    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
 def _sync_folder(path: Path) -> None:

@@ -216,6 +216,8 @@ class CheckpointConfig:
     """Steps between two checkpoints; 0 writes one at the end alone."""
     keep: int = 2
     """Keep this many of the newest complete checkpoints."""
+    asynchronous: bool = True
+    """Train on while files are written, from a copy of what a rank writes; a checkpoint counts once it is complete."""
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from longspan.errors import CheckpointError, InputError
 from longspan.exchange import Auto
 from longspan.exchange.auto.figures import Figures, known_figures, take_figures
 from longspan.layout import SequenceLayout
-from longspan.train.checkpoint import Checkpoint
 from longspan.train.config import Config
+from longspan.train.loading import SavedCheckpoint
 from longspan.train.ranks import Ranks
 
 
@@ -30,7 +30,7 @@ def figures_to_save(layout: SequenceLayout, ranks: Ranks) -> dict[str, Any]:
     return {"sp": ranks.sp, "device": ranks.device.type, "groups": everyone[:: ranks.sp]}
 
 
-def take_saved_figures(saved: Checkpoint, layout: SequenceLayout, ranks: Ranks) -> bool:
+def take_saved_figures(saved: SavedCheckpoint, layout: SequenceLayout, ranks: Ranks) -> bool:
     """Take the figures of a checkpoint if it has some of as many ranks, on such nodes and the same kind of device; say whether.
 
     Raises:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from longspan.parallel.sharded import divided_like, is_divided
+from longspan.parallel.sharded import is_divided
 from longspan.train.config import OptimConfig
 
 
@@ -64,15 +65,25 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
     }
 
 
-def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Give the optimizer the state that `optimizer_tensors` took, whole; raises KeyError or ValueError for another model's."""
+def empty_optimizer_tensors(
+    model: nn.Module, optimizer: torch.optim.Optimizer, shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, Tensor]:
+    """Give the optimizer a state to be read into, whatever it had, and return it as `optimizer_tensors` does.
+
+    shapes: of the state that was saved, whole, by ``parameter name/state name``.
+
+    Raises:
+        KeyError: for a parameter that the model has not.
+        ValueError: for a state of another shape than its parameter's.
+    """
     parameters = dict(model.named_parameters())
     optimizer.state.clear()
-    for key, value in tensors.items():
+    for key, shape in shapes.items():
         name, state = key.rsplit("/", 1)
         parameter = parameters[name]
-        if value.dim() and value.shape != parameter.shape:
-            raise ValueError(f"{key} has shape {tuple(value.shape)}, its parameter {tuple(parameter.shape)}")
+        if shape and shape != tuple(parameter.shape):
+            raise ValueError(f"{key} has shape {shape}, its parameter {tuple(parameter.shape)}")
         # AdamW counts its steps in a tensor on the CPU, or on the parameter's device where it is fused.
-        value = value.to(parameter.device)
-        optimizer.state[parameter][state] = divided_like(value, parameter) if value.dim() else value
+        empty = torch.zeros_like(parameter) if shape else torch.zeros((), device=parameter.device)
+        optimizer.state[parameter][state] = empty.detach()
+    return optimizer_tensors(model, optimizer)

@@ -15,17 +15,12 @@ from longspan.errors import CheckpointError, ConfigError
 from longspan.launch import EXIT_DONE, EXIT_STOPPED, Place, StopRequest, num_cores
 from longspan.train import config as configs
 from longspan.train import exchange
-from longspan.train.checkpoint import (
-    Checkpoint,
-    complete_checkpoints,
-    load_checkpoint,
-    newest_checkpoint,
-    remove_leftovers,
-)
+from longspan.train.checkpoint import complete_checkpoints, newest_checkpoint, remove_leftovers
 from longspan.train.config import Config
 from longspan.train.data import describe_data, prepare_data
 from longspan.train.deterministic import deterministic_algorithms
 from longspan.train.finish import finish
+from longspan.train.loading import SavedCheckpoint, open_checkpoint
 from longspan.train.model import check_device, compute_dtype
 from longspan.train.phase import RunPhase
 from longspan.train.ranks import Ranks
@@ -126,7 +121,7 @@ def _facts(config: Config, resume: RunFolder | None) -> dict[str, str]:
     return facts | versions | {"--resume": str(resume.path) if resume else "not given"}
 
 
-def _open_run(config: Config, resume: RunFolder | None, ranks: Ranks) -> tuple[RunFolder, Checkpoint | None]:
+def _open_run(config: Config, resume: RunFolder | None, ranks: Ranks) -> tuple[RunFolder, SavedCheckpoint | None]:
     """A new run's folder, or that of a run to go on with and its newest checkpoint."""
     if resume is None and config.run.go_on:
         # Rank 0 looks, before any rank writes: all of them take the same way.
@@ -146,8 +141,8 @@ def _begun_before(config: Config) -> tuple[str, bool]:
     return str(folder.path), bool(complete_checkpoints(folder.checkpoints))
 
 
-def _newest_fitting_checkpoint(folder: RunFolder, config: Config) -> Checkpoint:
-    saved = load_checkpoint(newest_checkpoint(folder.checkpoints))
+def _newest_fitting_checkpoint(folder: RunFolder, config: Config) -> SavedCheckpoint:
+    saved = open_checkpoint(newest_checkpoint(folder.checkpoints))
     try:
         before = configs.from_mapping(saved_value(saved, "config", dict))
     except ConfigError as error:
@@ -172,7 +167,7 @@ def _build_trainer(
     data: PreparedData,
     report: Report,
     phase: RunPhase,
-    saved: Checkpoint | None,
+    saved: SavedCheckpoint | None,
 ) -> Trainer:
     trainer = Trainer(config, ranks, folder, data, report, phase)
     if saved is not None:

@@ -23,10 +23,11 @@ from longspan.models import LinearLlama3
 from longspan.parallel import gathered
 from longspan.parallel.sharded import accumulating
 from longspan.train import config as configs
-from longspan.train.checkpoint import Checkpoint, complete_checkpoints, save_checkpoint
+from longspan.train.checkpoint import complete_checkpoints
 from longspan.train.config import Config
 from longspan.train.data import training_batches
 from longspan.train.exchange import figures_to_save, measures, take_saved_figures
+from longspan.train.loading import SavedCheckpoint
 from longspan.train.loss import Evaluation, evaluate, loss_sum, unigram_baseline
 from longspan.train.memory import StepMemory
 from longspan.train.metrics import MetricsFile, Totals
@@ -34,18 +35,19 @@ from longspan.train.model import build_model, compute_dtype, copy_shares, copy_w
 from longspan.train.optimizer import (
     build_optimizer,
     clip_gradients,
+    empty_optimizer_tensors,
     gradient_norm,
     learning_rate,
-    load_optimizer_tensors,
     optimizer_tensors,
     set_learning_rate,
 )
 from longspan.train.phase import RunPhase
 from longspan.train.ranks import Ranks
 from longspan.train.rate import ModelOperations
-from longspan.train.replicas import check_replicas
+from longspan.train.replicas import ReplicaError, check_replicas
 from longspan.train.report import Report
 from longspan.train.run_folder import RunFolder
+from longspan.train.saving import CheckpointSaver
 from longspan.train.selfcheck import SelfCheck, self_check
 from longspan.train.snapshot import MemorySnapshot
 from longspan.train.step_batch import StepBatch, make_step_batch
@@ -87,6 +89,13 @@ class Trainer:
         self.operations = ModelOperations(self.model)
         self.peak_flops: float | None = None
         """Of all ranks together, operations per second; None is unknown."""
+        self.saver = CheckpointSaver(
+            folder.checkpoints,
+            ranks,
+            config.checkpoint.keep,
+            config.checkpoint.asynchronous,
+            config.parallel.timeout_seconds,
+        )
         self.has_saved_figures = False
         self.step = 0
         self.skipped_in_a_row = 0
@@ -153,17 +162,30 @@ class Trainer:
             while self.step < config.train.steps and not stopping:
                 with self.trace.of(self.step + 1), self.snapshot.of(self.step + 1):
                     stopping = self._train_step(loader, stop)
+                if self.saver.is_pending:
+                    self.phase.name = "saving a checkpoint"
+                    self.saver.advance()
                 last = self.step == config.train.steps
                 if _is_due(self.step, config.train.check_replicas_every):
                     self.phase.name = "comparing replicas"
-                    check_replicas(self.model, self.ranks, self.step)
+                    self._check_replicas()
                 if last or _is_due(self.step, config.validation.every):
                     self.validate()
                 if last or _is_due(self.step, config.checkpoint.every):
                     self._save()
             if stopping:
                 self._save()
+            self.phase.name = "saving a checkpoint"
+            self.saver.finish()
         return stopping and self.step < config.train.steps
+
+    def _check_replicas(self) -> None:
+        try:
+            check_replicas(self.model, self.ranks, self.step)
+        except ReplicaError:
+            # All ranks come here: what was saved before is completed.
+            self.saver.finish()
+            raise
 
     def _await_batch(self, loader: Loader[StepBatch]) -> None:
         """Wait for the first batch; where a rank cannot read its own, all raise why."""
@@ -272,6 +294,7 @@ class Trainer:
         what = f"loss {loss}, gradient norm {norm}"
         self.report.line(f"step {self.step}: {what}; the weights stay as they are")
         if self.skipped_in_a_row >= self.config.train.max_skipped_steps:
+            self.saver.finish()
             raise TrainingError(
                 f"{self.skipped_in_a_row} steps in a row were not finite, the last one step {self.step} ({what}). "
                 + self._way_on()
@@ -301,31 +324,26 @@ class Trainer:
 
     def _save(self) -> None:
         self.phase.name = "saving a checkpoint"
-        keep = self.config.checkpoint.keep
         measured = figures_to_save(self.layout, self.ranks) if measures(self.config, self.ranks) else None
-        checkpoint = self._checkpoint(measured)
-        self.ranks.from_first(lambda: str(save_checkpoint(self.folder.checkpoints, checkpoint, keep)))
+        tensors = {
+            **{f"model/{name}": parameter for name, parameter in self.model.named_parameters()},
+            **{f"optimizer/{key}": value for key, value in optimizer_tensors(self.model, self.optimizer).items()},
+            "random/torch": torch.get_rng_state(),
+        }
+        self.saver.start(self.step, tensors, self._state(measured))
 
-    def _checkpoint(self, exchange: dict[str, Any] | None) -> Checkpoint:
-        return Checkpoint(
-            step=self.step,
-            tensors={
-                "model": self.whole_weights(),
-                "optimizer": gathered(optimizer_tensors(self.model, self.optimizer).items(), self.ranks.is_first),
-                "random": {"torch": torch.get_rng_state()},
-            },
-            state={
-                "step": self.step,
-                "skipped_in_a_row": self.skipped_in_a_row,
-                "totals": asdict(self.totals),
-                "next_sequence": self.step * self.config.batch_sequences,
-                "data": self.data.fingerprint,
-                "config": configs.to_mapping(self.config),
-                "exchange": exchange,
-            },
-        )
+    def _state(self, exchange: dict[str, Any] | None) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "totals": asdict(self.totals),
+            "next_sequence": self.step * self.config.batch_sequences,
+            "data": self.data.fingerprint,
+            "config": configs.to_mapping(self.config),
+            "exchange": exchange,
+        }
 
-    def restore(self, saved: Checkpoint) -> None:
+    def restore(self, saved: SavedCheckpoint) -> None:
         """Go on from `saved`.
 
         Raises:
@@ -343,10 +361,14 @@ class Trainer:
             self.has_saved_figures = take_saved_figures(saved, self.layout, self.ranks)
         self._restore_weights(saved)
         try:
-            load_optimizer_tensors(self.model, self.optimizer, _saved_tensors(saved, "optimizer"))
-            torch.set_rng_state(_saved_tensors(saved, "random")["torch"])
+            saved.read("optimizer", empty_optimizer_tensors(self.model, self.optimizer, saved.shapes("optimizer")))
+            random = torch.get_rng_state()
+            saved.read("random", {"torch": random})
+            torch.set_rng_state(random)
             # Those of a checkpoint that has none begin anew: what is derived from them is of the steps that they count.
             self.totals = Totals(**saved.state.get("totals", {}))
+        except CheckpointError:
+            raise
         except (KeyError, ValueError, TypeError, RuntimeError) as error:
             raise CheckpointError(
                 f"the checkpoint of step {saved.step} does not hold the state of this optimizer: "
@@ -355,19 +377,22 @@ class Trainer:
         self.step = saved.step
         self.skipped_in_a_row = saved_value(saved, "skipped_in_a_row", int)
 
-    def _restore_weights(self, saved: Checkpoint) -> None:
+    def _restore_weights(self, saved: SavedCheckpoint) -> None:
         parameters = dict(self.model.named_parameters())
-        weights = _saved_tensors(saved, "model")
         shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
-        found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+        found = saved.shapes("model")
         odd = sorted(name for name in {*shapes, *found} if shapes.get(name) != found.get(name))
         if odd:
+            lines = [
+                f"  {name}: {found.get(name, 'missing')} there, {shapes.get(name, 'missing')} here" for name in odd
+            ]
+            more = [f"  and {len(lines) - 10} more"] if len(lines) > 10 else []
             raise CheckpointError(
-                f"the weights of step {saved.step} are not those of this model: {odd[0]} is "
-                f"{found.get(odd[0], 'missing')} in the checkpoint and {shapes.get(odd[0], 'missing')} here "
-                f"({len(odd)} differ). {_OTHER_VERSION}"
+                f"the weights of step {saved.step} are not those of this model, {len(odd)} differ:\n"
+                + "\n".join(lines[:10] + more)
+                + f"\n{_OTHER_VERSION}"
             )
-        copy_weights(weights, self.model)
+        saved.read("model", parameters)
 
 
 _OTHER_VERSION = "Use the version of longspan that wrote them, or start a new run"
@@ -375,7 +400,7 @@ _OTHER_VERSION = "Use the version of longspan that wrote them, or start a new ru
 Value = TypeVar("Value")
 
 
-def saved_value(saved: Checkpoint, name: str, kind: type[Value]) -> Value:
+def saved_value(saved: SavedCheckpoint, name: str, kind: type[Value]) -> Value:
     """A value of the checkpoint's state; raises CheckpointError where it is missing or of another type."""
     value = saved.state.get(name)
     if not isinstance(value, kind):
@@ -384,12 +409,6 @@ def saved_value(saved: Checkpoint, name: str, kind: type[Value]) -> Value:
             f"{kind.__name__}. {_OTHER_VERSION}"
         )
     return value
-
-
-def _saved_tensors(saved: Checkpoint, name: str) -> dict[str, Tensor]:
-    if name not in saved.tensors:
-        raise CheckpointError(f"the checkpoint of step {saved.step} has no {name}.safetensors. {_OTHER_VERSION}")
-    return saved.tensors[name]
 
 
 def _is_due(step: int, every: int) -> bool:

@@ -13,13 +13,12 @@ import torch
 
 from longspan.errors import CheckpointError
 from longspan.train.checkpoint import (
-    Checkpoint,
     complete_checkpoints,
-    load_checkpoint,
     newest_checkpoint,
     remove_leftovers,
-    save_checkpoint,
+    verify_checkpoint,
 )
+from tests.train.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
 
 
 def checkpoint(step: int) -> Checkpoint:
@@ -48,7 +47,7 @@ def test_what_is_saved_is_loaded_bit_for_bit(tmp_path: Path) -> None:
 def test_the_newest_are_kept_and_incomplete_ones_beside_change_nothing(tmp_path: Path) -> None:
     for name in ("step-00000001", "step-00000900", "step-x"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "model.safetensors").write_bytes(b"half")
+        (tmp_path / name / "model-00000.safetensors").write_bytes(b"half")
     for step in (10, 20, 30):
         save_checkpoint(tmp_path, checkpoint(step), keep=2)
     assert [path.name for path in complete_checkpoints(tmp_path)] == ["step-00000020", "step-00000030"]
@@ -105,8 +104,9 @@ def test_every_changed_byte_is_noticed_and_its_file_named(tmp_path: Path) -> Non
             damaged = bytearray(content)
             damaged[random_.randrange(len(content))] ^= 1 << random_.randrange(8)
             (path / name).write_bytes(damaged)
-            with pytest.raises(CheckpointError, match=f"{name} .*Remove the folder step-00000007 to go on from"):
-                load_checkpoint(path)
+            for read in (load_checkpoint, verify_checkpoint):
+                with pytest.raises(CheckpointError, match=f"{name} .*Remove the folder step-00000007 to go on from"):
+                    read(path)
         (path / name).write_bytes(content[:-1])
         with pytest.raises(CheckpointError, match=name):
             load_checkpoint(path)
@@ -115,13 +115,14 @@ def test_every_changed_byte_is_noticed_and_its_file_named(tmp_path: Path) -> Non
             load_checkpoint(newest_checkpoint(tmp_path))
         (path / name).write_bytes(content)
     assert load_checkpoint(path).step == 7
+    assert sorted(file.name for file in verify_checkpoint(path)) == names(path)
 
 
 def test_files_of_another_checkpoint_are_noticed(tmp_path: Path) -> None:
     first = save_checkpoint(tmp_path / "a", checkpoint(7), keep=1)
     second = save_checkpoint(tmp_path / "b", checkpoint(8), keep=1)
-    shutil.copy(second / "model.safetensors", first / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"model.safetensors has changed"):
+    shutil.copy(second / "model-00000.safetensors", first / "model-00000.safetensors")
+    with pytest.raises(CheckpointError, match=r"model-00000.safetensors has changed"):
         load_checkpoint(first)
     renamed = second.rename(second.parent / "step-00000009")
     with pytest.raises(CheckpointError, match=r"manifest.json is that of step 8"):

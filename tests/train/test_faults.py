@@ -19,13 +19,14 @@ from longspan.errors import ConfigError
 from longspan.faults import Fault, parse_faults
 from longspan.launch import EXIT_DONE, Place
 from longspan.parallel.sharded import on_this_rank
-from longspan.train.checkpoint import load_checkpoint, newest_checkpoint
+from longspan.train.checkpoint import newest_checkpoint
 from longspan.train.config import Config, to_toml
 from longspan.train.phase import RunPhase
 from longspan.train.trainer import Trainer
 from longspan.train.watch import FolderBoard, Watch
 from tests.ranks import raised, run_on_ranks
 from tests.shared import made_once
+from tests.train.checkpoints import load_checkpoint
 from tests.train.tiny import newest_tensors, tiny_config, train_here, write_corpus
 
 # Ten times what a slow and busy machine takes.
@@ -120,7 +121,11 @@ def test_a_rank_that_fails_says_where_the_others_are_and_which_are_silent(tmp_pa
             "the batch of step 6 of rank 1 was not there after 10.8 s of reading",
         ),
         ("batch:rank=1:step=6:sleep=1000", True, "the batch of step 6 of rank 1 was not there after 10.8 s of reading"),
-        ("checkpoint.file:rank=0:step=3:sleep=1000", False, "rank 0: step 3, while saving a checkpoint, for"),
+        (
+            "checkpoint.file:rank=0:step=3:sleep=1000",
+            False,
+            "rank 0 has not written its files of the checkpoint of step 3 after 10.8 s",
+        ),
         (
             "save:rank=0:step=3:stop",
             True,
@@ -147,12 +152,12 @@ def test_a_rank_that_sleeps_or_is_stopped_ends_the_run_and_is_named(
 def test_one_process_whose_disk_does_not_answer_ends_with_its_stacks(config: Path, tmp_path: Path) -> None:
     fault = "checkpoint.written:step=3:sleep=1000"
     arguments = ("--config", config, "--run.dir", tmp_path / "run", "--parallel.timeout_seconds", "3")
-    done = train(*arguments, "--parallel.sp", "1", fault=fault)
+    done = train(*arguments, "--parallel.sp", "1", "--checkpoint.asynchronous", "False", fault=fault)
     assert done.returncode == 1
     assert (
         "takes longer than 3 s, parallel.timeout_seconds: rank 0 of 1, step 3, while saving a checkpoint" in done.stderr
     )
-    assert "in save_checkpoint" in done.stderr
+    assert "in complete_checkpoint" in done.stderr
 
 
 # F16

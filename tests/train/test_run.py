@@ -21,13 +21,15 @@ from longspan.launch import EXIT_DONE, EXIT_STOPPED, Place
 from longspan.layout import SequenceLayout
 from longspan.models.gates import GATE_BUILDERS
 from longspan.plan import gpu_cluster
-from longspan.train.checkpoint import Checkpoint, load_checkpoint, newest_checkpoint
+from longspan.train.checkpoint import newest_checkpoint
 from longspan.train.config import Config, check, from_mapping
 from longspan.train.exchange import take_saved_figures
+from longspan.train.loading import SavedCheckpoint
 from longspan.train.loss import loss_sum
 from longspan.train.ranks import Ranks
 from tests.ranks import raised, run_on_ranks
 from tests.shared import made_once
+from tests.train.checkpoints import load_checkpoint
 from tests.train.tiny import COMPUTED, metrics, newest_tensors, tiny_config, train_here, write_corpus
 
 CPU = torch.device("cpu")
@@ -170,13 +172,15 @@ def test_figures_of_other_nodes_are_not_taken() -> None:
     cluster = dataclasses.asdict(gpu_cluster(2, 1))
     record = {"sp": 2, "device": "cpu", "groups": [{"cluster": cluster, "trials": []}]}
     on_one_node = SequenceLayout.for_rank(8, 2, 0, ranks_per_node=2)
-    assert not take_saved_figures(Checkpoint(3, {}, {"exchange": record}), on_one_node, Ranks(Place(0, 2), CPU))
+    assert not take_saved_figures(
+        SavedCheckpoint(Path(), 3, {"exchange": record}, {}, {}), on_one_node, Ranks(Place(0, 2), CPU)
+    )
 
 
 @pytest.mark.parametrize("record", [3, {}, {"sp": 2, "device": "cpu", "groups": [{"cluster": {"num_ranks": "two"}}]}])
 def test_figures_of_an_exchange_of_another_form_are_refused(record: Any) -> None:
     ranks = Ranks(Place(0, 2), CPU)
-    saved = Checkpoint(3, {}, {"exchange": record})
+    saved = SavedCheckpoint(Path(), 3, {"exchange": record}, {}, {})
     with pytest.raises(CheckpointError, match="step 3 has no figures of an exchange that this version knows"):
         take_saved_figures(saved, SequenceLayout.for_rank(8, 2, 0), ranks)
 
@@ -265,13 +269,13 @@ def test_a_resume_with_another_model_lists_the_differences(
 def test_a_resume_from_a_damaged_checkpoint_names_the_file(corpus: Path, finished: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(finished, run)
-    path = run / "checkpoints" / "step-00000006" / "optimizer.safetensors"
+    path = run / "checkpoints" / "step-00000006" / "optimizer-00001.safetensors"
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
     for kind, text in run_on_ranks(2, raised, train_here, tiny_config(corpus, run), True):
         assert kind == "CheckpointError"
-        assert "step-00000006/optimizer.safetensors has changed since it was written" in text
+        assert "step-00000006/optimizer-00001.safetensors has changed since it was written" in text
 
 
 def test_a_resume_on_changed_data_is_refused(corpus: Path, finished: Path, tmp_path: Path) -> None:
@@ -315,7 +319,9 @@ def test_a_step_with_a_nan_on_one_rank_is_skipped_by_all(corpus: Path, finished:
     assert [record["skipped"] for record in records] == [False, False, True, False]
     assert records[2]["loss"] is None
     steps = sorted((run / "checkpoints").iterdir())
-    second, third, fourth = ((path / "model.safetensors").read_bytes() for path in steps[1:])
+    second, third, fourth = (
+        [(path / f"model-0000{rank}.safetensors").read_bytes() for rank in range(2)] for path in steps[1:]
+    )
     assert second == third
     assert third != fourth
 

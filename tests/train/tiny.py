@@ -11,11 +11,12 @@ import torch
 import torch.distributed as dist
 
 from longspan.launch import Place, StopRequest
-from longspan.train.checkpoint import load_checkpoint, newest_checkpoint
+from longspan.train.checkpoint import newest_checkpoint
 from longspan.train.config import Config, check, from_mapping
 from longspan.train.ranks import Ranks
 from longspan.train.run import train_on
 from longspan.train.run_folder import RunFolder
+from tests.train.checkpoints import load_checkpoint
 
 TINY: dict[str, dict[str, Any]] = {
     "data": {"tokenizer": "bytes", "validation_fraction": 0.3},

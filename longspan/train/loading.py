@@ -1,0 +1,76 @@
+"""A checkpoint that is read: its state and its tensors, each verified before it is used."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from longspan.train.checkpoint import WrittenFile, damaged, read_manifest, read_verified
+
+if TYPE_CHECKING:
+    from longspan.train.storage import SavedTensor
+
+STATE = "state.json"
+
+
+@dataclass(frozen=True)
+class SavedCheckpoint:
+    """A checkpoint on disk, whose manifest, state and index were verified; its tensors are when they are read."""
+
+    path: Path
+    step: int
+    state: dict[str, Any]
+    files: dict[str, WrittenFile]
+    index: dict[str, SavedTensor]
+    """Its tensors by ``kind/name``."""
+
+    def shapes(self, kind: str) -> dict[str, tuple[int, ...]]:
+        """The whole shapes of the tensors of a kind, by name."""
+        prefix = f"{kind}/"
+        return {name.removeprefix(prefix): t.shape for name, t in self.index.items() if name.startswith(prefix)}
+
+    def read(self, kind: str, targets: Mapping[str, Tensor]) -> None:
+        """Read tensors of a kind into `targets`, in place: of each, whole or divided over ranks, what this rank has.
+
+        Raises:
+            CheckpointError: for what the checkpoint lacks, and for a file that is missing or damaged; the message names it.
+        """
+        from longspan.train.storage import read_tensors
+
+        read_tensors(self.path, self.files, self.index, {f"{kind}/{name}": t for name, t in targets.items()})
+
+    def whole(self, kind: str) -> dict[str, Tensor]:
+        """All tensors of a kind, whole, by name; raises as `read`."""
+        prefix = f"{kind}/"
+        tensors = {
+            name.removeprefix(prefix): torch.empty(saved.shape, dtype=saved.dtype)
+            for name, saved in self.index.items()
+            if name.startswith(prefix)
+        }
+        self.read(kind, tensors)
+        return tensors
+
+
+def open_checkpoint(path: Path) -> SavedCheckpoint:
+    """A checkpoint, without its tensors.
+
+    Raises:
+        CheckpointError: if its manifest, state or index is missing or damaged; the message names the file.
+    """
+    from longspan.train.storage import read_index
+
+    manifest = read_manifest(path)
+    content = read_verified(path, STATE, manifest.files)
+    try:
+        state: Any = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise damaged(path / STATE, f"is not JSON: {error}") from error
+    if not isinstance(state, dict):
+        raise damaged(path / STATE, "is not a JSON object")
+    return SavedCheckpoint(path, manifest.step, state, manifest.files, read_index(path, manifest.files))
