@@ -84,17 +84,19 @@ def checkpoints_in(path: Path) -> list[Path]:
 
 
 def _verify_checkpoints(paths: list[Path]) -> int:
-    from longspan.train.checkpoint import load_checkpoint
+    from longspan.train.checkpoint import verify_checkpoint
+    from longspan.train.loading import open_checkpoint
 
     code = EXIT_DONE
     for path in paths:
         try:
-            load_checkpoint(path)
+            files = verify_checkpoint(path)
+            # Do the files of all ranks make up each tensor?
+            open_checkpoint(path)
         except CheckpointError as error:
             sys.stdout.write(f"DAMAGED  {path}: {error}\n")
             code = EXIT_REFUSED
         else:
-            files = [file for file in path.rglob("*") if file.is_file()]
             num_bytes = sum(file.stat().st_size for file in files)
             sys.stdout.write(
                 f"ok       {path}: {len(files)} files, {num_bytes / 2**20:,.1f} MiB, every byte as written\n"
