@@ -17,6 +17,7 @@ from torch import Tensor
 
 import longspan.functional as operators
 from longspan.attention.convolution import causal_conv1d
+from longspan.attention.shift import token_shift as shifted_by_one
 from longspan.attention.softmax import softmax_attention
 from longspan.autocast import as_in_product, without_autocast
 from longspan.dtypes import at_least_float32
@@ -32,7 +33,9 @@ from longspan.integrations.transformers.mixers import (
     KDA,
     LINEAR_ATTENTION,
     RETENTION,
+    RWKV6,
     SIMPLE_GLA,
+    TOKEN_SHIFT,
 )
 from longspan.ops.backends import MAX_HEAD_SIZE
 
@@ -317,6 +320,52 @@ def hgrn(
     return out.squeeze(-1), None
 
 
+def rwkv6(
+    call: ParallelCall,
+    r: Tensor,
+    k: Tensor,
+    v: Tensor,
+    w: Tensor,
+    u: Tensor,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """`chunk_rwkv6` and `fused_recurrent_rwkv6`: r, k and log decays w ``[B, T, H, K]``, v ``[B, T, H, V]``, u ``[H, K]``.
+
+    ``o_t = scale · (S_{t-1} + (u ⊙ k_t) v_tᵀ)ᵀ r_t`` with ``S_t = diag(e^{w_t}) S_{t-1} + k_t v_tᵀ``: gated linear attention whose
+    keys, values and decays are those of the token before, and the token's own part.
+    """
+    _check_no_state("rwkv6", initial_state, output_final_state)
+    call.take(RWKV6)
+    r, k, v = as_in_product(r), as_in_product(k), as_in_product(v)
+    scale = r.shape[3] ** -0.5 if scale is None else scale
+    sizes = [k.shape[3], v.shape[3]]
+    pairs = shifted_by_one(torch.cat([k, v], dim=3).flatten(2), layout=call.layout).unflatten(2, (r.shape[2], -1))
+    decays = shifted_by_one(w.flatten(2), layout=call.layout).view_as(w)
+    keys, values = pairs.split(sizes, dim=3)
+    before = operators.gla(r, keys, values, decays, scale=scale, layout=call.layout, exchange=call.options.exchange)
+    with without_autocast(r):
+        wide = at_least_float32(r)
+        own = (wide * u.to(wide.dtype) * k).sum(3, keepdim=True) * (scale * v)
+    return before + own.to(before.dtype), None
+
+
+def token_shift(
+    call: ParallelCall,
+    x: Tensor,
+    cu_seqlens: Tensor | None = None,
+    cache: Tensor | None = None,
+    output_cache: bool = False,
+    chunk_indices: Tensor | None = None,
+) -> Tensor:
+    """The token before each less the token itself, ``[B, T, C]``; zero before a document's first."""
+    _check_no_state("token_shift", cache, output_cache)
+    call.take(TOKEN_SHIFT)
+    return shifted_by_one(x, layout=call.layout) - x
+
+
 def flash_attention(
     call: ParallelCall,
     q: Tensor,
@@ -371,6 +420,7 @@ FLA_FUNCTIONS: Mapping[str, Callable[..., Any]] = {
     "chunk_kda": kda,
     "chunk_linear_attn": linear_attention,
     "chunk_retention": retention,
+    "chunk_rwkv6": rwkv6,
     "chunk_simple_gla": simple_gla,
     "flash_attn_func": flash_attention,
     "fused_chunk_linear_attn": linear_attention,
@@ -382,7 +432,9 @@ FLA_FUNCTIONS: Mapping[str, Callable[..., Any]] = {
     "fused_recurrent_kda": kda,
     "fused_recurrent_linear_attn": linear_attention,
     "fused_recurrent_retention": retention,
+    "fused_recurrent_rwkv6": rwkv6,
     "fused_recurrent_simple_gla": simple_gla,
     "parallel_retention": parallel_retention,
+    "token_shift": token_shift,
 }
-"""By the name of a function in the files of ``fla.layers`` and ``fla.modules``, what stands in for it."""
+"""By the name of a function in the package's files of layers, models and modules, what stands in for it."""

@@ -34,6 +34,7 @@ DELTA_RULE = "delta_rule"
 GATED_DELTA_RULE = "gated_delta_rule"
 KDA = "kda"
 HGRN = "hgrn"
+RWKV6 = "rwkv6"
 ROTARY = "rotary embedding"
 
 
@@ -93,21 +94,27 @@ MIXERS: Mapping[str, MixerClass] = {
 _ROTATED = {"rotary.forward": "rotary_of_positions"}
 
 FLA_MIXERS: Mapping[str, MixerClass] = {
-    "attn.Attention": MixerClass((ATTENTION, ROTARY), hands_on=False, methods=_ROTATED),
-    "delta_net.DeltaNet": MixerClass((DELTA_RULE,), hands_on=False),
-    "gated_deltanet.GatedDeltaNet": MixerClass((GATED_DELTA_RULE,), hands_on=False),
-    "gla.GatedLinearAttention": MixerClass((GLA,), hands_on=False),
-    "hgrn.HGRNAttention": MixerClass((HGRN,), hands_on=False),
-    "hgrn2.HGRN2Attention": MixerClass((GLA,), hands_on=False),
-    "kda.KimiDeltaAttention": MixerClass((KDA,), hands_on=False),
-    "linear_attn.LinearAttention": MixerClass((LINEAR_ATTENTION,), hands_on=False, reaches=False),
-    "mamba.Mamba": MixerClass((CONVOLUTION, SELECTIVE_SCAN), hands_on=False, methods={"forward": "mamba_of_fla"}),
-    "mamba2.Mamba2": MixerClass((CONVOLUTION, MAMBA2), hands_on=False, methods={"forward": "mamba2_of_fla"}),
-    "mla.MultiheadLatentAttention": MixerClass((ATTENTION, ROTARY), hands_on=False, methods=_ROTATED),
-    "multiscale_retention.MultiScaleRetention": MixerClass((RETENTION, ROTARY), hands_on=False, methods=_ROTATED),
-    "simple_gla.SimpleGatedLinearAttention": MixerClass((SIMPLE_GLA,), hands_on=False),
+    "layers.attn.Attention": MixerClass((ATTENTION, ROTARY), hands_on=False, methods=_ROTATED),
+    "layers.delta_net.DeltaNet": MixerClass((DELTA_RULE,), hands_on=False),
+    "layers.gated_deltanet.GatedDeltaNet": MixerClass((GATED_DELTA_RULE,), hands_on=False),
+    "layers.gla.GatedLinearAttention": MixerClass((GLA,), hands_on=False),
+    "layers.hgrn.HGRNAttention": MixerClass((HGRN,), hands_on=False),
+    "layers.hgrn2.HGRN2Attention": MixerClass((GLA,), hands_on=False),
+    "layers.kda.KimiDeltaAttention": MixerClass((KDA,), hands_on=False),
+    "layers.linear_attn.LinearAttention": MixerClass((LINEAR_ATTENTION,), hands_on=False, reaches=False),
+    "layers.mamba.Mamba": MixerClass(
+        (CONVOLUTION, SELECTIVE_SCAN), hands_on=False, methods={"forward": "mamba_of_fla"}
+    ),
+    "layers.mamba2.Mamba2": MixerClass((CONVOLUTION, MAMBA2), hands_on=False, methods={"forward": "mamba2_of_fla"}),
+    "layers.mla.MultiheadLatentAttention": MixerClass((ATTENTION, ROTARY), hands_on=False, methods=_ROTATED),
+    "layers.multiscale_retention.MultiScaleRetention": MixerClass(
+        (RETENTION, ROTARY), hands_on=False, methods=_ROTATED
+    ),
+    "layers.rwkv6.RWKV6Attention": MixerClass((TOKEN_SHIFT, RWKV6), hands_on=False),
+    "layers.simple_gla.SimpleGatedLinearAttention": MixerClass((SIMPLE_GLA,), hands_on=False),
+    "models.rwkv6.modeling_rwkv6.RWKV6FeedForward": MixerClass((TOKEN_SHIFT,), hands_on=False),
 }
-"""Those of flash-linear-attention, by file and class in ``fla.layers``. Short convolutions inside of them are counted too."""
+"""Those of flash-linear-attention, by file and class in ``fla``. Short convolutions inside of them are counted too."""
 
 FLA_MODELS = frozenset(
     {
@@ -122,13 +129,15 @@ FLA_MODELS = frozenset(
         "mamba2",
         "mla",
         "retnet",
+        "rwkv6",
         "samba",
         "transformer",
     }
 )
 """Packages of ``fla.models`` whose models mix tokens in such layers alone."""
 
-FLA_LAYERS = "fla.layers."
+_FLA = "fla."
+_FLA_LAYERS = "fla.layers."
 _SHORT_CONVOLUTION_OF_FLA = "ShortConvolution"
 
 LAYER_TYPES = frozenset(
@@ -167,8 +176,8 @@ def is_attention(module: nn.Module) -> bool:
 def class_in_table(module: nn.Module) -> MixerClass | None:
     """What the tables say of a module's class, or of the one that it derives from (FSDP2 derives classes of its own)."""
     for base in type(module).__mro__:
-        if base.__module__.startswith(FLA_LAYERS):
-            known = FLA_MIXERS.get(f"{base.__module__.removeprefix(FLA_LAYERS)}.{base.__name__}")
+        if base.__module__.startswith(_FLA):
+            known = FLA_MIXERS.get(f"{base.__module__.removeprefix(_FLA)}.{base.__name__}")
             if known is None:
                 continue
             has_convolution = any(type(child).__name__ == _SHORT_CONVOLUTION_OF_FLA for child in module.children())
@@ -209,7 +218,7 @@ def mixers_of(backbone: nn.Module) -> dict[nn.Module, MixerClass]:
 
 def _is_unknown_mixer(module: nn.Module) -> bool:
     kind = type(module).__name__
-    if type(module).__module__.startswith(FLA_LAYERS):
+    if type(module).__module__.startswith(_FLA_LAYERS):
         return True
     if isinstance(module, nn.Conv1d):
         return max(module.kernel_size) > 1

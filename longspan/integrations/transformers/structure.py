@@ -14,7 +14,7 @@ from longspan.errors import InputError
 from longspan.integrations.transformers import losses, mixers
 from longspan.integrations.transformers.versions import warn_of_untested
 
-_MODELING_FILES = ("transformers.models.", "fla.layers.", "fla.modules.")
+_MODELING_FILES = ("transformers.models.", "fla.layers.", "fla.models.", "fla.modules.")
 _BY_CLASS = re.compile(r"(ForCausalLM|LMHeadModel)$")
 
 

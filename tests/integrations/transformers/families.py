@@ -486,6 +486,21 @@ FLA_FAMILIES: dict[str, Family] = {
         v_head_dim=7,
         window_size=9,
     ),
+    "fla_rwkv6": Family(
+        "RWKV6ForCausalLM",
+        "RWKV6Config",
+        {
+            "hidden_size": 24,
+            "intermediate_size": 40,
+            "num_hidden_layers": 2,
+            "num_heads": 2,
+            "proj_low_rank_dim": 3,
+            "gate_low_rank_dim": 5,
+            "fuse_norm": False,
+            "fuse_cross_entropy": False,
+        },
+        "fla.models",
+    ),
     "fla_transformer": _of_fla("Transformer", num_heads=4, num_kv_heads=2, window_size=9, qk_norm=True),
 }
 """Those of flash-linear-attention, whose layers run on a CPU inside of `fla_on_cpu`."""

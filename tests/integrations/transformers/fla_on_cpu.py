@@ -33,12 +33,12 @@ _PLACES = ("fla.layers.", "fla.modules.", "fla.models.")
 def fla_on_cpu() -> Iterator[None]:
     """The package's kernels by PyTorch functions, for as long as the context lasts."""
     stand_ins = _stand_ins()
-    for name in ("models", *(f"layers.{name.split('.')[0]}" for name in FLA_MIXERS)):
+    for name in ("models", *(name.rpartition(".")[0] for name in FLA_MIXERS)):
         import_module(f"fla.{name}")
     places = [module for name, module in sys.modules.items() if name.startswith(_PLACES)]
     before = [(vars(place), name, vars(place)[name]) for place in places for name in stand_ins if name in vars(place)]
     activations: dict[str, Any] = import_module("fla.modules.activations").ACT2FN
-    before += [(activations, name, activations[name]) for name in ("silu", "swish", "sigmoid")]
+    before += [(activations, name, activations[name]) for name in ("silu", "sigmoid", "sqrelu", "swish")]
     for names, name, _ in before:
         names[name] = stand_ins[name]
     try:
@@ -58,6 +58,9 @@ def _stand_ins() -> dict[str, Callable[..., Any]]:
     linear = import_module("fla.ops.linear_attn.naive").naive_recurrent_linear_attn
     retained = import_module("fla.ops.retention.naive").naive_retention
     simple = import_module("fla.ops.simple_gla.naive").naive_recurrent_simple_gla
+    rwkv = import_module("fla.ops.rwkv6.recurrent_naive").naive_recurrent_rwkv6
+    shift = import_module("fla.modules.token_shift").token_shift_ref
+    group_norm = import_module("fla.modules.norm.layernorm").group_norm_ref
     recurrent_hgrn = import_module("fla.ops.hgrn.naive").naive_recurrent_hgrn
     rms_norm = import_module("fla.modules.norm.layernorm").rms_norm_ref
     gated_norm = import_module("fla.modules.norm.layernorm_gated").rms_norm_ref
@@ -105,6 +108,10 @@ def _stand_ins() -> dict[str, Callable[..., Any]]:
     def linear_attention(q: Tensor, k: Tensor, v: Tensor, normalize: bool, **_: Any) -> tuple[Tensor, None]:
         return linear(q, k, v, normalize=normalize)
 
+    def rwkv6(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, scale: float, **_: Any) -> tuple[Tensor, None]:
+        o, state = rwkv(*(x.transpose(1, 2) for x in (r, k, v, w)), u, scale)
+        return o.transpose(1, 2), state
+
     def hgrn(x: Tensor, g: Tensor, **_: Any) -> tuple[Tensor, None]:
         return recurrent_hgrn(x, g)
 
@@ -139,6 +146,7 @@ def _stand_ins() -> dict[str, Callable[..., Any]]:
         "chunk_kda": kda,
         "chunk_linear_attn": linear_attention,
         "chunk_retention": retention,
+        "chunk_rwkv6": rwkv6,
         "chunk_simple_gla": simple_gla,
         "elu_p1": lambda x: F.elu(x) + 1.0,
         "flash_attn_func": _attention,
@@ -150,7 +158,9 @@ def _stand_ins() -> dict[str, Callable[..., Any]]:
         "fused_recurrent_kda": kda,
         "fused_recurrent_linear_attn": linear_attention,
         "fused_recurrent_retention": retention,
+        "fused_recurrent_rwkv6": rwkv6,
         "fused_recurrent_simple_gla": simple_gla,
+        "group_norm": lambda residual_in_fp32, **given: group_norm(**given),
         "parallel_retention": retention,
         "rms_norm": norm,
         "rms_norm_gated": rms_norm_gated,
@@ -161,9 +171,11 @@ def _stand_ins() -> dict[str, Callable[..., Any]]:
         ),
         "sigmoid": torch.sigmoid,
         "silu": F.silu,
+        "sqrelu": lambda x: F.relu(x).square(),
         "swiglu": lambda x, y: F.silu(x) * y,
         "swiglu_linear": lambda x, y, weight, bias: F.linear(F.silu(x) * y, weight, bias),
         "swish": F.silu,
+        "token_shift": shift,
     }
 
 

@@ -24,7 +24,7 @@ from longspan.errors import InputError
 from longspan.integrations.transformers import layout_of, mixers
 from longspan.integrations.transformers.fla_functions import FLA_FUNCTIONS
 from longspan.integrations.transformers.fla_methods import COMPUTE_LOSS
-from longspan.integrations.transformers.mixers import FLA_LAYERS, FLA_MIXERS, FLA_MODELS
+from longspan.integrations.transformers.mixers import FLA_MIXERS, FLA_MODELS
 from longspan.layout import ORDERS, Order
 from tests.compare import relative_error, worst_of
 from tests.integrations.transformers.families import FLA_FAMILIES, build
@@ -260,8 +260,8 @@ def test_groups_of_mamba2_are_those_of_its_kernels() -> None:
 
 @pytest.mark.parametrize("name", FLA_MIXERS)
 def test_each_class_calls_what_the_table_says(name: str) -> None:
-    file, class_name = name.split(".")
-    module = import_module(FLA_LAYERS + file)
+    file, _, class_name = name.rpartition(".")
+    module = import_module(f"fla.{file}")
     source = inspect.getsource(getattr(module, class_name))
     kind = FLA_MIXERS[name]
     for path in kind.methods:
@@ -277,7 +277,12 @@ def test_each_class_calls_what_the_table_says(name: str) -> None:
 def of_the_package(function: str) -> Any:
     if function == "flash_attn_func" or function.endswith("_cuda"):
         pytest.skip("of another package, which needs CUDA")
-    places = {"conv1d": "fla.modules.causal_conv1d.ops", "hgrn": "fla.ops.hgrn"}
+    places = {
+        "conv1d": "fla.modules.causal_conv1d.ops",
+        "hgrn": "fla.ops.hgrn",
+        "rwkv6": "fla.ops.rwkv6",
+        "token_shift": "fla.modules.token_shift",
+    }
     place = next((place for part, place in places.items() if part in function), "fla.ops")
     return inspect.unwrap(getattr(import_module(place), function))
 
@@ -334,7 +339,6 @@ def of_package(name: str, **options: Any) -> nn.Module:
     ("name", "options"),
     [
         ("RWKV7", {"head_dim": 32, "num_hidden_layers": 2, "use_l2warp": False}),
-        ("RWKV6", {"num_heads": 2}),
         ("NSA", {"num_heads": 16, "num_kv_heads": 1, "head_dim": 4}),
         ("GSA", {"num_heads": 2, "num_slots": 8}),
         ("LightNet", {"num_heads": 2}),
@@ -440,6 +444,7 @@ WITH_KERNELS: dict[str, dict[str, Any]] = {
     "fla_mamba": {"state_size": 16},
     "fla_mamba2": {"head_dim": 16, "state_size": 16},
     "fla_samba": {"state_size": 16, "attn": None},
+    "fla_rwkv6": {"expand_k": 1.0},
 }
 
 

@@ -121,6 +121,20 @@ def test_linear_attention_is_divided_by_the_sum_of_its_weights(normalize: bool) 
     assert relative_error(got, want) < 1e-10
 
 
+def test_rwkv6_reads_the_state_before_the_token_and_its_own_part() -> None:
+    r, k, v = random(1, 11, 2, 3), random(1, 11, 2, 3, seed=1), random(1, 11, 2, 4, seed=2)
+    w, u = -random(1, 11, 2, 3, seed=3).exp(), random(2, 3, seed=4)
+    wants = []
+    for start, stop in pairwise(BOUNDS):
+        state = r.new_zeros(1, 2, 3, 4)
+        for t in range(start, stop):
+            pair = k[:, t, :, :, None] * v[:, t, :, None]
+            wants.append(0.7 * torch.einsum("bhk,bhkv->bhv", r[:, t], state + u[..., None] * pair))
+            state = w[:, t, :, :, None].exp() * state + pair
+    got, _ = fla_functions.rwkv6(call_of(BOUNDS), r, k, v, w, u, 0.7)
+    assert relative_error(got, torch.stack(wants, dim=1)) < 1e-12
+
+
 def test_a_window_of_flash_attention_has_one_token_more_than_it_says() -> None:
     q, k, v = (random(1, 11, 2, 4, seed=seed) for seed in range(3))
     distance = torch.arange(11)[:, None] - torch.arange(11)
