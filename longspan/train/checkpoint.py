@@ -27,6 +27,7 @@ _FORMER_FORMATS = ("longspan-checkpoint-1",)
 MANIFEST = "manifest.json"
 _TEMPORARY = ".writing-"
 _DISCARDED = ".removing-"
+_DAMAGED = "damaged-"
 _NAME = re.compile(r"step-([0-9]{8,})")
 
 
@@ -112,7 +113,7 @@ def not_written(folder: Path, step: int, why: str) -> CheckpointError:
 
 def complete_checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints below `folder`, oldest first: those that have a manifest and every file of it."""
-    return [path for path in _by_step(folder) if _is_complete(path)]
+    return [path for path in all_checkpoints(folder) if _is_complete(path)]
 
 
 def newest_checkpoint(folder: Path) -> Path:
@@ -121,7 +122,7 @@ def newest_checkpoint(folder: Path) -> Path:
     Raises:
         CheckpointError: if there is none.
     """
-    found = _by_step(folder)
+    found = all_checkpoints(folder)
     if not found:
         raise CheckpointError(
             f"there is no complete checkpoint in {folder}: the run ended before its first. Start a new run"
@@ -136,16 +137,29 @@ def remove_leftovers(folder: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def verify_checkpoint(path: Path) -> list[Path]:
-    """Check every byte of a checkpoint; return its files, the manifest first.
+def set_aside_newer(folder: Path, step: int) -> None:
+    """Give the checkpoints of later steps than `step` a name under which they are no checkpoints: the run goes on without them."""
+    for path in all_checkpoints(folder):
+        match = _NAME.fullmatch(path.name)
+        if match is not None and int(match.group(1)) > step:
+            aside = folder / f"{_DAMAGED}{path.name}"
+            with contextlib.suppress(OSError):
+                if aside.exists():
+                    shutil.rmtree(aside)
+                path.rename(aside)
+
+
+def verify_checkpoint(path: Path, part: int = 0, num_parts: int = 1) -> list[Path]:
+    """Check every byte of a checkpoint, or every `num_parts`-th file from `part` on; return what was checked, the manifest first.
 
     Raises:
         CheckpointError: if a file is missing, damaged or not part of it; the message names the file.
     """
     files = read_manifest(path).files
-    for name in files:
+    checked = list(files)[part::num_parts]
+    for name in checked:
         verify_file(path, name, files)
-    return [path / MANIFEST, *(path / name for name in files)]
+    return [path / MANIFEST, *(path / name for name in checked)]
 
 
 def verify_file(path: Path, name: str, files: Mapping[str, WrittenFile]) -> None:
@@ -258,7 +272,8 @@ def read_manifest(path: Path) -> Manifest:
     return Manifest(values["step"], files)
 
 
-def _by_step(folder: Path) -> list[Path]:
+def all_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints below `folder`, damaged ones as well, oldest first. Raises CheckpointError if it cannot be read."""
     try:
         paths = list(folder.iterdir()) if folder.is_dir() else []
     except OSError as error:
@@ -278,8 +293,8 @@ def _is_complete(path: Path) -> bool:
 def damaged(path: Path, what: str) -> CheckpointError:
     """The error for a file of a checkpoint that is not what was written."""
     return CheckpointError(
-        f"{path} {what}. Remove the folder {path.parent.name} to go on from the checkpoint before it, or restore the "
-        "file"
+        f"{path} {what}. Remove the folder {path.parent.name} to go on from the checkpoint before it, or give "
+        "--checkpoint.allow_older True, or restore the file"
     )
 
 

@@ -218,6 +218,8 @@ class CheckpointConfig:
     """Keep this many of the newest complete checkpoints."""
     asynchronous: bool = True
     """Train on while files are written, from a copy of what a rank writes; a checkpoint counts once it is complete."""
+    allow_older: bool = False
+    """Go on from an older checkpoint where newer ones are damaged; the run says so, and renames these to damaged-step-...."""
 
 
 @dataclass(frozen=True)

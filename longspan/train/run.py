@@ -15,7 +15,14 @@ from longspan.errors import CheckpointError, ConfigError
 from longspan.launch import EXIT_DONE, EXIT_STOPPED, Place, StopRequest, num_cores
 from longspan.train import config as configs
 from longspan.train import exchange
-from longspan.train.checkpoint import complete_checkpoints, newest_checkpoint, remove_leftovers
+from longspan.train.checkpoint import (
+    all_checkpoints,
+    complete_checkpoints,
+    newest_checkpoint,
+    remove_leftovers,
+    set_aside_newer,
+    verify_checkpoint,
+)
 from longspan.train.config import Config
 from longspan.train.data import describe_data, prepare_data
 from longspan.train.deterministic import deterministic_algorithms
@@ -80,7 +87,7 @@ def _train_on(ranks: Ranks, config: Config, stop: StopRequest, resume: RunFolder
         report.heading("mesh", "; ".join(ranks.degrees.describe().splitlines()[1:]))
 
     phase.name = "opening the run folder"
-    folder, saved = _open_run(config, resume, ranks)
+    folder, saved = _open_run(config, resume, ranks, report)
     report.heading("run", f"{folder.path}" + (f", going on from step {saved.step}" if saved else ""))
 
     phase.name = "preparing the data"
@@ -121,7 +128,9 @@ def _facts(config: Config, resume: RunFolder | None) -> dict[str, str]:
     return facts | versions | {"--resume": str(resume.path) if resume else "not given"}
 
 
-def _open_run(config: Config, resume: RunFolder | None, ranks: Ranks) -> tuple[RunFolder, SavedCheckpoint | None]:
+def _open_run(
+    config: Config, resume: RunFolder | None, ranks: Ranks, report: Report
+) -> tuple[RunFolder, SavedCheckpoint | None]:
     """A new run's folder, or that of a run to go on with and its newest checkpoint."""
     if resume is None and config.run.go_on:
         # Rank 0 looks, before any rank writes: all of them take the same way.
@@ -132,7 +141,27 @@ def _open_run(config: Config, resume: RunFolder | None, ranks: Ranks) -> tuple[R
     if resume is None:
         return RunFolder(Path(ranks.from_first(lambda: str(create_run_folder(config.run.dir).path)))), None
     found = resume
-    return found, ranks.together(lambda: _newest_fitting_checkpoint(found, config))
+    path = _choose_checkpoint(found, config, ranks, report)
+    return found, ranks.together(lambda: _fitting_checkpoint(path, found, config))
+
+
+def _choose_checkpoint(folder: RunFolder, config: Config, ranks: Ranks, report: Report) -> Path:
+    """The newest checkpoint, or with `checkpoint.allow_older` the newest that is whole; rank 0 looks for all."""
+    if not config.checkpoint.allow_older:
+        return Path(ranks.from_first(lambda: str(newest_checkpoint(folder.checkpoints))))
+    failure: CheckpointError | None = None
+    for name in reversed(ranks.from_first(lambda: [path.name for path in all_checkpoints(folder.checkpoints)])):
+        path = folder.checkpoints / name
+        try:
+            ranks.together(lambda path=path: verify_checkpoint(path, ranks.rank, ranks.world_size))  # type: ignore[misc]
+        except CheckpointError as error:
+            report.heading("damaged", str(error))
+            failure = failure or error
+            continue
+        if failure is not None:
+            report.heading("older", f"going on from {name}, which is whole, as checkpoint.allow_older says")
+        return path
+    raise failure or CheckpointError(f"there is no checkpoint in {folder.checkpoints}. Start a new run")
 
 
 def _begun_before(config: Config) -> tuple[str, bool]:
@@ -141,8 +170,8 @@ def _begun_before(config: Config) -> tuple[str, bool]:
     return str(folder.path), bool(complete_checkpoints(folder.checkpoints))
 
 
-def _newest_fitting_checkpoint(folder: RunFolder, config: Config) -> SavedCheckpoint:
-    saved = open_checkpoint(newest_checkpoint(folder.checkpoints))
+def _fitting_checkpoint(path: Path, folder: RunFolder, config: Config) -> SavedCheckpoint:
+    saved = open_checkpoint(path)
     try:
         before = configs.from_mapping(saved_value(saved, "config", dict))
     except ConfigError as error:
@@ -178,9 +207,15 @@ def _build_trainer(
 def _write_start(trainer: Trainer) -> None:
     """Only now, when nothing can refuse to run any more, change what an earlier part of the run has left."""
     remove_leftovers(trainer.folder.checkpoints)
+    if trainer.config.checkpoint.allow_older:
+        set_aside_newer(trainer.folder.checkpoints, trainer.step)
     trainer.metrics.cut_after(trainer.step)
-    # Without its folder, the config is that of another run as well.
-    config = dataclasses.replace(trainer.config, run=dataclasses.replace(trainer.config.run, dir=None, go_on=False))
+    # Without its folder, the config is that of another run as well; what is asked for once is not asked for again.
+    config = dataclasses.replace(
+        trainer.config,
+        run=dataclasses.replace(trainer.config.run, dir=None, go_on=False),
+        checkpoint=dataclasses.replace(trainer.config.checkpoint, allow_older=False),
+    )
     with writing(trainer.folder.config):
         trainer.folder.config.write_text(configs.to_toml(config), encoding="utf-8")
 

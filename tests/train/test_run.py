@@ -278,6 +278,27 @@ def test_a_resume_from_a_damaged_checkpoint_names_the_file(corpus: Path, finishe
         assert "step-00000006/optimizer-00001.safetensors has changed since it was written" in text
 
 
+def test_a_resume_takes_an_older_checkpoint_only_if_asked(corpus: Path, finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    path = run / "checkpoints" / "step-00000006" / "model-00001.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    for kind, text in run_on_ranks(2, raised, train_here, tiny_config(corpus, run), True):
+        assert kind == "CheckpointError" and "give --checkpoint.allow_older True" in text
+    config = tiny_config(corpus, run, checkpoint__allow_older=True)
+    assert run_on_ranks(2, train_here, config, True) == [EXIT_DONE] * 2
+    names = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert names == ["damaged-step-00000006", "step-00000003", "step-00000006"]
+    assert "allow_older = false" in (run / "config.toml").read_text()
+    assert metrics(run, *COMPUTED) == metrics(finished, *COMPUTED)
+    expected, found = newest_tensors(finished), newest_tensors(run)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    for path in (run / "checkpoints").glob("step-*/state.json"):
+        path.write_text("x")
+    for kind, text in run_on_ranks(2, raised, train_here, config, True):
+        assert kind == "CheckpointError" and "step-00000006/state.json has 1 bytes" in text
+
+
 def test_a_resume_on_changed_data_is_refused(corpus: Path, finished: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(finished, run)
