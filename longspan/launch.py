@@ -344,6 +344,11 @@ def set_deterministic_environment() -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
+def leave_cores_to_processes() -> None:
+    """Let the tokenizers package use no threads of its own, here and in processes started from now on, which share the cores."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
 def num_cores() -> int:
     """Cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):

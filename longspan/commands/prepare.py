@@ -17,7 +17,7 @@ import tyro
 
 from longspan.commands.options import parse_options, refuse
 from longspan.errors import ConfigError, DataError, LongspanError
-from longspan.launch import EXIT_DONE, EXIT_STOPPED
+from longspan.launch import EXIT_DONE, EXIT_STOPPED, leave_cores_to_processes
 
 _DESCRIPTION = """Turn text into token files that longspan train maps into memory, once for any number of runs.
 
@@ -105,6 +105,8 @@ def _prepare(options: PrepareOptions) -> None:
         end_of_document=options.end_of_document,
         shard_bytes=options.shard_bytes,
     )
+    if options.workers > 1:
+        leave_cores_to_processes()
     was_there = (folder / "data.json").exists()
     with _Bar() as bar:
         prepare_corpus(recipe, folder, options.workers, bar)

@@ -124,7 +124,7 @@ class Trainer:
 
     def check(self, threads_alone: int) -> SelfCheck:
         """Compare the next batch, or as much of it as one process is asked to compute, with one process."""
-        sequences = self.batches.batch(self.step)
+        sequences = self.ranks.together(lambda: self.batches.batch(self.step))
         wanted = self.config.train.check_tokens
         rows = min(len(sequences), max(1, wanted // self.config.train.seq_len))
         rows = max(self.ranks.dp, rows - rows % self.ranks.dp)

@@ -6,6 +6,7 @@ import json
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -18,13 +19,15 @@ import longspan
 from longspan import SequenceLayout
 from longspan.data.batches import TrainingBatches
 from longspan.data.loader import Loader
-from longspan.data.packing import Sequences
+from longspan.data.packing import Documents, Sequences
 from longspan.errors import DataError
 from longspan.layout import ORDERS
 from longspan.models import LinearLlama3
 from longspan.train.config import Config
 from longspan.train.loss import loss_sum
+from longspan.train.step_batch import make_step_batch
 from tests.compare import relative_error, worst
+from tests.data.shards import write_stream
 from tests.models.tiny import random_tokens, tiny_model
 from tests.ranks import raised, run_on_ranks
 from tests.shared import made_once
@@ -94,6 +97,25 @@ def test_packed_documents_are_trained_on_as_if_each_were_alone(operator: str, nu
 
 def test_number_of_valid_tokens_is_that_of_the_documents_alone() -> None:
     assert sequences().num_valid_tokens == sum(len(tokens) - 1 for tokens in documents_alone())
+
+
+@pytest.mark.parametrize("documents", ["reset", "concatenate"])
+def test_a_global_batch_is_the_same_whatever_the_mesh(tmp_path: Path, documents: Documents) -> None:
+    texts = [list(range(start, start + size)) for size in (3, 50, 8, 120) for start in range(0, 120, 7)]
+    batches = TrainingBatches((write_stream(tmp_path, texts, 300, 5),), 16, 12, seed=0, documents=documents)
+    for step in range(6):
+        whole = batches.batch(step)
+        for dp, rows_at_once in ((1, None), (1, 5), (2, None), (3, 1), (4, 2), (12, None)):
+            found = []
+            for dp_rank in range(dp):
+                ranks: Any = SimpleNamespace(dp=dp, dp_rank=dp_rank, device=torch.device("cpu"))
+                made = make_step_batch(batches, step, ranks, rows_at_once, SequenceLayout.local)
+                assert made.num_valid_tokens == whole.num_valid_tokens
+                for batch, layout in made.micro_batches:
+                    assert layout.documents == batch.documents and layout.seq_len == batch.seq_len
+                    found.append(torch.stack([batch.inputs.flatten(), batch.labels.flatten()]))
+            expected = torch.stack([whole.tokens[:, :-1].flatten(), whole.labels.flatten()])
+            assert torch.equal(torch.cat(found, dim=1), expected)
 
 
 @pytest.fixture(scope="session")
