@@ -53,8 +53,26 @@ def forget(group: dist.ProcessGroup, which: Callable[[Any], bool]) -> list[Any]:
     return [entries.pop(key) for key in list(entries) if which(key)]
 
 
+def group_of_ranks(ranks: Sequence[int]) -> dist.ProcessGroup:
+    """The process group of some ranks of the default group, this one among them; made once, and all of them make it.
+
+    Its name says whose it is, and is the same when the default group is left and joined anew: torch keeps what it knows of meshes
+    by their ranks, and looks for their groups by name.
+    """
+    world = dist.group.WORLD
+    assert world is not None
+    if len(ranks) == world.size():
+        return world
+    name = f"longspan ranks {list(ranks)}"
+    return kept(world, ("group of ranks", tuple(ranks)), lambda: new_group_beside(world, ranks, name, name=name))
+
+
 def new_group_beside(
-    group: dist.ProcessGroup, members: Sequence[int] | None = None, description: str | None = None
+    group: dist.ProcessGroup,
+    members: Sequence[int] | None = None,
+    description: str | None = None,
+    *,
+    name: str | None = None,
 ) -> dist.ProcessGroup:
     """A process group of its own with `members` of `group`, and its backend and timeout.
 
@@ -62,6 +80,7 @@ def new_group_beside(
         group: the group that it stands beside.
         members: ranks in `group`, this rank among them; None is all of them. Their order is their order in the new group.
         description: for torch's own messages.
+        name: under which the members look for each other; None is a new one at each call.
 
     Every member calls this, and no other rank; in the same order where several groups have the same members.
     """
@@ -73,7 +92,7 @@ def new_group_beside(
     _log.info("rank %d makes a process group beside %s: %s", group.rank(), group.group_name, description or "longspan")
     # Only torch releases with this option have groups whose ranks do not ascend.
     order: dict[str, Any] = {} if ranks == sorted(ranks) else {"sort_ranks": False}
-    with _naming_groups(f"longspan {epoch}.{number} of {ranks} beside {group.group_name}"):
+    with _naming_groups(name or f"longspan {epoch}.{number} of {ranks} beside {group.group_name}"):
         made = dist.new_group(
             ranks,
             timeout=_timeout(group),

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import product
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
+from longspan.comm.groups import group_of_ranks
 from longspan.errors import ConfigError, LayoutError
 
 if TYPE_CHECKING:
+    import torch.distributed as dist
     from torch.distributed.device_mesh import DeviceMesh
 
 DimensionName = Literal["dp_replicate", "dp_shard", "sp", "data", "shard", "replicate", "world"]
@@ -183,9 +185,10 @@ class ParallelMesh:
 
     Args:
         degrees: its sizes.
-        device_type: ``"cuda"`` or ``"cpu"``: where tensors are that are exchanged.
+        device_type: ``"cuda"`` or ``"cpu"``: where tensors are that are exchanged. Give a rank its GPU first.
 
-    Every rank makes it at once, and asks for the same sub-meshes in the same order: the first time that makes their process groups.
+    Every rank makes it at once, and asks for the same sub-meshes in the same order: the first time that makes a process group, with
+    the backend and the timeout of the default one.
 
     Raises:
         ConfigError: if the degrees do not make up the world; the message lists those that do.
@@ -194,7 +197,6 @@ class ParallelMesh:
 
     def __init__(self, degrees: MeshDegrees, device_type: str = "cpu") -> None:
         import torch.distributed as dist
-        from torch.distributed.device_mesh import init_device_mesh
 
         if not (dist.is_available() and dist.is_initialized()):
             raise LayoutError(
@@ -205,20 +207,21 @@ class ParallelMesh:
         self.degrees = degrees
         self.rank = dist.get_rank()
         self._device_type = device_type
-        shape = tuple(getattr(degrees, name) for name in _DIMENSIONS)
-        self._root = init_device_mesh(device_type, shape, mesh_dim_names=_DIMENSIONS)
-        self._made: dict[str, DeviceMesh] = {}
+        self._meshes: dict[str, DeviceMesh] = {}
 
     def __getitem__(self, name: DimensionName) -> DeviceMesh:
         """The one-dimensional sub-mesh of this rank's group along a dimension, see `MeshDegrees.dimensions`."""
-        names = self.degrees.dimensions(name)
-        if len(names) == 1:
-            return self._root[names[0]]
-        if name in ("shard", "replicate") and self.degrees.size(name) > 1:
-            return self.weights[name]
-        if name not in self._made:
-            self._made[name] = self._root[names]._flatten(f"longspan_{name}")
-        return self._made[name]
+        from torch.distributed.device_mesh import DeviceMesh
+
+        if name not in self._meshes:
+            self._meshes[name] = DeviceMesh.from_group(self.group(name), self._device_type, mesh_dim_names=(name,))
+        return self._meshes[name]
+
+    def group(self, name: DimensionName) -> dist.ProcessGroup:
+        """The process group of this rank along a dimension; that of the same ranks is one in all meshes and under all names."""
+        # torch's own meshes make groups with torch's default timeout, whatever the user has set.
+        (ranks,) = (ranks for ranks in self.degrees.groups(name) if self.rank in ranks)
+        return group_of_ranks(ranks)
 
     def size(self, name: DimensionName) -> int:
         """Number of ranks along a dimension."""
@@ -231,18 +234,18 @@ class ParallelMesh:
     @property
     def weights(self) -> DeviceMesh:
         """What FSDP2's `fully_shard` is given: ``("replicate", "shard")``, or ``("shard",)`` where no two ranks hold the same."""
-        if "weights" not in self._made:
-            self._made["weights"] = self._mesh_of_weights()
-        return self._made["weights"]
-
-    def _mesh_of_weights(self) -> DeviceMesh:
-        import torch
+        if self.size("replicate") == 1:
+            return self["shard"]
         from torch.distributed.device_mesh import DeviceMesh
 
-        rows: Any = torch.tensor(sorted(self.degrees.groups("shard")))
-        if len(rows) == 1:
-            return DeviceMesh(self._device_type, rows[0], mesh_dim_names=("shard",))
-        return DeviceMesh(self._device_type, rows, mesh_dim_names=("replicate", "shard"))
+        if "weights" not in self._meshes:
+            self._meshes["weights"] = DeviceMesh.from_group(
+                [self.group("replicate"), self.group("shard")],
+                self._device_type,
+                mesh=[list(ranks) for ranks in self.degrees.groups("shard")],
+                mesh_dim_names=("replicate", "shard"),
+            )
+        return self._meshes["weights"]
 
     def describe(self) -> str:
         """Which rank sits where, in a few lines for a person."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any
 
 import pytest
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
+from longspan.comm.groups import timeout_of
 from longspan.errors import ConfigError, LayoutError
 from longspan.parallel import MeshDegrees, ParallelMesh
 from longspan.parallel.mesh import factorings
@@ -87,7 +90,7 @@ def ranks_by_name(degrees: MeshDegrees) -> dict[str, tuple[list[int], int, int]]
     found = {}
     for name in NAMES:
         sub_mesh = mesh[name]
-        assert sub_mesh is mesh[name] or sub_mesh == mesh[name]
+        assert sub_mesh is mesh[name] and sub_mesh.mesh_dim_names == (name,)
         group = sub_mesh.get_group()
         found[name] = (dist.get_process_group_ranks(group), group.rank(), mesh.coordinate(name))
     return found
@@ -106,3 +109,19 @@ def test_sub_meshes_are_the_groups_of_the_arithmetic(degrees: MeshDegrees) -> No
 def test_a_mesh_of_another_world_is_refused_on_every_rank() -> None:
     for kind, text in run_on_ranks(2, raised, ParallelMesh, MeshDegrees(sp=4)):
         assert kind == "ConfigError" and "2 ranks are not dp_replicate 1 x dp_shard 1 x sp 4 = 4" in text
+
+
+def timeouts() -> list[float]:
+    world: Any = dist.group.WORLD
+    before = timeout_of(world)
+    distributed_c10d._set_pg_timeout(timedelta(seconds=77), world)
+    try:
+        mesh = ParallelMesh(MeshDegrees(1, 2, 1))
+        names: tuple[Any, ...] = ("sp", "dp_shard")
+        return [timeout_of(mesh[name].get_group()).total_seconds() for name in names]
+    finally:
+        distributed_c10d._set_pg_timeout(before, world)
+
+
+def test_groups_of_a_mesh_wait_no_longer_than_the_default_one() -> None:
+    assert run_on_ranks(2, timeouts, checked=False) == [[77.0, 77.0]] * 2
