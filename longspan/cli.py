@@ -51,6 +51,11 @@ COMMANDS = (
         "longspan.commands.doctor",
     ),
     Command(
+        "plan train",
+        "memory of a rank and time of a step, for a mesh of any size, without starting one",
+        "longspan.commands.plan_train",
+    ),
+    Command(
         "plan exchange",
         "what each topology's exchange of states would cost, on a cluster given by numbers",
         "longspan.commands.plan_exchange",

@@ -65,8 +65,8 @@ def test_the_command_prints_a_line_for_each_topology_cheapest_first(capsys: pyte
         (["exchange", "--ranks", "10"], "10 ranks do not make nodes of 8"),
         (["exchange", "--operator", "nothing"], "operator must be one of linear_attention, retention"),
         (["exchange", "--inter-latency", "3"], "'3' is not a time"),
-        ([], "plan takes what to look at, which is exchange; got nothing"),
-        (["layers"], "plan takes what to look at, which is exchange; got layers"),
+        ([], "plan takes what to look at, which is train or exchange; got nothing"),
+        (["layers"], "plan takes what to look at, which is train or exchange; got layers"),
     ],
 )
 def test_what_does_not_fit_is_refused(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

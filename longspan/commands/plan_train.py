@@ -1,0 +1,297 @@
+"""``longspan plan train``: memory of a rank and time of a step, for a mesh of any size, without starting one."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from longspan.commands.options import refuse
+from longspan.commands.table import columns
+from longspan.commands.units import bytes_per_second, seconds
+from longspan.errors import ConfigError, LongspanError
+from longspan.launch import EXIT_DONE
+from longspan.models import LinearLlama3
+from longspan.plan import Cluster, Link
+from longspan.plan.activations import ModelSizes, block_bytes, state_bytes
+from longspan.plan.cluster import gpu_cluster, stated_cluster
+from longspan.plan.devices import stated_peak_flops
+from longspan.plan.training import (
+    DeviceFigures,
+    MemoryPlan,
+    Mesh,
+    Step,
+    TimePlan,
+    layer_bytes,
+    plan_memory,
+    plan_time,
+)
+from longspan.train.config import Config, check, check_arguments, check_degrees, num_ranks_asked_for, read_toml
+from longspan.train.model import compute_dtype
+
+_DESCRIPTION = """Memory of a rank by kind, bytes sent per layer, and time of a step, for a mesh of any size: arithmetic, no ranks.
+
+Takes the options of longspan train (--config FILE.toml, --parallel.sp 64, --train.seq_len 1048576, ...), which say what is
+trained and on which mesh, and those of cluster, which say on what. The vocabulary is data.vocab_size. docs/performance.md has
+plans beside measurements.
+"""
+
+# Of a process on the CPU, by measurements in docs/performance.md ("Memory against length").
+_CPU_BASE_BYTES = 500 * 2**20
+_CPU_SLACK = 1.15
+# What PyTorch allocates on a GPU for itself is little; its caching allocator reuses what was freed. Not measured.
+_GPU_BASE_BYTES = 0
+_GPU_SLACK = 1.05
+_MEASURED_TOKENS = 2048
+
+
+@dataclass(frozen=True)
+class ClusterConfig:
+    """The machines of the plan, which need not be here. Rates have units, 400gbit or 45GB a second, and so have times, 15us."""
+
+    device: str = "cpu"
+    """cpu, or the name of a GPU as torch.cuda.get_device_name gives it, such as "NVIDIA H200"."""
+    ranks_per_node: int = 8
+    """Ranks that share a machine."""
+    flops: float | None = None
+    """Operations of the model that a rank computes a second; None takes `share` of a GPU's peak, and measures this CPU."""
+    share: float = 0.4
+    """Share of a GPU's peak that training reaches."""
+    intra_bandwidth: str | None = None
+    """Of one rank to others of its machine, a second, such as 300GB; None takes the figures of longspan plan exchange."""
+    inter_bandwidth: str | None = None
+    """Of one rank to other machines, a second, such as 400gbit."""
+    latency: str | None = None
+    """Of a message, such as 15us."""
+
+
+@dataclass(frozen=True)
+class PlanConfig(Config):
+    """A training run, and the machines that it is planned for."""
+
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Print the plan that the arguments ask for, and return the exit code."""
+    try:
+        sys.stdout.write(report(parse(arguments)))
+    except LongspanError as error:
+        return refuse(error)
+    return EXIT_DONE
+
+
+def parse(arguments: Sequence[str]) -> PlanConfig:
+    """What the arguments of ``longspan plan train`` ask for.
+
+    Raises:
+        ConfigError: for an unknown option, or a config file that does not fit.
+    """
+    import tyro
+
+    remaining, default = list(arguments), Config()
+    for place, argument in enumerate(remaining):
+        name, equals, value = argument.partition("=")
+        if name == "--config":
+            if not equals and place + 1 == len(remaining):
+                raise ConfigError("--config needs a file: --config FILE.toml")
+            default = read_toml(Path(value if equals else remaining[place + 1]))
+            del remaining[place : place + (1 if equals else 2)]
+            break
+    own = [f"cluster.{entry.name}" for entry in dataclasses.fields(ClusterConfig)]
+    check_arguments(remaining, others=("help", "config", *own))
+    return tyro.cli(
+        PlanConfig,
+        prog="longspan plan train",
+        description=_DESCRIPTION,
+        default=PlanConfig(**vars(default)),
+        args=remaining,
+        use_underscores=True,
+        config=(tyro.conf.FlagConversionOff,),
+    )
+
+
+def report(config: PlanConfig) -> str:
+    """What the command prints.
+
+    Raises:
+        ConfigError: for values that do not fit each other.
+    """
+    check(config)
+    degrees = check_degrees(config, num_ranks_asked_for(config))
+    mesh = Mesh(degrees.dp_replicate, degrees.dp_shard, degrees.sp, degrees.shard_over_sp)
+    sizes, step = sizes_of(config), step_of(config, mesh)
+    operations = operations_of_sequence(config)
+    device, source = device_figures(config)
+    memory = plan_memory(sizes, mesh, step, device)
+    timing = plan_time(sizes, mesh, step, operations, device, cluster_of(config, mesh.world_size))
+    return "\n".join(
+        [
+            f"{sizes.num_parameters:,} parameters; {mesh.world_size} ranks: dp_replicate {mesh.dp_replicate} x dp_shard "
+            f"{mesh.dp_shard} x sp {mesh.sp}{', weights divided over sp, too' if mesh.shard_over_sp else ''}",
+            f"a rank computes {step.num_micro_batches} x {step.rows} sequences of {step.seq_len:,} tokens a step, "
+            f"{-(-step.seq_len // mesh.sp):,} tokens of each, in {config.train.dtype}"
+            + (", layers recomputed" if step.recompute else ""),
+            "",
+            _memory_table(memory),
+            _layer_table(sizes, mesh, step),
+            _time_lines(timing, config.train.batch_tokens, source),
+        ]
+    )
+
+
+def sizes_of(config: Config) -> ModelSizes:
+    """The sizes of the config's model; no weight is made."""
+    full = config.model.build(config.data.vocab_size)
+    operators = full.layer_operators
+    numbers: dict[str, int] = {}
+    matrices: dict[str, int] = {}
+    for name in dict.fromkeys(operators):
+        kind = "N" if name == "softmax" else "L"
+        one = dataclasses.replace(
+            full, num_layers=1, pattern=kind, operator="simple_gla" if name == "softmax" else name, vocab_size=1
+        )
+        with torch.device("meta"):
+            block = LinearLlama3(one).blocks[0]
+        numbers[name] = sum(parameter.numel() for parameter in block.parameters())
+        matrices[name] = sum(part.weight.numel() for part in block.modules() if isinstance(part, torch.nn.Linear))
+    table = full.vocab_size * full.dim
+    return ModelSizes(
+        dim=full.dim,
+        hidden_dim=full.hidden_dim,
+        num_heads=full.num_heads,
+        kv_heads=full.kv_heads,
+        head_dim=full.size_of_head,
+        vocab_size=full.vocab_size,
+        operators=operators,
+        num_parameters=sum(map(numbers.__getitem__, operators)) + full.dim + table * (1 if full.tie_embeddings else 2),
+        layer_parameters=max(numbers.values()),
+        matrix_parameters=sum(map(matrices.__getitem__, operators)) + table,
+    )
+
+
+def step_of(config: Config, mesh: Mesh) -> Step:
+    """What a rank of the mesh computes in a step of the config."""
+    rows = config.batch_sequences // (mesh.dp_replicate * mesh.dp_shard)
+    at_once = min(config.train.micro_batch_sequences or rows, rows)
+    return Step(
+        seq_len=config.train.seq_len,
+        rows=at_once,
+        num_micro_batches=-(-rows // at_once),
+        number_bytes=4 if compute_dtype(config) is None else 2,
+        recompute=config.train.recompute != "none",
+        segments_per_rank=2 if config.parallel.order == "zigzag" and mesh.sp > 1 else 1,
+    )
+
+
+def operations_of_sequence(config: Config) -> float:
+    """Operations of the model, forward and backward, for one sequence, as its layers count them."""
+    full = config.model.build(config.data.vocab_size)
+    total = 6.0 * full.vocab_size * full.dim
+    for name in full.layer_operators:
+        kind = "N" if name == "softmax" else "L"
+        one = dataclasses.replace(
+            full, num_layers=1, pattern=kind, operator="simple_gla" if name == "softmax" else name, vocab_size=1
+        )
+        with torch.device("meta"):
+            total += LinearLlama3(one).flops_per_token(config.train.seq_len) - 6.0 * full.dim
+    return total * config.train.seq_len
+
+
+def device_figures(config: PlanConfig) -> tuple[DeviceFigures, str]:
+    """What a rank's device takes and reaches, and where its rate comes from.
+
+    Raises:
+        ConfigError: for a GPU whose peak is not listed, where no rate is given.
+    """
+    cluster = config.cluster
+    on_cpu = cluster.device == "cpu"
+    base, slack = (_CPU_BASE_BYTES, _CPU_SLACK) if on_cpu else (_GPU_BASE_BYTES, _GPU_SLACK)
+    if cluster.flops is not None:
+        if not cluster.flops > 0:
+            raise ConfigError(f"cluster.flops is {cluster.flops}; it must be greater than 0")
+        return DeviceFigures(base, slack, cluster.flops), "cluster.flops"
+    if on_cpu:
+        return DeviceFigures(base, slack, measure_flops(config)), "this CPU, measured on a short sequence"
+    peak = stated_peak_flops(cluster.device, compute_dtype(config) or torch.float32)
+    if peak is None:
+        raise ConfigError(
+            f"cluster.device {cluster.device!r} has no peak in the table of longspan/plan/devices.py. Give what a rank computes a "
+            "second: --cluster.flops 2e14"
+        )
+    return DeviceFigures(base, slack, peak * cluster.share), f"{cluster.share:.0%} of the peak of {cluster.device}"
+
+
+def measure_flops(config: Config) -> float:
+    """Operations of the config's model a second, on one rank of this CPU: the faster of two forwards and backwards."""
+    tokens = min(_MEASURED_TOKENS, config.train.seq_len)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(config.parallel.threads or 1)
+    try:
+        model = LinearLlama3(config.model.build(config.data.vocab_size))
+        rows = torch.zeros(1, tokens, dtype=torch.int64)
+        fastest = float("inf")
+        for _ in range(3):
+            begun = time.perf_counter()
+            logits = model(rows)
+            torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows.flatten()).backward()
+            model.zero_grad(set_to_none=True)
+            fastest = min(fastest, time.perf_counter() - begun)
+    finally:
+        torch.set_num_threads(threads)
+    return model.flops_per_token(tokens) * tokens / fastest
+
+
+def cluster_of(config: PlanConfig, num_ranks: int) -> Cluster:
+    """The machines of the plan.
+
+    Raises:
+        LongspanError: for numbers that make none.
+    """
+    given = config.cluster
+    per_node = min(given.ranks_per_node, num_ranks)
+    if num_ranks % per_node:
+        raise ConfigError(f"{num_ranks} ranks do not make machines of cluster.ranks_per_node {per_node} ranks each")
+    kind: Literal["cpu", "cuda"] = "cpu" if given.device == "cpu" else "cuda"
+    cluster = stated_cluster(kind, num_ranks, per_node) if kind == "cpu" else gpu_cluster(num_ranks, per_node)
+
+    def changed(link: Link, bandwidth: str | None) -> Link:
+        if bandwidth is not None:
+            link = dataclasses.replace(link, bandwidth=bytes_per_second(bandwidth))
+        return link if given.latency is None else dataclasses.replace(link, latency=seconds(given.latency))
+
+    return dataclasses.replace(
+        cluster,
+        intra=changed(cluster.intra, given.intra_bandwidth),
+        inter=changed(cluster.inter, given.inter_bandwidth),
+    )
+
+
+def _memory_table(plan: MemoryPlan) -> str:
+    rows = [[name, f"{num_bytes / 2**20:,.0f}"] for name, num_bytes in plan.kinds.items()]
+    return columns(["memory of a rank", "MiB"], [*rows, ["all, at most", f"{plan.total / 2**20:,.0f}"]])
+
+
+def _layer_table(sizes: ModelSizes, mesh: Mesh, step: Step) -> str:
+    tokens = step.rows * -(-step.seq_len // mesh.sp)
+    sent = layer_bytes(sizes, mesh, step)
+    rows = []
+    for name in dict.fromkeys(sizes.operators):
+        kept = block_bytes(sizes, name, tokens, step.number_bytes)
+        kept += state_bytes(sizes, name, tokens, step.number_bytes, step.segments_per_rank)
+        rows.append([name, str(sizes.operators.count(name)), f"{kept / 2**20:,.1f}", f"{sent[name] / 2**20:,.3f}"])
+    return columns(["layer", "layers", "MiB kept", "MiB sent"], rows)
+
+
+def _time_lines(plan: TimePlan, batch_tokens: int, source: str) -> str:
+    return (
+        f"a step: {plan.total:.3g} s = {plan.compute:.3g} s computing ({source}) + {plan.exchange:.3g} s exchanging in layers, "
+        f"hidden where there is something to compute + {plan.gradients:.3g} s for weights and gradients\n"
+        f"tokens/s of all ranks: {batch_tokens / plan.total:,.0f}\n"
+    )

@@ -1,0 +1,197 @@
+"""The memory of a rank and the time of a step, for any mesh: arithmetic on the sizes of a model and the figures of a device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil
+
+from longspan.plan.activations import (
+    ModelSizes,
+    block_bytes,
+    gathered_bytes,
+    loss_bytes,
+    outside_bytes,
+    state_bytes,
+)
+from longspan.plan.cluster import Cluster
+
+_FLOAT32 = 4
+_BUCKET_BYTES = 32 * 2**20
+
+
+@dataclass(frozen=True)
+class DeviceFigures:
+    """What a process takes beside its tensors, and how fast it computes; stated, or measured by the caller.
+
+    base_bytes: of the process before its first step. slack: what the allocator holds for a byte of activations, more than one where
+    freed memory cannot be used again at once. flops: operations of a model's step a second, as its layers count them.
+    """
+
+    base_bytes: int
+    slack: float
+    flops: float
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Copies of the weights, dp_replicate, each divided over dp_shard ranks, and sp with shard_over_sp; sp share a sequence."""
+
+    dp_replicate: int = 1
+    dp_shard: int = 1
+    sp: int = 1
+    shard_over_sp: bool = False
+
+    @property
+    def world_size(self) -> int:
+        return self.dp_replicate * self.dp_shard * self.sp
+
+    @property
+    def num_shares(self) -> int:
+        """Ranks over which the weights are divided."""
+        return self.dp_shard * (self.sp if self.shard_over_sp else 1)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a rank computes at once, and how often in a step.
+
+    seq_len: N, of a whole sequence. rows: sequences of a micro batch. num_micro_batches: of a step. number_bytes: of what layers
+    compute in, 2 or 4. recompute: whether layers keep their input alone. segments_per_rank: 2 in zigzag order over several ranks.
+    """
+
+    seq_len: int
+    rows: int = 1
+    num_micro_batches: int = 1
+    number_bytes: int = 4
+    recompute: bool = False
+    segments_per_rank: int = 1
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes of a rank, by kind, where they are most. `kinds` are what adds up to `total`, by name."""
+
+    kinds: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        return sum(self.kinds.values())
+
+
+def plan_memory(sizes: ModelSizes, mesh: Mesh, step: Step, device: DeviceFigures) -> MemoryPlan:
+    """The most memory of a rank in a step: as backward begins, or as the optimizer steps.
+
+    As backward begins all activations are there and the loss is at its largest; gradients are not, unless micro batches have
+    accumulated them. With recomputation the last layer's activations come on top of every layer's input, and the loss is gone.
+    """
+    tokens = step.rows * ceil(step.seq_len / mesh.sp)
+    own = ceil(sizes.num_parameters / mesh.num_shares)
+    fixed = {"process": device.base_bytes, "weights": own * _FLOAT32, "optimizer": 2 * own * _FLOAT32}
+    states = [
+        state_bytes(sizes, operator, tokens, step.number_bytes, step.segments_per_rank) for operator in sizes.operators
+    ]
+    layers = [block_bytes(sizes, operator, tokens, step.number_bytes) for operator in sizes.operators]
+    outside = outside_bytes(sizes, tokens, step.number_bytes)
+    # Matrices are cast once for forward and kept; FSDP2 brings those of one layer, and of the next, whole.
+    copies = 0
+    if mesh.num_shares > 1:
+        copies = 2 * sizes.layer_parameters * step.number_bytes
+    elif step.number_bytes < _FLOAT32:
+        copies = sizes.matrix_parameters * step.number_bytes
+    exchanged = 0
+    if mesh.sp > 1:
+        if "softmax" in sizes.operators:
+            exchanged = gathered_bytes(sizes, step.seq_len, step.rows, step.number_bytes)
+        pairs = (mesh.sp * step.segments_per_rank + 1) * step.rows * sizes.num_heads * sizes.head_dim**2 * _FLOAT32
+        exchanged = max(exchanged, pairs if len(states) > sizes.operators.count("softmax") else 0)
+    loss = loss_bytes(sizes, tokens)
+    accumulated = own * _FLOAT32 if step.num_micro_batches > 1 else 0
+
+    def slack(num_bytes: int) -> int:
+        return int(num_bytes * device.slack)
+
+    kept = sum(layers) + outside
+    held_states = sum(states)
+    if step.recompute:
+        inputs = len(layers) * sizes.dim * max(step.number_bytes, _FLOAT32) * tokens
+        largest = max(range(len(layers)), key=lambda index: layers[index] + states[index])
+        at_loss = inputs + outside + loss
+        at_layer = inputs + outside + layers[largest] + states[largest]
+        kept, held_states, loss = inputs + outside, 0, loss
+        if at_layer > at_loss:
+            kept, held_states, loss = inputs + outside + layers[largest], states[largest], 0
+    backward = fixed | {
+        "gradients": accumulated,
+        "activations": slack(kept),
+        "states": slack(held_states),
+        "logits and loss": slack(loss),
+        "exchange": slack(exchanged),
+        "weights in use": copies,
+    }
+    update = fixed | {
+        "gradients": own * _FLOAT32,
+        "activations": 0,
+        "states": 0,
+        "logits and loss": 0,
+        "exchange": min(own * _FLOAT32, _BUCKET_BYTES) if mesh.world_size > 1 else 0,
+        "weights in use": 0,
+    }
+    return max(MemoryPlan(backward), MemoryPlan(update), key=lambda plan: plan.total)
+
+
+@dataclass(frozen=True)
+class TimePlan:
+    """Seconds of a step: computing, exchanging in layers as if nothing hid it, and summing or bringing weights and gradients."""
+
+    compute: float
+    exchange: float
+    gradients: float
+
+    @property
+    def total(self) -> float:
+        return self.compute + self.exchange + self.gradients
+
+
+def layer_bytes(sizes: ModelSizes, mesh: Mesh, step: Step) -> dict[str, int]:
+    """Bytes that a rank sends in one layer of each kind, forward and backward, with all-gathers, for one micro batch."""
+    if mesh.sp == 1:
+        return dict.fromkeys(sizes.operators, 0)
+    tokens = step.rows * ceil(step.seq_len / mesh.sp)
+    others = mesh.sp - 1
+    state = sizes.num_heads * sizes.head_dim**2 * _FLOAT32 * step.rows * step.segments_per_rank
+    keys = 2 * sizes.kv_heads * sizes.head_dim * tokens * step.number_bytes
+    sent = {}
+    for operator in dict.fromkeys(sizes.operators):
+        # A delta rule sends its transitions, K × K as its states are, with them; the others' are small or known.
+        pair = state * (2 if operator in ("delta_rule", "gated_delta_rule", "kda") else 1)
+        sent[operator] = 2 * others * keys if operator == "softmax" else others * (pair + state)
+    return sent
+
+
+def plan_time(
+    sizes: ModelSizes, mesh: Mesh, step: Step, operations: float, device: DeviceFigures, cluster: Cluster
+) -> TimePlan:
+    """The time of a step.
+
+    Args:
+        operations: of one whole sequence, forward and backward, as the layers count them.
+        cluster: of the mesh's ranks.
+    """
+    factor = 4 / 3 if step.recompute else 1.0
+    compute = factor * operations * step.rows * step.num_micro_batches / mesh.sp / device.flops
+    sent = layer_bytes(sizes, mesh, step)
+    link = cluster.intra if mesh.sp <= cluster.ranks_per_node else cluster.inter
+    exchange = 0.0
+    if mesh.sp > 1:
+        each = [2 * link.latency + link.bytes_seconds(sent[operator]) for operator in sizes.operators]
+        exchange = sum(each) * step.num_micro_batches
+    weights = sizes.num_parameters * _FLOAT32
+    others = mesh.world_size - 1
+    gradients = 0.0
+    if others:
+        share = mesh.num_shares
+        moved = 2 * weights / share * (mesh.world_size / share - 1) / (mesh.world_size / share)
+        if share > 1:
+            moved += 3 * weights * (share - 1) / share * step.num_micro_batches
+        gradients = cluster.slowest.latency + cluster.slowest.bytes_seconds(moved)
+    return TimePlan(compute, exchange, gradients)

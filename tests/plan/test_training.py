@@ -1,0 +1,152 @@
+"""The plan of a training step: what layers keep is counted again on real ones, and the rest adds up as it must."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from longspan.cli import main
+from longspan.commands.plan_train import operations_of_sequence, parse, sizes_of, step_of
+from longspan.layout import SequenceLayout
+from longspan.models import LinearLlama3
+from longspan.models.gates import GATE_BUILDERS
+from longspan.parallel import compute_in
+from longspan.plan.activations import LINEAR, block_bytes, outside_bytes, state_bytes
+from longspan.plan.training import DeviceFigures, Mesh, Step, layer_bytes, plan_memory
+
+TOKENS = 512
+MODEL = ["--model.dim", "72", "--model.num_heads", "3", "--model.head_dim", "20", "--model.hidden_dim", "56"]
+MODEL += ["--data.vocab_size", "300", "--parallel.sp", "1"]
+
+
+def saved_bytes(model: LinearLlama3, num_tokens: int) -> int:
+    """Bytes that autograd saves of a forward, parameters apart."""
+    known = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    found: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in known:
+            found[storage._cdata] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        logits = model(torch.zeros(1, num_tokens, dtype=torch.int64), layout=SequenceLayout.local(num_tokens))
+    del logits
+    return sum(storage.nbytes() for storage in found.values())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("operator", [*LINEAR, "softmax"])
+def test_what_a_layer_keeps_is_what_autograd_saves(operator: str, dtype: str) -> None:
+    pattern = (
+        ["--model.pattern", "N"] if operator == "softmax" else ["--model.pattern", "L", "--model.operator", operator]
+    )
+    config = parse([*MODEL, *pattern, "--model.num_layers", "2", "--train.dtype", dtype])
+    model = LinearLlama3(config.model.build(config.data.vocab_size))
+    if dtype == "bfloat16":
+        compute_in(model, torch.bfloat16)
+    number_bytes = 4 if dtype == "float32" else 2
+    # The difference of two lengths: copies of weights do not depend on them.
+    counted = saved_bytes(model, 2 * TOKENS) - saved_bytes(model, TOKENS)
+    sizes = sizes_of(config)
+    layer = block_bytes(sizes, operator, TOKENS, number_bytes)
+    layer += state_bytes(sizes, operator, 2 * TOKENS, number_bytes) - state_bytes(sizes, operator, TOKENS, number_bytes)
+    # Without a loss no labels are there.
+    expected = 2 * layer + outside_bytes(sizes, TOKENS, number_bytes) - 8 * TOKENS
+    assert counted == pytest.approx(expected, rel=0.01)
+
+
+def test_every_operator_of_a_model_is_counted() -> None:
+    assert set(LINEAR) == set(GATE_BUILDERS)
+
+
+@pytest.mark.parametrize("tied", ["True", "False"])
+def test_parameters_and_operations_are_those_of_the_model(tied: str) -> None:
+    layers = ["--model.num_layers", "3", "--model.pattern", "LNL", "--model.operator", "gla", "kda"]
+    config = parse([*MODEL, *layers, "--model.tie_embeddings", tied])
+    model = LinearLlama3(config.model.build(config.data.vocab_size))
+    assert sizes_of(config).num_parameters == model.num_parameters()
+    expected = model.flops_per_token(config.train.seq_len) * config.train.seq_len
+    assert operations_of_sequence(config) == pytest.approx(expected)
+
+
+DEVICE = DeviceFigures(base_bytes=1000, slack=1.0, flops=1e9)
+
+
+def test_a_mesh_divides_what_it_says() -> None:
+    config = parse(["--train.seq_len", "65536", "--train.batch_tokens", "65536"])
+    sizes = sizes_of(config)
+    whole = plan_memory(sizes, Mesh(), Step(65536), DEVICE).kinds
+    split = plan_memory(sizes, Mesh(sp=4), Step(65536), DEVICE).kinds
+    assert split["activations"] == pytest.approx(whole["activations"] / 4)
+    assert split["logits and loss"] == pytest.approx(whole["logits and loss"] / 4)
+    assert split["weights"] == whole["weights"] == 4 * sizes.num_parameters
+    assert split["exchange"] > 0 == whole["exchange"]
+    shared = plan_memory(sizes, Mesh(sp=4, dp_shard=2, shard_over_sp=True), Step(65536), DEVICE).kinds
+    assert shared["optimizer"] == pytest.approx(whole["optimizer"] / 8, rel=1e-3)
+    recomputed = plan_memory(sizes, Mesh(), Step(65536, recompute=True), DEVICE)
+    assert recomputed.kinds["activations"] < 0.4 * whole["activations"]
+    assert recomputed.total < sum(whole.values())
+
+
+def test_a_large_model_on_few_tokens_is_fullest_as_the_optimizer_steps() -> None:
+    sizes = sizes_of(parse(["--model.dim", "1024", "--model.hidden_dim", "4096", "--model.num_heads", "8"]))
+    plan = plan_memory(sizes, Mesh(), Step(16), DEVICE)
+    assert plan.kinds["gradients"] == 4 * sizes.num_parameters
+    assert plan.total == 1000 + 16 * sizes.num_parameters
+
+
+def test_a_layer_sends_what_its_all_gathers_do() -> None:
+    sizes = sizes_of(parse([]))
+    sent = layer_bytes(sizes, Mesh(sp=4), Step(8192))
+    assert sent["softmax"] == 2 * 3 * 2 * sizes.kv_heads * sizes.head_dim * 2048 * 4
+    assert sent["simple_gla"] == 2 * 3 * sizes.num_heads * sizes.head_dim**2 * 4
+    assert set(layer_bytes(sizes, Mesh(), Step(8192)).values()) == {0}
+
+
+def test_a_step_is_cut_into_micro_batches() -> None:
+    config = parse(["--train.batch_tokens", "65536", "--train.micro_batch_sequences", "3", "--parallel.sp", "2"])
+    step = step_of(config, Mesh(sp=2))
+    assert (step.rows, step.num_micro_batches, step.segments_per_rank) == (3, 3, 2)
+
+
+def test_the_command_plans_what_is_not_here(capsys: pytest.CaptureFixture[str]) -> None:
+    mesh = [
+        "--parallel.sp",
+        "512",
+        "--parallel.dp_shard",
+        "8",
+        "--train.seq_len",
+        "1048576",
+        "--train.batch_tokens",
+        "8388608",
+    ]
+    assert main(["plan", "train", *mesh, "--cluster.device", "NVIDIA H200", "--train.dtype", "bfloat16"]) == 0
+    shown = capsys.readouterr().out
+    assert "4096 ranks: dp_replicate 1 x dp_shard 8 x sp 512" in shown
+    assert "2,048 tokens of each, in bfloat16" in shown
+    assert "40% of the peak of NVIDIA H200" in shown
+
+
+def test_the_rate_of_this_cpu_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "train", *MODEL, "--train.seq_len", "64", "--train.batch_tokens", "64"]) == 0
+    assert "this CPU, measured on a short sequence" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--cluster.device", "Abacus"], "has no peak in the table"),
+        (["--cluster.flops", "-1"], "cluster.flops is -1.0; it must be greater than 0"),
+        (["--cluster.flop", "1"], "did you mean --cluster.flops?"),
+        (["--parallel.sp", "9000"], "is shorter than parallel.sp 9000"),
+        (["--config"], "--config needs a file"),
+        (["--cluster.flops", "1e9", "--cluster.latency", "15"], "15"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert main(["plan", "train", *arguments]) == 2
+    assert message in capsys.readouterr().err
