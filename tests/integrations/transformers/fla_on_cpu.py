@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from longspan.integrations.transformers.mixers import FLA_MIXERS
 
@@ -150,6 +150,8 @@ def _stand_ins() -> dict[str, Callable[..., Any]]:
         "chunk_simple_gla": simple_gla,
         "elu_p1": lambda x: F.elu(x) + 1.0,
         "flash_attn_func": _attention,
+        "FusedLinearCrossEntropyLoss": _FusedLoss,
+        "fused_attnres": import_module("fla.ops.attnres.naive").naive_attnres,
         "fused_chunk_linear_attn": linear_attention,
         "fused_recurrent_delta_rule": delta_rule,
         "fused_recurrent_gated_delta_rule": gated_delta_rule,
@@ -199,3 +201,18 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, window_size: tuple
     shared = q.shape[2] // k.shape[2]
     k, v = (x.repeat_interleave(shared, dim=2).transpose(1, 2) for x in (k, v))
     return F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=seen).transpose(1, 2)
+
+
+class _FusedLoss(nn.Module):
+    """`FusedLinearCrossEntropyLoss`: logits are never seen outside."""
+
+    ignore_index = -100
+
+    def __init__(self, use_l2warp: bool, reduction: str) -> None:
+        super().__init__()
+        assert not use_l2warp
+        self.reduction = reduction
+
+    def forward(self, x: Tensor, target: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        logits = F.linear(x, weight, bias).flatten(0, 1)
+        return F.cross_entropy(logits, target.flatten(), ignore_index=self.ignore_index, reduction=self.reduction)

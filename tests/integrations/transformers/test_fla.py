@@ -44,9 +44,9 @@ def expected_of(name: str, kind: str) -> Expected:
         return expected(build(name), KINDS[kind])
 
 
-def on_cpu(function: Callable[..., Any], *args: Any) -> Any:
+def on_cpu(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
     with fla_on_cpu():
-        return function(*args)
+        return function(*args, **options)
 
 
 def check(name: str, kind: str, num_ranks: int, order: Order, **options: Any) -> None:
@@ -135,15 +135,36 @@ def test_the_loss_is_divided_by_what_trainer_has_counted() -> None:
     assert relative_error(3 * sum(losses), expected_of("fla_gla", "plain").loss) < TOLERANCE
 
 
-def logits_of_few_tokens(name: str, ids: Tensor) -> Tensor:
-    model = longspan.parallelize(build(name), None)
+def fused() -> tuple[Tensor, dict[str, Tensor], bool]:
+    model = longspan.parallelize(
+        build("fla_gated_deltanet", fuse_linear_cross_entropy=True), None, loss="sum", exchange="ring"
+    )
+    with Wide():
+        out = model(**PACKED.arguments())
+        out.loss.backward()
+    longspan.sum_gradients(model)
+    return out.loss.detach(), gradients_of(model), out.logits is None
+
+
+def test_a_loss_that_makes_no_logits_is_given_the_same_labels() -> None:
+    want = expected_of("fla_gated_deltanet", "packed")
+    found = run_on_ranks(2, on_cpu, fused)
+    assert relative_error(sum(own for own, _, _ in found), want.loss) < TOLERANCE
+    for _, gradients, has_none in found:
+        assert has_none
+        for key, gradient in gradients.items():
+            assert relative_error(gradient, want.gradients[key]) < TOLERANCE, key
+
+
+def logits_of_ranks(name: str, ids: Tensor, **options: Any) -> Tensor:
+    model = longspan.parallelize(build(name, **options), None)
     with Wide(), torch.no_grad():
         logits: Tensor = model(input_ids=ids).logits
     return layout_of(model).gather(logits)
 
 
-def logits_of_one_process(name: str, ids: Tensor) -> Tensor:
-    model = build(name)
+def logits_of_one_process(name: str, ids: Tensor, **options: Any) -> Tensor:
+    model = build(name, **options)
     with Wide(), torch.no_grad():
         found: Tensor = model(input_ids=ids, use_cache=False).logits
     return found
@@ -154,7 +175,17 @@ def test_a_rank_with_one_token_is_in_the_middle_of_a_sequence(name: str) -> None
     """Without gradients the package takes one token for a step of decoding, which has no tokens before it."""
     ids = PLAIN.ids[:, :2]
     want = on_cpu(logits_of_one_process, name, ids)
-    for got in run_on_ranks(2, on_cpu, logits_of_few_tokens, name, ids):
+    for got in run_on_ranks(2, on_cpu, logits_of_ranks, name, ids):
+        assert relative_error(got, want) < TOLERANCE
+
+
+def with_residuals_of_depth(ids: Tensor) -> Tensor:
+    return logits_of_ranks("fla_delta_net", ids, attnres_block_size=2)
+
+
+def test_residuals_over_depth_are_of_each_token() -> None:
+    want = on_cpu(logits_of_one_process, "fla_delta_net", PLAIN.ids, attnres_block_size=2)
+    for got in run_on_ranks(2, on_cpu, with_residuals_of_depth, PLAIN.ids):
         assert relative_error(got, want) < TOLERANCE
 
 
