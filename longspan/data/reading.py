@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, Literal
 from longspan.data.hub import open_rows
 from longspan.errors import DataError
 
-PIECE_BYTES = 2**22
+PIECE_BYTES = 2**20
 
 Kind = Literal["text", "jsonl", "parquet", "huggingface"]
 KIND_OF_SUFFIX: dict[str, Kind] = {".jsonl": "jsonl", ".parquet": "parquet"}
