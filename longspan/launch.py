@@ -35,8 +35,8 @@ EXIT_FAILED = 1
 EXIT_REFUSED = 2
 """An error that the user can mend: its message says how."""
 EXIT_STOPPED = 75
-"""Stopped by SIGTERM, SIGINT or SIGHUP after a last checkpoint: ``--resume`` goes on from there. A second signal exits with
-128 and its number, without a checkpoint."""
+"""Stopped by SIGTERM, SIGINT or SIGHUP after a last checkpoint: ``--resume`` goes on from there. A second signal, and one that
+comes before the first step, exits with 128 and its number, without a checkpoint."""
 
 _RENDEZVOUS = "LONGSPAN_RENDEZVOUS"
 # For tests alone: see longspan.faults.
@@ -109,10 +109,10 @@ def run_local_ranks(command: Sequence[str], num_ranks: int, threads: int) -> int
     with tempfile.TemporaryDirectory(prefix="longspan-") as folder:
         ranks: list[subprocess.Popen[bytes]] = []
         try:
-            with _forwarded_signals(ranks):
+            with _forwarded_signals(ranks) as received:
                 for rank in range(num_ranks):
                     ranks.append(_start_rank(command, rank, num_ranks, threads, Path(folder)))
-                return _watch(ranks, Path(folder))
+                return _watch(ranks, Path(folder), received)
         finally:
             for process in ranks:
                 process.kill()
@@ -146,8 +146,8 @@ def _start_rank(
 
 
 @contextlib.contextmanager
-def _forwarded_signals(ranks: list[subprocess.Popen[bytes]]) -> Iterator[None]:
-    """The first signal of `_stop_signals` asks the ranks to stop after a checkpoint; the second kills them."""
+def _forwarded_signals(ranks: list[subprocess.Popen[bytes]]) -> Iterator[list[int]]:
+    """The first signal of `_stop_signals` asks the ranks to stop; the second kills them. Gives the numbers that have come."""
     received: list[int] = []
 
     def handle(number: int, frame: FrameType | None) -> None:
@@ -161,16 +161,19 @@ def _forwarded_signals(ranks: list[subprocess.Popen[bytes]]) -> Iterator[None]:
 
     before = {number: signal.signal(number, handle) for number in _stop_signals()}
     try:
-        yield
+        yield received
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def _watch(ranks: list[subprocess.Popen[bytes]], folder: Path) -> int:
-    """Wait until all ranks have ended well, or one has not."""
+def _watch(ranks: list[subprocess.Popen[bytes]], folder: Path, received: list[int]) -> int:
+    """Wait until all ranks have ended well, or one has not; received: the signals that have been passed on as SIGTERM."""
     while True:
         codes = [process.poll() for process in ranks]
+        if received and any(code in (128 + signal.SIGTERM, -signal.SIGTERM) for code in codes):
+            _print_error("stopped before the first step: nothing was saved")
+            return 128 + received[0]
         if any(code not in (None, EXIT_DONE, EXIT_STOPPED) for code in codes):
             return _report_failure(ranks, folder)
         if all(code is not None for code in codes):
@@ -236,25 +239,53 @@ def _stacks_path(folder: Path, rank: int) -> Path:
 
 
 class StopRequest:
-    """Whether a signal has asked this process to stop: set by the first signal of `_stop_signals`; the second exits at once."""
+    """Whether a signal has asked this process to stop.
+
+    Once steps are made (`begin_steps`), the first signal of `_stop_signals` sets `requested`, and the second ends the process.
+    Before, there is nothing to save, and the first one ends it.
+    """
 
     def __init__(self) -> None:
         self.requested = False
+        self._makes_steps = False
 
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
-            os._exit(128 + number)
-        self.requested = True
+    def begin_steps(self) -> None:
+        """From here on a signal is a request, which is looked at after every step."""
+        self._makes_steps = True
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Handle the signals inside this context."""
-        before = {number: signal.signal(number, self._handle) for number in _stop_signals()}
+        """Receive the signals inside this context, on the main thread.
+
+        Python handles a signal on the main thread, and not while that waits in torch for other ranks. Its number goes into a pipe
+        at once, however, and a thread of ours reads that.
+        """
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        # Without handlers the signals would have their usual effect.
+        before = {number: signal.signal(number, lambda *_: None) for number in _stop_signals()}
+        descriptor = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        thread = threading.Thread(
+            target=self._receive, args=(reader, set(before)), name="longspan-signals", daemon=True
+        )
+        thread.start()
         try:
             yield
         finally:
+            signal.set_wakeup_fd(descriptor)
             for number, handler in before.items():
                 signal.signal(number, handler)
+            os.close(writer)
+            thread.join()
+            os.close(reader)
+
+    def _receive(self, reader: int, numbers: set[signal.Signals]) -> None:
+        while received := os.read(reader, 1):
+            if received[0] not in numbers:
+                continue
+            if self.requested or not self._makes_steps:
+                os._exit(128 + received[0])
+            self.requested = True
 
 
 def run_rank(place: Place, function: Callable[[Place, StopRequest], int]) -> int:

@@ -125,6 +125,21 @@ def test_a_signal_ends_a_run_with_a_checkpoint_and_only_loopback_listens(
 
 
 @pytest.mark.slow
+def test_a_signal_before_the_first_step_ends_a_run_at_once(config: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with started("--config", config, "--run.dir", run, "--train.steps", "100000") as process:
+        wait_for(lambda: len(process.children()) == 2, process)
+        os.kill(process.ranks[1], signal.SIGSTOP)
+        # Rank 0 waits for the other one, wherever it has come to.
+        time.sleep(2.0)
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=TIMEOUT)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "stopped before the first step: nothing was saved" in errors
+    assert not alive(process.ranks)
+
+
+@pytest.mark.slow
 def test_a_second_signal_ends_a_run_at_once(config: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     with started("--config", config, "--run.dir", run, "--train.steps", "100000") as process:
@@ -261,9 +276,12 @@ class Started(subprocess.Popen[str]):
     @property
     def ranks(self) -> list[int]:
         if not hasattr(self, "_ranks"):
-            children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
-            self._ranks = [int(child) for child in children]
+            self._ranks = self.children()
         return self._ranks
+
+    def children(self) -> list[int]:
+        """The ranks that have been started by now."""
+        return [int(child) for child in Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()]
 
 
 class started:  # noqa: N801 - reads as the context manager it is

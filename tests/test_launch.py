@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
@@ -150,8 +152,42 @@ def test_a_meeting_point_that_is_none_is_refused_by_name(
 def test_a_signal_asks_for_the_end(number: signal.Signals) -> None:
     stop = StopRequest()
     with stop.listening():
+        stop.begin_steps()
         os.kill(os.getpid(), number)
-        assert stop.requested
+        deadline = time.monotonic() + 60
+        while not stop.requested:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+
+BLOCKED = """
+import ctypes, sys
+from longspan.launch import Place, run_rank
+
+def function(place, stop):
+    if {makes_steps}:
+        stop.begin_steps()
+    print("waiting", flush=True)
+    # As in a collective that waits for another rank: the main thread is outside of Python, where it handles no signal.
+    mutex = ctypes.create_string_buffer(128)
+    while True:
+        ctypes.CDLL(None).pthread_mutex_lock(mutex)
+
+sys.exit(run_rank(Place(), function))
+"""
+
+
+@pytest.mark.parametrize(("makes_steps", "num_signals"), [(False, 1), (True, 2)])
+def test_a_signal_reaches_a_process_that_waits_for_other_ranks(makes_steps: bool, num_signals: int) -> None:
+    script = BLOCKED.format(makes_steps=makes_steps)
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "waiting\n"
+        for sent in range(num_signals):
+            assert process.poll() is None, f"it has ended after {sent} signals"
+            process.send_signal(signal.SIGTERM)
+            time.sleep(0.5)
+        assert process.wait(timeout=20) == 128 + signal.SIGTERM
 
 
 def test_a_hang_up_that_is_ignored_stays_ignored() -> None:

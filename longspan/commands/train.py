@@ -24,7 +24,7 @@ Starts its own ranks on this machine, or uses those of torchrun. Besides the opt
   --resume [RUN]        go on with a run folder, or with the last one in runs/, from its newest checkpoint
 
 Exit codes: 0 done, 1 failed, 2 refused (the message says how to mend it), 75 stopped by SIGTERM, SIGINT or SIGHUP
-with a checkpoint.
+with a checkpoint, 128 + n by a second signal n, or by one before the first step, at once.
 """
 
 

@@ -151,6 +151,7 @@ class Trainer:
         """Train up to the last step; True if a signal stopped the run before, with a checkpoint."""
         config = self.config
         self.phase.name = "starting to train"
+        stop.begin_steps()
         stopping = bool(self.ranks.gather_numbers([stop.requested]).any())
         # A rank gives up its own batch before the others give up the rank: so all of them hear which batch it was.
         timeout = 0.9 * config.parallel.timeout_seconds
