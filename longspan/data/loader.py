@@ -12,6 +12,9 @@ from longspan.errors import DataError
 
 Batch = TypeVar("Batch")
 
+_SECONDS_TO_END = 10.0
+"""How long the end of a run waits for the thread: longer than any read that goes on."""
+
 _SECONDS_TO_END = 2.0
 
 

@@ -6,6 +6,7 @@ import threading
 
 import pytest
 
+from longspan.data import loader as loader_module
 from longspan.data.loader import Loader
 from longspan.errors import DataError
 
@@ -78,6 +79,21 @@ def test_a_batch_that_does_not_come_is_given_up() -> None:
         with pytest.raises(DataError, match=r"the batch of step 7 was not there after 0\.1 s of reading"):
             loader.take()
         go.set()
+    assert threads() == []
+
+
+def test_a_read_that_hangs_does_not_hold_up_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader_module, "_SECONDS_TO_END", 0.05)
+    go = threading.Event()
+    with (
+        pytest.raises(DataError, match="was not there"),
+        Loader(lambda step: go.wait(60), 0, 8, timeout_seconds=0.05) as loader,
+    ):
+        loader.take()
+    (thread,) = (thread for thread in threading.enumerate() if thread.name == "longspan-loader")
+    assert thread.daemon
+    go.set()
+    thread.join(60)
     assert threads() == []
 
 
