@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from longspan.errors import CheckpointError
+from longspan.train.alone import gain_lines, measure_alone
 from longspan.train.metrics import Totals, plot_losses
 from longspan.train.run_folder import writing
 from longspan.train.sample import generate
@@ -32,12 +33,19 @@ def finish(trainer: Trainer, started: float) -> None:
     _write_weights(trainer, weights)
     _plot(trainer)
     text = _sample(trainer, weights)
+    trainer.phase.name = "measuring one process"
+    alone = measure_alone(trainer, weights)
     summary = _summary(trainer, time.perf_counter() - started)
+    if alone is not None:
+        summary |= {"memory_bytes_alone": alone.memory_bytes, "tokens_per_second_alone": alone.tokens_per_second}
     with writing(folder.summary_json):
         folder.summary_json.write_text(json.dumps(summary | {"sample": text}, indent=1) + "\n", encoding="utf-8")
     with writing(folder.summary_text):
         folder.summary_text.write_text(_as_markdown(trainer, summary, text), encoding="utf-8")
     _print(trainer, summary, text)
+    if alone is not None:
+        for name, line in zip(("memory", "tokens/s"), gain_lines(trainer, alone), strict=True):
+            trainer.report.heading(name, line)
 
 
 def _write_weights(trainer: Trainer, whole: dict[str, Tensor]) -> None:

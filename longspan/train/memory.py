@@ -30,11 +30,13 @@ class StepMemory:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._held = 0
+        self.base = 0
+        """Bytes held before the first step."""
 
     def begin(self) -> None:
         """The steps begin: what came before them is given back and forgotten."""
         release_freed_memory()
-        self._held = current_memory_bytes(self.device)
+        self._held = self.base = current_memory_bytes(self.device)
         forget_peak(self.device)
 
     def take(self) -> tuple[int, int]:

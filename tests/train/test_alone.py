@@ -1,0 +1,35 @@
+"""A run over ranks says what one process would have taken, and leaves its weights as they are."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.ranks import run_on_ranks
+from tests.train.tiny import newest_tensors, tiny_config, train_here, write_corpus
+
+
+def trained(tmp_path: Path, **values: Any) -> Path:
+    config = tiny_config(write_corpus(tmp_path / "text"), tmp_path / "run", parallel__exchange="all_gather", **values)
+    run_on_ranks(2, train_here, config)
+    return tmp_path / "run"
+
+
+def test_a_split_run_says_what_it_bought(tmp_path: Path) -> None:
+    run = trained(tmp_path)
+    summary = json.loads((run / "summary.json").read_text())
+    # Tiny models are all process: both take the same.
+    assert summary["memory_bytes_alone"] == pytest.approx(summary["memory_bytes"], rel=0.5)
+    assert summary["tokens_per_second_alone"] > 0
+    saved = newest_tensors(run)
+    for name, weight in load_file(run / "weights.safetensors").items():
+        assert weight.equal(saved[f"model/{name}"]), name
+
+
+@pytest.mark.parametrize("values", [{"parallel__sp": 1}, {"train__check_tokens": 100}])
+def test_nothing_is_compared_where_one_process_is_not_asked(tmp_path: Path, values: dict[str, Any]) -> None:
+    assert "memory_bytes_alone" not in json.loads((trained(tmp_path, **values) / "summary.json").read_text())
