@@ -81,6 +81,14 @@ def parse_address(address: str) -> tuple[str, dict[str, str]]:
     return name, options
 
 
+def is_inside(folder: Path, source: str) -> bool:
+    """Whether a folder lies in the folder that a source names as a data set, which would then be read as a part of it."""
+    if not source.startswith(PREFIX):
+        return False
+    root = Path(parse_address(source)[0])
+    return root.is_dir() and folder.resolve().is_relative_to(root.resolve())
+
+
 def _check_column(address: str, names: list[str], text_key: str) -> None:
     if text_key not in names:
         raise DataError(

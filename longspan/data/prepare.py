@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from longspan.data.files import digest, read_checked, remove_leftovers, sync_folder, with_checksum, write_whole
+from longspan.data.hub import is_inside
 from longspan.data.reading import read_documents
 from longspan.data.shards import Shard, ShardTask, finished_shard, open_shard
 from longspan.data.sources import ListedSource, list_source
@@ -148,6 +149,12 @@ def prepare_corpus(recipe: Recipe, folder: Path, num_workers: int = 1, progress:
     if _exists(folder / _MANIFEST) or _exists(folder / _MANIFEST_OF_FORMAT_1):
         _check_same_recipe(recipe, folder)
         return time.perf_counter() - start
+    for source in recipe.source:
+        if is_inside(folder, source):
+            raise DataError(
+                f"{folder} lies inside the data set {source!r}, which would take it for a part of itself. Give another "
+                "folder, outside it"
+            )
     progress.begin("listing the sources", None)
     listed = [_listed(recipe, source) for source in recipe.source]
     rules = [_rule(recipe, source) for source in listed]

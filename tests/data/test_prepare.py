@@ -264,6 +264,8 @@ def test_a_hugging_face_data_set_is_streamed(hub_folder: Path, tmp_path: Path, n
         prepare_corpus(
             recipe(f"hf:{hub_folder}/saved?split=x&config=y".replace("saved", "nowhere")), tmp_path / "other"
         )
+    with pytest.raises(DataError, match=r"lies inside the data set 'hf:.*Give another folder, outside it"):
+        prepare_corpus(recipe(source), hub_folder / name.split("?")[0] / "prepared")
     with pytest.raises(DataError, match=r"has the option 'color', which is not one of config, split, revision"):
         prepare_corpus(recipe(f"hf:{hub_folder}/saved?color=red"), tmp_path / "other")
 
