@@ -103,7 +103,7 @@ def _train_on(ranks: Ranks, config: Config, stop: StopRequest, resume: RunFolder
     if ranks.world_size > 1:
         phase.name = "checking the first batch"
         check = trainer.check(threads_alone=num_cores())
-        report.heading("check", _describe_check(check, ranks.world_size))
+        report.heading("check", _describe_check(check, ranks.world_size, config))
         check.raise_unless_agrees()
         if exchange.measures(config, ranks):
             report.heading("exchange", exchange.describe(trainer.layout, ranks, trainer.has_saved_figures))
@@ -251,10 +251,11 @@ def _find_peak(trainer: Trainer) -> str:
     return f"{operations / 1e9:,.0f} GFLOP a step; a rank: {peak}"
 
 
-def _describe_check(check: SelfCheck, world_size: int) -> str:
+def _describe_check(check: SelfCheck, world_size: int, config: Config) -> str:
     loss, norm, gradients = check.differences
+    in_float32 = ", in float32," if config.train.dtype != "float32" else ""
     return (
-        f"first batch on {world_size} ranks | on one: loss {check.loss:.6f} | {check.loss_alone:.6f} ({loss:.0e}), "
+        f"first batch{in_float32} on {world_size} ranks | on one: loss {check.loss:.6f} | {check.loss_alone:.6f} ({loss:.0e}), "
         f"gradient norm {check.norm:.6f} | {check.norm_alone:.6f} ({norm:.0e}), gradients differ by {gradients:.0e}: "
         + ("equal" if check.agrees else "NOT EQUAL")
     )

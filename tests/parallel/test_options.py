@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -174,6 +175,37 @@ def test_each_kind_of_block_is_compiled_once_as_one_graph_and_gives_the_same() -
     counters = torch._dynamo.utils.counters
     assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
     torch._dynamo.reset()
+
+
+def compiled_over_ranks() -> list[float]:
+    torch._dynamo.reset()
+    tokens = random_tokens(2, LENGTH + 1)
+    alone = tiny_model(num_layers=2, pattern="LN")
+    loss_of_float64(alone, SequenceLayout.local(LENGTH), tokens).backward()
+    errors = []
+    for degrees in MESHES:
+        mesh = ParallelMesh(degrees)
+        model = parallelize(tiny_model(num_layers=2, pattern="LN"), mesh["sp"], exchange="all_gather")
+        recompute_blocks(compile_blocks(model, backend="aot_eager"), "selective")
+        layout = SequenceLayout(LENGTH, mesh["sp"], order="zigzag")
+        if degrees.shards_weights:
+            shard_weights(model, mesh)
+        loss_of_float64(model, layout, tokens).backward()
+        if not degrees.shards_weights:
+            sum_gradients(model)
+        grads: Any = [(name, parameter.grad) for name, parameter in model.named_parameters()]
+        got = gathered(grads, True)
+        errors += [relative_error(got[n], p.grad) for n, p in alone.named_parameters() if p.grad is not None]
+    torch._dynamo.reset()
+    return errors
+
+
+@pytest.mark.slow
+def test_blocks_over_ranks_are_compiled_between_their_exchanges_and_give_the_same() -> None:
+    with warnings.catch_warnings():
+        # The ranks take the filters of this process.
+        warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf", UserWarning)
+        assert worst(worst(errors) for errors in run_on_ranks(2, compiled_over_ranks, timeout=180.0)) < 1e-10
 
 
 def test_what_cannot_be_compiled_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
