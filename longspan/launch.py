@@ -12,6 +12,7 @@ import contextlib
 import faulthandler
 import json
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -397,12 +398,52 @@ def start_process_group(place: Place, backend: str, timeout_seconds: float) -> N
 
     import torch.distributed as dist
 
-    if place.rendezvous is None:
-        _check_meeting_point()
-    dist.init_process_group(
-        backend,
-        init_method="env://" if place.rendezvous is None else f"file://{place.rendezvous.as_posix()}/store",
-        rank=place.rank,
-        world_size=place.world_size,
-        timeout=timedelta(seconds=timeout_seconds),
-    )
+    timeout = timedelta(seconds=timeout_seconds)
+    if place.rendezvous is not None:
+        dist.init_process_group(
+            backend,
+            init_method=f"file://{place.rendezvous.as_posix()}/store",
+            rank=place.rank,
+            world_size=place.world_size,
+            timeout=timeout,
+        )
+        return
+    _check_meeting_point()
+    shared, rank, world_size = next(dist.rendezvous("env://", place.rank, place.world_size, timeout=timeout))
+    shared.set_timeout(timeout)
+    store = dist.PrefixStore(_name_of_this_start(shared, rank, world_size, timeout_seconds), shared)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+
+
+def _name_of_this_start(store: Any, rank: int, world_size: int, timeout_seconds: float) -> str:
+    """A name that the ranks have in common, and had in no earlier start.
+
+    torchrun's store outlives the ranks that it starts anew: addresses that ranks wrote there before they died are those of nobody.
+    A restart has no number that is the same on all hosts. So each rank calls with a word of its own, and rank 0 answers every
+    word that it finds, whoever left it, until all have said that they were answered.
+    """
+    word = secrets.token_hex(8)
+    deadline = time.monotonic() + timeout_seconds
+    if rank:
+        store.set(f"longspan/call/{rank}", word)
+        name = str(store.get(f"longspan/answer/{word}").decode())
+        store.set(f"longspan/{name}/{rank}", "")
+        return name
+    missing = set(range(1, world_size))
+    answered: set[str] = set()
+    while missing:
+        for other in sorted(missing):
+            if store.check([f"longspan/{word}/{other}"]):
+                missing.remove(other)
+            elif store.check([f"longspan/call/{other}"]):
+                call = str(store.get(f"longspan/call/{other}").decode())
+                if call not in answered:
+                    store.set(f"longspan/answer/{call}", word)
+                    answered.add(call)
+        if time.monotonic() > deadline:
+            raise TimeoutError(
+                f"rank 0 of {world_size} has met {world_size - 1 - len(missing)} of the other ranks after {timeout_seconds:g} s, "
+                f"parallel.timeout_seconds. Missing: {', '.join(map(str, sorted(missing)[:8]))}"
+            )
+        time.sleep(0.01 if missing else 0.0)
+    return word

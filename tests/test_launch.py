@@ -8,15 +8,18 @@ import subprocess
 import sys
 import textwrap
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from longspan.cli import main
 from longspan.errors import ConfigError
 from longspan.launch import (
     Place,
     StopRequest,
+    _name_of_this_start,
     place_of_this_process,
     run_local_ranks,
     run_rank,
@@ -146,6 +149,27 @@ def test_a_meeting_point_that_is_none_is_refused_by_name(
             monkeypatch.setenv(key, text)
     with pytest.raises(ConfigError, match=f"the environment variable {name} is .*start this with torchrun"):
         start_process_group(Place(world_size=2), "gloo", 1.0)
+
+
+def test_ranks_that_are_started_anew_meet_in_the_store_of_those_that_died() -> None:
+    """Rank 1 called and died, rank 2 was answered and died, rank 0 died before it knew."""
+    store = dist.HashStore()
+    store.set("longspan/call/1", "dead")
+    store.set("longspan/call/2", "dead too")
+    store.set("longspan/answer/dead too", "a name of before")
+    store.set("longspan/a name of before/2", "")
+    names = []
+    for _ in range(2):
+        with ThreadPoolExecutor(3) as threads:
+            found = set(threads.map(lambda rank: _name_of_this_start(store, rank, 3, 60.0), (2, 0, 1)))
+        assert len(found) == 1
+        names.append(found.pop())
+    assert len({*names, "a name of before"}) == 3
+
+
+def test_rank_0_says_who_did_not_come() -> None:
+    with pytest.raises(TimeoutError, match=r"rank 0 of 3 has met 0 of the other ranks after 0.1 s.*Missing: 1, 2"):
+        _name_of_this_start(dist.HashStore(), 0, 3, 0.1)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])

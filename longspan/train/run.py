@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import platform
+import secrets
 import time
 from pathlib import Path
 
@@ -59,7 +60,7 @@ def train(config: Config, place: Place, stop: StopRequest, resume: RunFolder | N
         torch.set_num_threads(config.parallel.threads or threads)
         phase.name = "meeting the other ranks"
         ranks = Ranks.start(place, config.parallel.device, config.parallel.timeout_seconds)
-        watch.meet()
+        watch.meet(ranks.from_first(lambda: secrets.token_hex(8)))
         code = train_on(ranks, config, stop, resume, phase)
         phase.name = "ending"
         ranks.close()

@@ -73,10 +73,10 @@ class FolderBoard:
 class StoreBoard:
     """A store of torch.distributed, over a connection of its own: a thread that waits in the store must not make another wait."""
 
-    def __init__(self, store: Any) -> None:
+    def __init__(self, store: Any, run: str) -> None:
         from torch.distributed import PrefixStore
 
-        self._store: Any = PrefixStore("longspan watch", store.clone())
+        self._store: Any = PrefixStore(f"longspan watch {run}", store.clone())
 
     def put(self, name: str, text: str) -> None:
         """Set a key."""
@@ -87,8 +87,11 @@ class StoreBoard:
         return self._store.get(name).decode() if self._store.check([name]) else None
 
 
-def board_of(place: Place) -> Board | None:
-    """Where the ranks of a run leave texts, once they have met; None for a single rank."""
+def board_of(place: Place, run: str) -> Board | None:
+    """Where the ranks of a run leave texts, once they have met; None for a single rank.
+
+    run: the same on all ranks, and of no other run: torchrun's store outlives the ranks that it starts anew.
+    """
     if place.world_size == 1:
         return None
     if place.rendezvous is not None:
@@ -96,8 +99,7 @@ def board_of(place: Place) -> Board | None:
     from torch.distributed import distributed_c10d
 
     store: Any = distributed_c10d._get_default_store()
-    # Keys of torchrun's store outlive a restart of the ranks; the group's have a prefix of their own.
-    return StoreBoard(store)
+    return StoreBoard(store, run)
 
 
 class Watch:
@@ -112,9 +114,9 @@ class Watch:
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="longspan-watch", daemon=True)
 
-    def meet(self) -> None:
-        """Begin to tell the other ranks where this one is."""
-        self._board = board_of(self._place)
+    def meet(self, run: str) -> None:
+        """Begin to tell the other ranks where this one is. run: as of `board_of`."""
+        self._board = board_of(self._place, run)
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:

@@ -285,12 +285,12 @@ def test_a_rank_that_fails_says_where_the_others_are_and_which_are_silent(tmp_pa
     watches = [Watch(Place(rank, 3, rank, 3, tmp_path), phases[rank], 60.0) for rank in range(3)]
     phases[1].step, phases[1].name = 7, "reading a batch"
     # Rank 2 was there once, and was stopped.
-    watches[2].meet()
+    watches[2].meet("run")
     watches[2]._publish(FolderBoard(tmp_path))
     with watches[1].watching():
-        watches[1].meet()
+        watches[1].meet("run")
         with pytest.raises(TimeoutError) as raised, watches[0].watching():
-            watches[0].meet()
+            watches[0].meet("run")
             raise TimeoutError("too long")
     silent, alive = raised.value.__notes__
     assert silent == "rank 2 does not answer; last heard of: while starting"
@@ -355,8 +355,7 @@ def test_one_process_whose_disk_does_not_answer_ends_with_its_stacks(config: Pat
 # F10
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_torchrun_restarts_after_a_kill_and_ends_as_if_nothing_had_been(
     config: Path, finished: Path, tmp_path: Path, rank: int
 ) -> None:
