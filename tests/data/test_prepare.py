@@ -401,7 +401,7 @@ print(grown_by(lambda: Path(source).read_bytes()))
 @pytest.mark.parametrize("kind", ["jsonl", pytest.param("txt", marks=pytest.mark.slow)])
 def test_the_corpus_is_never_held_in_memory(tmp_path: Path, kind: str) -> None:
     line = " ".join(random.Random(0).choices(["alpha", "beta", "gamma", "delta"], k=4000))
-    size, bound = 80 * 2**20, 50 * 2**20
+    size, bound = 56 * 2**20, 40 * 2**20
     path = tmp_path / f"corpus.{kind}"
     with path.open("w") as file:
         while file.tell() < size:
