@@ -102,4 +102,4 @@ def test_every_rank_launches_the_same_operations_in_the_same_order(degrees: Mesh
         # are scattered with the last micro-batch alone.
         assert sum("reduce_scatter" in name for name in names) == 4
         assert names[-1] == "functional all_reduce"
-    assert len(names) > 20
+    assert len(names) > 10
