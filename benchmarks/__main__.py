@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from benchmarks import convolution, exchange, host, hugging_face, linear, modelled, peers, prefill, softmax
+from benchmarks import checkpoint, convolution, exchange, host, hugging_face, linear, modelled, peers, prefill, softmax
 from benchmarks.harness import machine, reexecute_with_memory_settings, save
 from benchmarks.network import NetworkError
 
@@ -22,6 +22,7 @@ def main() -> None:
         **modelled.TABLES,
         **host.TABLES,
         **hugging_face.TABLES,
+        **checkpoint.TABLES,
     }
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("tables", nargs="*", metavar="TABLE", help=f"of {', '.join(all_tables)}; all without one")
