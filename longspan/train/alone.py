@@ -1,17 +1,26 @@
-"""What one process would have taken for a step: what a split of the sequences bought, measured at the end of a run."""
+"""What one process takes for a step: what a split of the sequences bought, measured at the end of a run.
+
+In a process of its own, which makes a few steps and ends: the run's own process holds memory that has become scattered over many
+steps, in which one process's steps took a third more than in a new one.
+"""
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
 
+from longspan.data.packing import Sequences
 from longspan.layout import SequenceLayout
-from longspan.parallel.sharded import on_this_rank
+from longspan.train import config as configs
 from longspan.train.loss import loss_sum
-from longspan.train.memory import current_memory_bytes, forget_peak, peak_memory_bytes, release_freed_memory
+from longspan.train.memory import StepMemory
+from longspan.train.model import build_model
 from longspan.train.optimizer import build_optimizer
 from longspan.train.trainer import Trainer
 
@@ -26,27 +35,52 @@ class Alone:
     tokens_per_second: float
 
 
-def measure_alone(trainer: Trainer, weights: dict[str, Tensor]) -> Alone | None:
-    """Make a few steps as one process, on the sequences that the ranks of one data-parallel group share; called on rank 0 alone.
+def measure_alone(trainer: Trainer) -> Alone | None:
+    """Let one more process make a few steps on sequences like those that the ranks of one data-parallel group share.
 
-    It has the threads, or the GPU, of one rank, and computes in float32. None where the ranks share no sequence, or where one
-    process is not asked for as many tokens (`train.check_tokens`). The run's own weights stay as they are.
-
-    Args:
-        weights: of the model, whole.
+    It has the threads, or the GPU, of one rank, and the model's initial weights; its tokens are random, its documents those of the
+    first batch. To be called on rank 0 alone. None where the ranks share no sequence, where one process is not asked for as many tokens
+    (`train.check_tokens`), where the run computes in bfloat16, or where the process fails.
     """
     config, ranks = trainer.config, trainer.ranks
     rows = config.batch_sequences // ranks.dp
     at_once = min(config.train.micro_batch_sequences or rows, rows)
     if ranks.sp == 1 or at_once * config.train.seq_len > config.train.check_tokens or config.train.dtype != "float32":
         return None
-    release_freed_memory()
-    forget_peak(ranks.device)
-    held = current_memory_bytes(ranks.device)
-    model = trainer.model_for_one_process(weights)
+    told = {
+        "config": configs.to_mapping(config),
+        "vocab_size": trainer.data.tokenizer.vocab_size,
+        "num_sequences": at_once,
+        "document_starts": trainer.batches.batch(0, 0, at_once).document_starts,
+        "threads": torch.get_num_threads(),
+        "device": str(ranks.device),
+    }
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "longspan.train.alone"],
+            input=json.dumps(told),
+            capture_output=True,
+            text=True,
+            timeout=config.parallel.timeout_seconds / 2,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return Alone(**json.loads(done.stdout)) if done.returncode == 0 else None
+
+
+def take_steps(told: dict[str, Any]) -> Alone:
+    """What the process of its own does; `told` is what `measure_alone` tells it."""
+    torch.set_num_threads(told["threads"])
+    device = torch.device(told["device"])
+    config = configs.from_mapping(told["config"])
+    model = build_model(config, told["vocab_size"], device)
     optimizer = build_optimizer(model, config.optim)
-    packed = trainer.batches.batch(0, 0, at_once).packed().to(ranks.device)
+    tokens = torch.randint(told["vocab_size"], (told["num_sequences"], config.train.seq_len + 1))
+    starts = told["document_starts"]
+    packed = Sequences(tokens, None if starts is None else tuple(map(tuple, starts))).packed().to(device)
     layout = SequenceLayout.local(packed.seq_len, packed.documents)
+    memory = StepMemory(device)
+    memory.begin()
     begun = time.perf_counter()
     for step in range(1 + _NUM_STEPS):
         if step == 1:
@@ -56,13 +90,11 @@ def measure_alone(trainer: Trainer, weights: dict[str, Tensor]) -> Alone | None:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        if ranks.device.type == "cuda":
-            torch.cuda.synchronize(ranks.device)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
     seconds = (time.perf_counter() - begun) / _NUM_STEPS
-    # What the steps took, on top of what a process holds before its first step: with the run's model, which stands for its own.
-    grown = peak_memory_bytes(ranks.device) - held
-    weights_bytes = sum(on_this_rank(parameter).nbytes for parameter in trainer.model.parameters())
-    return Alone(trainer.memory.base - weights_bytes + grown, packed.inputs.numel() / seconds)
+    _, peak = memory.take()
+    return Alone(peak, packed.inputs.numel() / seconds)
 
 
 def gain_lines(trainer: Trainer, alone: Alone) -> tuple[str, str]:
@@ -77,3 +109,7 @@ def gain_lines(trainer: Trainer, alone: Alone) -> tuple[str, str]:
         f"{speed:,.0f} on {sp} ranks; {alone.tokens_per_second:,.0f} on one process with the threads of one of them: "
         f"{speed / alone.tokens_per_second:.2f} times as fast",
     )
+
+
+if __name__ == "__main__":
+    sys.stdout.write(json.dumps(asdict(take_steps(json.load(sys.stdin)))))

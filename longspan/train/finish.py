@@ -34,7 +34,7 @@ def finish(trainer: Trainer, started: float) -> None:
     _plot(trainer)
     text = _sample(trainer, weights)
     trainer.phase.name = "measuring one process"
-    alone = measure_alone(trainer, weights)
+    alone = measure_alone(trainer)
     summary = _summary(trainer, time.perf_counter() - started)
     if alone is not None:
         summary |= {"memory_bytes_alone": alone.memory_bytes, "tokens_per_second_alone": alone.tokens_per_second}
