@@ -5,7 +5,19 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from benchmarks import checkpoint, convolution, exchange, host, hugging_face, linear, modelled, peers, prefill, softmax
+from benchmarks import (
+    checkpoint,
+    convolution,
+    exchange,
+    host,
+    hugging_face,
+    linear,
+    modelled,
+    peers,
+    prefill,
+    recovery,
+    softmax,
+)
 from benchmarks.harness import machine, reexecute_with_memory_settings, save
 from benchmarks.network import NetworkError
 
@@ -23,6 +35,7 @@ def main() -> None:
         **host.TABLES,
         **hugging_face.TABLES,
         **checkpoint.TABLES,
+        **recovery.TABLES,
     }
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("tables", nargs="*", metavar="TABLE", help=f"of {', '.join(all_tables)}; all without one")
