@@ -13,10 +13,12 @@ from benchmarks import (
     hugging_face,
     linear,
     modelled,
+    overhead,
     peers,
     prefill,
     recovery,
     softmax,
+    training,
 )
 from benchmarks.harness import machine, reexecute_with_memory_settings, save
 from benchmarks.network import NetworkError
@@ -36,6 +38,8 @@ def main() -> None:
         **hugging_face.TABLES,
         **checkpoint.TABLES,
         **recovery.TABLES,
+        **overhead.TABLES,
+        **training.TABLES,
     }
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("tables", nargs="*", metavar="TABLE", help=f"of {', '.join(all_tables)}; all without one")

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.harness import Table, in_subprocess, paired
 from longspan.launch import Place, StopRequest
 from longspan.train import trainer as trainers
 from longspan.train.config import from_mapping
@@ -18,18 +19,17 @@ from longspan.train.optimizer import build_optimizer
 from longspan.train.ranks import Ranks
 from longspan.train.run import train_on
 
-_NUM_STEPS = 16
 _NUM_WARM = 3
 
 
-def measure(folder: Path) -> list[tuple[float, float]]:
+def measure(folder: Path, num_steps: int) -> list[tuple[float, float]]:
     """Seconds of each step of the trainer, and of a bare step right after it, on one process of one thread."""
     torch.set_num_threads(1)
     config = from_mapping(
         {
             "data": {"max_bytes": 2_000_000},
             "parallel": {"sp": 1, "threads": 1},
-            "train": {"steps": _NUM_STEPS},
+            "train": {"steps": num_steps},
             "validation": {"every": 0, "sequences": 1},
             "checkpoint": {"every": 0},
             "sample": {"tokens": 0},
@@ -63,16 +63,23 @@ def measure(folder: Path) -> list[tuple[float, float]]:
     return pairs[_NUM_WARM:]
 
 
-def main() -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        pairs = measure(Path(folder))
-    ratios = sorted(ours / theirs for ours, theirs in pairs)
-    ours, theirs = (statistics.median(side) for side in zip(*pairs, strict=True))
-    print(
-        f"a step of the trainer {ours:.3f} s, bare {theirs:.3f} s; ratio {statistics.median(ratios):.3f} "
-        f"({ratios[0]:.3f} to {ratios[-1]:.3f}) over {len(pairs)} pairs"
+def overhead(quick: bool) -> Table:
+    """See the module."""
+    table = Table(
+        "overhead",
+        "A step of the main job's trainer, and bare forward, backward and optimizer step on the same batch: one process and thread",
+        "below 1.05",
+        ["s, trainer", "s, bare", "trainer over bare", "pairs"],
     )
+    pairs = in_subprocess(_measured, 5 if quick else 19)
+    found = paired([ours for ours, _ in pairs], [bare for _, bare in pairs])
+    table.add(f"{found.first:.3f}", f"{found.second:.3f}", found.ratio.rounded(3), len(pairs))
+    return table
 
 
-if __name__ == "__main__":
-    main()
+def _measured(num_steps: int) -> list[tuple[float, float]]:
+    with tempfile.TemporaryDirectory() as folder:
+        return measure(Path(folder), num_steps)
+
+
+TABLES: dict[str, Callable[[bool], Table]] = {"overhead": overhead}

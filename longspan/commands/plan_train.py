@@ -117,20 +117,40 @@ def parse(arguments: Sequence[str]) -> PlanConfig:
     )
 
 
+def plan(config: PlanConfig) -> tuple[MemoryPlan, TimePlan]:
+    """The memory of a rank and the time of a step; where the rate of this CPU is not given, it is measured.
+
+    Raises:
+        ConfigError: for values that do not fit each other.
+    """
+    mesh = _mesh_of(config)
+    sizes, step = sizes_of(config), step_of(config, mesh)
+    device, _ = device_figures(config)
+    return plan_memory(sizes, mesh, step, device), _planned_time(config, mesh, device)
+
+
+def _planned_time(config: PlanConfig, mesh: Mesh, device: DeviceFigures) -> TimePlan:
+    sizes, step = sizes_of(config), step_of(config, mesh)
+    return plan_time(sizes, mesh, step, operations_of_sequence(config), device, cluster_of(config, mesh.world_size))
+
+
+def _mesh_of(config: PlanConfig) -> Mesh:
+    check(config)
+    degrees = check_degrees(config, num_ranks_asked_for(config))
+    return Mesh(degrees.dp_replicate, degrees.dp_shard, degrees.sp, degrees.shard_over_sp)
+
+
 def report(config: PlanConfig) -> str:
     """What the command prints.
 
     Raises:
         ConfigError: for values that do not fit each other.
     """
-    check(config)
-    degrees = check_degrees(config, num_ranks_asked_for(config))
-    mesh = Mesh(degrees.dp_replicate, degrees.dp_shard, degrees.sp, degrees.shard_over_sp)
+    mesh = _mesh_of(config)
     sizes, step = sizes_of(config), step_of(config, mesh)
-    operations = operations_of_sequence(config)
     device, source = device_figures(config)
     memory = plan_memory(sizes, mesh, step, device)
-    timing = plan_time(sizes, mesh, step, operations, device, cluster_of(config, mesh.world_size))
+    timing = _planned_time(config, mesh, device)
     return "\n".join(
         [
             f"{sizes.num_parameters:,} parameters; {mesh.world_size} ranks: dp_replicate {mesh.dp_replicate} x dp_shard "

@@ -119,13 +119,18 @@ class MetricsFile:
                 ) from error
         return records
 
-    def cut_after(self, step: int) -> None:
-        """Drop the records of later steps, which a resumed run makes again.
+    def cut_after(self, step: int, validates_again: bool = False) -> None:
+        """Drop the records of later steps, which a resumed run makes again; with `validates_again` the validation of `step`, too.
 
         Raises:
             CheckpointError: if the file cannot be read or written, or a line is no record.
         """
-        kept = [record for record in self.read() if record["step"] <= step]
+
+        def stays(record: dict[str, Any]) -> bool:
+            again = validates_again and record["step"] == step and "validation_loss" in record
+            return record["step"] <= step and not again
+
+        kept = [record for record in self.read() if stays(record)]
         temporary = self.path.with_suffix(".tmp")
         try:
             temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")

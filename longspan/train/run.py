@@ -210,7 +210,8 @@ def _write_start(trainer: Trainer) -> None:
     remove_leftovers(trainer.folder.checkpoints)
     if trainer.config.checkpoint.allow_older:
         set_aside_newer(trainer.folder.checkpoints, trainer.step)
-    trainer.metrics.cut_after(trainer.step)
+    # A run that is at its end already has nothing left to do but that.
+    trainer.metrics.cut_after(trainer.step, validates_again=trainer.step == trainer.config.train.steps)
     # Without its folder, the config is that of another run as well; what is asked for once is not asked for again.
     config = dataclasses.replace(
         trainer.config,

@@ -48,6 +48,19 @@ def test_later_steps_are_cut_off_with_a_half_written_line(tmp_path: Path) -> Non
     assert [record["step"] for record in metrics.read()] == [1, 2, 2, 3]
 
 
+def test_the_validation_of_a_last_step_is_not_written_twice(tmp_path: Path) -> None:
+    metrics = MetricsFile(tmp_path / "metrics.jsonl")
+    for step in (1, 2):
+        metrics.append({"step": step, "loss": 1.0})
+        metrics.append({"step": step, "validation_loss": 1.0})
+    metrics.cut_after(2, validates_again=True)
+    assert [sorted(record) for record in metrics.read()] == [
+        ["loss", "step"],
+        ["step", "validation_loss"],
+        ["loss", "step"],
+    ]
+
+
 def test_a_damaged_line_is_named(tmp_path: Path) -> None:
     metrics = MetricsFile(tmp_path / "metrics.jsonl")
     metrics.path.write_text(json.dumps({"step": 1}) + "\nxx\n" + json.dumps({"step": 2}) + "\n")
