@@ -261,7 +261,7 @@ def test_a_single_process_needs_no_ranks(
 def test_the_command_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 2
     assert main(["--help"]) == 0
-    assert "longspan train --help" in capsys.readouterr().out
+    assert "longspan COMMAND --help" in capsys.readouterr().out
     assert main(["trian"]) == 2
     assert "unknown command 'trian'" in capsys.readouterr().err
     assert main(["--version"]) == 0

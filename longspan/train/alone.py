@@ -39,10 +39,12 @@ def measure_alone(trainer: Trainer) -> Alone | None:
     """Let one more process make a few steps on sequences like those that the ranks of one data-parallel group share.
 
     It has the threads, or the GPU, of one rank, and the model's initial weights; its tokens are random, its documents those of the
-    first batch. To be called on rank 0 alone. None where the ranks share no sequence, where one process is not asked for as many
-    tokens (`train.check_tokens`), where the run computes in bfloat16, or where the process fails.
+    first batch. To be called on rank 0 alone. None where `run.measure_alone` is False, where the ranks share no sequence, where one
+    process is not asked for as many tokens (`train.check_tokens`), where the run computes in bfloat16, or where the process fails.
     """
     config, ranks = trainer.config, trainer.ranks
+    if not config.run.measure_alone:
+        return None
     rows = config.batch_sequences // ranks.dp
     at_once = min(config.train.micro_batch_sequences or rows, rows)
     if ranks.sp == 1 or at_once * config.train.seq_len > config.train.check_tokens or config.train.dtype != "float32":

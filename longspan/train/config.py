@@ -242,6 +242,8 @@ class RunConfig:
     """The run folder; None takes runs/ and the time of the start."""
     go_on: bool = False
     """Where run.dir holds a run, go on with it from its newest checkpoint, or its beginning: for jobs that are started again."""
+    measure_alone: bool = True
+    """At the end, let one more process make a few steps on whole sequences, and say what the split bought."""
     print_every: int = 10
     """Steps between two printed lines where there is no terminal for a progress bar."""
     tensorboard: bool = False

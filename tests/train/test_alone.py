@@ -14,7 +14,8 @@ from tests.train.tiny import newest_tensors, tiny_config, train_here, write_corp
 
 
 def trained(tmp_path: Path, **values: Any) -> Path:
-    config = tiny_config(write_corpus(tmp_path / "text"), tmp_path / "run", parallel__exchange="all_gather", **values)
+    given: dict[str, Any] = {"parallel__exchange": "all_gather", "run__measure_alone": True, **values}
+    config = tiny_config(write_corpus(tmp_path / "text"), tmp_path / "run", **given)
     run_on_ranks(2, train_here, config)
     return tmp_path / "run"
 
@@ -30,6 +31,6 @@ def test_a_split_run_says_what_it_bought(tmp_path: Path) -> None:
         assert weight.equal(saved[f"model/{name}"]), name
 
 
-@pytest.mark.parametrize("values", [{"parallel__sp": 1}, {"train__check_tokens": 100}])
+@pytest.mark.parametrize("values", [{"parallel__sp": 1}, {"train__check_tokens": 100}, {"run__measure_alone": False}])
 def test_nothing_is_compared_where_one_process_is_not_asked(tmp_path: Path, values: dict[str, Any]) -> None:
     assert "memory_bytes_alone" not in json.loads((trained(tmp_path, **values) / "summary.json").read_text())

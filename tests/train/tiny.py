@@ -43,7 +43,8 @@ def tiny_config(corpus: Path, run: Path, **values: Any) -> Config:
     """`TINY` on `corpus` in the folder `run`, changed by ``section__key=value``."""
     mapping = {section: dict(entries) for section, entries in TINY.items()}
     mapping["data"]["source"] = str(corpus)
-    mapping["run"] = {"dir": str(run)}
+    # Each run would start one process more.
+    mapping["run"] = {"dir": str(run), "measure_alone": False}
     for key, value in values.items():
         section, name = key.split("__")
         mapping.setdefault(section, {})[name] = value
