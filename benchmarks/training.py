@@ -36,6 +36,7 @@ def _options(num_ranks: int, seq_len: int) -> list[str]:
         "validation.sequences": 1,
         "checkpoint.every": 0,
         "sample.tokens": 0,
+        "run.measure_alone": False,
     }
     return [part for key, value in values.items() for part in (f"--{key}", str(value))]
 
