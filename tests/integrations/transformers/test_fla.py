@@ -25,13 +25,13 @@ from longspan.integrations.transformers import layout_of, mixers
 from longspan.integrations.transformers.fla_functions import FLA_FUNCTIONS
 from longspan.integrations.transformers.fla_methods import COMPUTE_LOSS
 from longspan.integrations.transformers.mixers import FLA_MIXERS, FLA_MODELS
-from longspan.layout import ORDERS, Order
+from longspan.layout import Order
 from tests.compare import relative_error, worst_of
 from tests.integrations.transformers.families import FLA_FAMILIES, build
 from tests.integrations.transformers.fla_on_cpu import fla_on_cpu, ignores_warnings, needs_fla
 from tests.integrations.transformers.reference import PACKED, PLAIN, Expected, Wide, batch, expected, gradients_of
 from tests.integrations.transformers.test_checkpointing import compared
-from tests.integrations.transformers.test_families import KINDS, TOLERANCE, errors_over_ranks
+from tests.integrations.transformers.test_families import KINDS, TOLERANCE, errors_over_ranks, grid_of
 from tests.integrations.transformers.training import Run, train
 from tests.ranks import raised, run_on_ranks
 
@@ -61,19 +61,8 @@ def test_two_ranks_are_one_process(name: str) -> None:
     check(name, "packed", 2, "zigzag")
 
 
-# The test above has two ranks, zigzag, and packed documents.
-GRID = [
-    (name, kind, num_ranks, order)
-    for name in FLA_FAMILIES
-    for kind in KINDS
-    for num_ranks in (1, 2, 4)
-    for order in ORDERS
-    if (kind, num_ranks, order) != ("packed", 2, "zigzag") and (num_ranks > 1 or order == "zigzag")
-]
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "kind", "num_ranks", "order"), GRID)
+@pytest.mark.parametrize(("name", "kind", "num_ranks", "order"), grid_of(FLA_FAMILIES))
 def test_any_ranks_in_any_order(name: str, kind: str, num_ranks: int, order: Order) -> None:
     check(name, kind, num_ranks, order)
 
