@@ -20,7 +20,7 @@ def train(told: dict[str, Any]) -> None:
     """One worker: Ray has set its place in the environment, and made the process group."""
     from longspan.commands.train import parse_train
     from longspan.launch import StopRequest, place_of_this_process
-    from longspan.train.config import check
+    from longspan.train.config_checks import check
     from longspan.train.ranks import Ranks, choose_device
     from longspan.train.run import train_on
 

@@ -32,7 +32,8 @@ from longspan.plan.training import (
     plan_memory,
     plan_time,
 )
-from longspan.train.config import Config, check, check_arguments, check_degrees, num_ranks_asked_for, read_toml
+from longspan.train.config import Config, check_arguments, read_toml
+from longspan.train.config_checks import check, check_degrees, num_ranks_asked_for
 from longspan.train.model import compute_dtype
 
 _DESCRIPTION = """Memory of a rank by kind, bytes sent per layer, and time of a step, for a mesh of any size: arithmetic, no ranks.

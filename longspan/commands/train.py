@@ -30,7 +30,7 @@ with a checkpoint, 128 + n by a second signal n, or by one before the first step
 
 def run(arguments: Sequence[str]) -> int:
     """Train as the arguments ask, and return the exit code."""
-    from longspan.train.config import check, check_degrees, num_ranks_asked_for
+    from longspan.train.config_checks import check, check_degrees, num_ranks_asked_for
 
     place = None
     try:

@@ -105,7 +105,8 @@ def _verify_checkpoints(paths: list[Path]) -> int:
 
 
 def _read_config(file: str) -> Config:
-    from longspan.train.config import check, read_toml
+    from longspan.train.config import read_toml
+    from longspan.train.config_checks import check
 
     config = read_toml(Path(file))
     check(config)
@@ -113,7 +114,7 @@ def _read_config(file: str) -> Config:
 
 
 def _on_ranks(config: Config, place: Place | None, command: list[str]) -> int:
-    from longspan.train.config import num_ranks_asked_for
+    from longspan.train.config_checks import num_ranks_asked_for
 
     if place is None and (num_ranks := num_ranks_asked_for(config)) > 1:
         threads = config.parallel.threads or max(1, num_cores() // num_ranks)

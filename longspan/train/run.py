@@ -25,6 +25,7 @@ from longspan.train.checkpoint import (
     verify_checkpoint,
 )
 from longspan.train.config import Config
+from longspan.train.config_checks import check_degrees
 from longspan.train.data import describe_data, prepare_data
 from longspan.train.deterministic import deterministic_algorithms
 from longspan.train.finish import finish
@@ -44,7 +45,7 @@ def train(config: Config, place: Place, stop: StopRequest, resume: RunFolder | N
     """Run the main job as one rank and return the exit code.
 
     Args:
-        config: checked already by `longspan.train.config.check`.
+        config: checked already by `longspan.train.config_checks.check`.
         place: this rank.
         stop: asked for after every step.
         resume: the run to go on with; None starts a new one.
@@ -80,7 +81,7 @@ def _train_on(ranks: Ranks, config: Config, stop: StopRequest, resume: RunFolder
     torch.manual_seed(config.train.seed)
     ranks.agree(_facts(config, resume))
     ranks.together(lambda: check_device(config, ranks.device))
-    ranks.arrange(configs.check_degrees(config, ranks.world_size))
+    ranks.arrange(check_degrees(config, ranks.world_size))
     report = Report(config.train.steps, config.run.print_every, silent=not ranks.is_first)
     report.heading("longspan", _describe_ranks(ranks, config))
     if ranks.degrees.data > 1 or ranks.degrees.shards_weights:

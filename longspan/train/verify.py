@@ -10,7 +10,8 @@ from longspan.data.packing import Sequences
 from longspan.launch import num_cores
 from longspan.layout import SequenceLayout
 from longspan.parallel import gathered
-from longspan.train.config import Config, check_degrees
+from longspan.train.config import Config
+from longspan.train.config_checks import check_degrees
 from longspan.train.model import build_model, copy_weights, make_parallel
 from longspan.train.ranks import Ranks
 from longspan.train.selfcheck import SelfCheck, self_check

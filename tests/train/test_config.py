@@ -16,15 +16,13 @@ from longspan.parallel import MeshDegrees
 from longspan.train import config as configs
 from longspan.train.config import (
     Config,
-    check,
-    check_degrees,
     flatten,
     from_mapping,
-    num_ranks_asked_for,
     read_toml,
     to_mapping,
     to_toml,
 )
+from longspan.train.config_checks import check, check_degrees, num_ranks_asked_for
 
 ROOT = Path(__file__).parents[2]
 

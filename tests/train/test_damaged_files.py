@@ -20,7 +20,8 @@ from longspan.train.checkpoint import (
     _manifest,
     newest_checkpoint,
 )
-from longspan.train.config import Config, check, from_mapping, read_toml, to_toml
+from longspan.train.config import Config, from_mapping, read_toml, to_toml
+from longspan.train.config_checks import check
 from longspan.train.metrics import MetricsFile
 from tests.data.corpus import read_corpus
 from tests.train.checkpoints import Checkpoint, load_checkpoint, save_checkpoint

@@ -14,7 +14,8 @@ from longspan.launch import Place, StopRequest
 from longspan.layout import SequenceLayout
 from longspan.models import LinearLlama3, LinearLlama3Config
 from longspan.plan.devices import stated_peak_flops
-from longspan.train.config import check, from_mapping
+from longspan.train.config import from_mapping
+from longspan.train.config_checks import check
 from longspan.train.model import check_device
 from longspan.train.ranks import Ranks
 from longspan.train.rate import ModelOperations, find_peak, measure_flops

@@ -22,7 +22,8 @@ from longspan.layout import SequenceLayout
 from longspan.models.gates import GATE_BUILDERS
 from longspan.plan import gpu_cluster
 from longspan.train.checkpoint import newest_checkpoint
-from longspan.train.config import Config, check, from_mapping
+from longspan.train.config import Config, from_mapping
+from longspan.train.config_checks import check
 from longspan.train.exchange import take_saved_figures
 from longspan.train.loading import SavedCheckpoint
 from longspan.train.loss import loss_sum

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from longspan.errors import ConfigError
-from longspan.train.config import Config, check, from_mapping
+from longspan.train.config import Config, from_mapping
+from longspan.train.config_checks import check
 from longspan.train.metrics import MetricsFile
 from longspan.train.trackers import WeightsAndBiases
 

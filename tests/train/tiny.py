@@ -12,7 +12,8 @@ import torch.distributed as dist
 
 from longspan.launch import Place, StopRequest
 from longspan.train.checkpoint import newest_checkpoint
-from longspan.train.config import Config, check, from_mapping
+from longspan.train.config import Config, from_mapping
+from longspan.train.config_checks import check
 from longspan.train.ranks import Ranks
 from longspan.train.run import train_on
 from longspan.train.run_folder import RunFolder
