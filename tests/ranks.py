@@ -14,7 +14,7 @@ of step with each other: they are killed, and the next call starts fresh ones. U
 expects: it catches them on the rank, and the ranks stay.
 
 A group of gloo has a thread that wakes a hundred times a second, on every rank. Tests make hundreds of groups, so the ranks leave
-all of them, and meet anew, after a call that leaves more than a few.
+all of them, and meet anew, after a call that leaves more than a few; and where Linux can, ranks that no call runs on are stopped.
 
 The ranks run gloo with one thread each, listen on loopback alone, use the warning filters of the calling test, and
 have torch.distributed's debug level DETAIL, which turns collectives that do not match into Python errors.
@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import ctypes
 import faulthandler
 import gc
 import multiprocessing
@@ -40,6 +41,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -52,6 +54,9 @@ LOG_TAIL_CHARACTERS = 6000
 # Groups of a rank, the default one included, beyond which the ranks meet anew after a call: more than exchanges make beside one
 # group, for making those anew takes ten times as long as a small call.
 MOST_GROUPS = 16
+# Linux kills ranks whose fork server has ended: prctl(2).
+_ENDS_WITH_PARENT = sys.platform == "linux"
+_PR_SET_PDEATHSIG = 1
 # A rank that computes for less than this share of a time is stuck: on a machine that is busy with other things, too, it gets more.
 STUCK_SHARE = 0.005
 # Times the timeout of a call, after which it is given up even if its ranks compute.
@@ -100,6 +105,8 @@ def run_on_ranks(
     if function.__module__ == "__main__":
         raise ValueError(f"{function.__qualname__} is defined in __main__; ranks can only import it from a module")
     kind = (num_ranks, checked)
+    for other in _pools.values():
+        other.rest()
     pool = _pools.get(kind)
     if pool is None:
         pool = _pools[kind] = _Pool(num_ranks, checked)
@@ -148,6 +155,7 @@ class _Pool:
         self.num_groups = 1
         self.meetings = 0
         self.is_meeting = False
+        self.is_resting = False
         try:
             for rank in range(num_ranks):
                 self._start(rank)
@@ -169,7 +177,25 @@ class _Pool:
         self.processes.append(process)
         self.connections.append(ours)
 
+    def rest(self) -> None:
+        """Stop the processes until the next call, unless they are meeting."""
+        if self.is_resting or not _ENDS_WITH_PARENT:
+            return
+        if self.is_meeting and not all(connection.poll() for connection in self.connections):
+            return
+        self._signal(signal.SIGSTOP)
+        self.is_resting = True
+
+    def _signal(self, number: signal.Signals) -> None:
+        for process in self.processes:
+            # One that has died shows in `_collect`.
+            if process.pid is not None and process.exitcode is None:
+                os.kill(process.pid, number)
+
     def call(self, function: Callable[..., Any], args: tuple[Any, ...], timeout: float) -> list[Any]:
+        if self.is_resting:
+            self._signal(signal.SIGCONT)
+            self.is_resting = False
         if self.is_meeting:
             self._collect("meeting anew", START_TIMEOUT)
             self.is_meeting = False
@@ -179,6 +205,7 @@ class _Pool:
             self.meetings += 1
             self._send(self.meetings)
             self.is_meeting = True
+        self.rest()
         return values
 
     def _send(self, request: tuple[Any, ...] | int) -> None:
@@ -320,7 +347,10 @@ def _serve(rank: int, num_ranks: int, checked: bool, connection: Connection, fol
     faulthandler.register(signal.SIGUSR1, file=log, all_threads=True)
     # An interrupt at the terminal reaches the whole process group; the test run decides what becomes of its ranks.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_exit_with_parent, args=(os.getppid(),), daemon=True).start()
+    if _ENDS_WITH_PARENT:
+        _end_with_parent()
+    else:
+        threading.Thread(target=_exit_with_parent, args=(os.getppid(),), daemon=True).start()
     for _, name in socket.if_nameindex():
         if name in ("lo", "lo0"):
             os.environ["GLOO_SOCKET_IFNAME"] = name
@@ -362,6 +392,15 @@ def _answer(path: list[str], filters: list[tuple[Any, ...]], call: bytes) -> byt
     except BaseException as error:
         # Everything, SystemExit included: the parent decides what becomes of this process.
         return pickle.dumps(RankFailure(type(error).__name__, str(error), traceback.format_exc()))
+
+
+def _end_with_parent() -> None:
+    """Have the system kill this rank when the fork server ends, also while it is stopped. See `_exit_with_parent`."""
+    parent = os.getppid()
+    # The fork server lives as long as anyone holds this end of its pipe, and hands it to each child.
+    os.close(forkserver._forkserver._forkserver_alive_fd)  # type: ignore[attr-defined]
+    if ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL) or os.getppid() != parent:
+        os._exit(1)
 
 
 def _exit_with_parent(parent: int) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
 import time
 import warnings
 from pathlib import Path
@@ -228,6 +231,48 @@ def test_groups_that_tests_make_do_not_pile_up() -> None:
     counts = [worst(run_on_ranks(2, _gloo_threads_after_an_exchange_in_a_new_group)) for _ in range(16)]
     # A call makes a group, and those of its exchange beside it: after a few calls the ranks leave all of them.
     assert worst(counts[8:]) <= worst(counts[:8])
+
+
+def _state_of(process_id: int) -> str:
+    """The letter of proc(5): T where it is stopped; nothing where it is gone, or waits for its parent to notice that it is."""
+    try:
+        letter = Path(f"/proc/{process_id}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return ""
+    return "" if letter == "Z" else letter
+
+
+def _becomes(process_ids: list[int], state: str) -> bool:
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        if all(_state_of(process_id) == state for process_id in process_ids):
+            return True
+        time.sleep(0.05)
+    return False
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ranks rest where the system ends them with their parent")
+def test_ranks_rest_between_calls() -> None:
+    first, second = run_on_ranks(2, _process_id), run_on_ranks(3, _process_id)
+    assert _becomes([*first, *second], "T")
+    assert run_on_ranks(2, _process_id) == first
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ranks rest where the system ends them with their parent")
+def test_ranks_that_rest_end_with_a_killed_test_run() -> None:
+    lines = [
+        "import os, signal",
+        "from tests.ranks import run_on_ranks",
+        "from tests.test_ranks import _process_id",
+        "print(*run_on_ranks(2, _process_id), flush=True)",
+        "os.kill(os.getpid(), signal.SIGKILL)",
+    ]
+    script = "; ".join(lines)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == -signal.SIGKILL
+    ranks = [int(word) for word in done.stdout.split()]
+    assert len(ranks) == 2
+    assert _becomes(ranks, "")
 
 
 def _compute(seconds: float) -> None:

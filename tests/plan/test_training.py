@@ -6,13 +6,16 @@ import pytest
 import torch
 
 from longspan.cli import main
+from longspan.commands import plan_train
 from longspan.commands.plan_train import operations_of_sequence, parse, sizes_of, step_of
 from longspan.layout import SequenceLayout
 from longspan.models import LinearLlama3
 from longspan.models.gates import GATE_BUILDERS
 from longspan.parallel import compute_in
 from longspan.plan.activations import LINEAR, block_bytes, outside_bytes, state_bytes
-from longspan.plan.training import DeviceFigures, Mesh, Step, layer_bytes, plan_memory
+from longspan.plan.cluster import stated_cluster
+from longspan.plan.training import DeviceFigures, Mesh, Step, layer_bytes, plan_memory, plan_time
+from longspan.train.config import Config
 
 TOKENS = 512
 MODEL = ["--model.dim", "72", "--model.num_heads", "3", "--model.head_dim", "20", "--model.hidden_dim", "56"]
@@ -68,10 +71,39 @@ def test_parameters_and_operations_are_those_of_the_model(tied: str) -> None:
     model = LinearLlama3(config.model.build(config.data.vocab_size))
     assert sizes_of(config).num_parameters == model.num_parameters()
     expected = model.flops_per_token(config.train.seq_len) * config.train.seq_len
-    assert operations_of_sequence(config) == pytest.approx(expected)
+    operations = operations_of_sequence(config)
+    assert operations.total == pytest.approx(expected)
+    longer = operations_of_sequence(config, 2 * config.train.seq_len)
+    assert longer.rest == pytest.approx(2 * operations.rest)
+    assert longer.attention == pytest.approx(4 * operations.attention)
 
 
-DEVICE = DeviceFigures(base_bytes=1000, slack=1.0, flops=1e9)
+def test_attention_has_a_rate_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    def seconds_of_step(config: Config, tokens: int) -> float:
+        operations = operations_of_sequence(config, tokens)
+        return operations.rest / 3e9 + operations.attention / 7e8
+
+    monkeypatch.setattr(plan_train, "_seconds_of_step", seconds_of_step)
+    sizes = [*MODEL, "--train.seq_len", "8192"]
+    assert plan_train.measure_flops(parse(sizes)) == pytest.approx((3e9, 7e8))
+    # Without softmax layers there is one rate; and so where attention's share hardly grows, as in a short window.
+    assert plan_train.measure_flops(parse([*sizes, "--model.pattern", "L"])) == pytest.approx((3e9, 3e9))
+    both = plan_train.measure_flops(parse([*sizes, "--model.window", "8"]))
+    assert both[0] == both[1] == pytest.approx(3e9, rel=0.1)
+
+
+def test_the_time_of_a_step_adds_up() -> None:
+    config = parse([*MODEL, "--train.seq_len", "8192"])
+    operations = operations_of_sequence(config)
+    device = DeviceFigures(base_bytes=0, slack=1.0, flops=1e9, attention_flops=1e8)
+    planned = plan_time(
+        sizes_of(config), Mesh(sp=4), Step(8192, rows=3), operations, device, stated_cluster("cpu", 4, 4)
+    )
+    assert planned.compute == pytest.approx(3 / 4 * (operations.rest / 1e9 + operations.attention / 1e8))
+    assert planned.total > planned.compute
+
+
+DEVICE = DeviceFigures(base_bytes=1000, slack=1.0, flops=1e9, attention_flops=1e9)
 
 
 def test_a_mesh_divides_what_it_says() -> None:
@@ -131,7 +163,7 @@ def test_the_command_plans_what_is_not_here(capsys: pytest.CaptureFixture[str]) 
 
 def test_the_rate_of_this_cpu_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "train", *MODEL, "--train.seq_len", "64", "--train.batch_tokens", "64"]) == 0
-    assert "this CPU, measured on a short sequence" in capsys.readouterr().out
+    assert "this CPU, measured on short sequences" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
