@@ -18,6 +18,7 @@ from longspan.commands.units import bytes_per_second, seconds
 from longspan.errors import ConfigError, LongspanError
 from longspan.launch import EXIT_DONE
 from longspan.models import LinearLlama3
+from longspan.models.mixers.mixer import operations_of_matrices
 from longspan.plan import Cluster, Link
 from longspan.plan.activations import ModelSizes, block_bytes, state_bytes
 from longspan.plan.cluster import gpu_cluster, stated_cluster
@@ -26,6 +27,7 @@ from longspan.plan.training import (
     DeviceFigures,
     MemoryPlan,
     Mesh,
+    Operations,
     Step,
     TimePlan,
     layer_bytes,
@@ -49,7 +51,8 @@ _CPU_SLACK = 1.15
 # What PyTorch allocates on a GPU for itself is little; its caching allocator reuses what was freed. Not measured.
 _GPU_BASE_BYTES = 0
 _GPU_SLACK = 1.05
-_MEASURED_TOKENS = 2048
+# A short and a long sequence: what grows with the length, and what with its square.
+_MEASURED_TOKENS = (2048, 8192)
 
 
 @dataclass(frozen=True)
@@ -211,18 +214,23 @@ def step_of(config: Config, mesh: Mesh) -> Step:
     )
 
 
-def operations_of_sequence(config: Config) -> float:
-    """Operations of the model, forward and backward, for one sequence, as its layers count them."""
+def operations_of_sequence(config: Config, seq_len: int | None = None) -> Operations:
+    """Operations of the model for one sequence of `seq_len` tokens, the config's own if None."""
     full = config.model.build(config.data.vocab_size)
-    total = 6.0 * full.vocab_size * full.dim
+    tokens = config.train.seq_len if seq_len is None else seq_len
+    rest, attention = 6.0 * full.vocab_size * full.dim, 0.0
     for name in full.layer_operators:
         kind = "N" if name == "softmax" else "L"
         one = dataclasses.replace(
             full, num_layers=1, pattern=kind, operator="simple_gla" if name == "softmax" else name, vocab_size=1
         )
         with torch.device("meta"):
-            total += LinearLlama3(one).flops_per_token(config.train.seq_len) - 6.0 * full.dim
-    return total * config.train.seq_len
+            model = LinearLlama3(one)
+        counted = model.flops_per_token(tokens) - 6.0 * full.dim
+        # Of a token that sees nothing, not even itself, matrices alone are left.
+        matrices = operations_of_matrices(model) - 6.0 * full.dim if name == "softmax" else counted
+        rest, attention = rest + matrices, attention + counted - matrices
+    return Operations(rest * tokens, attention * tokens)
 
 
 def device_figures(config: PlanConfig) -> tuple[DeviceFigures, str]:
@@ -237,21 +245,40 @@ def device_figures(config: PlanConfig) -> tuple[DeviceFigures, str]:
     if cluster.flops is not None:
         if not cluster.flops > 0:
             raise ConfigError(f"cluster.flops is {cluster.flops}; it must be greater than 0")
-        return DeviceFigures(base, slack, cluster.flops), "cluster.flops"
+        return DeviceFigures(base, slack, cluster.flops, cluster.flops), "cluster.flops"
     if on_cpu:
-        return DeviceFigures(base, slack, measure_flops(config)), "this CPU, measured on a short sequence"
+        return DeviceFigures(base, slack, *measure_flops(config)), "this CPU, measured on short sequences"
     peak = stated_peak_flops(cluster.device, compute_dtype(config) or torch.float32)
     if peak is None:
         raise ConfigError(
             f"cluster.device {cluster.device!r} has no peak in the table of longspan/plan/devices.py. Give what a rank computes a "
             "second: --cluster.flops 2e14"
         )
-    return DeviceFigures(base, slack, peak * cluster.share), f"{cluster.share:.0%} of the peak of {cluster.device}"
+    reached = peak * cluster.share
+    return DeviceFigures(base, slack, reached, reached), f"{cluster.share:.0%} of the peak of {cluster.device}"
 
 
-def measure_flops(config: Config) -> float:
-    """Operations of the config's model a second, on one rank of this CPU: the faster of two forwards and backwards."""
-    tokens = min(_MEASURED_TOKENS, config.train.seq_len)
+def measure_flops(config: Config) -> tuple[float, float]:
+    """Operations a second on one rank of this CPU, of the config's model: those of softmax attention, as second, and all others.
+
+    The two rates are what explains the times of a short and a long sequence. Where they cannot be told apart, because attention is
+    the same share of both, both are that of the long one.
+    """
+    lengths = [min(tokens, config.train.seq_len) for tokens in _MEASURED_TOKENS]
+    short, long = (operations_of_sequence(config, tokens) for tokens in lengths)
+    short_seconds, long_seconds = (_seconds_of_step(config, tokens) for tokens in lengths)
+    together = long.total / long_seconds
+    # Cramer's rule for seconds a operation of each kind.
+    determinant = short.rest * long.attention - long.rest * short.attention
+    rest = short_seconds * long.attention - long_seconds * short.attention
+    attention = short.rest * long_seconds - long.rest * short_seconds
+    if determinant < 0.02 * long.rest * short.total or min(rest, attention) <= 0:
+        return together, together
+    return determinant / rest, determinant / attention
+
+
+def _seconds_of_step(config: Config, tokens: int) -> float:
+    """Of a forward and a backward on one sequence: the faster of two, after a first."""
     threads = torch.get_num_threads()
     torch.set_num_threads(config.parallel.threads or 1)
     try:
@@ -266,7 +293,7 @@ def measure_flops(config: Config) -> float:
             fastest = min(fastest, time.perf_counter() - begun)
     finally:
         torch.set_num_threads(threads)
-    return model.flops_per_token(tokens) * tokens / fastest
+    return fastest
 
 
 def cluster_of(config: PlanConfig, num_ranks: int) -> Cluster:

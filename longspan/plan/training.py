@@ -24,12 +24,34 @@ class DeviceFigures:
     """What a process takes beside its tensors, and how fast it computes; stated, or measured by the caller.
 
     base_bytes: of the process before its first step. slack: what the allocator holds for a byte of activations, more than one where
-    freed memory cannot be used again at once. flops: operations of a model's step a second, as its layers count them.
+    freed memory cannot be used again at once. flops: operations of a model's step a second, as its layers count them, but for the
+    products of softmax attention. attention_flops: those a second.
     """
 
     base_bytes: int
     slack: float
     flops: float
+    attention_flops: float
+
+
+@dataclass(frozen=True)
+class Operations:
+    """Operations of one whole sequence, forward and backward, as the layers count them.
+
+    attention: of queries with keys and of weights with values in softmax layers, which grow as the square of the length and reach
+    another rate than the rest. rest: all others.
+    """
+
+    rest: float
+    attention: float
+
+    @property
+    def total(self) -> float:
+        return self.rest + self.attention
+
+    def seconds(self, device: DeviceFigures) -> float:
+        """Their time on one rank."""
+        return self.rest / device.flops + self.attention / device.attention_flops
 
 
 @dataclass(frozen=True)
@@ -169,16 +191,16 @@ def layer_bytes(sizes: ModelSizes, mesh: Mesh, step: Step) -> dict[str, int]:
 
 
 def plan_time(
-    sizes: ModelSizes, mesh: Mesh, step: Step, operations: float, device: DeviceFigures, cluster: Cluster
+    sizes: ModelSizes, mesh: Mesh, step: Step, operations: Operations, device: DeviceFigures, cluster: Cluster
 ) -> TimePlan:
     """The time of a step.
 
     Args:
-        operations: of one whole sequence, forward and backward, as the layers count them.
+        operations: of one whole sequence.
         cluster: of the mesh's ranks.
     """
     factor = 4 / 3 if step.recompute else 1.0
-    compute = factor * operations * step.rows * step.num_micro_batches / mesh.sp / device.flops
+    compute = factor * operations.seconds(device) * step.rows * step.num_micro_batches / mesh.sp
     sent = layer_bytes(sizes, mesh, step)
     link = cluster.intra if mesh.sp <= cluster.ranks_per_node else cluster.inter
     exchange = 0.0
