@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 import pytest
 import torch
@@ -15,6 +16,11 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
     # Read when the kernels are first imported, here and on the ranks.
     os.environ["TRITON_INTERPRET"] = "1"
+    # Under nohup, or in the background of a shell, these signals are ignored, and so they would be by processes that tests start
+    # and send them to: what is ignored is inherited, a handler is not.
+    for number in (signal.SIGHUP, signal.SIGINT):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, lambda number, frame: None)
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
