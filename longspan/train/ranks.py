@@ -51,10 +51,16 @@ class Ranks:
         return cls(place, chosen)
 
     def arrange(self, degrees: MeshDegrees) -> None:
-        """Make the mesh."""
+        """Make the mesh, and the process groups that a run takes from it.
+
+        Now, where all ranks come alike: a rank that refuses what it reads later would leave others waiting for it in a new group.
+        """
         self.degrees = degrees
         if self.world_size > 1:
             self.mesh = ParallelMesh(degrees, self.device.type)
+            _ = self.mesh["sp"]
+            if degrees.shards_weights:
+                _ = self.mesh.weights
 
     def close(self) -> None:
         """Leave the process group, after all ranks have come here."""

@@ -14,8 +14,9 @@ import torch
 import torch.distributed as dist
 
 from longspan.attention.linear import LinearMemory
-from longspan.data.packing import IGNORED, PackedBatch
-from longspan.errors import CheckpointError, ConfigError
+from longspan.data.batches import validation_sequences
+from longspan.data.packing import IGNORED, PackedBatch, Sequences
+from longspan.errors import CheckpointError, ConfigError, DataError
 from longspan.exchange import TOPOLOGIES
 from longspan.launch import EXIT_DONE, EXIT_STOPPED, Place
 from longspan.layout import SequenceLayout
@@ -28,6 +29,7 @@ from longspan.train.exchange import take_saved_figures
 from longspan.train.loading import SavedCheckpoint
 from longspan.train.loss import loss_sum
 from longspan.train.ranks import Ranks
+from longspan.train.trainer import Trainer
 from tests.ranks import raised, run_on_ranks
 from tests.shared import made_once
 from tests.train.checkpoints import load_checkpoint
@@ -436,6 +438,34 @@ def test_a_run_whose_ranks_disagree_with_one_process_is_refused(corpus: Path, tm
         assert kind == "SelfCheckError"
         assert "the ranks together do not compute what one process computes" in text
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def _with_a_bad_byte_for_rank_1(config: Config) -> int:
+    read, build = validation_sequences, Trainer.__init__
+
+    def reads(*arguments: Any) -> Sequences:
+        if dist.get_rank() == 1:
+            raise DataError("byte 17 is bad")
+        return read(*arguments)
+
+    def builds(*arguments: Any) -> None:
+        # The others would wait in it for rank 1.
+        with mock.patch("longspan.parallel.mesh.group_of_ranks", side_effect=AssertionError("a process group is made")):
+            build(*arguments)
+
+    with (
+        mock.patch("longspan.train.trainer.validation_sequences", reads),
+        mock.patch.object(Trainer, "__init__", builds),
+    ):
+        return train_here(config)
+
+
+@pytest.mark.parametrize("values", [{"parallel__dp_replicate": 2}, {"parallel__dp_shard": 2}])
+def test_what_one_rank_cannot_read_is_an_error_of_all_at_once(
+    corpus: Path, tmp_path: Path, values: dict[str, Any]
+) -> None:
+    config = tiny_config(corpus, tmp_path / "run", parallel__sp=2, **values)
+    assert run_on_ranks(4, raised, _with_a_bad_byte_for_rank_1, config) == [("DataError", "byte 17 is bad")] * 4
 
 
 def _different_seeds(config: Config) -> int:
