@@ -12,7 +12,7 @@ from torch import Tensor
 from longspan.errors import CheckpointError
 from longspan.train.alone import gain_lines, measure_alone
 from longspan.train.metrics import Totals, plot_losses
-from longspan.train.run_folder import writing
+from longspan.train.run_folder import replacing
 from longspan.train.sample import generate
 from longspan.train.trainer import Trainer
 
@@ -38,10 +38,10 @@ def finish(trainer: Trainer, started: float) -> None:
     summary = _summary(trainer, time.perf_counter() - started)
     if alone is not None:
         summary |= {"memory_bytes_alone": alone.memory_bytes, "tokens_per_second_alone": alone.tokens_per_second}
-    with writing(folder.summary_json):
-        folder.summary_json.write_text(json.dumps(summary | {"sample": text}, indent=1) + "\n", encoding="utf-8")
-    with writing(folder.summary_text):
-        folder.summary_text.write_text(_as_markdown(trainer, summary, text), encoding="utf-8")
+    with replacing(folder.summary_json) as unfinished:
+        unfinished.write_text(json.dumps(summary | {"sample": text}, indent=1) + "\n", encoding="utf-8")
+    with replacing(folder.summary_text) as unfinished:
+        unfinished.write_text(_as_markdown(trainer, summary, text), encoding="utf-8")
     _print(trainer, summary, text)
     if alone is not None:
         for name, line in zip(("memory", "tokens/s"), gain_lines(trainer, alone), strict=True):
@@ -55,9 +55,9 @@ def _write_weights(trainer: Trainer, whole: dict[str, Tensor]) -> None:
     weights = {name: weight.cpu().contiguous() for name, weight in whole.items()}
     # One entry: safetensors writes several in an order that changes from run to run.
     metadata = {"LinearLlama3Config": json.dumps(trainer.model.config.to_dict())}
-    with writing(trainer.folder.weights):
+    with replacing(trainer.folder.weights) as unfinished:
         try:
-            save_file(weights, trainer.folder.weights, metadata=metadata)
+            save_file(weights, unfinished, metadata=metadata)
         except SafetensorError as error:
             raise OSError(str(error)) from error
 
@@ -69,8 +69,8 @@ def _plot(trainer: Trainer) -> None:
         # The training is done, and nothing else comes from that file.
         trainer.report.line(f"{trainer.folder.plot.name} is not drawn: {error}")
         return
-    with writing(trainer.folder.plot):
-        plot_losses(records, trainer.baseline.nats_per_token, trainer.folder.plot)
+    with replacing(trainer.folder.plot) as unfinished:
+        plot_losses(records, trainer.baseline.nats_per_token, unfinished)
 
 
 def _sample(trainer: Trainer, weights: dict[str, Tensor]) -> str:

@@ -35,7 +35,7 @@ from longspan.train.phase import RunPhase
 from longspan.train.ranks import Ranks
 from longspan.train.rate import find_peak
 from longspan.train.report import Report
-from longspan.train.run_folder import RunFolder, create_run_folder, writing
+from longspan.train.run_folder import RunFolder, create_run_folder, replacing
 from longspan.train.selfcheck import SelfCheck
 from longspan.train.trainer import Trainer, saved_value
 from longspan.train.watch import Watch
@@ -219,8 +219,8 @@ def _write_start(trainer: Trainer) -> None:
         run=dataclasses.replace(trainer.config.run, dir=None, go_on=False),
         checkpoint=dataclasses.replace(trainer.config.checkpoint, allow_older=False),
     )
-    with writing(trainer.folder.config):
-        trainer.folder.config.write_text(configs.to_toml(config), encoding="utf-8")
+    with replacing(trainer.folder.config) as unfinished:
+        unfinished.write_text(configs.to_toml(config), encoding="utf-8")
 
 
 def _describe_ranks(ranks: Ranks, config: Config) -> str:

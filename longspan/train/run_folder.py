@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 from longspan.errors import CheckpointError, ConfigError
 
 DEFAULT_PARENT = Path("runs")
+_UNFINISHED = ".writing-"
 
 
 @contextlib.contextmanager
@@ -21,6 +23,25 @@ def writing(path: Path) -> Iterator[None]:
         raise ConfigError(
             f"{path} could not be written: {error}. Make room or give access, and go on with --resume {path.parent}"
         ) from error
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Where to write what takes the place of `path` once it is whole and on the disk: until then, what is there stays.
+
+    Raises:
+        ConfigError: as `writing`.
+    """
+    # The same ending: libraries go by it.
+    unfinished = path.with_name(f"{_UNFINISHED}{path.name}")
+    with writing(path):
+        try:
+            yield unfinished
+            with unfinished.open("rb") as file:
+                os.fsync(file.fileno())
+            unfinished.replace(path)
+        finally:
+            unfinished.unlink(missing_ok=True)
 
 
 class RunFolder:
@@ -69,9 +90,10 @@ def _check_holds_a_run_alone(path: Path) -> None:
     folder = RunFolder(path)
     known = {value.name for key, value in vars(folder).items() if key != "path"}
     try:
-        odd = sorted(entry.name for entry in path.iterdir() if entry.name not in known)
+        names = [entry.name for entry in path.iterdir()]
     except OSError as error:
         raise ConfigError(f"run.dir {str(path)!r} cannot be read: {error}. Give another folder") from error
+    odd = sorted(name for name in names if name not in known and not name.startswith(_UNFINISHED))
     if odd and not _is_file(folder.config):
         raise ConfigError(
             f"run.dir {str(path)!r} holds no run to go on with, and it is not empty: it has {odd[0]!r}. Give another folder"

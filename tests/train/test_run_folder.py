@@ -1,0 +1,75 @@
+"""What a run has written stays whole, whatever happens to what shall take its place."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+
+from longspan.errors import ConfigError
+from longspan.launch import EXIT_DONE
+from longspan.train.config import Config
+from longspan.train.run_folder import create_run_folder, replacing
+from tests.ranks import raised, run_on_ranks
+from tests.train.tiny import tiny_config, train_here, write_corpus
+
+FULL = OSError(28, "No space left on device")
+
+
+def test_a_file_is_replaced_when_it_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "config.toml"
+    path.write_text("before")
+    with pytest.raises(ConfigError, match=r"config.toml could not be written: .*No space left"), replacing(path) as new:
+        new.write_text("half")
+        raise FULL
+    assert path.read_text() == "before" and list(tmp_path.iterdir()) == [path]
+    with replacing(path) as new:
+        new.write_text("after")
+        assert path.read_text() == "before"
+    assert path.read_text() == "after" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_start_that_was_cut_off_while_it_wrote_can_be_gone_on_with(tmp_path: Path) -> None:
+    (tmp_path / ".writing-config.toml").write_text("half")
+    assert create_run_folder(str(tmp_path), or_begun=True).path == tmp_path
+
+
+def _with_a_full_disk(config: Config, after_the_start: bool) -> tuple[str, str]:
+    write = Path.write_text
+
+    def writes(path: Path, text: str, **options: Any) -> int:
+        if path.suffix not in (".toml", ".json", ".md"):
+            return write(path, text, **options)
+        write(path, text[: len(text) // 2], **options)
+        raise FULL
+
+    def saves(tensors: Any, path: Path, metadata: Any) -> None:
+        path.write_bytes(b"half")
+        raise FULL
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(Path, "write_text", writes))
+        stack.enter_context(mock.patch("safetensors.torch.save_file", saves))
+        if after_the_start:
+            stack.enter_context(mock.patch("longspan.train.run._write_start", lambda trainer: None))
+        return raised(train_here, config, True)
+
+
+def test_a_disk_that_is_full_when_a_run_is_gone_on_with_leaves_what_it_has_written(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    values = {"parallel__sp": 1, "train__steps": 2, "sample__tokens": 0}
+    config = tiny_config(write_corpus(tmp_path / "text"), run, **values)
+    assert run_on_ranks(1, train_here, config) == [EXIT_DONE]
+
+    def files() -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in run.iterdir() if path.is_file() and path.suffix != ".jsonl"}
+
+    before = files()
+    assert before.keys() == {"config.toml", "loss.png", "summary.json", "summary.md", "weights.safetensors"}
+    for after_the_start, name in ((False, "config.toml"), (True, "weights.safetensors")):
+        ((kind, text),) = run_on_ranks(1, _with_a_full_disk, config, after_the_start)
+        assert kind == "ConfigError" and f"{name} could not be written: [Errno 28] No space left on device" in text
+        assert files() == before
