@@ -16,12 +16,14 @@ from typing import Any
 import torch
 
 from longspan.data.packing import Sequences
+from longspan.launch import Place
 from longspan.layout import SequenceLayout
 from longspan.train import config as configs
 from longspan.train.loss import loss_sum
 from longspan.train.memory import StepMemory
-from longspan.train.model import build_model
+from longspan.train.model import build_model, compute_dtype, make_parallel
 from longspan.train.optimizer import build_optimizer
+from longspan.train.ranks import Ranks
 from longspan.train.trainer import Trainer
 
 _NUM_STEPS = 2
@@ -38,16 +40,17 @@ class Alone:
 def measure_alone(trainer: Trainer) -> Alone | None:
     """Let one more process make a few steps on sequences like those that the ranks of one data-parallel group share.
 
-    It has the threads, or the GPU, of one rank, and the model's initial weights; its tokens are random, its documents those of the
-    first batch. To be called on rank 0 alone. None where `run.measure_alone` is False, where the ranks share no sequence, where one
-    process is not asked for as many tokens (`train.check_tokens`), where the run computes in bfloat16, or where the process fails.
+    It has the threads, or the GPU, of one rank, and the model's initial weights, and computes as the run does: in the same dtype,
+    with the same recomputation, compiled or not. Its tokens are random, its documents those of the first batch. To be called on
+    rank 0 alone. None where `run.measure_alone` is False, where the ranks share no sequence, where one process is not asked for as
+    many tokens (`train.check_tokens`), or where the process fails.
     """
     config, ranks = trainer.config, trainer.ranks
     if not config.run.measure_alone:
         return None
     rows = config.batch_sequences // ranks.dp
     at_once = min(config.train.micro_batch_sequences or rows, rows)
-    if ranks.sp == 1 or at_once * config.train.seq_len > config.train.check_tokens or config.train.dtype != "float32":
+    if ranks.sp == 1 or at_once * config.train.seq_len > config.train.check_tokens:
         return None
     told = {
         "config": configs.to_mapping(config),
@@ -67,7 +70,8 @@ def measure_alone(trainer: Trainer) -> Alone | None:
         )
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return Alone(**json.loads(done.stdout)) if done.returncode == 0 else None
+    # The last line: what a library says on the way is no part of it.
+    return Alone(**json.loads(done.stdout.splitlines()[-1])) if done.returncode == 0 else None
 
 
 def take_steps(told: dict[str, Any]) -> Alone:
@@ -75,7 +79,9 @@ def take_steps(told: dict[str, Any]) -> Alone:
     torch.set_num_threads(told["threads"])
     device = torch.device(told["device"])
     config = configs.from_mapping(told["config"])
-    model = build_model(config, told["vocab_size"], device)
+    model = make_parallel(
+        build_model(config, told["vocab_size"], device), config, Ranks(Place(), device), compute_dtype(config)
+    )
     optimizer = build_optimizer(model, config.optim)
     tokens = torch.randint(told["vocab_size"], (told["num_sequences"], config.train.seq_len + 1))
     starts = told["document_starts"]

@@ -5,10 +5,16 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
+from longspan.models.feed_forward import SwiGLU
+from longspan.models.mixers import Context
+from longspan.train.alone import take_steps
+from longspan.train.config import to_mapping
 from tests.ranks import run_on_ranks
 from tests.train.tiny import newest_tensors, tiny_config, train_here, write_corpus
 
@@ -29,6 +35,32 @@ def test_a_split_run_says_what_it_bought(tmp_path: Path) -> None:
     saved = newest_tensors(run)
     for name, weight in load_file(run / "weights.safetensors").items():
         assert weight.equal(saved[f"model/{name}"]), name
+
+
+@pytest.mark.parametrize("values", [{"train__recompute": "layer"}, {"train__dtype": "bfloat16"}])
+def test_one_process_computes_as_the_run_does(tmp_path: Path, values: dict[str, str]) -> None:
+    config = tiny_config(tmp_path, tmp_path / "run", **values)
+    told = {
+        "config": to_mapping(config),
+        "vocab_size": 257,
+        "num_sequences": 1,
+        "document_starts": None,
+        "threads": torch.get_num_threads(),
+        "device": "cpu",
+    }
+    found = []
+    forward = SwiGLU.forward
+
+    def noted(layer: SwiGLU, x: torch.Tensor, context: Context) -> torch.Tensor:
+        found.append(x.dtype)
+        return forward(layer, x, context)
+
+    with mock.patch.object(SwiGLU, "forward", noted):
+        assert take_steps(told).tokens_per_second > 0
+    layers, steps = 2, 3
+    runs = 2 if "train__recompute" in values else 1
+    dtype = torch.bfloat16 if "train__dtype" in values else torch.float32
+    assert found == [dtype] * (layers * steps * runs)
 
 
 @pytest.mark.parametrize("values", [{"parallel__sp": 1}, {"train__check_tokens": 100}, {"run__measure_alone": False}])
