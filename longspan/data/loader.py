@@ -12,10 +12,8 @@ from longspan.errors import DataError
 
 Batch = TypeVar("Batch")
 
-_SECONDS_TO_END = 10.0
-"""How long the end of a run waits for the thread: longer than any read that goes on."""
-
 _SECONDS_TO_END = 2.0
+"""How long the end of a run waits for the thread, which a read that hangs may hold for ever."""
 
 
 class Loader(Generic[Batch]):
@@ -44,6 +42,7 @@ class Loader(Generic[Batch]):
         self._whose = whose
         self._made: dict[int, Batch] = {}
         self._failure: BaseException | None = None
+        self._given_up = False
         self._closed = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="longspan-loader", daemon=True)
@@ -67,6 +66,8 @@ class Loader(Generic[Batch]):
         with self._changed:
             there = self._changed.wait_for(self._is_settled, self._timeout)
             if not there and self._failure is None:
+                # Other ranks are told: a batch that comes now comes too late.
+                self._given_up = True
                 self._failure = DataError(
                     f"the batch of step {self._next_to_take + 1}{self._whose} was not there after {self._timeout:g} s of reading. "
                     "Look at the disk that holds the data, or raise parallel.timeout_seconds"
@@ -77,7 +78,7 @@ class Loader(Generic[Batch]):
     def has_failed(self) -> bool:
         """Whether the next batch cannot be had; `take` raises why."""
         with self._changed:
-            return self._failure is not None and self._next_to_take not in self._made
+            return self._failure is not None and (self._given_up or self._next_to_take not in self._made)
 
     def check(self) -> None:
         """Raise why the next batch cannot be had, if it cannot.

@@ -82,6 +82,26 @@ def test_a_batch_that_does_not_come_is_given_up() -> None:
     assert threads() == []
 
 
+def test_a_batch_that_was_given_up_stays_so_when_it_comes_late() -> None:
+    """All ranks have been told that it is not there, and stop: this one must not go on."""
+    go, came = threading.Event(), threading.Event()
+
+    def make(step: int) -> int:
+        assert step or go.wait(60)
+        if step:
+            came.set()
+        return step
+
+    with Loader(make, 0, 3, timeout_seconds=0.1) as loader:
+        loader.wait()
+        assert loader.has_failed
+        go.set()
+        assert came.wait(60)
+        assert loader.has_failed
+        with pytest.raises(DataError, match="step 1 was not there"):
+            loader.check()
+
+
 def test_a_read_that_hangs_does_not_hold_up_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loader_module, "_SECONDS_TO_END", 0.05)
     go = threading.Event()
