@@ -44,7 +44,7 @@ from torch.futures import Future
 
 from longspan.faults import reached
 from longspan.parallel.sharded import is_divided, on_this_rank
-from longspan.train.checkpoint import WrittenFile, damaged, read_verified, verify_file, write_synced
+from longspan.train.checkpoint import MANIFEST, WrittenFile, damaged, read_verified, verify_file, write_synced
 
 _DTYPES = {
     "F64": torch.float64,
@@ -332,7 +332,9 @@ def read_tensors(
     for name, target in targets.items():
         if name not in index or index[name].shape != tuple(target.shape):
             there = index[name].shape if name in index else "missing"
-            raise damaged(path, f"has not what is read: {name} is {there} there, and {tuple(target.shape)} here")
+            raise damaged(
+                path / MANIFEST, f"has not what is read: {name} is {there} there, and {tuple(target.shape)} here"
+            )
     planner.set_up_planner(dict(targets), reader.read_metadata(), is_coordinator=True)
     reader.read_data(planner.create_local_plan(), planner).wait()
 
