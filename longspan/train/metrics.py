@@ -84,10 +84,10 @@ class MetricsFile:
         for tracker in self._trackers:
             tracker.write(finite)
 
-    def close(self) -> None:
-        """Let the trackers write what they have not written yet."""
+    def close(self, failed: bool = False) -> None:
+        """Let the trackers write what they have not written yet. failed: whether the run ends by an error."""
         for tracker in self._trackers:
-            tracker.close()
+            tracker.close(failed)
 
     def read(self) -> list[dict[str, Any]]:
         """All records, none if there is no file; a last line that a crash cut off is left out.

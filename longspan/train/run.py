@@ -114,13 +114,18 @@ def _train_on(ranks: Ranks, config: Config, stop: StopRequest, resume: RunFolder
     if traced is not None and traced > trainer.step:
         report.heading("trace", f"of step {traced}: {folder.traces}, one file per rank")
     ranks.from_first(lambda: _write_start(trainer))
-    stopped = trainer.run(stop)
+    try:
+        stopped = trainer.run(stop)
+        if not stopped:
+            finish(trainer, start)
+    except Exception:
+        trainer.metrics.close(failed=True)
+        raise
+    phase.name = "ending"
     trainer.metrics.close()
     if stopped:
         report.line(f"Stopped after step {trainer.step}, with a checkpoint: longspan train --resume {folder.path}")
-        return EXIT_STOPPED
-    finish(trainer, start)
-    return EXIT_DONE
+    return EXIT_STOPPED if stopped else EXIT_DONE
 
 
 def _facts(config: Config, resume: RunFolder | None) -> dict[str, str]:

@@ -22,8 +22,8 @@ class Tracker(ABC):
         """Take the numbers of a step; None stands for what is not finite."""
 
     @abstractmethod
-    def close(self) -> None:
-        """Write what has not been written yet."""
+    def close(self, failed: bool = False) -> None:
+        """Write what has not been written yet. failed: whether the run ends by an error."""
 
 
 class TensorBoard(Tracker):
@@ -38,13 +38,14 @@ class TensorBoard(Tracker):
         if self._writer is None:
             from torch.utils.tensorboard import SummaryWriter
 
-            # What a resumed run makes again replaces what was there.
-            self._writer = SummaryWriter(str(self._folder), purge_step=record["step"])
+            # What a resumed run makes again replaces what was there; one at its end only validates again.
+            again = record["step"] if "loss" in record else None
+            self._writer = SummaryWriter(str(self._folder), purge_step=again)
         for key, value in record.items():
             if key != "step" and value is not None:
                 self._writer.add_scalar(key, value, record["step"])
 
-    def close(self) -> None:
+    def close(self, failed: bool = False) -> None:
         """See `Tracker`."""
         if self._writer is not None:
             self._writer.close()
@@ -80,9 +81,9 @@ class WeightsAndBiases(Tracker):
             self._run.define_metric("*", step_metric="step")
         self._run.log({key: value for key, value in record.items() if value is not None})
 
-    def close(self) -> None:
-        """See `Tracker`."""
-        if self._run is not None:
+    def close(self, failed: bool = False) -> None:
+        """See `Tracker`. A run that fails is left open, which shows as crashed: nothing is to wait for a network then."""
+        if self._run is not None and not failed:
             self._run.finish()
             self._run = None
 
