@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 
 _T = 1e12
 
 # float32 is that of the plain units: PyTorch computes float32 products without TF32 unless it is told otherwise.
-# Longer names first: "H100 PCIe" is also an "H100".
+# "H100 PCIe" before "H100", which it is as well.
 _PEAKS: tuple[tuple[str, float, float], ...] = (
     # name, bfloat16, float32
     ("GB200", 2500 * _T, 80 * _T),
@@ -38,6 +40,7 @@ def stated_peak_flops(device_name: str, dtype: torch.dtype) -> float | None:
     if dtype not in (torch.bfloat16, torch.float32):
         return None
     for name, bfloat16, float32 in _PEAKS:
-        if name in device_name:
+        # As a word: an L40 is no L4, and an RTX A1000 no A100.
+        if re.search(rf"\b{name}\b", device_name):
             return bfloat16 if dtype == torch.bfloat16 else float32
     return None

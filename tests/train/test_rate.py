@@ -52,7 +52,9 @@ def test_peaks_of_gpus_are_those_of_the_table() -> None:
     assert stated_peak_flops("NVIDIA H100 PCIe", torch.bfloat16) == 756e12
     assert stated_peak_flops("NVIDIA A100-SXM4-80GB", torch.float32) == 19.5e12
     assert stated_peak_flops("NVIDIA A100-SXM4-80GB", torch.float64) is None
-    assert stated_peak_flops("Some GPU", torch.bfloat16) is None
+    assert stated_peak_flops("NVIDIA GH200 480GB", torch.bfloat16) == 989e12
+    for name in ("Some GPU", "NVIDIA L40", "NVIDIA RTX A1000"):
+        assert stated_peak_flops(name, torch.bfloat16) is None
 
 
 def test_the_peak_of_a_cpu_is_measured() -> None:
