@@ -15,6 +15,7 @@ PHASES = {
     "opening the run folder": "open",
     "preparing the data": "prepare",
     "building the model": "build",
+    "measuring the device": "device",
     "checking the first batch": "check",
     "starting to train": "begin",
     "reading a batch": "data",
@@ -26,6 +27,7 @@ PHASES = {
     "validating": "validate",
     "saving a checkpoint": "save",
     "writing the results": "results",
+    "measuring one process": "alone",
     "ending": "end",
 }
 """What a rank may be doing, and the point's name for `longspan.faults`."""
@@ -41,14 +43,14 @@ class RunPhase:
 
     @property
     def name(self) -> str:
-        """What a person reads, such as those of `PHASES`."""
+        """What a person reads: a key of `PHASES`."""
         return self._name
 
     @name.setter
     def name(self, name: str) -> None:
         self._name = name
         self.since = time.monotonic()
-        reached(PHASES.get(name, name), self.step)
+        reached(PHASES[name], self.step)
 
     def describe(self, place: Place) -> str:
         """Which rank this is, in which step, doing what."""
