@@ -25,7 +25,7 @@ from longspan.data.tokens import (
 )
 from longspan.errors import DataError
 
-_BATCH_BYTES = 2**20
+_BATCH_CHARACTERS = 2**20
 """Text that is tokenized at once."""
 
 
@@ -85,12 +85,15 @@ def make_shard(task: ShardTask, tokenizer: Tokenizer, done: Callable[[int], None
         def flush() -> None:
             nonlocal held
             encoded = tokenizer.encode_arrays([text for _, text, _ in batch])
+            num_bytes = 0
             for (split, text, ends), tokens in zip(batch, encoded, strict=True):
                 if ends:
                     tokens = np.append(tokens, tokenizer.end_of_document)
-                writers[split].append(tokens, len(text.encode()), ends)
+                size = len(text.encode())
+                writers[split].append(tokens, size, ends)
+                num_bytes += size
             batch.clear()
-            done(held)
+            done(num_bytes)
             held = 0
 
         for item in task.items:
@@ -101,7 +104,7 @@ def make_shard(task: ShardTask, tokenizer: Tokenizer, done: Callable[[int], None
                 for part in sides(document, task.rule):
                     batch.append(part)
                     held += len(part[1])
-                    if held >= _BATCH_BYTES:
+                    if held >= _BATCH_CHARACTERS:
                         flush()
         flush()
         infos = {split: writer.finish() for split, writer in writers.items()}
