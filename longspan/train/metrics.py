@@ -15,8 +15,8 @@ import numpy as np
 from longspan.errors import CheckpointError
 from longspan.train.trackers import Tracker
 
-# Any number that is measured is smaller; NaN and infinity are not.
-_LARGEST = 2**63
+# Any number that is measured is smaller, the norm of a gradient in float32 before it overflows as well; NaN and infinity are not.
+_LARGEST = 1e60
 
 
 @dataclass

@@ -21,6 +21,15 @@ def test_numbers_come_back_exactly_and_what_is_not_finite_is_null(tmp_path: Path
     assert metrics.read() == [{"step": 1, "loss": 0.1 + 0.2, "lr": None}]
 
 
+def test_the_largest_numbers_of_a_step_are_read_again(tmp_path: Path) -> None:
+    """The gradient of a run that diverges, before it is infinite; operations a second of many thousand GPUs."""
+    metrics = MetricsFile(tmp_path / "metrics.jsonl")
+    record = {"step": 1, "loss": 4e37, "gradient_norm": 3e38, "flops_per_second": 4e19}
+    metrics.append(record)
+    metrics.cut_after(1)
+    assert metrics.read() == [record]
+
+
 def test_tensorboard_gets_the_same_numbers(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
