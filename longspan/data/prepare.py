@@ -252,7 +252,7 @@ def _shard_of(folder: Path, source: int, number: int, sha256: str, remedy: str) 
 
 
 def num_prepared_bytes(folder: Path) -> int:
-    """Bytes of all files in a folder; none of one that is not there."""
+    """Bytes of all files of tokens in a folder; none of one that is not there."""
     return sum(path.stat().st_size for path in folder.glob("*.tokens"))
 
 

@@ -138,7 +138,7 @@ class MeshDegrees:
         )
 
     def summary(self) -> str:
-        """The degrees, such as ``"data 2 (sharded 2) x sequence 4"``."""
+        """The degrees, such as ``"data 2 x sequence 4 (weights in 2 shares)"``."""
         sharded = f" (weights in {self.size('shard')} shares)" if self.shards_weights else ""
         return f"data {self.data} x sequence {self.sp}{sharded}"
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
 
+from longspan.data.files import sync_folder
 from longspan.errors import CheckpointError
 from longspan.faults import reached
 
@@ -72,13 +73,13 @@ def complete_checkpoint(folder: Path, step: int, files: Mapping[str, WrittenFile
     temporary, final = temporary_folder(folder, step), folder / folder_name(step)
     with _writing(folder, step):
         write_synced(temporary / MANIFEST, _manifest(step, dict(files)))
-        _sync_folder(temporary)
+        sync_folder(temporary)
         reached("checkpoint.written", step)
         if final.exists():
             # It lacks a file, or `begin_checkpoint` would have found it.
             shutil.rmtree(final)
         temporary.rename(final)
-        _sync_folder(folder)
+        sync_folder(folder)
         reached("checkpoint.renamed", step)
     for old in complete_checkpoints(folder)[:-keep]:
         # Under its own name it would look damaged to a resume if this were cut off.
@@ -305,11 +306,3 @@ def write_synced(path: Path, content: bytes) -> WrittenFile:
         file.flush()
         os.fsync(file.fileno())
     return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
