@@ -183,7 +183,7 @@ def _watch(ranks: list[subprocess.Popen[bytes]], folder: Path, received: list[in
 
 
 def _report_failure(ranks: list[subprocess.Popen[bytes]], folder: Path) -> int:
-    """Print the first cause and return the exit code."""
+    """Print the first cause and return the exit code; ranks that have ended by themselves have said what they found."""
     deadline = time.monotonic() + _SECONDS_TO_REPORT
     while time.monotonic() < deadline and any(process.poll() is None for process in ranks):
         time.sleep(0.05)
@@ -196,7 +196,10 @@ def _report_failure(ranks: list[subprocess.Popen[bytes]], folder: Path) -> int:
             # It ended without a word: whatever the others report is a consequence.
             _print_error(f"rank {rank} of {len(ranks)} {_ending(code)}; the other ranks were stopped")
             return EXIT_FAILED
-    first = min(reports.values(), key=lambda report: report["time"])
+    failures = [report for report in reports.values() if "found" not in report]
+    if not failures:
+        return max(int(report["found"]) for report in reports.values())
+    first = min(failures, key=lambda report: report["time"])
     if first["refused"]:
         _print_error(first["message"])
         return EXIT_REFUSED
@@ -301,7 +304,10 @@ def run_rank(place: Place, function: Callable[[Place, StopRequest], int]) -> int
     with stop.listening():
         try:
             _install_faults(place)
-            return function(place, stop)
+            code = function(place, stop)
+            if code not in (EXIT_DONE, EXIT_STOPPED):
+                _leave_report(place, {"found": code})
+            return code
         except Exception as error:
             code = report_failure(place, error)
     if place.world_size > 1:
@@ -340,14 +346,20 @@ def report_failure(place: Place, error: Exception) -> int:
             "message": message,
             "traceback": "".join(traceback.format_exception(error)),
         }
-        path = _report(place.rendezvous, place.rank)
-        path.with_suffix(".tmp").write_text(json.dumps(report))
-        path.with_suffix(".tmp").replace(path)
+        _leave_report(place, report)
     else:
         if not refused:
             traceback.print_exception(error)
         _print_error(message if place.world_size == 1 else f"rank {place.rank} of {place.world_size}: {message}")
     return EXIT_REFUSED if refused else EXIT_FAILED
+
+
+def _leave_report(place: Place, report: dict[str, Any]) -> None:
+    """Tell the command that started local ranks how this one ends."""
+    if place.rendezvous is not None:
+        path = _report(place.rendezvous, place.rank)
+        path.with_suffix(".tmp").write_text(json.dumps(report))
+        path.with_suffix(".tmp").replace(path)
 
 
 def _end_with_starting_command() -> None:

@@ -77,6 +77,13 @@ def test_what_the_user_can_mend_is_one_line(capfd: pytest.CaptureFixture[str]) -
     assert capfd.readouterr().err == "longspan: error: no text. Give more\n"
 
 
+@pytest.mark.parametrize("code", [1, 2])
+def test_ranks_that_find_something_wrong_end_with_their_own_code(code: int, capfd: pytest.CaptureFixture[str]) -> None:
+    """They have said what it is, and none of them has died."""
+    assert run(f"return {code}") == code
+    assert capfd.readouterr().err == ""
+
+
 def test_a_rank_that_never_ends_shows_where_it_is_and_is_killed(capfd: pytest.CaptureFixture[str]) -> None:
     body = """
         if place.rank == 1:
