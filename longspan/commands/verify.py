@@ -73,12 +73,13 @@ def checkpoints_in(path: Path) -> list[Path]:
     Raises:
         ConfigError: if there is none.
     """
-    from longspan.train.checkpoint import MANIFEST, complete_checkpoints
+    from longspan.train.checkpoint import MANIFEST, all_checkpoints
 
     if (path / MANIFEST).is_file() or path.name.startswith("step-"):
         return [path]
     for folder in (path / "checkpoints", path):
-        if found := complete_checkpoints(folder):
+        # Also one that lacks a file: it had all of them once.
+        if found := all_checkpoints(folder):
             return found
     raise ConfigError(f"{str(path)!r} has no complete checkpoint. Give a run folder, or a checkpoint in it")
 

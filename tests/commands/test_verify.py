@@ -42,6 +42,10 @@ def test_checkpoints_as_written_are_ok_and_a_changed_byte_is_found(
     assert shown[0].startswith("ok ") and shown[1].startswith(f"DAMAGED  {checkpoint}")
     assert file.name in shown[1]
     assert main(["verify", str(checkpoint)]) == 2
+    file.unlink()
+    capsys.readouterr()
+    assert main(["verify", str(run)]) == 2
+    assert f"DAMAGED  {checkpoint}: {file} cannot be read" in capsys.readouterr().out
 
 
 def of_tiny(**values: Any) -> Config:
