@@ -28,8 +28,9 @@ test: $(VENV)/.installed-dev ## run the tests, but for the slow ones
 
 # Where flash-linear-attention can be imported, Transformers takes its kernels, which need a GPU, and its models do not run on a CPU
 # any more. So it has a folder of its own, which these tests alone see.
+OF_FLA = $(addprefix tests/integrations/transformers/,test_fla.py test_fla_prefill.py)
 test-fla: $(VENV)/.installed-fla ## run the tests with the models of flash-linear-attention
-	PYTHONPATH=$(CURDIR)/$(VENV)/fla $(BIN)/python -m pytest -n 0 -m "" tests/integrations/transformers/test_fla.py $(ARGS)
+	PYTHONPATH=$(CURDIR)/$(VENV)/fla $(BIN)/python -m pytest -n 0 -m "" $(OF_FLA) $(ARGS)
 
 test-all: $(VENV)/.installed-dev ## run all tests; with ARGS, without those of test-fla
 	$(BIN)/python -m pytest $(SHARED) -m "" $(ARGS)

@@ -2,7 +2,8 @@
 
 Layers hand their memory to a cache of Transformers while the forward runs. `RecordingCache` takes it: states are whole on every
 rank already; of keys, values and convolution inputs a rank has its own tokens, which `hand_over` brings together, in a fresh cache
-of the class that Transformers itself would make. Nothing but methods of that class fills it.
+of the class that Transformers itself would make. Nothing but methods of that class fills it. flash-linear-attention's models have
+a cache of their own (`fla_cache.py`).
 
 Shapes: B rows, N tokens of the prompt, T tokens of this rank, H heads, D their size, C channels, W taps or the tokens of a window.
 """
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from longspan.comm.all_to_all import start_all_to_all
 from longspan.errors import LayoutError
+from longspan.exchange.all_reduce import sum_over_ranks
 from longspan.layout import SequenceLayout, group_of
 
 
@@ -61,17 +63,38 @@ class Tail:
         return received.index_select(0, _order_from(self.first, layout).to(received.device)).movedim(0, self.dim)
 
 
-class RecordingCache:
+class Recorder:
     """Stands where a cache does in a parallel forward; combined with the class of the fresh cache by `recording`.
 
     It gives out nothing, so that every layer takes the way of a first call, and keeps what layers hand to it.
     """
 
-    def start(self, fresh: Any, layout: SequenceLayout, targets: range) -> None:
-        """fresh: the cache to fill. targets: the ranks that fill one."""
-        # What a model asks of a cache before its layers run is answered as by an empty one.
-        self.__dict__.update(fresh.__dict__)
-        self.fresh, self.prompt_layout, self.targets = fresh, layout, targets
+    is_used_by_layers = False
+    """Whether layers fill a cache only where they are told to use it (``use_cache``)."""
+    fresh: Any
+    """The cache to fill."""
+    prompt_layout: SequenceLayout
+    targets: range
+    """The ranks that fill one."""
+
+    def start(self) -> None:
+        """Nothing is kept yet."""
+        raise NotImplementedError
+
+    def check(self) -> None:
+        """Every layer has handed something over; the same on every rank."""
+        raise NotImplementedError
+
+    def hand_over(self) -> Any:
+        """The filled cache on the ranks that fill one, None on the others. Every rank calls it; what was kept is let go."""
+        raise NotImplementedError
+
+
+class RecordingCache(Recorder):
+    """For the caches of Transformers itself."""
+
+    def start(self) -> None:
+        """Nothing is kept yet."""
         self.keys: dict[int, tuple[Tail, Tail]] = {}
         self.taps: dict[tuple[int, int], tuple[Tail, int]] = {}
         self.states: dict[tuple[int, int], Tensor] = {}
@@ -127,7 +150,7 @@ class RecordingCache:
         self.taps_of_modules[module] = Tail.of(x, -1, num_taps, self.prompt_layout), num_taps
 
     def check(self) -> None:
-        """Every layer that the fresh cache has room for has handed something over; the same on every rank."""
+        """Every layer that the fresh cache has room for has handed something over."""
         from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
 
         with_taps = {layer for layer, _ in self.taps}
@@ -148,7 +171,7 @@ class RecordingCache:
             )
 
     def hand_over(self) -> Any:
-        """The filled cache on the ranks that fill one, None on the others. Every rank calls it; what was kept is let go."""
+        """Keys, values, latents and convolution inputs brought together; states as every rank has them."""
         layout, targets = self.prompt_layout, self.targets
         keeps = layout.rank in targets
         for index in sorted(self.keys):
@@ -176,11 +199,14 @@ class RecordingCache:
         return self.fresh
 
 
-def recording(fresh: Any, layout: SequenceLayout, targets: range) -> Any:
-    """A cache that records for `fresh`, an instance of its class too: models ask what they are given."""
-    cache: Any = object.__new__(type("RecordingCache", (RecordingCache, type(fresh)), {}))
-    cache.start(fresh, layout, targets)
-    return cache
+def recording(kind: type[Recorder], fresh: Any, layout: SequenceLayout, targets: range) -> Any:
+    """A recorder for `fresh`, an instance of its class too: models ask what they are given. targets: the ranks that fill one."""
+    recorder: Any = object.__new__(type(kind.__name__, (kind, type(fresh)), {}))
+    # What a model asks of a cache before its layers run is answered as by an empty one.
+    recorder.__dict__.update(fresh.__dict__)
+    recorder.fresh, recorder.prompt_layout, recorder.targets = fresh, layout, targets
+    recorder.start()
+    return recorder
 
 
 def fresh_cache(backbone: nn.Module) -> Any:
@@ -194,6 +220,16 @@ def fresh_cache(backbone: nn.Module) -> Any:
         if isinstance(kind, type) and issubclass(kind, Cache) and kind.__module__ == file.__name__
     ]
     return own[0]() if own else DynamicCache(config=backbone.config)
+
+
+def rank_of_last_token(layout: SequenceLayout) -> int:
+    """Which rank has the prompt's last token."""
+    return next(s.rank for s in layout.all_segments if s.stop == layout.seq_len and s.num_tokens > 0)
+
+
+def of_last_token(x: Tensor, layout: SequenceLayout) -> Tensor:
+    """What the rank that has the prompt's last token gives, on every rank."""
+    return sum_over_ranks(x if layout.rank == rank_of_last_token(layout) else torch.zeros_like(x), layout)
 
 
 def _window_of(cache: Any, layer_idx: int) -> int | None:

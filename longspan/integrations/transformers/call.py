@@ -16,7 +16,7 @@ from longspan.layout import SequenceLayout
 from longspan.models.mixers import ParallelOptions
 
 if TYPE_CHECKING:
-    from longspan.integrations.transformers.cache import RecordingCache
+    from longspan.integrations.transformers.cache import Recorder
 
 CALL = "longspan_call"
 """The keyword under which a call travels from a backbone to its mixers."""
@@ -36,7 +36,7 @@ class ParallelCall:
     split_already: bool = False
     mixer: nn.Module | None = None
     taken: dict[int, set[str]] = field(default_factory=dict)
-    recorder: RecordingCache | None = None
+    recorder: Recorder | None = None
 
     def take(self, function: str, mixer: nn.Module | None = None) -> None:
         """Note that a mixer, the one that runs if not said, has called `function` with the layout."""

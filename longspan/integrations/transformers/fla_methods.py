@@ -15,7 +15,8 @@ import longspan.functional as operators
 from longspan.dtypes import at_least_float32
 from longspan.errors import InputError
 from longspan.integrations.transformers.call import ParallelCall, running_call
-from longspan.integrations.transformers.functions import convolution, selective_scan
+from longspan.integrations.transformers.fla_functions import last_inputs
+from longspan.integrations.transformers.functions import convolution, selective_scan, with_state
 from longspan.integrations.transformers.losses import LOSS_CALL
 from longspan.integrations.transformers.mixers import MAMBA2, ROTARY
 
@@ -71,10 +72,10 @@ def mamba2_of_fla(
     call = running_call(self)
     rows, tokens, _channels = hidden_states.shape
     inner, groups, state = self.intermediate_size, self.n_groups, self.ssm_state_size
-    gate, mixed, dt = self.in_proj(hidden_states).split([inner, self.conv_dim, self.num_heads], dim=-1)
-    mixed = _convolved(self, call, mixed.transpose(1, 2)).transpose(1, 2)
+    gate, inputs, dt = self.in_proj(hidden_states).split([inner, self.conv_dim, self.num_heads], dim=-1)
+    mixed = _convolved(self, call, inputs.transpose(1, 2)).transpose(1, 2)
     x, B, C = mixed.split([inner, groups * state, groups * state], dim=-1)
-    y = operators.mamba2(
+    out = operators.mamba2(
         x.view(rows, tokens, self.num_heads, self.head_dim),
         dt,
         -torch.exp(at_least_float32(self.A_log)),
@@ -84,10 +85,15 @@ def mamba2_of_fla(
         dt_bias=self.dt_bias,
         dt_softplus=True,
         dt_limit=tuple(self.dt_limit),
+        output_final_state=past_key_values is not None,
         layout=call.layout,
         exchange=call.options.exchange,
-    ).flatten(2)
+    )
     call.take(MAMBA2)
+    y, memory = with_state(out)
+    if memory is not None:
+        _remember(self, past_key_values, memory.mT, inputs)
+    y = y.flatten(2)
     y = self.norm(y, gate) if self.rmsnorm else y * self.act(gate)
     return self.out_proj(y.to(hidden_states.dtype)), None, past_key_values
 
@@ -103,11 +109,11 @@ def mamba_of_fla(
 ) -> tuple[Tensor, None, Any]:
     """`Mamba.forward`: projections and gate are the layer's own."""
     call = running_call(self)
-    mixed, gate = self.in_proj(hidden_states).transpose(1, 2).chunk(2, dim=1)
-    mixed = _convolved(self, call, mixed)
+    inputs, gate = self.in_proj(hidden_states).transpose(1, 2).chunk(2, dim=1)
+    mixed = _convolved(self, call, inputs)
     state = self.ssm_state_size
     steps, B, C = self.x_proj(mixed.transpose(1, 2)).split([self.dt_rank, state, state], dim=-1)
-    y = selective_scan(
+    out = selective_scan(
         call,
         mixed,
         self.dt_proj(steps).transpose(1, 2),
@@ -116,10 +122,23 @@ def mamba_of_fla(
         C.transpose(1, 2),
         D=self.D,
         delta_softplus=True,
+        return_last_state=past_key_values is not None,
     )
-    assert isinstance(y, Tensor)
+    y, memory = with_state(out)
+    if memory is not None:
+        _remember(self, past_key_values, memory, inputs.transpose(1, 2))
     y = (y * self.act(gate)).transpose(1, 2)
     return self.out_proj(y.to(hidden_states.dtype)), None, past_key_values
+
+
+def _remember(layer: Any, cache: Any, state: Tensor, inputs: Tensor) -> None:
+    """Hand the state after the prompt's last token, and the inputs ``[B, T, C]`` of the convolution, to what records them."""
+    cache.update(
+        recurrent_state=state,
+        conv_state=last_inputs(inputs, layer.conv1d.kernel_size[0]),
+        layer_idx=layer.layer_idx,
+        offset=inputs.shape[1],
+    )
 
 
 def _convolved(layer: Any, call: ParallelCall, x: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 import longspan.functional as operators
 from longspan.attention.shift import token_shift
 from longspan.autocast import without_autocast
+from longspan.integrations.transformers.cache import RecordingCache
 from longspan.integrations.transformers.call import CALL, ParallelCall, running_call
 from longspan.integrations.transformers.fla_methods import FLA_METHODS
 from longspan.integrations.transformers.functions import convolution, with_state
@@ -90,7 +91,7 @@ def recurrent_unit(
 def convolution_of_module(self: Any, x: Tensor) -> Tensor:
     """``nn.Conv1d.forward`` of a depthwise convolution that is padded on both sides and cut to its input by its caller."""
     call = running_call(self)
-    if call.recorder is not None and call.mixer is not None:
+    if isinstance(call.recorder, RecordingCache) and call.mixer is not None:
         call.recorder.keep_on_module(call.mixer, x, self.kernel_size[0] - 1)
     return convolution(call, x, self.weight.squeeze(1), self.bias)
 

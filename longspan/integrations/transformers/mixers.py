@@ -187,6 +187,11 @@ def class_in_table(module: nn.Module) -> MixerClass | None:
     return None
 
 
+def is_of_fla(mixer: nn.Module) -> bool:
+    """Whether a mixer is one of flash-linear-attention's, or derived from one."""
+    return any(base.__module__.startswith(_FLA) for base in type(mixer).__mro__)
+
+
 def mixers_of(backbone: nn.Module) -> dict[nn.Module, MixerClass]:
     """Every module of a model that mixes tokens.
 

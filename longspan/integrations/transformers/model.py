@@ -24,7 +24,7 @@ from longspan.errors import InputError, LayoutError
 from longspan.exchange.all_reduce import sum_over_ranks
 from longspan.exchange.recomputation import keeping_states
 from longspan.integrations.transformers import attention, dispatch, inputs, losses, mixers, rotary
-from longspan.integrations.transformers.cache import RecordingCache
+from longspan.integrations.transformers.cache import Recorder
 from longspan.integrations.transformers.call import CALL, RUNNING, ParallelCall
 from longspan.integrations.transformers.decoding import Decoding, cache_of
 from longspan.integrations.transformers.fla_methods import COMPUTE_LOSS, loss_of_shifted_labels
@@ -265,7 +265,7 @@ class ParallelModel:
             given = inputs.local_arguments(given, call.layout, takes)
         self._bind_checkpointing()
         cache = cache_of(given)
-        call.recorder = cache if isinstance(cache, RecordingCache) else None
+        call.recorder = cache if isinstance(cache, Recorder) else None
         self.call = call
         if takes_keywords:
             given[CALL] = call
@@ -537,7 +537,7 @@ def layout_of(model: nn.Module) -> SequenceLayout:
 
 def _check_cache(given: dict[str, Any]) -> None:
     cache = cache_of(given)
-    if cache is not None and not isinstance(cache, RecordingCache):
+    if cache is not None and not isinstance(cache, Recorder):
         raise InputError(
             f"a parallelized model was given a {type(cache).__name__} that longspan.prefill has not filled: decoding goes on one "
             "rank. Take longspan.prefill(model, input_ids), whose cache this model decodes with, or leave the cache out in training"

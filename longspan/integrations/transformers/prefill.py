@@ -13,11 +13,18 @@ from torch import Tensor, nn
 
 from longspan.checks import described
 from longspan.errors import InputError
-from longspan.integrations.transformers import inputs
-from longspan.integrations.transformers.cache import fresh_cache, recording
+from longspan.integrations.transformers import inputs, mixers
+from longspan.integrations.transformers.cache import (
+    RecordingCache,
+    fresh_cache,
+    of_last_token,
+    rank_of_last_token,
+    recording,
+)
 from longspan.integrations.transformers.decoding import CACHE_ARGUMENTS, mark_prefilled
+from longspan.integrations.transformers.fla_cache import recording_fla_cache
 from longspan.integrations.transformers.model import ParallelModel, state_of
-from longspan.integrations.transformers.structure import head_of, is_of_fla
+from longspan.integrations.transformers.structure import head_of
 from longspan.layout import SequenceLayout
 
 Target = Literal["last", "all"]
@@ -27,7 +34,7 @@ TARGETS: tuple[Target, ...] = ("last", "all")
 class Prefilled(NamedTuple):
     """What `prefill` found.
 
-    cache: a cache of Transformers that holds the whole prompt, or None on ranks that have none.
+    cache: one of the model's own class that holds the whole prompt, or None on ranks that have none.
     logits: ``[B, V]`` of the prompt's last token, or None on ranks that have none.
     rank: of the group, which has the prompt's last token: the last one in contiguous order; in zigzag order 0, unless the prompt
     has fewer than two tokens for each rank.
@@ -49,9 +56,9 @@ def prefill(
 ) -> Prefilled:
     """Run a prompt through a parallelized model of Transformers, split over its ranks, and bring its cache together.
 
-    Every rank of the group calls it, with the same prompt. The cache is of the class that Transformers itself makes, filled as
-    Transformers fills it: states, convolution inputs, keys and values or latents, a sliding window's last tokens. The parallelized
-    model decodes with it, on one rank and without the others::
+    Every rank of the group calls it, with the same prompt. The cache is of the class that Transformers itself makes, or
+    flash-linear-attention for models of its layers, filled as these fill it: states, convolution inputs, keys and values or
+    latents, a sliding window's last tokens. The parallelized model decodes with it, on one rank and without the others::
 
         cache = longspan.prefill(model, input_ids[:, :-1]).cache
         if cache is not None:
@@ -70,8 +77,8 @@ def prefill(
 
     Raises:
         InputError: for a model that is not parallelized or has no head, in training mode, or whose parameters are split over ranks
-            where `to` is ``"last"``; for padding, packed documents, a prompt shorter than the number of ranks, or one that differs
-            between ranks.
+            where `to` is ``"last"``; for layers of flash-linear-attention beside others; for padding, packed documents, a prompt
+            shorter than the number of ranks, or one that differs between ranks.
     """
     state = _checked_state(model, to)
     named = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
@@ -79,16 +86,16 @@ def prefill(
     _check_prompt(state, given)
     state.compare_over_ranks(given)
     layout = state.layout_of(given, None)
-    owner = _rank_of_last_token(layout)
+    owner = rank_of_last_token(layout)
     targets = range(layout.num_ranks) if to == "all" else range(owner, owner + 1)
-    recorder = recording(fresh_cache(state.backbone), layout, targets)
+    recorder = _recorder(state, layout, targets)
     logits = _forward(state, given, layout, recorder)
     recorder.check()
     cache = recorder.hand_over()
     if cache is not None:
         mark_prefilled(cache, layout.seq_len)
     if to == "all":
-        logits = _from_rank(logits, owner, layout)
+        logits = of_last_token(logits, layout)
     return Prefilled(cache, None if cache is None else logits, owner)
 
 
@@ -105,25 +112,20 @@ def _forward(state: ParallelModel, given: dict[str, Tensor], layout: SequenceLay
             f"prefill: {type(head_of(head)).__name__} takes no cache ({' or '.join(CACHE_ARGUMENTS)}); what it remembers cannot "
             "be handed to it. Run the prompt on one rank, longspan.unparallelize(model)"
         )
-    # The cache that is given is used all the same; with use_cache RecurrentGemma takes a rank's only token for a step of decoding.
-    local |= {name: recorder, "use_cache": False, inputs.LAYOUT: layout}
+    # Transformers' layers fill the cache that is given all the same; with use_cache RecurrentGemma takes a rank's only token for
+    # a step of decoding.
+    local |= {name: recorder, "use_cache": recorder.is_used_by_layers, inputs.LAYOUT: layout}
     if "logits_to_keep" in of_head:
         local["logits_to_keep"] = 1
     logits: Tensor = head(**local).logits
     return logits[:, -1]
 
 
-def _from_rank(logits: Tensor, owner: int, layout: SequenceLayout) -> Tensor:
-    """The logits of the rank that has the last token, on every rank."""
-    from longspan.exchange.all_reduce import sum_over_ranks
-
-    if layout.num_ranks == 1:
-        return logits
-    return sum_over_ranks(logits if layout.rank == owner else torch.zeros_like(logits), layout)
-
-
-def _rank_of_last_token(layout: SequenceLayout) -> int:
-    return next(s.rank for s in layout.all_segments if s.stop == layout.seq_len and s.num_tokens > 0)
+def _recorder(state: ParallelModel, layout: SequenceLayout, targets: range) -> Any:
+    """What takes the place of a cache of the class that the model's layers fill."""
+    if any(map(mixers.is_of_fla, state.mixers)):
+        return recording_fla_cache(state.mixers, layout, targets)
+    return recording(RecordingCache, fresh_cache(state.backbone), layout, targets)
 
 
 def _checked_state(model: nn.Module, to: str) -> ParallelModel:
@@ -140,11 +142,7 @@ def _checked_state(model: nn.Module, to: str) -> ParallelModel:
         raise InputError(
             f"{name} has no head, so that nothing can be generated from its cache. Parallelize the ForCausalLM model that has one"
         )
-    if is_of_fla(state.head):
-        raise InputError(
-            f"prefill() does not fill caches of flash-linear-attention's models yet; got {name}. Run the prompt on one rank, after "
-            "longspan.unparallelize(model)"
-        )
+    _check_layers(state, name)
     if state.head.training:
         raise InputError(
             f"{name} is in training mode, in which dropout changes what is generated and checkpointing drops the cache. Call "
@@ -156,6 +154,23 @@ def _checked_state(model: nn.Module, to: str) -> ParallelModel:
             "them. Pass to='all', and generate on every rank"
         )
     return state
+
+
+def _check_layers(state: ParallelModel, name: str) -> None:
+    """Refuse layers of flash-linear-attention that share no cache with others, or that their cache cannot tell apart."""
+    of_fla = [mixer for mixer in state.mixers if mixers.is_of_fla(mixer)]
+    if of_fla and len(of_fla) < len(state.mixers):
+        kinds = sorted({type(mixer).__name__ for mixer in state.mixers})
+        raise InputError(
+            f"{name} has layers of flash-linear-attention and others ({', '.join(kinds)}), which keep what they remember in caches "
+            "of two classes: prefill() fills one. Run the prompt on one rank, after longspan.unparallelize(model)"
+        )
+    unknown = sorted({type(mixer).__name__ for mixer in of_fla if getattr(mixer, "layer_idx", None) is None})
+    if unknown:
+        raise InputError(
+            f"{', '.join(unknown)} of {name} has no layer_idx, by which a cache of flash-linear-attention tells layers apart. "
+            "Build each layer with its own layer_idx"
+        )
 
 
 def _check_prompt(state: ParallelModel, given: dict[str, Tensor]) -> None:

@@ -2,6 +2,7 @@
 
 Where the package has a reference of a kernel in PyTorch (``fla.ops.*.naive`` and others), that is what runs. Kernels alone are
 replaced, in the files of layers, modules and models, and put back afterwards: everything that a layer does around them is its own.
+States come in and go out as the kernels take and return them. Padding, which layers take off by packing rows, has no stand-in.
 """
 
 from __future__ import annotations
@@ -67,53 +68,78 @@ def _stand_ins() -> dict[str, Callable[..., Any]]:
     rotated = import_module("fla.modules.rotary.ops").rotary_embedding_ref
 
     def delta_rule(
-        q: Tensor, k: Tensor, v: Tensor, beta: Tensor, use_qk_l2norm_in_kernel: bool, **_: Any
-    ) -> tuple[Tensor, None]:
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        beta: Tensor,
+        initial_state: Tensor | None,
+        output_final_state: bool,
+        use_qk_l2norm_in_kernel: bool,
+    ) -> tuple[Tensor, Tensor | None]:
         if use_qk_l2norm_in_kernel:
             q, k = _unit(q), _unit(k)
-        o, _state = delta(*(x.transpose(1, 2) for x in (q, k, v, beta)))
-        return o.transpose(1, 2), None
+        o, state = delta(*(x.transpose(1, 2) for x in (q, k, v, beta)), initial_state, output_final_state)
+        return o.transpose(1, 2), state
 
     def gated_delta_rule(
-        q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, allow_neg_eigval: bool, **gate: Any
-    ) -> tuple[Tensor, None]:
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        g: Tensor,
+        beta: Tensor,
+        initial_state: Tensor | None,
+        output_final_state: bool,
+        allow_neg_eigval: bool,
+        **gate: Any,
+    ) -> tuple[Tensor, Tensor | None]:
         assert gate["use_qk_l2norm_in_kernel"] and gate["use_gate_in_kernel"] and gate["use_beta_sigmoid_in_kernel"]
         shared = v.shape[2] // q.shape[2]
         q, k = (_unit(x).repeat_interleave(shared, dim=2) for x in (q, k))
         decays = gated_gate(g, gate["A_log"], gate["dt_bias"])
-        o, state = gated(q, k, v, beta.sigmoid() * (2 if allow_neg_eigval else 1), decays)
+        beta = beta.sigmoid() * (2 if allow_neg_eigval else 1)
+        o, state = gated(q, k, v, beta, decays, None, initial_state, output_final_state)
         return o.to(v.dtype), state
 
     def kda(
-        q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, allow_neg_eigval: bool, **gate: Any
-    ) -> tuple[Tensor, None]:
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        g: Tensor,
+        beta: Tensor,
+        initial_state: Tensor | None,
+        output_final_state: bool,
+        allow_neg_eigval: bool,
+        **gate: Any,
+    ) -> Any:
         assert gate["use_qk_l2norm_in_kernel"] and gate["use_gate_in_kernel"] and gate["use_beta_sigmoid_in_kernel"]
         if gate["lower_bound"] is None:
             decays = kimi_gates.naive_kda_gate(g, gate["A_log"], gate["dt_bias"])
         else:
             decays = kimi_gates.naive_kda_lowerbound_gate(g, gate["A_log"], gate["dt_bias"], gate["lower_bound"])
-        return kimi(_unit(q), _unit(k), v, decays, beta.sigmoid() * (2 if allow_neg_eigval else 1))
+        beta = beta.sigmoid() * (2 if allow_neg_eigval else 1)
+        return kimi(_unit(q), _unit(k), v, decays, beta, None, initial_state, output_final_state)
 
-    def gla(
-        q: Tensor, k: Tensor, v: Tensor, g: Tensor | None = None, gk: Tensor | None = None, **_: Any
-    ) -> tuple[Tensor, None]:
-        return recurrent_gla(q, k, v, g if gk is None else gk)
+    def gla(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None = None, gk: Tensor | None = None, **states: Any) -> Any:
+        return recurrent_gla(q, k, v, g if gk is None else gk, **states)
 
-    def simple_gla(q: Tensor, k: Tensor, v: Tensor, g: Tensor, **_: Any) -> tuple[Tensor, None]:
-        return simple(q, k, v, g)
+    def retention(q: Tensor, k: Tensor, v: Tensor, initial_state: Tensor | None = None, **states: Any) -> Any:
+        decays = (1 - torch.exp2(-5.0 - torch.arange(q.shape[2], dtype=torch.float))).log()
+        o, state = simple(q, k, v, decays.expand(q.shape[:3]), initial_state=initial_state, **states)
+        if initial_state is None:
+            o = retained(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+        return o, state
 
-    def retention(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> tuple[Tensor, None]:
-        return retained(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2), None
+    def linear_attention(k: Tensor, **given: Any) -> tuple[Tensor, Any]:
+        o, state = linear(k=k, **given)
+        return o, (state[0], state[1].to(k.dtype)) if isinstance(state, tuple) else state
 
-    def linear_attention(q: Tensor, k: Tensor, v: Tensor, normalize: bool, **_: Any) -> tuple[Tensor, None]:
-        return linear(q, k, v, normalize=normalize)
-
-    def rwkv6(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, scale: float, **_: Any) -> tuple[Tensor, None]:
-        o, state = rwkv(*(x.transpose(1, 2) for x in (r, k, v, w)), u, scale)
+    def rwkv6(r: Tensor, k: Tensor, v: Tensor, w: Tensor, **given: Any) -> tuple[Tensor, Tensor | None]:
+        o, state = rwkv(*(x.transpose(1, 2) for x in (r, k, v, w)), **given)
         return o.transpose(1, 2), state
 
-    def hgrn(x: Tensor, g: Tensor, **_: Any) -> tuple[Tensor, None]:
-        return recurrent_hgrn(x, g)
+    def rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, seqlen_offsets: int, **_: Any) -> Any:
+        positions = slice(seqlen_offsets, seqlen_offsets + x.shape[1])
+        return rotated(x, cos[positions], sin[positions], interleaved)
 
     def rms_norm_gated(
         x: Tensor, g: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "swish", *, eps: float, **_: Any
@@ -137,40 +163,38 @@ def _stand_ins() -> dict[str, Callable[..., Any]]:
     ) -> Tensor:
         return F.linear(norm(x, norm_weight, norm_bias), weight, bias)
 
-    return {
+    with_states = {
         "causal_conv1d": _convolution,
-        "chunk_delta_rule": delta_rule,
-        "chunk_gated_delta_rule": gated_delta_rule,
-        "chunk_gla": gla,
-        "chunk_hgrn": hgrn,
-        "chunk_kda": kda,
-        "chunk_linear_attn": linear_attention,
-        "chunk_retention": retention,
-        "chunk_rwkv6": rwkv6,
-        "chunk_simple_gla": simple_gla,
+        "delta_rule": delta_rule,
+        "gated_delta_rule": gated_delta_rule,
+        "gla": gla,
+        "hgrn": recurrent_hgrn,
+        "kda": kda,
+        "linear_attn": linear_attention,
+        "retention": retention,
+        "rwkv6": rwkv6,
+        "simple_gla": simple,
+    }
+    states = {name: _with_states(function) for name, function in with_states.items()}
+    kernels = {
+        f"{kind}_{name}": states[name]
+        for name in states
+        for kind in ("chunk", "fused_chunk", "fused_recurrent", "parallel")
+    }
+    return {
+        **kernels,
+        "causal_conv1d": states["causal_conv1d"],
+        "causal_conv1d_update": _convolution_of_one_token,
         "elu_p1": lambda x: F.elu(x) + 1.0,
         "flash_attn_func": _attention,
         "FusedLinearCrossEntropyLoss": _FusedLoss,
         "fused_attnres": import_module("fla.ops.attnres.naive").naive_attnres,
-        "fused_chunk_linear_attn": linear_attention,
-        "fused_recurrent_delta_rule": delta_rule,
-        "fused_recurrent_gated_delta_rule": gated_delta_rule,
-        "fused_recurrent_gla": gla,
-        "fused_recurrent_hgrn": hgrn,
-        "fused_recurrent_kda": kda,
-        "fused_recurrent_linear_attn": linear_attention,
-        "fused_recurrent_retention": retention,
-        "fused_recurrent_rwkv6": rwkv6,
-        "fused_recurrent_simple_gla": simple_gla,
         "group_norm": lambda residual_in_fp32, **given: group_norm(**given),
-        "parallel_retention": retention,
         "rms_norm": norm,
         "rms_norm_gated": rms_norm_gated,
         "rms_norm_linear": rms_norm_linear,
         "rmsnorm_fn": gated_norm,
-        "rotary_embedding": lambda x, cos, sin, interleaved=False, **_: rotated(
-            x, cos[: x.shape[1]], sin[: x.shape[1]], interleaved
-        ),
+        "rotary_embedding": rotary,
         "sigmoid": torch.sigmoid,
         "silu": F.silu,
         "sqrelu": lambda x: F.relu(x).square(),
@@ -185,17 +209,55 @@ def _unit(x: Tensor) -> Tensor:
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
 
 
+def _with_states(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A kernel from a reference: states are laid out as it is told."""
+
+    def kernel(
+        *,
+        initial_state: Any = None,
+        output_final_state: bool | None = False,
+        cu_seqlens: None = None,
+        state_v_first: bool = False,
+        **given: Any,
+    ) -> tuple[Tensor, Any]:
+        assert cu_seqlens is None
+        if state_v_first and initial_state is not None:
+            initial_state = initial_state.mT
+        o, state = function(initial_state=initial_state, output_final_state=bool(output_final_state), **given)
+        return o, state.mT.contiguous() if state_v_first and state is not None else state
+
+    return kernel
+
+
 def _convolution(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None, **_: Any
-) -> tuple[Tensor, None]:
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    **_: Any,
+) -> tuple[Tensor, Tensor | None]:
     taps = weight.shape[1]
-    y = F.conv1d(F.pad(x.transpose(1, 2), (taps - 1, 0)), weight[:, None], bias, groups=x.shape[2]).transpose(1, 2)
-    return (y if activation is None else F.silu(y)), None
+    before = x.new_zeros(x.shape[0], x.shape[2], taps) if initial_state is None else initial_state
+    inputs = torch.cat([before, x.transpose(1, 2)], dim=2)
+    y = F.conv1d(inputs[..., 1:], weight[:, None], bias, groups=x.shape[2]).transpose(1, 2)
+    state = inputs[..., -taps:].contiguous() if output_final_state else None
+    return (y if activation is None else F.silu(y)), state
+
+
+def _convolution_of_one_token(
+    x: Tensor, cache: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, residual: None
+) -> tuple[Tensor, Tensor]:
+    """Rows of one token, ``[B, 1, C]``; the cache is changed in place."""
+    y, state = _convolution(x, weight, bias, activation, cache, True)
+    assert state is not None
+    return y, cache.copy_(state)
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, window_size: tuple[int, int]) -> Tensor:
-    tokens = torch.arange(q.shape[1])
-    distance = tokens[:, None] - tokens
+    """The last query sees the last key."""
+    distance = torch.arange(k.shape[1] - q.shape[1], k.shape[1])[:, None] - torch.arange(k.shape[1])
     assert causal
     seen = (distance >= 0) & ((distance <= window_size[0]) | (window_size[0] < 0))
     shared = q.shape[2] // k.shape[2]

@@ -318,7 +318,7 @@ def test_each_stand_in_takes_what_it_is_called_with(function: str) -> None:
     required = [p.name for p in theirs.values() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
     assert set(required) <= known, f"{function} needs {set(required) - known}"
     # What changes a result, or would, must not be dropped.
-    harmless = {"kwargs", "cu_seqlens", "cu_seqlens_cpu", "chunk_indices", "cp_context", "backend", "state_v_first"}
+    harmless = {"kwargs", "cu_seqlens", "cu_seqlens_cpu", "chunk_indices", "cp_context", "backend"}
     harmless |= {"reverse", "safe_gate", "disable_recompute", "return_intermediate_states", "use_graph", "max_num_seqs"}
     assert set(theirs) - known <= harmless, f"{function}: {set(theirs) - known - harmless}"
 
@@ -391,8 +391,6 @@ def refused(what: str) -> tuple[str, str]:
     if what == "a cache":
         cache = import_module("fla.models.utils").Cache()
         return raised(lambda: model(input_ids=PLAIN.ids, past_key_values=cache))
-    if what == "a prompt":
-        return raised(lambda: longspan.prefill(model, PLAIN.ids))
     return raised(lambda: model(input_ids=PLAIN.ids, cu_seqlens=torch.tensor([0, 5, 37])))
 
 
@@ -400,7 +398,6 @@ def refused(what: str) -> tuple[str, str]:
     ("what", "says"),
     [
         ("a cache", "leave the cache out in training"),
-        ("a prompt", "unparallelize"),
         ("rows", "cu_seqlens must be of one row"),
     ],
 )

@@ -15,8 +15,11 @@ from torch import Tensor, nn
 import longspan
 from longspan.errors import InputError
 from longspan.integrations.transformers import fla_functions, mixers
+from longspan.integrations.transformers.cache import Recorder, recording
 from longspan.integrations.transformers.call import RUNNING, ParallelCall
+from longspan.integrations.transformers.fla_cache import RecordingFlaCache
 from longspan.integrations.transformers.fla_methods import rotary_of_positions
+from longspan.layout import ORDERS, Order, SequenceLayout
 from longspan.models.mixers import ParallelOptions
 from tests.compare import relative_error
 from tests.ranks import run_on_ranks
@@ -193,3 +196,163 @@ def test_other_layers_and_models_of_the_package_are_refused_by_name() -> None:
         mixers.mixers_of(fake("fla.models.gla.modeling_gla", "GLAModel", first=known, second=unknown))
     with pytest.raises(InputError, match=r"CATModel of flash-linear-attention.*gated_deltanet.*register_adapter"):
         mixers.mixers_of(fake("fla.models.cat.modeling_cat", "CATModel", first=known))
+
+
+# ------------------------------------------------------------------------------------------------- what a prompt leaves
+
+
+HEADS, KEYS, VALUES, LENGTH = 2, 3, 4, 13
+SHAPES = {
+    "q": (HEADS, KEYS),
+    "k": (HEADS, KEYS),
+    "v": (HEADS, VALUES),
+    "per head": (HEADS,),
+    "per channel": (HEADS, KEYS),
+    "beta": (HEADS,),
+    "x": (5,),
+    "per x": (5,),
+}
+
+
+def inputs_of_prompt(layout: SequenceLayout) -> dict[str, Tensor]:
+    """This rank's tokens of what kernels take, log decays negative."""
+    whole = {name: random(2, LENGTH, *shape, seed=seed) for seed, (name, shape) in enumerate(SHAPES.items())}
+    for name in whole:
+        if name.startswith("per "):
+            whole[name] = F.logsigmoid(whole[name])
+    whole["beta"] = whole["beta"].sigmoid()
+    return {name: layout.shard(x) for name, x in whole.items()}
+
+
+def states_of_prompt(layout: SequenceLayout) -> dict[str, Tensor]:
+    """The state that each function returns of a prompt."""
+    own = inputs_of_prompt(layout)
+    q, k, v, x = (own[name] for name in ("q", "k", "v", "x"))
+    call = ParallelCall(layout, ParallelOptions(), recorder=Recorder())
+    functions = fla_functions.FLA_FUNCTIONS
+    per_channel: dict[str, Any] = {"q": q, "k": k, "v": v, "g": own["per channel"]}
+    per_head = {**per_channel, "g": own["per head"]}
+    rwkv = {"r": q, "k": k, "v": v, "w": own["per channel"], "u": random(HEADS, KEYS, seed=9)}
+    found: dict[str, Any] = {
+        "gla": functions["chunk_gla"](call, **per_channel, output_final_state=True),
+        "gla, v first": functions["chunk_gla"](call, **per_channel, output_final_state=True, state_v_first=True),
+        "simple_gla": functions["chunk_simple_gla"](call, **per_head, output_final_state=True, state_v_first=True),
+        "retention": functions["chunk_retention"](call, q, k, v, output_final_state=True),
+        "parallel retention": functions["parallel_retention"](call, q, k, v),
+        "delta_rule": functions["chunk_delta_rule"](call, q, k, v, own["beta"], output_final_state=True),
+        "gated_delta_rule": functions["chunk_gated_delta_rule"](
+            call, **per_head, beta=own["beta"], output_final_state=True, state_v_first=True
+        ),
+        "kda": functions["chunk_kda"](call, **per_channel, beta=own["beta"], output_final_state=True),
+        "hgrn": functions["chunk_hgrn"](call, x, own["per x"], output_final_state=True),
+        "rwkv6": functions["chunk_rwkv6"](call, **rwkv, output_final_state=True),
+        "linear_attn": functions["chunk_linear_attn"](call, q, k, v, output_final_state=True, normalize=False),
+        "normalized": functions["chunk_linear_attn"](call, q.exp(), k.exp(), v, output_final_state=True),
+    }
+    states = {name: state for name, (_, state) in found.items()}
+    states["normalized"], states["sum of keys"] = states["normalized"]
+    return states
+
+
+def recurrent_states() -> dict[str, Tensor]:
+    """The same token by token, in one process."""
+    given = inputs_of_prompt(longspan.SequenceLayout.local(LENGTH))
+    k, v, beta = (given[name] for name in ("k", "v", "beta"))
+    kept = given["per channel"].exp()[..., None]
+    kept_of_head = given["per head"].exp()[..., None, None]
+    constant = (1 - 2.0 ** (-5.0 - torch.arange(HEADS, dtype=torch.float64)))[:, None, None].expand(2, LENGTH, -1, 1, 1)
+    one = torch.ones_like(constant)
+
+    def state(kept: Tensor, delta: bool = False, keys: Tensor = k) -> Tensor:
+        memory = torch.zeros(2, HEADS, KEYS, VALUES, dtype=torch.float64)
+        for t in range(LENGTH):
+            memory = kept[:, t] * memory
+            value = v[:, t]
+            if delta:
+                value = beta[:, t, :, None] * (value - (memory * keys[:, t, :, :, None]).sum(2))
+            memory = memory + keys[:, t, :, :, None] * value[:, :, None]
+        return memory
+
+    hidden = torch.zeros(2, 5, dtype=torch.float64)
+    for t in range(LENGTH):
+        hidden = given["per x"][:, t].exp() * hidden + given["x"][:, t]
+    return {
+        "gla": state(kept),
+        "gla, v first": state(kept).mT,
+        "simple_gla": state(kept_of_head).mT,
+        "retention": state(constant),
+        "parallel retention": state(constant),
+        "delta_rule": state(one, delta=True),
+        "gated_delta_rule": state(kept_of_head, delta=True).mT,
+        "kda": state(kept, delta=True),
+        "hgrn": hidden,
+        "rwkv6": state(kept),
+        "linear_attn": state(one),
+        "normalized": state(one, keys=k.exp()),
+        "sum of keys": k.exp().sum(1, keepdim=True),
+    }
+
+
+def states_over_ranks(order: Order) -> dict[str, Tensor]:
+    return states_of_prompt(longspan.SequenceLayout(LENGTH, order=order))
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_the_state_after_a_prompt_is_that_of_each_kernel_on_every_rank(order: Order) -> None:
+    want = recurrent_states()
+    for found in run_on_ranks(2, states_over_ranks, order):
+        assert found.keys() == want.keys()
+        for name, state in found.items():
+            # float32 decays of retention are the package's.
+            tolerance = 1e-6 if "retention" in name else 1e-12
+            assert relative_error(state, want[name]) < tolerance, name
+
+
+class Filled:
+    """In place of the package's cache: how it is filled."""
+
+    def __init__(self) -> None:
+        self.calls: list[dict[str, Any]] = []
+
+    def update(self, **given: Any) -> None:
+        self.calls.append(given)
+
+
+def memories_of(order: Order, length: int, to: range, window: int | None) -> list[dict[str, Any]] | None:
+    """What the cache is filled with by a layer of every kind of memory, where this rank fills one."""
+    layout = longspan.SequenceLayout(length, order=order)
+    recorder = recording(RecordingFlaCache, Filled(), layout, to)
+    recorder.layers_with_memory = frozenset({1})
+    keys, x = layout.shard(random(2, length, 3)), layout.shard(random(2, length, 5, seed=1))
+    recorder.update(
+        recurrent_state=torch.ones(2, 3),
+        attn_state=(keys, -keys),
+        conv_state=(fla_functions.last_inputs(x, 4), fla_functions.last_inputs(x, 2)),
+        layer_idx=1,
+        offset=x.shape[1],
+        cache_kwargs={"window_size": window},
+    )
+    recorder.update(ffn_state=x[:, -1], layer_idx=1, offset=0)
+    recorder.check()
+    cache = recorder.hand_over()
+    return None if cache is None else cache.calls
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize(("length", "window"), [(3, 2), (3, 8), (17, 5), (17, None)])
+def test_what_ranks_remember_comes_together(order: Order, length: int, window: int | None) -> None:
+    keys, x = random(2, length, 3), random(2, length, 5, seed=1)
+    kept = length if window is None else min(length, window)
+    inputs = F.pad(x.transpose(1, 2), (4, 0))
+    for calls in run_on_ranks(3, memories_of, order, length, range(3), window):
+        # Keys count as tokens; those that a window has forgotten are counted before.
+        before, filled = calls
+        assert before == {"layer_idx": 1, "offset": length - kept}
+        assert filled["layer_idx"] == 1 and filled["cache_kwargs"] == {"window_size": window}
+        assert torch.equal(filled["recurrent_state"], torch.ones(2, 3))
+        for got, want in zip(filled["attn_state"], (keys, -keys), strict=True):
+            assert torch.equal(got, want[:, -kept:]) and got.is_contiguous()
+        for got, taps in zip(filled["conv_state"], (4, 2), strict=True):
+            assert torch.equal(got, inputs[..., -taps:]) and got.is_contiguous()
+        assert torch.equal(filled["ffn_state"], x[:, -1])
+    assert run_on_ranks(3, memories_of, order, length, range(1, 2), window)[::2] == [None, None]

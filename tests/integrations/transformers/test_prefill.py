@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import os
 import re
 import subprocess
 import sys
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +22,10 @@ from torch import Tensor, nn
 import longspan
 from longspan.errors import InputError
 from longspan.integrations.transformers import layout_of
+from longspan.integrations.transformers.structure import is_of_fla
 from longspan.layout import Order
 from tests.compare import relative_error, worst_of
-from tests.integrations.transformers.families import FAMILIES, VOCABULARY, build
+from tests.integrations.transformers.families import FAMILIES, FLA_FAMILIES, VOCABULARY, build
 from tests.integrations.transformers.reference import Wide
 from tests.integrations.transformers.test_rotary import KINDS, options_of
 from tests.ranks import raised, run_on_ranks
@@ -48,11 +51,14 @@ def prompt(rows: int = 2, length: int = NUM_TOKENS) -> Tensor:
 
 
 def name_of_cache(model: nn.Module) -> str:
-    return "cache_params" if "mamba" in type(model).__name__.lower() else "past_key_values"
+    takes = inspect.signature(type(model).forward).parameters
+    return "cache_params" if "cache_params" in takes else "past_key_values"
 
 
 def empty_cache(model: Any) -> Any:
-    """What Transformers' ``generate`` and models make."""
+    """What ``generate`` and models make."""
+    if is_of_fla(model):
+        return import_module("fla.models.utils").Cache()
     from transformers import DynamicCache
     from transformers.models.minimax.modeling_minimax import MiniMaxCache
 
@@ -71,9 +77,22 @@ def tensors_of(cache: Any, model: nn.Module) -> dict[str, Tensor]:
             found |= {f"{index} {name} {key}": value for key, value in getattr(layer, name, {}).items()}
         for key, value in getattr(layer, "has_previous_state", {}).items():
             found[f"{index} previous {key}"] = torch.tensor([value])
+        found |= of_fla(layer, index)
     found |= {f"{index} linear": value for index, value in enumerate(getattr(cache, "linear_cache", ()))}
     found |= tensors_on_modules(model)
     return {name: value.clone() for name, value in found.items() if isinstance(value, Tensor)}
+
+
+def of_fla(layer: Any, index: int) -> dict[str, Tensor]:
+    """What a layer of flash-linear-attention's cache holds."""
+    found: dict[str, Tensor] = {}
+    for name, value in (getattr(layer, "state", None) or {}).items():
+        parts = value if isinstance(value, tuple) else (value,)
+        found |= {f"{index} {name} {type(value).__name__} {number}": part for number, part in enumerate(parts)}
+    if found:
+        found[f"{index} length"] = torch.tensor([layer.get_seq_length()])
+        found[f"{index} window"] = torch.tensor([layer.window_size or 0, layer.is_sliding])
+    return found
 
 
 def tensors_on_modules(model: nn.Module) -> dict[str, Tensor]:
@@ -147,9 +166,13 @@ def of_ranks(name: str, order: Order, to: Any, rope: str | None) -> tuple[int, M
 
 
 def check(name: str, num_ranks: int, order: Order, to: str, rope: str | None = None) -> None:
-    want = expected(name, rope)
+    compare(expected(name, rope), run_on_ranks(num_ranks, of_ranks, name, order, to, rope), name, order, to)
+
+
+def compare(want: Memory, found: list[tuple[int, Memory | None]], name: str, order: Order, to: str) -> None:
+    num_ranks = len(found)
     last = 0 if order == "zigzag" else num_ranks - 1
-    for rank, (owner, got) in enumerate(run_on_ranks(num_ranks, of_ranks, name, order, to, rope)):
+    for rank, (owner, got) in enumerate(found):
         assert owner == last
         if to == "last" and rank != owner:
             assert got is None
@@ -241,8 +264,13 @@ def test_a_prompt_of_a_token_a_rank_in_every_family(name: str) -> None:
 
 
 def check_short(name: str, length: int) -> None:
-    first, (owner, errors) = run_on_ranks(2, shortest, name, length)
+    compare_short(run_on_ranks(2, shortest, name, length))
+
+
+def compare_short(found: list[tuple[int, dict[str, float] | None]]) -> None:
+    first, (owner, errors) = found
     assert first == (1, None)
+    assert errors is not None
     assert owner == 1
     assert worst_of(errors)[0] < TOLERANCE
 
@@ -260,7 +288,11 @@ def a_loop_by_hand(name: str) -> tuple[Tensor, Tensor] | None:
         tokens = [ids]
         for step in range(NUM_NEW):
             tokens.append(logits.argmax(-1, keepdim=True))
-            positions = {} if name == "mamba2" else {"position_ids": torch.tensor([[NUM_TOKENS + step]])}
+            positions = (
+                {}
+                if name == "mamba2" or name in FLA_FAMILIES
+                else {"position_ids": torch.tensor([[NUM_TOKENS + step]])}
+            )
             logits = model(tokens[-1], use_cache=True, **{name_of_cache(model): cache}, **positions).logits[:, -1]
     return torch.cat(tokens, 1), want
 
