@@ -42,7 +42,7 @@ COMMANDS = (
     ),
     Command(
         "verify",
-        "a checkpoint's bytes against their digests; a config over ranks against one process",
+        "checkpoints and prepared data against their digests; a config over ranks against one process",
         "longspan.commands.verify",
     ),
     Command(

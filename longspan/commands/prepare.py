@@ -89,7 +89,8 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _prepare(options: PrepareOptions) -> None:
-    from longspan.data.prepare import Recipe, open_prepared, prepare_corpus
+    from longspan.data.prepare import Recipe, prepare_corpus
+    from longspan.data.prepared import MANIFEST, open_prepared
 
     start = time.perf_counter()
     folder = Path(options.folder)
@@ -107,7 +108,7 @@ def _prepare(options: PrepareOptions) -> None:
     )
     if options.workers > 1:
         leave_cores_to_processes()
-    was_there = (folder / "data.json").exists()
+    was_there = (folder / MANIFEST).exists()
     with _Bar() as bar:
         prepare_corpus(recipe, folder, options.workers, bar)
         data = open_prepared(folder, verify=was_there)

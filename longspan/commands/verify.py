@@ -1,4 +1,4 @@
-"""``longspan verify``: is a checkpoint what was written, and does a config compute over ranks what one process computes?"""
+"""``longspan verify``: are files what was written, and does a config compute over ranks what one process computes?"""
 
 from __future__ import annotations
 
@@ -28,10 +28,11 @@ if TYPE_CHECKING:
     from longspan.train.ranks import Ranks
     from longspan.train.selfcheck import SelfCheck
 
-_DESCRIPTION = """Verify a checkpoint, or that a config computes over ranks what one process computes.
+_DESCRIPTION = """Verify checkpoints, prepared data, or that a config computes over ranks what one process computes.
 
-  longspan verify runs/my-run                     every byte of its checkpoints against their digests
+  longspan verify runs/my-run                     every byte of its checkpoints, and of data prepared in it, against their digests
   longspan verify runs/my-run/checkpoints/step-00000100
+  longspan verify data/                           every byte that longspan prepare has written there
   longspan verify --config my.toml                one batch's loss and gradients on the config's ranks and on one process
 
 Exit codes: 0 all is as it should be, 2 something is not, or cannot be read.
@@ -40,10 +41,10 @@ Exit codes: 0 all is as it should be, 2 something is not, or cannot be read.
 
 @dataclass(frozen=True)
 class Verify:
-    """What to verify: checkpoints, a config, or both."""
+    """What to verify: files, a config, or both."""
 
     paths: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
-    """Run folders, or checkpoints."""
+    """Run folders, checkpoints, or folders of prepared data."""
     config: str | None = None
     """A TOML file as longspan train takes it; an empty file is the defaults."""
 
@@ -55,16 +56,47 @@ def run(arguments: Sequence[str]) -> int:
     try:
         place = place_of_this_process()
         if not options.paths and options.config is None:
-            raise ConfigError("verify takes a run folder or a checkpoint, or --config FILE.toml; got none")
+            raise ConfigError(
+                "verify takes run folders, checkpoints and folders of prepared data, or --config FILE.toml; got none"
+            )
         code = EXIT_DONE
         if options.paths and (place is None or place.rank == 0):
-            code = max(_verify_checkpoints(checkpoints_in(Path(path))) for path in options.paths)
+            code = max(_verify_files(Path(path)) for path in options.paths)
         if options.config is None:
             return code
         config = _read_config(options.config)
         return max(code, _on_ranks(config, place, ["verify", "--config", options.config]))
     except LongspanError as error:
         return refuse(error, place)
+
+
+def _verify_files(path: Path) -> int:
+    from longspan.data.prepared import is_prepared
+    from longspan.train.run_folder import RunFolder
+
+    if is_prepared(path):
+        return _verify_data(path)
+    code = _verify_checkpoints(checkpoints_in(path))
+    data = RunFolder(path).data
+    return max(code, _verify_data(data)) if is_prepared(data) else code
+
+
+def _verify_data(folder: Path) -> int:
+    from longspan.data.prepared import MANIFEST
+    from longspan.data.verify import verify_prepared
+
+    found = verify_prepared(folder)
+    for fault in found.faults:
+        sys.stdout.write(f"DAMAGED  {fault}\n")
+    whole = f"{found.num_files} files, {found.num_bytes / 2**20:,.1f} MiB"
+    if not found.faults:
+        sys.stdout.write(f"ok       {folder}: {whole}, every byte as written\n")
+        return EXIT_DONE
+    sys.stdout.write(
+        f"DAMAGED  {folder}: {len(found.faults)} files; {whole} as written. To mend it, remove {folder / MANIFEST} and run the "
+        "longspan prepare that made it again: shards that are whole are kept\n"
+    )
+    return EXIT_REFUSED
 
 
 def checkpoints_in(path: Path) -> list[Path]:
@@ -81,7 +113,10 @@ def checkpoints_in(path: Path) -> list[Path]:
         # Also one that lacks a file: it had all of them once.
         if found := all_checkpoints(folder):
             return found
-    raise ConfigError(f"{str(path)!r} has no complete checkpoint. Give a run folder, or a checkpoint in it")
+    raise ConfigError(
+        f"{str(path)!r} has no complete checkpoint, and no prepared data. Give a run folder, a checkpoint in it, or a folder that "
+        "longspan prepare has written"
+    )
 
 
 def _verify_checkpoints(paths: list[Path]) -> int:

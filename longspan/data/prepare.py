@@ -1,8 +1,7 @@
 """Prepare a corpus once: list, split, tokenize, write; later runs on the same folder find it there.
 
-A prepared folder holds shards (`longspan.data.tokens`), the tokenizer, and ``data.json``, which names them all with their
-checksums and is written last: a folder without it was not finished, and the next call goes on with what is done, which it
-verifies first.
+``data.json`` is written last: a folder without it (`longspan.data.prepared`) was not finished, and the next call goes on with what
+is done, which it verifies first.
 """
 
 from __future__ import annotations
@@ -17,12 +16,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
-
-from longspan.data.files import digest, read_checked, remove_leftovers, sync_folder, with_checksum, write_whole
+from longspan.data.files import digest, remove_leftovers, sync_folder, with_checksum, write_whole
 from longspan.data.hub import is_inside
+from longspan.data.prepared import MANIFEST, MANIFEST_OF_FORMAT_1, read_manifest, splits_of
 from longspan.data.reading import read_documents
-from longspan.data.shards import Shard, ShardTask, finished_shard, open_shard
+from longspan.data.shards import ShardTask, finished_shard, open_shard
 from longspan.data.sources import ListedSource, list_source
 from longspan.data.split import SplitRule, split_rule
 from longspan.data.tokenizer import (
@@ -31,11 +29,10 @@ from longspan.data.tokenizer import (
     END_OF_DOCUMENT,
     ByteTokenizer,
     Tokenizer,
-    load_tokenizer,
     open_tokenizer,
     train_bpe,
 )
-from longspan.data.tokens import SPLITS, TOKENS_FORMAT, SplitName, TokenShard, TokenStream, verify_shards
+from longspan.data.tokens import SPLITS, TOKENS_FORMAT, verify_shards
 from longspan.data.workers import make_shards
 from longspan.errors import DataError
 
@@ -44,8 +41,6 @@ _SAMPLE_CHARACTERS = 4_000_000
 _MOST_SAMPLED_SHARDS = 256
 DEFAULT_SHARD_BYTES = 2**26
 
-_MANIFEST = "data.json"
-_MANIFEST_OF_FORMAT_1 = "recipe.json"
 _SHARD_FILE = re.compile(r"(shard|train|validation)-\d{2,}-\d{5,}\.(json|tokens|index|counts)")
 
 
@@ -89,47 +84,6 @@ class _Silent:
     def advance(self, num_bytes: int) -> None: ...
 
 
-@dataclass(frozen=True)
-class PreparedData:
-    """Token files and the tokenizer that made them.
-
-    train: the training text of all sources, one after another. train_by_source: that of each. num_empty: documents without text,
-    which were left out.
-    """
-
-    sources: tuple[str, ...]
-    train: TokenStream
-    train_by_source: tuple[TokenStream, ...]
-    validation: TokenStream
-    tokenizer: Tokenizer
-    tokenizer_sha256: str
-    num_empty: int
-
-    def token_counts(self, weights: Sequence[float] = ()) -> np.ndarray:
-        """How often each token of the vocabulary occurs in the training text, float64 ``[vocab_size]``.
-
-        weights: of the sources, as much of each as is trained on; none takes them as they are.
-        """
-        size = self.tokenizer.vocab_size
-        if not weights:
-            return self.train.token_counts(size).astype(np.float64)
-        shares = np.array(weights) / sum(weights)
-        mixed = [
-            share * stream.token_counts(size) / stream.num_tokens
-            for share, stream in zip(shares, self.train_by_source, strict=True)
-        ]
-        return self.train.num_tokens * np.sum(mixed, axis=0)
-
-    @property
-    def fingerprint(self) -> dict[str, str]:
-        """Checksums by which a checkpoint recognizes its data."""
-        return {
-            "train": self.train.fingerprint,
-            "validation": self.validation.fingerprint,
-            "tokenizer": self.tokenizer_sha256,
-        }
-
-
 def prepare_corpus(recipe: Recipe, folder: Path, num_workers: int = 1, progress: Progress | None = None) -> float:
     """Write the prepared data of `recipe` into `folder`, unless it is there already; return the seconds that it took.
 
@@ -146,7 +100,7 @@ def prepare_corpus(recipe: Recipe, folder: Path, num_workers: int = 1, progress:
     """
     start = time.perf_counter()
     progress = progress or _Silent()
-    if _exists(folder / _MANIFEST) or _exists(folder / _MANIFEST_OF_FORMAT_1):
+    if _exists(folder / MANIFEST) or _exists(folder / MANIFEST_OF_FORMAT_1):
         _check_same_recipe(recipe, folder)
         return time.perf_counter() - start
     for source in recipe.source:
@@ -180,88 +134,6 @@ def prepare_corpus(recipe: Recipe, folder: Path, num_workers: int = 1, progress:
             "goes on with what is done; or give another data.folder"
         ) from error
     return time.perf_counter() - start
-
-
-def open_prepared(folder: Path, verify: bool = True) -> PreparedData:
-    """Open what `prepare_corpus` wrote.
-
-    verify: check every byte now. False checks sizes and what describes the tokens; each block of tokens is then checked before
-    it is first used.
-
-    Raises:
-        DataError: if a file is missing, damaged, of another version, or does not belong to the others.
-    """
-    remedy = f"Prepare the data again: remove {folder}"
-    manifest = _read_manifest(folder)
-    try:
-        tokenizer = _tokenizer_of(folder, manifest, remedy)
-        by_source = [
-            [_shard_of(folder, source, number, sha256, remedy) for number, sha256 in enumerate(entry["shards"])]
-            for source, entry in enumerate(manifest["sources"])
-        ]
-        names = tuple(str(entry["name"]) for entry in manifest["sources"])
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise DataError(
-            f"{folder / _MANIFEST} does not describe prepared data: {type(error).__name__}: {error}. {remedy}"
-        ) from error
-    everything = [shard for shards in by_source for shard in shards]
-    if not any(split in shard.splits for shard in everything for split in SPLITS):
-        raise DataError(f"{folder / _MANIFEST} names no shard that holds tokens. {remedy}")
-    for split in _splits(everything):
-        split.check_size()
-    if verify:
-        verify_shards(_splits(everything))
-    return PreparedData(
-        sources=names,
-        train=_stream("the training text", everything, "train"),
-        train_by_source=tuple(
-            _stream(f"the training text of {name}", shards, "train")
-            for name, shards in zip(names, by_source, strict=True)
-        ),
-        validation=_stream("the held-out text", everything, "validation"),
-        tokenizer=tokenizer,
-        tokenizer_sha256=manifest["tokenizer_sha256"],
-        num_empty=sum(shard.num_empty for shard in everything),
-    )
-
-
-def _tokenizer_of(folder: Path, manifest: dict[str, Any], remedy: str) -> Tokenizer:
-    """The tokenizer of a prepared folder, which must be the one that it was prepared with."""
-    path = folder / "tokenizer.json"
-    tokenizer = load_tokenizer(path, manifest["end_of_document"])
-    if digest(tokenizer.to_json().encode()) != manifest["tokenizer_sha256"]:
-        raise DataError(
-            f"{path} is not the tokenizer that the data of {folder / _MANIFEST} was prepared with. {remedy}"
-        )
-    if tokenizer.vocab_size != manifest["vocab_size"]:
-        raise DataError(
-            f"{folder} was prepared for a vocabulary of {manifest['vocab_size']}; the tokenizer has {tokenizer.vocab_size}. "
-            f"{remedy}"
-        )
-    return tokenizer
-
-
-def _shard_of(folder: Path, source: int, number: int, sha256: str, remedy: str) -> Shard:
-    """A shard of a prepared folder, which must be the one that the folder was finished with."""
-    path = folder / f"shard-{source:02d}-{number:05d}.json"
-    stems = {split: folder / f"{split}-{source:02d}-{number:05d}" for split in SPLITS}
-    _, shard = open_shard(path, stems, remedy)
-    if shard.description_sha256 != sha256:
-        raise DataError(f"{path} is not the one that {folder / _MANIFEST} was written for. {remedy}")
-    return shard
-
-
-def num_prepared_bytes(folder: Path) -> int:
-    """Bytes of all files of tokens in a folder; none of one that is not there."""
-    return sum(path.stat().st_size for path in folder.glob("*.tokens"))
-
-
-def _stream(name: str, shards: Sequence[Shard], split: SplitName) -> TokenStream:
-    return TokenStream(name, [shard.splits[split] for shard in shards if split in shard.splits])
-
-
-def _splits(shards: Sequence[Shard]) -> list[TokenShard]:
-    return [split for shard in shards for split in shard.splits.values()]
 
 
 def _listed(recipe: Recipe, source: str) -> ListedSource:
@@ -339,12 +211,12 @@ def _verified(tasks: Sequence[ShardTask], progress: Progress) -> set[Path]:
     """The descriptions of the shards that are done already, and what they should be."""
     found = {task.description: shard for task in tasks if (shard := finished_shard(task)) is not None}
     if found:
-        sizes = [s.info.num_tokens * s.token_type.dtype.itemsize for s in _splits(list(found.values()))]
+        sizes = [s.info.num_tokens * s.token_type.dtype.itemsize for s in splits_of(list(found.values()))]
         progress.begin(f"verifying {len(found)} shards that are done", sum(sizes))
     whole = set()
     for description, shard in found.items():
         with contextlib.suppress(DataError):
-            verify_shards(_splits([shard]), progress.advance)
+            verify_shards(splits_of([shard]), progress.advance)
             whole.add(description)
     return whole
 
@@ -375,37 +247,12 @@ def _finish(
         "tokenizer_sha256": digest(tokenizer.to_json().encode()),
         "sources": sources,
     }
-    write_whole(folder / _MANIFEST, with_checksum(body))
+    write_whole(folder / MANIFEST, with_checksum(body))
     sync_folder(folder)
 
 
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    path = folder / _MANIFEST
-    again = f"Prepare the data again: remove {folder}, or give another folder"
-    if not path.is_file():
-        if (folder / _MANIFEST_OF_FORMAT_1).is_file():
-            raise DataError(
-                f"{folder} was prepared by another version of longspan, which wrote its index as JSON (format "
-                "longspan-tokens-1); this "
-                f"version reads {TOKENS_FORMAT}. {again}"
-            )
-        raise DataError(
-            f"{folder} holds no prepared data: it has no {_MANIFEST}. Prepare it with longspan prepare, which goes on with "
-            "what an earlier "
-            "call has done"
-        )
-    body = read_checked(path, again)
-    if body.get("format") != TOKENS_FORMAT:
-        raise DataError(
-            f"{folder} was prepared by another version of longspan (format {body.get('format')!r}); this version reads "
-            f"{TOKENS_FORMAT}. "
-            f"{again}"
-        )
-    return body
-
-
 def _check_same_recipe(recipe: Recipe, folder: Path) -> None:
-    found = _read_manifest(folder)["recipe"]
+    found = read_manifest(folder)["recipe"]
     expected = recipe.as_json()
     if found != expected:
         changes = "; ".join(

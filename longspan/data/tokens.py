@@ -204,6 +204,12 @@ class TokenShard:
             )
         self._verified.add(number)
 
+    def verify_tokens(self) -> None:
+        """Read all tokens and compare them with what was written."""
+        self.check_size()
+        for number in range(self.num_blocks):
+            self.verify_block(number)
+
     def read(self, start: int, stop: int) -> np.ndarray:
         """A copy of the tokens ``[start, stop)``, int64; their blocks are verified first."""
         size = BLOCK_BYTES // self.token_type.dtype.itemsize

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from longspan.data.batches import TrainingBatches
-from longspan.data.prepare import PreparedData, Recipe, num_prepared_bytes, open_prepared, prepare_corpus
+from longspan.data.prepare import Recipe, prepare_corpus
+from longspan.data.prepared import PreparedData, num_prepared_bytes, open_prepared
 from longspan.train.config import Config
 from longspan.train.ranks import Ranks
 from longspan.train.run_folder import RunFolder

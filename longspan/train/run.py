@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 import longspan
-from longspan.data.prepare import PreparedData
+from longspan.data.prepared import PreparedData
 from longspan.errors import CheckpointError, ConfigError
 from longspan.launch import EXIT_DONE, EXIT_STOPPED, Place, StopRequest, num_cores
 from longspan.train import config as configs

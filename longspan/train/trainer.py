@@ -14,7 +14,7 @@ from longspan.comm.profiling import named_range
 from longspan.comm.traffic import Traffic, record_traffic
 from longspan.data.batches import validation_sequences
 from longspan.data.loader import Loader
-from longspan.data.prepare import PreparedData
+from longspan.data.prepared import PreparedData
 from longspan.errors import CheckpointError, DataError, LongspanError
 from longspan.faults import reached
 from longspan.launch import StopRequest

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,8 @@ def test_checkpoints_as_written_are_ok_and_a_changed_byte_is_found(
 ) -> None:
     assert main(["verify", str(run)]) == 0
     shown = capsys.readouterr().out.splitlines()
-    assert len(shown) == 2 and all(line.startswith("ok ") and "every byte as written" in line for line in shown)
+    assert len(shown) == 3 and all(line.startswith("ok ") and "every byte as written" in line for line in shown)
+    assert shown[2].startswith(f"ok       {run / 'data'}: ")
     checkpoint = sorted((run / "checkpoints").iterdir())[-1]
     file = max((path for path in checkpoint.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
     content = bytearray(file.read_bytes())
@@ -46,6 +48,26 @@ def test_checkpoints_as_written_are_ok_and_a_changed_byte_is_found(
     capsys.readouterr()
     assert main(["verify", str(run)]) == 2
     assert f"DAMAGED  {checkpoint}: {file} cannot be read" in capsys.readouterr().out
+
+
+def test_prepared_data_as_written_is_ok_and_a_damaged_file_is_named(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(run / "data", data)
+    assert main(["verify", str(data)]) == 0
+    assert capsys.readouterr().out == f"ok       {data}: 9 files, 0.0 MiB, every byte as written\n"
+    path = data / "train-00-00000.tokens"
+    path.write_bytes(path.read_bytes()[:-2])
+    (data / "validation-00-00000.index").unlink()
+    assert main(["verify", str(data)]) == 2
+    first, second, last = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"DAMAGED  {path} holds ")
+    assert second.startswith(f"DAMAGED  {path.with_name('validation-00-00000.index')} cannot be read")
+    assert last.startswith(f"DAMAGED  {data}: 2 files; 7 files, ") and f"remove {data / 'data.json'} and run" in last
+    (data / "data.json").unlink()
+    assert main(["verify", str(data)]) == 2
+    assert "it has no data.json" in capsys.readouterr().err
 
 
 def of_tiny(**values: Any) -> Config:
@@ -100,9 +122,9 @@ def test_the_command_verifies_a_config(tmp_path: Path, capfd: pytest.CaptureFixt
 
 def test_what_cannot_be_verified_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify"]) == 2
-    assert "verify takes a run folder or a checkpoint" in capsys.readouterr().err
+    assert "verify takes run folders, checkpoints and folders of prepared data" in capsys.readouterr().err
     assert main(["verify", str(tmp_path)]) == 2
-    assert "has no complete checkpoint" in capsys.readouterr().err
+    assert "has no complete checkpoint, and no prepared data" in capsys.readouterr().err
     (tmp_path / "config.toml").write_text("[train]\nstep = 3\n")
     assert main(["verify", "--config", str(tmp_path / "config.toml")]) == 2
     assert "unknown key train.step" in capsys.readouterr().err

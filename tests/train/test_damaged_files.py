@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from longspan.data.prepare import Recipe, open_prepared, prepare_corpus
+from longspan.data.prepare import Recipe, prepare_corpus
+from longspan.data.prepared import open_prepared
 from longspan.errors import CheckpointError, ConfigError, DataError, LongspanError
 from longspan.train.checkpoint import (
     MANIFEST,
