@@ -15,6 +15,7 @@ import torch
 from longspan.commands.options import refuse
 from longspan.commands.table import columns
 from longspan.commands.units import bytes_per_second, seconds
+from longspan.degrees import MeshDegrees
 from longspan.errors import ConfigError, LongspanError
 from longspan.launch import EXIT_DONE
 from longspan.models import LinearLlama3
@@ -26,7 +27,6 @@ from longspan.plan.devices import stated_peak_flops
 from longspan.plan.training import (
     DeviceFigures,
     MemoryPlan,
-    Mesh,
     Operations,
     Step,
     TimePlan,
@@ -133,15 +133,14 @@ def plan(config: PlanConfig) -> tuple[MemoryPlan, TimePlan]:
     return plan_memory(sizes, mesh, step, device), _planned_time(config, mesh, device)
 
 
-def _planned_time(config: PlanConfig, mesh: Mesh, device: DeviceFigures) -> TimePlan:
+def _planned_time(config: PlanConfig, mesh: MeshDegrees, device: DeviceFigures) -> TimePlan:
     sizes, step = sizes_of(config), step_of(config, mesh)
     return plan_time(sizes, mesh, step, operations_of_sequence(config), device, cluster_of(config, mesh.world_size))
 
 
-def _mesh_of(config: PlanConfig) -> Mesh:
+def _mesh_of(config: PlanConfig) -> MeshDegrees:
     check(config)
-    degrees = check_degrees(config, num_ranks_asked_for(config))
-    return Mesh(degrees.dp_replicate, degrees.dp_shard, degrees.sp, degrees.shard_over_sp)
+    return check_degrees(config, num_ranks_asked_for(config))
 
 
 def report(config: PlanConfig) -> str:
@@ -200,9 +199,9 @@ def sizes_of(config: Config) -> ModelSizes:
     )
 
 
-def step_of(config: Config, mesh: Mesh) -> Step:
+def step_of(config: Config, mesh: MeshDegrees) -> Step:
     """What a rank of the mesh computes in a step of the config."""
-    rows = config.batch_sequences // (mesh.dp_replicate * mesh.dp_shard)
+    rows = config.batch_sequences // mesh.data
     at_once = min(config.train.micro_batch_sequences or rows, rows)
     return Step(
         seq_len=config.train.seq_len,
@@ -326,7 +325,7 @@ def _memory_table(plan: MemoryPlan) -> str:
     return columns(["memory of a rank", "MiB"], [*rows, ["all, at most", f"{plan.total / 2**20:,.0f}"]])
 
 
-def _layer_table(sizes: ModelSizes, mesh: Mesh, step: Step) -> str:
+def _layer_table(sizes: ModelSizes, mesh: MeshDegrees, step: Step) -> str:
     tokens = step.rows * -(-step.seq_len // mesh.sp)
     sent = layer_bytes(sizes, mesh, step)
     rows = []

@@ -16,6 +16,7 @@ from typing import Any
 import tyro
 
 from longspan.commands.options import parse_options, refuse
+from longspan.data.recipe import ASKED_FOR, DEFAULT_SHARD_BYTES, Recipe
 from longspan.errors import ConfigError, DataError, LongspanError
 from longspan.launch import EXIT_DONE, EXIT_STOPPED, leave_cores_to_processes
 
@@ -58,7 +59,7 @@ class PrepareOptions:
     """The token of a tokenizer.json that ends a document; None looks for a usual one, such as <|endoftext|>."""
     seed: int = 0
     """Decides which documents are held out, and which files are read under max-bytes."""
-    shard_bytes: int = 2**26
+    shard_bytes: int = DEFAULT_SHARD_BYTES
     """Text of a shard: what a process makes at once, and what is lost if it is killed."""
     workers: int = 1
     """Processes. A single one uses all cores for a BPE or a tokenizer.json."""
@@ -89,23 +90,12 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _prepare(options: PrepareOptions) -> None:
-    from longspan.data.prepare import Recipe, prepare_corpus
+    from longspan.data.prepare import prepare_corpus
     from longspan.data.prepared import MANIFEST, open_prepared
 
     start = time.perf_counter()
     folder = Path(options.folder)
-    recipe = Recipe(
-        source=options.source,
-        suffixes=options.suffixes,
-        text_key=options.text_key,
-        max_bytes=options.max_bytes,
-        validation_fraction=options.validation_fraction,
-        tokenizer=options.tokenizer,
-        vocab_size=options.vocab_size,
-        seed=options.seed,
-        end_of_document=options.end_of_document,
-        shard_bytes=options.shard_bytes,
-    )
+    recipe = Recipe.of(options, options.seed, options.shard_bytes)
     if options.workers > 1:
         leave_cores_to_processes()
     was_there = (folder / MANIFEST).exists()
@@ -190,9 +180,7 @@ class _Bar:
             self._next_line = time.perf_counter() + self._SECONDS_BETWEEN_LINES
 
 
-_KEY = re.compile(
-    r"\bdata\.(source|suffixes|text_key|max_bytes|validation_fraction|tokenizer|vocab_size|end_of_document)\b"
-)
+_KEY = re.compile(rf"\bdata\.({'|'.join(ASKED_FOR)})\b")
 
 
 def _in_words_of_options(error: LongspanError) -> LongspanError:

@@ -12,7 +12,6 @@ import os
 import re
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,6 +19,7 @@ from longspan.data.files import digest, remove_leftovers, sync_folder, with_chec
 from longspan.data.hub import is_inside
 from longspan.data.prepared import MANIFEST, MANIFEST_OF_FORMAT_1, read_manifest, splits_of
 from longspan.data.reading import read_documents
+from longspan.data.recipe import Recipe
 from longspan.data.shards import ShardTask, finished_shard, open_shard
 from longspan.data.sources import ListedSource, list_source
 from longspan.data.split import SplitRule, split_rule
@@ -39,33 +39,8 @@ from longspan.errors import DataError
 # A BPE's merges settle long before this; more text only takes longer.
 _SAMPLE_CHARACTERS = 4_000_000
 _MOST_SAMPLED_SHARDS = 256
-DEFAULT_SHARD_BYTES = 2**26
 
 _SHARD_FILE = re.compile(r"(shard|train|validation)-\d{2,}-\d{5,}\.(json|tokens|index|counts)")
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What decides the contents of prepared data, apart from the text itself.
-
-    source: one or several, as `list_source` takes them. tokenizer: ``"bpe"``, ``"bytes"``, or the path of a ``tokenizer.json``.
-    vocab_size: of the BPE. end_of_document: the token of a ``tokenizer.json`` that ends a document; None looks for it.
-    """
-
-    source: tuple[str, ...]
-    suffixes: tuple[str, ...]
-    text_key: str
-    max_bytes: int | None
-    validation_fraction: float
-    tokenizer: str
-    vocab_size: int
-    seed: int
-    end_of_document: str | None = None
-    shard_bytes: int = DEFAULT_SHARD_BYTES
-
-    def as_json(self) -> dict[str, Any]:
-        """The values by name, as JSON has them."""
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
 
 class Progress(Protocol):

@@ -1,9 +1,10 @@
 """A model over ranks, from outside: the mesh, sequence parallelism, weights divided over ranks, the sum of gradients."""
 
+from longspan.degrees import MeshDegrees
 from longspan.parallel.adapters import Adapter, register_adapter
 from longspan.parallel.apply import parallelize, sum_gradients, unparallelize
 from longspan.parallel.compiled import compile_blocks
-from longspan.parallel.mesh import MeshDegrees, ParallelMesh
+from longspan.parallel.mesh import ParallelMesh
 from longspan.parallel.precision import compute_in
 from longspan.parallel.recompute import recompute_blocks
 from longspan.parallel.sharded import gathered, shard_weights

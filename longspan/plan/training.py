@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import ceil
 
+from longspan.degrees import MeshDegrees
 from longspan.plan.activations import (
     ModelSizes,
     block_bytes,
@@ -55,25 +56,6 @@ class Operations:
 
 
 @dataclass(frozen=True)
-class Mesh:
-    """Copies of the weights, dp_replicate, each divided over dp_shard ranks, and sp with shard_over_sp; sp share a sequence."""
-
-    dp_replicate: int = 1
-    dp_shard: int = 1
-    sp: int = 1
-    shard_over_sp: bool = False
-
-    @property
-    def world_size(self) -> int:
-        return self.dp_replicate * self.dp_shard * self.sp
-
-    @property
-    def num_shares(self) -> int:
-        """Ranks over which the weights are divided."""
-        return self.dp_shard * (self.sp if self.shard_over_sp else 1)
-
-
-@dataclass(frozen=True)
 class Step:
     """What a rank computes at once, and how often in a step.
 
@@ -100,14 +82,14 @@ class MemoryPlan:
         return sum(self.kinds.values())
 
 
-def plan_memory(sizes: ModelSizes, mesh: Mesh, step: Step, device: DeviceFigures) -> MemoryPlan:
+def plan_memory(sizes: ModelSizes, mesh: MeshDegrees, step: Step, device: DeviceFigures) -> MemoryPlan:
     """The most memory of a rank in a step: as backward begins, or as the optimizer steps.
 
     As backward begins all activations are there and the loss is at its largest; gradients are not, unless micro batches have
     accumulated them. With recomputation the last layer's activations come on top of every layer's input, and the loss is gone.
     """
     tokens = step.rows * ceil(step.seq_len / mesh.sp)
-    own = ceil(sizes.num_parameters / mesh.num_shares)
+    own = ceil(sizes.num_parameters / mesh.size("shard"))
     fixed = {"process": device.base_bytes, "weights": own * _FLOAT32, "optimizer": 2 * own * _FLOAT32}
     states = [
         state_bytes(sizes, operator, tokens, step.number_bytes, step.segments_per_rank) for operator in sizes.operators
@@ -116,7 +98,7 @@ def plan_memory(sizes: ModelSizes, mesh: Mesh, step: Step, device: DeviceFigures
     outside = outside_bytes(sizes, tokens, step.number_bytes)
     # Matrices are cast once for forward and kept; FSDP2 brings those of one layer, and of the next, whole.
     copies = 0
-    if mesh.num_shares > 1:
+    if mesh.shards_weights:
         copies = 2 * sizes.layer_parameters * step.number_bytes
     elif step.number_bytes < _FLOAT32:
         copies = sizes.matrix_parameters * step.number_bytes
@@ -174,7 +156,7 @@ class TimePlan:
         return self.compute + self.exchange + self.gradients
 
 
-def layer_bytes(sizes: ModelSizes, mesh: Mesh, step: Step) -> dict[str, int]:
+def layer_bytes(sizes: ModelSizes, mesh: MeshDegrees, step: Step) -> dict[str, int]:
     """Bytes that a rank sends in one layer of each kind, forward and backward, with all-gathers, for one micro batch."""
     if mesh.sp == 1:
         return dict.fromkeys(sizes.operators, 0)
@@ -191,7 +173,7 @@ def layer_bytes(sizes: ModelSizes, mesh: Mesh, step: Step) -> dict[str, int]:
 
 
 def plan_time(
-    sizes: ModelSizes, mesh: Mesh, step: Step, operations: Operations, device: DeviceFigures, cluster: Cluster
+    sizes: ModelSizes, mesh: MeshDegrees, step: Step, operations: Operations, device: DeviceFigures, cluster: Cluster
 ) -> TimePlan:
     """The time of a step.
 
@@ -211,7 +193,7 @@ def plan_time(
     others = mesh.world_size - 1
     gradients = 0.0
     if others:
-        share = mesh.num_shares
+        share = mesh.size("shard")
         moved = 2 * weights / share * (mesh.world_size / share - 1) / (mesh.world_size / share)
         if share > 1:
             moved += 3 * weights * (share - 1) / share * step.num_micro_batches

@@ -6,6 +6,7 @@ import importlib.util
 import math
 from typing import Any
 
+from longspan.data.recipe import ASKED_FOR
 from longspan.errors import ConfigError
 from longspan.parallel import MeshDegrees
 from longspan.train.config import Config, DataConfig, flatten
@@ -69,19 +70,7 @@ def check(config: Config) -> None:
         )
 
 
-_KEYS_OF_PREPARATION = (
-    *(
-        "source",
-        "suffixes",
-        "text_key",
-        "max_bytes",
-        "validation_fraction",
-        "tokenizer",
-        "vocab_size",
-        "end_of_document",
-    ),
-    "folder",
-)
+_KEYS_OF_PREPARATION = (*ASKED_FOR, "folder")
 
 
 def _check_data(data: DataConfig) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from longspan.data.batches import TrainingBatches
-from longspan.data.prepare import Recipe, prepare_corpus
+from longspan.data.prepare import prepare_corpus
 from longspan.data.prepared import PreparedData, num_prepared_bytes, open_prepared
+from longspan.data.recipe import Recipe
 from longspan.train.config import Config
 from longspan.train.ranks import Ranks
 from longspan.train.run_folder import RunFolder
@@ -27,17 +28,7 @@ def prepare_data(config: Config, folder: RunFolder, ranks: Ranks) -> PreparedDat
         path = Path(data.prepared)
     else:
         path = Path(data.folder) if data.folder else folder.data
-        recipe = Recipe(
-            source=data.source,
-            suffixes=data.suffixes,
-            text_key=data.text_key,
-            max_bytes=data.max_bytes,
-            validation_fraction=data.validation_fraction,
-            tokenizer=data.tokenizer,
-            vocab_size=data.vocab_size,
-            seed=config.train.seed,
-            end_of_document=data.end_of_document,
-        )
+        recipe = Recipe.of(data, config.train.seed)
         ranks.from_first(lambda: prepare_corpus(recipe, path))
     prepared = ranks.together(lambda: open_prepared(path, _verifies_at_the_start(data.verify, path)))
     ranks.agree(prepared.fingerprint)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from longspan.data import reading
-from longspan.data.prepare import DEFAULT_SHARD_BYTES
+from longspan.data.recipe import DEFAULT_SHARD_BYTES
 from longspan.data.shards import sides
 from longspan.data.sources import list_source
 from longspan.data.split import split_rule

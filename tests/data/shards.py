@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from longspan.data.prepare import Recipe
+from longspan.data.recipe import Recipe
 from longspan.data.tokens import SplitWriter, TokenShard, TokenStream, TokenType
 
 

@@ -22,8 +22,9 @@ import pytest
 
 from longspan.data import files, shards
 from longspan.data.files import with_checksum
-from longspan.data.prepare import Recipe, prepare_corpus
+from longspan.data.prepare import prepare_corpus
 from longspan.data.prepared import PreparedData, open_prepared
+from longspan.data.recipe import Recipe
 from longspan.data.tokens import TokenStream
 from longspan.errors import DataError
 from tests.data.shards import recipe

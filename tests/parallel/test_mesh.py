@@ -10,9 +10,9 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from longspan.comm.groups import timeout_of
+from longspan.degrees import factorings
 from longspan.errors import ConfigError, LayoutError
 from longspan.parallel import MeshDegrees, ParallelMesh
-from longspan.parallel.mesh import factorings
 from tests.ranks import raised, run_on_ranks
 
 NAMES: tuple[Any, ...] = ("dp_replicate", "dp_shard", "sp", "data", "shard", "replicate", "world")

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from longspan import SequenceLayout, parallelize, sum_gradients
+from longspan.degrees import factorings
 from longspan.models import LinearLlama3
 from longspan.parallel import MeshDegrees, ParallelMesh, gathered, shard_weights
-from longspan.parallel.mesh import factorings
 from longspan.parallel.sharded import accumulating, copy_whole, free_gathered
 from longspan.train.config import OptimConfig
 from longspan.train.optimizer import (

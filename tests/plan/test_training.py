@@ -8,13 +8,14 @@ import torch
 from longspan.cli import main
 from longspan.commands import plan_train
 from longspan.commands.plan_train import operations_of_sequence, parse, sizes_of, step_of
+from longspan.degrees import MeshDegrees
 from longspan.layout import SequenceLayout
 from longspan.models import LinearLlama3
 from longspan.models.gates import GATE_BUILDERS
 from longspan.parallel import compute_in
 from longspan.plan.activations import LINEAR, block_bytes, outside_bytes, state_bytes
 from longspan.plan.cluster import stated_cluster
-from longspan.plan.training import DeviceFigures, Mesh, Step, layer_bytes, plan_memory, plan_time
+from longspan.plan.training import DeviceFigures, Step, layer_bytes, plan_memory, plan_time
 from longspan.train.config import Config
 
 TOKENS = 512
@@ -97,7 +98,7 @@ def test_the_time_of_a_step_adds_up() -> None:
     operations = operations_of_sequence(config)
     device = DeviceFigures(base_bytes=0, slack=1.0, flops=1e9, attention_flops=1e8)
     planned = plan_time(
-        sizes_of(config), Mesh(sp=4), Step(8192, rows=3), operations, device, stated_cluster("cpu", 4, 4)
+        sizes_of(config), MeshDegrees(sp=4), Step(8192, rows=3), operations, device, stated_cluster("cpu", 4, 4)
     )
     assert planned.compute == pytest.approx(3 / 4 * (operations.rest / 1e9 + operations.attention / 1e8))
     assert planned.total > planned.compute
@@ -109,37 +110,37 @@ DEVICE = DeviceFigures(base_bytes=1000, slack=1.0, flops=1e9, attention_flops=1e
 def test_a_mesh_divides_what_it_says() -> None:
     config = parse(["--train.seq_len", "65536", "--train.batch_tokens", "65536"])
     sizes = sizes_of(config)
-    whole = plan_memory(sizes, Mesh(), Step(65536), DEVICE).kinds
-    split = plan_memory(sizes, Mesh(sp=4), Step(65536), DEVICE).kinds
+    whole = plan_memory(sizes, MeshDegrees(), Step(65536), DEVICE).kinds
+    split = plan_memory(sizes, MeshDegrees(sp=4), Step(65536), DEVICE).kinds
     assert split["activations"] == pytest.approx(whole["activations"] / 4)
     assert split["logits and loss"] == pytest.approx(whole["logits and loss"] / 4)
     assert split["weights"] == whole["weights"] == 4 * sizes.num_parameters
     assert split["exchange"] > 0 == whole["exchange"]
-    shared = plan_memory(sizes, Mesh(sp=4, dp_shard=2, shard_over_sp=True), Step(65536), DEVICE).kinds
+    shared = plan_memory(sizes, MeshDegrees(sp=4, dp_shard=2, shard_over_sp=True), Step(65536), DEVICE).kinds
     assert shared["optimizer"] == pytest.approx(whole["optimizer"] / 8, rel=1e-3)
-    recomputed = plan_memory(sizes, Mesh(), Step(65536, recompute=True), DEVICE)
+    recomputed = plan_memory(sizes, MeshDegrees(), Step(65536, recompute=True), DEVICE)
     assert recomputed.kinds["activations"] < 0.4 * whole["activations"]
     assert recomputed.total < sum(whole.values())
 
 
 def test_a_large_model_on_few_tokens_is_fullest_as_the_optimizer_steps() -> None:
     sizes = sizes_of(parse(["--model.dim", "1024", "--model.hidden_dim", "4096", "--model.num_heads", "8"]))
-    plan = plan_memory(sizes, Mesh(), Step(16), DEVICE)
+    plan = plan_memory(sizes, MeshDegrees(), Step(16), DEVICE)
     assert plan.kinds["gradients"] == 4 * sizes.num_parameters
     assert plan.total == 1000 + 16 * sizes.num_parameters
 
 
 def test_a_layer_sends_what_its_all_gathers_do() -> None:
     sizes = sizes_of(parse([]))
-    sent = layer_bytes(sizes, Mesh(sp=4), Step(8192))
+    sent = layer_bytes(sizes, MeshDegrees(sp=4), Step(8192))
     assert sent["softmax"] == 2 * 3 * 2 * sizes.kv_heads * sizes.head_dim * 2048 * 4
     assert sent["simple_gla"] == 2 * 3 * sizes.num_heads * sizes.head_dim**2 * 4
-    assert set(layer_bytes(sizes, Mesh(), Step(8192)).values()) == {0}
+    assert set(layer_bytes(sizes, MeshDegrees(), Step(8192)).values()) == {0}
 
 
 def test_a_step_is_cut_into_micro_batches() -> None:
     config = parse(["--train.batch_tokens", "65536", "--train.micro_batch_sequences", "3", "--parallel.sp", "2"])
-    step = step_of(config, Mesh(sp=2))
+    step = step_of(config, MeshDegrees(sp=2))
     assert (step.rows, step.num_micro_batches, step.segments_per_rank) == (3, 3, 2)
 
 

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from longspan.data.prepare import Recipe, prepare_corpus
+from longspan.data.prepare import prepare_corpus
 from longspan.data.prepared import open_prepared
+from longspan.data.recipe import Recipe
 from longspan.errors import CheckpointError, ConfigError, DataError, LongspanError
 from longspan.train.checkpoint import (
     MANIFEST,
