@@ -14,14 +14,9 @@ from longspan.launch import EXIT_DONE
 from tests.compare import relative_error, worst
 from tests.ranks import run_on_ranks
 from tests.shared import made_once
-from tests.train.tiny import COMPUTED, metrics, newest_tensors, tiny_config, train_here, write_corpus
+from tests.train.tiny import COMPUTED, metrics, newest_tensors, tiny_config, train_here
 
 DIVIDED = {"parallel__sp": 2, "parallel__shard_over_sp": True, "parallel__exchange": "all_gather"}
-
-
-@pytest.fixture(scope="session")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return Path(made_once(tmp_path_factory, "divided-corpus", lambda folder: str(write_corpus(folder / "text"))))
 
 
 @pytest.fixture(scope="session")

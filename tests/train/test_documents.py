@@ -31,7 +31,7 @@ from tests.data.shards import write_stream
 from tests.models.tiny import random_tokens, tiny_model
 from tests.ranks import raised, run_on_ranks
 from tests.shared import made_once
-from tests.train.tiny import metrics, tiny_config, train_here, write_corpus
+from tests.train.tiny import metrics, tiny_config, train_here
 
 # Documents of 1 to 61 tokens: at a row's first token, across rank boundaries of 2 and 4 ranks, around a row's end and behind it.
 LENGTH = 61
@@ -116,11 +116,6 @@ def test_a_global_batch_is_the_same_whatever_the_mesh(tmp_path: Path, documents:
                     found.append(torch.stack([batch.inputs.flatten(), batch.labels.flatten()]))
             expected = torch.stack([whole.tokens[:, :-1].flatten(), whole.labels.flatten()])
             assert torch.equal(torch.cat(found, dim=1), expected)
-
-
-@pytest.fixture(scope="session")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return Path(made_once(tmp_path_factory, "documents-corpus", lambda folder: str(write_corpus(folder / "text"))))
 
 
 WITH_SHORT = {"train__seq_len": 500, "train__batch_tokens": 2000, "train__steps": 3, "checkpoint__every": 2}

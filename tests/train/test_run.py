@@ -39,11 +39,6 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="session")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return Path(made_once(tmp_path_factory, "run-corpus", lambda folder: str(write_corpus(folder / "text"))))
-
-
-@pytest.fixture(scope="session")
 def finished(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a finished run of six steps on two ranks."""
 
