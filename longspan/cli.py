@@ -85,8 +85,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         command = find(arguments)
     except ConfigError as error:
-        sys.stderr.write(f"longspan: error: {error}\n")
-        return EXIT_REFUSED
+        from longspan.commands.options import refuse
+
+        return refuse(error)
     code: int = import_module(command.module).run(arguments[len(command.name.split()) :])
     return code
 

@@ -49,6 +49,9 @@ _ATTEMPT = "TORCHELASTIC_RESTART_COUNT"
 _MEMORY_SETTINGS = {"THP_MEM_ALLOC_ENABLE": "1"}
 # After the first rank has failed, the others get this long to say what they saw.
 _SECONDS_TO_REPORT = 1.5
+# What all ranks of torchrun are refused for rank 0 says: others wait so long to be ended with it, and it lets them come as far.
+_SECONDS_FOR_FIRST_RANK = 5.0
+_SECONDS_FOR_OTHERS = 1.0
 
 
 def _stop_signals() -> list[signal.Signals]:
@@ -247,10 +250,13 @@ class StopRequest:
 
     Once steps are made (`begin_steps`), the first signal of `_stop_signals` sets `requested`, and the second ends the process.
     Before, there is nothing to save, and the first one ends it.
+
+    exit_code: of the process that a signal ends; None is 128 and the signal's number.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, exit_code: int | None = None) -> None:
         self.requested = False
+        self._exit_code = exit_code
         self._makes_steps = False
 
     def begin_steps(self) -> None:
@@ -288,7 +294,7 @@ class StopRequest:
             if received[0] not in numbers:
                 continue
             if self.requested or not self._makes_steps:
-                os._exit(128 + received[0])
+                os._exit(128 + received[0] if self._exit_code is None else self._exit_code)
             self.requested = True
 
 
@@ -347,9 +353,14 @@ def report_failure(place: Place, error: Exception) -> int:
             "traceback": "".join(traceback.format_exception(error)),
         }
         _leave_report(place, report)
+    elif refused and place.rank == 0:
+        _print_error(message)
+        end_with_first_rank(place)
+    elif refused:
+        end_with_first_rank(place)
+        _print_error(f"rank {place.rank} of {place.world_size}: {message}")
     else:
-        if not refused:
-            traceback.print_exception(error)
+        traceback.print_exception(error)
         _print_error(message if place.world_size == 1 else f"rank {place.rank} of {place.world_size}: {message}")
     return EXIT_REFUSED if refused else EXIT_FAILED
 
@@ -360,6 +371,22 @@ def _leave_report(place: Place, report: dict[str, Any]) -> None:
         path = _report(place.rendezvous, place.rank)
         path.with_suffix(".tmp").write_text(json.dumps(report))
         path.with_suffix(".tmp").replace(path)
+
+
+def end_with_first_rank(place: Place) -> None:
+    """To be called on every rank before it ends because of what all ranks found, which rank 0 has said by now for all of them.
+
+    torchrun ends all ranks as soon as one has ended. Had another one ended before rank 0, nobody might have said anything. So the
+    others wait here to be ended, which they are with `EXIT_REFUSED`, as rank 0. This returns on a rank that is not ended, because
+    rank 0 goes on: it is refused alone, and says why itself.
+    """
+    if place.world_size == 1 or place.rendezvous is not None:
+        return
+    if place.rank == 0:
+        time.sleep(_SECONDS_FOR_OTHERS)
+        return
+    with StopRequest(EXIT_REFUSED).listening():
+        time.sleep(_SECONDS_FOR_FIRST_RANK)
 
 
 def _end_with_starting_command() -> None:

@@ -59,12 +59,11 @@ class WrongResultError(LongspanError):
 def run(arguments: Sequence[str]) -> int:
     """Measure as the arguments ask, on ranks that are started here or on torchrun's, and return the exit code."""
     options = parse_options(BenchExchange, "bench exchange", _DESCRIPTION, arguments)
-    place = None
     try:
         place = place_of_this_process()
         options.check(options.ranks if place is None else place.world_size)
     except LongspanError as error:
-        return refuse(error, place)
+        return refuse(error)
     if place is None:
         command = [sys.executable, "-m", "longspan", "bench", "exchange", *arguments]
         return run_local_ranks(command, options.ranks, options.threads)

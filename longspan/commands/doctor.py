@@ -35,13 +35,12 @@ class Doctor:
 def run(arguments: Sequence[str]) -> int:
     """Look at this machine as the arguments ask, and return the exit code."""
     options = parse_options(Doctor, "doctor", _DESCRIPTION, arguments)
-    place = None
     try:
         place = place_of_this_process()
         if options.ranks < 1:
             raise ConfigError(f"ranks must be at least 1; got {options.ranks}")
     except LongspanError as error:
-        return refuse(error, place)
+        return refuse(error)
     if place is None and options.ranks > 1:
         return run_local_ranks([sys.executable, "-m", "longspan", "doctor", *arguments], options.ranks, 1)
 
@@ -49,7 +48,7 @@ def run(arguments: Sequence[str]) -> int:
         from longspan.commands.examination import examine_group, examine_machine, lines
         from longspan.train.ranks import Ranks
 
-        ranks = Ranks.start(place, options.device, options.timeout_seconds)
+        ranks = Ranks.start(place, options.device, options.timeout_seconds, prefix="--")
         findings = [*examine_machine(ranks.device, place), *examine_group(ranks)]
         everyone = ranks.gather_json([finding.to_json() for finding in findings])
         text, failed = lines(everyone)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from longspan.errors import LongspanError
-from longspan.launch import EXIT_REFUSED, Place
+from longspan.launch import Place, end_with_first_rank, place_of_this_process, report_failure
 
 Options = TypeVar("Options")
 
 
-def parse_options(options: type[Options], command: str, description: str, arguments: Sequence[str]) -> Options:
+def parse_options(
+    options: type[Options], command: str, description: str, arguments: Sequence[str], **of_tyro: Any
+) -> Options:
     """The options that the arguments of a command ask for; ends the process where they ask for help, or do not fit.
 
     Args:
@@ -20,14 +21,41 @@ def parse_options(options: type[Options], command: str, description: str, argume
         command: what the user types before the options, such as ``"plan exchange"``.
         description: what the command does, shown above the list of options.
         arguments: those behind the command's name.
+        of_tyro: other arguments of `tyro.cli`.
+
+    Of several ranks that torchrun has started the first one prints.
     """
     import tyro
 
-    return tyro.cli(options, prog=f"longspan {command}", description=description, args=list(arguments))
+    def parsed(prints: bool) -> Options:
+        return tyro.cli(
+            options,
+            prog=f"longspan {command}",
+            description=description,
+            args=list(arguments),
+            console_outputs=prints,
+            **of_tyro,
+        )
+
+    place = _place()
+    try:
+        return parsed(prints=place.rank == 0)
+    except SystemExit as ending:
+        if ending.code:
+            end_with_first_rank(place)
+        if ending.code and place.rank:
+            return parsed(prints=True)
+        raise
 
 
-def refuse(error: LongspanError, place: Place | None = None) -> int:
-    """Print what is wrong, on the first rank alone, and return the exit code for it."""
-    if place is None or place.rank == 0:
-        sys.stderr.write(f"longspan: error: {error}\n")
-    return EXIT_REFUSED
+def _place() -> Place:
+    """This process's place; rank 0 where there is none, or where the environment gives a wrong one, which commands then refuse."""
+    try:
+        return place_of_this_process() or Place()
+    except LongspanError:
+        return Place()
+
+
+def refuse(error: LongspanError) -> int:
+    """Say what is wrong, on the first rank alone where all are refused, and return the exit code for it."""
+    return report_failure(_place(), error)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from longspan.commands.options import refuse
+from longspan.commands.options import parse_options, refuse
 from longspan.errors import ConfigError, LongspanError
 from longspan.launch import Place, StopRequest, num_cores, place_of_this_process, run_local_ranks, run_rank
 
@@ -32,7 +32,6 @@ def run(arguments: Sequence[str]) -> int:
     """Train as the arguments ask, and return the exit code."""
     from longspan.train.config_checks import check, check_degrees, num_ranks_asked_for
 
-    place = None
     try:
         place = place_of_this_process()
         config, resume = parse_train(arguments)
@@ -41,7 +40,7 @@ def run(arguments: Sequence[str]) -> int:
             num_ranks = num_ranks_asked_for(config)
             check_degrees(config, num_ranks)
     except LongspanError as error:
-        return refuse(error, place)
+        return refuse(error)
     if place is None and num_ranks > 1:
         command = [sys.executable, "-m", "longspan", "train", *arguments]
         return run_local_ranks(command, num_ranks, config.parallel.threads or max(1, num_cores() // num_ranks))
@@ -78,12 +77,9 @@ def parse_train(arguments: Sequence[str]) -> tuple[Config, RunFolder | None]:
         default = read_toml(folder.config)
     elif toml is not None:
         default = read_toml(Path(toml))
-    config = tyro.cli(
-        Config,
-        prog="longspan train",
-        description=_DESCRIPTION,
+    config = parse_options(
+        *(Config, "train", _DESCRIPTION, remaining),
         default=default,
-        args=remaining,
         use_underscores=True,
         config=(tyro.conf.FlagConversionOff,),
     )

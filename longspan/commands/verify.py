@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -17,6 +18,7 @@ from longspan.launch import (
     EXIT_REFUSED,
     Place,
     StopRequest,
+    end_with_first_rank,
     num_cores,
     place_of_this_process,
     run_local_ranks,
@@ -52,7 +54,6 @@ class Verify:
 def run(arguments: Sequence[str]) -> int:
     """Verify what the arguments ask for, and return the exit code."""
     options = parse_options(Verify, "verify", _DESCRIPTION, arguments)
-    place = None
     try:
         place = place_of_this_process()
         if not options.paths and options.config is None:
@@ -60,43 +61,50 @@ def run(arguments: Sequence[str]) -> int:
                 "verify takes run folders, checkpoints and folders of prepared data, or --config FILE.toml; got none"
             )
         code = EXIT_DONE
-        if options.paths and (place is None or place.rank == 0):
-            code = max(_verify_files(Path(path)) for path in options.paths)
+        for line, code_of_line in itertools.chain.from_iterable(_verify_files(Path(path)) for path in options.paths):
+            code = max(code, code_of_line)
+            if place is None or place.rank == 0:
+                sys.stdout.write(f"{line}\n")
+                sys.stdout.flush()
         if options.config is None:
+            if code != EXIT_DONE:
+                end_with_first_rank(place or Place())
             return code
         config = _read_config(options.config)
         return max(code, _on_ranks(config, place, ["verify", "--config", options.config]))
     except LongspanError as error:
-        return refuse(error, place)
+        return refuse(error)
 
 
-def _verify_files(path: Path) -> int:
+def _verify_files(path: Path) -> Iterator[tuple[str, int]]:
+    """Lines about what there is in a folder, each with its exit code."""
     from longspan.data.prepared import is_prepared
     from longspan.train.run_folder import RunFolder
 
     if is_prepared(path):
-        return _verify_data(path)
-    code = _verify_checkpoints(checkpoints_in(path))
-    data = RunFolder(path).data
-    return max(code, _verify_data(data)) if is_prepared(data) else code
+        yield from _verify_data(path)
+        return
+    yield from _verify_checkpoints(checkpoints_in(path))
+    if is_prepared(RunFolder(path).data):
+        yield from _verify_data(RunFolder(path).data)
 
 
-def _verify_data(folder: Path) -> int:
+def _verify_data(folder: Path) -> Iterator[tuple[str, int]]:
     from longspan.data.prepared import MANIFEST
     from longspan.data.verify import verify_prepared
 
     found = verify_prepared(folder)
-    for fault in found.faults:
-        sys.stdout.write(f"DAMAGED  {fault}\n")
     whole = f"{found.num_files} files, {found.num_bytes / 2**20:,.1f} MiB"
     if not found.faults:
-        sys.stdout.write(f"ok       {folder}: {whole}, every byte as written\n")
-        return EXIT_DONE
-    sys.stdout.write(
+        yield f"ok       {folder}: {whole}, every byte as written", EXIT_DONE
+        return
+    for fault in found.faults:
+        yield f"DAMAGED  {fault}", EXIT_REFUSED
+    yield (
         f"DAMAGED  {folder}: {len(found.faults)} files; {whole} as written. To mend it, remove {folder / MANIFEST} and run the "
-        "longspan prepare that made it again: shards that are whole are kept\n"
+        "longspan prepare that made it again: shards that are whole are kept",
+        EXIT_REFUSED,
     )
-    return EXIT_REFUSED
 
 
 def checkpoints_in(path: Path) -> list[Path]:
@@ -119,25 +127,20 @@ def checkpoints_in(path: Path) -> list[Path]:
     )
 
 
-def _verify_checkpoints(paths: list[Path]) -> int:
+def _verify_checkpoints(paths: list[Path]) -> Iterator[tuple[str, int]]:
     from longspan.train.checkpoint import verify_checkpoint
     from longspan.train.loading import open_checkpoint
 
-    code = EXIT_DONE
     for path in paths:
         try:
             files = verify_checkpoint(path)
             # Do the files of all ranks make up each tensor?
             open_checkpoint(path)
         except CheckpointError as error:
-            sys.stdout.write(f"DAMAGED  {path}: {error}\n")
-            code = EXIT_REFUSED
+            yield f"DAMAGED  {path}: {error}", EXIT_REFUSED
         else:
             num_bytes = sum(file.stat().st_size for file in files)
-            sys.stdout.write(
-                f"ok       {path}: {len(files)} files, {num_bytes / 2**20:,.1f} MiB, every byte as written\n"
-            )
-    return code
+            yield f"ok       {path}: {len(files)} files, {num_bytes / 2**20:,.1f} MiB, every byte as written", EXIT_DONE
 
 
 def _read_config(file: str) -> Config:

@@ -37,13 +37,15 @@ class Ranks:
         self.degrees = MeshDegrees(sp=place.world_size)
 
     @classmethod
-    def start(cls, place: Place, device: str, timeout_seconds: float) -> Ranks:
+    def start(cls, place: Place, device: str, timeout_seconds: float, prefix: str = "parallel.") -> Ranks:
         """Choose the device and join the process group, where there is more than one rank.
+
+        prefix: of what gives the device, in messages.
 
         Raises:
             ConfigError: if GPUs are asked for and there is not one for each local rank.
         """
-        chosen = choose_device(device, place)
+        chosen = choose_device(device, place, prefix)
         if chosen.type == "cuda":
             torch.cuda.set_device(chosen)
         if place.world_size > 1:
@@ -163,8 +165,8 @@ class Ranks:
             )
 
 
-def choose_device(device: str, place: Place) -> torch.device:
-    """The device of a local rank.
+def choose_device(device: str, place: Place, prefix: str = "parallel.") -> torch.device:
+    """The device of a local rank; prefix: of what gives it, in messages.
 
     Raises:
         ConfigError: if GPUs are asked for and there is not one for each local rank.
@@ -176,8 +178,8 @@ def choose_device(device: str, place: Place) -> torch.device:
         return torch.device("cuda", place.local_rank)
     if device == "cuda":
         raise ConfigError(
-            f"parallel.device is 'cuda', but there are {num_devices} usable GPUs for {place.local_world_size} local "
-            "ranks. Start fewer ranks, or use parallel.device 'cpu'"
+            f"{prefix}device is 'cuda', but there are {num_devices} usable GPUs for {place.local_world_size} local "
+            f"ranks. Start fewer ranks, or use {prefix}device 'cpu'"
         )
     return torch.device("cpu")
 
