@@ -100,6 +100,7 @@ def take_steps(told: dict[str, Any]) -> Alone:
         optimizer.zero_grad(set_to_none=True)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
+        memory.end()
     seconds = (time.perf_counter() - begun) / _NUM_STEPS
     _, peak = memory.take()
     return Alone(peak, packed.inputs.numel() / seconds)

@@ -4,7 +4,7 @@ On the CPU memory is what is resident; on a GPU what PyTorch has allocated there
 
 glibc keeps freed memory for later. Large tensors begin at multiples of 2 MiB where they are in huge pages, and what is freed
 between two of them is often too small for the next one, which then takes new memory: what a process holds grows from step to step,
-while what it uses does not. `StepMemory` therefore gives freed pages back to the system every few steps. docs/performance.md has
+while what it uses does not. `StepMemory` therefore gives freed pages back to the system after every step. docs/performance.md has
 the figures.
 """
 
@@ -17,9 +17,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-
-RELEASE_EVERY = 8
-"""Steps after which freed memory goes back to the system. Every step would cost 3 % of a step's time, to take it again."""
 
 _PROCESS = Path("/proc/self")
 
@@ -45,10 +42,9 @@ class StepMemory:
         forget_peak(self.device)
         return self._held, peak
 
-    def end(self, step: int) -> None:
-        """The step of this number has ended."""
-        if step % RELEASE_EVERY == 0:
-            release_freed_memory()
+    def end(self) -> None:
+        """A step has ended."""
+        release_freed_memory()
         self._held = current_memory_bytes(self.device)
 
 

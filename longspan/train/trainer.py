@@ -226,7 +226,7 @@ class Trainer:
                 self.optimizer.step()
         self.model.zero_grad(set_to_none=True)
         self.step += 1
-        self.memory.end(self.step)
+        self.memory.end()
         self._record(everyone, float(norm), lr, finite, time.perf_counter() - start, traffic, batch)
         if everyone[:, 6].any():
             self.ranks.together(loader.check)

@@ -38,9 +38,9 @@ def test_a_step_tells_the_most_since_the_step_before() -> None:
     # What follows the reading of a step, as a validation does, counts for the next.
     held = torch.ones(64 * MIB, dtype=torch.uint8)
     del held
-    memory.end(1)
+    memory.end()
     _, second = memory.take()
-    memory.end(2)
+    memory.end()
     _, third = memory.take()
     assert second - first > 50 * MIB and second - third > 50 * MIB
     assert abs(base - current_memory_bytes(CPU)) < 20 * MIB
@@ -49,7 +49,7 @@ def test_a_step_tells_the_most_since_the_step_before() -> None:
 # Small objects between large ones keep the pages of these from going back by themselves.
 FRAGMENTS = """
 import torch
-from longspan.train.memory import RELEASE_EVERY, StepMemory, current_memory_bytes
+from longspan.train.memory import StepMemory, current_memory_bytes
 cpu = torch.device("cpu")
 large, small = [], []
 for _ in range(2000):
@@ -59,14 +59,13 @@ before = current_memory_bytes(cpu)
 large.clear()
 freed = current_memory_bytes(cpu)
 memory = StepMemory(cpu)
-for step in range(1, RELEASE_EVERY + 1):
-    memory.end(step)
+memory.end()
 print(before, freed, current_memory_bytes(cpu))
 """
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator")
-def test_what_was_freed_between_others_goes_back_after_some_steps() -> None:
+def test_what_was_freed_between_others_goes_back_after_a_step() -> None:
     shown = subprocess.run([sys.executable, "-c", FRAGMENTS], capture_output=True, text=True, check=True).stdout
     before, freed, released = map(int, shown.split())
     assert before - freed < 10 * MIB, "the allocator gives it back by itself: nothing is shown"
