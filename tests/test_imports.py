@@ -191,6 +191,15 @@ def test_every_part_of_the_table_is_in_the_package() -> None:
     assert {_part(module) for module in files} == set(ALLOWED)
 
 
+def test_files_that_the_package_speaks_of_are_there() -> None:
+    named = re.compile(r"\b(?:tests|docs|benchmarks|examples)/[\w/-]+\.(?:py|md)\b")
+    files = [path for folder in ("longspan", "docs", "benchmarks") for path in (PROJECT_ROOT / folder).rglob("*.*")]
+    texts = {path: path.read_text(encoding="utf-8") for path in files if path.suffix in (".py", ".md")}
+    found = {(path.name, name) for path, text in texts.items() for name in named.findall(text)}
+    assert len(found) > 30
+    assert sorted((path, name) for path, name in found if not (PROJECT_ROOT / name).is_file()) == []
+
+
 def test_the_table_of_parts_is_read_as_it_is_written() -> None:
     table = """
 | parts | what they are | may import |
