@@ -66,6 +66,8 @@ class PrepareOptions:
 
     def check(self) -> None:
         """Raise ConfigError for a value out of its range."""
+        if not self.source:
+            raise ConfigError("--source is empty; it must name at least one source, such as a folder")
         for name in ("workers", "shard_bytes", "max_bytes"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -74,6 +74,7 @@ def test_it_speaks_of_its_own_options(tmp_path: Path, capsys: pytest.CaptureFixt
     write_text(tmp_path)
     lines = str(tmp_path / "lines.jsonl")
     for arguments, message in (
+        (("--source",), "--source is empty; it must name at least one source"),
         (("--source", "nowhere"), "--source 'nowhere' does not exist"),
         (("--source", lines, "--text-key", "body"), "it has 'text'. Set --text-key"),
         (("--source", lines, "--workers", "0"), "--workers is 0; it must be at least 1"),
