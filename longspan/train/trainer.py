@@ -229,6 +229,7 @@ class Trainer:
         self.memory.end()
         self._record(everyone, float(norm), lr, finite, time.perf_counter() - start, traffic, batch)
         if everyone[:, 6].any():
+            self.phase.name = "reading a batch"
             self.ranks.together(loader.check)
         return bool(everyone[:, 2].any())
 

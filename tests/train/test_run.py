@@ -18,7 +18,7 @@ from longspan.data.batches import validation_sequences
 from longspan.data.packing import IGNORED, PackedBatch, Sequences
 from longspan.errors import CheckpointError, ConfigError, DataError
 from longspan.exchange import TOPOLOGIES
-from longspan.launch import EXIT_DONE, EXIT_STOPPED, Place
+from longspan.launch import EXIT_DONE, EXIT_STOPPED, Place, StopRequest
 from longspan.layout import SequenceLayout
 from longspan.models.gates import GATE_BUILDERS
 from longspan.plan import gpu_cluster
@@ -28,7 +28,10 @@ from longspan.train.config_checks import check
 from longspan.train.exchange import take_saved_figures
 from longspan.train.loading import SavedCheckpoint
 from longspan.train.loss import loss_sum
+from longspan.train.phase import RunPhase
 from longspan.train.ranks import Ranks
+from longspan.train.run import train_on
+from longspan.train.step_batch import StepBatch
 from longspan.train.trainer import Trainer
 from tests.ranks import raised, run_on_ranks
 from tests.shared import made_once
@@ -461,6 +464,24 @@ def test_what_one_rank_cannot_read_is_an_error_of_all_at_once(
 ) -> None:
     config = tiny_config(corpus, tmp_path / "run", parallel__sp=2, **values)
     assert run_on_ranks(4, raised, _with_a_bad_byte_for_rank_1, config) == [("DataError", "byte 17 is bad")] * 4
+
+
+def _failing_to_make_the_batch_of_step_3(config: Config) -> str:
+    make, phase = Trainer._make_batch, RunPhase()
+
+    def makes(trainer: Trainer, step: int) -> StepBatch:
+        if step == 2:
+            raise RuntimeError("no memory is left")
+        return make(trainer, step)
+
+    with mock.patch.object(Trainer, "_make_batch", makes), pytest.raises(RuntimeError, match="no memory is left"):
+        train_on(Ranks(Place(), CPU), config, StopRequest(), phase=phase)
+    return phase.where
+
+
+def test_a_batch_that_cannot_be_made_is_said_to_be_read(corpus: Path, tmp_path: Path) -> None:
+    config = tiny_config(corpus, tmp_path / "run", parallel__sp=1)
+    assert run_on_ranks(1, _failing_to_make_the_batch_of_step_3, config) == ["step 2, while reading a batch"]
 
 
 def _different_seeds(config: Config) -> int:
