@@ -12,6 +12,7 @@ from benchmarks import (
     host,
     hugging_face,
     linear,
+    loss,
     modelled,
     overhead,
     peers,
@@ -39,6 +40,7 @@ def main() -> None:
         **checkpoint.TABLES,
         **recovery.TABLES,
         **overhead.TABLES,
+        **loss.TABLES,
         **training.TABLES,
     }
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)

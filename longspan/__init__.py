@@ -24,6 +24,7 @@ from longspan.functional import (
     write_normalized,
 )
 from longspan.layout import SequenceLayout
+from longspan.ops.chunked.cross_entropy import chunked_cross_entropy
 from longspan.ops.norm import rms_norm_gated
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ __all__ = [
     "SequenceLayout",
     "StateMemory",
     "causal_conv1d",
+    "chunked_cross_entropy",
     "delta_rule",
     "gated_delta_rule",
     "gla",

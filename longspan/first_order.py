@@ -78,6 +78,6 @@ class _Refuse(torch.autograd.Function):
         raise InputError(
             f"longspan has first derivatives alone, and {ctx.name} was differentiated twice (a backward pass with "
             "create_graph=True, and one through its result). For Hessian-vector products, gradient penalties and the like, use "
-            "differences of first derivatives, or the recurrent form of the operator: "
-            "longspan.ops.variants.VARIANTS[name].recurrent"
+            "differences of first derivatives, or a form that PyTorch differentiates by itself: of an operator the recurrent one, "
+            "longspan.ops.variants.VARIANTS[name].recurrent; of a loss torch.nn.functional.cross_entropy"
         )

@@ -17,6 +17,7 @@ import longspan
 from longspan import SequenceLayout
 from longspan.errors import InputError
 from longspan.first_order import first_order
+from longspan.ops.chunked.swiglu import chunked_swiglu
 from tests.ranks import raised, run_on_ranks
 
 # Nodes that PyTorch's own check of second derivatives (gradgradcheck) passes; so far there is none.
@@ -109,6 +110,7 @@ def inputs_of(name: str, layout: SequenceLayout) -> tuple[list[Tensor], Callable
         torch.full((1, num_tokens, 2), 0.5, dtype=torch.float64, requires_grad=True),
     )
     decay = torch.full((2,), -0.1, dtype=torch.float64)
+    labels = torch.zeros(1, num_tokens, dtype=torch.int64)
     ops: Any = longspan
     calls: dict[str, tuple[list[Tensor], Callable[..., Tensor]]] = {
         "linear_attention": ([q, k, v], lambda *t: ops.linear_attention(*t, layout=layout)),
@@ -132,6 +134,11 @@ def inputs_of(name: str, layout: SequenceLayout) -> tuple[list[Tensor], Callable
         "silu convolution": ([x, weight], lambda *t: ops.causal_conv1d(*t, None, "silu", layout)),
         "token_shift": ([x], lambda t: ops.token_shift(t, layout=layout)),
         "hgrn2": ([q, k, v], lambda *t: ops.hgrn2(*t, layout=layout)),
+        "chunked_cross_entropy": (
+            [x, weight],
+            lambda x, weight: ops.chunked_cross_entropy(x, weight.t(), labels, chunk_size=4),
+        ),
+        "chunked_swiglu": ([x, weight], lambda x, weight: chunked_swiglu(x, weight.t(), weight.t(), weight, 4)),
         "normalized": ([q, k, v], lambda *t: ops.normalized_linear_attention(*t, layout=layout)),
     }
     if layout.num_ranks > 1:
@@ -153,6 +160,7 @@ OPERATORS = [
     *("linear_attention", "two-sided", "retention", "two-sided retention", "simple_gla", "final state", "gla"),
     *("delta_rule", "gated_delta_rule", "kda", "softmax by all_gather", "softmax by ring", "softmax by ulysses"),
     *("causal_conv1d", "silu convolution", "token_shift", "hgrn2", "normalized"),
+    *("chunked_cross_entropy", "chunked_swiglu"),
 ]
 
 

@@ -133,6 +133,20 @@ def operators(num_tokens: int) -> dict[str, Operator]:
             takes_empty=True,
         ),
     }
+    labels = torch.zeros(1, num_tokens, dtype=torch.int64)
+    found["chunked_cross_entropy"] = Operator(
+        lambda hidden, weight, labels=labels, **rest: longspan.chunked_cross_entropy(hidden, weight, labels, **rest),
+        {"hidden": make(4), "weight": torch.ones(5, 4), "bias": torch.ones(5)},
+        {
+            "labels": (None, 0, [[0]], labels.float(), labels.int(), labels[0], labels[:, 1:], labels + 5, labels - 1),
+            "ignore_index": (None, 0.5, True, "-100"),
+            "num_valid": (-1, 2.5, True, "8", [8], torch.ones(1), torch.tensor(True), learned()),
+            "chunk_size": NO_COUNTS,
+            "softcap": (*NO_NUMBERS, 0.0, -1.0),
+            "weight": (torch.ones(5, 3), torch.ones(4), torch.ones(5, 4).double()),
+        },
+        takes_layout=False,
+    )
     for name in ("identity", "elu_plus_one", "relu", "unit_length", "taylor"):
         bad = {"eps": (*NO_NUMBERS, -1.0)} if name == "unit_length" else {}
         found[name] = Operator(getattr(features, name), {"x": q}, bad, takes_layout=False, takes_empty=True)
@@ -314,6 +328,9 @@ def test_small_functions_and_the_model_refuse_what_does_not_fit() -> None:
     calls += [partial(model, tokens, layout=bad) for bad in (3, "local", SequenceLayout.local(5))]
     calls += [partial(model, tokens, memory=bad) for bad in (3, "memory", (tokens,))]
     calls += [partial(model, tokens, output_memory=bad) for bad in NO_FLAGS]
+    calls += [partial(model, tokens, labels=bad) for bad in (3, tokens.float(), tokens[:, 1:], tokens + 16, tokens - 1)]
+    calls += [partial(model, tokens, labels=tokens, num_valid=bad) for bad in (-1, 2.5, True, learned())]
+    calls += [partial(model, tokens, num_valid=4)]
     calls += [partial(maker.local, bad) for bad in (0, -1, 2.5, True, "8", None)]
     calls += [partial(maker.for_rank, 8, bad, 0) for bad in (2.0, "2", None, True)]
     calls += [partial(maker.for_rank, 8, 2, bad) for bad in (2.0, "2", None, True)]

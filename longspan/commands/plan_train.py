@@ -20,6 +20,7 @@ from longspan.errors import ConfigError, LongspanError
 from longspan.launch import EXIT_DONE
 from longspan.models import LinearLlama3
 from longspan.models.mixers.mixer import operations_of_matrices
+from longspan.ops.chunked.cross_entropy import chunk_size_of
 from longspan.plan import Cluster, Link
 from longspan.plan.activations import ModelSizes, block_bytes, state_bytes
 from longspan.plan.cluster import gpu_cluster, stated_cluster
@@ -196,6 +197,8 @@ def sizes_of(config: Config) -> ModelSizes:
         num_parameters=sum(map(numbers.__getitem__, operators)) + full.dim + table * (1 if full.tie_embeddings else 2),
         layer_parameters=max(numbers.values()),
         matrix_parameters=sum(map(matrices.__getitem__, operators)) + table,
+        loss_chunk=chunk_size_of(full.vocab_size),
+        feed_forward_chunk=full.feed_forward_chunk,
     )
 
 
@@ -286,8 +289,7 @@ def _seconds_of_step(config: Config, tokens: int) -> float:
         fastest = float("inf")
         for _ in range(3):
             begun = time.perf_counter()
-            logits = model(rows)
-            torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows.flatten()).backward()
+            model(rows, labels=rows).backward()
             model.zero_grad(set_to_none=True)
             fastest = min(fastest, time.perf_counter() - begun)
     finally:

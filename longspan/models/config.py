@@ -41,6 +41,8 @@ class LinearLlama3Config:
     """How many tokens a softmax layer sees, the token itself included; None is all before it."""
     hidden_dim: int = 704
     """Width of the feed-forward layers."""
+    feed_forward_chunk: int = 0
+    """Tokens that feed-forward layers compute at once, and again in backward, to keep nothing of their width; 0 is all, once."""
     rope_theta: float = 500_000.0
     """Base of the rotary embedding in softmax layers."""
     norm_eps: float = 1e-5
@@ -54,6 +56,8 @@ class LinearLlama3Config:
             object.__setattr__(self, "operator", tuple(self.operator))
         for name in ("vocab_size", "dim", "num_layers", "num_heads", "hidden_dim"):
             _check_positive(name, getattr(self, name))
+        if self.feed_forward_chunk != 0 or isinstance(self.feed_forward_chunk, bool):
+            _check_positive("feed_forward_chunk", self.feed_forward_chunk, ", or 0 for all tokens at once")
         for name in ("num_kv_heads", "head_dim", "window"):
             if getattr(self, name) is not None:
                 _check_positive(name, getattr(self, name))
@@ -131,6 +135,6 @@ class LinearLlama3Config:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
-def _check_positive(name: str, value: object) -> None:
+def _check_positive(name: str, value: object, otherwise: str = "") -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigError(f"{name} must be an integer of at least 1; got {value!r}")
+        raise ConfigError(f"{name} must be an integer of at least 1{otherwise}; got {value!r}")

@@ -10,8 +10,10 @@ from abc import ABC, abstractmethod
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from longspan.errors import InputError
 from longspan.models.initial import InitialWeights
 from longspan.models.mixers.mixer import Context, operations_of_matrices
+from longspan.ops.chunked.swiglu import chunked_swiglu
 
 
 class FeedForward(nn.Module, ABC):
@@ -31,17 +33,35 @@ class FeedForward(nn.Module, ABC):
 
 
 class SwiGLU(FeedForward):
-    """down(silu(gate(x)) ⊙ up(x)) (arXiv 2002.05202)."""
+    """down(silu(gate(x)) ⊙ up(x)) (arXiv 2002.05202).
 
-    def __init__(self, dim: int, hidden_dim: int) -> None:
+    chunk_size: of so many tokens at a time, computed once more in backward, so that nothing of width `hidden_dim` is kept
+    (arXiv 2407.15892); 0 computes all tokens at once.
+    """
+
+    def __init__(self, dim: int, hidden_dim: int, chunk_size: int = 0) -> None:
         super().__init__()
+        self.chunk_size = chunk_size
         self.gate_proj = nn.Linear(dim, hidden_dim, bias=False)
         self.up_proj = nn.Linear(dim, hidden_dim, bias=False)
         self.down_proj = nn.Linear(hidden_dim, dim, bias=False)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
+        if self.chunk_size:
+            return chunked_swiglu(x, *self._matrices(), self.chunk_size)
         out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
         return out
+
+    def _matrices(self) -> tuple[Tensor, Tensor, Tensor]:
+        projections = (self.gate_proj, self.up_proj, self.down_proj)
+        for projection in projections:
+            if not isinstance(projection, nn.Linear):
+                raise InputError(
+                    f"a feed-forward layer in chunks takes the matrices of torch.nn.Linear; got {type(projection).__name__}. Set "
+                    "feed_forward_chunk to 0"
+                )
+        gate, up, down = (projection.weight for projection in projections)
+        return gate, up, down
 
     def init_weights(self, initial: InitialWeights) -> None:
         initial.fill(self, residual=(self.down_proj,))

@@ -27,6 +27,7 @@ from longspan.models.mixers import Context, LayerMemory, SequenceMixer, Sequence
 from longspan.models.mixers.mixer import check_layout_of_model, operations_of_matrices
 from longspan.models.norms import RMSNorm
 from longspan.models.rotary import Rotation, rotation
+from longspan.ops.chunked.cross_entropy import check_labels, check_num_valid, chunked_cross_entropy
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class HybridBlock(nn.Module):
         self.mixer_norm = RMSNorm(config.dim, config.norm_eps)
         self.mixer: SequenceMixer = build_mixer(config, operator)
         self.feed_forward_norm = RMSNorm(config.dim, config.norm_eps)
-        self.feed_forward: FeedForward = SwiGLU(config.dim, config.hidden_dim)
+        self.feed_forward: FeedForward = SwiGLU(config.dim, config.hidden_dim, config.feed_forward_chunk)
 
     def forward(self, x: Tensor, context: Context) -> tuple[Tensor, LayerMemory | None]:
         """x and the result are [B, T, C]; also what the mixer remembers, if it is asked for."""
@@ -99,6 +100,8 @@ class LinearLlama3(nn.Module):
         layout: SequenceLayout | None = ...,
         *,
         memory: ModelMemory | None = ...,
+        labels: Tensor | None = ...,
+        num_valid: int | Tensor | None = ...,
         output_memory: Literal[False] = ...,
     ) -> Tensor: ...
 
@@ -109,6 +112,8 @@ class LinearLlama3(nn.Module):
         layout: SequenceLayout | None = ...,
         *,
         memory: ModelMemory | None = ...,
+        labels: Tensor | None = ...,
+        num_valid: int | Tensor | None = ...,
         output_memory: Literal[True],
     ) -> tuple[Tensor, ModelMemory]: ...
 
@@ -119,6 +124,8 @@ class LinearLlama3(nn.Module):
         layout: SequenceLayout | None = ...,
         *,
         memory: ModelMemory | None = ...,
+        labels: Tensor | None = ...,
+        num_valid: int | Tensor | None = ...,
         output_memory: bool,
     ) -> Tensor | tuple[Tensor, ModelMemory]: ...
 
@@ -128,9 +135,11 @@ class LinearLlama3(nn.Module):
         layout: SequenceLayout | None = None,
         *,
         memory: ModelMemory | None = None,
+        labels: Tensor | None = None,
+        num_valid: int | Tensor | None = None,
         output_memory: bool = False,
     ) -> Tensor | tuple[Tensor, ModelMemory]:
-        """Logits of the token after each of `tokens`.
+        """Logits of the token after each of `tokens`, or with labels their loss.
 
         Args:
             tokens: int64 ``[B, T]``: whole sequences, or with a layout this rank's tokens of them.
@@ -138,16 +147,22 @@ class LinearLlama3(nn.Module):
                 then). ``SequenceLayout.local`` says that they are whole sequences, parallelized or not.
             memory: what the model remembers of the tokens before these, from an earlier call; None is nothing. Its gradient on a
                 rank is that rank's share.
+            labels: the token after each of `tokens`, int64 ``[B, T]``, shifted before the split (`SequenceLayout.shard_labels`);
+                -100 where there is none. With them the model returns the loss, by `longspan.chunked_cross_entropy`, and never holds
+                the logits of all tokens.
+            num_valid: with labels, what the sum of the losses is divided by: the number of valid tokens of all ranks. None is the
+                number of those here.
             output_memory: also return what it remembers afterwards, on every rank: `memory` of the tokens that follow. A prompt
                 over ranks, and then token by token on one of them (``SequenceLayout.local(1)``, if the model is parallelized),
                 is the same call.
 
         Returns:
-            ``[B, T, vocab_size]``, float32 (float64 for float64 weights); with `output_memory`, the pair (logits, memory).
+            Logits ``[B, T, vocab_size]``, float32 (float64 for float64 weights), or with `labels` the loss in nats, a scalar of the
+            same dtype; with `output_memory`, the pair (logits or loss, memory).
 
         Raises:
-            InputError: for tokens of another shape or dtype, for a memory of another model or batch, and for a memory with packed
-                documents.
+            InputError: for tokens or labels of another shape or dtype, for a memory of another model or batch, and for a memory
+                with packed documents.
             LayoutError: if T is not the layout's number of tokens, or the layout is not of the group that the model was
                 parallelized for.
 
@@ -162,6 +177,7 @@ class LinearLlama3(nn.Module):
         check_not_empty("the model", "tokens", tokens, "row and token")
         check_layout_of_model(layout, self.sequence_parallel)
         check_flag("the model", "output_memory", output_memory)
+        self._check_labels(labels, num_valid, tokens)
         self._check_memory(memory, output_memory, layout)
         if layout is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)
@@ -177,11 +193,15 @@ class LinearLlama3(nn.Module):
             x, of_layer = block(x, context if memory is None else context.after(memory.layers[index]))
             if of_layer is not None:
                 found.append(of_layer)
-        logits = at_least_float32(self.head(self.norm(x)))
+        x = self.norm(x)
+        if labels is None:
+            result = at_least_float32(self.head(x))
+        else:
+            result = chunked_cross_entropy(x, self.head.weight, labels, num_valid=num_valid)
         if not output_memory:
-            return logits
+            return result
         num_tokens = tokens.shape[1] if layout is None else layout.seq_len
-        return logits, ModelMemory(num_tokens + (0 if memory is None else memory.num_tokens), tuple(found))
+        return result, ModelMemory(num_tokens + (0 if memory is None else memory.num_tokens), tuple(found))
 
     def init_weights(self, seed: int) -> None:
         """Llama's initial weights, drawn on the CPU from `seed`: the same on every device and rank."""
@@ -226,6 +246,21 @@ class LinearLlama3(nn.Module):
             raise InputError(
                 f"the model: memory must have one part for each of the {len(self.blocks)} layers; got {len(memory.layers)}. Pass "
                 "what this very model returned"
+            )
+
+    def _check_labels(self, labels: Tensor | None, num_valid: object, tokens: Tensor) -> None:
+        check_num_valid("the model", num_valid)
+        if labels is None:
+            if num_valid is not None:
+                raise InputError(
+                    f"the model: num_valid is for a loss; got {described(num_valid)} and no labels. Pass labels=, or leave it out"
+                )
+            return
+        check_labels("the model", labels, tokens.shape, self.config.vocab_size)
+        if not isinstance(self.head, nn.Linear):
+            raise InputError(
+                f"the model: a loss takes the matrix of a head that is a torch.nn.Linear; got {type(self.head).__name__}. Compute "
+                "it from logits: leave labels out"
             )
 
     def _rotation(self, positions: Tensor) -> Rotation | None:

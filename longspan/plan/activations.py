@@ -49,7 +49,8 @@ class ModelSizes:
     """The sizes of a Linear-Llama3.
 
     operators: of each layer, a linear operator or "softmax". num_parameters: of the whole model; layer_parameters: of its largest
-    layer; matrix_parameters: of all linear maps, the output's among them.
+    layer; matrix_parameters: of all linear maps, the output's among them. loss_chunk: tokens whose logits are held at once.
+    feed_forward_chunk: tokens that a feed-forward layer computes at once, keeping nothing of its width; 0 is all, kept.
     """
 
     dim: int
@@ -62,6 +63,8 @@ class ModelSizes:
     num_parameters: int
     layer_parameters: int
     matrix_parameters: int
+    loss_chunk: int
+    feed_forward_chunk: int
 
 
 def mixer_bytes(sizes: ModelSizes, operator: str, num_tokens: int, number_bytes: int) -> int:
@@ -88,21 +91,31 @@ def state_bytes(sizes: ModelSizes, operator: str, num_tokens: int, number_bytes:
 
 def block_bytes(sizes: ModelSizes, operator: str, num_tokens: int, number_bytes: int) -> int:
     """Bytes that a whole layer saves, states apart: the mixer, two norms and the feed-forward layer."""
-    narrow = 2 * sizes.dim + 4 * sizes.hidden_dim
+    narrow = 2 * sizes.dim + (0 if sizes.feed_forward_chunk else 4 * sizes.hidden_dim)
     wide = 4 * sizes.dim + 2
     common = (narrow * number_bytes + wide * _FLOAT32) * num_tokens
     return common + mixer_bytes(sizes, operator, num_tokens, number_bytes)
 
 
-def outside_bytes(sizes: ModelSizes, num_tokens: int, number_bytes: int) -> int:
+def outside_bytes(sizes: ModelSizes, num_tokens: int) -> int:
     """Bytes that the model saves outside its layers: the last norm, the rotation, and the token ids with their labels."""
     rotation = sizes.head_dim * _FLOAT32 if "softmax" in sizes.operators else 0
-    return (sizes.dim * (number_bytes + 2 * _FLOAT32) + _FLOAT32 + rotation + 2 * 8) * num_tokens
+    return (sizes.dim * 2 * _FLOAT32 + _FLOAT32 + rotation + 2 * 8) * num_tokens
 
 
-def loss_bytes(sizes: ModelSizes, num_tokens: int) -> int:
-    """Bytes of the loss at its largest, in its backward: log-probabilities, their gradient, and that of the logits, float32."""
-    return 3 * sizes.vocab_size * _FLOAT32 * num_tokens
+def kept_loss_bytes(sizes: ModelSizes, num_tokens: int, number_bytes: int) -> int:
+    """Bytes that the loss saves: the gradients of its input, in the dtype of the layers, and of its matrix, float32."""
+    return sizes.dim * (num_tokens * number_bytes + sizes.vocab_size * _FLOAT32)
+
+
+def loss_bytes(sizes: ModelSizes, num_tokens: int, number_bytes: int) -> int:
+    """Bytes of the loss at its largest: what it saves, and a chunk's logits with their gradient, or what it saves once more."""
+    kept = kept_loss_bytes(sizes, num_tokens, number_bytes)
+    # A chunk's logits and gradient are float32; narrow products have their own results.
+    chunk = min(sizes.loss_chunk, num_tokens) * sizes.vocab_size * 2 * _FLOAT32
+    if number_bytes < _FLOAT32:
+        chunk += (min(sizes.loss_chunk, num_tokens) + sizes.dim) * sizes.vocab_size * number_bytes
+    return kept + max(chunk, kept)
 
 
 def gathered_bytes(sizes: ModelSizes, seq_len: int, rows: int, number_bytes: int) -> int:

@@ -95,7 +95,7 @@ def plan_memory(sizes: ModelSizes, mesh: MeshDegrees, step: Step, device: Device
         state_bytes(sizes, operator, tokens, step.number_bytes, step.segments_per_rank) for operator in sizes.operators
     ]
     layers = [block_bytes(sizes, operator, tokens, step.number_bytes) for operator in sizes.operators]
-    outside = outside_bytes(sizes, tokens, step.number_bytes)
+    outside = outside_bytes(sizes, tokens)
     # Matrices are cast once for forward and kept; FSDP2 brings those of one layer, and of the next, whole.
     copies = 0
     if mesh.shards_weights:
@@ -108,7 +108,7 @@ def plan_memory(sizes: ModelSizes, mesh: MeshDegrees, step: Step, device: Device
             exchanged = gathered_bytes(sizes, step.seq_len, step.rows, step.number_bytes)
         pairs = (mesh.sp * step.segments_per_rank + 1) * step.rows * sizes.num_heads * sizes.head_dim**2 * _FLOAT32
         exchanged = max(exchanged, pairs if len(states) > sizes.operators.count("softmax") else 0)
-    loss = loss_bytes(sizes, tokens)
+    loss = loss_bytes(sizes, tokens, step.number_bytes)
     accumulated = own * _FLOAT32 if step.num_micro_batches > 1 else 0
 
     def slack(num_bytes: int) -> int:

@@ -80,6 +80,8 @@ class ModelConfig:
     """How many tokens a softmax layer sees, the token itself included; None is all before it."""
     hidden_dim: int = 352
     """Width of the feed-forward layers."""
+    feed_forward_chunk: int = 0
+    """Tokens that feed-forward layers compute at once, and again in backward, to keep nothing of their width; 0 is all, once."""
     rope_theta: float = 500_000.0
     """Base of the rotary embedding in softmax layers."""
     norm_eps: float = 1e-5

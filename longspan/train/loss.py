@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from longspan.data.packing import IGNORED, PackedBatch, Sequences
 from longspan.layout import SequenceLayout
@@ -49,13 +48,14 @@ def loss_sum(model: Any, batch: PackedBatch, layout: SequenceLayout | None) -> T
     """Sum of the cross-entropies of this rank's tokens, in nats: a float32 scalar.
 
     Args:
-        model: takes tokens ``[B, T_local]`` and `layout`, gives logits ``[B, T_local, vocab_size]``.
+        model: takes tokens and labels ``[B, T_local]``, `layout` and `num_valid`, and gives the sum of the cross-entropies divided
+            by `num_valid`.
         batch: whole sequences, the same on every rank of the layout.
         layout: which tokens this rank holds, and of which documents; None is all of them, as one document.
     """
     inputs, labels = (batch.inputs, batch.labels) if layout is None else own_tokens(batch, layout)
-    logits = model(inputs, layout=layout)
-    return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+    total: Tensor = model(inputs, layout=layout, labels=labels, num_valid=1)
+    return total
 
 
 def own_tokens(batch: PackedBatch, layout: SequenceLayout) -> tuple[Tensor, Tensor]:

@@ -55,6 +55,8 @@ def test_a_config_survives_json() -> None:
         ({"head_dim": 33}, r"must be even, .*; got 33"),
         ({"num_layers": 0}, r"num_layers must be an integer of at least 1; got 0"),
         ({"hidden_dim": 12.5}, r"hidden_dim must be an integer of at least 1; got 12.5"),
+        ({"feed_forward_chunk": -1}, r"feed_forward_chunk must be an integer of at least 1, or 0 for all .*; got -1"),
+        ({"feed_forward_chunk": False}, r"feed_forward_chunk must be an integer .*; got False"),
         ({"vocab_size": True}, r"vocab_size must be an integer of at least 1; got True"),
         ({"window": 0}, r"window must be an integer of at least 1; got 0"),
         ({"num_kv_heads": 0}, r"num_kv_heads must be an integer of at least 1; got 0"),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -12,8 +15,9 @@ from longspan.degrees import MeshDegrees
 from longspan.layout import SequenceLayout
 from longspan.models import LinearLlama3
 from longspan.models.gates import GATE_BUILDERS
+from longspan.ops.chunked.cross_entropy import chunked_cross_entropy
 from longspan.parallel import compute_in
-from longspan.plan.activations import LINEAR, block_bytes, outside_bytes, state_bytes
+from longspan.plan.activations import LINEAR, block_bytes, kept_loss_bytes, loss_bytes, outside_bytes, state_bytes
 from longspan.plan.cluster import stated_cluster
 from longspan.plan.training import DeviceFigures, Step, layer_bytes, plan_memory, plan_time
 from longspan.train.config import Config
@@ -24,7 +28,7 @@ MODEL += ["--data.vocab_size", "300", "--parallel.sp", "1"]
 
 
 def saved_bytes(model: LinearLlama3, num_tokens: int) -> int:
-    """Bytes that autograd saves of a forward, parameters apart."""
+    """Bytes that autograd saves of a forward with its loss, parameters apart."""
     known = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     found: dict[int, torch.UntypedStorage] = {}
 
@@ -35,8 +39,9 @@ def saved_bytes(model: LinearLlama3, num_tokens: int) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        logits = model(torch.zeros(1, num_tokens, dtype=torch.int64), layout=SequenceLayout.local(num_tokens))
-    del logits
+        tokens = torch.zeros(1, num_tokens, dtype=torch.int64)
+        loss = model(tokens, layout=SequenceLayout.local(num_tokens), labels=tokens)
+    del loss
     return sum(storage.nbytes() for storage in found.values())
 
 
@@ -56,9 +61,48 @@ def test_what_a_layer_keeps_is_what_autograd_saves(operator: str, dtype: str) ->
     sizes = sizes_of(config)
     layer = block_bytes(sizes, operator, TOKENS, number_bytes)
     layer += state_bytes(sizes, operator, 2 * TOKENS, number_bytes) - state_bytes(sizes, operator, TOKENS, number_bytes)
-    # Without a loss no labels are there.
-    expected = 2 * layer + outside_bytes(sizes, TOKENS, number_bytes) - 8 * TOKENS
+    loss = kept_loss_bytes(sizes, 2 * TOKENS, number_bytes) - kept_loss_bytes(sizes, TOKENS, number_bytes)
+    # Labels are not saved, but held.
+    expected = 2 * layer + outside_bytes(sizes, TOKENS) + loss - 8 * TOKENS
     assert counted == pytest.approx(expected, rel=0.01)
+
+
+def test_a_feed_forward_layer_in_chunks_keeps_nothing_of_its_width() -> None:
+    pattern = ["--model.pattern", "L", "--model.num_layers", "2", "--model.feed_forward_chunk"]
+    saved, planned = [], []
+    for chunk in ("0", "100"):
+        config = parse([*MODEL, *pattern, chunk])
+        saved.append(saved_bytes(LinearLlama3(config.model.build(config.data.vocab_size)), TOKENS))
+        planned.append(2 * block_bytes(sizes_of(config), "simple_gla", TOKENS, 4))
+    assert saved[0] - saved[1] == planned[0] - planned[1] == 2 * 4 * 56 * 4 * TOKENS
+
+
+# Products in bfloat16 copy matrices into an order of their own on some processors.
+@pytest.mark.parametrize(("number_bytes", "tolerance"), [(4, 0.05), (2, 0.15)])
+def test_the_loss_takes_what_its_chunks_do(number_bytes: int, tolerance: float) -> None:
+    """As counted by PyTorch's profiler of memory: the most that is held at once, in forward or in backward."""
+    sizes = dataclasses.replace(sizes_of(parse([*MODEL])), vocab_size=3000, loss_chunk=200)
+    dtype = torch.float32 if number_bytes == 4 else torch.bfloat16
+    hidden = torch.randn(2000, sizes.dim, dtype=dtype, requires_grad=True)
+    weight = torch.randn(3000, sizes.dim, dtype=dtype, requires_grad=True)
+    labels = torch.arange(2000)
+
+    def step() -> None:
+        chunked_cross_entropy(hidden, weight, labels, chunk_size=200).backward()
+
+    assert most_held(step) == pytest.approx(loss_bytes(sizes, 2000, number_bytes), rel=tolerance)
+
+
+def most_held(step: Callable[[], None]) -> int:
+    """The most bytes that tensors made in `step` take at once."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step()
+    held = most = 0
+    for event in sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held)
+    return most
 
 
 def test_every_operator_of_a_model_is_counted() -> None:
@@ -113,7 +157,9 @@ def test_a_mesh_divides_what_it_says() -> None:
     whole = plan_memory(sizes, MeshDegrees(), Step(65536), DEVICE).kinds
     split = plan_memory(sizes, MeshDegrees(sp=4), Step(65536), DEVICE).kinds
     assert split["activations"] == pytest.approx(whole["activations"] / 4)
-    assert split["logits and loss"] == pytest.approx(whole["logits and loss"] / 4)
+    # A chunk of logits and the gradient of the matrix are the same on every rank.
+    assert whole["logits and loss"] - split["logits and loss"] == 0.75 * 65536 * sizes.dim * 4
+    assert whole["logits and loss"] < 0.2 * 65536 * sizes.vocab_size * 4
     assert split["weights"] == whole["weights"] == 4 * sizes.num_parameters
     assert split["exchange"] > 0 == whole["exchange"]
     shared = plan_memory(sizes, MeshDegrees(sp=4, dp_shard=2, shard_over_sp=True), Step(65536), DEVICE).kinds

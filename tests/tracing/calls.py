@@ -12,6 +12,7 @@ from torch import Tensor
 
 import longspan
 from longspan import SequenceLayout, features
+from longspan.ops.chunked.swiglu import chunked_swiglu
 from longspan.ops.variants import VARIANTS
 
 HEADS, SIZE = 4, 8
@@ -137,6 +138,16 @@ def _norm(layout: Any, x: Tensor, gate: Tensor, weight: Tensor) -> Outputs:
     return (longspan.rms_norm_gated(x, gate, weight),)
 
 
+def _loss(layout: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Outputs:
+    labels = torch.arange(x.shape[0] * x.shape[1], device=x.device).view(x.shape[:2]) % 11
+    labels = labels.masked_fill(labels < 2, -100)
+    return (longspan.chunked_cross_entropy(x, weight, labels, bias=bias, chunk_size=16, softcap=2.0).view(1, 1),)
+
+
+def _swiglu(layout: Any, x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Outputs:
+    return (chunked_swiglu(x, gate, up, down, 16),)
+
+
 def _features(layout: Any, x: Tensor, bias: Tensor) -> Outputs:
     g, k = features.hgrn2_log_decay(x, bias.sigmoid())
     return (
@@ -185,6 +196,8 @@ CALLS = {
         _softmax_after_a_past, {**SOFTMAX, "past_k": ("B", 5, 2, SIZE), "past_v": ("B", 5, 2, SIZE)}
     ),
     "norm": Call(_norm, {"x": HEADS_OF_VALUES, "gate": HEADS_OF_VALUES, "weight": (SIZE,)}),
+    "cross-entropy": Call(_loss, {"x": ("B", "T", 6), "weight": (11, 6), "bias": (11,)}),
+    "feed-forward": Call(_swiglu, {"x": ("B", "T", 6), "gate": (8, 6), "up": (8, 6), "down": (5, 8)}),
     "features": Call(_features, {"x": HEADS_OF_VALUES, "bias": (HEADS, SIZE)}),
 }
 

@@ -37,7 +37,7 @@ def gradients(model: Any, called: Any, tokens: Tensor, layout: SequenceLayout | 
 @pytest.mark.parametrize("operator", ["simple_gla", pytest.param("kda", marks=pytest.mark.slow)])
 def test_one_graph_serves_all_lengths(operator: str, packed: bool) -> None:
     torch._dynamo.utils.counters.clear()
-    model = tiny_model(operator=operator)
+    model = tiny_model(operator=operator, feed_forward_chunk=16 if packed else 0)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     for number, length in enumerate(LENGTHS):
         layout = SequenceLayout.local(length, documents_of(length, 4 + number) if packed else None)
@@ -50,7 +50,7 @@ def test_one_graph_serves_all_lengths(operator: str, packed: bool) -> None:
 
 def on_ranks(operator: str) -> float:
     torch._dynamo.reset()
-    model = tiny_model(operator=operator)
+    model = tiny_model(operator=operator, feed_forward_chunk=16)
     longspan.parallelize(model, None)
     compiled = torch.compile(model, backend="aot_eager")
     errors = []

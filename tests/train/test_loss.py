@@ -13,16 +13,19 @@ from longspan.train.loss import Evaluation, loss_sum, unigram_baseline
 
 
 class Constant(torch.nn.Module):
-    """Gives the same logits everywhere, and remembers what it was given."""
+    """Has the same logits everywhere, gives their loss, and remembers what it was given."""
 
     def __init__(self, logits: list[float]) -> None:
         super().__init__()
         self.logits = torch.tensor(logits)
         self.seen = torch.empty(0)
 
-    def forward(self, tokens: torch.Tensor, layout: SequenceLayout | None = None) -> torch.Tensor:
+    def forward(
+        self, tokens: torch.Tensor, layout: SequenceLayout | None, labels: torch.Tensor, num_valid: int
+    ) -> torch.Tensor:
         self.seen = tokens
-        return self.logits.expand(*tokens.shape, -1)
+        logits = self.logits.expand(tokens.numel(), -1)
+        return torch.nn.functional.cross_entropy(logits, labels.flatten(), reduction="sum") / num_valid
 
 
 def test_bits_per_byte_and_nats_per_token() -> None:
