@@ -19,6 +19,7 @@ from benchmarks import (
     prefill,
     recovery,
     softmax,
+    start,
     training,
 )
 from benchmarks.harness import machine, reexecute_with_memory_settings, save
@@ -42,6 +43,7 @@ def main() -> None:
         **overhead.TABLES,
         **loss.TABLES,
         **training.TABLES,
+        **start.TABLES,
     }
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("tables", nargs="*", metavar="TABLE", help=f"of {', '.join(all_tables)}; all without one")

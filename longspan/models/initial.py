@@ -3,28 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 STD = 0.02
 
+Whole = Callable[[nn.Module], AbstractContextManager[Any]]
+"""``with whole(module):`` has a module's own parameters whole, to be set; afterwards each rank has its share of what was set."""
+
 
 class InitialWeights:
     """Draws matrices one after another, so that the order of the calls is part of what a seed means.
 
-    Matrices are normal with deviation 0.02, those that write into the residual stream with 0.02 / √(2 · num_layers).
+    Matrices are normal with deviation 0.02, those that write into the residual stream with 0.02 / √(2 · num_layers). What is on the
+    meta device has no values, and is left.
+
+    whole: a context for each module, in which its own parameters are whole, where they are divided over ranks.
     """
 
-    def __init__(self, seed: int, num_layers: int) -> None:
+    def __init__(self, seed: int, num_layers: int, whole: Whole = nullcontext) -> None:
         self._generator = torch.Generator().manual_seed(seed)
         self._residual_std = STD / (2 * num_layers) ** 0.5
+        self._whole = whole
 
     @torch.no_grad()
     def draw(self, weight: Tensor, residual: bool = False) -> None:
         """Fill a matrix, in place; `residual` says that it writes into the residual stream."""
+        if weight.is_meta:
+            return
         std = self._residual_std if residual else STD
-        weight.copy_(torch.empty(weight.shape).normal_(std=std, generator=self._generator))
+        if type(weight) is nn.Parameter and weight.device.type == "cpu" and weight.dtype == torch.get_default_dtype():
+            # The same numbers, without a second matrix.
+            weight.normal_(std=std, generator=self._generator)
+        else:
+            weight.copy_(torch.empty(weight.shape).normal_(std=std, generator=self._generator))
 
     @torch.no_grad()
     def fill(self, module: nn.Module, residual: Iterable[nn.Module] = ()) -> None:
@@ -35,9 +50,10 @@ class InitialWeights:
         """
         writing = {id(x) for x in residual}
         for part in module.modules():
-            if isinstance(part, nn.Linear | nn.Embedding):
-                self.draw(part.weight, id(part) in writing)
-            else:
-                reset: Callable[[], None] | None = getattr(part, "reset_parameters", None)
-                if reset is not None:
-                    reset()
+            with self._whole(part):
+                if isinstance(part, nn.Linear | nn.Embedding):
+                    self.draw(part.weight, id(part) in writing)
+                else:
+                    reset: Callable[[], None] | None = getattr(part, "reset_parameters", None)
+                    if reset is not None:
+                        reset()

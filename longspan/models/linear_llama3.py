@@ -9,6 +9,7 @@ Shapes: B batch rows, T tokens (this rank's where a layout is given), C channels
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal, cast, overload
 
@@ -22,7 +23,7 @@ from longspan.layout import SequenceLayout
 from longspan.layout.calls import check_layout
 from longspan.models.config import LinearLlama3Config
 from longspan.models.feed_forward import FeedForward, SwiGLU
-from longspan.models.initial import InitialWeights
+from longspan.models.initial import InitialWeights, Whole
 from longspan.models.mixers import Context, LayerMemory, SequenceMixer, SequenceParallel, build_mixer
 from longspan.models.mixers.mixer import check_layout_of_model, operations_of_matrices
 from longspan.models.norms import RMSNorm
@@ -203,9 +204,12 @@ class LinearLlama3(nn.Module):
         num_tokens = tokens.shape[1] if layout is None else layout.seq_len
         return result, ModelMemory(num_tokens + (0 if memory is None else memory.num_tokens), tuple(found))
 
-    def init_weights(self, seed: int) -> None:
-        """Llama's initial weights, drawn on the CPU from `seed`: the same on every device and rank."""
-        initial = InitialWeights(seed, self.config.num_layers)
+    def init_weights(self, seed: int, whole: Whole = nullcontext) -> None:
+        """Llama's initial weights, drawn on the CPU from `seed`: the same on every device and rank.
+
+        whole: where weights are divided over ranks, what `longspan.parallel.materialise` gives.
+        """
+        initial = InitialWeights(seed, self.config.num_layers, whole)
         initial.fill(self.embedding)
         for block in self._blocks():
             block.init_weights(initial)

@@ -4,6 +4,7 @@ from longspan.degrees import MeshDegrees
 from longspan.parallel.adapters import Adapter, register_adapter
 from longspan.parallel.apply import parallelize, sum_gradients, unparallelize
 from longspan.parallel.compiled import compile_blocks
+from longspan.parallel.materialise import materialise
 from longspan.parallel.mesh import ParallelMesh
 from longspan.parallel.precision import compute_in
 from longspan.parallel.recompute import recompute_blocks
@@ -16,6 +17,7 @@ __all__ = [
     "compile_blocks",
     "compute_in",
     "gathered",
+    "materialise",
     "parallelize",
     "recompute_blocks",
     "register_adapter",

@@ -188,7 +188,7 @@ class TrainConfig:
     compile: bool = False
     """Compile each layer by torch.compile; the first steps take longer."""
     check_tokens: int = 65_536
-    """Compare this much of the first batch with a single process before the first step."""
+    """Compare this much of the first batch with a single process, which holds all weights, before the first step; 0 does not."""
     check_replicas_every: int = 0
     """Steps between two comparisons of the weights of ranks that must hold the same, bit for bit; 0 makes none."""
     deterministic: bool = False

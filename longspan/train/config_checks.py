@@ -149,7 +149,7 @@ _LEAST: dict[str, float] = {
     "train.seq_len": 1,
     "train.batch_tokens": 1,
     "train.micro_batch_sequences": 1,
-    "train.check_tokens": 1,
+    "train.check_tokens": 0,
     "train.check_replicas_every": 0,
     "train.max_skipped_steps": 1,
     "validation.every": 0,

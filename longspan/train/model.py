@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
 from longspan.errors import ConfigError
 from longspan.models import LinearLlama3
-from longspan.parallel import compile_blocks, compute_in, parallelize, recompute_blocks, shard_weights, sum_gradients
+from longspan.parallel import (
+    compile_blocks,
+    compute_in,
+    materialise,
+    parallelize,
+    recompute_blocks,
+    shard_weights,
+    sum_gradients,
+)
 from longspan.parallel.compiled import check_compiler
 from longspan.parallel.sharded import copy_whole, on_this_rank
 from longspan.train.config import Config
@@ -22,6 +32,19 @@ def build_model(config: Config, vocab_size: int, device: torch.device) -> Linear
         model = LinearLlama3(config.model.build(vocab_size))
     model.init_weights(config.train.seed)
     return model.to(device)
+
+
+def build_parallel(config: Config, vocab_size: int, ranks: Ranks, dtype: torch.dtype | None = None) -> LinearLlama3:
+    """The model of `build_model`, made parallel; where weights are divided over ranks, none of these ever holds all of them.
+
+    dtype: as in `make_parallel`.
+    """
+    if not ranks.degrees.shards_weights:
+        return make_parallel(build_model(config, vocab_size, ranks.device), config, ranks, dtype)
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        model = LinearLlama3(config.model.build(vocab_size))
+    make_parallel(model, config, ranks, dtype)
+    return materialise(model, ranks.device, partial(model.init_weights, config.train.seed))
 
 
 def make_parallel(model: LinearLlama3, config: Config, ranks: Ranks, dtype: torch.dtype | None = None) -> LinearLlama3:

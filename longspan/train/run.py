@@ -103,11 +103,15 @@ def _train_on(ranks: Ranks, config: Config, stop: StopRequest, resume: RunFolder
     report.heading("device", _find_peak(trainer))
 
     if ranks.world_size > 1:
-        phase.name = "checking the first batch"
-        check = trainer.check(threads_alone=num_cores())
-        report.heading("check", _describe_check(check, ranks.world_size, config))
-        check.raise_unless_agrees()
-        if exchange.measures(config, ranks):
+        if config.train.check_tokens:
+            phase.name = "checking the first batch"
+            check = trainer.check(threads_alone=num_cores())
+            report.heading("check", _describe_check(check, ranks.world_size, config))
+            check.raise_unless_agrees()
+        else:
+            report.heading("check", "none, as train.check_tokens is 0: nothing was compared with one process")
+        # Without the check nothing has been exchanged yet, and so nothing measured.
+        if exchange.measures(config, ranks) and (config.train.check_tokens or trainer.has_saved_figures):
             report.heading("exchange", exchange.describe(trainer.layout, ranks, trainer.has_saved_figures))
 
     traced = config.run.trace_step

@@ -31,7 +31,7 @@ from longspan.train.loading import SavedCheckpoint
 from longspan.train.loss import Evaluation, evaluate, loss_sum, unigram_baseline
 from longspan.train.memory import StepMemory
 from longspan.train.metrics import MetricsFile, Totals
-from longspan.train.model import build_model, compute_dtype, copy_shares, copy_weights, make_parallel, sum_over_ranks
+from longspan.train.model import build_model, build_parallel, compute_dtype, copy_shares, copy_weights, sum_over_ranks
 from longspan.train.optimizer import (
     build_optimizer,
     clip_gradients,
@@ -84,7 +84,7 @@ class Trainer:
         self.layout = self._layout(train.seq_len)
         self.token_bytes = data.tokenizer.token_bytes
         self.baseline = unigram_baseline(data.token_counts(config.data.weights), self.held_out, self.token_bytes)
-        self.model = make_parallel(self._build_model(), config, ranks, compute_dtype(config))
+        self.model = self._build_parallel(compute_dtype(config))
         self.optimizer = build_optimizer(self.model, config.optim)
         self.operations = ModelOperations(self.model)
         self.peak_flops: float | None = None
@@ -104,6 +104,9 @@ class Trainer:
 
     def _build_model(self) -> LinearLlama3:
         return build_model(self.config, self.data.tokenizer.vocab_size, self.ranks.device)
+
+    def _build_parallel(self, dtype: torch.dtype | None = None) -> LinearLlama3:
+        return build_parallel(self.config, self.data.tokenizer.vocab_size, self.ranks, dtype)
 
     def whole_weights(self) -> dict[str, Tensor]:
         """The present weights by name, on rank 0; the other ranks, which must call this as well, have none."""
@@ -143,7 +146,7 @@ class Trainer:
         """The model as it is trained, but for a lower precision, whose rounding would hide what the check looks for."""
         if compute_dtype(self.config) is None:
             return self.model
-        model = make_parallel(self._build_model(), self.config, self.ranks)
+        model = self._build_parallel()
         copy_shares(self.model, model)
         return model
 

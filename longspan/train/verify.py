@@ -12,7 +12,7 @@ from longspan.layout import SequenceLayout
 from longspan.parallel import gathered
 from longspan.train.config import Config
 from longspan.train.config_checks import check_degrees
-from longspan.train.model import build_model, copy_weights, make_parallel
+from longspan.train.model import build_model, build_parallel, copy_weights
 from longspan.train.ranks import Ranks
 from longspan.train.selfcheck import SelfCheck, self_check
 
@@ -31,7 +31,7 @@ def verify_config(config: Config, ranks: Ranks) -> SelfCheck:
     """
     ranks.arrange(check_degrees(config, ranks.world_size))
     sequences = random_sequences(config, ranks.dp, ranks.sp)
-    model = make_parallel(build_model(config, config.data.vocab_size, ranks.device), config, ranks)
+    model = build_parallel(config, config.data.vocab_size, ranks)
     weights = gathered(model.named_parameters(), ranks.is_first)
 
     def layout_of(seq_len: int, documents: Sequence[int] | None) -> SequenceLayout:

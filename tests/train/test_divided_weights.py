@@ -5,12 +5,15 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from longspan.launch import EXIT_DONE
+from longspan.train.config import Config
+from longspan.train.trainer import Trainer
 from tests.compare import relative_error, worst
 from tests.ranks import run_on_ranks
 from tests.shared import made_once
@@ -60,6 +63,17 @@ def test_one_process_goes_on_with_the_whole_weights(corpus: Path, divided: Path,
     whole, alone = load_file(divided / "weights.safetensors"), load_file(run / "weights.safetensors")
     assert whole.keys() == alone.keys()
     assert worst(relative_error(whole[name], alone[name]) for name in whole) < 1e-2
+
+
+def _without_check(config: Config) -> int:
+    with mock.patch.object(Trainer, "check", side_effect=AssertionError("checked")):
+        return train_here(config)
+
+
+def test_a_run_that_leaves_its_check_out_is_the_same_run(corpus: Path, divided: Path, tmp_path: Path) -> None:
+    config = tiny_config(corpus, tmp_path / "run", **DIVIDED, train__check_tokens=0)
+    assert run_on_ranks(2, _without_check, config) == [EXIT_DONE] * 2
+    assert metrics(tmp_path / "run", *COMPUTED) == metrics(divided, *COMPUTED)
 
 
 @pytest.mark.parametrize(
