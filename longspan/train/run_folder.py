@@ -140,11 +140,17 @@ def _is_file(path: Path) -> bool:
 
 def _create_by_time() -> RunFolder:
     name = time.strftime("%Y-%m-%d_%H-%M-%S")
+    _make(DEFAULT_PARENT)
     for attempt in range(1, 1000):
         path = DEFAULT_PARENT / (name if attempt == 1 else f"{name}-{attempt}")
-        if not path.exists():
-            _make(path)
-            return RunFolder(path)
+        try:
+            path.mkdir()
+        except FileExistsError:
+            # Of a run that begins at the same moment, too: whoever makes it has it.
+            continue
+        except OSError as error:
+            raise _not_made(path, error) from error
+        return RunFolder(path)
     raise ConfigError(f"{DEFAULT_PARENT / name} and its neighbours exist. Give a run.dir")
 
 
@@ -152,4 +158,8 @@ def _make(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"run.dir {str(path)!r} cannot be made: {error}. Give another folder") from error
+        raise _not_made(path, error) from error
+
+
+def _not_made(path: Path, error: OSError) -> ConfigError:
+    return ConfigError(f"run.dir {str(path)!r} cannot be made: {error}. Give another folder")

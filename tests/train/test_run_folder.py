@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -35,6 +36,17 @@ def test_a_file_is_replaced_when_it_is_whole(tmp_path: Path) -> None:
 def test_a_start_that_was_cut_off_while_it_wrote_can_be_gone_on_with(tmp_path: Path) -> None:
     (tmp_path / ".writing-config.toml").write_text("half")
     assert create_run_folder(str(tmp_path), or_begun=True).path == tmp_path
+
+
+def test_runs_that_begin_at_the_same_moment_have_folders_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(time, "strftime", lambda form: "2026-01-31_12-00-00")
+    # Neither sees the other's, as both look before both make theirs.
+    monkeypatch.setattr(Path, "exists", lambda path: False)
+    made = [create_run_folder(None).path.name for _ in range(3)]
+    assert made == ["2026-01-31_12-00-00", "2026-01-31_12-00-00-2", "2026-01-31_12-00-00-3"]
 
 
 def _with_a_full_disk(config: Config, after_the_start: bool) -> tuple[str, str]:
