@@ -7,15 +7,13 @@ is done, which it verifies first.
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import os
 import re
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from longspan.data.files import digest, remove_leftovers, sync_folder, with_checksum, write_whole
+from longspan.data.files import digest, locked, remove_leftovers, sync_folder, with_checksum, write_whole
 from longspan.data.hub import is_inside
 from longspan.data.prepared import MANIFEST, MANIFEST_OF_FORMAT_1, read_manifest, splits_of
 from longspan.data.reading import read_documents
@@ -89,7 +87,7 @@ def prepare_corpus(recipe: Recipe, folder: Path, num_workers: int = 1, progress:
     rules = [_rule(recipe, source) for source in listed]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder):
+        with _alone_in(folder):
             remove_leftovers(folder)
             progress.begin("making the tokenizer", None)
             tokenizer, end_of_document = _make_tokenizer(recipe, listed, rules)
@@ -241,19 +239,16 @@ def _check_same_recipe(recipe: Recipe, folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def _alone_in(folder: Path) -> Iterator[None]:
     """Keep other processes from preparing the same folder; the lock ends with this process."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            stack.enter_context(locked(folder))
         except BlockingIOError:
             raise DataError(
                 f"another process is preparing {folder} now. Wait until it is done, or give another data.folder"
             ) from None
         yield
-    finally:
-        os.close(descriptor)
 
 
 def _exists(path: Path) -> bool:

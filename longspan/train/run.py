@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import platform
 import secrets
@@ -35,7 +36,7 @@ from longspan.train.phase import RunPhase
 from longspan.train.ranks import Ranks
 from longspan.train.rate import find_peak
 from longspan.train.report import Report
-from longspan.train.run_folder import RunFolder, create_run_folder, replacing
+from longspan.train.run_folder import RunFolder, claimed, create_run_folder, replacing
 from longspan.train.selfcheck import SelfCheck
 from longspan.train.trainer import Trainer, saved_value
 from longspan.train.watch import Watch
@@ -72,11 +73,18 @@ def train_on(
     ranks: Ranks, config: Config, stop: StopRequest, resume: RunFolder | None = None, phase: RunPhase | None = None
 ) -> int:
     """`train` on ranks that have met."""
-    with deterministic_algorithms(config.train.deterministic, ranks.device):
-        return _train_on(ranks, config, stop, resume, phase or RunPhase())
+    with deterministic_algorithms(config.train.deterministic, ranks.device), contextlib.ExitStack() as claims:
+        return _train_on(ranks, config, stop, resume, phase or RunPhase(), claims)
 
 
-def _train_on(ranks: Ranks, config: Config, stop: StopRequest, resume: RunFolder | None, phase: RunPhase) -> int:
+def _train_on(
+    ranks: Ranks,
+    config: Config,
+    stop: StopRequest,
+    resume: RunFolder | None,
+    phase: RunPhase,
+    claims: contextlib.ExitStack,
+) -> int:
     start = time.perf_counter()
     torch.manual_seed(config.train.seed)
     ranks.agree(_facts(config, resume))
@@ -89,7 +97,7 @@ def _train_on(ranks: Ranks, config: Config, stop: StopRequest, resume: RunFolder
         report.heading("mesh", "; ".join(ranks.degrees.describe().splitlines()[1:]))
 
     phase.name = "opening the run folder"
-    folder, saved = _open_run(config, resume, ranks, report)
+    folder, saved = _open_run(config, resume, ranks, report, claims)
     report.heading("run", f"{folder.path}" + (f", going on from step {saved.step}" if saved else ""))
 
     phase.name = "preparing the data"
@@ -140,20 +148,24 @@ def _facts(config: Config, resume: RunFolder | None) -> dict[str, str]:
 
 
 def _open_run(
-    config: Config, resume: RunFolder | None, ranks: Ranks, report: Report
+    config: Config, resume: RunFolder | None, ranks: Ranks, report: Report, claims: contextlib.ExitStack
 ) -> tuple[RunFolder, SavedCheckpoint | None]:
-    """A new run's folder, or that of a run to go on with and its newest checkpoint."""
-    if resume is None and config.run.go_on:
-        # Rank 0 looks, before any rank writes: all of them take the same way.
-        wanted, has_checkpoint = ranks.from_first(lambda: _begun_before(config))
-        if not has_checkpoint:
-            return RunFolder(Path(wanted)), None
-        resume = RunFolder(Path(wanted))
-    if resume is None:
-        return RunFolder(Path(ranks.from_first(lambda: str(create_run_folder(config.run.dir).path)))), None
-    found = resume
-    path = _choose_checkpoint(found, config, ranks, report)
-    return found, ranks.together(lambda: _fitting_checkpoint(path, found, config))
+    """A new run's folder, or that of a run to go on with and its newest checkpoint; claims: where rank 0 enters its claim on it."""
+    # Rank 0 looks, before any rank writes: all of them take the same way.
+    wanted, goes_on = ranks.from_first(lambda: _claimed_folder(config, resume, claims))
+    folder = RunFolder(Path(wanted))
+    if not goes_on:
+        return folder, None
+    path = _choose_checkpoint(folder, config, ranks, report)
+    return folder, ranks.together(lambda: _fitting_checkpoint(path, folder, config))
+
+
+def _claimed_folder(config: Config, resume: RunFolder | None, claims: contextlib.ExitStack) -> tuple[str, bool]:
+    """The folder of a run, made if it is not there and claimed by this process, and whether the run goes on from a checkpoint."""
+    goes_on = resume is None and config.run.go_on
+    folder = resume or create_run_folder(config.run.dir, or_begun=goes_on)
+    claims.enter_context(claimed(folder.path))
+    return str(folder.path), resume is not None or (goes_on and bool(complete_checkpoints(folder.checkpoints)))
 
 
 def _choose_checkpoint(folder: RunFolder, config: Config, ranks: Ranks, report: Report) -> Path:
@@ -173,12 +185,6 @@ def _choose_checkpoint(folder: RunFolder, config: Config, ranks: Ranks, report: 
             report.heading("older", f"going on from {name}, which is whole, as checkpoint.allow_older says")
         return path
     raise failure or CheckpointError(f"there is no checkpoint in {folder.checkpoints}. Start a new run")
-
-
-def _begun_before(config: Config) -> tuple[str, bool]:
-    """The folder of a run that goes on where it stands, made if it is not there, and whether it has a checkpoint."""
-    folder = create_run_folder(config.run.dir, or_begun=True)
-    return str(folder.path), bool(complete_checkpoints(folder.checkpoints))
 
 
 def _fitting_checkpoint(path: Path, folder: RunFolder, config: Config) -> SavedCheckpoint:

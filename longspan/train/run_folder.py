@@ -8,10 +8,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from longspan.data.files import locked
 from longspan.errors import CheckpointError, ConfigError
 
 DEFAULT_PARENT = Path("runs")
 _UNFINISHED = ".writing-"
+# A run that was killed a moment ago is ending now.
+_SECONDS_TO_END = 10.0
 
 
 @contextlib.contextmanager
@@ -42,6 +45,31 @@ def replacing(path: Path) -> Iterator[Path]:
             unfinished.replace(path)
         finally:
             unfinished.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def claimed(path: Path) -> Iterator[None]:
+    """Keep other processes of this host from writing into a run's folder, for as long as the block or this process lasts.
+
+    Raises:
+        ConfigError: where another process writes into it, and does not end soon; or it cannot be read.
+    """
+    deadline = time.monotonic() + _SECONDS_TO_END
+    with contextlib.ExitStack() as stack:
+        while True:
+            try:
+                stack.enter_context(locked(path))
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise ConfigError(
+                        f"another process is writing into {path}: its run still goes on, and two would damage each other's "
+                        "checkpoints. Wait until it has ended, or stop it"
+                    ) from None
+                time.sleep(0.1)
+            except OSError as error:
+                raise ConfigError(f"run.dir {str(path)!r} cannot be read: {error}. Give another folder") from error
+        yield
 
 
 class RunFolder:

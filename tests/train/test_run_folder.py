@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ import pytest
 
 from longspan.errors import ConfigError
 from longspan.launch import EXIT_DONE
+from longspan.train import run_folder
 from longspan.train.config import Config
-from longspan.train.run_folder import create_run_folder, replacing
+from longspan.train.run_folder import claimed, create_run_folder, replacing
 from tests.ranks import raised, run_on_ranks
 from tests.train.tiny import tiny_config, train_here, write_corpus
 
@@ -47,6 +49,40 @@ def test_runs_that_begin_at_the_same_moment_have_folders_of_their_own(
     monkeypatch.setattr(Path, "exists", lambda path: False)
     made = [create_run_folder(None).path.name for _ in range(3)]
     assert made == ["2026-01-31_12-00-00", "2026-01-31_12-00-00-2", "2026-01-31_12-00-00-3"]
+
+
+def test_a_claim_is_of_one_process_and_one_that_ends_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_folder, "_SECONDS_TO_END", 0.0)
+    first = contextlib.ExitStack()
+    first.enter_context(claimed(tmp_path))
+    with pytest.raises(ConfigError, match=r"another process is writing into .* its run still goes on"):
+        first.enter_context(claimed(tmp_path))
+    monkeypatch.setattr(run_folder, "_SECONDS_TO_END", 60.0)
+    threading.Timer(0.2, first.close).start()
+    with claimed(tmp_path):
+        pass
+    with pytest.raises(ConfigError, match="cannot be read"), claimed(tmp_path / "missing"):
+        raise AssertionError
+
+
+def _without_waiting(config: Config) -> tuple[str, str]:
+    with mock.patch.object(run_folder, "_SECONDS_TO_END", 0.0):
+        return raised(train_here, config, True)
+
+
+def test_a_run_that_still_goes_on_is_not_gone_on_with(tmp_path: Path) -> None:
+    """Two processes that write the same checkpoint would make one of both, which is damaged."""
+    run = tmp_path / "run"
+    config = tiny_config(write_corpus(tmp_path / "text"), run, train__steps=1, sample__tokens=0)
+    assert run_on_ranks(2, train_here, config) == [EXIT_DONE] * 2
+    before = (run / "metrics.jsonl").read_bytes()
+    with claimed(run):
+        for kind, text in run_on_ranks(2, _without_waiting, config):
+            assert kind == "ConfigError" and f"another process is writing into {run}" in text
+    assert (run / "metrics.jsonl").read_bytes() == before
+    assert run_on_ranks(2, train_here, config, True) == [EXIT_DONE] * 2
 
 
 def _with_a_full_disk(config: Config, after_the_start: bool) -> tuple[str, str]:
