@@ -180,6 +180,7 @@ def test_a_rank_that_does_not_answer_is_reported_after_the_deadline(config: Path
     assert not alive(process.ranks)
 
 
+@pytest.mark.slow
 def test_torchrun_ranks_are_used(config: Path, finished: tuple[Path, str], tmp_path: Path) -> None:
     run = tmp_path / "run"
     command = [

@@ -31,15 +31,16 @@ def assert_goes_on_as_if_nothing_had_been(run: Path, uninterrupted: Path) -> Non
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"step-00000006", "step-00000009"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("point", "newest"),
     [
-        pytest.param("checkpoint.begun:rank=0", 3, marks=pytest.mark.slow),
-        pytest.param("checkpoint.file:rank=0:count=2", 3, marks=pytest.mark.slow),
+        ("checkpoint.begun:rank=0", 3),
+        ("checkpoint.file:rank=0:count=2", 3),
         ("checkpoint.written:rank=0", 3),
-        pytest.param("checkpoint.renamed:rank=0", 6, marks=pytest.mark.slow),
+        ("checkpoint.renamed:rank=0", 6),
         # All ranks at once.
-        pytest.param("save", 3, marks=pytest.mark.slow),
+        ("save", 3),
     ],
 )
 def test_a_kill_at_any_instant_of_a_save_leaves_a_complete_newest_checkpoint(
