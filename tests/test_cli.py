@@ -20,10 +20,8 @@ from longspan.cli import main
 from longspan.models import LinearLlama3, LinearLlama3Config
 from longspan.train.config import to_toml
 from tests.shared import made_once
+from tests.train.faults import TIMEOUT, has_made_steps
 from tests.train.tiny import COMPUTED, metrics, newest_tensors, tiny_config, write_corpus
-
-# Ten times what a slow and busy machine takes.
-TIMEOUT = 1200.0
 
 
 @pytest.fixture(scope="session")
@@ -310,10 +308,6 @@ def wait_for(condition: Callable[[], object], process: Started | None = None) ->
         time.sleep(0.02)
     if process is not None:
         assert len(process.ranks) == 2
-
-
-def has_made_steps(run: Path) -> bool:
-    return (run / "metrics.jsonl").exists() and (run / "metrics.jsonl").stat().st_size > 0
 
 
 def alive(processes: list[int]) -> list[int]:

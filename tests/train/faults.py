@@ -1,4 +1,4 @@
-"""The main job with a fault at a named instant: what the tests of faults share."""
+"""The main job as a command, and with a fault at a named instant: what the tests of faults share."""
 
 from __future__ import annotations
 
@@ -26,3 +26,8 @@ def train(
             pytest.skip(f"needs {cores} cores")
         command = ["taskset", "-c", ",".join(map(str, available[:cores])), *command]
     return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, env=environment, check=False)
+
+
+def has_made_steps(run: Path) -> bool:
+    """Whether the run has written what it computed of a step."""
+    return (run / "metrics.jsonl").exists() and (run / "metrics.jsonl").stat().st_size > 0

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from longspan.train.checkpoint import complete_checkpoints, newest_checkpoint
-from tests.train.faults import TIMEOUT, train
+from tests.train.faults import TIMEOUT, has_made_steps, train
 from tests.train.tiny import COMPUTED, metrics, newest_tensors
 
 # F3
@@ -135,7 +135,7 @@ def test_a_signal_to_torchrun_ends_in_a_checkpoint(config: Path, tmp_path: Path,
     with subprocess.Popen(
         [*command, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment
     ) as process:
-        while process.poll() is None and not (run / "metrics.jsonl").exists():
+        while process.poll() is None and not has_made_steps(run):
             time.sleep(0.1)
         process.send_signal(number)
         process.communicate(timeout=TIMEOUT)
