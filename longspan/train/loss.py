@@ -33,7 +33,8 @@ class Evaluation:
 
     @property
     def nats_per_token(self) -> float:
-        return self.nats / self.num_tokens
+        """NaN where nothing was predicted."""
+        return self.nats / self.num_tokens if self.num_tokens else math.nan
 
     @property
     def bits_per_byte(self) -> float:

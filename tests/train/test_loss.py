@@ -34,6 +34,7 @@ def test_bits_per_byte_and_nats_per_token() -> None:
     assert math.isclose(evaluation.bits_per_byte, 12.0 / 6 / math.log(2))
     assert str(evaluation) == "3.000 nats/token, 2.885 bits/byte"
     assert math.isnan(Evaluation(nats=1.0, num_tokens=1, num_bytes=0).bits_per_byte)
+    assert str(Evaluation(nats=0.0, num_tokens=0, num_bytes=0)) == "nan nats/token, nan bits/byte"
 
 
 def test_a_uniform_model_of_bytes_takes_eight_bits_a_byte() -> None:

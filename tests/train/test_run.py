@@ -39,6 +39,8 @@ from tests.train.checkpoints import load_checkpoint
 from tests.train.tiny import COMPUTED, metrics, newest_tensors, tiny_config, train_here, write_corpus
 
 CPU = torch.device("cpu")
+# A token, and the first of the next document.
+ONE = torch.tensor([[256, 97]])
 
 
 @pytest.fixture(scope="session")
@@ -389,6 +391,19 @@ def test_a_run_whose_last_step_was_skipped_ends_with_a_summary(corpus: Path, tmp
     assert run_on_ranks(2, _with_nan_on_rank_1, config, (2,)) == [EXIT_DONE] * 2
     summary = json.loads((run / "summary.json").read_text(), parse_constant=_refuse_constant)
     assert summary["training_loss"] is None and summary["validation_loss"] > 0
+
+
+def test_a_run_with_nothing_to_validate_on_ends_with_a_summary(tmp_path: Path) -> None:
+    """Held-out documents of one token each predict nothing."""
+    corpus = tmp_path / "text"
+    corpus.mkdir()
+    (corpus / "a.jsonl").write_text("".join(json.dumps({"text": letter}) + "\n" for letter in "abcdefgh" * 4))
+    values = {"train__seq_len": 1, "train__batch_tokens": 4, "train__steps": 1, "validation__sequences": 1}
+    config = tiny_config(corpus, tmp_path / "run", parallel__sp=1, **values)
+    with mock.patch("longspan.train.trainer.validation_sequences", lambda *_: Sequences(ONE, ((1,),))):
+        assert train_on(Ranks(Place(), CPU), config, StopRequest()) == EXIT_DONE
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text(), parse_constant=_refuse_constant)
+    assert summary["validation_loss"] is summary["unigram_loss"] is summary["unigram_bits_per_byte"] is None
 
 
 def _refuse_constant(name: str) -> float:
