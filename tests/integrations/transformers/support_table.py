@@ -29,6 +29,8 @@ from tests.integrations.transformers.test_checkpointing import compared
 from tests.integrations.transformers.test_families import TOLERANCE, errors_over_ranks, expected_of
 from tests.integrations.transformers.test_fla import expected_of as expected_of_fla
 from tests.integrations.transformers.test_fla import on_cpu
+from tests.integrations.transformers.test_prefill import WITH_CACHE, errors_of, of_ranks
+from tests.integrations.transformers.test_prefill import expected as memory_of
 from tests.ranks import RankError, run_on_ranks, stop_ranks
 
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "transformers.md"
@@ -71,6 +73,19 @@ def checkpointing_of(name: str) -> str:
     return {(False, True): "same bits", (False,): "same bits, not reentrant"}.get(tuple(kinds), "no")
 
 
+def prefill_of(name: str) -> str:
+    """The worst error of a prompt's cache and logits, on the one rank of two that decodes, and by the tokens that follow."""
+    if name not in WITH_CACHE and name in FAMILIES:
+        return "refused"
+    try:
+        want = on_cpu(memory_of, name) if name in FLA_FAMILIES else memory_of(name)
+        found = run(of_ranks, 2, name, "zigzag", "last", None)
+    except (RankError, LongspanError) as failure:
+        return f"fails: {type(failure).__name__}"
+    error = worst(worst(errors_of(got, want)) for _, got in found if got is not None)
+    return f"{error:.0e}" if error < TOLERANCE else f"**{error:.0e}**"
+
+
 def mixers_by_name(name: str) -> list[str]:
     """The classes of a family's mixers."""
     context: Any = fla_on_cpu() if name in FLA_FAMILIES else nullcontext()
@@ -80,13 +95,13 @@ def mixers_by_name(name: str) -> list[str]:
 
 def rows(families: Mapping[str, Family]) -> list[str]:
     lines = [
-        "| model | layers | " + " | ".join(COLUMNS) + " | gradient checkpointing |",
-        "|---" * (len(COLUMNS) + 3) + "|",
+        "| model | layers | " + " | ".join(COLUMNS) + " | gradient checkpointing | prefill |",
+        "|---" * (len(COLUMNS) + 4) + "|",
     ]
     for name, family in families.items():
         cells = [f"`{family.model}`", ", ".join(f"`{kind}`" for kind in mixers_by_name(name))]
         cells += [error_of(name, *what) for what in COLUMNS.values()]
-        lines.append("| " + " | ".join([*cells, checkpointing_of(name)]) + " |")
+        lines.append("| " + " | ".join([*cells, checkpointing_of(name), prefill_of(name)]) + " |")
         sys.stdout.write(lines[-1] + "\n")
         sys.stdout.flush()
     return lines
