@@ -9,11 +9,22 @@ import numpy as np
 
 from longspan.data.batches import TrainingBatches
 from longspan.data.packing import PackedBatch
-from longspan.layout import SequenceLayout
+from longspan.layout import Order, SequenceLayout
 from longspan.train.ranks import Ranks
 
 LayoutOf = Callable[[int, Sequence[int] | None], SequenceLayout]
 """The layout of this rank for a sequence of so many tokens with these documents, or none."""
+
+
+def layouts_over(ranks: Ranks, order: Order) -> LayoutOf:
+    """What makes this rank's layouts of the sequences that it shares with others."""
+
+    def layout_of(seq_len: int, documents: Sequence[int] | None) -> SequenceLayout:
+        if ranks.mesh is None:
+            return SequenceLayout.local(seq_len, documents)
+        return SequenceLayout(seq_len, ranks.mesh["sp"], order, documents)
+
+    return layout_of
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, TypeVar
 
@@ -18,7 +17,6 @@ from longspan.data.prepared import PreparedData
 from longspan.errors import CheckpointError, DataError, LongspanError
 from longspan.faults import reached
 from longspan.launch import StopRequest
-from longspan.layout import SequenceLayout
 from longspan.models import LinearLlama3
 from longspan.parallel import gathered
 from longspan.parallel.sharded import accumulating
@@ -50,7 +48,7 @@ from longspan.train.run_folder import RunFolder
 from longspan.train.saving import CheckpointSaver
 from longspan.train.selfcheck import SelfCheck, self_check
 from longspan.train.snapshot import MemorySnapshot
-from longspan.train.step_batch import StepBatch, make_step_batch
+from longspan.train.step_batch import StepBatch, layouts_over, make_step_batch
 from longspan.train.trace import StepTrace
 from longspan.train.trackers import build_trackers
 
@@ -81,7 +79,8 @@ class Trainer:
         self.held_out = validation_sequences(
             data.validation, train.seq_len, config.validation.sequences, ranks.sp, documents
         )
-        self.layout = self._layout(train.seq_len)
+        self._layout = layouts_over(ranks, config.parallel.order)
+        self.layout = self._layout(train.seq_len, None)
         self.token_bytes = data.tokenizer.token_bytes
         self.baseline = unigram_baseline(data.token_counts(config.data.weights), self.held_out, self.token_bytes)
         self.model = self._build_parallel(compute_dtype(config))
@@ -115,11 +114,6 @@ class Trainer:
     def model_for_one_process(self, weights: dict[str, Tensor]) -> LinearLlama3:
         """The model with these weights, whole, for one process."""
         return copy_weights(weights, self._build_model())
-
-    def _layout(self, seq_len: int, documents: Sequence[int] | None = None) -> SequenceLayout:
-        if self.ranks.mesh is None:
-            return SequenceLayout.local(seq_len, documents)
-        return SequenceLayout(seq_len, self.ranks.mesh["sp"], self.config.parallel.order, documents)
 
     def _make_batch(self, step: int) -> StepBatch:
         reached("batch", step + 1)

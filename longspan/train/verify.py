@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
 from longspan.data.packing import Sequences
 from longspan.launch import num_cores
-from longspan.layout import SequenceLayout
 from longspan.parallel import gathered
 from longspan.train.config import Config
 from longspan.train.config_checks import check_degrees
 from longspan.train.model import build_model, build_parallel, copy_weights
 from longspan.train.ranks import Ranks
 from longspan.train.selfcheck import SelfCheck, self_check
+from longspan.train.step_batch import layouts_over
 
 _DOCUMENT_TOKENS = 700
 
@@ -34,16 +32,11 @@ def verify_config(config: Config, ranks: Ranks) -> SelfCheck:
     model = build_parallel(config, config.data.vocab_size, ranks)
     weights = gathered(model.named_parameters(), ranks.is_first)
 
-    def layout_of(seq_len: int, documents: Sequence[int] | None) -> SequenceLayout:
-        if ranks.mesh is None:
-            return SequenceLayout.local(seq_len, documents)
-        return SequenceLayout(seq_len, ranks.mesh["sp"], config.parallel.order, documents)
-
     return self_check(
         model,
         lambda: copy_weights(weights, build_model(config, config.data.vocab_size, ranks.device)),
         sequences,
-        layout_of,
+        layouts_over(ranks, config.parallel.order),
         ranks,
         threads_alone=num_cores(),
     )
