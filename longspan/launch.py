@@ -51,7 +51,7 @@ _MEMORY_SETTINGS = {"THP_MEM_ALLOC_ENABLE": "1"}
 _SECONDS_TO_REPORT = 1.5
 # What all ranks of torchrun are refused for rank 0 says: others wait so long to be ended with it, and it lets them come as far.
 _SECONDS_FOR_FIRST_RANK = 5.0
-_SECONDS_FOR_OTHERS = 1.0
+_SECONDS_FOR_OTHERS = 2.0
 
 
 def _stop_signals() -> list[signal.Signals]:

@@ -100,9 +100,10 @@ def _verify_data(folder: Path) -> Iterator[tuple[str, int]]:
         return
     for fault in found.faults:
         yield f"DAMAGED  {fault}", EXIT_REFUSED
+    damaged = f"{len(found.faults)} file{'s' * (len(found.faults) > 1)}"
     yield (
-        f"DAMAGED  {folder}: {len(found.faults)} files; {whole} as written. To mend it, remove {folder / MANIFEST} and run the "
-        "longspan prepare that made it again: shards that are whole are kept",
+        f"DAMAGED  {folder}: {damaged}; {whole} as written. To mend it, remove {folder / MANIFEST} and run the longspan prepare "
+        "that made it again: shards that are whole are kept",
         EXIT_REFUSED,
     )
 

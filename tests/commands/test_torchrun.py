@@ -79,36 +79,29 @@ def test_verify_compares_the_ranks_of_torchrun_with_one_process(config: Path, nu
     assert "longspan" not in done.stderr
 
 
-def assert_said_once_and_ended_alike(done: subprocess.CompletedProcess[str], message: str, num_ranks: int) -> None:
-    assert done.returncode == 1 and done.stdout == ""
-    assert done.stderr.count(message) == 1, done.stderr
-    # What torchrun reports, of each rank.
-    assert re.findall(r"exitcode +: (\S+)", done.stderr) == ["2"] * num_ranks, done.stderr
-
-
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "message", "have_met"),
     [
-        # By ranks that have met; before they are any.
-        pytest.param(["doctor", "--nonsense"], "Unrecognized options: --nonsense", marks=pytest.mark.slow),
-        (
-            ["verify", "--config", "TINY"],
-            "longspan: error: 3 ranks are not parallel.dp_replicate 1 x parallel.dp_shard 1 x ",
-        ),
-        pytest.param(
-            ["doctor", "--device", "cuda"], "longspan: error: --device is 'cuda', but", marks=pytest.mark.slow
-        ),
-        pytest.param(
-            ["verify", "nothing"], "longspan: error: 'nothing' has no complete checkpoint", marks=pytest.mark.slow
-        ),
-        pytest.param(["train", "--train.steps", "0"], "longspan: error: train.steps is 0", marks=pytest.mark.slow),
+        (["verify", "--config", "TINY"], "3 ranks are not parallel.dp_replicate 1 x parallel.dp_shard 1 x ", True),
+        pytest.param(["doctor", "--nonsense"], "Unrecognized options: --nonsense", False, marks=pytest.mark.slow),
+        pytest.param(["doctor", "--device", "cuda"], "--device is 'cuda', but", False, marks=pytest.mark.slow),
+        pytest.param(["verify", "nothing"], "'nothing' has no complete checkpoint", False, marks=pytest.mark.slow),
+        pytest.param(["train", "--train.steps", "0"], "train.steps is 0", False, marks=pytest.mark.slow),
     ],
 )
-def test_what_all_ranks_are_refused_for_is_said_once(config: Path, arguments: list[str], message: str) -> None:
+def test_what_all_ranks_are_refused_for_is_said_once(
+    config: Path, arguments: list[str], message: str, have_met: bool
+) -> None:
     if "cuda" in arguments and torch.cuda.is_available():
         pytest.skip("there are GPUs")
     done = torchrun(3, *(config if argument == "TINY" else argument for argument in arguments))
-    assert_said_once_and_ended_alike(done, message, 3)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.count(message) == 1, done.stderr
+    # What torchrun reports: of the other ranks, and of rank 0, which was the first to end.
+    *others, first = re.findall(r"exitcode +: (\S+)", done.stderr)
+    assert first == "2" and len(others) == 2, done.stderr
+    # On a busy machine another rank may be loading still, and is ended before it has come as far.
+    assert set(others) <= ({"2"} if have_met else {"2", "-15"}), done.stderr
 
 
 def as_rank_1(seconds: float) -> subprocess.Popen[str]:
