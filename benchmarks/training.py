@@ -15,7 +15,11 @@ from benchmarks.harness import MEMORY_SETTINGS, Table
 from longspan.commands.plan_train import parse, plan
 from longspan.launch import num_cores
 
-CELLS = [(1, 4096), (1, 8192), (1, 16384), (2, 8192), (2, 16384), (4, 16384), (4, 32768)]
+CELLS = [
+    *((1, tokens) for tokens in (4096, 8192, 16384)),
+    *((2, tokens) for tokens in (8192, 16384, 32768)),
+    *((4, tokens) for tokens in (16384, 32768, 65536)),
+]
 """Ranks that share a sequence, and its tokens."""
 _STEPS = 8
 _MEBIBYTE = 2**20

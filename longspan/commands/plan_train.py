@@ -47,8 +47,8 @@ plans beside measurements.
 """
 
 # Of a process on the CPU, by measurements in docs/performance.md ("Memory against length").
-_CPU_BASE_BYTES = 500 * 2**20
-_CPU_SLACK = 1.15
+_CPU_BASE_BYTES = 465 * 2**20
+_CPU_SLACK = 1.07
 # What PyTorch allocates on a GPU for itself is little; its caching allocator reuses what was freed. Not measured.
 _GPU_BASE_BYTES = 0
 _GPU_SLACK = 1.05
