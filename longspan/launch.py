@@ -105,10 +105,11 @@ def _number_of(name: str, least: int, most: int) -> int:
     )
 
 
-def run_local_ranks(command: Sequence[str], num_ranks: int, threads: int) -> int:
+def run_local_ranks(command: Sequence[str], num_ranks: int, threads: int, stopped: str = "stopped") -> int:
     """Run `command`, which calls `run_rank`, on `num_ranks` local ranks of `threads` threads; return the exit code.
 
-    When a rank fails, the others are killed and the first cause is printed.
+    When a rank fails, the others are killed and the first cause is printed. When a signal ends the ranks before they make steps,
+    `stopped` is printed.
     """
     with tempfile.TemporaryDirectory(prefix="longspan-") as folder:
         ranks: list[subprocess.Popen[bytes]] = []
@@ -116,7 +117,7 @@ def run_local_ranks(command: Sequence[str], num_ranks: int, threads: int) -> int
             with _forwarded_signals(ranks) as received:
                 for rank in range(num_ranks):
                     ranks.append(_start_rank(command, rank, num_ranks, threads, Path(folder)))
-                return _watch(ranks, Path(folder), received)
+                return _watch(ranks, Path(folder), received, stopped)
         finally:
             for process in ranks:
                 process.kill()
@@ -171,12 +172,12 @@ def _forwarded_signals(ranks: list[subprocess.Popen[bytes]]) -> Iterator[list[in
             signal.signal(number, handler)
 
 
-def _watch(ranks: list[subprocess.Popen[bytes]], folder: Path, received: list[int]) -> int:
+def _watch(ranks: list[subprocess.Popen[bytes]], folder: Path, received: list[int], stopped: str) -> int:
     """Wait until all ranks have ended well, or one has not; received: the signals that have been passed on as SIGTERM."""
     while True:
         codes = [process.poll() for process in ranks]
         if received and any(code in (128 + signal.SIGTERM, -signal.SIGTERM) for code in codes):
-            _print_error("stopped before the first step: nothing was saved")
+            _print_error(stopped)
             return 128 + received[0]
         if any(code not in (None, EXIT_DONE, EXIT_STOPPED) for code in codes):
             return _report_failure(ranks, folder)

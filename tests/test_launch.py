@@ -132,6 +132,17 @@ def test_a_rank_that_dies_without_a_word_is_named(
     assert message in capfd.readouterr().err
 
 
+def test_ranks_that_a_signal_stops_say_no_more_than_that(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """What a training run adds, that nothing was saved, would be odd for another command."""
+    body = """
+        if place.rank == 0:
+            os.kill(os.getppid(), 15)
+        time.sleep(60)
+    """
+    assert run(after_rank_1(tmp_path, body)) == 128 + signal.SIGTERM
+    assert capfd.readouterr().err == "longspan: error: stopped\n"
+
+
 def test_a_process_that_no_launcher_started_has_no_place(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)

@@ -43,7 +43,8 @@ def run(arguments: Sequence[str]) -> int:
         return refuse(error)
     if place is None and num_ranks > 1:
         command = [sys.executable, "-m", "longspan", "train", *arguments]
-        return run_local_ranks(command, num_ranks, config.parallel.threads or max(1, num_cores() // num_ranks))
+        threads = config.parallel.threads or max(1, num_cores() // num_ranks)
+        return run_local_ranks(command, num_ranks, threads, "stopped before the first step: nothing was saved")
 
     def as_rank(place: Place, stop: StopRequest) -> int:
         from longspan.train.run import train

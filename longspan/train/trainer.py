@@ -336,7 +336,6 @@ class Trainer:
             "step": self.step,
             "skipped_in_a_row": self.skipped_in_a_row,
             "totals": asdict(self.totals),
-            "next_sequence": self.step * self.config.batch_sequences,
             "data": self.data.fingerprint,
             "config": configs.to_mapping(self.config),
             "exchange": exchange,
