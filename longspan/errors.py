@@ -13,6 +13,10 @@ class InputError(LongspanError):
     """A tensor's shape, dtype, device or value, or an operator's option, does not fit."""
 
 
+class NonFiniteError(LongspanError):
+    """What a model computes is no longer a number: its weights, or what it was given, are not finite or overflow."""
+
+
 class ConfigError(LongspanError):
     """A configuration key or value does not fit."""
 

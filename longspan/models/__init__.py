@@ -1,6 +1,16 @@
 """Models whose files are single-device; `longspan.parallelize` splits their sequences over ranks from outside."""
 
 from longspan.models.config import LinearLlama3Config
+from longspan.models.decoding import Decodable, Sampling, decode, generate, prefill
 from longspan.models.linear_llama3 import LinearLlama3, ModelMemory
 
-__all__ = ["LinearLlama3", "LinearLlama3Config", "ModelMemory"]
+__all__ = [
+    "Decodable",
+    "LinearLlama3",
+    "LinearLlama3Config",
+    "ModelMemory",
+    "Sampling",
+    "decode",
+    "generate",
+    "prefill",
+]

@@ -16,7 +16,7 @@ from typing import Literal, cast, overload
 import torch
 from torch import Tensor, nn
 
-from longspan.checks import check_flag, check_not_empty, check_tensor, described
+from longspan.checks import check_flag, check_not_empty, check_tensor, described, is_int
 from longspan.dtypes import accumulation_dtype, at_least_float32
 from longspan.errors import InputError
 from longspan.layout import SequenceLayout
@@ -103,6 +103,7 @@ class LinearLlama3(nn.Module):
         memory: ModelMemory | None = ...,
         labels: Tensor | None = ...,
         num_valid: int | Tensor | None = ...,
+        logits_to_keep: int | None = ...,
         output_memory: Literal[False] = ...,
     ) -> Tensor: ...
 
@@ -115,6 +116,7 @@ class LinearLlama3(nn.Module):
         memory: ModelMemory | None = ...,
         labels: Tensor | None = ...,
         num_valid: int | Tensor | None = ...,
+        logits_to_keep: int | None = ...,
         output_memory: Literal[True],
     ) -> tuple[Tensor, ModelMemory]: ...
 
@@ -127,6 +129,7 @@ class LinearLlama3(nn.Module):
         memory: ModelMemory | None = ...,
         labels: Tensor | None = ...,
         num_valid: int | Tensor | None = ...,
+        logits_to_keep: int | None = ...,
         output_memory: bool,
     ) -> Tensor | tuple[Tensor, ModelMemory]: ...
 
@@ -138,6 +141,7 @@ class LinearLlama3(nn.Module):
         memory: ModelMemory | None = None,
         labels: Tensor | None = None,
         num_valid: int | Tensor | None = None,
+        logits_to_keep: int | None = None,
         output_memory: bool = False,
     ) -> Tensor | tuple[Tensor, ModelMemory]:
         """Logits of the token after each of `tokens`, or with labels their loss.
@@ -153,13 +157,15 @@ class LinearLlama3(nn.Module):
                 the logits of all tokens.
             num_valid: with labels, what the sum of the losses is divided by: the number of valid tokens of all ranks. None is the
                 number of those here.
+            logits_to_keep: of how many of the last tokens here logits are computed, 0 for none, as a prompt needs them; None is of
+                all.
             output_memory: also return what it remembers afterwards, on every rank: `memory` of the tokens that follow. A prompt
                 over ranks, and then token by token on one of them (``SequenceLayout.local(1)``, if the model is parallelized),
                 is the same call.
 
         Returns:
-            Logits ``[B, T, vocab_size]``, float32 (float64 for float64 weights), or with `labels` the loss in nats, a scalar of the
-            same dtype; with `output_memory`, the pair (logits or loss, memory).
+            Logits ``[B, T, vocab_size]``, or of the `logits_to_keep` last tokens, float32 (float64 for float64 weights), or with
+            `labels` the loss in nats, a scalar of the same dtype; with `output_memory`, the pair (logits or loss, memory).
 
         Raises:
             InputError: for tokens or labels of another shape or dtype, for a memory of another model or batch, and for a memory
@@ -179,6 +185,7 @@ class LinearLlama3(nn.Module):
         check_layout_of_model(layout, self.sequence_parallel)
         check_flag("the model", "output_memory", output_memory)
         self._check_labels(labels, num_valid, tokens)
+        self._check_logits_to_keep(logits_to_keep, labels, tokens)
         self._check_memory(memory, output_memory, layout)
         if layout is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)
@@ -194,6 +201,8 @@ class LinearLlama3(nn.Module):
             x, of_layer = block(x, context if memory is None else context.after(memory.layers[index]))
             if of_layer is not None:
                 found.append(of_layer)
+        if logits_to_keep is not None:
+            x = x[:, x.shape[1] - logits_to_keep :]
         x = self.norm(x)
         if labels is None:
             result = at_least_float32(self.head(x))
@@ -265,6 +274,19 @@ class LinearLlama3(nn.Module):
             raise InputError(
                 f"the model: a loss takes the matrix of a head that is a torch.nn.Linear; got {type(self.head).__name__}. Compute "
                 "it from logits: leave labels out"
+            )
+
+    def _check_logits_to_keep(self, logits_to_keep: object, labels: Tensor | None, tokens: Tensor) -> None:
+        if logits_to_keep is None:
+            return
+        if labels is not None:
+            raise InputError(
+                f"the model: logits_to_keep is for logits; got {described(logits_to_keep)} and labels. Leave one of them out"
+            )
+        if not is_int(logits_to_keep) or not 0 <= cast(int, logits_to_keep) <= tokens.shape[1]:
+            raise InputError(
+                f"the model: logits_to_keep must be an int from 0 to the number of tokens here, {tokens.shape[1]}, or None; got "
+                f"{described(logits_to_keep)}. Leave it out for the logits of all"
             )
 
     def _rotation(self, positions: Tensor) -> Rotation | None:

@@ -1,0 +1,277 @@
+"""A prompt over ranks and token by token behind it: the logits and the greedy tokens of the whole sequence computed at once."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from longspan import SequenceLayout, parallelize
+from longspan.errors import InputError, NonFiniteError
+from longspan.models import LinearLlama3, ModelMemory, Sampling, decode, generate, prefill
+from longspan.models.gates import GATE_BUILDERS
+from longspan.models.mixers import SequenceParallel
+from longspan.parallel import compute_in
+from tests.compare import relative_error
+from tests.models.tiny import random_tokens, tiny_model
+from tests.ranks import run_on_ranks
+
+NUM_NEW = 6
+PATTERNS = ({"pattern": "L"}, {"pattern": "LN"}, {"pattern": "LN", "window": 4})
+
+
+def model_of(operator: str, **changes: Any) -> LinearLlama3:
+    return tiny_model(operator=operator, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=10, **changes)
+
+
+def whole(model: LinearLlama3, tokens: list[int]) -> Tensor:
+    with torch.no_grad():
+        return model(torch.tensor([tokens]))[0]
+
+
+class Recorded:
+    """A model that keeps the logits it gave."""
+
+    def __init__(self, model: LinearLlama3) -> None:
+        self.model, self.sequence_parallel = model, model.sequence_parallel
+        self.logits: list[Tensor] = []
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        logits, memory = self.model(*arguments, **options)
+        self.logits.extend(logits[0])
+        return logits, memory
+
+
+def differences(model: LinearLlama3, alone: LinearLlama3, length: int, order: Any = "zigzag") -> tuple[float, bool]:
+    """Of the logits behind the prompt and behind each new token, from those of one call; and whether the tokens are its own."""
+    prompt = random_tokens(1, length, seed=length)[0]
+    recorded = Recorded(model)
+    made = list(generate(recorded, prompt, max_new_tokens=NUM_NEW, order=order))
+    want = whole(alone, [*prompt.tolist(), *made])[length - 1 : -1]
+    return relative_error(torch.stack(recorded.logits), want), want.argmax(-1).tolist() == made
+
+
+def differences_of_all(operator: str) -> dict[str, tuple[float, bool]]:
+    found = {}
+    for changes in PATTERNS:
+        alone, model = model_of(operator, **changes), parallelize(model_of(operator, **changes), None)
+        for length, order in itertools.product((1, 2, 3, 33), ("contiguous", "zigzag")):
+            found[f"{changes} {length} {order}"] = differences(model, alone, length, order)
+    return found
+
+
+@pytest.mark.parametrize("operator", GATE_BUILDERS)
+def test_one_process_writes_what_the_whole_sequence_finds_likeliest(operator: str) -> None:
+    """Also for prompts of one token, and those shorter than a window."""
+    for changes in PATTERNS:
+        model = model_of(operator, **changes)
+        for length in (1, 2, 3, 70):
+            error, same = differences(model, model, length)
+            assert error < 1e-11 and same, (changes, length, error)
+
+
+@pytest.mark.parametrize("num_ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("operator", GATE_BUILDERS)
+def test_a_prompt_over_ranks_is_gone_on_with_as_in_one_process(operator: str, num_ranks: int) -> None:
+    """On each of the ranks alone; also of a prompt with fewer tokens than there are ranks."""
+    for of_rank in run_on_ranks(num_ranks, differences_of_all, operator):
+        assert all(error < 1e-11 and same for error, same in of_rank.values()), of_rank
+
+
+def in_dtype(operator: str, dtype: torch.dtype) -> tuple[float, float]:
+    """Of float32 weights computed in a dtype: the logits' difference from those of the whole sequence computed so, and by how much
+    of the largest logit the tokens are less likely there than the likeliest."""
+    alone = model_of(operator, pattern="LN").float()
+    model = parallelize(model_of(operator, pattern="LN").float(), None)
+    if dtype != torch.float32:
+        compute_in(alone, dtype)
+        compute_in(model, dtype)
+    prompt = random_tokens(1, 21)[0]
+    recorded = Recorded(model)
+    made = list(generate(recorded, prompt, max_new_tokens=NUM_NEW))
+    want = whole(alone, [*prompt.tolist(), *made])[len(prompt) - 1 : -1]
+    less = want.amax(-1) - want.gather(-1, torch.tensor(made)[:, None])[:, 0]
+    return relative_error(torch.stack(recorded.logits), want), float(less.max() / want.abs().max())
+
+
+@pytest.mark.parametrize(("dtype", "most", "tie"), [(torch.float32, 1e-4, 0.0), (torch.bfloat16, 0.05, 0.02)])
+@pytest.mark.parametrize("operator", GATE_BUILDERS)
+def test_the_same_in_float32_and_bfloat16(operator: str, dtype: torch.dtype, most: float, tie: float) -> None:
+    """In bfloat16 two tokens may be as likely but for a rounding."""
+    for error, less in run_on_ranks(2, in_dtype, operator, dtype):
+        assert error < most and less <= tie
+
+
+def alone_after_the_group() -> list[int]:
+    model = parallelize(model_of("gla", pattern="LN"), None)
+    prompt = random_tokens(1, 9)[0]
+    memory = prefill(model, prompt)
+    if dist.get_rank():
+        return []
+    # Nothing more is exchanged: the other rank is gone.
+    return list(decode(model, prompt, memory, max_new_tokens=NUM_NEW))
+
+
+def test_decoding_needs_no_other_rank() -> None:
+    model = model_of("gla", pattern="LN")
+    want = list(generate(model, random_tokens(1, 9)[0], max_new_tokens=NUM_NEW))
+    assert run_on_ranks(2, alone_after_the_group) == [want, []]
+
+
+def test_linear_layers_take_constant_memory_and_softmax_layers_that_of_what_they_see() -> None:
+    def num_bytes(length: int, **changes: Any) -> int:
+        memory = prefill(model_of("kda", **changes), random_tokens(1, length)[0])
+        assert memory is not None and memory.num_tokens == length - 1
+        return memory.num_bytes
+
+    assert num_bytes(10, pattern="L") == num_bytes(60, pattern="L")
+    assert num_bytes(10, pattern="LN", window=4) == num_bytes(60, pattern="LN", window=4)
+    assert num_bytes(60, pattern="LN") > num_bytes(10, pattern="LN")
+
+
+def test_a_prompt_makes_no_logits() -> None:
+    model, tokens = model_of("gla", pattern="LN"), random_tokens(2, 9)
+    with torch.no_grad():
+        want = model(tokens)
+        for kept in (0, 2, 9):
+            found, memory = model(tokens, logits_to_keep=kept, output_memory=True)
+            assert found.shape == (2, kept, 29) and memory.num_tokens == 9
+            assert kept == 0 or relative_error(found, want[:, 9 - kept :]) < 1e-12
+    for bad in (-1, 10, True, 1.0):
+        with pytest.raises(InputError, match="logits_to_keep must be an int from 0 to the number of tokens here, 9"):
+            model(tokens, logits_to_keep=bad)
+    with pytest.raises(InputError, match="logits_to_keep is for logits; got 1"):
+        model(tokens, labels=tokens, logits_to_keep=1)
+
+
+class Counter:
+    """Gives the token after the last one by far the largest logit; from `ends_at` on, NaN."""
+
+    sequence_parallel: SequenceParallel | None = None
+
+    def __init__(self, ends_at: int) -> None:
+        self.ends_at = ends_at
+
+    def __call__(
+        self,
+        tokens: Tensor,
+        layout: SequenceLayout,
+        *,
+        memory: ModelMemory | None,
+        logits_to_keep: int,
+        output_memory: bool,
+    ) -> tuple[Tensor, ModelMemory]:
+        seen = 0 if memory is None else memory.num_tokens
+        last = tokens[:, tokens.shape[1] - logits_to_keep :]
+        logits = 1e4 * nn.functional.one_hot((last + 1) % 257, 257).float()
+        found = torch.where(last[..., None] >= self.ends_at, torch.nan, logits)
+        return found, ModelMemory(seen + tokens.shape[1], ())
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1e-320, 1e-30, 0.8])
+def test_a_token_is_likely_at_every_temperature(temperature: float) -> None:
+    tokens = generate(Counter(255), torch.tensor([5, 97]), sampling=Sampling(temperature), max_new_tokens=3)
+    assert list(tokens) == [98, 99, 100]
+
+
+def test_tokens_end_at_the_number_at_the_end_and_where_there_are_no_numbers() -> None:
+    prompt = torch.tensor([97])
+    assert list(generate(Counter(255), prompt, max_new_tokens=1)) == [98]
+    assert list(generate(Counter(255), prompt, end=100)) == [98, 99]
+    assert list(itertools.islice(generate(Counter(255), prompt), 5)) == [98, 99, 100, 101, 102]
+    tokens = generate(Counter(99), prompt, max_new_tokens=9)
+    assert [next(tokens), next(tokens)] == [98, 99]
+    with pytest.raises(NonFiniteError, match="the logits behind 3 tokens are not finite"):
+        next(tokens)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"temperature": -0.1}, "temperature must be at least 0, .*; got -0.1"),
+        ({"temperature": float("nan")}, "temperature must be .*; got nan"),
+        ({"temperature": float("inf")}, "temperature must be .*; got inf"),
+        ({"temperature": 1.0, "top_p": 0.0}, "top_p must be greater than 0 and at most 1, .*; got 0.0"),
+        ({"temperature": 1.0, "top_p": 1.5}, "top_p must be greater than 0 and at most 1, .*; got 1.5"),
+        ({"temperature": 1.0, "top_k": -1}, "top_k must be a whole number of tokens, or 0 for all; got -1"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty must be greater than 0; 1 is none; got 0.0"),
+        ({"seed": -1}, "seed must be a whole number"),
+        ({"top_k": 5}, "top_k is 5, which chooses among tokens, but temperature 0 always takes the likeliest one"),
+        ({"top_p": 0.5}, "top_p is 0.5, which chooses among tokens, but temperature 0"),
+    ],
+)
+def test_sampling_out_of_range_is_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Sampling(**values)
+
+
+def test_prompts_and_numbers_that_do_not_fit_are_refused() -> None:
+    model = model_of("gla", pattern="L")
+    for bad in (torch.zeros(0, dtype=torch.int64), torch.zeros(1, 3, dtype=torch.int64), torch.zeros(3), [1, 2]):
+        with pytest.raises(InputError, match=r"tokens must be|at least one token"):
+            generate(model, bad)  # type: ignore[arg-type]
+    for number in (0, -1, 1.5):
+        with pytest.raises(InputError, match="max_new_tokens must be a positive int"):
+            generate(model, random_tokens(1, 3)[0], max_new_tokens=number)  # type: ignore[arg-type]
+
+
+def chosen(logits: Tensor, seen: Tensor, sampling: Sampling, count: int = 3000) -> Tensor:
+    """How often each token is chosen."""
+    random = torch.Generator().manual_seed(sampling.seed)
+    return torch.bincount(
+        torch.tensor([sampling.choose(logits, seen, random) for _ in range(count)]), minlength=len(logits)
+    )
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"temperature": 0.7},
+        {"temperature": 1.0, "top_k": 3},
+        {"temperature": 1.3, "top_p": 0.6},
+        {"temperature": 0.9, "top_k": 6, "top_p": 0.7, "repetition_penalty": 1.5},
+        {"temperature": 1.0, "repetition_penalty": 0.5},
+    ],
+)
+def test_tokens_are_chosen_as_often_as_transformers_would(values: dict[str, Any]) -> None:
+    from transformers import (
+        LogitsProcessorList,
+        RepetitionPenaltyLogitsProcessor,
+        TemperatureLogitsWarper,
+        TopKLogitsWarper,
+        TopPLogitsWarper,
+    )
+
+    logits = 2 * torch.randn(12, generator=torch.Generator().manual_seed(4))
+    there = torch.tensor([[0, 3, 5, 5, 11]])
+    seen = torch.zeros(12, dtype=torch.bool)
+    seen[there[0]] = True
+    sampling = Sampling(**values)
+    processors = LogitsProcessorList()
+    processors.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
+    processors.append(TemperatureLogitsWarper(sampling.temperature))
+    if sampling.top_k:
+        processors.append(TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1:
+        processors.append(TopPLogitsWarper(sampling.top_p))
+    want = processors(there, logits[None].clone())[0].double().softmax(-1)
+    found = chosen(logits, seen, sampling)
+    assert not found[want == 0].any()
+    assert (found / 3000 - want).abs().max() < 0.03
+
+
+def test_a_penalty_changes_the_likeliest_token_and_a_seed_the_chosen_ones() -> None:
+    logits, seen = torch.tensor([2.0, 1.5, -3.0]), torch.tensor([True, False, True])
+    random = torch.Generator()
+    assert Sampling().choose(logits, seen, random) == 0
+    assert Sampling(repetition_penalty=2.0).choose(logits, seen, random) == 1
+    model, prompt = model_of("gla", pattern="L"), random_tokens(1, 5)[0]
+
+    def made(seed: int) -> list[int]:
+        return list(generate(model, prompt, sampling=Sampling(2.0, seed=seed), max_new_tokens=12))
+
+    assert made(0) == made(0) != made(1)
