@@ -36,6 +36,11 @@ COMMANDS = (
         "longspan.commands.prepare",
     ),
     Command(
+        "generate",
+        "write text behind a prompt, by the model of a run; the prompt read over ranks",
+        "longspan.commands.generate",
+    ),
+    Command(
         "plot",
         "draw loss, tokens per second and memory of runs, over each other",
         "longspan.commands.plot",

@@ -100,6 +100,14 @@ def open_prepared(folder: Path, verify: bool = True) -> PreparedData:
     )
 
 
+def open_tokenizer_of(folder: Path) -> Tokenizer:
+    """The tokenizer of a prepared folder, which need not hold its shards any more; raises as `open_prepared`."""
+    remedy = f"Prepare the data again: remove {folder}"
+    manifest = read_manifest(folder)
+    with as_described(folder, remedy):
+        return _tokenizer_of(folder, manifest, remedy)
+
+
 def _tokenizer_of(folder: Path, manifest: dict[str, Any], remedy: str) -> Tokenizer:
     """The tokenizer of a prepared folder, which must be the one that it was prepared with."""
     path = folder / "tokenizer.json"

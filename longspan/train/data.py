@@ -23,16 +23,20 @@ def prepare_data(config: Config, folder: RunFolder, ranks: Ranks) -> PreparedDat
         DataError: on every rank, if the data cannot be prepared or is not what was prepared.
         ConfigError: if the ranks see different data.
     """
-    data = config.data
-    if data.prepared is not None:
-        path = Path(data.prepared)
-    else:
-        path = Path(data.folder) if data.folder else folder.data
+    data, path = config.data, folder_of_data(config, folder)
+    if data.prepared is None:
         recipe = Recipe.of(data, config.train.seed)
         ranks.from_first(lambda: prepare_corpus(recipe, path))
     prepared = ranks.together(lambda: open_prepared(path, _verifies_at_the_start(data.verify, path)))
     ranks.agree(prepared.fingerprint)
     return prepared
+
+
+def folder_of_data(config: Config, folder: RunFolder) -> Path:
+    """Where the prepared data of a run is, or will be."""
+    if config.data.prepared is not None:
+        return Path(config.data.prepared)
+    return Path(config.data.folder) if config.data.folder else folder.data
 
 
 def _verifies_at_the_start(verify: str, path: Path) -> bool:

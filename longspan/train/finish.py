@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import time
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from longspan.errors import CheckpointError
+from longspan.errors import CheckpointError, NonFiniteError
+from longspan.models import Sampling, generate
 from longspan.train.alone import gain_lines, measure_alone
 from longspan.train.metrics import Totals, plot_losses
 from longspan.train.run_folder import replacing
-from longspan.train.sample import generate
+from longspan.train.sample import WrittenText, printable, prompt_tokens
 from longspan.train.trainer import Trainer
 
 
@@ -77,10 +80,20 @@ def _sample(trainer: Trainer, weights: dict[str, Tensor]) -> str:
     sample = trainer.config.sample
     if not sample.tokens:
         return ""
-    model = trainer.model_for_one_process(weights)
-    seed = trainer.config.train.seed
-    device = trainer.ranks.device
-    return generate(model, trainer.data.tokenizer, sample.prompt, sample.tokens, sample.temperature, seed, device)
+    tokenizer = trainer.data.tokenizer
+    prompt = prompt_tokens(tokenizer, sample.prompt, trainer.config.data.documents)
+    tokens = generate(
+        trainer.model_for_one_process(weights),
+        torch.tensor(prompt, device=trainer.ranks.device),
+        sampling=Sampling(sample.temperature, seed=trainer.config.train.seed),
+        max_new_tokens=sample.tokens,
+    )
+    pieces: list[str] = []
+    # A model that has diverged leaves a shorter text.
+    with contextlib.suppress(NonFiniteError):
+        for piece in WrittenText(tokenizer, prompt, tokens):
+            pieces.append(piece)
+    return "".join(pieces)
 
 
 def _summary(trainer: Trainer, seconds: float) -> dict[str, Any]:
@@ -138,8 +151,7 @@ def _with_separators(value: Any) -> str:
 def _print(trainer: Trainer, summary: dict[str, Any], text: str) -> None:
     report = trainer.report
     if text:
-        # A model may write what a terminal would obey.
-        shown = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in trainer.config.sample.prompt + text)
+        shown = printable(trainer.config.sample.prompt + text)
         report.line(f"\nA sample, from {trainer.config.sample.prompt!r}:\n\n{shown}\n")
     report.heading("validation", str(trainer.validation))
     report.heading("unigram", f"{trainer.baseline} (predicting each token by its frequency)")

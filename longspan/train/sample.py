@@ -1,59 +1,61 @@
-"""Generate text token by token: linear layers carry a state of constant size."""
+"""Text that a trained model writes: the sample of a run, and what ``longspan generate`` prints."""
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Iterator, Sequence
 
-import torch
-from torch import Tensor
-
+from longspan.data.packing import Documents
+from longspan.data.text_stream import TextStream
 from longspan.data.tokenizer import Tokenizer
-from longspan.models import ModelMemory
+from longspan.errors import NonFiniteError
 
 
-class Decodable(Protocol):
-    """A language model that can be given what it remembers of the tokens before."""
+def prompt_tokens(tokenizer: Tokenizer, prompt: str, documents: Documents) -> list[int]:
+    """The tokens of a prompt that opens a document, as training has them.
 
-    def __call__(
-        self, tokens: Tensor, *, memory: ModelMemory | None, output_memory: bool
-    ) -> tuple[Tensor, ModelMemory]:
-        """Logits [B, T, vocab_size] of tokens [B, T], and what is remembered afterwards."""
-        ...
+    Where documents are concatenated the end of the one before stands in front of each. Where memory is reset there is nothing in
+    front; of an empty prompt, which would leave no token to go on from, it stands there, too.
+    """
+    tokens = tokenizer.encode([prompt])[0]
+    return [tokenizer.end_of_document, *tokens] if documents == "concatenate" or not tokens else tokens
 
 
-@torch.no_grad()
-def generate(
-    model: Decodable,
-    tokenizer: Tokenizer,
-    prompt: str,
-    num_tokens: int,
-    temperature: float,
-    seed: int,
-    device: torch.device | None = None,
-) -> str:
-    """Text of `num_tokens` tokens that follows `prompt`, which opens a document; less where logits are no longer numbers.
+class WrittenText:
+    """The text of tokens as they come, a piece at a time, to be iterated over once.
 
     Args:
-        model: of one process.
-        temperature: divides the logits; 0 takes the likeliest token.
-        seed: of the random choices.
-        device: of the model; None is the CPU.
+        tokenizer: of the tokens.
+        prompt: those before the first.
+        tokens: such as `longspan.models.decode` gives.
+        stop: strings at which the text ends, as in `TextStream`.
+
+    Iterating raises NonFiniteError, after the last piece, where logits are no longer numbers.
     """
-    random = torch.Generator().manual_seed(seed)
-    memory: ModelMemory | None = None
-    given = [tokenizer.end_of_document, *tokenizer.encode([prompt])[0]]
-    made: list[int] = []
-    while len(made) < num_tokens:
-        all_logits, memory = model(torch.tensor([given], device=device), memory=memory, output_memory=True)
-        logits = all_logits[0, -1].float().cpu()
-        if not logits.isfinite().all():
-            break
-        if temperature == 0:
-            chosen = int(logits.argmax())
-        else:
-            # From the largest down, so that no quotient overflows, however low the temperature.
-            weights = ((logits - logits.amax()).double() / temperature).softmax(-1)
-            chosen = int(torch.multinomial(weights, 1, generator=random))
-        made.append(chosen)
-        given = [chosen]
-    return tokenizer.decode(made)
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], tokens: Iterator[int], stop: Sequence[str] = ()):
+        self.num_tokens = 0
+        """Tokens that have come so far."""
+        self._tokens = tokens
+        self._stream = TextStream(tokenizer, prompt, stop)
+
+    @property
+    def stopped_by(self) -> str | None:
+        """The stop string that ended the text."""
+        return self._stream.stopped_by
+
+    def __iter__(self) -> Iterator[str]:
+        try:
+            for token in self._tokens:
+                self.num_tokens += 1
+                yield self._stream.push(token)
+                if self.stopped_by is not None:
+                    return
+        except NonFiniteError:
+            yield self._stream.finish()
+            raise
+        yield self._stream.finish()
+
+
+def printable(text: str) -> str:
+    """Text as a terminal may show it: a model may write what a terminal would obey."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)

@@ -29,7 +29,15 @@ from longspan.train.loading import SavedCheckpoint
 from longspan.train.loss import Evaluation, evaluate, loss_sum, unigram_baseline
 from longspan.train.memory import StepMemory
 from longspan.train.metrics import MetricsFile, Totals
-from longspan.train.model import build_model, build_parallel, compute_dtype, copy_shares, copy_weights, sum_over_ranks
+from longspan.train.model import (
+    build_model,
+    build_parallel,
+    check_shapes,
+    compute_dtype,
+    copy_shares,
+    copy_weights,
+    sum_over_ranks,
+)
 from longspan.train.optimizer import (
     build_optimizer,
     clip_gradients,
@@ -378,18 +386,7 @@ class Trainer:
     def _restore_weights(self, saved: SavedCheckpoint) -> None:
         parameters = dict(self.model.named_parameters())
         shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
-        found = saved.shapes("model")
-        odd = sorted(name for name in {*shapes, *found} if shapes.get(name) != found.get(name))
-        if odd:
-            lines = [
-                f"  {name}: {found.get(name, 'missing')} there, {shapes.get(name, 'missing')} here" for name in odd
-            ]
-            more = [f"  and {len(lines) - 10} more"] if len(lines) > 10 else []
-            raise CheckpointError(
-                f"the weights of step {saved.step} are not those of this model, {len(odd)} differ:\n"
-                + "\n".join(lines[:10] + more)
-                + f"\n{_OTHER_VERSION}"
-            )
+        check_shapes(f"the weights of step {saved.step}", saved.shapes("model"), shapes, _OTHER_VERSION)
         saved.read("model", parameters)
 
 
