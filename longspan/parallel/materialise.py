@@ -3,7 +3,7 @@
 A model built under ``torch.device("meta")`` has shapes and no memory. `shard_weights` divides it as it is. `materialise` then makes
 each rank's shares and lets the model initialise itself module by module: a module's own parameters are whole while it sets
 them, and each rank keeps its share. As every rank draws the same whole tensors in the same order, the weights are those of one
-process, bit for bit, on any mesh. What a rank holds at a time is its shares, and the parameters of one module.
+process, bit for bit, on any mesh. What a rank holds at a time is its shares, and the parameters of one module and their share.
 """
 
 from __future__ import annotations

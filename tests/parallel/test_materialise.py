@@ -107,9 +107,12 @@ def test_no_rank_holds_more_than_its_share_and_one_weight(num_ranks: int) -> Non
     degrees = MeshDegrees(dp_shard=num_ranks)
     sizes = {"model__dim": 128, "model__hidden_dim": 128, "model__num_layers": 20, "model__operator": ["simple_gla"]}
     config = config_of(degrees, **sizes)
-    for most, share, largest, whole in run_on_ranks(num_ranks, most_allocated, config, degrees):
+    found = run_on_ranks(num_ranks, most_allocated, config, degrees)
+    # FSDP2 fills smaller shares up to the size of the others.
+    share = max(own for _, own, _, _ in found)
+    for most, own, largest, whole in found:
         assert largest < whole / 40 and share < 1.1 * whole / num_ranks
-        assert share < most < share + 3 * largest
+        assert own < most < share + 2 * largest
 
 
 class Small(nn.Module):
