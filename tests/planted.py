@@ -40,6 +40,7 @@ class Fault:
 
 CONFORMANCE = "tests/attention/test_conformance.py::test_sequence_parallel_equals_the_recurrent_form_on_every_rank"
 CHUNKS = "tests/ops/test_variants.py"
+LOSS = "tests/ops/test_chunked_cross_entropy.py"
 
 FAULTS: dict[str, Fault] = {
     "a sign in the reverse exchange": Fault(
@@ -113,6 +114,24 @@ FAULTS: dict[str, Fault] = {
         "return self.shard(labels)",
         "return torch.where(self.shard(labels) < 0, ignore_index, self.shard(tokens[:, : self.seq_len]).roll(-1, 1))",
         ("tests/test_layout.py",),
+    ),
+    "the gradient of a head's matrix counted twice": Fault(
+        "longspan/ops/chunked/sums.py",
+        "total.addmm_(first.t(), second)",
+        "total.addmm_(first.t(), second, alpha=2)",
+        (f"{LOSS}::test_loss_and_gradients_are_those_of_all_logits",),
+    ),
+    "tokens behind the last whole chunk left out of the loss": Fault(
+        "longspan/ops/chunked/sums.py",
+        "for first in range(0, num_tokens, chunk_size))",
+        "for first in range(0, max(1, num_tokens // chunk_size) * chunk_size, chunk_size))",
+        (f"{LOSS}::test_loss_and_gradients_are_those_of_all_logits",),
+    ),
+    "ignored tokens in the gradients of a loss in chunks": Fault(
+        "longspan/ops/chunked/loss_node.py",
+        "grad_logits.masked_fill_(ignored.unsqueeze(1), 0.0)",
+        "grad_logits.masked_fill_(ignored.unsqueeze(1), 1.0)",
+        (f"{LOSS}::test_any_label_may_be_the_ignored_one",),
     ),
     "messages of a chain that end a segment too early": Fault(
         "longspan/exchange/chain.py",

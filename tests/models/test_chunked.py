@@ -65,6 +65,13 @@ def test_a_model_with_labels_gives_the_loss_of_its_logits(changes: dict[str, Any
     assert worst(errors(half, {name: x / 2 for name, x in want.items()})) < 1e-12
 
 
+def test_where_all_labels_are_ignored_loss_and_gradients_are_zero() -> None:
+    model = tiny_model()
+    tokens, labels = labelled()
+    found = gradients(model, model(tokens, labels=torch.full_like(labels, -100), num_valid=0))
+    assert all(torch.equal(x, torch.zeros_like(x)) for x in found.values())
+
+
 def test_a_loss_comes_with_memory_too() -> None:
     model = tiny_model()
     tokens, labels = labelled()

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import longspan
 from longspan import SequenceLayout
 from longspan.ops.chunked.cross_entropy import CHUNK_BYTES, chunk_size_of
+from longspan.ops.chunked.sums import times_number
 from tests.compare import relative_error, worst
 from tests.ranks import run_on_ranks
 from tests.unwritten import unwritten_memory_is_nan
@@ -119,6 +120,12 @@ def test_gradients_of_float16_do_not_vanish_in_the_number_of_tokens() -> None:
     loss = longspan.chunked_cross_entropy(*inputs[:2], labels, bias=inputs[2], num_valid=num_valid)
     got = torch.autograd.grad(loss * scale, inputs)
     assert worst(errors(list(got), list(want))) < TOLERANCE[torch.float16]
+
+
+def test_narrow_gradients_are_scaled_by_the_number_that_arrives_and_not_by_its_rounding() -> None:
+    x, number = torch.linspace(1, 2, 1000).bfloat16().view(10, 100), torch.tensor(1.3)
+    assert number.bfloat16() != number
+    assert torch.equal(times_number(x, number, 3), (x.float() * number).bfloat16())
 
 
 def test_autocast_casts_what_is_multiplied_and_leaves_the_sums() -> None:
@@ -264,9 +271,9 @@ def test_any_leading_shape_and_strides_are_taken(change: Callable[..., tuple[Ten
     assert worst(errors(got, with_gradients(want, [hidden, weight]))) < 1e-13
 
 
-def test_a_chunk_has_as_many_tokens_as_make_32_mebibytes_of_logits() -> None:
-    assert chunk_size_of(32_000) * 32_000 * 4 <= CHUNK_BYTES == 32 * 2**20
-    assert chunk_size_of(2_048) == 4_096
+def test_a_chunk_has_as_many_tokens_as_make_64_mebibytes_of_logits() -> None:
+    assert chunk_size_of(32_000) * 32_000 * 4 <= CHUNK_BYTES == 64 * 2**20
+    assert chunk_size_of(2_048) == 8_192
     assert chunk_size_of(10**6) == 256
 
 

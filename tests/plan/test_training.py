@@ -159,7 +159,8 @@ def test_a_mesh_divides_what_it_says() -> None:
     assert split["activations"] == pytest.approx(whole["activations"] / 4)
     # A chunk of logits and the gradient of the matrix are the same on every rank.
     assert whole["logits and loss"] - split["logits and loss"] == 0.75 * 65536 * sizes.dim * 4
-    assert whole["logits and loss"] < 0.2 * 65536 * sizes.vocab_size * 4
+    # With all logits, their log-probabilities, the gradient of these and their own would be there at once.
+    assert whole["logits and loss"] < 0.2 * 3 * 65536 * sizes.vocab_size * 4
     assert split["weights"] == whole["weights"] == 4 * sizes.num_parameters
     assert split["exchange"] > 0 == whole["exchange"]
     shared = plan_memory(sizes, MeshDegrees(sp=4, dp_shard=2, shard_over_sp=True), Step(65536), DEVICE).kinds

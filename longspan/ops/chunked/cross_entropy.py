@@ -12,12 +12,12 @@ from longspan.ops.chunked.loss_node import sum_of_losses
 from longspan.tracing import has_no_values
 
 NAME = "chunked_cross_entropy"
-CHUNK_BYTES = 32 * 2**20
+CHUNK_BYTES = 64 * 2**20
 LEAST_CHUNK = 256
 
 
 def chunk_size_of(vocab_size: int) -> int:
-    """Tokens whose logits are taken at once where none are said: those whose logits make 32 MiB in float32, and at least 256."""
+    """Tokens whose logits are taken at once where none are said: those whose logits make 64 MiB in float32, and at least 256."""
     return max(LEAST_CHUNK, CHUNK_BYTES // (4 * vocab_size))
 
 
@@ -44,7 +44,7 @@ def chunked_cross_entropy(
         num_valid: what the sum of the losses is divided by: the number of valid tokens of **all** ranks (data × sequence), an int
             or a 0-dimensional tensor. The losses of the ranks then add up to the mean over all of them, and so do gradients
             (`longspan.sum_gradients`). None is the number of valid tokens here, for one process; 1 gives the sum; 0 counts as 1.
-        chunk_size: tokens whose logits are held at once. None is as many as make 32 MiB of float32 logits, and at least 256.
+        chunk_size: tokens whose logits are held at once. None is as many as make 64 MiB of float32 logits, and at least 256.
         softcap: logits z become ``softcap · tanh(z / softcap)``, as in Gemma 2 (arXiv 2408.00118); None leaves them.
 
     Returns:
