@@ -80,7 +80,7 @@ def loss(quick: bool) -> Table:
     """See the module."""
     table = Table(
         "loss",
-        "A loss of 32,000 words and width 512, forward and backward, float32: in chunks, and of all logits",
+        "A loss of width 512, forward and backward, float32, two threads: in chunks, and of all logits",
         "peak memory at least 5 times below, time at most 1.1 of that of all logits",
         [
             "tokens",
