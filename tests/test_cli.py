@@ -279,8 +279,12 @@ class Started(subprocess.Popen[str]):
         return self._ranks
 
     def children(self) -> list[int]:
-        """The ranks that have been started by now."""
-        return [int(child) for child in Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()]
+        """The ranks that have been started by now, and run what they are to run.
+
+        Before, a child is a copy of the launcher, which waits for it in vfork: stopped there, it stops both.
+        """
+        children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
+        return [int(child) for child in children if b"\0RANK=" in Path(f"/proc/{child}/environ").read_bytes()]
 
 
 class started:  # noqa: N801 - reads as the context manager it is
