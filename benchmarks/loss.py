@@ -84,6 +84,7 @@ def loss(quick: bool) -> Table:
         "peak memory at least 5 times below, time at most 1.1 of that of all logits",
         [
             "tokens",
+            "words",
             "MiB, all logits",
             "MiB, chunks",
             "times below",
@@ -97,7 +98,15 @@ def loss(quick: bool) -> Table:
         chunks, whole = (in_subprocess(peak, name, size) for name in SIDES)
         ours, plain, ratio = in_subprocess(times, size, 1 if quick else 5)
         memory = [f"{num_bytes / 2**20:,.0f}" for num_bytes in (whole, chunks)]
-        table.add(f"{num_tokens:,}", *memory, f"{whole / chunks:.1f}", f"{plain:.2f}", f"{ours:.2f}", ratio)
+        table.add(
+            f"{num_tokens:,}",
+            f"{size.num_words:,}",
+            *memory,
+            f"{whole / chunks:.1f}",
+            f"{plain:.2f}",
+            f"{ours:.2f}",
+            ratio,
+        )
     return table
 
 
