@@ -238,8 +238,8 @@ def test_an_error_on_the_ranks_is_printed_once_without_a_traceback(config: Path,
     done = train("--config", config, "--run.dir", tmp_path / "run", "--data.source", tmp_path / "nowhere")
     assert done.returncode == 2
     assert done.stderr == (
-        f"longspan: error: data.source '{tmp_path / 'nowhere'}' does not exist. Give a folder, a .txt or .jsonl file, "
-        "or 'python-stdlib'\n"
+        f"longspan: error: data.source '{tmp_path / 'nowhere'}' does not exist. Give a folder, a text, .jsonl or .parquet file, "
+        "hf: and the name of a Hugging Face data set, or 'python-stdlib'\n"
     )
 
 

@@ -152,9 +152,8 @@ def _files_of(source: Path, suffixes: tuple[str, ...]) -> tuple[Path, list[Path]
         return source.parent, [source]
     if not source.is_dir():
         raise DataError(
-            f"data.source {str(source)!r} does not exist. Give a folder, a text, .jsonl or .parquet file, hf: and the name "
-            "of a Hugging "
-            f"Face data set, or {STANDARD_LIBRARY!r}"
+            f"data.source {str(source)!r} does not exist. Give a folder, a text, .jsonl or .parquet file, hf: and the name of a "
+            f"Hugging Face data set, or {STANDARD_LIBRARY!r}"
         )
     paths = [p for p in source.rglob("*") if p.suffix in suffixes and p.is_file()]
     if not paths:
