@@ -113,7 +113,10 @@ def ranks_of(processes: Sequence[str]) -> list[int]:
 
 def uninterrupted(told: Sequence[str], run: Path) -> list[dict[str, Any]]:
     command = [sys.executable, "-m", "longspan", "train", *told, "--run.dir", str(run)]
-    subprocess.run(command, cwd=ROOT, env=environment(), check=True, capture_output=True, timeout=LIMIT)
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment(), check=False, capture_output=True, text=True, timeout=LIMIT
+    )
+    assert done.returncode == 0, done.stderr
     return metrics(run, *COMPUTED)
 
 
