@@ -41,9 +41,11 @@ def _commands() -> list[str]:
 
 
 def _run(arguments: list[str], folder: Path) -> str:
+    # Arguments of the `make` that runs these tests are not meant for the commands.
+    kept = {name: value for name, value in os.environ.items() if name not in ("ARGS", "MAKEFLAGS", "MAKEOVERRIDES")}
     result = subprocess.run(
         arguments,
-        env={**os.environ, "PYTHONPATH": str(PROJECT_ROOT)},
+        env={**kept, "PYTHONPATH": str(PROJECT_ROOT)},
         cwd=folder,
         capture_output=True,
         text=True,

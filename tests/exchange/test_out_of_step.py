@@ -121,7 +121,9 @@ def what_is_said_of_a_rank_that_does_not_come(exchange: str) -> tuple[str, float
         dist.set_debug_level(level)
 
 
-@pytest.mark.parametrize("exchange", ["all_gather", "ring", "all_to_all"])
+@pytest.mark.parametrize(
+    "exchange", ["all_gather", *(pytest.param(name, marks=pytest.mark.slow) for name in ("ring", "all_to_all"))]
+)
 def test_a_rank_that_does_not_come_is_named_when_the_time_of_the_group_is_over(exchange: str) -> None:
     results = run_on_ranks(2, what_is_said_of_a_rank_that_does_not_come, exchange)
     assert all(f"backward {exchange} of exchange 1" in message for message, _ in results), results

@@ -137,7 +137,11 @@ def finished(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         (2, {"parallel__sp": 2}),
         (2, {"parallel__sp": 1, "train__micro_batch_sequences": 1}),
-        (4, {"parallel__sp": 4, "parallel__order": "contiguous", "train__micro_batch_sequences": 3}),
+        pytest.param(
+            4,
+            {"parallel__sp": 4, "parallel__order": "contiguous", "train__micro_batch_sequences": 3},
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_run_with_documents_is_the_same_on_any_ranks(

@@ -59,9 +59,9 @@ def finished(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         (1, {"parallel__sp": 1}),
         (2, {"parallel__sp": 2, "parallel__order": "contiguous"}),
-        (2, {"parallel__sp": 1}),
-        (3, {"parallel__sp": 3, "train__micro_batch_sequences": 3}),
-        (4, {"parallel__sp": 2, "train__micro_batch_sequences": 1}),
+        pytest.param(2, {"parallel__sp": 1}, marks=pytest.mark.slow),
+        pytest.param(3, {"parallel__sp": 3, "train__micro_batch_sequences": 3}, marks=pytest.mark.slow),
+        pytest.param(4, {"parallel__sp": 2, "train__micro_batch_sequences": 1}, marks=pytest.mark.slow),
         (2, {"parallel__sp": 1, "parallel__dp_shard": 2, "train__micro_batch_sequences": 1}),
         (4, {"parallel__sp": 2, "parallel__shard_over_sp": True}),
     ],
