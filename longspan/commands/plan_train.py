@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import torch
 
+from longspan.attention.softmax import softmax_attention
 from longspan.commands.options import refuse
 from longspan.commands.table import columns
 from longspan.commands.units import bytes_per_second, seconds
@@ -52,8 +53,8 @@ _CPU_SLACK = 1.07
 # What PyTorch allocates on a GPU for itself is little; its caching allocator reuses what was freed. Not measured.
 _GPU_BASE_BYTES = 0
 _GPU_SLACK = 1.05
-# A short and a long sequence: what grows with the length, and what with its square.
-_MEASURED_TOKENS = (2048, 8192)
+# Of the sequences that are timed for the rate of this CPU.
+_MODEL_TOKENS, _ATTENTION_TOKENS = 4096, 8192
 
 
 @dataclass(frozen=True)
@@ -263,38 +264,60 @@ def device_figures(config: PlanConfig) -> tuple[DeviceFigures, str]:
 def measure_flops(config: Config) -> tuple[float, float]:
     """Operations a second on one rank of this CPU, of the config's model: those of softmax attention, as second, and all others.
 
-    The two rates are what explains the times of a short and a long sequence. Where they cannot be told apart, because attention is
-    the same share of both, both are that of the long one.
+    Attention is timed by itself on a long sequence, the whole model on a short one, of which attention then is a small part.
     """
-    lengths = [min(tokens, config.train.seq_len) for tokens in _MEASURED_TOKENS]
-    short, long = (operations_of_sequence(config, tokens) for tokens in lengths)
-    short_seconds, long_seconds = (_seconds_of_step(config, tokens) for tokens in lengths)
-    together = long.total / long_seconds
-    # Cramer's rule for seconds a operation of each kind.
-    determinant = short.rest * long.attention - long.rest * short.attention
-    rest = short_seconds * long.attention - long_seconds * short.attention
-    attention = short.rest * long_seconds - long.rest * short_seconds
-    if determinant < 0.02 * long.rest * short.total or min(rest, attention) <= 0:
-        return together, together
-    return determinant / rest, determinant / attention
-
-
-def _seconds_of_step(config: Config, tokens: int) -> float:
-    """Of a forward and a backward on one sequence: the faster of two, after a first."""
     threads = torch.get_num_threads()
     torch.set_num_threads(config.parallel.threads or 1)
     try:
-        model = LinearLlama3(config.model.build(config.data.vocab_size))
-        rows = torch.zeros(1, tokens, dtype=torch.int64)
-        fastest = float("inf")
-        for _ in range(3):
-            begun = time.perf_counter()
-            model(rows, labels=rows).backward()
-            model.zero_grad(set_to_none=True)
-            fastest = min(fastest, time.perf_counter() - begun)
+        short, long = (min(tokens, config.train.seq_len) for tokens in (_MODEL_TOKENS, _ATTENTION_TOKENS))
+        operations = operations_of_sequence(config, short)
+        seconds = _seconds_of_model(config, short)
+        if not operations.attention:
+            return operations.rest / seconds, operations.rest / seconds
+        attention = operations_of_sequence(config, long).attention / _seconds_of_attention(config, long)
     finally:
         torch.set_num_threads(threads)
-    return fastest
+    # Where attention by itself takes longer than within the model, there is one rate.
+    rest = seconds - operations.attention / attention
+    if rest <= 0:
+        return operations.total / seconds, operations.total / seconds
+    return operations.rest / rest, attention
+
+
+def _seconds_of_model(config: Config, tokens: int) -> float:
+    """Of a forward and a backward on one sequence."""
+    model = LinearLlama3(config.model.build(config.data.vocab_size))
+    rows = torch.zeros(1, tokens, dtype=torch.int64)
+
+    def step() -> None:
+        model(rows, labels=rows).backward()
+        model.zero_grad(set_to_none=True)
+
+    return _fastest(step)
+
+
+def _seconds_of_attention(config: Config, tokens: int) -> float:
+    """Of all softmax layers' attention on one sequence, forward and backward."""
+    full = config.model.build(config.data.vocab_size)
+    q, k, v = (
+        torch.randn(1, tokens, num_heads, full.size_of_head, requires_grad=True)
+        for num_heads in (full.num_heads, full.kv_heads, full.kv_heads)
+    )
+
+    def step() -> None:
+        softmax_attention(q, k, v, window=full.window).sum().backward()
+
+    return full.layer_operators.count("softmax") * _fastest(step)
+
+
+def _fastest(step: Callable[[], None]) -> float:
+    """Seconds of the fastest of four calls: the first one finds memory cold."""
+    seconds = []
+    for _ in range(4):
+        begun = time.perf_counter()
+        step()
+        seconds.append(time.perf_counter() - begun)
+    return min(seconds)
 
 
 def cluster_of(config: PlanConfig, num_ranks: int) -> Cluster:

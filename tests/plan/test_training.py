@@ -124,17 +124,33 @@ def test_parameters_and_operations_are_those_of_the_model(tied: str) -> None:
 
 
 def test_attention_has_a_rate_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    def seconds_of_step(config: Config, tokens: int) -> float:
+    attention_rate = 7e8
+
+    def seconds_of_model(config: Config, tokens: int) -> float:
         operations = operations_of_sequence(config, tokens)
         return operations.rest / 3e9 + operations.attention / 7e8
 
-    monkeypatch.setattr(plan_train, "_seconds_of_step", seconds_of_step)
+    def seconds_of_attention(config: Config, tokens: int) -> float:
+        return operations_of_sequence(config, tokens).attention / attention_rate
+
+    monkeypatch.setattr(plan_train, "_seconds_of_model", seconds_of_model)
+    monkeypatch.setattr(plan_train, "_seconds_of_attention", seconds_of_attention)
     sizes = [*MODEL, "--train.seq_len", "8192"]
     assert plan_train.measure_flops(parse(sizes)) == pytest.approx((3e9, 7e8))
-    # Without softmax layers there is one rate; and so where attention's share hardly grows, as in a short window.
     assert plan_train.measure_flops(parse([*sizes, "--model.pattern", "L"])) == pytest.approx((3e9, 3e9))
-    both = plan_train.measure_flops(parse([*sizes, "--model.window", "8"]))
-    assert both[0] == both[1] == pytest.approx(3e9, rel=0.1)
+    # Slower by itself than the whole model: one rate, at which the model takes the time that it took.
+    attention_rate = 1e7
+    config = parse(sizes)
+    operations = operations_of_sequence(config, 4096)
+    together = operations.total / seconds_of_model(config, 4096)
+    assert plan_train.measure_flops(config) == pytest.approx((together, together))
+
+
+def test_what_is_timed_is_the_attention_of_all_softmax_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = parse([*MODEL, "--model.pattern", "LN", "--model.num_layers", "6"])
+    assert plan_train._seconds_of_attention(config, 64) > 0
+    monkeypatch.setattr(plan_train, "_fastest", lambda step: 1.0)
+    assert plan_train._seconds_of_attention(config, 64) == 3.0
 
 
 def test_the_time_of_a_step_adds_up() -> None:
