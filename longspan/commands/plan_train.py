@@ -43,8 +43,8 @@ from longspan.train.model import compute_dtype
 _DESCRIPTION = """Memory of a rank by kind, bytes sent per layer, and time of a step, for a mesh of any size: arithmetic, no ranks.
 
 Takes the options of longspan train (--config FILE.toml, --parallel.sp 64, --train.seq_len 1048576, ...), which say what is
-trained and on which mesh, and those of cluster, which say on what. The vocabulary is data.vocab_size. docs/performance.md has
-plans beside measurements.
+trained and on which mesh, and those of cluster, which say on what. The vocabulary is data.vocab_size. A sequence is taken for one
+document: softmax attention within several shorter ones takes less time. docs/performance.md has plans beside measurements.
 """
 
 # Of a process on the CPU, by measurements in docs/performance.md ("Memory against length").
