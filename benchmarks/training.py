@@ -42,6 +42,8 @@ def _options(num_ranks: int, seq_len: int) -> list[str]:
         "checkpoint.every": 0,
         "sample.tokens": 0,
         "run.measure_alone": False,
+        # Peaks without holes, which come and go over the steps in between.
+        "run.release_memory_every": 1,
     }
     return [part for key, value in values.items() for part in (f"--{key}", str(value))]
 

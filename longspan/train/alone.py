@@ -87,7 +87,7 @@ def take_steps(told: dict[str, Any]) -> Alone:
     starts = told["document_starts"]
     packed = Sequences(tokens, None if starts is None else tuple(map(tuple, starts))).packed().to(device)
     layout = SequenceLayout.local(packed.seq_len, packed.documents)
-    memory = StepMemory(device)
+    memory = StepMemory(device, config.run.release_memory_every)
     memory.begin()
     begun = time.perf_counter()
     for step in range(1 + _NUM_STEPS):

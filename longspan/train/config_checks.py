@@ -159,6 +159,7 @@ _LEAST: dict[str, float] = {
     "sample.tokens": 0,
     "sample.temperature": 0,
     "run.print_every": 1,
+    "run.release_memory_every": 0,
     "run.trace_step": 1,
     "run.memory_snapshot_step": 1,
 }

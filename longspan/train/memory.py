@@ -4,7 +4,7 @@ On the CPU memory is what is resident; on a GPU what PyTorch has allocated there
 
 glibc keeps freed memory for later. Large tensors begin at multiples of 2 MiB where they are in huge pages, and what is freed
 between two of them is often too small for the next one, which then takes new memory: what a process holds grows from step to step,
-while what it uses does not. `StepMemory` therefore gives freed pages back to the system after every step. docs/performance.md has
+while what it uses does not. `StepMemory` therefore gives freed pages back to the system every few steps. docs/performance.md has
 the figures.
 """
 
@@ -22,11 +22,15 @@ _PROCESS = Path("/proc/self")
 
 
 class StepMemory:
-    """The memory of this process over the steps of a run."""
+    """The memory of this process over the steps of a run.
 
-    def __init__(self, device: torch.device) -> None:
+    release_every: steps after which freed memory goes back to the system; 0 leaves it.
+    """
+
+    def __init__(self, device: torch.device, release_every: int) -> None:
         self.device = device
-        self._held = 0
+        self._release_every = release_every
+        self._held = self._num_steps = 0
         self.base = 0
         """Bytes held before the first step."""
 
@@ -44,7 +48,9 @@ class StepMemory:
 
     def end(self) -> None:
         """A step has ended."""
-        release_freed_memory()
+        self._num_steps += 1
+        if self._release_every and self._num_steps % self._release_every == 0:
+            release_freed_memory()
         self._held = current_memory_bytes(self.device)
 
 

@@ -80,7 +80,7 @@ class Trainer:
         self.metrics = MetricsFile(folder.metrics, build_trackers(config, folder))
         self.trace = StepTrace(folder.traces, config.run.trace_step, ranks.rank, ranks.device)
         self.snapshot = MemorySnapshot(folder.traces, config.run.memory_snapshot_step, ranks.rank)
-        self.memory = StepMemory(ranks.device)
+        self.memory = StepMemory(ranks.device, config.run.release_memory_every)
         train = config.train
         documents = config.data.documents
         self.batches = training_batches(config, data)

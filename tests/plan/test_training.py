@@ -153,6 +153,12 @@ def test_what_is_timed_is_the_attention_of_all_softmax_layers(monkeypatch: pytes
     assert plan_train._seconds_of_attention(config, 64) == 3.0
 
 
+def test_memory_that_is_kept_for_some_steps_has_holes() -> None:
+    options = ["--cluster.flops", "1e9", "--run.release_memory_every"]
+    kept, given_back = (plan_train.device_figures(parse([*options, every]))[0].slack for every in ("8", "1"))
+    assert kept > given_back > 1
+
+
 def test_the_time_of_a_step_adds_up() -> None:
     config = parse([*MODEL, "--train.seq_len", "8192"])
     operations = operations_of_sequence(config)
