@@ -8,6 +8,7 @@ Exit codes of a run: see `EXIT_DONE` and the following.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import faulthandler
 import json
@@ -25,7 +26,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 from longspan.errors import ConfigError, ExchangeError, LongspanError
 from longspan.faults import install_faults, parse_faults
@@ -301,6 +302,9 @@ class StopRequest:
 
 def run_rank(place: Place, function: Callable[[Place, StopRequest], int]) -> int:
     """Call `function` as one rank and return the exit code; a failure is printed, or left for the starting command."""
+    if place.world_size > 1:
+        # Where Python was in a crash of torch.
+        faulthandler.enable(sys.__stderr__ or sys.stderr)
     if place.rendezvous is not None:
         _end_with_starting_command()
         faulthandler.register(signal.SIGUSR1, file=_stacks_path(place.rendezvous, place.rank).open("w"))
@@ -314,15 +318,28 @@ def run_rank(place: Place, function: Callable[[Place, StopRequest], int]) -> int
             code = function(place, stop)
             if code not in (EXIT_DONE, EXIT_STOPPED):
                 _leave_report(place, {"found": code})
-            return code
+            has_failed = False
         except Exception as error:
             code = report_failure(place, error)
+            has_failed = True
     if place.world_size > 1:
-        # Other ranks may be in a collective that never ends; leaving the interpreter would wait for its threads.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        _leave(code, has_failed)
     return code
+
+
+def _leave(code: int, has_failed: bool) -> NoReturn:
+    """End this process without taking the interpreter down.
+
+    Threads of ours or of torch may be in torch still, or let go of a tensor a moment late: one that asks for the interpreter while
+    it shuts down aborts the process ("terminate called without an active exception"), whose work is done.
+    """
+    if not has_failed:
+        # After a failure other ranks may be in a collective that never ends: what is registered here could wait for it.
+        atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
+    os._exit(code)
 
 
 def _install_faults(place: Place) -> None:

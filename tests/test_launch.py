@@ -95,6 +95,28 @@ def test_ranks_that_find_something_wrong_end_with_their_own_code(code: int, capf
     assert capfd.readouterr().err == ""
 
 
+def test_a_rank_whose_work_is_done_ends_well_though_a_thread_is_in_torch(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """While the interpreter shuts down, that thread would abort the process; what is registered for the end of one still runs."""
+    body = f"""
+        import atexit, threading, torch
+        def multiply():
+            matrix = torch.eye(256)
+            while True:
+                matrix = matrix @ matrix
+        threading.Thread(target=multiply, daemon=True).start()
+        atexit.register(lambda: open(f"{tmp_path}/{{place.rank}}", "w").close())
+        print("the last line", end="")
+        time.sleep(0.2)
+        return 0
+    """
+    assert run(body) == 0
+    captured = capfd.readouterr()
+    assert (captured.out, captured.err) == ("the last line" * 2, "")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1"]
+
+
 def test_a_rank_that_never_ends_shows_where_it_is_and_is_killed(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -116,6 +138,8 @@ def test_a_rank_that_never_ends_shows_where_it_is_and_is_killed(
     ("ending", "message"),
     [
         pytest.param("os._exit(7)", "rank 1 of 2 ended with exit code 7", marks=pytest.mark.slow),
+        pytest.param("os.abort()", "rank 1 of 2 was killed by SIGABRT", marks=pytest.mark.slow),
+        pytest.param("os.abort()", "in function", marks=pytest.mark.slow),
         ("os.kill(os.getpid(), 9)", "rank 1 of 2 was killed by SIGKILL (the system does this when memory runs out)"),
     ],
 )
