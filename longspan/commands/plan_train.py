@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -38,6 +39,7 @@ from longspan.plan.training import (
 )
 from longspan.train.config import Config, check_arguments, read_toml
 from longspan.train.config_checks import check, check_degrees, num_ranks_asked_for
+from longspan.train.memory import release_freed_memory
 from longspan.train.model import compute_dtype
 
 _DESCRIPTION = """Memory of a rank by kind, bytes sent per layer, and time of a step, for a mesh of any size: arithmetic, no ranks.
@@ -292,13 +294,18 @@ def measure_flops(config: Config) -> tuple[float, float]:
 def _seconds_of_model(config: Config, tokens: int) -> float:
     """Of a forward and a backward on one sequence."""
     model = LinearLlama3(config.model.build(config.data.vocab_size))
-    rows = torch.zeros(1, tokens, dtype=torch.int64)
+    # Tokens all alike would make numbers that are quicker to compute with.
+    random = torch.Generator().manual_seed(0)
+    rows = torch.randint(config.data.vocab_size, (1, tokens), generator=random)
 
     def step() -> None:
         model(rows, labels=rows).backward()
         model.zero_grad(set_to_none=True)
+        if config.run.release_memory_every == 1:
+            # As the run does; getting it again takes a tenth of a step.
+            release_freed_memory()
 
-    return _fastest(step)
+    return _usual(step)
 
 
 def _seconds_of_attention(config: Config, tokens: int) -> float:
@@ -312,17 +319,17 @@ def _seconds_of_attention(config: Config, tokens: int) -> float:
     def step() -> None:
         softmax_attention(q, k, v, window=full.window).sum().backward()
 
-    return full.layer_operators.count("softmax") * _fastest(step)
+    return full.layer_operators.count("softmax") * _usual(step)
 
 
-def _fastest(step: Callable[[], None]) -> float:
-    """Seconds of the fastest of four calls: the first one finds memory cold."""
+def _usual(step: Callable[[], None]) -> float:
+    """Seconds of a call: the median of three, after one that finds memory cold."""
     seconds = []
     for _ in range(4):
         begun = time.perf_counter()
         step()
         seconds.append(time.perf_counter() - begun)
-    return min(seconds)
+    return statistics.median(seconds[1:])
 
 
 def cluster_of(config: PlanConfig, num_ranks: int) -> Cluster:

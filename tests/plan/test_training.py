@@ -149,7 +149,7 @@ def test_attention_has_a_rate_of_its_own(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_what_is_timed_is_the_attention_of_all_softmax_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     config = parse([*MODEL, "--model.pattern", "LN", "--model.num_layers", "6"])
     assert plan_train._seconds_of_attention(config, 64) > 0
-    monkeypatch.setattr(plan_train, "_fastest", lambda step: 1.0)
+    monkeypatch.setattr(plan_train, "_usual", lambda step: 1.0)
     assert plan_train._seconds_of_attention(config, 64) == 3.0
 
 
