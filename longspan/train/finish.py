@@ -18,6 +18,7 @@ from longspan.train.metrics import Totals, plot_losses
 from longspan.train.run_folder import replacing
 from longspan.train.sample import WrittenText, printable, prompt_tokens
 from longspan.train.trainer import Trainer
+from longspan.train.weights_file import write_weights
 
 
 def finish(trainer: Trainer, started: float) -> None:
@@ -33,7 +34,7 @@ def finish(trainer: Trainer, started: float) -> None:
     if not trainer.ranks.is_first:
         return
     folder = trainer.folder
-    _write_weights(trainer, weights)
+    write_weights(folder.weights, weights, trainer.model.config)
     _plot(trainer)
     text = _sample(trainer, weights)
     trainer.phase.name = "measuring one process"
@@ -49,20 +50,6 @@ def finish(trainer: Trainer, started: float) -> None:
     if alone is not None:
         for name, line in zip(("memory", "tokens/s"), gain_lines(trainer, alone), strict=True):
             trainer.report.heading(name, line)
-
-
-def _write_weights(trainer: Trainer, whole: dict[str, Tensor]) -> None:
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    weights = {name: weight.cpu().contiguous() for name, weight in whole.items()}
-    # One entry: safetensors writes several in an order that changes from run to run.
-    metadata = {"LinearLlama3Config": json.dumps(trainer.model.config.to_dict())}
-    with replacing(trainer.folder.weights) as unfinished:
-        try:
-            save_file(weights, unfinished, metadata=metadata)
-        except SafetensorError as error:
-            raise OSError(str(error)) from error
 
 
 def _plot(trainer: Trainer) -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from longspan.errors import CheckpointError, ConfigError
+from longspan.errors import ConfigError
 from longspan.models import LinearLlama3
 from longspan.parallel import (
     compile_blocks,
@@ -101,19 +100,6 @@ def sum_over_ranks(model: nn.Module, ranks: Ranks) -> None:
     """After backward: gradients are the sums over all ranks. FSDP2 has summed those of weights that are divided."""
     if not ranks.degrees.shards_weights:
         sum_gradients(model)
-
-
-def check_shapes(
-    what: str, found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]], remedy: str
-) -> None:
-    """Raise CheckpointError unless weights have the names and shapes that a model wants; `what` names the weights."""
-    odd = sorted(name for name in {*wanted, *found} if wanted.get(name) != found.get(name))
-    if odd:
-        lines = [f"  {name}: {found.get(name, 'missing')} there, {wanted.get(name, 'missing')} here" for name in odd]
-        more = [f"  and {len(lines) - 10} more"] if len(lines) > 10 else []
-        raise CheckpointError(
-            f"{what} are not those of this model, {len(odd)} differ:\n" + "\n".join(lines[:10] + more) + f"\n{remedy}"
-        )
 
 
 def copy_weights(weights: dict[str, Tensor], target: LinearLlama3) -> LinearLlama3:

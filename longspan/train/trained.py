@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
-import json
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
+from torch import Tensor
 
-from longspan.data.prepared import open_tokenizer_of
-from longspan.data.tokenizer import Tokenizer
+from longspan.data.prepared import MANIFEST, open_tokenizer_of
+from longspan.data.tokenizer import END_OF_DOCUMENT, Tokenizer, load_tokenizer
 from longspan.errors import CheckpointError, ConfigError, DataError
 from longspan.models import LinearLlama3, LinearLlama3Config
+from longspan.models.weights import check_shapes, open_weights, shapes_of
+from longspan.parallel.sharded import copy_whole
 from longspan.train import config as configs
 from longspan.train.checkpoint import all_checkpoints, complete_checkpoints, folder_name
 from longspan.train.config import Config, read_toml
 from longspan.train.data import folder_of_data
-from longspan.train.loading import open_checkpoint
-from longspan.train.model import check_shapes
+from longspan.train.loading import SavedCheckpoint, open_checkpoint
 from longspan.train.run_folder import RunFolder
 from longspan.train.trainer import saved_value
+from longspan.train.weights_file import config_of_file
 
 NEWEST, WEIGHTS = "newest", "weights"
 """Which weights: those of the newest complete checkpoint, or else the weights file; and the weights file."""
 
-_METADATA = "LinearLlama3Config"
 _OTHER = "Take weights that belong to this run, or the run that they belong to"
 
 
@@ -42,18 +44,122 @@ class Trained:
     source: str
 
 
-def open_trained(path: Path, which: str = NEWEST, data: Path | None = None) -> Trained:
-    """The model of a run.
+@dataclass(frozen=True)
+class SavedWeights(ABC):
+    """Weights of a run on the disk, not read yet.
+
+    run: its folder. config: of the run. shapes: of the tensors.
+    """
+
+    run: RunFolder
+    config: Config
+    shapes: Mapping[str, tuple[int, ...]]
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """What holds them, in words."""
+
+    @property
+    @abstractmethod
+    def source(self) -> str:
+        """What holds them, and where that is, in words."""
+
+    @abstractmethod
+    def model_config(self, vocab_size: int) -> LinearLlama3Config:
+        """What their model is made of; `vocab_size` where only the run says it."""
+
+    @abstractmethod
+    def read(self, targets: Mapping[str, Tensor]) -> None:
+        """Read tensors into `targets`, in place: of each, whole or divided over ranks, what this rank has."""
+
+    def check_vocabulary(self, tokenizer: Tokenizer) -> None:
+        """Raise CheckpointError unless they are of as many tokens as the tokenizer has."""
+        size = self.shapes.get("embedding.weight", (tokenizer.vocab_size,))[0]
+        if size != tokenizer.vocab_size:
+            raise CheckpointError(
+                f"{self.name} has a vocabulary of {size} tokens, and the tokenizer one of {tokenizer.vocab_size}. Give the data "
+                "that it was trained on"
+            )
+
+    def read_into(self, model: LinearLlama3, remedy: str = _OTHER) -> None:
+        """Give a model these weights, all of them; it may be divided over ranks.
+
+        Raises:
+            CheckpointError: for tensors that are missing, of another shape, or of no model of this kind, all of them listed.
+        """
+        check_shapes(self._weights, self.shapes, shapes_of(model), remedy)
+        self.read(dict(model.named_parameters()))
+
+    @property
+    @abstractmethod
+    def _weights(self) -> str:
+        """The weights that it holds, in words."""
+
+
+@dataclass(frozen=True)
+class _OfCheckpoint(SavedWeights):
+    """Those of a checkpoint."""
+
+    saved: SavedCheckpoint
+
+    @property
+    def name(self) -> str:
+        return f"the checkpoint of step {self.saved.step}"
+
+    @property
+    def source(self) -> str:
+        return f"{self.name} in {self.run.path}"
+
+    @property
+    def _weights(self) -> str:
+        return f"the weights of {self.name}"
+
+    def model_config(self, vocab_size: int) -> LinearLlama3Config:
+        return self.config.model.build(vocab_size)
+
+    def read(self, targets: Mapping[str, Tensor]) -> None:
+        self.saved.read("model", targets)
+
+
+@dataclass(frozen=True)
+class _OfFile(SavedWeights):
+    """Those of a safetensors file."""
+
+    path: Path
+    metadata: Mapping[str, str]
+
+    @property
+    def name(self) -> str:
+        return str(self.path)
+
+    @property
+    def source(self) -> str:
+        return self.name
+
+    @property
+    def _weights(self) -> str:
+        return f"the weights in {self.name}"
+
+    def model_config(self, vocab_size: int) -> LinearLlama3Config:
+        return config_of_file(self.path, self.metadata, self.config.model.build(vocab_size))
+
+    def read(self, targets: Mapping[str, Tensor]) -> None:
+        with open_weights(self.path) as weights, torch.no_grad():
+            for name, target in targets.items():
+                copy_whole(weights.read(name), target)
+
+
+def open_saved(path: Path, which: str = NEWEST) -> SavedWeights:
+    """The weights of a run, not read yet.
 
     Args:
         path: the run folder.
         which: ``"newest"``, ``"weights"``, the number of a step that there is a checkpoint of, or the path of a safetensors file.
-        data: a folder of prepared data, for its tokenizer; None is the run's.
 
     Raises:
         ConfigError: for a folder that holds no run.
-        CheckpointError: for weights that are not there, damaged, pickled, or not of this model and vocabulary.
-        DataError: for a tokenizer that is not there, or damaged.
+        CheckpointError: for weights that are not there, damaged or pickled.
     """
     folder = RunFolder(path)
     if not folder.config.is_file():
@@ -62,9 +168,56 @@ def open_trained(path: Path, which: str = NEWEST, data: Path | None = None) -> T
         )
     found = _find(folder, which)
     config = read_toml(folder.config)
-    if found.is_dir():
-        return _of_checkpoint(found, folder, data)
-    return _of_file(found, folder, config, data)
+    if not found.is_dir():
+        with open_weights(found) as weights:
+            return _OfFile(folder, config, weights.shapes, found, weights.metadata)
+    saved = open_checkpoint(found)
+    try:
+        config = configs.from_mapping(saved_value(saved, "config", dict))
+    except ConfigError as error:
+        raise CheckpointError(
+            f"the checkpoint of step {saved.step} in {folder.path} has a config that this version does not know: {error}. Use the "
+            "version of longspan that wrote it"
+        ) from error
+    return _OfCheckpoint(folder, config, saved.shapes("model"), saved)
+
+
+def open_trained(path: Path, which: str = NEWEST, data: Path | None = None) -> Trained:
+    """The model of a run.
+
+    Args:
+        path, which: as in `open_saved`.
+        data: a folder of prepared data, for its tokenizer; None is the run's.
+
+    Raises:
+        ConfigError, CheckpointError: as `open_saved`, and for weights that are not of this model and vocabulary.
+        DataError: for a tokenizer that is not there, or damaged.
+    """
+    saved = open_saved(path, which)
+    tokenizer = open_tokenizer_of_run(saved.run, saved.config, data)
+    saved.check_vocabulary(tokenizer)
+    # Layers draw weights when they are made, which are replaced: the caller's random state must not notice.
+    with torch.random.fork_rng(devices=[]):
+        model = LinearLlama3(saved.model_config(tokenizer.vocab_size))
+    saved.read_into(model)
+    return Trained(model, tokenizer, saved.config, saved.source)
+
+
+def open_tokenizer_of_run(folder: RunFolder, config: Config, data: Path | None = None) -> Tokenizer:
+    """The tokenizer of a run: that of its prepared data, or, where there is none, the run folder's own.
+
+    Raises:
+        DataError: for one that is not there, or damaged.
+    """
+    prepared = folder_of_data(config, folder) if data is None else data
+    if data is None and folder.tokenizer.is_file() and not (prepared / MANIFEST).is_file():
+        return load_tokenizer(folder.tokenizer, config.data.end_of_document or END_OF_DOCUMENT)
+    try:
+        return open_tokenizer_of(prepared)
+    except DataError as error:
+        raise DataError(
+            f"the tokenizer of {folder.path} is with its prepared data: {error}. If that is elsewhere, say where (--data)"
+        ) from error
 
 
 def _find(folder: RunFolder, which: str) -> Path:
@@ -94,99 +247,3 @@ def _find(folder: RunFolder, which: str) -> Path:
     raise CheckpointError(
         f"weights {which!r} are neither {NEWEST!r}, {WEIGHTS!r}, the number of a step, nor a file. Give one of these"
     )
-
-
-def _of_checkpoint(path: Path, folder: RunFolder, data: Path | None) -> Trained:
-    saved = open_checkpoint(path)
-    what = f"the checkpoint of step {saved.step}"
-    try:
-        config = configs.from_mapping(saved_value(saved, "config", dict))
-    except ConfigError as error:
-        raise CheckpointError(
-            f"{what} in {folder.path} has a config that this version does not know: {error}. Use the version of longspan that "
-            "wrote it"
-        ) from error
-    tokenizer = _tokenizer(config, folder, data)
-    shapes = saved.shapes("model")
-    _check_vocabulary(what, shapes, tokenizer)
-    model = _model(config.model.build(tokenizer.vocab_size))
-    parameters = dict(model.named_parameters())
-    check_shapes(f"the weights of {what}", shapes, _shapes(parameters), _OTHER)
-    saved.read("model", parameters)
-    return Trained(model, tokenizer, config, f"{what} in {folder.path}")
-
-
-def _of_file(path: Path, folder: RunFolder, config: Config, data: Path | None) -> Trained:
-    from safetensors import SafetensorError, safe_open
-
-    tokenizer = _tokenizer(config, folder, data)
-    try:
-        with safe_open(path, "pt") as file:
-            names = list(file.keys())
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
-            _check_vocabulary(str(path), shapes, tokenizer)
-            model = _model(_config_of_file(path, file.metadata(), config, tokenizer.vocab_size))
-            parameters = dict(model.named_parameters())
-            check_shapes(f"the weights in {path}", shapes, _shapes(parameters), _OTHER)
-            with torch.no_grad():
-                for name, parameter in parameters.items():
-                    parameter.copy_(file.get_tensor(name))
-    except (SafetensorError, OSError) as error:
-        _refuse_pickle(path)
-        raise CheckpointError(f"{path} cannot be read as safetensors: {error}. Give a whole file of weights") from error
-    return Trained(model, tokenizer, config, str(path))
-
-
-def _refuse_pickle(path: Path) -> None:
-    """Raise CheckpointError for what begins as `torch.save` writes it: a pickle in a ZIP archive, or by itself."""
-    try:
-        with path.open("rb") as file:
-            start = file.read(4)
-    except OSError:
-        return
-    if start == b"PK\x03\x04" or (start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")):
-        raise CheckpointError(
-            f"{path} is a pickle, as torch.save writes it: reading one can run any code, so none is read here. Convert it where "
-            "you trust it: safetensors.torch.save_file(torch.load(path, weights_only=True), 'weights.safetensors')"
-        )
-
-
-def _config_of_file(path: Path, metadata: Any, config: Config, vocab_size: int) -> LinearLlama3Config:
-    """What the file says of its model, or else the run."""
-    if not metadata or _METADATA not in metadata:
-        return config.model.build(vocab_size)
-    try:
-        values = json.loads(metadata[_METADATA])
-        return LinearLlama3Config(**values)
-    except (ValueError, TypeError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path} does not describe a model that this version knows: {error}. Use the version of longspan that wrote it"
-        ) from error
-
-
-def _tokenizer(config: Config, folder: RunFolder, data: Path | None) -> Tokenizer:
-    try:
-        return open_tokenizer_of(folder_of_data(config, folder) if data is None else data)
-    except DataError as error:
-        raise DataError(
-            f"the tokenizer of {folder.path} is with its prepared data: {error}. If that is elsewhere, say where (--data)"
-        ) from error
-
-
-def _check_vocabulary(what: str, shapes: dict[str, tuple[int, ...]], tokenizer: Tokenizer) -> None:
-    size = shapes.get("embedding.weight", (tokenizer.vocab_size,))[0]
-    if size != tokenizer.vocab_size:
-        raise CheckpointError(
-            f"{what} has a vocabulary of {size} tokens, and the tokenizer one of {tokenizer.vocab_size}. Give the data that it was "
-            "trained on"
-        )
-
-
-def _model(config: LinearLlama3Config) -> LinearLlama3:
-    # Layers draw weights when they are made, which are replaced: the caller's random state must not notice.
-    with torch.random.fork_rng(devices=[]):
-        return LinearLlama3(config)
-
-
-def _shapes(parameters: dict[str, torch.nn.Parameter]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(parameter.shape) for name, parameter in parameters.items()}

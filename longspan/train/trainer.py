@@ -18,6 +18,7 @@ from longspan.errors import CheckpointError, DataError, LongspanError
 from longspan.faults import reached
 from longspan.launch import StopRequest
 from longspan.models import LinearLlama3
+from longspan.models.weights import check_shapes, shapes_of
 from longspan.parallel import gathered
 from longspan.parallel.sharded import accumulating
 from longspan.train import config as configs
@@ -32,7 +33,6 @@ from longspan.train.metrics import MetricsFile, Totals
 from longspan.train.model import (
     build_model,
     build_parallel,
-    check_shapes,
     compute_dtype,
     copy_shares,
     copy_weights,
@@ -385,8 +385,8 @@ class Trainer:
 
     def _restore_weights(self, saved: SavedCheckpoint) -> None:
         parameters = dict(self.model.named_parameters())
-        shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
-        check_shapes(f"the weights of step {saved.step}", saved.shapes("model"), shapes, _OTHER_VERSION)
+        wanted = shapes_of(self.model)
+        check_shapes(f"the weights of step {saved.step}", saved.shapes("model"), wanted, _OTHER_VERSION)
         saved.read("model", parameters)
 
 
