@@ -21,6 +21,7 @@ from longspan.comm.traffic import note_collective, waiting
 from longspan.errors import InputError
 from longspan.exchange import Exchanger, exchange_named
 from longspan.layout import Order, SequenceLayout
+from longspan.models.linear_llama3 import LinearLlama3
 from longspan.models.mixers import ParallelOptions, SequenceMixer, SequenceParallel
 from longspan.parallel.adapters import adapter_of
 from longspan.parallel.sharded import is_divided, on_this_rank
@@ -49,7 +50,8 @@ def parallelize(
     """Let `model` run on sequences that are split over the ranks of a group; changed in place and returned.
 
     Args:
-        model: a causal language model of Hugging Face Transformers, or PEFT's around one; a `longspan.models.LinearLlama3`; any
+        model: a causal language model of Hugging Face Transformers, or PEFT's around one; a `longspan.models.LinearLlama3`, or the
+            `longspan.models.hf.LinearLlamaForCausalLM` that holds one; any
             module whose token-mixing layers are `longspan.models.mixers.SequenceMixer`s; or one whose class has an adapter
             (`longspan.parallel.register_adapter`). With the same weights on every rank.
         mesh_or_group: process group or DeviceMesh (such as ``mesh["sp"]``), as in `SequenceLayout`; None is the default group.
@@ -62,7 +64,8 @@ def parallelize(
         verify: Transformers only: compare loss and gradients of a short batch of random tokens with those of one process first.
 
     A model of Transformers is called as before, with whole sequences which are the same on every rank of the group, and returns
-    this rank's logits: docs/transformers.md. Others take ``model(layout.shard(tokens), layout=layout)`` with a layout of this
+    this rank's logits: docs/transformers.md; so is `LinearLlamaForCausalLM`, whose loss is this rank's share, to be summed:
+    docs/hugging_face_models.md. Others take ``model(layout.shard(tokens), layout=layout)`` with a layout of this
     very group, and no call without one where the group has several ranks: their mixers refuse others; sum their gradients with
     `sum_gradients`. Whose place a model has is kept as its ``sequence_parallel``. `unparallelize` undoes it.
 
@@ -81,7 +84,8 @@ def parallelize(
     group, num_ranks = _resolve(mesh_or_group)
     options, place = ParallelOptions(exchange, softmax_method), SequenceParallel(group, num_ranks)
     adapter = adapter_of(type(model))
-    if adapter is None and _is_transformers_model(model):
+    mixers = [module for module in model.modules() if isinstance(module, SequenceMixer)]
+    if adapter is None and not mixers and _is_transformers_model(model):
         from longspan.integrations.transformers.model import parallelize_pretrained
 
         return parallelize_pretrained(model, options, place, order=order, loss=loss or "mean", verify=verify)
@@ -94,7 +98,6 @@ def parallelize(
     if adapter is not None:
         model.__dict__[_UNDO] = adapter(model, options, place)
     else:
-        mixers = [module for module in model.modules() if isinstance(module, SequenceMixer)]
         if not mixers:
             raise InputError(
                 f"parallelize() takes a model whose layers mix tokens by a longspan.models.mixers.SequenceMixer; got "
@@ -103,6 +106,7 @@ def parallelize(
             )
         for mixer in mixers:
             mixer.set_parallel(options, place)
+        _place_inner(model, place)
     # A module takes any attribute.
     model.sequence_parallel = place  # type: ignore[assignment]
     return model
@@ -117,7 +121,8 @@ def unparallelize(model: Model) -> Model:
     if not isinstance(model, nn.Module):
         raise InputError(f"unparallelize() takes a torch.nn.Module; got {described(model)}. Pass the model itself")
     adapter = adapter_of(type(model))
-    if adapter is None and _is_transformers_model(model):
+    mixers = [module for module in model.modules() if isinstance(module, SequenceMixer)]
+    if adapter is None and not mixers and _is_transformers_model(model):
         from longspan.integrations.transformers.model import unparallelize_pretrained
 
         unparallelize_pretrained(model)
@@ -134,11 +139,18 @@ def unparallelize(model: Model) -> Model:
         undo()
         del model.__dict__[_UNDO]
     else:
-        for module in model.modules():
-            if isinstance(module, SequenceMixer):
-                module.set_parallel(ParallelOptions(), None)
+        for mixer in mixers:
+            mixer.set_parallel(ParallelOptions(), None)
+        _place_inner(model, None)
     model.sequence_parallel = None  # type: ignore[assignment]
     return model
+
+
+def _place_inner(model: nn.Module, place: SequenceParallel | None) -> None:
+    """Tell the model inside of what Transformers and PEFT put around it, which is what is called with a layout."""
+    for module in model.modules():
+        if isinstance(module, LinearLlama3):
+            module.sequence_parallel = place
 
 
 _UNDO = "_longspan_undo"

@@ -13,6 +13,7 @@ from torch import nn
 from longspan.errors import InputError
 from longspan.integrations.transformers import losses, mixers
 from longspan.integrations.transformers.versions import warn_of_untested
+from longspan.models.mixers import SequenceMixer
 
 _MODELING_FILES = ("transformers.models.", "fla.layers.", "fla.models.", "fla.modules.")
 _BY_CLASS = re.compile(r"(ForCausalLM|LMHeadModel)$")
@@ -73,6 +74,12 @@ def check_model(head: nn.Module) -> None:
     warn_of_untested("transformers")
     config: Any = head.config
     name = type(head).__name__
+    if any(isinstance(module, SequenceMixer) for module in head.modules()):
+        raise InputError(
+            f"{name} has layers of this library, which take a layout by themselves: give it to longspan.parallelize(model, group), "
+            "and sum its gradients with longspan.sum_gradients. Trainer over ranks (prepare_trainer) is for models of others; "
+            "longspan train trains such models over ranks"
+        )
     if is_of_fla(head):
         warn_of_untested("fla")
         if getattr(config, "use_l2warp", False):

@@ -1,0 +1,141 @@
+"""Trainer and PEFT train the classes as they train others."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, default_data_collator
+
+from longspan.models.hf import LinearLlamaConfig, LinearLlamaForCausalLM
+from tests.compare import relative_error
+from tests.models.hf.tiny import tiny_hf
+from tests.models.tiny import random_tokens
+
+# PEFT asks Transformers by a name that is on its way out.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+
+def rows(count: int, length: int = 24) -> list[dict[str, Tensor]]:
+    """Counting up from somewhere: there is something to learn in it."""
+    starts = random_tokens(1, count)[0].tolist()
+    made = [(torch.arange(length) + start) % 29 for start in starts]
+    return [{"input_ids": row, "labels": row, "attention_mask": torch.ones_like(row)} for row in made]
+
+
+def arguments(folder: Path, **more: Any) -> TrainingArguments:
+    values: dict[str, Any] = {
+        "max_steps": 12,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 2e-2,
+        "logging_steps": 4,
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "save_strategy": "no",
+    }
+    return TrainingArguments(str(folder), **values | more)
+
+
+def small_model() -> LinearLlamaForCausalLM:
+    torch.manual_seed(0)
+    return LinearLlamaForCausalLM(
+        LinearLlamaConfig(vocab_size=29, dim=32, num_layers=2, pattern="LN", num_heads=2, hidden_dim=48)
+    )
+
+
+def train(trainer: Trainer) -> list[float]:
+    with warnings.catch_warnings():
+        # What Accelerate and the learning-rate scheduler say on a CPU.
+        warnings.simplefilter("ignore")
+        trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def test_trainer_trains_evaluates_saves_and_goes_on(tmp_path: Path) -> None:
+    model = small_model()
+    more = {
+        "gradient_accumulation_steps": 2,
+        "activation_checkpointing": True,
+        "save_strategy": "steps",
+        "save_steps": 8,
+    }
+    trainer = Trainer(
+        model=model,
+        args=arguments(tmp_path / "out", **more),
+        train_dataset=rows(64),
+        eval_dataset=rows(6),
+        data_collator=default_data_collator,
+    )
+    losses = train(trainer)
+    assert losses[-1] < 0.6 * losses[0]
+    found = trainer.predict(rows(6))
+    assert found.predictions.shape == (6, 24, 29)
+    assert abs(found.metrics["test_loss"] - trainer.evaluate()["eval_loss"]) < 1e-6
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "checkpoint-8")
+    assert loaded.config.core() == model.config.core()
+    assert not torch.equal(loaded.model.head.weight, model.model.head.weight)
+    trainer.save_model(str(tmp_path / "last"))
+    last = AutoModelForCausalLM.from_pretrained(tmp_path / "last")
+    assert all(torch.equal(x, y) for x, y in zip(last.parameters(), model.parameters(), strict=True))
+
+
+def test_adapters_on_its_projections_train_merge_and_load(tmp_path: Path) -> None:
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    base = small_model()
+    names = ["q_proj", "k_proj", "v_proj", "out_proj", "up_proj", "down_proj"]
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=names, task_type="CAUSAL_LM"))
+    adapted = {name.split(".lora_")[0].rsplit(".", 1)[1] for name, _ in model.named_parameters() if ".lora_" in name}
+    assert adapted == set(names)
+    before = {name: weight.clone() for name, weight in base.state_dict().items() if "lora" not in name}
+    losses = train(
+        Trainer(
+            model=model,
+            args=arguments(tmp_path / "out", activation_checkpointing=True, max_steps=16),
+            train_dataset=rows(64),
+            data_collator=default_data_collator,
+        )
+    )
+    assert losses[-1] < 0.95 * losses[0]
+    model.eval()
+    tokens = random_tokens(2, 9)
+    with torch.no_grad():
+        want = model(input_ids=tokens).logits
+        made = model.generate(input_ids=tokens, max_new_tokens=3, do_sample=False)
+        model.save_pretrained(tmp_path / "adapter")
+        assert all(torch.equal(base.state_dict()[name], weight) for name, weight in before.items())
+        merged = model.merge_and_unload()
+        assert type(merged) is LinearLlamaForCausalLM
+        assert relative_error(merged(tokens).logits, want) < 1e-4
+        assert torch.equal(merged.generate(tokens, max_new_tokens=3, do_sample=False), made)
+        again = PeftModel.from_pretrained(small_model(), tmp_path / "adapter").eval()
+        assert relative_error(again(input_ids=tokens).logits, want) < 1e-5
+
+
+def test_an_adapter_on_the_head_takes_the_loss_of_its_logits() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    base = tiny_hf("hybrid")
+    tokens = random_tokens(2, 9)
+    want = base(tokens, labels=tokens, num_items_in_batch=20).loss
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["head"], task_type="CAUSAL_LM"))
+    # It changes nothing before it is trained.
+    loss = model(input_ids=tokens, labels=tokens, num_items_in_batch=20).loss
+    assert relative_error(loss, want) < 1e-12
+    loss.backward()
+    assert sum(parameter.grad is not None for parameter in model.parameters()) == 2
+
+
+@pytest.mark.parametrize("name", ["gate_proj", "dt_proj"])
+def test_gates_take_adapters_too(name: str) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(tiny_hf("hybrid"), LoraConfig(r=2, target_modules=[name], init_lora_weights=False))
+    tokens = random_tokens(2, 9)
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
