@@ -41,6 +41,16 @@ COMMANDS = (
         "longspan.commands.generate",
     ),
     Command(
+        "export",
+        "write the model of a run as Hugging Face Transformers reads it, with its tokenizer",
+        "longspan.commands.export",
+    ),
+    Command(
+        "import",
+        "make a run folder of a Linear-Llama3 that Hugging Face Transformers has written",
+        "longspan.commands.import",
+    ),
+    Command(
         "plot",
         "draw loss, tokens per second and memory of runs, over each other",
         "longspan.commands.plot",

@@ -92,6 +92,7 @@ class JsonTokenizer:
         tokenizer.encode_special_tokens = True
         tokenizer.no_truncation()
         tokenizer.no_padding()
+        self.text_of_end = end_of_document
         # Numbers may be left out in a vocabulary that was changed by hand.
         self.vocab_size: int = max(tokenizer.get_vocab().values()) + 1
         self.end_of_document: int = tokenizer.token_to_id(end_of_document)

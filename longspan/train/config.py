@@ -173,6 +173,8 @@ class TrainConfig:
 
     seed: int = 0
     """Decides the initial weights, the data's split and order, and the sampled text."""
+    init: str | None = None
+    """A run folder whose newest weights this run begins with, such as longspan import makes; None draws them from the seed."""
     steps: int = 150
     """Optimizer steps."""
     seq_len: int = 8192

@@ -30,6 +30,7 @@ from longspan.train.config_checks import check_degrees
 from longspan.train.data import describe_data, prepare_data
 from longspan.train.deterministic import deterministic_algorithms
 from longspan.train.finish import finish
+from longspan.train.init import start_from
 from longspan.train.loading import SavedCheckpoint, open_checkpoint
 from longspan.train.model import check_device, compute_dtype
 from longspan.train.phase import RunPhase
@@ -218,6 +219,8 @@ def _build_trainer(
     trainer = Trainer(config, ranks, folder, data, report, phase)
     if saved is not None:
         trainer.restore(saved)
+    elif config.train.init is not None:
+        report.heading("weights", f"at first {start_from(trainer.model, Path(config.train.init), data.tokenizer)}")
     return trainer
 
 

@@ -84,6 +84,7 @@ class RunFolder:
         self.events = path / "tensorboard"
         self.traces = path / "traces"
         self.weights = path / "weights.safetensors"
+        self.tokenizer = path / "tokenizer.json"
         self.plot = path / "loss.png"
         self.summary_json = path / "summary.json"
         self.summary_text = path / "summary.md"
