@@ -26,6 +26,15 @@ def all_finite(*tensors: Tensor) -> bool:
     return all(x.device.type == "cpu" and bool(x.detach().sum().isfinite()) for x in tensors)
 
 
+def rows_stay_apart(x: Tensor) -> bool:
+    """Whether a matrix product keeps what is not finite in one row of ``x`` out of the others.
+
+    Not so in bfloat16 on CPUs with matrix tiles (AMX; oneDNN in PyTorch 2.13): where the inner size fills no tile, numbers of the next
+    row are read behind a row, and multiplied by zero.
+    """
+    return x.device.type != "cpu" or x.dtype != torch.bfloat16 or all_finite(x)
+
+
 def finite_part(x: Tensor) -> Tensor:
     """`x` with zeros for what is not finite."""
     return torch.where(x.isfinite(), x, 0.0)

@@ -14,7 +14,7 @@ from longspan.layout.rows import index_on, select_rows
 from longspan.ops.decay.call import DecayCall, gate_gradient, put_states, states_of
 from longspan.ops.decay.factors import BlockFactors, WideScores
 from longspan.ops.decay.gate_gradient import GateGradient
-from longspan.ops.finite import Harm, all_finite, finite_part, from_then_on, not_finite
+from longspan.ops.finite import Harm, all_finite, finite_part, from_then_on, not_finite, rows_stay_apart
 from longspan.ops.matrices import Factor, batched_product, flat, put_scaled, scaled, times, with_scale
 from longspan.ops.tiling import ChunkBlock
 
@@ -51,6 +51,8 @@ class DecayRead(torch.autograd.Function):
     ) -> Tensor:
         batch, num_tokens = q.shape[:2]
         is_finite = v is None or (all_finite(v) if states is None else _wrote_finite(call, states, v))
+        rows_apart = rows_stay_apart(q) and (k is None or rows_stay_apart(k))
+        query_of, key_of = (q, k) if rows_apart else (finite_part(q), None if k is None else finite_part(k))
         o = base
         if o is None:
             o = q.new_empty(batch, num_tokens, call.num_heads, value_size)
@@ -58,11 +60,11 @@ class DecayRead(torch.autograd.Function):
             ctx.mark_dirty(base)
         for block in call.tiling.blocks:
             factors = call.factors.block(block, g)
-            query = scaled(block.take(q), with_scale(factors.query, call.scale), call.num_heads)
+            query = scaled(block.take(query_of), with_scale(factors.query, call.scale), call.num_heads)
             out = None
-            if k is not None and v is not None:
+            if key_of is not None and v is not None:
                 value = scaled(block.take(v), None, call.num_heads)
-                scores, _, _ = _scores(call, block, factors, g, q, k, query)
+                scores, _, _ = _scores(call, block, factors, g, query_of, key_of, query)
                 out = torch.bmm(scores, flat(value if is_finite else finite_part(value)))
                 if not is_finite:
                     out.masked_fill_(flat(from_then_on(not_finite(v, block, call.num_heads))), torch.nan)
@@ -70,6 +72,8 @@ class DecayRead(torch.autograd.Function):
                 state = flat(states_of(block, factors, states, incoming).to(q.dtype))
                 out = torch.bmm(flat(query), state) if out is None else out.baddbmm_(flat(query), state)
             assert out is not None
+            if not rows_apart:
+                out.masked_fill_(flat(_reads_not_finite(block, call.num_heads, q, k)), torch.nan)
             put_scaled(o, block, out.view(*query.shape[:4], value_size), add=base is not None)
         ctx.call = call
         ctx.has_base = base is not None
@@ -123,6 +127,12 @@ class DecayRead(torch.autograd.Function):
                 gate.close(block)
         grad_base = do if ctx.has_base else None
         return dq, dk, dv, None if gate is None else gate.finish(), grad_states, grad_incoming, grad_base, None, None
+
+
+def _reads_not_finite(block: ChunkBlock, num_heads: int, q: Tensor, k: Tensor | None) -> Tensor:
+    """Which tokens of a block read by a query that is not finite, or a key of their chunk that is not, ``[n, B, H, c, 1]``."""
+    of_query = not_finite(q, block, num_heads).any(-1, keepdim=True)
+    return of_query if k is None else of_query | from_then_on(not_finite(k, block, num_heads).any(-1, keepdim=True))
 
 
 def _wrote_finite(call: DecayCall, states: Tensor, *written: Tensor) -> bool:
