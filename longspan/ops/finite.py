@@ -29,8 +29,8 @@ def all_finite(*tensors: Tensor) -> bool:
 def rows_stay_apart(x: Tensor) -> bool:
     """Whether a matrix product keeps what is not finite in one row of ``x`` out of the others.
 
-    Not so in bfloat16 on CPUs with matrix tiles (AMX; oneDNN in PyTorch 2.13): where the inner size fills no tile, numbers of the next
-    row are read behind a row, and multiplied by zero.
+    Not so in bfloat16 on CPUs with matrix tiles (AMX; oneDNN in PyTorch 2.13): where the inner size fills no tile, numbers of the
+    next row are read behind a row, and multiplied by zero.
     """
     return x.device.type != "cpu" or x.dtype != torch.bfloat16 or all_finite(x)
 
