@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils.generic import can_return_tuple
@@ -24,10 +24,12 @@ from longspan.errors import InputError
 from longspan.exchange.all_reduce import sum_over_ranks
 from longspan.layout import Order, SequenceLayout
 from longspan.models.hf.arguments import check_arguments, check_counted, check_labels, tokens_of
+from longspan.models.hf.backbone import Backbone
 from longspan.models.hf.batches import IGNORED, Arranged, arrange, check_mask
 from longspan.models.hf.cache import LinearLlamaCache
 from longspan.models.hf.checkpointing import keep_all, recompute
 from longspan.models.hf.configuration import LinearLlamaConfig
+from longspan.models.hf.generation import StatefulGenerationMixin
 from longspan.models.hf.loading import check_how_to_load, check_loaded
 from longspan.models.hf.rows import advance, prefill_over_ranks
 from longspan.models.hf.watching import watching
@@ -42,7 +44,7 @@ ORDER: Order = "zigzag"
 """Which tokens of a sequence a rank takes: those that balance softmax layers."""
 
 
-class LinearLlamaForCausalLM(PreTrainedModel, GenerationMixin):
+class LinearLlamaForCausalLM(PreTrainedModel, StatefulGenerationMixin):
     """`longspan.models.LinearLlama3` for Transformers: `generate`, `Trainer`, PEFT, `save_pretrained` and `from_pretrained`.
 
     The model itself is `model`, a `LinearLlama3` of ``config.core()``. Its initial weights are drawn from PyTorch's random state.
@@ -159,7 +161,7 @@ class LinearLlamaForCausalLM(PreTrainedModel, GenerationMixin):
             )
         mask = check_mask(attention_mask, tokens)
         arranged = arrange(tokens, mask, position_ids, kwargs.get("cu_seq_lens_q"), place, ORDER)
-        self._warn_of_length(arranged.longest)
+        self.warn_of_length(arranged.longest)
         self.last_layout = arranged.layout if over_ranks else None
         if not has_labels:
             return self._read(arranged, tokens, logits_to_keep, wants_hidden)
@@ -243,7 +245,7 @@ class LinearLlamaForCausalLM(PreTrainedModel, GenerationMixin):
             )
         mask = check_mask(attention_mask, tokens, cache.num_columns)
         length = tokens.shape[1]
-        self._warn_of_length(cache.num_columns + length)
+        self.warn_of_length(cache.num_columns + length)
         num_logits = min(logits_to_keep, length) if isinstance(logits_to_keep, int) and logits_to_keep else length
         place = self.model.sequence_parallel
         if place is not None and place.num_ranks > 1 and not cache.groups:
@@ -273,7 +275,7 @@ class LinearLlamaForCausalLM(PreTrainedModel, GenerationMixin):
     def _hidden(self, found: list[Tensor], arranged: Arranged, wants_hidden: bool) -> tuple[Tensor, ...] | None:
         return tuple(arranged.batch(x) for x in found) if wants_hidden else None
 
-    def _warn_of_length(self, num_tokens: int) -> None:
+    def warn_of_length(self, num_tokens: int) -> None:
         """Softmax layers without a window see positions that they were not trained for; linear ones have none."""
         trained = self.config.max_position_embeddings
         if self._has_warned_of_length or trained is None or num_tokens <= trained:
@@ -296,6 +298,11 @@ class LinearLlamaForCausalLM(PreTrainedModel, GenerationMixin):
     @sequence_parallel.setter
     def sequence_parallel(self, place: SequenceParallel | None) -> None:
         self.model.sequence_parallel = place
+
+    @property
+    def base_model(self) -> nn.Module:
+        """The model without its head, for those who compute a loss from what the head would read."""
+        return Backbone(self)
 
     def get_input_embeddings(self) -> nn.Module:
         """The embedding."""
@@ -336,31 +343,3 @@ class LinearLlamaForCausalLM(PreTrainedModel, GenerationMixin):
         else:
             keep_all(self.model.blocks)
         self.gradient_checkpointing = enable
-
-    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> Any:
-        """As in Transformers.
-
-        Raises:
-            InputError: for a prompt with padding on the right.
-        """
-        mask = kwargs.get("attention_mask")
-        if mask is not None and bool((mask[:, 1:] < mask[:, :-1]).any()):
-            raise InputError(
-                "a prompt to generate from has padding on the right: the next token would stand behind it. Pad on the left "
-                "(tokenizer.padding_side = 'left')"
-            )
-        return super().prepare_inputs_for_generation(input_ids, **kwargs)
-
-    def _prepare_cache_for_generation(
-        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> Any:
-        kind = generation_config.cache_implementation
-        if kind not in (None, "dynamic"):
-            raise InputError(
-                f"cache_implementation={kind!r}: a LinearLlamaCache is the only one, of constant size in linear layers. Leave "
-                "it out"
-            )
-        if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = LinearLlamaCache()
-            return None
-        return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)

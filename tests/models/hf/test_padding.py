@@ -38,6 +38,22 @@ def test_each_row_of_a_padded_batch_is_what_it_is_alone(kind: str, side: str) ->
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
+def test_the_backbone_gives_what_the_head_reads(side: str) -> None:
+    model = tiny_hf("hybrid")
+    tokens, mask, _ = padded(LENGTHS, side)
+    with torch.no_grad():
+        hidden = model.base_model(input_ids=tokens, attention_mask=mask, use_cache=False).last_hidden_state
+        assert torch.equal(
+            model.get_output_embeddings()(hidden), model(tokens, attention_mask=mask, use_cache=False).logits
+        )
+    assert not hidden[mask == 0].any()
+    with pytest.raises(InputError, match="the backbone takes no cache and returns no tuple"):
+        model.base_model(input_ids=tokens, use_cache=True)
+    with pytest.raises(InputError, match="takes no colour"):
+        model.base_model(input_ids=tokens, colour=1)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
 def test_the_loss_and_every_gradient_of_a_padded_batch_are_those_of_its_rows(side: str) -> None:
     model = tiny_hf("hybrid").train()
     tokens, mask, rows = padded(LENGTHS, side)

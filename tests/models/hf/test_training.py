@@ -9,7 +9,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, default_data_collator
+from transformers import (
+    AutoModelForCausalLM,
+    DataCollatorWithFlattening,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+)
 
 from longspan.models.hf import LinearLlamaConfig, LinearLlamaForCausalLM
 from tests.compare import relative_error
@@ -82,6 +88,76 @@ def test_trainer_trains_evaluates_saves_and_goes_on(tmp_path: Path) -> None:
     trainer.save_model(str(tmp_path / "last"))
     last = AutoModelForCausalLM.from_pretrained(tmp_path / "last")
     assert all(torch.equal(x, y) for x, y in zip(last.parameters(), model.parameters(), strict=True))
+
+
+def test_packed_documents_train_as_rows_do(tmp_path: Path) -> None:
+    """The loss of a batch that a collator has packed is that of its documents, as Trainer counts their labels."""
+    texts = [{"input_ids": row["input_ids"].tolist()} for row in rows(16, 11)]
+
+    def losses(collator: Any) -> list[float]:
+        return train(
+            Trainer(
+                model=small_model(),
+                args=arguments(tmp_path / "out", max_steps=4, logging_steps=1, max_grad_norm=0.0),
+                train_dataset=texts,
+                data_collator=collator,
+            )
+        )
+
+    def rowwise(examples: list[dict[str, list[int]]]) -> dict[str, Tensor]:
+        tokens = torch.tensor([example["input_ids"] for example in examples])
+        return {"input_ids": tokens, "labels": tokens}
+
+    packed, want = losses(DataCollatorWithFlattening(return_flash_attn_kwargs=True)), losses(rowwise)
+    assert len(want) == 4 and want[-1] < want[0]
+    assert relative_error(torch.tensor(packed), torch.tensor(want)) < 1e-4
+
+
+@pytest.mark.slow
+def test_trl_trains_it_with_its_own_head_and_adapters(tmp_path: Path) -> None:
+    from datasets import Dataset
+    from peft import LoraConfig
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+    from trl import SFTConfig, SFTTrainer
+
+    words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(29)}, unk_token="t0"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="t0", eos_token="t1", unk_token="t0")
+    texts = [row["input_ids"][: 5 + number].tolist() for number, row in enumerate(rows(12))]
+    options: dict[str, Any] = {
+        "max_steps": 6,
+        "per_device_train_batch_size": 12,
+        "learning_rate": 2e-2,
+        "logging_steps": 1,
+        "report_to": [],
+        "use_cpu": True,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "bf16": False,
+        "activation_checkpointing": False,
+    }
+
+    def losses(**more: Any) -> list[float]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            trainer = SFTTrainer(
+                model=small_model(),
+                args=SFTConfig(str(tmp_path / "out"), **options),
+                train_dataset=Dataset.from_dict({"input_ids": texts}),
+                processing_class=tokenizer,
+                **more,
+            )
+        return train(trainer)
+
+    plain = losses()
+    tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(text) for text in texts], True, -100)
+    mask = tokens != -100
+    with torch.no_grad():
+        want = small_model()(tokens.clamp(min=0), attention_mask=mask, labels=tokens).loss
+    # TRL logs four digits.
+    assert len(plain) == 6 and plain[-1] < plain[0] and abs(plain[0] - float(want)) < 1e-3
+    adapted = losses(peft_config=LoraConfig(r=2, target_modules=["q_proj", "out_proj"]))
+    assert abs(adapted[0] - plain[0]) < 1e-3
 
 
 def test_adapters_on_its_projections_train_merge_and_load(tmp_path: Path) -> None:
