@@ -3,12 +3,14 @@
 from longspan.models.config import LinearLlama3Config
 from longspan.models.decoding import Decodable, Sampling, decode, generate, prefill
 from longspan.models.linear_llama3 import LinearLlama3, ModelMemory
+from longspan.models.routing import Routing
 
 __all__ = [
     "Decodable",
     "LinearLlama3",
     "LinearLlama3Config",
     "ModelMemory",
+    "Routing",
     "Sampling",
     "decode",
     "generate",

@@ -12,6 +12,9 @@ from longspan.ops.variants import VARIANTS
 
 LayerKind = Literal["L", "N"]
 
+_OF_EXPERTS = ("experts_per_token", "num_shared_experts", "balance_loss_weight", "z_loss_weight")
+"""Fields that say nothing of a model without experts."""
+
 
 @dataclass(frozen=True)
 class LinearLlama3Config:
@@ -40,7 +43,17 @@ class LinearLlama3Config:
     window: int | None = None
     """How many tokens a softmax layer sees, the token itself included; None is all before it."""
     hidden_dim: int = 704
-    """Width of the feed-forward layers."""
+    """Width of the feed-forward layers, or of each of their experts."""
+    num_experts: int = 0
+    """Experts of a feed-forward layer, of which each token takes a few; 0 is a layer that takes all tokens."""
+    experts_per_token: int = 2
+    """Experts that a token takes, the likeliest by the router."""
+    num_shared_experts: int = 0
+    """Experts that every token takes beside its own."""
+    balance_loss_weight: float = 0.01
+    """Of the loss of each layer that is least where all experts are chosen equally often (arXiv 2101.03961)."""
+    z_loss_weight: float = 0.001
+    """Of the loss of each layer that keeps the router's logits small (arXiv 2202.08906)."""
     feed_forward_chunk: int = 0
     """Tokens that feed-forward layers compute at once, and again in backward, to keep nothing of their width; 0 is all, once."""
     rope_theta: float = 500_000.0
@@ -66,6 +79,28 @@ class LinearLlama3Config:
                 raise ConfigError(f"{name} must be greater than 0; got {getattr(self, name)}")
         self._check_heads()
         self._check_layers()
+        self._check_experts()
+
+    def _check_experts(self) -> None:
+        for name in ("num_experts", "num_shared_experts"):
+            if getattr(self, name) != 0 or isinstance(getattr(self, name), bool):
+                _check_positive(name, getattr(self, name), ", or 0 for none")
+        _check_positive("experts_per_token", self.experts_per_token)
+        for name in ("balance_loss_weight", "z_loss_weight"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ConfigError(f"{name} must be at least 0, which leaves the loss out; got {getattr(self, name)}")
+        if not self.num_experts:
+            for name in _OF_EXPERTS:
+                if getattr(self, name) != getattr(type(self), name):
+                    raise ConfigError(
+                        f"{name} is {getattr(self, name)}, which concerns experts, and num_experts is 0. Set num_experts, or leave "
+                        f"{name} out"
+                    )
+        elif self.experts_per_token > self.num_experts:
+            raise ConfigError(
+                f"experts_per_token {self.experts_per_token} is more than num_experts {self.num_experts}: a token takes different "
+                "experts. Lower it, or use more experts"
+            )
 
     def _check_heads(self) -> None:
         if self.head_dim is None and self.dim % self.num_heads:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from longspan.errors import InputError
 from longspan.models.initial import InitialWeights
 from longspan.models.mixers.mixer import Context, operations_of_matrices
+from longspan.models.routing import Routed
 from longspan.ops.chunked.swiglu import chunked_swiglu
 
 
@@ -20,8 +21,8 @@ class FeedForward(nn.Module, ABC):
     """The interface between a block and its feed-forward layer."""
 
     @abstractmethod
-    def forward(self, x: Tensor, context: Context) -> Tensor:
-        """``[B, T, C]`` of x ``[B, T, C]``; `context` says which tokens these are."""
+    def forward(self, x: Tensor, context: Context) -> tuple[Tensor, Routed | None]:
+        """``[B, T, C]`` of x ``[B, T, C]``, and what its router decided, if it has one; `context` says which tokens these are."""
 
     @abstractmethod
     def init_weights(self, initial: InitialWeights) -> None:
@@ -30,6 +31,10 @@ class FeedForward(nn.Module, ABC):
     @abstractmethod
     def flops_per_token(self) -> float:
         """Floating-point operations of forward and backward for one token, six for each number of a matrix that it meets."""
+
+    def num_idle_parameters(self) -> int:
+        """Number of trained numbers that a token does not meet, those of experts that it does not choose."""
+        return 0
 
 
 class SwiGLU(FeedForward):
@@ -46,11 +51,10 @@ class SwiGLU(FeedForward):
         self.up_proj = nn.Linear(dim, hidden_dim, bias=False)
         self.down_proj = nn.Linear(hidden_dim, dim, bias=False)
 
-    def forward(self, x: Tensor, context: Context) -> Tensor:
+    def forward(self, x: Tensor, context: Context) -> tuple[Tensor, None]:
         if self.chunk_size:
-            return chunked_swiglu(x, *self._matrices(), self.chunk_size)
-        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-        return out
+            return chunked_swiglu(x, *self._matrices(), self.chunk_size), None
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x)), None
 
     def _matrices(self) -> tuple[Tensor, Tensor, Tensor]:
         projections = (self.gate_proj, self.up_proj, self.down_proj)

@@ -41,6 +41,12 @@ class InitialWeights:
         else:
             weight.copy_(torch.empty(weight.shape).normal_(std=std, generator=self._generator))
 
+    def fill_own(self, module: nn.Module, residual: Iterable[str] = ()) -> None:
+        """Draw a module's own parameters, matrices or stacks of them; `residual` names what writes into the residual stream."""
+        with self._whole(module):
+            for name, parameter in module.named_parameters(recurse=False):
+                self.draw(parameter, name in residual)
+
     @torch.no_grad()
     def fill(self, module: nn.Module, residual: Iterable[nn.Module] = ()) -> None:
         """Initialise a module and all that it is made of, in the order of `modules()`.

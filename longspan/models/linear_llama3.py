@@ -22,13 +22,15 @@ from longspan.errors import InputError
 from longspan.layout import SequenceLayout
 from longspan.layout.calls import check_layout
 from longspan.models.config import LinearLlama3Config
-from longspan.models.feed_forward import FeedForward, SwiGLU
+from longspan.models.experts import build_feed_forward
+from longspan.models.feed_forward import FeedForward
 from longspan.models.initial import InitialWeights, Whole
 from longspan.models.mixers import Context, LayerMemory, SequenceMixer, SequenceParallel, build_mixer
 from longspan.models.mixers.mixer import check_layout_of_model, operations_of_matrices
 from longspan.models.norms import RMSNorm
 from longspan.models.rotary import Rotation, rotation
-from longspan.ops.chunked.cross_entropy import check_labels, check_num_valid, chunked_cross_entropy
+from longspan.models.routing import Routed, Routing, auxiliary_loss, ranks_of_losses
+from longspan.ops.chunked.cross_entropy import IGNORED, check_labels, check_num_valid, chunked_cross_entropy
 
 
 @dataclass(frozen=True)
@@ -59,13 +61,14 @@ class HybridBlock(nn.Module):
         self.mixer_norm = RMSNorm(config.dim, config.norm_eps)
         self.mixer: SequenceMixer = build_mixer(config, operator)
         self.feed_forward_norm = RMSNorm(config.dim, config.norm_eps)
-        self.feed_forward: FeedForward = SwiGLU(config.dim, config.hidden_dim, config.feed_forward_chunk)
+        self.feed_forward: FeedForward = build_feed_forward(config)
 
-    def forward(self, x: Tensor, context: Context) -> tuple[Tensor, LayerMemory | None]:
-        """x and the result are [B, T, C]; also what the mixer remembers, if it is asked for."""
+    def forward(self, x: Tensor, context: Context) -> tuple[Tensor, LayerMemory | None, Routed | None]:
+        """x and the result are [B, T, C]; also what the mixer remembers, if it is asked for, and what a router has decided."""
         mixed, memory = self.mixer(self.mixer_norm(x), context)
         x = x + mixed
-        return x + self.feed_forward(self.feed_forward_norm(x), context), memory
+        fed, routed = self.feed_forward(self.feed_forward_norm(x), context)
+        return x + fed, memory, routed
 
     def init_weights(self, initial: InitialWeights) -> None:
         """Set the initial weights."""
@@ -92,6 +95,7 @@ class LinearLlama3(nn.Module):
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
         self.sequence_parallel: SequenceParallel | None = None
+        self.loss_ranks: SequenceParallel | None = None
         self.init_weights(0)
 
     @overload
@@ -103,6 +107,7 @@ class LinearLlama3(nn.Module):
         memory: ModelMemory | None = ...,
         labels: Tensor | None = ...,
         num_valid: int | Tensor | None = ...,
+        routing: Routing | None = ...,
         logits_to_keep: int | None = ...,
         output_memory: Literal[False] = ...,
     ) -> Tensor: ...
@@ -116,6 +121,7 @@ class LinearLlama3(nn.Module):
         memory: ModelMemory | None = ...,
         labels: Tensor | None = ...,
         num_valid: int | Tensor | None = ...,
+        routing: Routing | None = ...,
         logits_to_keep: int | None = ...,
         output_memory: Literal[True],
     ) -> tuple[Tensor, ModelMemory]: ...
@@ -129,6 +135,7 @@ class LinearLlama3(nn.Module):
         memory: ModelMemory | None = ...,
         labels: Tensor | None = ...,
         num_valid: int | Tensor | None = ...,
+        routing: Routing | None = ...,
         logits_to_keep: int | None = ...,
         output_memory: bool,
     ) -> Tensor | tuple[Tensor, ModelMemory]: ...
@@ -141,6 +148,7 @@ class LinearLlama3(nn.Module):
         memory: ModelMemory | None = None,
         labels: Tensor | None = None,
         num_valid: int | Tensor | None = None,
+        routing: Routing | None = None,
         logits_to_keep: int | None = None,
         output_memory: bool = False,
     ) -> Tensor | tuple[Tensor, ModelMemory]:
@@ -157,6 +165,8 @@ class LinearLlama3(nn.Module):
                 the logits of all tokens.
             num_valid: with labels, what the sum of the losses is divided by: the number of valid tokens of all ranks. None is the
                 number of those here.
+            routing: with labels, of a model with experts: what the auxiliary losses are divided by, and where they and the routers'
+                statistics are noted.
             logits_to_keep: of how many of the last tokens here logits are computed, 0 for none, as a prompt needs them; None is of
                 all.
             output_memory: also return what it remembers afterwards, on every rank: `memory` of the tokens that follow. A prompt
@@ -174,7 +184,9 @@ class LinearLlama3(nn.Module):
                 parallelized for.
 
         A rank's loss is the sum over its own valid tokens divided by the number of valid tokens of all ranks; parameter
-        gradients are then summed over the ranks (`longspan.sum_gradients`).
+        gradients are then summed over the ranks (`longspan.sum_gradients`). Where a model with experts is trained, in training mode
+        and with gradients, its share of the routers' losses is added (`longspan.models.routing`), by an all-reduce over the ranks
+        that `longspan.parallelize` was told of; but not where no token is valid.
         """
         check_tensor("the model", "tokens", tokens)
         if tokens.dim() != 2 or tokens.dtype != torch.int64:
@@ -184,7 +196,7 @@ class LinearLlama3(nn.Module):
         check_not_empty("the model", "tokens", tokens, "row and token")
         check_layout_of_model(layout, self.sequence_parallel)
         check_flag("the model", "output_memory", output_memory)
-        self._check_labels(labels, num_valid, tokens)
+        self._check_labels(labels, num_valid, routing, tokens)
         self._check_logits_to_keep(logits_to_keep, labels, tokens)
         self._check_memory(memory, output_memory, layout)
         if layout is None:
@@ -197,10 +209,11 @@ class LinearLlama3(nn.Module):
         context = Context(layout, positions, self._rotation(positions), outputs_memory=output_memory)
         x = self.embedding(tokens)
         found: list[LayerMemory] = []
+        routed: list[Routed] = []
         for index, block in enumerate(self._blocks()):
-            x, of_layer = block(x, context if memory is None else context.after(memory.layers[index]))
-            if of_layer is not None:
-                found.append(of_layer)
+            x, of_layer, of_router = block(x, context if memory is None else context.after(memory.layers[index]))
+            found += [] if of_layer is None else [of_layer]
+            routed += [] if of_router is None else [of_router]
         if logits_to_keep is not None:
             x = x[:, x.shape[1] - logits_to_keep :]
         x = self.norm(x)
@@ -208,6 +221,11 @@ class LinearLlama3(nn.Module):
             result = at_least_float32(self.head(x))
         else:
             result = chunked_cross_entropy(x, self.head.weight, labels, num_valid=num_valid)
+            if routing is not None:
+                routing.cross_entropy = routing.cross_entropy + result.detach()
+            if routed and self.training and torch.is_grad_enabled():
+                counted = (labels != IGNORED).sum() if num_valid is None else num_valid
+                result = result + self._auxiliary_loss(routed, layout, routing) * (counted > 0)
         if not output_memory:
             return result
         num_tokens = tokens.shape[1] if layout is None else layout.seq_len
@@ -230,6 +248,10 @@ class LinearLlama3(nn.Module):
         """Number of trained numbers; a tied matrix counts once."""
         return sum(parameter.numel() for parameter in self.parameters())
 
+    def num_active_parameters(self) -> int:
+        """Number of those that a token meets: all but the experts that it does not choose."""
+        return self.num_parameters() - sum(block.feed_forward.num_idle_parameters() for block in self._blocks())
+
     def flops_per_token(self, seq_len: int) -> float:
         """Floating-point operations of forward and backward for one token of a sequence of `seq_len`.
 
@@ -239,6 +261,16 @@ class LinearLlama3(nn.Module):
 
     def _blocks(self) -> Iterator[HybridBlock]:
         return (cast(HybridBlock, block) for block in self.blocks)
+
+    def _auxiliary_loss(self, routed: list[Routed], layout: SequenceLayout | None, routing: Routing | None) -> Tensor:
+        return auxiliary_loss(
+            routed,
+            experts_per_token=self.config.experts_per_token,
+            balance_weight=self.config.balance_loss_weight,
+            z_weight=self.config.z_loss_weight,
+            ranks=ranks_of_losses(layout, self.loss_ranks),
+            routing=routing,
+        )
 
     def _check_memory(self, memory: object, output_memory: bool, layout: SequenceLayout | None) -> None:
         if memory is None and not output_memory:
@@ -261,14 +293,20 @@ class LinearLlama3(nn.Module):
                 "what this very model returned"
             )
 
-    def _check_labels(self, labels: Tensor | None, num_valid: object, tokens: Tensor) -> None:
+    def _check_labels(self, labels: Tensor | None, num_valid: object, routing: object, tokens: Tensor) -> None:
         check_num_valid("the model", num_valid)
         if labels is None:
-            if num_valid is not None:
-                raise InputError(
-                    f"the model: num_valid is for a loss; got {described(num_valid)} and no labels. Pass labels=, or leave it out"
-                )
+            for name, given in (("num_valid", num_valid), ("routing", routing)):
+                if given is not None:
+                    raise InputError(
+                        f"the model: {name} is for a loss; got {described(given)} and no labels. Pass labels=, or leave it out"
+                    )
             return
+        if routing is not None and (not isinstance(routing, Routing) or not self.config.num_experts):
+            raise InputError(
+                f"the model: routing must be a longspan.models.Routing, for a model with experts; got {described(routing)} and "
+                f"{self.config.num_experts} experts. Leave it out"
+            )
         check_labels("the model", labels, tokens.shape, self.config.vocab_size)
         if not isinstance(self.head, nn.Linear):
             raise InputError(

@@ -44,6 +44,7 @@ def parallelize(
     order: Order | None = None,
     exchange: str | Exchanger = "auto",
     softmax_method: SoftmaxMethod = "auto",
+    loss_ranks: dist.ProcessGroup | DeviceMesh | None = None,
     loss: LossKind | None = None,
     verify: bool = False,
 ) -> Model:
@@ -59,6 +60,9 @@ def parallelize(
             balances softmax layers, or ``"contiguous"`` for a model that has none.
         exchange: how linear layers exchange their states, as in the operators.
         softmax_method: how softmax layers exchange keys and values, as in `softmax_attention`.
+        loss_ranks: of a model with experts: the ranks whose shares of a loss are added, data × sequence (``mesh["world"]`` of a
+            `longspan.parallel.ParallelMesh`), over whose tokens the routers' losses are means. To be said where there are other
+            ranks than those of the group; None is the group.
         loss: Transformers only: ``"mean"`` (if not said), so that averaging gradients over the ranks, as DistributedDataParallel,
             FSDP2 and Accelerate do, gives those of the whole loss; ``"sum"``, so that summing them does (`sum_gradients`).
         verify: Transformers only: compare loss and gradients of a short batch of random tokens with those of one process first.
@@ -71,7 +75,8 @@ def parallelize(
 
     Raises:
         InputError: for a model that has no such mixer and no adapter, a layer of Transformers that is not known, a name that is not
-            an exchange or a method, or an option that does not concern the model.
+            an exchange or a method, an option that does not concern the model, or a model with experts in a group that is not all
+            ranks, where nothing is said of the others.
         LayoutError: for a group that this rank is not in, or a mesh that is not one of sequence-parallel ranks.
     """
     if not isinstance(model, nn.Module):
@@ -84,6 +89,12 @@ def parallelize(
     group, num_ranks = _resolve(mesh_or_group)
     options, place = ParallelOptions(exchange, softmax_method), SequenceParallel(group, num_ranks)
     adapter = adapter_of(type(model))
+    has_experts = any(isinstance(module, LinearLlama3) and module.config.num_experts for module in model.modules())
+    if loss_ranks is not None and not has_experts:
+        raise InputError(
+            f"parallelize(): loss_ranks concerns a longspan.models.LinearLlama3 with experts; got {type(model).__name__}, which is "
+            "none. Leave it out"
+        )
     mixers = [module for module in model.modules() if isinstance(module, SequenceMixer)]
     if adapter is None and not mixers and _is_transformers_model(model):
         from longspan.integrations.transformers.model import parallelize_pretrained
@@ -104,12 +115,27 @@ def parallelize(
                 f"{type(model).__name__}, which has none. Derive its attention from SequenceMixer, say how its class takes a "
                 "layout with longspan.parallel.register_adapter(), or give the layout to the operators"
             )
+        losses = _place_of_losses(loss_ranks, place) if has_experts else None
         for mixer in mixers:
             mixer.set_parallel(options, place)
-        _place_inner(model, place)
+        _place_inner(model, place, losses)
     # A module takes any attribute.
     model.sequence_parallel = place  # type: ignore[assignment]
     return model
+
+
+def _place_of_losses(loss_ranks: dist.ProcessGroup | DeviceMesh | None, place: SequenceParallel) -> SequenceParallel:
+    """The ranks whose shares of a loss are added, where a model with experts is parallelized for `place`."""
+    if loss_ranks is not None:
+        return SequenceParallel(*_resolve(loss_ranks))
+    num_ranks = _resolve(None)[1]
+    if num_ranks != place.num_ranks:
+        raise InputError(
+            f"parallelize(): the model has experts, whose losses are means over the tokens of all ranks; got a group of "
+            f"{place.num_ranks} of the {num_ranks} ranks, and no loss_ranks. Say over which ranks the loss is summed, as in "
+            'loss_ranks=mesh["world"], or loss_ranks=group if it is this group alone'
+        )
+    return place
 
 
 def unparallelize(model: Model) -> Model:
@@ -141,16 +167,19 @@ def unparallelize(model: Model) -> Model:
     else:
         for mixer in mixers:
             mixer.set_parallel(ParallelOptions(), None)
-        _place_inner(model, None)
+        _place_inner(model, None, None)
     model.sequence_parallel = None  # type: ignore[assignment]
     return model
 
 
-def _place_inner(model: nn.Module, place: SequenceParallel | None) -> None:
-    """Tell the model inside of what Transformers and PEFT put around it, which is what is called with a layout."""
+def _place_inner(model: nn.Module, place: SequenceParallel | None, losses: SequenceParallel | None) -> None:
+    """Tell the model inside of what Transformers and PEFT put around it, which is what is called with a layout.
+
+    losses: the ranks whose shares of a loss are added, where the model has experts.
+    """
     for module in model.modules():
         if isinstance(module, LinearLlama3):
-            module.sequence_parallel = place
+            module.sequence_parallel, module.loss_ranks = place, losses
 
 
 _UNDO = "_longspan_undo"

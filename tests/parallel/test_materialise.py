@@ -74,7 +74,8 @@ def unequal(config: Config, degrees: MeshDegrees, dtype: torch.dtype | None = No
     ids=str,
 )
 def test_initial_weights_are_those_of_one_process_on_every_mesh(degrees: MeshDegrees) -> None:
-    for values in ({}, {"model__tie_embeddings": True, "train__recompute": "layer"}):
+    experts = {"model__num_experts": 3, "model__num_shared_experts": 1}
+    for values in ({}, {"model__tie_embeddings": True, "train__recompute": "layer", **experts}):
         config = config_of(degrees, **values)
         dtype = torch.bfloat16 if values else None
         assert run_on_ranks(degrees.world_size, unequal, config, degrees, dtype) == [[]] * degrees.world_size

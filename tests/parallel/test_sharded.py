@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -50,15 +51,23 @@ def tokens_of_batch() -> Tensor:
     return random_tokens(BATCH, LENGTH + 1)
 
 
-def train(model: Any, layout: SequenceLayout, own: Tensor, sums: Any, num_steps: int = 5) -> dict[str, Tensor]:
+def train(
+    model: Any,
+    layout: SequenceLayout,
+    own: Tensor,
+    sums: Any,
+    num_steps: int = 5,
+    loss: Callable[..., Tensor] = loss_sum,
+    num_micro_batches: int = 2,
+) -> dict[str, Tensor]:
     """Gradients of the first step, norms of all, weights at the end."""
     optimizer = build_optimizer(model, OPTIM)
     found: dict[str, Tensor] = {}
     for step in range(num_steps):
-        micro_batches = own.chunk(2) if len(own) > 1 else (own,)
+        micro_batches = own.chunk(num_micro_batches)
         for number, tokens in enumerate(micro_batches):
             with accumulating(model, number + 1 == len(micro_batches)):
-                loss_sum(model, tokens, layout).backward()
+                loss(model, tokens, layout).backward()
         sums(model)
         norm = gradient_norm(model)
         if step == 0:

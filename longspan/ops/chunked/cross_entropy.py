@@ -14,6 +14,8 @@ from longspan.tracing import has_no_values
 NAME = "chunked_cross_entropy"
 CHUNK_BYTES = 64 * 2**20
 LEAST_CHUNK = 256
+IGNORED = -100
+"""Label of a token that is left out."""
 
 
 def chunk_size_of(vocab_size: int) -> int:
@@ -27,7 +29,7 @@ def chunked_cross_entropy(
     labels: Tensor,
     *,
     bias: Tensor | None = None,
-    ignore_index: int = -100,
+    ignore_index: int = IGNORED,
     num_valid: int | Tensor | None = None,
     chunk_size: int | None = None,
     softcap: float | None = None,
@@ -76,7 +78,7 @@ def chunked_cross_entropy(
     return total / (num_valid.clamp(min=1) if isinstance(num_valid, Tensor) else max(1, num_valid))
 
 
-def check_labels(what: str, labels: Tensor, shape: torch.Size, vocab_size: int, ignore_index: int = -100) -> None:
+def check_labels(what: str, labels: Tensor, shape: torch.Size, vocab_size: int, ignore_index: int = IGNORED) -> None:
     """Raise InputError unless labels are int64 of `shape`, and on the CPU each of them a word or `ignore_index`."""
     check_tensor(what, "labels", labels)
     if labels.dtype != torch.int64:
