@@ -139,6 +139,28 @@ FAULTS: dict[str, Fault] = {
         "group.take([row % len(group.rows) for row in rows], rows)",
         ("tests/models/hf/test_generation.py", "-k", "beams"),
     ),
+    "experts that each rank balances by itself": Fault(
+        "longspan/models/routing.py",
+        "choices = sum_over_ranks(choices, ranks.group)",
+        "choices = sum_over_ranks(choices, ranks.group) * 0 + choices",
+        (
+            "tests/parallel/test_experts.py::test_loss_gradients_and_statistics_are_those_of_one_process",
+            "-k",
+            "degrees0",
+        ),
+    ),
+    "the weight of an expert left out of the gradient of its matrices": Fault(
+        "longspan/ops/experts/swiglu.py",
+        "grad_inner = (grad_weighted * w).to(dtype)",
+        "grad_inner = grad_weighted.to(dtype)",
+        ("tests/ops/test_expert_swiglu.py::test_output_and_gradients_are_those_of_each_token_alone",),
+    ),
+    "an expert's output given to the token before": Fault(
+        "longspan/ops/experts/dispatch.py",
+        "rows[self.row[:, number]]",
+        "rows[self.row[:, number].roll(1)]",
+        ("tests/ops/test_expert_swiglu.py::test_output_and_gradients_are_those_of_each_token_alone",),
+    ),
     "messages of a chain that end a segment too early": Fault(
         "longspan/exchange/chain.py",
         "later.start not in bounds",

@@ -21,7 +21,7 @@ from longspan.degrees import MeshDegrees
 from longspan.errors import ConfigError, LongspanError
 from longspan.launch import EXIT_DONE
 from longspan.models import LinearLlama3
-from longspan.models.mixers.mixer import operations_of_matrices
+from longspan.models.mixers.mixer import SequenceMixer, operations_of_matrices
 from longspan.ops.chunked.cross_entropy import chunk_size_of
 from longspan.plan import Cluster, Link
 from longspan.plan.activations import ModelSizes, block_bytes, state_bytes
@@ -162,8 +162,8 @@ def report(config: PlanConfig) -> str:
     timing = _planned_time(config, mesh, device)
     return "\n".join(
         [
-            f"{sizes.num_parameters:,} parameters; {mesh.world_size} ranks: dp_replicate {mesh.dp_replicate} x dp_shard "
-            f"{mesh.dp_shard} x sp {mesh.sp}{', weights divided over sp, too' if mesh.shard_over_sp else ''}",
+            f"{sizes.num_parameters:,} parameters{_active(config)}; {mesh.world_size} ranks: dp_replicate {mesh.dp_replicate} x "
+            f"dp_shard {mesh.dp_shard} x sp {mesh.sp}{', weights divided over sp, too' if mesh.shard_over_sp else ''}",
             f"a rank computes {step.num_micro_batches} x {step.rows} sequences of {step.seq_len:,} tokens a step, "
             f"{-(-step.seq_len // mesh.sp):,} tokens of each, in {config.train.dtype}"
             + (", layers recomputed" if step.recompute else ""),
@@ -173,6 +173,15 @@ def report(config: PlanConfig) -> str:
             _time_lines(timing, config.train.batch_tokens, source),
         ]
     )
+
+
+def _active(config: Config) -> str:
+    """How many parameters a token meets, where it does not meet all."""
+    full = config.model.build(config.data.vocab_size)
+    if not full.num_experts:
+        return ""
+    with torch.device("meta"):
+        return f" ({LinearLlama3(full).num_active_parameters():,} active)"
 
 
 def sizes_of(config: Config) -> ModelSizes:
@@ -189,7 +198,7 @@ def sizes_of(config: Config) -> ModelSizes:
         with torch.device("meta"):
             block = LinearLlama3(one).blocks[0]
         numbers[name] = sum(parameter.numel() for parameter in block.parameters())
-        matrices[name] = sum(part.weight.numel() for part in block.modules() if isinstance(part, torch.nn.Linear))
+        matrices[name] = sum(parameter.numel() for parameter in block.parameters() if parameter.dim() > 1)
     table = full.vocab_size * full.dim
     return ModelSizes(
         dim=full.dim,
@@ -204,6 +213,9 @@ def sizes_of(config: Config) -> ModelSizes:
         matrix_parameters=sum(map(matrices.__getitem__, operators)) + table,
         loss_chunk=chunk_size_of(full.vocab_size),
         feed_forward_chunk=full.feed_forward_chunk,
+        num_experts=full.num_experts,
+        experts_per_token=full.experts_per_token,
+        num_shared_experts=full.num_shared_experts,
     )
 
 
@@ -234,9 +246,10 @@ def operations_of_sequence(config: Config, seq_len: int | None = None) -> Operat
         with torch.device("meta"):
             model = LinearLlama3(one)
         counted = model.flops_per_token(tokens) - 6.0 * full.dim
+        (mixer,) = (module for module in model.modules() if isinstance(module, SequenceMixer))
         # Of a token that sees nothing, not even itself, matrices alone are left.
-        matrices = operations_of_matrices(model) - 6.0 * full.dim if name == "softmax" else counted
-        rest, attention = rest + matrices, attention + counted - matrices
+        seen = mixer.flops_per_token(tokens) - operations_of_matrices(mixer) if name == "softmax" else 0.0
+        rest, attention = rest + counted - seen, attention + seen
     return Operations(rest * tokens, attention * tokens)
 
 

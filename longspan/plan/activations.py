@@ -49,8 +49,10 @@ class ModelSizes:
     """The sizes of a Linear-Llama3.
 
     operators: of each layer, a linear operator or "softmax". num_parameters: of the whole model; layer_parameters: of its largest
-    layer; matrix_parameters: of all linear maps, the output's among them. loss_chunk: tokens whose logits are held at once.
-    feed_forward_chunk: tokens that a feed-forward layer computes at once, keeping nothing of its width; 0 is all, kept.
+    layer; matrix_parameters: of all linear maps, the output's among them, and of all experts. loss_chunk: tokens whose logits are
+    held at once. feed_forward_chunk: tokens that a feed-forward layer computes at once, keeping nothing of its width; 0 is all,
+    kept. num_experts: of a feed-forward layer, of width hidden_dim each, 0 for a plain one; experts_per_token, num_shared_experts:
+    those that a token takes.
     """
 
     dim: int
@@ -65,6 +67,9 @@ class ModelSizes:
     matrix_parameters: int
     loss_chunk: int
     feed_forward_chunk: int
+    num_experts: int = 0
+    experts_per_token: int = 0
+    num_shared_experts: int = 0
 
 
 def mixer_bytes(sizes: ModelSizes, operator: str, num_tokens: int, number_bytes: int) -> int:
@@ -91,10 +96,25 @@ def state_bytes(sizes: ModelSizes, operator: str, num_tokens: int, number_bytes:
 
 def block_bytes(sizes: ModelSizes, operator: str, num_tokens: int, number_bytes: int) -> int:
     """Bytes that a whole layer saves, states apart: the mixer, two norms and the feed-forward layer."""
-    narrow = 2 * sizes.dim + (0 if sizes.feed_forward_chunk else 4 * sizes.hidden_dim)
     wide = 4 * sizes.dim + 2
-    common = (narrow * number_bytes + wide * _FLOAT32) * num_tokens
-    return common + mixer_bytes(sizes, operator, num_tokens, number_bytes)
+    norms = (2 * sizes.dim * number_bytes + wide * _FLOAT32) * num_tokens
+    fed = feed_forward_bytes(sizes, num_tokens, number_bytes)
+    return norms + fed + mixer_bytes(sizes, operator, num_tokens, number_bytes)
+
+
+def feed_forward_bytes(sizes: ModelSizes, num_tokens: int, number_bytes: int) -> int:
+    """Bytes that a feed-forward layer saves beside its input."""
+    width = 4 * sizes.hidden_dim * (sizes.num_shared_experts if sizes.num_experts else 1)
+    own = 0 if sizes.feed_forward_chunk else width * number_bytes
+    if sizes.num_experts:
+        # The router's input, logits and probabilities; of each choice its probability, weight and number.
+        wide_input = 0 if number_bytes == _FLOAT32 else sizes.dim
+        own += (wide_input + 2 * sizes.num_experts + 2 + 2 * sizes.experts_per_token) * _FLOAT32
+        own += 8 * sizes.experts_per_token
+        if not sizes.feed_forward_chunk:
+            # Two tensors of the width in the order of the experts, and where each row comes from and goes to.
+            own += sizes.experts_per_token * (2 * sizes.hidden_dim * number_bytes + 2 * 8)
+    return own * num_tokens
 
 
 def outside_bytes(sizes: ModelSizes, num_tokens: int) -> int:

@@ -19,7 +19,7 @@ from longspan.data.packing import Sequences
 from longspan.launch import Place
 from longspan.layout import SequenceLayout
 from longspan.train import config as configs
-from longspan.train.loss import loss_sum
+from longspan.train.loss import loss_share
 from longspan.train.memory import StepMemory
 from longspan.train.model import build_model, compute_dtype, make_parallel
 from longspan.train.optimizer import build_optimizer
@@ -94,8 +94,7 @@ def take_steps(told: dict[str, Any]) -> Alone:
         if step == 1:
             # The first one finds memory and threads cold.
             begun = time.perf_counter()
-        loss = loss_sum(model, packed, layout) / max(1, packed.num_valid_tokens)
-        loss.backward()
+        loss_share(model, packed, layout, packed.num_valid_tokens).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if device.type == "cuda":

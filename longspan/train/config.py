@@ -79,7 +79,17 @@ class ModelConfig:
     window: int | None = None
     """How many tokens a softmax layer sees, the token itself included; None is all before it."""
     hidden_dim: int = 352
-    """Width of the feed-forward layers."""
+    """Width of the feed-forward layers, or of each of their experts."""
+    num_experts: int = 0
+    """Experts of a feed-forward layer, of which each token takes a few; 0 is a layer that takes all tokens."""
+    experts_per_token: int = 2
+    """Experts that a token takes, the likeliest by the router."""
+    num_shared_experts: int = 0
+    """Experts that every token takes beside its own."""
+    balance_loss_weight: float = 0.01
+    """Of the loss of each layer that is least where all experts are chosen equally often."""
+    z_loss_weight: float = 0.001
+    """Of the loss of each layer that keeps the router's logits small."""
     feed_forward_chunk: int = 0
     """Tokens that feed-forward layers compute at once, and again in backward, to keep nothing of their width; 0 is all, once."""
     rope_theta: float = 500_000.0

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from longspan.data.packing import IGNORED, PackedBatch, Sequences
 from longspan.layout import SequenceLayout
+from longspan.models import Routing
 from longspan.parallel.sharded import free_gathered
 from longspan.train.ranks import Ranks
 from longspan.train.step_batch import LayoutOf
@@ -57,6 +58,27 @@ def loss_sum(model: Any, batch: PackedBatch, layout: SequenceLayout | None) -> T
     inputs, labels = (batch.inputs, batch.labels) if layout is None else own_tokens(batch, layout)
     total: Tensor = model(inputs, layout=layout, labels=labels, num_valid=1)
     return total
+
+
+def loss_share(
+    model: Any,
+    batch: PackedBatch,
+    layout: SequenceLayout | None,
+    num_valid: int,
+    routing: Routing | None = None,
+) -> Tensor:
+    """This rank's share of the loss that is trained on: of the mean cross-entropy, in nats, and of what routers of experts add.
+
+    Args:
+        model, batch, layout: as in `loss_sum`.
+        num_valid: tokens of all ranks and micro batches that have a label.
+        routing: of a model with experts, is told of its routers.
+    """
+    inputs, labels = (batch.inputs, batch.labels) if layout is None else own_tokens(batch, layout)
+    told = {} if routing is None else {"routing": routing}
+    # A batch of documents of one token has nothing to predict.
+    share: Tensor = model(inputs, layout=layout, labels=labels, num_valid=num_valid, **told)
+    return share
 
 
 def own_tokens(batch: PackedBatch, layout: SequenceLayout) -> tuple[Tensor, Tensor]:

@@ -34,15 +34,21 @@ def build_model(config: Config, vocab_size: int, device: torch.device) -> Linear
     return model.to(device)
 
 
-def build_parallel(config: Config, vocab_size: int, ranks: Ranks, dtype: torch.dtype | None = None) -> LinearLlama3:
+def build_parallel(
+    config: Config,
+    vocab_size: int,
+    ranks: Ranks,
+    dtype: torch.dtype | None = None,
+    weights: torch.dtype = torch.float32,
+) -> LinearLlama3:
     """The model of `build_model`, made parallel; where weights are divided over ranks, none of these ever holds all of them.
 
-    dtype: as in `make_parallel`.
+    dtype: as in `make_parallel`. weights: what the weights are, float32 or float64.
     """
     if not ranks.degrees.shards_weights:
-        return make_parallel(build_model(config, vocab_size, ranks.device), config, ranks, dtype)
+        return make_parallel(build_model(config, vocab_size, ranks.device).to(weights), config, ranks, dtype)
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        model = LinearLlama3(config.model.build(vocab_size))
+        model = LinearLlama3(config.model.build(vocab_size)).to(weights)
     make_parallel(model, config, ranks, dtype)
     return materialise(model, ranks.device, partial(model.init_weights, config.train.seed))
 
@@ -58,6 +64,7 @@ def make_parallel(model: LinearLlama3, config: Config, ranks: Ranks, dtype: torc
             ranks.mesh["sp"],
             exchange=config.parallel.build_exchange(measure=not config.train.deterministic),
             softmax_method=config.parallel.softmax_method,
+            loss_ranks=ranks.mesh["world"] if config.model.num_experts else None,
         )
     if config.train.compile:
         compile_blocks(model)
@@ -73,6 +80,15 @@ def make_parallel(model: LinearLlama3, config: Config, ranks: Ranks, dtype: torc
 def compute_dtype(config: Config) -> torch.dtype | None:
     """What layers compute in, where it is not float32."""
     return torch.bfloat16 if config.train.dtype == "bfloat16" else None
+
+
+def checked_dtype(config: Config) -> torch.dtype:
+    """What ranks and one process are compared in: float32, or float64 for a model with experts.
+
+    The choice of experts jumps where two of them are as likely: in float32 the two sides would choose differently for a token now
+    and then, by rounding alone.
+    """
+    return torch.float64 if config.model.num_experts else torch.float32
 
 
 def check_device(config: Config, device: torch.device) -> None:

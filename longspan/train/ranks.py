@@ -60,7 +60,7 @@ class Ranks:
         self.degrees = degrees
         if self.world_size > 1:
             self.mesh = ParallelMesh(degrees, self.device.type)
-            _ = self.mesh["sp"]
+            _ = self.mesh["sp"], self.mesh["world"]
             if degrees.shards_weights:
                 _ = self.mesh.weights
 

@@ -80,11 +80,13 @@ class Report:
                 self._bar.stop()
 
     def step(self, record: dict[str, Any]) -> None:
-        """Show a step: loss, tokens per second, share of time waiting for other ranks, peak memory of a rank."""
+        """Show a step: loss, tokens per second, share of time waiting for other ranks, peak memory, the fullest expert."""
         numbers = (
             f"loss {record['loss']:.3f}  {record['tokens_per_second']:,.0f} tokens/s  "
             f"waiting {record['wait_share']:.0%}  {record['peak_memory_bytes'] / 2**30:.2f} GiB"
         )
+        if "fullest_expert" in record:
+            numbers += f"  fullest expert {record['fullest_expert']:.1f}x"
         step = record["step"]
         if self._bar is not None:
             self._bar.update(self._task, completed=step, numbers=numbers)

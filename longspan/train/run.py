@@ -32,7 +32,7 @@ from longspan.train.deterministic import deterministic_algorithms
 from longspan.train.finish import finish
 from longspan.train.init import start_from
 from longspan.train.loading import SavedCheckpoint, open_checkpoint
-from longspan.train.model import check_device, compute_dtype
+from longspan.train.model import check_device, checked_dtype, compute_dtype
 from longspan.train.phase import RunPhase
 from longspan.train.ranks import Ranks
 from longspan.train.rate import find_peak
@@ -255,8 +255,9 @@ def _describe_model(trainer: Trainer) -> str:
     model, train = trainer.model.config, trainer.config.train
     layers = "".join(model.layer_kinds)
     linear = ", ".join(dict.fromkeys(name for name in model.layer_operators if name != "softmax"))
+    active = f" ({trainer.model.num_active_parameters() / 1e6:.1f} M active)" if model.num_experts else ""
     return (
-        f"{trainer.model.num_parameters() / 1e6:.1f} M parameters, width {model.dim}, layers {layers} "
+        f"{trainer.model.num_parameters() / 1e6:.1f} M parameters{active}, width {model.dim}, layers {layers} "
         f"(L {linear or 'none'}, N softmax attention); {train.steps} steps of {trainer.config.batch_sequences} x "
         f"{train.seq_len:,} tokens"
     )
@@ -274,9 +275,10 @@ def _find_peak(trainer: Trainer) -> str:
 
 def _describe_check(check: SelfCheck, world_size: int, config: Config) -> str:
     loss, norm, gradients = check.differences
-    in_float32 = ", in float32," if config.train.dtype != "float32" else ""
+    checked = str(checked_dtype(config)).removeprefix("torch.")
+    in_dtype = "" if checked == config.train.dtype else f", in {checked},"
     return (
-        f"first batch{in_float32} on {world_size} ranks | on one: loss {check.loss:.6f} | {check.loss_alone:.6f} ({loss:.0e}), "
+        f"first batch{in_dtype} on {world_size} ranks | on one: loss {check.loss:.6f} | {check.loss_alone:.6f} ({loss:.0e}), "
         f"gradient norm {check.norm:.6f} | {check.norm_alone:.6f} ({norm:.0e}), gradients differ by {gradients:.0e}: "
         + ("equal" if check.agrees else "NOT EQUAL")
     )

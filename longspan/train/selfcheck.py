@@ -14,7 +14,7 @@ from longspan.data.packing import Sequences
 from longspan.errors import LongspanError
 from longspan.layout import SequenceLayout
 from longspan.parallel import gathered
-from longspan.train.loss import loss_sum
+from longspan.train.loss import loss_share
 from longspan.train.model import sum_over_ranks
 from longspan.train.optimizer import gradient_norm
 from longspan.train.ranks import Ranks
@@ -23,7 +23,7 @@ from longspan.train.step_batch import LayoutOf
 TOLERANCE = 1e-4
 """Largest relative difference of loss, gradient norm and gradients. Both sides compute in float32 and differ in the
 order of their sums alone: sums of 10^4 terms agree to about 1e-6, and a chain of layers to 1e-5. A missing or doubled
-term shows as 1e-2 or more."""
+term shows as 1e-2 or more. With experts both compute in float64: see `longspan.train.model.checked_dtype`."""
 
 
 class SelfCheckError(LongspanError):
@@ -98,11 +98,11 @@ def self_check(
         layout_of: makes this rank's layout for the ranks together.
         threads_alone: CPU threads for the single process, while the other ranks wait.
     """
-    num_tokens = max(1, sequences.num_valid_tokens)
+    num_tokens = sequences.num_valid_tokens
     rows = len(sequences) // ranks.dp
     own = sequences.rows(ranks.dp_rank * rows, rows).packed().to(ranks.device)
     parallel_model.zero_grad(set_to_none=True)
-    loss = loss_sum(parallel_model, own, layout_of(own.seq_len, own.documents)) / num_tokens
+    loss = loss_share(parallel_model, own, layout_of(own.seq_len, own.documents), num_tokens)
     loss.backward()
     sum_over_ranks(parallel_model, ranks)
     total = float(ranks.gather_numbers([float(loss.detach())]).sum())
@@ -115,7 +115,7 @@ def self_check(
         )
     )
     parallel_model.zero_grad(set_to_none=True)
-    return SelfCheck(num_tokens=num_tokens, **found)
+    return SelfCheck(num_tokens=max(1, num_tokens), **found)
 
 
 def _compare(
@@ -126,7 +126,7 @@ def _compare(
     try:
         batch = sequences.packed().to(device)
         layout = SequenceLayout.local(batch.seq_len, batch.documents)
-        loss = loss_sum(alone, batch, layout) / max(1, batch.num_valid_tokens)
+        loss = loss_share(alone, batch, layout, batch.num_valid_tokens)
         loss.backward()
     finally:
         torch.set_num_threads(threads_before)

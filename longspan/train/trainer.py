@@ -17,7 +17,7 @@ from longspan.data.prepared import PreparedData
 from longspan.errors import CheckpointError, DataError, LongspanError
 from longspan.faults import reached
 from longspan.launch import StopRequest
-from longspan.models import LinearLlama3
+from longspan.models import LinearLlama3, Routing
 from longspan.models.weights import check_shapes, shapes_of
 from longspan.parallel import gathered
 from longspan.parallel.sharded import accumulating
@@ -27,12 +27,13 @@ from longspan.train.config import Config
 from longspan.train.data import training_batches
 from longspan.train.exchange import figures_to_save, measures, take_saved_figures
 from longspan.train.loading import SavedCheckpoint
-from longspan.train.loss import Evaluation, evaluate, loss_sum, unigram_baseline
+from longspan.train.loss import Evaluation, evaluate, loss_share, unigram_baseline
 from longspan.train.memory import StepMemory
 from longspan.train.metrics import MetricsFile, Totals
 from longspan.train.model import (
     build_model,
     build_parallel,
+    checked_dtype,
     compute_dtype,
     copy_shares,
     copy_weights,
@@ -52,6 +53,7 @@ from longspan.train.ranks import Ranks
 from longspan.train.rate import ModelOperations
 from longspan.train.replicas import ReplicaError, check_replicas
 from longspan.train.report import Report
+from longspan.train.routers import router_metrics, shares_of_rank
 from longspan.train.run_folder import RunFolder
 from longspan.train.saving import CheckpointSaver
 from longspan.train.selfcheck import SelfCheck, self_check
@@ -112,8 +114,8 @@ class Trainer:
     def _build_model(self) -> LinearLlama3:
         return build_model(self.config, self.data.tokenizer.vocab_size, self.ranks.device)
 
-    def _build_parallel(self, dtype: torch.dtype | None = None) -> LinearLlama3:
-        return build_parallel(self.config, self.data.tokenizer.vocab_size, self.ranks, dtype)
+    def _build_parallel(self, dtype: torch.dtype | None = None, weights: torch.dtype = torch.float32) -> LinearLlama3:
+        return build_parallel(self.config, self.data.tokenizer.vocab_size, self.ranks, dtype, weights)
 
     def whole_weights(self) -> dict[str, Tensor]:
         """The present weights by name, on rank 0; the other ranks, which must call this as well, have none."""
@@ -135,20 +137,21 @@ class Trainer:
         rows = max(self.ranks.dp, rows - rows % self.ranks.dp)
         length = max(self.ranks.sp, min(self.config.train.seq_len, wanted // rows))
         weights = self.whole_weights()
+        dtype = checked_dtype(self.config)
         return self_check(
-            self._model_in_float32(),
-            lambda: self.model_for_one_process(weights),
+            self._model_to_check(dtype),
+            lambda: self.model_for_one_process(weights).to(dtype),
             sequences.rows(0, rows).shortened(length),
             self._layout,
             self.ranks,
             threads_alone,
         )
 
-    def _model_in_float32(self) -> LinearLlama3:
+    def _model_to_check(self, dtype: torch.dtype) -> LinearLlama3:
         """The model as it is trained, but for a lower precision, whose rounding would hide what the check looks for."""
-        if compute_dtype(self.config) is None:
+        if compute_dtype(self.config) is None and dtype == torch.float32:
             return self.model
-        model = self._build_parallel()
+        model = self._build_parallel(weights=dtype)
         copy_shares(self.model, model)
         return model
 
@@ -204,8 +207,9 @@ class Trainer:
         start = time.perf_counter()
         self.phase.step = self.step + 1
         batch = loader.take()
+        routing = Routing(self.config.train.batch_tokens) if self.config.model.num_experts else None
         with record_traffic() as traffic:
-            loss = self._forward_backward(batch)
+            loss = self._forward_backward(batch, routing)
             reached("gradients", self.step + 1, self.model)
             self.phase.name = "summing gradients"
             with named_range("longspan.train.sum_gradients"):
@@ -220,7 +224,8 @@ class Trainer:
         held, peak = self.memory.take()
         operations = self.operations.of_batch(batch) / self.ranks.sp
         own = [loss_value, norm_value, stop.requested, traffic.wait_seconds, peak, data_wait, loader.has_failed]
-        everyone = self.ranks.gather_numbers([*own, held, traffic.exchange_seconds, operations])
+        own += [held, traffic.exchange_seconds, operations, *shares_of_rank(routing)]
+        everyone = self.ranks.gather_numbers(own)
         finite = bool(everyone[:, :2].isfinite().all())
         lr = learning_rate(self.config.optim, self.step + 1, self.config.train.steps)
         self.phase.name = "updating the weights"
@@ -232,27 +237,29 @@ class Trainer:
         self.model.zero_grad(set_to_none=True)
         self.step += 1
         self.memory.end()
-        self._record(everyone, float(norm), lr, finite, time.perf_counter() - start, traffic, batch)
+        seconds = time.perf_counter() - start
+        self._record(
+            everyone, float(norm), lr, finite, seconds, traffic, batch, router_metrics(routing, everyone[:, 10:])
+        )
         if everyone[:, 6].any():
             self.phase.name = "reading a batch"
             self.ranks.together(loader.check)
         return bool(everyone[:, 2].any())
 
-    def _forward_backward(self, batch: StepBatch) -> Tensor:
-        """Make the gradients of this rank's part of the batch; return its part of the loss, a scalar."""
+    def _forward_backward(self, batch: StepBatch, routing: Routing | None) -> Tensor:
+        """Make the gradients of this rank's part of the batch; return its part of the cross-entropy, a scalar."""
         total = torch.zeros((), device=self.ranks.device)
         last = len(batch.micro_batches) - 1
         for number, (packed, layout) in enumerate(batch.micro_batches):
             self.phase.name = "computing forward"
             with named_range("longspan.train.forward"):
-                # A batch of documents of one token has nothing to predict.
-                share = loss_sum(self.model, packed.to(self.ranks.device), layout)
-                loss = share / max(1, batch.num_valid_tokens)
+                given = packed.to(self.ranks.device)
+                loss = loss_share(self.model, given, layout, batch.num_valid_tokens, routing)
             self.phase.name = "computing backward"
             with named_range("longspan.train.backward"), accumulating(self.model, number == last):
                 loss.backward()
             total += loss.detach()
-        return total
+        return total if routing is None else torch.as_tensor(routing.cross_entropy)
 
     def _record(
         self,
@@ -263,6 +270,7 @@ class Trainer:
         seconds: float,
         traffic: Traffic,
         batch: StepBatch,
+        routers: dict[str, float],
     ) -> None:
         waited, data_wait = float(everyone[:, 3].mean()), float(everyone[:, 5].max())
         loss, peak_memory_bytes = float(everyone[:, 0].sum()), int(everyone[:, 4].max())
@@ -291,6 +299,7 @@ class Trainer:
             "memory_bytes": int(everyone[:, 7].max()),
             "peak_memory_bytes": peak_memory_bytes,
             "seconds": seconds,
+            **routers,
         }
         if self.ranks.is_first:
             self.metrics.append(record)

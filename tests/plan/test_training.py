@@ -77,6 +77,26 @@ def test_a_feed_forward_layer_in_chunks_keeps_nothing_of_its_width() -> None:
     assert saved[0] - saved[1] == planned[0] - planned[1] == 2 * 4 * 56 * 4 * TOKENS
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("chunk", ["0", "100"])
+def test_what_a_layer_of_experts_keeps_is_what_autograd_saves(chunk: str, dtype: str) -> None:
+    experts = ["--model.num_experts", "6", "--model.experts_per_token", "3", "--model.num_shared_experts", "2"]
+    layers = ["--model.pattern", "L", "--model.num_layers", "2", "--model.feed_forward_chunk", chunk]
+    config = parse([*MODEL, *experts, *layers, "--train.dtype", dtype])
+    model = LinearLlama3(config.model.build(config.data.vocab_size))
+    number_bytes = 4 if dtype == "float32" else 2
+    if dtype == "bfloat16":
+        compute_in(model, torch.bfloat16)
+    counted = saved_bytes(model, 2 * TOKENS) - saved_bytes(model, TOKENS)
+    sizes = sizes_of(config)
+    layer = block_bytes(sizes, "simple_gla", TOKENS, number_bytes)
+    layer += state_bytes(sizes, "simple_gla", 2 * TOKENS, number_bytes)
+    layer -= state_bytes(sizes, "simple_gla", TOKENS, number_bytes)
+    loss = kept_loss_bytes(sizes, 2 * TOKENS, number_bytes) - kept_loss_bytes(sizes, TOKENS, number_bytes)
+    expected = 2 * layer + outside_bytes(sizes, TOKENS) + loss - 8 * TOKENS
+    assert counted == pytest.approx(expected, rel=0.01)
+
+
 # Products in bfloat16 copy matrices into an order of their own on some processors.
 @pytest.mark.parametrize(("number_bytes", "tolerance"), [(4, 0.05), (2, 0.15)])
 def test_the_loss_takes_what_its_chunks_do(number_bytes: int, tolerance: float) -> None:
@@ -109,9 +129,10 @@ def test_every_operator_of_a_model_is_counted() -> None:
     assert set(LINEAR) == set(GATE_BUILDERS)
 
 
+@pytest.mark.parametrize("experts", [(), ("--model.num_experts", "6", "--model.num_shared_experts", "1")])
 @pytest.mark.parametrize("tied", ["True", "False"])
-def test_parameters_and_operations_are_those_of_the_model(tied: str) -> None:
-    layers = ["--model.num_layers", "3", "--model.pattern", "LNL", "--model.operator", "gla", "kda"]
+def test_parameters_and_operations_are_those_of_the_model(tied: str, experts: tuple[str, ...]) -> None:
+    layers = ["--model.num_layers", "3", "--model.pattern", "LNL", "--model.operator", "gla", "kda", *experts]
     config = parse([*MODEL, *layers, "--model.tie_embeddings", tied])
     model = LinearLlama3(config.model.build(config.data.vocab_size))
     assert sizes_of(config).num_parameters == model.num_parameters()
@@ -229,6 +250,18 @@ def test_the_command_plans_what_is_not_here(capsys: pytest.CaptureFixture[str]) 
     assert "4096 ranks: dp_replicate 1 x dp_shard 8 x sp 512" in shown
     assert "2,048 tokens of each, in bfloat16" in shown
     assert "40% of the peak of NVIDIA H200" in shown
+
+
+def test_a_plan_of_experts_has_all_weights_and_counts_those_that_compute(capsys: pytest.CaptureFixture[str]) -> None:
+    experts = ["--model.num_experts", "8", "--cluster.flops", "1e9"]
+    assert main(["plan", "train", *experts]) == 0
+    many = sizes_of(parse(experts))
+    dense = sizes_of(parse([]))
+    one = 3 * dense.dim * dense.hidden_dim
+    assert many.num_parameters == dense.num_parameters + 4 * (7 * one + 8 * dense.dim)
+    assert many.matrix_parameters == dense.matrix_parameters + 4 * (7 * one + 8 * dense.dim)
+    active = dense.num_parameters + 4 * (one + 8 * dense.dim)
+    assert f"{many.num_parameters:,} parameters ({active:,} active); 2 ranks" in capsys.readouterr().out
 
 
 def test_the_rate_of_this_cpu_is_measured(capsys: pytest.CaptureFixture[str]) -> None:

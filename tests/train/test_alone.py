@@ -51,7 +51,7 @@ def test_one_process_computes_as_the_run_does(tmp_path: Path, values: dict[str, 
     found = []
     forward = SwiGLU.forward
 
-    def noted(layer: SwiGLU, x: torch.Tensor, context: Context) -> torch.Tensor:
+    def noted(layer: SwiGLU, x: torch.Tensor, context: Context) -> tuple[torch.Tensor, None]:
         found.append(x.dtype)
         return forward(layer, x, context)
 

@@ -27,7 +27,7 @@ from longspan.train.config import Config, from_mapping
 from longspan.train.config_checks import check
 from longspan.train.exchange import take_saved_figures
 from longspan.train.loading import SavedCheckpoint
-from longspan.train.loss import loss_sum
+from longspan.train.loss import loss_share
 from longspan.train.phase import RunPhase
 from longspan.train.ranks import Ranks
 from longspan.train.run import train_on
@@ -328,10 +328,10 @@ def _with_nan_on_rank_1(config: Config, bad_steps: tuple[int, ...]) -> int:
     def sabotaged(*arguments: Any) -> torch.Tensor:
         nonlocal calls
         calls += 1
-        loss = loss_sum(*arguments)
+        loss = loss_share(*arguments)
         return loss * float("nan") if dist.get_rank() == 1 and calls in bad_steps else loss
 
-    with mock.patch("longspan.train.trainer.loss_sum", sabotaged):
+    with mock.patch("longspan.train.trainer.loss_share", sabotaged):
         return train_here(config)
 
 
