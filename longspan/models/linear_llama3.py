@@ -63,12 +63,15 @@ class HybridBlock(nn.Module):
         self.feed_forward_norm = RMSNorm(config.dim, config.norm_eps)
         self.feed_forward: FeedForward = build_feed_forward(config)
 
-    def forward(self, x: Tensor, context: Context) -> tuple[Tensor, LayerMemory | None, Routed | None]:
-        """x and the result are [B, T, C]; also what the mixer remembers, if it is asked for, and what a router has decided."""
+    def forward(self, x: Tensor, context: Context) -> tuple[Tensor, LayerMemory | None, *tuple[Tensor, ...]]:
+        """x and the result are [B, T, C]; also what the mixer remembers, if it is asked for, and with experts what `Routed` holds.
+
+        One by one: reentrant checkpointing finds no tensors inside of others.
+        """
         mixed, memory = self.mixer(self.mixer_norm(x), context)
         x = x + mixed
         fed, routed = self.feed_forward(self.feed_forward_norm(x), context)
-        return x + fed, memory, routed
+        return x + fed, memory, *(() if routed is None else routed)
 
     def init_weights(self, initial: InitialWeights) -> None:
         """Set the initial weights."""
@@ -211,9 +214,9 @@ class LinearLlama3(nn.Module):
         found: list[LayerMemory] = []
         routed: list[Routed] = []
         for index, block in enumerate(self._blocks()):
-            x, of_layer, of_router = block(x, context if memory is None else context.after(memory.layers[index]))
+            x, of_layer, *of_router = block(x, context if memory is None else context.after(memory.layers[index]))
             found += [] if of_layer is None else [of_layer]
-            routed += [] if of_router is None else [of_router]
+            routed += [Routed(*of_router)] if of_router else []
         if logits_to_keep is not None:
             x = x[:, x.shape[1] - logits_to_keep :]
         x = self.norm(x)

@@ -121,6 +121,6 @@ def auxiliary_loss(
         routing.choices = choices if routing.choices is None else routing.choices + choices
         routing.balance = routing.balance + balance.detach().mean()
         routing.z = routing.z + z.detach().mean()
-        routing.entropy = routing.entropy + entropy.mean()
+        routing.entropy = routing.entropy + entropy.detach().mean()
         routing.auxiliary = routing.auxiliary + loss.detach()
     return loss

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from functools import partial
 from typing import Any
 
 import pytest
@@ -255,6 +256,20 @@ def test_statistics_say_how_unequal_experts_are() -> None:
     assert (routing.fullest, routing.idle) == (2.5, 0.25)
 
 
+def test_reentrant_checkpointing_has_the_gradients_of_auxiliary_losses() -> None:
+    tokens, labels = labelled()
+    alone, model = tiny_model(**EXPERTS), tiny_model(**EXPERTS)
+    want = gradients(alone, alone(tokens, labels=labels))
+    for block in model.blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=True)
+    routing = Routing()
+    loss = model(tokens, labels=labels, routing=routing)
+    loss.backward()
+    grads: dict[str, Any] = {name: parameter.grad for name, parameter in model.named_parameters()}
+    assert worst(errors({"loss": loss.detach(), **grads}, want)) < 1e-12
+    assert not torch.as_tensor(routing.entropy).requires_grad
+
+
 SAVERS: dict[str, Any] = {
     "chunks": lambda model: model,
     "recomputed": lambda model: recompute_blocks(model, "layer"),
@@ -272,7 +287,13 @@ SAVERS: dict[str, Any] = {
     [
         ("chunks", 1),
         ("chunks", 100),
-        *((name, size) for name in SAVERS for size in ((0, 7) if name != "chunks" else (7,))),
+        ("chunks", 7),
+        *((name, size) for name in SAVERS if "compiled" not in name and name != "chunks" for size in (0, 7)),
+        ("compiled", 7),
+        *(
+            pytest.param(name, size, marks=pytest.mark.slow)
+            for name, size in (("compiled", 0), ("compiled, recomputed", 0))
+        ),
     ],
 )
 def test_what_saves_memory_changes_nothing(name: str, chunk_size: int) -> None:
