@@ -51,6 +51,26 @@ COMMANDS = (
         "longspan.commands.import",
     ),
     Command(
+        "eval loss",
+        "the loss of a run's model on text, by position and by document length",
+        "longspan.commands.eval_loss",
+    ),
+    Command(
+        "eval recall",
+        "multi-query associative recall of a run's model, by pairs and length",
+        "longspan.commands.eval_recall",
+    ),
+    Command(
+        "eval needle",
+        "whether a run's model finds a number in a long text, by length and depth",
+        "longspan.commands.eval_needle",
+    ),
+    Command(
+        "eval passkey",
+        "whether a run's model finds a pass key between sentences that repeat",
+        "longspan.commands.eval_passkey",
+    ),
+    Command(
         "plot",
         "draw loss, tokens per second and memory of runs, over each other",
         "longspan.commands.plot",
@@ -86,6 +106,9 @@ COMMANDS = (
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments[:1] == ["--"]:
+        # Stands behind -m longspan where torchrun must not take --run for an option of its own; some versions of Python hand it on.
+        arguments = arguments[1:]
     if isinstance(sys.stdout, io.TextIOWrapper):
         # Names, prompts and samples may hold what the terminal's encoding does not.
         sys.stdout.reconfigure(errors="backslashreplace")

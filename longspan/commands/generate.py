@@ -13,24 +13,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from longspan.commands.inference import InferenceParallel, compute_dtype_of, for_ranks, is_beyond_training, say
 from longspan.commands.options import parse_options, refuse
 from longspan.errors import ConfigError, LongspanError
 from longspan.launch import (
     EXIT_DONE,
     Place,
     StopRequest,
-    num_cores,
     place_of_this_process,
     run_local_ranks,
     run_rank,
 )
 
 if TYPE_CHECKING:
-    import torch
-
-    from longspan.models import LinearLlama3, Sampling
-    from longspan.train.config import Config
-    from longspan.train.ranks import Ranks
+    from longspan.models import Sampling
     from longspan.train.sample import WrittenText
     from longspan.train.trained import Trained
 
@@ -46,20 +42,6 @@ ends a document.
 
 Exit codes: 0 done, 1 failed, 2 refused (the message says how to mend it), 128 + n by a signal n.
 """
-
-
-@dataclass(frozen=True)
-class GenerateParallel:
-    """On how many ranks the prompt is read, and on which."""
-
-    sp: int | None = None
-    """Ranks that share the prompt; None is 1, or under torchrun all of them."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to compute; auto takes GPUs if there is one for each local rank."""
-    threads: int | None = None
-    """CPU threads of a rank; None divides the cores between the local ranks."""
-    timeout_seconds: float = 600.0
-    """Give up when a collective has waited this long for another rank."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +75,7 @@ class Generate:
     """End before one of these strings, which is not printed."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """What layers compute in; auto is what the run was trained in."""
-    parallel: GenerateParallel = field(default_factory=GenerateParallel)
+    parallel: InferenceParallel = field(default_factory=InferenceParallel)
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -104,7 +86,7 @@ def run(arguments: Sequence[str]) -> int:
         _check(options)
         num_ranks = options.parallel.sp or 1
         if place is None and num_ranks > 1:
-            threads = options.parallel.threads or max(1, num_cores() // num_ranks)
+            threads = options.parallel.local_threads(num_ranks)
             with _prompt_for_ranks(options) as more:
                 return run_local_ranks(
                     [sys.executable, "-m", "longspan", "generate", *arguments, *more], num_ranks, threads
@@ -120,14 +102,9 @@ def run(arguments: Sequence[str]) -> int:
 
 def _check(options: Generate) -> None:
     """Raise LongspanError for options that do not fit, before any rank starts."""
-    parallel = options.parallel
-    for name, value in (("max_new_tokens", options.max_new_tokens), ("parallel.sp", parallel.sp)):
-        if value is not None and value < 1:
-            raise ConfigError(f"{name} is {value}; it must be at least 1")
-    if parallel.threads is not None and parallel.threads < 1:
-        raise ConfigError(f"parallel.threads is {parallel.threads}; it must be at least 1")
-    if not 0 < parallel.timeout_seconds < float("inf"):
-        raise ConfigError(f"parallel.timeout_seconds is {parallel.timeout_seconds}; it must be a number greater than 0")
+    if options.max_new_tokens < 1:
+        raise ConfigError(f"max_new_tokens is {options.max_new_tokens}; it must be at least 1")
+    options.parallel.check()
     if options.prompt is not None and options.prompt_file is not None:
         raise ConfigError("prompt and prompt_file exclude each other: a text has one beginning. Leave one out")
     if "" in options.stop:
@@ -192,27 +169,21 @@ def _generate(options: Generate, place: Place) -> int:
     import torch
 
     from longspan.models import decode, prefill
-    from longspan.parallel import MeshDegrees
-    from longspan.train.ranks import Ranks
     from longspan.train.sample import WrittenText, prompt_tokens
     from longspan.train.trained import open_trained
 
-    torch.set_num_threads(options.parallel.threads or max(1, num_cores() // place.local_world_size))
-    ranks = Ranks.start(place, options.parallel.device, options.parallel.timeout_seconds)
-    degrees = MeshDegrees(sp=options.parallel.sp or ranks.world_size)
-    degrees.check_world(ranks.world_size, "parallel.")
-    ranks.arrange(degrees)
+    ranks = options.parallel.start(place)
     told = {entry.name: repr(getattr(options, entry.name)) for entry in dataclasses.fields(options)}
     # Under torchrun each rank may have a stdin of its own.
     ranks.agree(told)
     text = ranks.from_first(lambda: _read_prompt(options))
     data = None if options.data is None else Path(options.data)
     trained = ranks.together(lambda: open_trained(Path(options.run), options.checkpoint, data))
-    dtype = ranks.together(lambda: _compute_dtype(options, trained.config, ranks.device))
-    model = _for_ranks(trained, ranks, dtype)
+    dtype = ranks.together(lambda: compute_dtype_of(options.dtype, trained.config, ranks.device))
+    model = for_ranks(trained, ranks, dtype)
     given = prompt_tokens(trained.tokenizer, text, trained.config.data.documents)
     if ranks.is_first:
-        _say(f"{trained.source}, {dtype or torch.float32}".replace("torch.", ""))
+        say(f"{trained.source}, {dtype or torch.float32}".replace("torch.", ""))
         _warn_of_length(trained, len(given), options.max_new_tokens)
     tokens = torch.tensor(given, device=ranks.device)
     begun = time.perf_counter()
@@ -243,7 +214,7 @@ def _generate(options: Generate, place: Place) -> int:
         return EXIT_DONE
     seconds = time.perf_counter() - read
     on = f"on {ranks.world_size} ranks" if ranks.world_size > 1 else "on 1 process"
-    _say(
+    say(
         f"prompt of {len(given):,} tokens read in {read - begun:.2f} s {on}; {written.num_tokens:,} tokens written in "
         f"{seconds:.2f} s, "
         f"{written.num_tokens / seconds:,.1f} a second; ended {_why(written, options)}"
@@ -259,33 +230,12 @@ def _why(written: WrittenText, options: Generate) -> str:
     return "where the model ended the document"
 
 
-def _compute_dtype(options: Generate, config: Config, device: torch.device) -> torch.dtype | None:
-    """What layers compute in, where it is not float32; raises ConfigError where the device cannot."""
-    from longspan.train.model import check_device, compute_dtype
-
-    dtype = config.train.dtype if options.dtype == "auto" else options.dtype
-    train = dataclasses.replace(config.train, dtype=dtype, compile=False)
-    asked = dataclasses.replace(config, train=train, run=dataclasses.replace(config.run, memory_snapshot_step=None))
-    check_device(asked, device)
-    return compute_dtype(asked)
-
-
-def _for_ranks(trained: Trained, ranks: Ranks, dtype: torch.dtype | None) -> LinearLlama3:
-    """The model on this rank's device, for the ranks, with nothing that training alone needs."""
-    from longspan.train.model import make_parallel
-
-    # One prompt does not repay measuring how to exchange.
-    train = dataclasses.replace(trained.config.train, compile=False, recompute="none", deterministic=True)
-    return make_parallel(trained.model.to(ranks.device), dataclasses.replace(trained.config, train=train), ranks, dtype)
-
-
 def _warn_of_length(trained: Trained, num_prompt: int, num_new: int) -> None:
-    """Softmax layers without a window see positions that they were not trained for; linear ones have none."""
-    config, length = trained.model.config, trained.config.train.seq_len
-    if "N" in config.layer_kinds and config.window is None and num_prompt + num_new > length:
-        _say(
-            f"warning: {num_prompt:,} tokens of the prompt and up to {num_new:,} new ones are more than the {length:,} tokens of a "
-            "sequence that softmax layers were trained for: what comes behind may be poor"
+    if is_beyond_training(trained, num_prompt + num_new):
+        say(
+            f"warning: {num_prompt:,} tokens of the prompt and up to {num_new:,} new ones are more than the "
+            f"{trained.config.train.seq_len:,} tokens of a sequence that softmax layers were trained for: what comes behind may be "
+            "poor"
         )
 
 
@@ -299,8 +249,3 @@ def _print(written: WrittenText) -> None:
     if is_terminal:
         sys.stdout.write("\n")
         sys.stdout.flush()
-
-
-def _say(line: str) -> None:
-    sys.stderr.write(f"longspan: {line}\n")
-    sys.stderr.flush()

@@ -11,17 +11,40 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from longspan.data.packing import Documents, Sequences
+from longspan.data.token_source import TokenSource
 from longspan.data.tokens import TokenStream
 from longspan.errors import DataError
 
 _MIXTURE_BLOCK = 2**16
 """Sequences among which the shares of sources are exact: to one part in as many."""
+
+
+class Batches(Protocol):
+    """What each step trains on, whatever it is made of."""
+
+    @property
+    def batch_sequences(self) -> int:
+        """B."""
+        ...
+
+    def batch(self, step: int, first: int = 0, count: int | None = None) -> Sequences:
+        """`count` sequences of the global batch of `step`, from number `first` on."""
+        ...
+
+    def num_valid_tokens(self, step: int) -> int:
+        """Tokens of the global batch of `step` that have a label, the same on every rank."""
+        ...
+
+    def tokens_by_document_length(self, step: int) -> np.ndarray:
+        """Tokens of `step`'s global batch by the length of their document, int64 ``[64]``: entry i counts 2^i to 2^(i+1) - 1."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -144,7 +167,7 @@ def _mixture_block(seed: int, shares: np.ndarray, block: int) -> tuple[np.ndarra
 
 
 def validation_sequences(
-    stream: TokenStream, seq_len: int, max_sequences: int, least: int = 1, documents: Documents = "concatenate"
+    stream: TokenSource, seq_len: int, max_sequences: int, least: int = 1, documents: Documents = "concatenate"
 ) -> Sequences:
     """Sequences spread evenly over a stream; a single shorter one if there is no whole one.
 
@@ -154,6 +177,14 @@ def validation_sequences(
     Raises:
         DataError: if it has no sequence of `least` tokens and the one that follows.
     """
+    starts, length = validation_starts(stream, seq_len, max_sequences, least)
+    return read_sequences([(stream, start) for start in starts], length, documents)
+
+
+def validation_starts(
+    stream: TokenSource, seq_len: int, max_sequences: int, least: int = 1
+) -> tuple[tuple[int, ...], int]:
+    """Where the sequences of `validation_sequences` start in the stream, and their length; raises as it does."""
     available = stream.num_tokens - 1
     if available < least:
         raise DataError(
@@ -163,11 +194,10 @@ def validation_sequences(
     length = min(seq_len, available)
     num_whole = available // length
     count = min(num_whole, max_sequences)
-    places = [(stream, index * num_whole // count * length) for index in range(count)]
-    return read_sequences(places, length, documents)
+    return tuple(index * num_whole // count * length for index in range(count)), length
 
 
-def read_sequences(places: Iterable[tuple[TokenStream, int]], seq_len: int, documents: Documents) -> Sequences:
+def read_sequences(places: Iterable[tuple[TokenSource, int]], seq_len: int, documents: Documents) -> Sequences:
     """The `seq_len` tokens from each place on, a stream and an offset in it, and the token that follows.
 
     Raises:
@@ -181,7 +211,7 @@ def read_sequences(places: Iterable[tuple[TokenStream, int]], seq_len: int, docu
     return Sequences(tokens, tuple(tuple(row.tolist()) for row in inside))
 
 
-def _tokens(stream: TokenStream, start: int, length: int) -> Tensor:
+def _tokens(stream: TokenSource, start: int, length: int) -> Tensor:
     return torch.from_numpy(stream.read(start, start + length + 1))
 
 

@@ -57,11 +57,13 @@ class Sequences:
     """Rows of consecutive tokens, each with the token that follows.
 
     tokens: int64 ``[B, N + 1]``. document_starts: for each row, increasing, which of its tokens 1 to N start a document; None where
-    documents are concatenated. A document that began before the row, or goes on behind it, is cut there.
+    documents are concatenated. A document that began before the row, or goes on behind it, is cut there. predicts: bool ``[B, N]``,
+    which tokens have a label, where a task asks for some alone; None where a text is predicted.
     """
 
     tokens: Tensor
     document_starts: tuple[tuple[int, ...], ...] | None = None
+    predicts: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -73,13 +75,17 @@ class Sequences:
 
     @property
     def num_valid_tokens(self) -> int:
-        """Tokens that have a label: all but the last of each document."""
+        """Tokens that have a label: all but the last of each document, or those that a task asks for."""
+        if self.predicts is not None:
+            return int(self.predicts.sum())
         return self.tokens[:, 1:].numel() - sum(len(starts) for starts in self.document_starts or ())
 
     @property
     def labels(self) -> Tensor:
-        """The token that follows each, int64 ``[B, N]``; `IGNORED` for the last of a document."""
+        """The token that follows each, int64 ``[B, N]``; `IGNORED` for the last of a document, and for what no task asks for."""
         labels = self.tokens[:, 1:]
+        if self.predicts is not None:
+            return labels.masked_fill(~self.predicts, IGNORED)
         if any(self.document_starts or ()):
             labels = labels.clone()
             for row, starts in enumerate(self.document_starts or ()):
@@ -88,15 +94,21 @@ class Sequences:
 
     def rows(self, first: int, count: int) -> Sequences:
         """`count` rows from number `first` on."""
-        starts = self.document_starts
-        return Sequences(self.tokens[first : first + count], None if starts is None else starts[first : first + count])
+        starts, predicts = self.document_starts, self.predicts
+        return Sequences(
+            self.tokens[first : first + count],
+            None if starts is None else starts[first : first + count],
+            None if predicts is None else predicts[first : first + count],
+        )
 
     def shortened(self, seq_len: int) -> Sequences:
         """The first `seq_len` tokens of each row, and the one that follows."""
         starts = self.document_starts
         if starts is not None:
             starts = tuple(tuple(start for start in row if start <= seq_len) for row in starts)
-        return Sequences(self.tokens[:, : seq_len + 1], starts)
+        return Sequences(
+            self.tokens[:, : seq_len + 1], starts, None if self.predicts is None else self.predicts[:, :seq_len]
+        )
 
     def packed(self) -> PackedBatch:
         """All rows as one forward takes them.

@@ -4,6 +4,7 @@ from longspan.models.config import LinearLlama3Config
 from longspan.models.decoding import Decodable, Sampling, decode, generate, prefill
 from longspan.models.linear_llama3 import LinearLlama3, ModelMemory
 from longspan.models.routing import Routing
+from longspan.ops.chunked.scores import TokenScores
 
 __all__ = [
     "Decodable",
@@ -12,6 +13,7 @@ __all__ = [
     "ModelMemory",
     "Routing",
     "Sampling",
+    "TokenScores",
     "decode",
     "generate",
     "prefill",

@@ -31,6 +31,7 @@ from longspan.models.norms import RMSNorm
 from longspan.models.rotary import Rotation, rotation
 from longspan.models.routing import Routed, Routing, auxiliary_loss, ranks_of_losses
 from longspan.ops.chunked.cross_entropy import IGNORED, check_labels, check_num_valid, chunked_cross_entropy
+from longspan.ops.chunked.scores import TokenScores, score_tokens
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,7 @@ class LinearLlama3(nn.Module):
         num_valid: int | Tensor | None = ...,
         routing: Routing | None = ...,
         logits_to_keep: int | None = ...,
+        token_scores: Literal[False] = ...,
         output_memory: Literal[False] = ...,
     ) -> Tensor: ...
 
@@ -126,6 +128,7 @@ class LinearLlama3(nn.Module):
         num_valid: int | Tensor | None = ...,
         routing: Routing | None = ...,
         logits_to_keep: int | None = ...,
+        token_scores: Literal[False] = ...,
         output_memory: Literal[True],
     ) -> tuple[Tensor, ModelMemory]: ...
 
@@ -140,8 +143,20 @@ class LinearLlama3(nn.Module):
         num_valid: int | Tensor | None = ...,
         routing: Routing | None = ...,
         logits_to_keep: int | None = ...,
+        token_scores: Literal[False] = ...,
         output_memory: bool,
     ) -> Tensor | tuple[Tensor, ModelMemory]: ...
+
+    @overload
+    def forward(
+        self,
+        tokens: Tensor,
+        layout: SequenceLayout | None = ...,
+        *,
+        memory: ModelMemory | None = ...,
+        labels: Tensor,
+        token_scores: Literal[True],
+    ) -> TokenScores: ...
 
     def forward(
         self,
@@ -153,8 +168,9 @@ class LinearLlama3(nn.Module):
         num_valid: int | Tensor | None = None,
         routing: Routing | None = None,
         logits_to_keep: int | None = None,
+        token_scores: bool = False,
         output_memory: bool = False,
-    ) -> Tensor | tuple[Tensor, ModelMemory]:
+    ) -> Tensor | TokenScores | tuple[Tensor, ModelMemory]:
         """Logits of the token after each of `tokens`, or with labels their loss.
 
         Args:
@@ -172,13 +188,16 @@ class LinearLlama3(nn.Module):
                 statistics are noted.
             logits_to_keep: of how many of the last tokens here logits are computed, 0 for none, as a prompt needs them; None is of
                 all.
+            token_scores: with labels, return the loss of each token here by itself and whether its label is the likeliest word,
+                without gradients, for evaluation: `TokenScores`, of ``[B, T]``.
             output_memory: also return what it remembers afterwards, on every rank: `memory` of the tokens that follow. A prompt
                 over ranks, and then token by token on one of them (``SequenceLayout.local(1)``, if the model is parallelized),
                 is the same call.
 
         Returns:
             Logits ``[B, T, vocab_size]``, or of the `logits_to_keep` last tokens, float32 (float64 for float64 weights), or with
-            `labels` the loss in nats, a scalar of the same dtype; with `output_memory`, the pair (logits or loss, memory).
+            `labels` the loss in nats, a scalar of the same dtype, or `TokenScores`; with `output_memory`, the pair (logits or loss,
+            memory).
 
         Raises:
             InputError: for tokens or labels of another shape or dtype, for a memory of another model or batch, and for a memory
@@ -200,6 +219,9 @@ class LinearLlama3(nn.Module):
         check_layout_of_model(layout, self.sequence_parallel)
         check_flag("the model", "output_memory", output_memory)
         self._check_labels(labels, num_valid, routing, tokens)
+        self._check_token_scores(
+            token_scores, labels, num_valid=num_valid, routing=routing, output_memory=output_memory or None
+        )
         self._check_logits_to_keep(logits_to_keep, labels, tokens)
         self._check_memory(memory, output_memory, layout)
         if layout is None:
@@ -220,6 +242,9 @@ class LinearLlama3(nn.Module):
         if logits_to_keep is not None:
             x = x[:, x.shape[1] - logits_to_keep :]
         x = self.norm(x)
+        if token_scores:
+            assert labels is not None
+            return score_tokens(x, self.head.weight, labels)
         if labels is None:
             result = at_least_float32(self.head(x))
         else:
@@ -315,6 +340,15 @@ class LinearLlama3(nn.Module):
             raise InputError(
                 f"the model: a loss takes the matrix of a head that is a torch.nn.Linear; got {type(self.head).__name__}. Compute "
                 "it from logits: leave labels out"
+            )
+
+    def _check_token_scores(self, token_scores: object, labels: Tensor | None, **others: object) -> None:
+        check_flag("the model", "token_scores", token_scores)
+        given = [name for name, value in others.items() if value is not None]
+        if token_scores and (labels is None or given):
+            raise InputError(
+                "the model: token_scores=True scores each of the labels by itself, and returns nothing else; got "
+                f"{given[0] if given else 'no labels'}. Give labels alone, or leave token_scores out"
             )
 
     def _check_logits_to_keep(self, logits_to_keep: object, labels: Tensor | None, tokens: Tensor) -> None:

@@ -54,7 +54,7 @@ def measure_alone(trainer: Trainer) -> Alone | None:
         return None
     told = {
         "config": configs.to_mapping(config),
-        "vocab_size": trainer.data.tokenizer.vocab_size,
+        "vocab_size": trainer.data.vocab_size,
         "num_sequences": at_once,
         "document_starts": trainer.batches.batch(0, 0, at_once).document_starts,
         "threads": torch.get_num_threads(),

@@ -29,6 +29,8 @@ from longspan.models import LinearLlama3Config
 class DataConfig:
     """Where the text comes from and how it becomes tokens."""
 
+    task: Literal["text", "recall"] = "text"
+    """Predict text, or recall values by their keys in sequences that are made on the spot (recall), of which [recall] says more."""
     source: tuple[str, ...] = ("python-stdlib",)
     """The sources of this Python's standard library (python-stdlib); folders; text, .jsonl, .parquet files; hf:NAME (Hugging
     Face)."""
@@ -45,7 +47,7 @@ class DataConfig:
     tokenizer: str = "bpe"
     """A byte-level BPE trained on the training text (bpe), bytes as they are (bytes), or the path of a tokenizer.json."""
     vocab_size: int = 2048
-    """Size of the BPE's vocabulary."""
+    """Size of the BPE's vocabulary; with task recall, number of words."""
     end_of_document: str | None = None
     """The token of a tokenizer.json that ends a document; None looks for a usual one, such as <|endoftext|>."""
     documents: Literal["reset", "concatenate"] = "reset"
@@ -56,6 +58,16 @@ class DataConfig:
     """A folder that longspan prepare has written; what is said of sources, tokenizer and folder is then left out."""
     verify: Literal["auto", "start", "use"] = "auto"
     """Check every byte of the token files at the start, or each block before its first use; auto takes the start up to 2 GiB."""
+
+
+@dataclass(frozen=True)
+class RecallConfig:
+    """Multi-query associative recall, where data.task is recall."""
+
+    pairs: int = 8
+    """Pairs of a key and a value in a sequence; each key is asked for once."""
+    power: float = 0.01
+    """The further behind the pairs the rarer a query, as n^(power - 1); 1 has them anywhere alike."""
 
 
 @dataclass(frozen=True)
@@ -277,6 +289,7 @@ class Config:
     """Everything that a training run is told."""
 
     data: DataConfig = field(default_factory=DataConfig)
+    recall: RecallConfig = field(default_factory=RecallConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -399,7 +412,7 @@ _FORMER_KEYS = {
     "parallel.dp": "data-parallel ranks either hold copies of the weights, parallel.dp_replicate, or share one, parallel.dp_shard"
 }
 
-_FIXED_SECTIONS = ("data", "model")
+_FIXED_SECTIONS = ("data", "recall", "model")
 _FIXED_KEYS = ("train.seed", "train.seq_len", "train.batch_tokens")
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import math
+from dataclasses import fields
 from typing import Any
 
 from longspan.data.recipe import ASKED_FOR
 from longspan.errors import ConfigError
 from longspan.parallel import MeshDegrees
 from longspan.train.config import Config, DataConfig, flatten
+from longspan.train.data import recall_task
 
 
 def check(config: Config) -> None:
@@ -35,6 +37,7 @@ def check(config: Config) -> None:
         value = flatten(config)[key]
         if not value > 0.0:
             raise ConfigError(f"{key} is {value}; it must be greater than 0")
+    _check_task(config)
     _check_data(config.data)
     config.model.build(vocab_size=257)
     config.parallel.build_exchange()
@@ -71,6 +74,7 @@ def check(config: Config) -> None:
 
 
 _KEYS_OF_PREPARATION = (*ASKED_FOR, "folder")
+_KEYS_OF_TEXT = tuple(entry.name for entry in fields(DataConfig) if entry.name not in ("task", "vocab_size"))
 
 
 def _check_data(data: DataConfig) -> None:
@@ -89,6 +93,25 @@ def _check_data(data: DataConfig) -> None:
         raise ConfigError(
             f"data.weights has {len(data.weights)} numbers for the {len(data.source)} sources of data.source. Give one for each"
         )
+
+
+def _check_task(config: Config) -> None:
+    """Refuse what is said of another task than the one that is trained on."""
+    if config.data.task == "text":
+        if config.data.vocab_size < 257:
+            raise ConfigError(f"data.vocab_size is {config.data.vocab_size}; it must be at least 257")
+        others, unused = {"recall"}, "what is said of recall"
+    else:
+        recall_task(config)
+        others, unused = {"data", "sample"}, "what is said of text"
+    defaults = flatten(Config())
+    for key, value in flatten(config).items():
+        section, name = key.split(".")
+        if section in others and (section != "data" or name in _KEYS_OF_TEXT) and value != defaults[key]:
+            raise ConfigError(
+                f"data.task is {config.data.task!r}, which takes nothing of {unused}; got {key} {value!r}. Leave it out, or give "
+                "another data.task"
+            )
 
 
 def _check_text_and_size(key: str, value: Any) -> None:
@@ -136,7 +159,8 @@ def check_degrees(config: Config, world_size: int) -> MeshDegrees:
 
 _LEAST: dict[str, float] = {
     "data.max_bytes": 1,
-    "data.vocab_size": 257,
+    "data.vocab_size": 1,
+    "recall.pairs": 1,
     "parallel.sp": 1,
     "parallel.dp_shard": 1,
     "parallel.dp_replicate": 1,

@@ -1,19 +1,119 @@
-"""The data of a run: prepared by rank 0 or by an earlier call, opened and checked by every rank, said in a line."""
+"""The data of a run: prepared or made on the spot, checked by every rank, said in a line."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from longspan.data.batches import TrainingBatches
+import numpy as np
+
+from longspan.data.batches import Batches, TrainingBatches, validation_sequences
+from longspan.data.packing import Sequences
 from longspan.data.prepare import prepare_corpus
 from longspan.data.prepared import PreparedData, num_prepared_bytes, open_prepared
+from longspan.data.recall import RecallBatches, RecallTask
 from longspan.data.recipe import Recipe
+from longspan.data.tokenizer import Tokenizer
+from longspan.errors import ConfigError
 from longspan.train.config import Config
+from longspan.train.loss import Evaluation, unigram_baseline
 from longspan.train.ranks import Ranks
 from longspan.train.run_folder import RunFolder
 
 _VERIFIED_AT_THE_START = 2**31
 """Bytes up to which ``data.verify = "auto"`` checks all of a folder before the first step: a second or so."""
+
+
+@dataclass(frozen=True)
+class RunData:
+    """What a run trains on and is validated by, whatever its task.
+
+    vocab_size: of the model. tokenizer: None where tokens are no text. token_bytes: of each token, int64 ``[vocab_size]``, 0 where
+    it is no text. baseline: the loss on `held_out` of what `baseline_name` names. fingerprint: checksums by which a checkpoint
+    recognizes its data. describe: says in a line what it is.
+    """
+
+    batches: Batches
+    held_out: Sequences
+    vocab_size: int
+    tokenizer: Tokenizer | None
+    token_bytes: np.ndarray
+    baseline: Evaluation
+    baseline_name: str
+    fingerprint: dict[str, str]
+    describe: Callable[[], str]
+
+
+def open_data(config: Config, folder: RunFolder, ranks: Ranks) -> RunData:
+    """What the run trains on, the same on every rank.
+
+    Raises:
+        DataError: on every rank, if text cannot be prepared, is not what was prepared, or is too little.
+        ConfigError: if the ranks see different data.
+    """
+    if config.data.task == "recall":
+        return _recall(config)
+    prepared = prepare_data(config, folder, ranks)
+    return ranks.together(lambda: _text(config, prepared, ranks))
+
+
+def _text(config: Config, data: PreparedData, ranks: Ranks) -> RunData:
+    batches = training_batches(config, data)
+    held_out = validation_sequences(
+        data.validation, config.train.seq_len, config.validation.sequences, ranks.sp, config.data.documents
+    )
+    token_bytes = data.tokenizer.token_bytes
+    return RunData(
+        batches=batches,
+        held_out=held_out,
+        vocab_size=data.tokenizer.vocab_size,
+        tokenizer=data.tokenizer,
+        token_bytes=token_bytes,
+        baseline=unigram_baseline(data.token_counts(config.data.weights), held_out, token_bytes),
+        baseline_name="unigram",
+        fingerprint=data.fingerprint,
+        describe=partial(describe_data, config, data),
+    )
+
+
+def _recall(config: Config) -> RunData:
+    task = recall_task(config)
+    held_out = task.sequences("validation", range(config.validation.sequences))
+    num_queries = held_out.num_valid_tokens
+    return RunData(
+        batches=RecallBatches(task, config.batch_sequences),
+        held_out=held_out,
+        vocab_size=task.vocab_size,
+        tokenizer=None,
+        token_bytes=np.zeros(task.vocab_size, dtype=np.int64),
+        baseline=Evaluation(num_queries * math.log(task.num_pairs), num_queries, 0, num_queries * task.chance),
+        baseline_name="chance",
+        fingerprint={"recall": task.fingerprint},
+        describe=lambda: (
+            f"recall: {task.num_pairs} pairs of {task.vocab_size:,} words in {task.seq_len:,} tokens, made on the spot; loss and "
+            "accuracy are of the queries' answers"
+        ),
+    )
+
+
+def recall_task(config: Config) -> RecallTask:
+    """The sequences of ``data.task = "recall"``.
+
+    Raises:
+        ConfigError: where a sequence or the vocabulary has no room for the pairs.
+    """
+    try:
+        return RecallTask(
+            config.recall.pairs, config.data.vocab_size, config.train.seq_len, config.train.seed, config.recall.power
+        )
+    except ConfigError as error:
+        raise ConfigError(
+            f"recall.pairs {config.recall.pairs}, data.vocab_size {config.data.vocab_size} and train.seq_len "
+            f"{config.train.seq_len} do not fit each other: {error}"
+        ) from error
 
 
 def prepare_data(config: Config, folder: RunFolder, ranks: Ranks) -> PreparedData:

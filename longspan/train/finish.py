@@ -20,6 +20,11 @@ from longspan.train.sample import WrittenText, printable, prompt_tokens
 from longspan.train.trainer import Trainer
 from longspan.train.weights_file import write_weights
 
+_BASELINES = {
+    "unigram": "predicting each token by its frequency",
+    "chance": "naming one of the sequence's values at random",
+}
+
 
 def finish(trainer: Trainer, started: float) -> None:
     """Write what the run leaves, and print its results.
@@ -60,14 +65,13 @@ def _plot(trainer: Trainer) -> None:
         trainer.report.line(f"{trainer.folder.plot.name} is not drawn: {error}")
         return
     with replacing(trainer.folder.plot) as unfinished:
-        plot_losses(records, trainer.baseline.nats_per_token, unfinished)
+        plot_losses(records, trainer.data.baseline.nats_per_token, trainer.data.baseline_name, unfinished)
 
 
 def _sample(trainer: Trainer, weights: dict[str, Tensor]) -> str:
-    sample = trainer.config.sample
-    if not sample.tokens:
+    sample, tokenizer = trainer.config.sample, trainer.data.tokenizer
+    if not sample.tokens or tokenizer is None:
         return ""
-    tokenizer = trainer.data.tokenizer
     prompt = prompt_tokens(tokenizer, sample.prompt, trainer.config.data.documents)
     tokens = generate(
         trainer.model_for_one_process(weights),
@@ -85,17 +89,15 @@ def _sample(trainer: Trainer, weights: dict[str, Tensor]) -> str:
 
 def _summary(trainer: Trainer, seconds: float) -> dict[str, Any]:
     assert trainer.validation is not None
-    totals = trainer.totals
+    totals, data = trainer.totals, trainer.data
     return {
         "steps": trainer.step,
         "tokens": trainer.step * trainer.config.train.batch_tokens,
         "ranks": trainer.ranks.degrees.summary(),
         "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
         "training_loss": totals.last_loss,
-        "validation_loss": _finite(trainer.validation.nats_per_token),
-        "validation_bits_per_byte": _finite(trainer.validation.bits_per_byte),
-        "unigram_loss": _finite(trainer.baseline.nats_per_token),
-        "unigram_bits_per_byte": _finite(trainer.baseline.bits_per_byte),
+        **{f"validation_{name}": _finite(value) for name, value in trainer.validation.numbers.items()},
+        **{f"{data.baseline_name}_{name}": _finite(value) for name, value in data.baseline.numbers.items()},
         "tokens_per_second": totals.tokens_per_second,
         "wait_share": totals.wait_share,
         "data_wait_share": totals.data_wait_share,
@@ -141,7 +143,7 @@ def _print(trainer: Trainer, summary: dict[str, Any], text: str) -> None:
         shown = printable(trainer.config.sample.prompt + text)
         report.line(f"\nA sample, from {trainer.config.sample.prompt!r}:\n\n{shown}\n")
     report.heading("validation", str(trainer.validation))
-    report.heading("unigram", f"{trainer.baseline} (predicting each token by its frequency)")
+    report.heading(trainer.data.baseline_name, f"{trainer.data.baseline} ({_BASELINES[trainer.data.baseline_name]})")
     report.heading(
         "speed",
         f"{trainer.totals.tokens:,} tokens in {summary['seconds_in_steps']:.0f} s: "

@@ -12,21 +12,27 @@ from longspan.models import LinearLlama3
 from longspan.train.trained import open_saved, open_tokenizer_of_run
 
 
-def start_from(model: LinearLlama3, path: Path, tokenizer: Tokenizer) -> str:
+def start_from(model: LinearLlama3, path: Path, tokenizer: Tokenizer | None) -> str:
     """Give a model the newest weights of a run; where they are, in words.
 
     Args:
         model: on this rank; it may be divided over ranks.
         path: the run folder.
-        tokenizer: of the data that the model is going to be trained on.
+        tokenizer: of the data that the model is going to be trained on; None where its tokens are no text.
 
     Raises:
         ConfigError, CheckpointError: as `open_saved`, and for weights of another model.
-        DataError: where the run's tokenizer is another one.
+        DataError: where the run's tokenizer is another one, or one of the two has none.
     """
     saved = open_saved(path)
     theirs = open_tokenizer_of_run(saved.run, saved.config)
-    if _meaning(theirs) != _meaning(tokenizer):
+    if theirs is None or tokenizer is None:
+        if theirs is not tokenizer:
+            raise DataError(
+                f"{path} was trained with data.task {saved.config.data.task!r}, and its tokens mean something else in this run. "
+                "Take a run of the same data.task"
+            )
+    elif _meaning(theirs) != _meaning(tokenizer):
         raise DataError(
             f"the data was prepared with another tokenizer than that of {path}: its tokens would mean other text to these weights. "
             "Prepare it with the run's own: data.tokenizer and data.end_of_document as in its config.toml, or the path of its "

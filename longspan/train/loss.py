@@ -26,11 +26,15 @@ from longspan.train.step_batch import LayoutOf
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A loss over `num_tokens` predicted tokens that stand for `num_bytes` bytes of text."""
+    """A loss over `num_tokens` predicted tokens that stand for `num_bytes` bytes of text.
+
+    num_right: how many of them are the likeliest token, where a task asks for that; what a guess gets right need not be whole.
+    """
 
     nats: float
     num_tokens: int
     num_bytes: int
+    num_right: float | None = None
 
     @property
     def nats_per_token(self) -> float:
@@ -42,7 +46,21 @@ class Evaluation:
         """Independent of the tokenizer: what it takes to write down a byte of the text."""
         return self.nats / math.log(2.0) / self.num_bytes if self.num_bytes else math.nan
 
+    @property
+    def accuracy(self) -> float | None:
+        """Share of the tokens that are predicted right; None where nobody asks for it."""
+        return None if self.num_right is None or not self.num_tokens else self.num_right / self.num_tokens
+
+    @property
+    def numbers(self) -> dict[str, float]:
+        """What metrics and summaries have of it, by name; NaN where nothing was predicted."""
+        if self.num_right is None:
+            return {"loss": self.nats_per_token, "bits_per_byte": self.bits_per_byte}
+        return {"loss": self.nats_per_token, "accuracy": math.nan if self.accuracy is None else self.accuracy}
+
     def __str__(self) -> str:
+        if self.num_right is not None:
+            return f"{self.nats_per_token:.3f} nats/answer, accuracy {self.num_right / max(1, self.num_tokens):.1%}"
         return f"{self.nats_per_token:.3f} nats/token, {self.bits_per_byte:.3f} bits/byte"
 
 
@@ -90,26 +108,37 @@ def own_tokens(batch: PackedBatch, layout: SequenceLayout) -> tuple[Tensor, Tens
 def evaluate(
     model: Any, sequences: Sequences, token_bytes: np.ndarray, layout_of: LayoutOf, ranks: Ranks
 ) -> Evaluation:
-    """The loss on `sequences`; the same sequences and result on every rank.
+    """The loss on `sequences`, and where these are of a task how much is right; the same sequences and result on every rank.
 
     Ranks of one `dp_rank` compute one sequence together, those of the others the next ones.
     """
-    total = 0.0
+    total = torch.zeros(2, dtype=torch.float64)
     for first in range(0, len(sequences), ranks.dp):
         row = first + ranks.dp_rank
         if row < len(sequences):
-            total += float(_loss_of_row(model, sequences, row, layout_of, ranks))
+            total += _score_of_row(model, sequences, row, layout_of, ranks)
         elif ranks.degrees.shards_weights:
             # The other ranks gather this one's share of the weights.
-            _loss_of_row(model, sequences, first, layout_of, ranks)
+            _score_of_row(model, sequences, first, layout_of, ranks)
     free_gathered(model)
-    nats = float(ranks.gather_numbers([total]).sum())
-    return Evaluation(nats, sequences.num_valid_tokens, count_bytes(sequences, token_bytes))
+    nats, num_right = ranks.gather_numbers(total.tolist()).sum(0).tolist()
+    return Evaluation(
+        nats,
+        sequences.num_valid_tokens,
+        count_bytes(sequences, token_bytes),
+        None if sequences.predicts is None else num_right,
+    )
 
 
-def _loss_of_row(model: Any, sequences: Sequences, row: int, layout_of: LayoutOf, ranks: Ranks) -> Tensor:
-    batch = sequences.rows(row, 1).packed()
-    return loss_sum(model, batch.to(ranks.device), layout_of(batch.seq_len, batch.documents))
+def _score_of_row(model: Any, sequences: Sequences, row: int, layout_of: LayoutOf, ranks: Ranks) -> Tensor:
+    """This rank's sum of losses, in nats, and of a task how many labels are the likeliest: float64 ``[2]``."""
+    batch = sequences.rows(row, 1).packed().to(ranks.device)
+    layout = layout_of(batch.seq_len, batch.documents)
+    if sequences.predicts is None:
+        return torch.tensor([float(loss_sum(model, batch, layout)), 0.0], dtype=torch.float64)
+    inputs, labels = own_tokens(batch, layout)
+    scores = model(inputs, layout=layout, labels=labels, token_scores=True)
+    return torch.tensor([float(scores.nats.double().sum()), float(scores.is_likeliest.sum())], dtype=torch.float64)
 
 
 def unigram_baseline(token_counts: np.ndarray, sequences: Sequences, token_bytes: np.ndarray) -> Evaluation:

@@ -159,8 +159,8 @@ def _unwritten(path: Path, error: OSError) -> CheckpointError:
     )
 
 
-def plot_losses(records: list[dict[str, Any]], baseline: float, path: Path) -> None:
-    """Draw training and validation loss over the steps, and the unigram baseline, as a PNG."""
+def plot_losses(records: list[dict[str, Any]], baseline: float, baseline_name: str, path: Path) -> None:
+    """Draw training and validation loss over the steps, and a baseline, as a PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -171,7 +171,7 @@ def plot_losses(records: list[dict[str, Any]], baseline: float, path: Path) -> N
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
     axes.plot([step for step, _ in training], [loss for _, loss in training], label="training", linewidth=1.2)
     axes.plot([step for step, _ in validation], [loss for _, loss in validation], "o-", label="validation")
-    axes.axhline(baseline, color="grey", linestyle="--", label="unigram baseline (validation)")
+    axes.axhline(baseline, color="grey", linestyle="--", label=f"{baseline_name} baseline (validation)")
     axes.set(xlabel="step", ylabel="loss (nats per token)")
     axes.grid(alpha=0.3)
     axes.legend()

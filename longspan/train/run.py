@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 
 import longspan
-from longspan.data.prepared import PreparedData
 from longspan.errors import CheckpointError, ConfigError
 from longspan.launch import EXIT_DONE, EXIT_STOPPED, Place, StopRequest, num_cores
 from longspan.train import config as configs
@@ -27,7 +26,7 @@ from longspan.train.checkpoint import (
 )
 from longspan.train.config import Config
 from longspan.train.config_checks import check_degrees
-from longspan.train.data import describe_data, prepare_data
+from longspan.train.data import RunData, open_data
 from longspan.train.deterministic import deterministic_algorithms
 from longspan.train.finish import finish
 from longspan.train.init import start_from
@@ -102,11 +101,11 @@ def _train_on(
     report.heading("run", f"{folder.path}" + (f", going on from step {saved.step}" if saved else ""))
 
     phase.name = "preparing the data"
-    data = prepare_data(config, folder, ranks)
+    data = open_data(config, folder, ranks)
     phase.name = "building the model"
     trainer = ranks.together(lambda: _build_trainer(config, ranks, folder, data, report, phase, saved))
     if ranks.is_first:
-        report.heading("data", describe_data(config, data))
+        report.heading("data", data.describe())
     report.heading("model", _describe_model(trainer))
     phase.name = "measuring the device"
     report.heading("device", _find_peak(trainer))
@@ -211,7 +210,7 @@ def _build_trainer(
     config: Config,
     ranks: Ranks,
     folder: RunFolder,
-    data: PreparedData,
+    data: RunData,
     report: Report,
     phase: RunPhase,
     saved: SavedCheckpoint | None,

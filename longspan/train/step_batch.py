@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from longspan.data.batches import TrainingBatches
+from longspan.data.batches import Batches
 from longspan.data.packing import PackedBatch
 from longspan.layout import Order, SequenceLayout
 from longspan.train.ranks import Ranks
@@ -40,7 +40,7 @@ class StepBatch:
 
 
 def make_step_batch(
-    batches: TrainingBatches, step: int, ranks: Ranks, rows_at_once: int | None, layout_of: LayoutOf
+    batches: Batches, step: int, ranks: Ranks, rows_at_once: int | None, layout_of: LayoutOf
 ) -> StepBatch:
     """Read this rank's rows of the global batch of `step`; rows_at_once: rows of a micro batch, None is all."""
     rows = batches.batch_sequences // ranks.dp

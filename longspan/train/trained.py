@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from longspan.data.files import digest
 from longspan.data.prepared import MANIFEST, open_tokenizer_of
 from longspan.data.tokenizer import END_OF_DOCUMENT, Tokenizer, load_tokenizer
 from longspan.errors import CheckpointError, ConfigError, DataError
@@ -35,13 +36,27 @@ _OTHER = "Take weights that belong to this run, or the run that they belong to"
 class Trained:
     """A trained model for one process, on the CPU, float32.
 
-    config: of its run. source: where the weights are from, in words.
+    text_tokenizer: None where its tokens are no text. config: of its run. source: where the weights are from, in words.
     """
 
     model: LinearLlama3
-    tokenizer: Tokenizer
+    text_tokenizer: Tokenizer | None
     config: Config
     source: str
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of its text.
+
+        Raises:
+            ConfigError: where it was not trained on text.
+        """
+        if self.text_tokenizer is None:
+            raise ConfigError(
+                f"{self.source} was trained with data.task {self.config.data.task!r}, whose tokens are no text. Give a run that "
+                "was trained on text, or ask for what it was trained for: longspan eval recall"
+            )
+        return self.text_tokenizer
 
 
 @dataclass(frozen=True)
@@ -73,8 +88,8 @@ class SavedWeights(ABC):
     def read(self, targets: Mapping[str, Tensor]) -> None:
         """Read tensors into `targets`, in place: of each, whole or divided over ranks, what this rank has."""
 
-    def check_vocabulary(self, tokenizer: Tokenizer) -> None:
-        """Raise CheckpointError unless they are of as many tokens as the tokenizer has."""
+    def check_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """Raise CheckpointError unless they are of as many tokens as the tokenizer has; DataError if they are of another one's."""
         size = self.shapes.get("embedding.weight", (tokenizer.vocab_size,))[0]
         if size != tokenizer.vocab_size:
             raise CheckpointError(
@@ -102,6 +117,15 @@ class _OfCheckpoint(SavedWeights):
     """Those of a checkpoint."""
 
     saved: SavedCheckpoint
+
+    def check_tokenizer(self, tokenizer: Tokenizer) -> None:
+        super().check_tokenizer(tokenizer)
+        # Another tokenizer may have as many tokens.
+        if saved_value(self.saved, "data", dict).get("tokenizer") != digest(tokenizer.to_json().encode()):
+            raise DataError(
+                f"{self.name} was trained with another tokenizer than the one that is there now. Give the data that it was trained "
+                "on, or data that was prepared with its tokenizer.json (--data)"
+            )
 
     @property
     def name(self) -> str:
@@ -195,20 +219,31 @@ def open_trained(path: Path, which: str = NEWEST, data: Path | None = None) -> T
     """
     saved = open_saved(path, which)
     tokenizer = open_tokenizer_of_run(saved.run, saved.config, data)
-    saved.check_vocabulary(tokenizer)
+    vocab_size = saved.config.data.vocab_size
+    if tokenizer is not None:
+        saved.check_tokenizer(tokenizer)
+        vocab_size = tokenizer.vocab_size
     # Layers draw weights when they are made, which are replaced: the caller's random state must not notice.
     with torch.random.fork_rng(devices=[]):
-        model = LinearLlama3(saved.model_config(tokenizer.vocab_size))
+        model = LinearLlama3(saved.model_config(vocab_size))
     saved.read_into(model)
     return Trained(model, tokenizer, saved.config, saved.source)
 
 
-def open_tokenizer_of_run(folder: RunFolder, config: Config, data: Path | None = None) -> Tokenizer:
-    """The tokenizer of a run: that of its prepared data, or, where there is none, the run folder's own.
+def open_tokenizer_of_run(folder: RunFolder, config: Config, data: Path | None = None) -> Tokenizer | None:
+    """The tokenizer of a run: that of its prepared data, or, where there is none, the run folder's own; None of a run on no text.
 
     Raises:
         DataError: for one that is not there, or damaged.
+        ConfigError: for data of a run that reads none.
     """
+    if config.data.task != "text":
+        if data is not None:
+            raise ConfigError(
+                f"{folder.path} was trained with data.task {config.data.task!r}, which reads no data; got data {str(data)!r}. "
+                "Leave it out"
+            )
+        return None
     prepared = folder_of_data(config, folder) if data is None else data
     if data is None and folder.tokenizer.is_file() and not (prepared / MANIFEST).is_file():
         return load_tokenizer(folder.tokenizer, config.data.end_of_document or END_OF_DOCUMENT)

@@ -11,9 +11,7 @@ from torch import Tensor
 
 from longspan.comm.profiling import named_range
 from longspan.comm.traffic import Traffic, record_traffic
-from longspan.data.batches import validation_sequences
 from longspan.data.loader import Loader
-from longspan.data.prepared import PreparedData
 from longspan.errors import CheckpointError, DataError, LongspanError
 from longspan.faults import reached
 from longspan.launch import StopRequest
@@ -24,10 +22,10 @@ from longspan.parallel.sharded import accumulating
 from longspan.train import config as configs
 from longspan.train.checkpoint import complete_checkpoints
 from longspan.train.config import Config
-from longspan.train.data import training_batches
+from longspan.train.data import RunData
 from longspan.train.exchange import figures_to_save, measures, take_saved_figures
 from longspan.train.loading import SavedCheckpoint
-from longspan.train.loss import Evaluation, evaluate, loss_share, unigram_baseline
+from longspan.train.loss import Evaluation, evaluate, loss_share
 from longspan.train.memory import StepMemory
 from longspan.train.metrics import MetricsFile, Totals
 from longspan.train.model import (
@@ -71,7 +69,7 @@ class Trainer:
     """Model, optimizer, data and counters of a run; `step` is the number of optimizer steps that are behind it."""
 
     def __init__(
-        self, config: Config, ranks: Ranks, folder: RunFolder, data: PreparedData, report: Report, phase: RunPhase
+        self, config: Config, ranks: Ranks, folder: RunFolder, data: RunData, report: Report, phase: RunPhase
     ) -> None:
         self.config = config
         self.ranks = ranks
@@ -83,16 +81,9 @@ class Trainer:
         self.trace = StepTrace(folder.traces, config.run.trace_step, ranks.rank, ranks.device)
         self.snapshot = MemorySnapshot(folder.traces, config.run.memory_snapshot_step, ranks.rank)
         self.memory = StepMemory(ranks.device, config.run.release_memory_every)
-        train = config.train
-        documents = config.data.documents
-        self.batches = training_batches(config, data)
-        self.held_out = validation_sequences(
-            data.validation, train.seq_len, config.validation.sequences, ranks.sp, documents
-        )
+        self.batches = data.batches
         self._layout = layouts_over(ranks, config.parallel.order)
-        self.layout = self._layout(train.seq_len, None)
-        self.token_bytes = data.tokenizer.token_bytes
-        self.baseline = unigram_baseline(data.token_counts(config.data.weights), self.held_out, self.token_bytes)
+        self.layout = self._layout(config.train.seq_len, None)
         self.model = self._build_parallel(compute_dtype(config))
         self.optimizer = build_optimizer(self.model, config.optim)
         self.operations = ModelOperations(self.model)
@@ -112,10 +103,10 @@ class Trainer:
         self.validation: Evaluation | None = None
 
     def _build_model(self) -> LinearLlama3:
-        return build_model(self.config, self.data.tokenizer.vocab_size, self.ranks.device)
+        return build_model(self.config, self.data.vocab_size, self.ranks.device)
 
     def _build_parallel(self, dtype: torch.dtype | None = None, weights: torch.dtype = torch.float32) -> LinearLlama3:
-        return build_parallel(self.config, self.data.tokenizer.vocab_size, self.ranks, dtype, weights)
+        return build_parallel(self.config, self.data.vocab_size, self.ranks, dtype, weights)
 
     def whole_weights(self) -> dict[str, Tensor]:
         """The present weights by name, on rank 0; the other ranks, which must call this as well, have none."""
@@ -327,16 +318,14 @@ class Trainer:
     def validate(self) -> None:
         """Compute the loss on the held-out sequences, write it down and say it."""
         self.phase.name = "validating"
-        self.validation = evaluate(self.model, self.held_out, self.token_bytes, self._layout, self.ranks)
+        data = self.data
+        self.validation = evaluate(self.model, data.held_out, data.token_bytes, self._layout, self.ranks)
         if self.ranks.is_first:
-            self.metrics.append(
-                {
-                    "step": self.step,
-                    "validation_loss": self.validation.nats_per_token,
-                    "validation_bits_per_byte": self.validation.bits_per_byte,
-                }
-            )
-        self.report.line(f"step {self.step}: validation {self.validation} (unigram baseline {self.baseline})")
+            numbers = {f"validation_{name}": value for name, value in self.validation.numbers.items()}
+            self.metrics.append({"step": self.step, **numbers})
+        self.report.line(
+            f"step {self.step}: validation {self.validation} ({data.baseline_name} baseline {data.baseline})"
+        )
 
     def _save(self) -> None:
         self.phase.name = "saving a checkpoint"

@@ -106,7 +106,7 @@ def test_a_prompt_file_is_read_as_it_is_by_local_ranks_and_those_of_torchrun(
     file = tmp_path / "prompt.txt"
     file.write_bytes("älpha\nbeta ".encode())
     options = ["--run", str(run), "--prompt_file", str(file), "--max_new_tokens", "9", "--parallel.sp", "2"]
-    arguments = [sys.executable, *launcher, "-m", "longspan", "generate", *options]
+    arguments = [sys.executable, *launcher, "-m", "longspan", "--", "generate", *options]
     done = subprocess.run(arguments, capture_output=True, timeout=TIMEOUT, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.decode() == expected(run, "älpha\nbeta ", 9)

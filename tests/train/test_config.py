@@ -74,7 +74,7 @@ def test_a_config_comes_back_from_toml(tmp_path: Path) -> None:
         (["--steps=3"], r"unknown option --steps: did you mean --train.steps\?"),
         (["--optim.seq_len", "3"], r"did you mean --train.seq_len\?"),
         (["--resum"], r"did you mean --resume\?"),
-        (["--xyz"], r"unknown option --xyz: the sections are data, model, parallel"),
+        (["--xyz"], r"unknown option --xyz: the sections are data, recall, model, parallel"),
         (["--config"], r"--config needs a file"),
     ],
 )

@@ -83,5 +83,5 @@ def test_the_plot_is_a_png(tmp_path: Path) -> None:
         {"step": 2, "loss": None},
         {"step": 2, "validation_loss": 1.5},
     ]
-    plot_losses(records, 3.0, tmp_path / "loss.png")
+    plot_losses(records, 3.0, "unigram", tmp_path / "loss.png")
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")

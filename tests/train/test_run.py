@@ -400,7 +400,7 @@ def test_a_run_with_nothing_to_validate_on_ends_with_a_summary(tmp_path: Path) -
     (corpus / "a.jsonl").write_text("".join(json.dumps({"text": letter}) + "\n" for letter in "abcdefgh" * 4))
     values = {"train__seq_len": 1, "train__batch_tokens": 4, "train__steps": 1, "validation__sequences": 1}
     config = tiny_config(corpus, tmp_path / "run", parallel__sp=1, **values)
-    with mock.patch("longspan.train.trainer.validation_sequences", lambda *_: Sequences(ONE, ((1,),))):
+    with mock.patch("longspan.train.data.validation_sequences", lambda *_: Sequences(ONE, ((1,),))):
         assert train_on(Ranks(Place(), CPU), config, StopRequest()) == EXIT_DONE
     summary = json.loads((tmp_path / "run" / "summary.json").read_text(), parse_constant=_refuse_constant)
     assert summary["validation_loss"] is summary["unigram_loss"] is summary["unigram_bits_per_byte"] is None
@@ -467,7 +467,7 @@ def _with_a_bad_byte_for_rank_1(config: Config) -> int:
             build(*arguments)
 
     with (
-        mock.patch("longspan.train.trainer.validation_sequences", reads),
+        mock.patch("longspan.train.data.validation_sequences", reads),
         mock.patch.object(Trainer, "__init__", builds),
     ):
         return train_here(config)
