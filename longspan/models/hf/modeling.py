@@ -165,6 +165,7 @@ class LinearLlamaForCausalLM(PreTrainedModel, StatefulGenerationMixin):
         self.last_layout = arranged.layout if over_ranks else None
         if not has_labels:
             return self._read(arranged, tokens, logits_to_keep, wants_hidden)
+        self._check_experts(over_ranks and mask is not None)
         num_valid = kwargs.get("num_items_in_batch")
         targets = kwargs.get("shift_labels")
         if targets is None:
@@ -176,6 +177,23 @@ class LinearLlamaForCausalLM(PreTrainedModel, StatefulGenerationMixin):
         if num_valid is None:
             num_valid = (targets != IGNORED).sum()
         return self._learn(arranged, tokens, targets, num_valid, logits_to_keep, wants_hidden)
+
+    def _check_experts(self, keeps_padding: bool) -> None:
+        """Refuse to train routers whose losses would be others than one process's, or none."""
+        core = self.model.config
+        has_losses = core.num_experts and (core.balance_loss_weight or core.z_loss_weight)
+        if not (has_losses and self.training and torch.is_grad_enabled()):
+            return
+        if keeps_padding:
+            raise InputError(
+                "attention_mask has padding, and the model has experts: over ranks padding is left where it is, and would count in "
+                "the routers' losses. Pack documents (position_ids), or train on rows of one length"
+            )
+        if not isinstance(self.model.head, nn.Linear):
+            raise InputError(
+                f"the head is a {type(self.model.head).__name__}, and the model has experts, whose losses come with that of a "
+                "plain head. Leave the head as it is, or set balance_loss_weight and z_loss_weight to 0"
+            )
 
     def _read(
         self, arranged: Arranged, tokens: Tensor, logits_to_keep: int | Tensor, wants_hidden: bool
