@@ -10,6 +10,8 @@ with ``scale=1``.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -92,6 +94,11 @@ class Rebased(nn.Module):
         self.eps = eps
         self.gamma = nn.Parameter(torch.ones(shape))
         self.beta = nn.Parameter(torch.zeros(shape))
+
+    def reset_parameters(self) -> None:
+        """Set γ to one and β to zero."""
+        nn.init.ones_(self.gamma)
+        nn.init.zeros_(self.beta)
 
     def forward(self, x: Tensor) -> Tensor:
         check_tensors("Rebased", x=x)
@@ -222,8 +229,12 @@ def hgrn2_lower_bounds(logits: Tensor) -> Tensor:
 def retnet_log_decay(num_heads: int, *, dtype: torch.dtype = torch.float32) -> Tensor:
     """RetNet's log decays, log(1 − 2^(−5−h)) for head h, ``[num_heads]`` (arXiv 2307.08621, equation 8)."""
     check_count("retnet_log_decay", "num_heads", num_heads)
-    heads = torch.arange(num_heads, dtype=torch.float64)
-    return torch.log1p(-torch.exp2(-5 - heads)).to(dtype)
+    return torch.tensor(retnet_log_decays(num_heads), dtype=torch.float64).to(dtype)
+
+
+def retnet_log_decays(num_heads: int) -> tuple[float, ...]:
+    """`retnet_log_decay` as numbers."""
+    return tuple(math.log1p(-(2.0 ** (-5 - head))) for head in range(num_heads))
 
 
 def lightning_log_decay(
@@ -248,8 +259,13 @@ def lightning_log_decay(
         raise InputError(
             f"layer must be one of {num_layers} layers, 0 to {num_layers - 1}; got {layer!r}. Count layers from 0"
         )
+    return torch.tensor(lightning_log_decays(num_heads, layer, num_layers), dtype=torch.float64).to(dtype)
+
+
+def lightning_log_decays(num_heads: int, layer: int, num_layers: int) -> tuple[float, ...]:
+    """`lightning_log_decay` as numbers."""
     factor = 1.0 - layer / max(1, num_layers - 1) + 1e-5
-    return (-factor * torch.tensor(_alibi_slopes(num_heads), dtype=torch.float64)).to(dtype)
+    return tuple(-factor * slope for slope in _alibi_slopes(num_heads))
 
 
 def _alibi_slopes(num_heads: int) -> list[float]:

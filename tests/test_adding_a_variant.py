@@ -13,10 +13,12 @@ import torch
 
 import longspan
 from longspan.errors import ConfigError, InputError
-from longspan.models.config import LinearLlama3Config
+from longspan.models import MIXERS, LinearLlama3Config
 from longspan.ops.variants import VARIANTS, Variant
 from tests.attention.test_conformance import errors_on_rank
-from tests.compare import worst
+from tests.compare import relative_error, worst
+from tests.models.test_every_mixer import differences_on_rank
+from tests.models.tiny import random_tokens, tiny_model
 from tests.ops.test_variants import run, worst_error
 from tests.ranks import run_on_ranks
 from tests.variants import make_inputs
@@ -29,7 +31,7 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", PAGE, flags=re.MULTILINE | re.DOTALL)
 
 
-THE_FILE, ITS_USE = blocks("python")
+THE_FILE, ITS_USE, ITS_MIXER = blocks("python")
 
 
 @contextmanager
@@ -97,8 +99,42 @@ def test_what_it_does_not_reach_is_an_error_that_says_so() -> None:
         x = torch.randn(1, 8, 2, 4)
         with pytest.raises(InputError, match="one of 'torch', 'triton'; got 'fla'"):
             longspan.write(name, x, x, g=-torch.rand(1, 8, 4), backend="fla")
-        with pytest.raises(ConfigError, match="has no module that makes its gates \\(g\\)"):
+        with pytest.raises(ConfigError, match=r"got 'shared_gla'. Did you mean"):
             LinearLlama3Config(vocab_size=8, operator=name)
+
+
+@contextmanager
+def with_mixer() -> Iterator[str]:
+    """The name of the page's mixer, which is in MIXERS meanwhile, and its variant in VARIANTS."""
+    namespace: dict[str, Any] = {"__name__": "the page's mixer"}
+    exec(compile(ITS_MIXER, "<adding_a_variant.md>", "exec"), namespace)
+    with listed(THE_FILE) as name:
+        mixer = namespace["SharedGLAMixer"]
+        assert mixer.name == name
+        MIXERS[name] = mixer
+        try:
+            yield name
+        finally:
+            del MIXERS[name]
+
+
+def differences_of_the_pages_mixer(order: Any, documents: tuple[int, ...] | None) -> dict[str, float]:
+    with with_mixer() as name:
+        return differences_on_rank(name, order, documents)
+
+
+@pytest.mark.parametrize("documents", [None, (0, 1, 30, 52, 75)], ids=str)
+def test_its_mixer_runs_over_ranks(documents: tuple[int, ...] | None) -> None:
+    for differences in run_on_ranks(2, differences_of_the_pages_mixer, "zigzag", documents):
+        assert worst(differences) < 1e-10, differences
+
+
+def test_its_mixer_decodes() -> None:
+    with with_mixer() as name:
+        model, tokens = tiny_model(operator=name), random_tokens(1, 20)
+        with torch.no_grad():
+            _, memory = model(tokens[:, :19], output_memory=True)
+            assert relative_error(model(tokens[:, 19:], memory=memory), model(tokens)[:, 19:]) < 1e-11
 
 
 THE_DELTA_RULES_FILE = """
@@ -132,20 +168,26 @@ def test_a_declaration_is_a_variant_and_a_backend_that_lacks_it_an_error() -> No
 
 
 def test_the_page_changes_lines_that_are_there() -> None:
-    listing = (PROJECT_ROOT / "longspan" / "ops" / "variants" / "__init__.py").read_text(encoding="utf-8")
     added = []
-    for diff in blocks("diff"):
+    for number, diff in enumerate(blocks("diff")):
+        folder = ("ops/variants", "models/mixers")[number // 2]
+        listing = (PROJECT_ROOT / "longspan" / folder / "__init__.py").read_text(encoding="utf-8")
         added += [line[1:] for line in diff.splitlines() if line.startswith("+")]
         assert "\n".join(line[1:] for line in diff.splitlines() if line.startswith(" ")) in listing
     with listed(THE_FILE) as name:
-        constant = name.upper()
-        assert added == [f"from longspan.ops.variants.{name} import {constant}", f"        {constant},"]
-        assert f"longspan/ops/variants/{name}.py" in PAGE
+        constant, mixer = name.upper(), "SharedGLAMixer"
+        assert added == [
+            f"from longspan.ops.variants.{name} import {constant}",
+            f"        {constant},",
+            f"from longspan.models.mixers.{name} import {mixer}",
+            f"        {mixer},",
+        ]
+        assert f"longspan/ops/variants/{name}.py" in PAGE and f"longspan/models/mixers/{name}.py" in PAGE
 
 
 def test_what_the_page_points_to_is_there() -> None:
     for path in re.findall(r"`((?:longspan/|ops/)?[a-z_/]+\.py)`", PAGE):
-        if path != "longspan/ops/variants/shared_gla.py":
+        if not path.endswith("/shared_gla.py"):
             found = path if path.startswith("longspan/") else f"longspan/{path}"
             assert (PROJECT_ROOT / found).exists(), path
     for word in ("DecayVariant", "DeltaVariant", "ChunkForm"):

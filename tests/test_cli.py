@@ -211,7 +211,7 @@ def test_torchrun_ranks_that_do_not_fit_are_refused_with_the_degrees_that_do(
         (["--resume", "missing"], "'missing' is no run folder"),
         (["--model.pattern", "LX"], "pattern must be letters L (linear attention) and N (softmax attention)"),
         (["--model.num_heads", "3"], "dim 128 is not a multiple of num_heads 3"),
-        (["--model.operator", "nothing"], "operator must be one of linear_attention, retention, simple_gla"),
+        (["--model.operator", "nothing"], "operator must be one of linear_attention, lightning, retention"),
         (["--parallel.exchange", "nothing"], "parallel.exchange must be 'auto' or one of"),
         (["--train.batch_tokens", "100"], "train.batch_tokens 100 is no multiple of train.seq_len 8192"),
         (["--parallel.dp_shard", "2"], "8192 is 1 sequences of train.seq_len 8192, which parallel.dp_replicate 1 x "),

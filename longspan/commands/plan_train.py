@@ -21,10 +21,12 @@ from longspan.degrees import MeshDegrees
 from longspan.errors import ConfigError, LongspanError
 from longspan.launch import EXIT_DONE
 from longspan.models import LinearLlama3
-from longspan.models.mixers.mixer import SequenceMixer, operations_of_matrices
+from longspan.models.counts import on_meta
+from longspan.models.linear_llama3 import HybridBlock
+from longspan.models.mixers.mixer import operations_of_matrices
 from longspan.ops.chunked.cross_entropy import chunk_size_of
 from longspan.plan import Cluster, Link
-from longspan.plan.activations import ModelSizes, block_bytes, state_bytes
+from longspan.plan.activations import MixerSizes, ModelSizes, block_bytes, state_bytes
 from longspan.plan.cluster import gpu_cluster, stated_cluster
 from longspan.plan.devices import stated_peak_flops
 from longspan.plan.training import (
@@ -37,16 +39,17 @@ from longspan.plan.training import (
     plan_memory,
     plan_time,
 )
-from longspan.train.config import Config, check_arguments, read_toml
+from longspan.train.config import Config, check_arguments, read_toml, take_preset
 from longspan.train.config_checks import check, check_degrees, num_ranks_asked_for
 from longspan.train.memory import release_freed_memory
 from longspan.train.model import compute_dtype
 
 _DESCRIPTION = """Memory of a rank by kind, bytes sent per layer, and time of a step, for a mesh of any size: arithmetic, no ranks.
 
-Takes the options of longspan train (--config FILE.toml, --parallel.sp 64, --train.seq_len 1048576, ...), which say what is
-trained and on which mesh, and those of cluster, which say on what. The vocabulary is data.vocab_size. A sequence is taken for one
-document: softmax attention within several shorter ones takes less time. docs/performance.md has plans beside measurements.
+Takes the options of longspan train (--config FILE.toml, --model.preset linear-llama3-8b, --parallel.sp 64, --train.seq_len 1048576,
+...), which say what is trained and on which mesh, and those of cluster, which say on what. The vocabulary is data.vocab_size. A
+sequence is taken for one document: softmax attention within several shorter ones takes less time. docs/performance.md has plans
+beside measurements.
 """
 
 # Of a process on the CPU, by measurements in docs/performance.md ("Memory against length").
@@ -115,7 +118,8 @@ def parse(arguments: Sequence[str]) -> PlanConfig:
             del remaining[place : place + (1 if equals else 2)]
             break
     own = [f"cluster.{entry.name}" for entry in dataclasses.fields(ClusterConfig)]
-    check_arguments(remaining, others=("help", "config", *own))
+    check_arguments(remaining, others=("help", "config", "model.preset", *own))
+    remaining, default = take_preset(remaining, default)
     return tyro.cli(
         PlanConfig,
         prog="longspan plan train",
@@ -180,43 +184,47 @@ def _active(config: Config) -> str:
     full = config.model.build(config.data.vocab_size)
     if not full.num_experts:
         return ""
-    with torch.device("meta"):
-        return f" ({LinearLlama3(full).num_active_parameters():,} active)"
+    return f" ({on_meta(full).num_active_parameters():,} active)"
 
 
 def sizes_of(config: Config) -> ModelSizes:
-    """The sizes of the config's model; no weight is made."""
+    """The sizes of the config's model; no weight is made.
+
+    Raises:
+        ConfigError: for a mixer that does not say what it takes.
+    """
     full = config.model.build(config.data.vocab_size)
-    operators = full.layer_operators
-    numbers: dict[str, int] = {}
-    matrices: dict[str, int] = {}
-    for name in dict.fromkeys(operators):
-        kind = "N" if name == "softmax" else "L"
-        one = dataclasses.replace(
-            full, num_layers=1, pattern=kind, operator="simple_gla" if name == "softmax" else name, vocab_size=1
-        )
-        with torch.device("meta"):
-            block = LinearLlama3(one).blocks[0]
-        numbers[name] = sum(parameter.numel() for parameter in block.parameters())
-        matrices[name] = sum(parameter.numel() for parameter in block.parameters() if parameter.dim() > 1)
-    table = full.vocab_size * full.dim
+    model, table = on_meta(full), full.vocab_size * full.dim
+    blocks = dict(zip(full.layer_operators, _blocks(model), strict=True))
+    mixers: dict[str, MixerSizes] = {}
+    for name, block in blocks.items():
+        footprint = block.mixer.footprint()
+        if footprint is None:
+            raise ConfigError(
+                f"the mixer {name!r} does not say what it keeps for backward: give it a `footprint`, as longspan/models/mixers have"
+            )
+        mixers[name] = footprint
     return ModelSizes(
         dim=full.dim,
         hidden_dim=full.hidden_dim,
-        num_heads=full.num_heads,
         kv_heads=full.kv_heads,
         head_dim=full.size_of_head,
         vocab_size=full.vocab_size,
-        operators=operators,
-        num_parameters=sum(map(numbers.__getitem__, operators)) + full.dim + table * (1 if full.tie_embeddings else 2),
-        layer_parameters=max(numbers.values()),
-        matrix_parameters=sum(map(matrices.__getitem__, operators)) + table,
+        operators=full.layer_operators,
+        mixers=mixers,
+        num_parameters=model.num_parameters(),
+        layer_parameters=max(sum(p.numel() for p in block.parameters()) for block in blocks.values()),
+        matrix_parameters=table + sum(p.numel() for p in model.blocks.parameters() if p.dim() > 1),
         loss_chunk=chunk_size_of(full.vocab_size),
         feed_forward_chunk=full.feed_forward_chunk,
         num_experts=full.num_experts,
         experts_per_token=full.experts_per_token,
         num_shared_experts=full.num_shared_experts,
     )
+
+
+def _blocks(model: LinearLlama3) -> list[HybridBlock]:
+    return [block for block in model.blocks if isinstance(block, HybridBlock)]
 
 
 def step_of(config: Config, mesh: MeshDegrees) -> Step:
@@ -235,22 +243,12 @@ def step_of(config: Config, mesh: MeshDegrees) -> Step:
 
 def operations_of_sequence(config: Config, seq_len: int | None = None) -> Operations:
     """Operations of the model for one sequence of `seq_len` tokens, the config's own if None."""
-    full = config.model.build(config.data.vocab_size)
+    model = on_meta(config.model.build(config.data.vocab_size))
     tokens = config.train.seq_len if seq_len is None else seq_len
-    rest, attention = 6.0 * full.vocab_size * full.dim, 0.0
-    for name in full.layer_operators:
-        kind = "N" if name == "softmax" else "L"
-        one = dataclasses.replace(
-            full, num_layers=1, pattern=kind, operator="simple_gla" if name == "softmax" else name, vocab_size=1
-        )
-        with torch.device("meta"):
-            model = LinearLlama3(one)
-        counted = model.flops_per_token(tokens) - 6.0 * full.dim
-        (mixer,) = (module for module in model.modules() if isinstance(module, SequenceMixer))
-        # Of a token that sees nothing, not even itself, matrices alone are left.
-        seen = mixer.flops_per_token(tokens) - operations_of_matrices(mixer) if name == "softmax" else 0.0
-        rest, attention = rest + counted - seen, attention + seen
-    return Operations(rest * tokens, attention * tokens)
+    softmax = [block.mixer for block in _blocks(model) if block.mixer.name == "softmax"]
+    # Of a token that sees nothing, not even itself, matrices alone are left.
+    attention = sum(mixer.flops_per_token(tokens) - operations_of_matrices(mixer) for mixer in softmax)
+    return Operations((model.flops_per_token(tokens) - attention) * tokens, attention * tokens)
 
 
 def device_figures(config: PlanConfig) -> tuple[DeviceFigures, str]:

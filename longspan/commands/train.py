@@ -21,6 +21,7 @@ _DESCRIPTION = """Train a hybrid Linear-Llama3 sequence-parallel on real text.
 Starts its own ranks on this machine, or uses those of torchrun. Besides the options below it takes
 
   --config FILE.toml    keys by section, as a run's config.toml has them; options below override it
+  --model.preset NAME   the model of that name (longspan.models.PRESETS), which the other model options change
   --resume [RUN]        go on with a run folder, or with the last one in runs/, from its newest checkpoint
 
 Exit codes: 0 done, 1 failed, 2 refused (the message says how to mend it), 75 stopped by SIGTERM, SIGINT or SIGHUP
@@ -63,11 +64,11 @@ def parse_train(arguments: Sequence[str]) -> tuple[Config, RunFolder | None]:
     """
     import tyro
 
-    from longspan.train.config import Config, check_arguments, read_toml
+    from longspan.train.config import Config, check_arguments, read_toml, take_preset
     from longspan.train.run_folder import find_run_to_resume
 
     remaining, toml, resume_given, resume_path = _take_own_options(arguments)
-    check_arguments(remaining, others=("help", "config", "resume"))
+    check_arguments(remaining, others=("help", "config", "resume", "model.preset"))
     if toml is not None and resume_given:
         raise ConfigError(
             "--config and --resume exclude each other: a resumed run has its own config.toml. Leave one out"
@@ -78,6 +79,7 @@ def parse_train(arguments: Sequence[str]) -> tuple[Config, RunFolder | None]:
         default = read_toml(folder.config)
     elif toml is not None:
         default = read_toml(Path(toml))
+    remaining, default = take_preset(remaining, default)
     config = parse_options(
         *(Config, "train", _DESCRIPTION, remaining),
         default=default,

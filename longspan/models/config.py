@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
 from longspan.errors import ConfigError
-from longspan.models.gates import GATE_BUILDERS
-from longspan.ops.variants import VARIANTS
+from longspan.models.mixers import MIXERS
 
 LayerKind = Literal["L", "N"]
 
@@ -30,16 +31,19 @@ class LinearLlama3Config:
     """Width of the residual stream."""
     num_layers: int = 4
     """Number of blocks."""
-    pattern: str = "LLLN"
-    """Kind of each layer, repeated over the layers: L linear attention, N softmax attention."""
+    pattern: str | tuple[str, ...] = "LLLN"
+    """Kind of each layer, as letters that are repeated over the layers: L linear attention, N softmax attention. Or the name of
+    each layer's mixer; fewer names are repeated over the layers, without a rest."""
     operator: str | tuple[str, ...] = "simple_gla"
-    """What the L layers are: one name for all of them, or one for each."""
+    """The mixer of the L layers (`longspan.models.MIXERS`): one name for all of them, or one for each. Left out where `pattern` has
+    names."""
     num_heads: int = 4
     """Query heads of a layer."""
     num_kv_heads: int | None = None
     """Key and value heads of a softmax layer (grouped queries); None is `num_heads`. Linear layers have `num_heads`."""
     head_dim: int | None = None
-    """Size of a head; None is ``dim / num_heads``."""
+    """Size of a head; None is ``dim / num_heads``. Keys or values of some linear layers have half or twice as many channels a head
+    (docs/models.md)."""
     window: int | None = None
     """How many tokens a softmax layer sees, the token itself included; None is all before it."""
     hidden_dim: int = 704
@@ -64,9 +68,11 @@ class LinearLlama3Config:
     """Use the embedding's matrix for the output, too."""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.operator, str):
-            # A list comes from TOML or JSON; a frozen config must hash.
-            object.__setattr__(self, "operator", tuple(self.operator))
+        # A list comes from TOML or JSON; a frozen config must hash.
+        for name in ("operator", "pattern"):
+            object.__setattr__(self, name, _names(name, getattr(self, name)))
+        if isinstance(self.pattern, str) and self.pattern in MIXERS:
+            object.__setattr__(self, "pattern", (self.pattern,))
         for name in ("vocab_size", "dim", "num_layers", "num_heads", "hidden_dim"):
             _check_positive(name, getattr(self, name))
         if self.feed_forward_chunk != 0 or isinstance(self.feed_forward_chunk, bool):
@@ -78,7 +84,12 @@ class LinearLlama3Config:
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be greater than 0; got {getattr(self, name)}")
         self._check_heads()
-        self._check_layers()
+        if isinstance(self.pattern, str):
+            self._check_letters(self.pattern)
+        else:
+            self._check_names(self.pattern)
+        for name in dict.fromkeys(self.layer_operators):
+            MIXERS[name].check(self)
         self._check_experts()
 
     def _check_experts(self) -> None:
@@ -112,32 +123,45 @@ class LinearLlama3Config:
                 f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.kv_heads}: each key and value "
                 "head serves an equal number of query heads"
             )
-        if "N" in self.pattern and self.size_of_head % 2:
-            raise ConfigError(
-                f"the size of a head must be even, for the rotary embedding of softmax layers; got {self.size_of_head}"
-            )
 
-    def _check_layers(self) -> None:
-        if not self.pattern or set(self.pattern) - {"L", "N"}:
+    def _check_letters(self, pattern: str) -> None:
+        if not pattern or set(pattern) - {"L", "N"}:
+            # What is no L stands for something else, and so for the other letter.
+            letters = "".join("L" if letter in "lL" else "N" for letter in pattern)
             raise ConfigError(
-                "pattern must be letters L (linear attention) and N (softmax attention), such as LLLN; "
-                f"got {self.pattern!r}"
+                "pattern must be letters L (linear attention) and N (softmax attention), such as LLLN, or the name of a mixer for "
+                f"each layer; got {pattern!r}{_hint(pattern, MIXERS, letters)}"
             )
-        names = (self.operator,) if isinstance(self.operator, str) else self.operator
-        for name in names:
-            if name in VARIANTS and name not in GATE_BUILDERS:
-                gates = ", ".join(gate.name for gate in VARIANTS[name].gates)
+        linear = [name for name in MIXERS if name != "softmax"]
+        for name in (self.operator,) if isinstance(self.operator, str) else self.operator:
+            if name not in linear:
                 raise ConfigError(
-                    f"operator {name!r} has no module that makes its gates ({gates}) from a layer's input: add one to "
-                    "longspan/models/gates.py"
+                    f"operator must be one of {', '.join(linear)}; got {name!r}"
+                    + (". Softmax layers are N in pattern" if name == "softmax" else _hint(name, linear))
                 )
-            if name not in GATE_BUILDERS:
-                raise ConfigError(f"operator must be one of {', '.join(GATE_BUILDERS)}; got {name!r}")
         num_linear = self.layer_kinds.count("L")
         if not isinstance(self.operator, str) and len(self.operator) != num_linear:
             raise ConfigError(
                 f"operator lists {len(self.operator)} names for {num_linear} L layers (pattern {self.pattern!r} over "
                 f"{self.num_layers} layers): give one for each, or a single one for all"
+            )
+
+    def _check_names(self, pattern: tuple[str, ...]) -> None:
+        for name in pattern:
+            if name not in MIXERS:
+                raise ConfigError(
+                    f"pattern must be letters L and N, or names of mixers, of {', '.join(MIXERS)}; got {name!r} among "
+                    f"{len(pattern)} names{_hint(name, MIXERS)}"
+                )
+        if not pattern or self.num_layers % len(pattern):
+            raise ConfigError(
+                f"pattern lists {len(pattern)} names for {self.num_layers} layers: give one for each, or as many as can be "
+                "repeated without a rest"
+            )
+        if self.operator != type(self).operator:
+            raise ConfigError(
+                f"pattern names the mixer of each layer ({', '.join(pattern)}), and operator is {self.operator!r}, which is for "
+                "the letters L of a pattern. Leave one of them out"
             )
 
     @property
@@ -153,14 +177,14 @@ class LinearLlama3Config:
     @property
     def layer_kinds(self) -> tuple[LayerKind, ...]:
         """Kind of each layer: the pattern tiled over the layers."""
-        kinds: list[LayerKind] = []
-        for index in range(self.num_layers):
-            kinds.append("L" if self.pattern[index % len(self.pattern)] == "L" else "N")
-        return tuple(kinds)
+        tiled = [self.pattern[index % len(self.pattern)] for index in range(self.num_layers)]
+        return tuple("N" if entry in ("N", "softmax") else "L" for entry in tiled)
 
     @property
     def layer_operators(self) -> tuple[str, ...]:
-        """Operator of each layer: the L layers' own, and ``"softmax"``."""
+        """The mixer of each layer by name: the L layers' own, and ``"softmax"``."""
+        if not isinstance(self.pattern, str):
+            return self.pattern * (self.num_layers // len(self.pattern))
         names = iter([self.operator] * self.num_layers if isinstance(self.operator, str) else self.operator)
         return tuple(next(names) if kind == "L" else "softmax" for kind in self.layer_kinds)
 
@@ -173,3 +197,17 @@ class LinearLlama3Config:
 def _check_positive(name: str, value: object, otherwise: str = "") -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ConfigError(f"{name} must be an integer of at least 1{otherwise}; got {value!r}")
+
+
+def _names(field: str, value: object) -> str | tuple[str, ...]:
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list | tuple) or not all(isinstance(name, str) for name in value):
+        raise ConfigError(f"{field} must be a string or a list of strings; got {value!r}")
+    return tuple(value)
+
+
+def _hint(name: str, known: Iterable[str], otherwise: str = "") -> str:
+    """The known name that is nearest, or `otherwise` where none is near, as the end of a message."""
+    near = difflib.get_close_matches(name, [*known], n=1, cutoff=0.5 if otherwise else 0.0)
+    return f". Did you mean {(near or [otherwise])[0]!r}?" if name else ""

@@ -1,52 +1,22 @@
-"""How an L layer forgets and overwrites: the gates that each operator needs beside q, k and v.
+"""How an L layer forgets and overwrites: what makes the gates that operators take beside q, k and v.
 
-Shapes: B batch rows, T tokens, C channels, H heads, D head dimension.
+Shapes: B batch rows, T tokens, C channels, H heads, K key size.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longspan.dtypes import at_least_float32
 from longspan.features import gla_log_decay, mamba2_log_decay
-from longspan.ops.delta.form import BETA
-from longspan.ops.gates import DecayKind, Gate
-from longspan.ops.variants import VARIANTS, Variant
+from longspan.models.initial import DrawnModule
 
 LOW_RANK = 16
 """Rank of the projection that makes a gate for every channel (GLA, arXiv 2312.06635)."""
-
-
-class GateModules(nn.ModuleDict):
-    """The gates of an operator that has none or several, by name."""
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        made: dict[str, Tensor] = {}
-        for gate in self.values():
-            made.update(gate(x))
-        return made
-
-
-class ConstantDecayGate(nn.Module):
-    """Retention: head h multiplies its state by 1 − 2^(−5−h·s) a token (arXiv 2307.08621, equation 8).
-
-    s spreads the heads over time constants of 2^5 to 2^12 tokens, whatever their number; RetNet's eight heads have s =
-    1.
-    """
-
-    def __init__(self, num_heads: int) -> None:
-        super().__init__()
-        spread = 7 / max(1, num_heads - 1)
-        self.log_decay = tuple(math.log1p(-(2.0 ** (-5 - head * spread))) for head in range(num_heads))
-
-    def forward(self, x: Tensor) -> dict[str, tuple[float, ...]]:
-        # Numbers and not a buffer: the host needs them, and casting the model to bfloat16 would round 1 - 2^-12 to 1.
-        return {"log_decay": self.log_decay}
 
 
 class ScalarDecayGate(nn.Module):
@@ -76,18 +46,55 @@ class ScalarDecayGate(nn.Module):
         return {"g": mamba2_log_decay(self.dt_proj(x), self.A_log, self.dt_bias)}
 
 
+class StepDecay(DrawnModule):
+    """Mamba-2's step sizes, Δ = softplus(dt + dt_bias), and the log decays −e^A_log · Δ (arXiv 2405.21060).
+
+    Both in float32 or wider. e^A_log starts uniform between `least_rate` and 16, and Δ at dt = 0 between 0.001 and 0.1, uniform in
+    its logarithm: as in the code of Mamba-2's authors.
+
+    Args:
+        num_heads: H, each with a rate of its own.
+        num_channels: of a head with a bias of their own: 1 for one step a head, K for one a key channel.
+        least_rate: 1 in Mamba-2 and KDA, 0 in Gated DeltaNet.
+    """
+
+    def __init__(self, num_heads: int, num_channels: int = 1, least_rate: float = 1.0) -> None:
+        super().__init__()
+        self.least_rate = least_rate
+        self.A_log = nn.Parameter(torch.empty(num_heads))
+        self.dt_bias = nn.Parameter(torch.empty(num_heads * num_channels))
+
+    def draw_parameters(self, generator: torch.Generator) -> None:
+        """Rates, then steps."""
+        # 1 less than what is drawn from [0, 1): a rate of 0 has no logarithm.
+        rates = 16.0 - (16.0 - self.least_rate) * torch.empty(self.A_log.shape).uniform_(generator=generator)
+        exponents = torch.empty(self.dt_bias.shape).uniform_(math.log(1e-3), math.log(1e-1), generator=generator)
+        steps = exponents.double().exp()
+        self.A_log.copy_(rates.log())
+        # The inverse of softplus.
+        self.dt_bias.copy_(steps + torch.log(-torch.expm1(-steps)))
+
+    def forward(self, dt: Tensor) -> tuple[Tensor, Tensor]:
+        """Step sizes and log decays, of dt ``[B, T, H]``; of ``[B, T, H · K]``, both ``[B, T, H, K]``."""
+        steps = F.softplus(at_least_float32(dt) + at_least_float32(self.dt_bias))
+        rates = at_least_float32(self.A_log).exp()
+        if len(self.dt_bias) != len(self.A_log):
+            steps, rates = steps.unflatten(-1, (len(self.A_log), -1)), rates.unsqueeze(-1)
+        return steps, -rates * steps
+
+
 class ChannelDecayGate(nn.Module):
     """One log decay per token and key channel, g = log σ(x·W₁·W₂ + bias) / 16 (GLA, arXiv 2312.06635).
 
     Never above zero, computed in float32 or wider. It starts at a time constant of 23 tokens in every channel.
     """
 
-    def __init__(self, dim: int, num_heads: int, head_dim: int) -> None:
+    def __init__(self, dim: int, num_heads: int, key_size: int) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.to_rank_proj = nn.Linear(dim, LOW_RANK, bias=False)
-        self.from_rank_proj = nn.Linear(LOW_RANK, num_heads * head_dim, bias=False)
-        self.bias = nn.Parameter(torch.empty(num_heads * head_dim))
+        self.from_rank_proj = nn.Linear(LOW_RANK, num_heads * key_size, bias=False)
+        self.bias = nn.Parameter(torch.empty(num_heads * key_size))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -112,26 +119,3 @@ class WriteStrength(nn.Module):
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         return {"beta": at_least_float32(self.beta_proj(x)).sigmoid()}
-
-
-_MAKERS: dict[Gate | None, Callable[[int, int, int], nn.Module]] = {
-    DecayKind.HEAD.gate: lambda dim, num_heads, head_dim: ConstantDecayGate(num_heads),
-    DecayKind.TOKEN.gate: lambda dim, num_heads, head_dim: ScalarDecayGate(dim, num_heads),
-    DecayKind.CHANNEL.gate: ChannelDecayGate,
-    BETA: lambda dim, num_heads, head_dim: WriteStrength(dim, num_heads),
-}
-"""What makes a gate that variants declare: (dim, num_heads, head_dim) -> module."""
-
-
-def _make_gates(variant: Variant, dim: int, num_heads: int, head_dim: int) -> nn.Module:
-    made = {gate.name: _MAKERS[gate](dim, num_heads, head_dim) for gate in variant.gates}
-    return next(iter(made.values())) if len(made) == 1 else GateModules(made)
-
-
-GATE_BUILDERS: dict[str, Callable[[int, int, int], nn.Module]] = {
-    name: partial(_make_gates, variant)
-    for name, variant in VARIANTS.items()
-    if all(gate in _MAKERS for gate in variant.gates)
-}
-"""For each operator that an L layer can be, what makes its gates by name from the layer's input: (dim, num_heads,
-head_dim) -> module."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -13,6 +14,14 @@ STD = 0.02
 
 Whole = Callable[[nn.Module], AbstractContextManager[Any]]
 """``with whole(module):`` has a module's own parameters whole, to be set; afterwards each rank has its share of what was set."""
+
+
+class DrawnModule(nn.Module, ABC):
+    """A module that is no linear map, and whose own parameters are drawn at random."""
+
+    @abstractmethod
+    def draw_parameters(self, generator: torch.Generator) -> None:
+        """Set the module's own parameters, on whatever device they are, from draws on the CPU; without gradients."""
 
 
 class InitialWeights:
@@ -51,14 +60,17 @@ class InitialWeights:
     def fill(self, module: nn.Module, residual: Iterable[nn.Module] = ()) -> None:
         """Initialise a module and all that it is made of, in the order of `modules()`.
 
-        Linear maps and embeddings are drawn; any other module with a ``reset_parameters`` of its own, such as a norm or a gate,
-        knows its initial values.
+        Linear maps and embeddings are drawn, and so is what a `DrawnModule` has; any other module with a ``reset_parameters`` of
+        its own, such as a norm, knows its initial values.
         """
         writing = {id(x) for x in residual}
         for part in module.modules():
             with self._whole(part):
                 if isinstance(part, nn.Linear | nn.Embedding):
                     self.draw(part.weight, id(part) in writing)
+                elif isinstance(part, DrawnModule):
+                    if not any(parameter.is_meta for parameter in part.parameters(recurse=False)):
+                        part.draw_parameters(self._generator)
                 else:
                     reset: Callable[[], None] | None = getattr(part, "reset_parameters", None)
                     if reset is not None:

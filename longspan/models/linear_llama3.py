@@ -25,7 +25,7 @@ from longspan.models.config import LinearLlama3Config
 from longspan.models.experts import build_feed_forward
 from longspan.models.feed_forward import FeedForward
 from longspan.models.initial import InitialWeights, Whole
-from longspan.models.mixers import Context, LayerMemory, SequenceMixer, SequenceParallel, build_mixer
+from longspan.models.mixers import MIXERS, Context, LayerMemory, LayerMixer, SequenceParallel, build_mixer
 from longspan.models.mixers.mixer import check_layout_of_model, operations_of_matrices
 from longspan.models.norms import RMSNorm
 from longspan.models.rotary import Rotation, rotation
@@ -57,10 +57,10 @@ class ModelMemory:
 class HybridBlock(nn.Module):
     """x + mixer(norm(x)), then x + feed_forward(norm(x))."""
 
-    def __init__(self, config: LinearLlama3Config, operator: str) -> None:
+    def __init__(self, config: LinearLlama3Config, layer: int) -> None:
         super().__init__()
         self.mixer_norm = RMSNorm(config.dim, config.norm_eps)
-        self.mixer: SequenceMixer = build_mixer(config, operator)
+        self.mixer: LayerMixer = build_mixer(config, layer)
         self.feed_forward_norm = RMSNorm(config.dim, config.norm_eps)
         self.feed_forward: FeedForward = build_feed_forward(config)
 
@@ -93,11 +93,13 @@ class LinearLlama3(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
-        self.blocks = nn.ModuleList(HybridBlock(config, operator) for operator in config.layer_operators)
+        self.blocks = nn.ModuleList(HybridBlock(config, layer) for layer in range(config.num_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
+        made = {name: MIXERS[name].make_shared(config) for name in dict.fromkeys(config.layer_operators)}
+        self.shared = nn.ModuleDict({name: module for name, module in made.items() if module is not None})
         self.sequence_parallel: SequenceParallel | None = None
         self.loss_ranks: SequenceParallel | None = None
         self.init_weights(0)
@@ -231,7 +233,8 @@ class LinearLlama3(nn.Module):
             positions = layout.document_positions_on(tokens.device)
         if memory is not None:
             positions = positions + memory.num_tokens
-        context = Context(layout, positions, self._rotation(positions), outputs_memory=output_memory)
+        shared = {name: module() for name, module in self.shared.items()}
+        context = Context(layout, positions, self._rotation(positions), outputs_memory=output_memory, shared=shared)
         x = self.embedding(tokens)
         found: list[LayerMemory] = []
         routed: list[Routed] = []
@@ -269,6 +272,7 @@ class LinearLlama3(nn.Module):
         for block in self._blocks():
             block.init_weights(initial)
         initial.fill(self.norm)
+        initial.fill(self.shared)
         if not self.config.tie_embeddings:
             initial.fill(self.head)
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longspan.dtypes import at_least_float32
-from longspan.ops.norm import rms_norm_gated
+from longspan.ops.norm import Activation, rms_norm_gated
 from longspan.tracing import unseen_by_checkpointing
 
 
@@ -35,7 +35,20 @@ class RMSNorm(_Norm):
 
 
 class GatedRMSNorm(_Norm):
-    """x / rms(x) · weight ⊙ silu(gate) over the last dimension: see `longspan.rms_norm_gated`."""
+    """x / rms(x) · weight ⊙ act(gate) over the last dimension: see `longspan.rms_norm_gated`."""
+
+    def __init__(self, size: int, eps: float, activation: Activation = "silu") -> None:
+        super().__init__(size, eps)
+        self.activation: Activation = activation
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:
-        return rms_norm_gated(x, gate, self.weight, self.eps)
+        return rms_norm_gated(x, gate, self.weight, self.eps, self.activation)
+
+
+def group_norm(x: Tensor, eps: float) -> Tensor:
+    """(x − mean) / √(variance + eps) over the last dimension, the channels of a head (arXiv 1803.08494); without weights.
+
+    In the dtype of x, computed in float32 or wider.
+    """
+    wide = at_least_float32(x)
+    return F.layer_norm(wide, wide.shape[-1:], eps=eps).to(x.dtype)

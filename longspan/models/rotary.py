@@ -5,6 +5,8 @@ Shapes: B batch rows, T tokens, H heads, D head dimension.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -26,8 +28,17 @@ def rotation(positions: Tensor, size: int, theta: float, dtype: torch.dtype) -> 
     The angles are computed in float64: in float32, those of a token at position 10^6 would be off by 0.06.
     """
     exponents = torch.arange(0, size, 2, dtype=torch.float64, device=positions.device) / size
-    angles = positions.double().unsqueeze(-1) * theta**-exponents
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    return _rotation(positions, theta**-exponents, dtype)
+
+
+def rotation_by(positions: Tensor, angles: Sequence[float], dtype: torch.dtype) -> Rotation:
+    """As `rotation`, with the angle a token of each of D / 2 pairs of channels."""
+    return _rotation(positions, torch.tensor(angles, dtype=torch.float64, device=positions.device), dtype)
+
+
+def _rotation(positions: Tensor, angles: Tensor, dtype: torch.dtype) -> Rotation:
+    turned = positions.double().unsqueeze(-1) * angles
+    return turned.cos().to(dtype), turned.sin().to(dtype)
 
 
 def rotate(x: Tensor, angles: Rotation) -> Tensor:

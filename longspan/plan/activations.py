@@ -1,8 +1,8 @@
 """What a training step keeps of a Linear-Llama3 between forward and backward: counted in the layers, not measured.
 
-Every number here is a count of tensors that autograd saves for a token, found with `torch.autograd.graph.saved_tensors_hooks`; a
-test counts them again, for each operator in float32 and bfloat16. Letters: C width of the residual stream, H heads and K their
-size, H_kv key and value heads of a softmax layer, F width of the feed-forward layer, V vocabulary.
+Every number here, and those that mixers give of themselves, is a count of tensors that autograd saves for a token, found with
+`torch.autograd.graph.saved_tensors_hooks`; a test counts them again, for each mixer in float32 and bfloat16. Letters: C width of
+the residual stream, F width of the feed-forward layer, V vocabulary.
 """
 
 from __future__ import annotations
@@ -10,58 +10,51 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import ceil
+from typing import Protocol
 
 _FLOAT32 = 4
 _STATE_CHUNK = {2: 128, 4: 64}
 _DELTA_CHUNK = 64
-_GATE_RANK = 16
 
 
-@dataclass(frozen=True)
-class MixerTensors:
-    """What a mixer saves for a token, in tensors of so many numbers each.
+class MixerSizes(Protocol):
+    """What the mixer of a layer takes, in numbers, as `longspan.models` has it (``Footprint``).
 
-    heads: H·K in the dtype of the layer; wide_heads: H·K in float32 always; per_head: H, float32. low_rank: the gate's inner width,
-    in the dtype of the layer. squares: chunk × chunk matrices of the delta rules, float32.
+    narrow: saved for a token, in the dtype of the layer; wide: in float32 always. state: of a memory state of one row of the batch,
+    0 for a softmax layer. transition: of a matrix that is sent beside a state; delta rules have one. halo: of what a short
+    convolution is sent for a segment, in the dtype of the layer.
     """
 
-    heads: int
-    wide_heads: int
-    per_head: int
-    low_rank: int = 0
-    squares: int = 0
-
-
-LINEAR: Mapping[str, MixerTensors] = {
-    "linear_attention": MixerTensors(7, 6, 1),
-    "retention": MixerTensors(7, 6, 1),
-    "simple_gla": MixerTensors(7, 6, 4),
-    "gla": MixerTensors(7, 9, 1, low_rank=1),
-    "delta_rule": MixerTensors(9, 6, 4, squares=2),
-    "gated_delta_rule": MixerTensors(9, 6, 7, squares=2),
-    "kda": MixerTensors(9, 10, 4, low_rank=1, squares=2),
-}
-"""Of each operator that a linear layer may have."""
+    @property
+    def narrow(self) -> int: ...
+    @property
+    def wide(self) -> int: ...
+    @property
+    def state(self) -> int: ...
+    @property
+    def transition(self) -> int: ...
+    @property
+    def halo(self) -> int: ...
 
 
 @dataclass(frozen=True)
 class ModelSizes:
     """The sizes of a Linear-Llama3.
 
-    operators: of each layer, a linear operator or "softmax". num_parameters: of the whole model; layer_parameters: of its largest
-    layer; matrix_parameters: of all linear maps, the output's among them, and of all experts. loss_chunk: tokens whose logits are
-    held at once. feed_forward_chunk: tokens that a feed-forward layer computes at once, keeping nothing of its width; 0 is all,
-    kept. num_experts: of a feed-forward layer, of width hidden_dim each, 0 for a plain one; experts_per_token, num_shared_experts:
-    those that a token takes.
+    kv_heads, head_dim: of softmax layers. operators: the mixer of each layer; mixers: what each of these takes. num_parameters: of
+    the whole model; layer_parameters: of its largest layer; matrix_parameters: of all linear maps, the output's among them, and of
+    all experts. loss_chunk: tokens whose logits are held at once. feed_forward_chunk: tokens that a feed-forward layer computes at
+    once, keeping nothing of its width; 0 is all, kept. num_experts: of a feed-forward layer, of width hidden_dim each, 0 for a
+    plain one; experts_per_token, num_shared_experts: those that a token takes.
     """
 
     dim: int
     hidden_dim: int
-    num_heads: int
     kv_heads: int
     head_dim: int
     vocab_size: int
     operators: tuple[str, ...]
+    mixers: Mapping[str, MixerSizes]
     num_parameters: int
     layer_parameters: int
     matrix_parameters: int
@@ -74,24 +67,15 @@ class ModelSizes:
 
 def mixer_bytes(sizes: ModelSizes, operator: str, num_tokens: int, number_bytes: int) -> int:
     """Bytes that a layer's mixer saves for `num_tokens` of this rank, states apart; number_bytes: of the layer's dtype, 2 or 4."""
-    H, HK = sizes.num_heads, sizes.num_heads * sizes.head_dim
-    if operator == "softmax":
-        # q and o; k and v; the log-sum-exp.
-        own = (2 * HK + 2 * sizes.kv_heads * sizes.head_dim) * number_bytes + H * _FLOAT32
-    else:
-        saved = LINEAR[operator]
-        own = (saved.heads * HK + saved.low_rank * _GATE_RANK) * number_bytes
-        own += (saved.wide_heads * HK + saved.per_head * H + saved.squares * _DELTA_CHUNK * H) * _FLOAT32
-    return own * num_tokens
+    mixer = sizes.mixers[operator]
+    return (mixer.narrow * number_bytes + mixer.wide * _FLOAT32) * num_tokens
 
 
 def state_bytes(sizes: ModelSizes, operator: str, num_tokens: int, number_bytes: int, num_segments: int = 1) -> int:
     """Bytes of the float32 states that a linear layer saves: one at each chunk's start, and one behind each segment."""
-    if operator == "softmax":
-        return 0
-    chunk = _DELTA_CHUNK if LINEAR[operator].squares else _STATE_CHUNK[number_bytes]
-    num_states = ceil(num_tokens / chunk) + num_segments
-    return num_states * sizes.num_heads * sizes.head_dim**2 * _FLOAT32
+    mixer = sizes.mixers[operator]
+    chunk = _DELTA_CHUNK if mixer.transition else _STATE_CHUNK[number_bytes]
+    return (ceil(num_tokens / chunk) + num_segments) * mixer.state * _FLOAT32
 
 
 def block_bytes(sizes: ModelSizes, operator: str, num_tokens: int, number_bytes: int) -> int:

@@ -106,8 +106,8 @@ def plan_memory(sizes: ModelSizes, mesh: MeshDegrees, step: Step, device: Device
     if mesh.sp > 1:
         if "softmax" in sizes.operators:
             exchanged = gathered_bytes(sizes, step.seq_len, step.rows, step.number_bytes)
-        pairs = (mesh.sp * step.segments_per_rank + 1) * step.rows * sizes.num_heads * sizes.head_dim**2 * _FLOAT32
-        exchanged = max(exchanged, pairs if len(states) > sizes.operators.count("softmax") else 0)
+        largest_state = max(mixer.state for mixer in sizes.mixers.values())
+        exchanged = max(exchanged, (mesh.sp * step.segments_per_rank + 1) * step.rows * largest_state * _FLOAT32)
     loss = loss_bytes(sizes, tokens, step.number_bytes)
     accumulated = own * _FLOAT32 if step.num_micro_batches > 1 else 0
 
@@ -162,13 +162,17 @@ def layer_bytes(sizes: ModelSizes, mesh: MeshDegrees, step: Step) -> dict[str, i
         return dict.fromkeys(sizes.operators, 0)
     tokens = step.rows * ceil(step.seq_len / mesh.sp)
     others = mesh.sp - 1
-    state = sizes.num_heads * sizes.head_dim**2 * _FLOAT32 * step.rows * step.segments_per_rank
     keys = 2 * sizes.kv_heads * sizes.head_dim * tokens * step.number_bytes
     sent = {}
     for operator in dict.fromkeys(sizes.operators):
-        # A delta rule sends its transitions, K × K as its states are, with them; the others' are small or known.
-        pair = state * (2 if operator in ("delta_rule", "gated_delta_rule", "kda") else 1)
-        sent[operator] = 2 * others * keys if operator == "softmax" else others * (pair + state)
+        # A delta rule sends its transitions, which are matrices, with its states; the others' are small or known.
+        mixer = sizes.mixers[operator]
+        states = others * (2 * mixer.state + mixer.transition) * _FLOAT32
+        # A halo goes to the next segment, and its gradient back.
+        halos = 2 * mixer.halo * step.number_bytes
+        sent[operator] = 2 * others * keys
+        if operator != "softmax":
+            sent[operator] = (states + halos) * step.rows * step.segments_per_rank
     return sent
 
 

@@ -22,7 +22,11 @@ import torch
 from longspan.attention.softmax import SoftmaxMethod
 from longspan.errors import ConfigError
 from longspan.exchange import TOPOLOGIES, Auto, Exchanger
-from longspan.models import LinearLlama3Config
+from longspan.models import PRESETS, LinearLlama3Config, preset
+
+PRESET = "preset"
+"""The key of [model] that stands for all others, which then change it: it is read, and not kept."""
+_LISTS = ("operator", "pattern")
 
 
 @dataclass(frozen=True)
@@ -78,10 +82,10 @@ class ModelConfig:
     """Width of the residual stream."""
     num_layers: int = 4
     """Number of blocks."""
-    pattern: str = "LLLN"
-    """Kind of each layer, repeated over the layers: L linear attention, N softmax attention."""
+    pattern: tuple[str, ...] = ("LLLN",)
+    """Kind of each layer, repeated over the layers: L linear attention, N softmax attention; or the mixer of each layer by name."""
     operator: tuple[str, ...] = ("simple_gla",)
-    """What the L layers are (simple_gla, gla, gated_delta_rule, kda, ...): one name for all of them, or one for each."""
+    """What the L layers are (simple_gla, gla, gated_deltanet, mamba2, ...): one name for all of them, or one for each."""
     num_heads: int = 2
     """Query heads of a layer."""
     num_kv_heads: int | None = 1
@@ -117,11 +121,27 @@ class ModelConfig:
         Raises:
             ConfigError: for values that make no model.
         """
-        values = vars(self) | {"operator": self.operator[0] if len(self.operator) == 1 else self.operator}
+        lists = {"operator": self.operator, "pattern": self.pattern}
+        values = vars(self) | {name: value[0] if len(value) == 1 else value for name, value in lists.items()}
         try:
             return LinearLlama3Config(vocab_size, **values)
         except ConfigError as error:
             raise ConfigError(f"[model] {error}") from error
+
+    @classmethod
+    def of_preset(cls, name: str) -> ModelConfig:
+        """The model of `longspan.models.PRESETS`, all values of this section, whatever it has otherwise.
+
+        Raises:
+            ConfigError: for a preset that does not exist.
+        """
+        try:
+            full = preset(name)
+        except ConfigError as error:
+            raise ConfigError(f"model.preset: {error}") from error
+        values = {entry.name: getattr(full, entry.name) for entry in dataclasses.fields(cls)}
+        lists = {key: (value,) if isinstance(value, str) else value for key, value in values.items() if key in _LISTS}
+        return cls(**(values | lists))
 
 
 @dataclass(frozen=True)
@@ -348,6 +368,9 @@ def from_mapping(values: dict[str, Any]) -> Config:
         if not isinstance(entries, dict):
             raise ConfigError(f"{section} is {entries!r}; it is a section of keys: [{section}]")
         current = getattr(config, section)
+        if section == "model" and PRESET in entries:
+            current = ModelConfig.of_preset(_check_type(f"model.{PRESET}", entries[PRESET], str))
+            entries = {key: value for key, value in entries.items() if key != PRESET}
         kinds = typing.get_type_hints(type(current))
         for key in entries:
             if key not in kinds:
@@ -385,9 +408,27 @@ def check_arguments(arguments: Sequence[str], others: Sequence[str] = ()) -> Non
             raise unknown_key(name, others, option=True)
 
 
+def take_preset(arguments: Sequence[str], config: Config) -> tuple[list[str], Config]:
+    """Split off ``--model.preset NAME``: (the other arguments, the config with the model of that name, for these to change).
+
+    Raises:
+        ConfigError: for a preset that does not exist, or none.
+    """
+    option, remaining = f"--model.{PRESET}", list(arguments)
+    for place, argument in enumerate(remaining):
+        name, equals, value = argument.partition("=")
+        if name == option:
+            if not equals and place + 1 == len(remaining):
+                raise ConfigError(f"{option} needs a name: {option} {next(iter(PRESETS))}")
+            model = ModelConfig.of_preset(value if equals else remaining[place + 1])
+            del remaining[place : place + (1 if equals else 2)]
+            return take_preset(remaining, dataclasses.replace(config, model=model))
+    return remaining, config
+
+
 def unknown_key(key: str, others: Sequence[str] = (), option: bool = False) -> ConfigError:
     """The error for a key that does not exist; it names the nearest one that does."""
-    keys = known_keys()
+    keys = [*known_keys(), f"model.{PRESET}"]
     sections = _section_names()
     dash = "--" if option else ""
     if key in _FORMER_KEYS:

@@ -8,9 +8,7 @@ from typing import Any
 import pytest
 
 from longspan.errors import ConfigError
-from longspan.models import LinearLlama3Config
-from longspan.models.gates import GATE_BUILDERS
-from longspan.ops.variants import VARIANTS
+from longspan.models import LinearLlama3Config, num_parameters
 
 
 def config(**changes: Any) -> LinearLlama3Config:
@@ -28,25 +26,64 @@ def test_each_linear_layer_can_have_its_own_operator() -> None:
     assert config(operator="retention", num_layers=5).layer_operators == (*["retention"] * 3, "softmax", "retention")
 
 
-def test_every_operator_of_a_layer_is_a_variant() -> None:
-    assert set(GATE_BUILDERS) <= set(VARIANTS)
+def test_a_list_names_the_mixer_of_each_layer() -> None:
+    named = config(pattern=["gla", "softmax", "mamba2", "softmax"])
+    assert named.layer_operators == ("gla", "softmax", "mamba2", "softmax")
+    assert "".join(named.layer_kinds) == "LNLN"
+    assert config(pattern=["gla", "softmax", "mamba2"], num_layers=6).layer_operators[3:] == (
+        "gla",
+        "softmax",
+        "mamba2",
+    )
+    assert config(pattern="softmax") == config(pattern=["softmax"])
+    assert config(pattern="hgrn2", num_layers=2).layer_operators == ("hgrn2", "hgrn2")
+
+
+def test_letters_and_names_make_the_same_model() -> None:
+    lettered, named = config(pattern="LN", operator="gla"), config(pattern=("gla", "softmax"))
+    assert lettered.layer_operators == named.layer_operators == ("gla", "softmax", "gla", "softmax")
+    assert num_parameters(lettered) == num_parameters(named)
 
 
 def test_a_config_survives_json() -> None:
-    made = config(operator=("retention", "simple_gla", "retention"), num_kv_heads=2)
-    read = LinearLlama3Config(**json.loads(json.dumps(made.to_dict())))
-    assert read == made
-    assert hash(read) == hash(made)
+    for changes in ({"operator": ("retention", "simple_gla", "retention")}, {"pattern": ["gla", "softmax"]}):
+        made = config(num_kv_heads=2, **changes)
+        read = LinearLlama3Config(**json.loads(json.dumps(made.to_dict())))
+        assert read == made
+        assert hash(read) == hash(made)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"pattern": ""}, r"pattern must be letters L .* and N .*; got ''"),
-        ({"pattern": "LLSN"}, r"pattern must be .* such as LLLN; got 'LLSN'"),
+        ({"pattern": "LLSN"}, r"pattern must be .* such as LLLN, or .*; got 'LLSN'. Did you mean 'LLNN'\?"),
         (
             {"operator": "simple_gal"},
-            r"operator must be one of linear_attention, retention, simple_gla.*; got 'simple_gal'",
+            r"operator must be one of linear_attention, lightning.*; got 'simple_gal'. Did you mean 'simple_gla'\?",
+        ),
+        ({"pattern": "llln"}, r"; got 'llln'. Did you mean 'LLLN'\?"),
+        ({"pattern": "LX"}, r"; got 'LX'. Did you mean 'LN'\?"),
+        ({"pattern": "mamba"}, r"; got 'mamba'. Did you mean 'mamba2'\?"),
+        ({"pattern": ["gla", "sofmax"]}, r"pattern must be .*; got 'sofmax' among 2 names. Did you mean 'softmax'\?"),
+        ({"pattern": ["L", "N"]}, r"pattern must be .* names of mixers.*; got 'L' among 2 names"),
+        ({"pattern": [["gla"]]}, r"pattern must be a string or a list of strings; got \[\['gla'\]\]"),
+        ({"operator": None}, r"operator must be a string or a list of strings; got None"),
+        ({"pattern": []}, r"pattern lists 0 names for 4 layers"),
+        (
+            {"pattern": ["gla"] * 3},
+            r"pattern lists 3 names for 4 layers: give one for each, or as many as can be repeated",
+        ),
+        (
+            {"pattern": ["gla", "softmax"], "operator": "kda"},
+            r"pattern names the mixer of each layer .*Leave one of them out",
+        ),
+        ({"operator": "delta_rule"}, r"got 'delta_rule'. Did you mean 'deltanet'\?"),
+        ({"operator": "gated_delta_rule"}, r"got 'gated_delta_rule'. Did you mean 'gated_deltanet'\?"),
+        ({"operator": "gla", "head_dim": 5, "pattern": "L"}, r"must be even, for the keys of gla.*; got 5"),
+        (
+            {"operator": "retention", "head_dim": 5, "pattern": "L"},
+            r"must be even, for the rotary embedding of ret.*; got 5",
         ),
         ({"operator": ["retention"]}, r"operator lists 1 names for 3 L layers .*: give one for each, or a single one"),
         ({"operator": "softmax"}, r"operator must be one of .*; got 'softmax'"),

@@ -23,9 +23,8 @@ from longspan.attention.softmax import write_softmax
 from longspan.errors import InputError
 from longspan.exchange import Pipelined, Ring
 from longspan.models import LinearLlama3
-from longspan.models.gates import GATE_BUILDERS
 from tests.compare import relative_error, worst
-from tests.models.tiny import random_tokens, tiny_model
+from tests.models.tiny import each_linear_mixer, random_tokens, tiny_model
 from tests.ranks import raised, run_on_ranks
 
 
@@ -87,7 +86,7 @@ def call(model: LinearLlama3, tokens: Tensor, layout: SequenceLayout) -> Tensor:
     return logits
 
 
-@pytest.mark.parametrize("operator", ["simple_gla", *(pytest.param(n, marks=pytest.mark.slow) for n in GATE_BUILDERS)])
+@pytest.mark.parametrize("operator", each_linear_mixer(("simple_gla", "hgrn2")))
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_copies_of_a_parallel_model_are_parallel_and_a_loaded_one_is_a_model(num_ranks: int, operator: str) -> None:
     for differences in run_on_ranks(num_ranks, copies_of_a_model, operator):

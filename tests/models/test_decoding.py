@@ -13,11 +13,10 @@ from torch import Tensor, nn
 from longspan import SequenceLayout, parallelize
 from longspan.errors import InputError, NonFiniteError
 from longspan.models import LinearLlama3, ModelMemory, Sampling, decode, generate, prefill
-from longspan.models.gates import GATE_BUILDERS
 from longspan.models.mixers import SequenceParallel
 from longspan.parallel import compute_in
 from tests.compare import relative_error
-from tests.models.tiny import random_tokens, tiny_model
+from tests.models.tiny import LINEAR_MIXERS, each_linear_mixer, random_tokens, tiny_model
 from tests.ranks import run_on_ranks
 
 NUM_NEW = 6
@@ -25,7 +24,8 @@ PATTERNS = ({"pattern": "L"}, {"pattern": "LN"}, {"pattern": "LN", "window": 4})
 
 
 def model_of(operator: str, **changes: Any) -> LinearLlama3:
-    return tiny_model(operator=operator, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=10, **changes)
+    # Two linear layers at least: of several, some mixers share a parameter.
+    return tiny_model(operator=operator, num_layers=3, num_heads=2, num_kv_heads=1, head_dim=10, **changes)
 
 
 def whole(model: LinearLlama3, tokens: list[int]) -> Tensor:
@@ -64,7 +64,7 @@ def differences_of_all(operator: str) -> dict[str, tuple[float, bool]]:
     return found
 
 
-@pytest.mark.parametrize("operator", GATE_BUILDERS)
+@pytest.mark.parametrize("operator", LINEAR_MIXERS)
 def test_one_process_writes_what_the_whole_sequence_finds_likeliest(operator: str) -> None:
     """Also for prompts of one token, and those shorter than a window."""
     for changes in PATTERNS:
@@ -75,7 +75,7 @@ def test_one_process_writes_what_the_whole_sequence_finds_likeliest(operator: st
 
 
 @pytest.mark.parametrize("num_ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("operator", GATE_BUILDERS)
+@pytest.mark.parametrize("operator", each_linear_mixer())
 def test_a_prompt_over_ranks_is_gone_on_with_as_in_one_process(operator: str, num_ranks: int) -> None:
     """On each of the ranks alone; also of a prompt with fewer tokens than there are ranks."""
     for of_rank in run_on_ranks(num_ranks, differences_of_all, operator):
@@ -99,7 +99,7 @@ def in_dtype(operator: str, dtype: torch.dtype) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize(("dtype", "most", "tie"), [(torch.float32, 1e-4, 0.0), (torch.bfloat16, 0.05, 0.02)])
-@pytest.mark.parametrize("operator", GATE_BUILDERS)
+@pytest.mark.parametrize("operator", each_linear_mixer())
 def test_the_same_in_float32_and_bfloat16(operator: str, dtype: torch.dtype, most: float, tie: float) -> None:
     """In bfloat16 two tokens may be as likely but for a rounding."""
     for error, less in run_on_ranks(2, in_dtype, operator, dtype):

@@ -14,13 +14,14 @@ from torch import Tensor
 from longspan.errors import InputError, LayoutError
 from longspan.layout import SequenceLayout
 from longspan.models import LinearLlama3, LinearLlama3Config, ModelMemory
-from longspan.models.gates import GATE_BUILDERS, ConstantDecayGate, ScalarDecayGate
+from longspan.models.gates import ScalarDecayGate
+from longspan.models.mixers.retention import RetentionMixer
 from longspan.models.rotary import rotate, rotation
 from tests.compare import relative_error, worst
-from tests.models.tiny import random_tokens, tiny_model
+from tests.models.tiny import LINEAR_MIXERS, random_tokens, tiny_model
 
 HYBRIDS: list[dict[str, Any]] = [
-    *({"operator": operator} for operator in GATE_BUILDERS),
+    *({"operator": operator} for operator in LINEAR_MIXERS),
     {"pattern": "NL", "operator": ("retention", "simple_gla"), "num_kv_heads": None, "tie_embeddings": True},
     {"pattern": "N", "num_kv_heads": 1, "head_dim": 6},
     {"pattern": "LN", "window": 20},
@@ -111,7 +112,7 @@ def test_packed_documents_are_as_if_each_were_alone(changes: dict[str, Any]) -> 
     assert relative_error(packed, torch.cat(alone, dim=1)) < 1e-11
 
 
-@pytest.mark.parametrize("operator", GATE_BUILDERS)
+@pytest.mark.parametrize("operator", LINEAR_MIXERS)
 def test_initial_weights_depend_on_the_seed_alone(operator: str) -> None:
     config = LinearLlama3Config(vocab_size=50, dim=32, hidden_dim=48, operator=operator)
     model, other = LinearLlama3(config), LinearLlama3(config)
@@ -146,11 +147,11 @@ def test_number_of_parameters_and_operations() -> None:
         num_heads=4,
         num_kv_heads=2,
         hidden_dim=48,
-        operator="retention",
+        operator="linear_attention",
     )
     model = LinearLlama3(config)
     feed_forward, head = 3 * 32 * 48, 50 * 32
-    linear_matrices, softmax_matrices = 5 * 32 * 32, 2 * 32 * 32 + 2 * 32 * 16
+    linear_matrices, softmax_matrices = 4 * 32 * 32, 2 * 32 * 32 + 2 * 32 * 16
     matrices = linear_matrices + softmax_matrices + 2 * feed_forward + head
     assert model.num_parameters() == matrices + 50 * 32 + 5 * 32 + 8
     # For each of 32 inner channels: one state row of 8 in the linear layer, 100 keys on average in the softmax layer.
@@ -160,7 +161,7 @@ def test_number_of_parameters_and_operations() -> None:
     assert windowed.flops_per_token(200) == 6 * matrices + 12 * 32 * 8 + 12 * 32 * (50 * 0.75 + 25 * 0.25)
 
 
-@pytest.mark.parametrize("operator", GATE_BUILDERS)
+@pytest.mark.parametrize("operator", LINEAR_MIXERS)
 def test_a_bfloat16_model_stays_close_to_float32(operator: str) -> None:
     """Norms, decays and angles of a bfloat16 model are computed in float32, so a long sequence does not drift."""
     config = LinearLlama3Config(vocab_size=29, dim=32, hidden_dim=48, operator=operator)
@@ -176,8 +177,9 @@ def test_a_bfloat16_model_stays_close_to_float32(operator: str) -> None:
 
 
 def test_decays_are_float32_in_a_bfloat16_model() -> None:
-    fixed, scalar = ConstantDecayGate(8).bfloat16(), ScalarDecayGate(16, 4).bfloat16()
-    log_decay = torch.tensor(fixed(torch.zeros(1, 1, 16, dtype=torch.bfloat16))["log_decay"])
+    config = LinearLlama3Config(vocab_size=5, dim=32, num_heads=8, operator="retention")
+    fixed, scalar = RetentionMixer(config, 0).bfloat16(), ScalarDecayGate(16, 4).bfloat16()
+    log_decay = torch.tensor(fixed.log_decay)
     torch.testing.assert_close(log_decay.exp(), 1 - 2.0 ** -torch.arange(5.0, 13.0))
     g = scalar(torch.randn(2, 300, 16, dtype=torch.bfloat16))["g"]
     assert g.dtype == torch.float32
@@ -201,7 +203,7 @@ def test_rotary_embedding_keeps_relative_positions_exact_a_million_tokens_on() -
     assert not torch.allclose(scores[0], (q * k).sum(), atol=1e-2)
 
 
-@pytest.mark.parametrize("operator", GATE_BUILDERS)
+@pytest.mark.parametrize("operator", LINEAR_MIXERS)
 def test_the_loss_falls_on_a_text_that_repeats(operator: str) -> None:
     config = LinearLlama3Config(vocab_size=29, dim=32, num_layers=2, pattern="LN", hidden_dim=64, operator=operator)
     model = LinearLlama3(config)

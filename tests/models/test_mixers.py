@@ -20,14 +20,14 @@ from longspan.models.initial import InitialWeights
 from longspan.models.mixers import (
     Context,
     LayerMemory,
-    LinearMixer,
     ParallelOptions,
     SequenceMixer,
     SequenceParallel,
 )
+from longspan.models.mixers.gla import GLAMixer
 from longspan.parallel import adapters, register_adapter
 from tests.compare import relative_error, worst
-from tests.models.tiny import random_tokens, tiny_model
+from tests.models.tiny import each_linear_mixer, random_tokens, tiny_model
 from tests.ranks import raised, run_on_ranks
 
 DIM = 8
@@ -65,7 +65,7 @@ class OwnModel(nn.Module):
         config = LinearLlama3Config(vocab_size=4, dim=DIM, num_heads=2, operator="gla")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            self.first, self.second = ShortConvolution(), LinearMixer(config, "gla")
+            self.first, self.second = ShortConvolution(), GLAMixer(config, 0)
         self.double()
 
     def forward(self, x: Tensor, layout: SequenceLayout | None = None) -> Tensor:
@@ -234,11 +234,16 @@ def prefilled_and_decoded(operator: str, order: Any, window: int | None) -> dict
     return errors
 
 
-@pytest.mark.parametrize(("operator", "window"), [("simple_gla", None), ("gla", 6), ("kda", None), ("retention", 6)])
-def test_a_memory_crosses_from_many_ranks_to_one_with_its_gradients(operator: str, window: int | None) -> None:
+@pytest.mark.parametrize("operator", each_linear_mixer())
+def test_a_memory_crosses_from_many_ranks_to_one_with_its_gradients(operator: str, window: int | None = None) -> None:
     for order in ("contiguous", "zigzag"):
         for errors in run_on_ranks(2, prefilled_and_decoded, operator, order, window):
             assert worst(errors) < 1e-10, (order, errors)
+
+
+@pytest.mark.parametrize("operator", ["gla", "retention"])
+def test_so_does_that_of_a_window(operator: str) -> None:
+    test_a_memory_crosses_from_many_ranks_to_one_with_its_gradients(operator, 6)
 
 
 def test_what_an_adapter_returns_undoes_it() -> None:

@@ -15,9 +15,8 @@ import longspan.parallel.apply as parallel_module
 from longspan import SequenceLayout, parallelize, record_traffic, sum_gradients, unparallelize
 from longspan.errors import InputError
 from longspan.models import LinearLlama3
-from longspan.models.gates import GATE_BUILDERS
 from tests.compare import relative_error, worst
-from tests.models.tiny import random_tokens, tiny_model
+from tests.models.tiny import each_linear_mixer, random_tokens, tiny_model
 from tests.ranks import raised, run_on_ranks
 
 TOLERANCE = 1e-10
@@ -64,7 +63,7 @@ def assert_equal(answers: list[dict[str, float]]) -> None:
         assert worst(answer) <= TOLERANCE, sorted(answer.items(), key=lambda item: -item[1])[:3]
 
 
-@pytest.mark.parametrize("operator", GATE_BUILDERS)
+@pytest.mark.parametrize("operator", each_linear_mixer())
 @pytest.mark.parametrize("order", ["contiguous", "zigzag"])
 @pytest.mark.parametrize("num_ranks", [2, 3])
 def test_a_hybrid_over_ranks_equals_one_process(operator: str, order: str, num_ranks: int) -> None:

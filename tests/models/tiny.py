@@ -4,9 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 
-from longspan.models import LinearLlama3, LinearLlama3Config
+from longspan.models import MIXERS, LinearLlama3, LinearLlama3Config
+
+LINEAR_MIXERS = [name for name in MIXERS if name != "softmax"]
+QUICK = ("simple_gla", "hgrn2", "mamba2", "kda")
+"""Of a state that decays, a parameter that layers share, a convolution, and a delta rule, one each."""
+
+
+def each_linear_mixer(quick: tuple[str, ...] = QUICK) -> list[Any]:
+    """Every linear mixer, as parameters of a test of which few run with the quick ones."""
+    return [pytest.param(name, marks=() if name in quick else pytest.mark.slow) for name in LINEAR_MIXERS]
 
 
 def tiny_model(**changes: Any) -> LinearLlama3:

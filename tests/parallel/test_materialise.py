@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 from longspan.launch import Place
-from longspan.models import LinearLlama3, LinearLlama3Config
+from longspan.models import MIXERS, LinearLlama3, LinearLlama3Config
 from longspan.parallel import MeshDegrees, ParallelMesh, gathered, materialise, shard_weights
 from longspan.parallel.sharded import is_divided, on_this_rank
 from longspan.train.config import Config, from_mapping
@@ -27,16 +27,16 @@ MODEL = {
     "num_kv_heads": 1,
     "head_dim": 6,
     "hidden_dim": 23,
-    "num_layers": 6,
-    "pattern": "LLLLLN",
+    "num_layers": 14,
 }
-OPERATORS = ["simple_gla", "gla", "kda", "retention", "gated_delta_rule"]
+# One of each, and HGRN2 twice, whose layers share a parameter.
+MIXERS_OF_LAYERS = [*MIXERS, "hgrn2"]
 
 
 def config_of(degrees: MeshDegrees, **values: Any) -> Config:
     parallel = {name: getattr(degrees, name) for name in ("dp_replicate", "dp_shard", "sp", "shard_over_sp")}
     mapping: dict[str, Any] = {
-        "model": MODEL | {"operator": OPERATORS},
+        "model": MODEL | {"pattern": MIXERS_OF_LAYERS},
         "parallel": parallel | {"exchange": "all_gather"},
         "train": {"seed": 3},
     }
@@ -106,7 +106,7 @@ def most_allocated(config: Config, degrees: MeshDegrees) -> tuple[int, int, int,
 @pytest.mark.parametrize("num_ranks", [2, 4])
 def test_no_rank_holds_more_than_its_share_and_one_weight(num_ranks: int) -> None:
     degrees = MeshDegrees(dp_shard=num_ranks)
-    sizes = {"model__dim": 128, "model__hidden_dim": 128, "model__num_layers": 20, "model__operator": ["simple_gla"]}
+    sizes = {"model__dim": 128, "model__hidden_dim": 128, "model__num_layers": 20, "model__pattern": "LLLLLN"}
     config = config_of(degrees, **sizes)
     found = run_on_ranks(num_ranks, most_allocated, config, degrees)
     # FSDP2 fills smaller shares up to the size of the others.

@@ -136,7 +136,7 @@ def test_meshes_of_four_ranks_train_as_one_process() -> None:
 
 @pytest.mark.slow
 def test_every_mesh_of_four_ranks_trains_as_one_process() -> None:
-    assert_equal(4, meshes(4), {"tie_embeddings": False, "operator": "gated_delta_rule"})
+    assert_equal(4, meshes(4), {"tie_embeddings": False, "operator": "gated_deltanet"})
 
 
 @pytest.mark.slow

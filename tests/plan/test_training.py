@@ -12,12 +12,12 @@ from longspan.cli import main
 from longspan.commands import plan_train
 from longspan.commands.plan_train import operations_of_sequence, parse, sizes_of, step_of
 from longspan.degrees import MeshDegrees
+from longspan.errors import ConfigError
 from longspan.layout import SequenceLayout
-from longspan.models import LinearLlama3
-from longspan.models.gates import GATE_BUILDERS
+from longspan.models import MIXERS, LinearLlama3
 from longspan.ops.chunked.cross_entropy import chunked_cross_entropy
 from longspan.parallel import compute_in
-from longspan.plan.activations import LINEAR, block_bytes, kept_loss_bytes, loss_bytes, outside_bytes, state_bytes
+from longspan.plan.activations import block_bytes, kept_loss_bytes, loss_bytes, mixer_bytes, outside_bytes, state_bytes
 from longspan.plan.cluster import stated_cluster
 from longspan.plan.training import DeviceFigures, Step, layer_bytes, plan_memory, plan_time
 from longspan.train.config import Config
@@ -45,26 +45,32 @@ def saved_bytes(model: LinearLlama3, num_tokens: int) -> int:
     return sum(storage.nbytes() for storage in found.values())
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("operator", [*LINEAR, "softmax"])
-def test_what_a_layer_keeps_is_what_autograd_saves(operator: str, dtype: str) -> None:
-    pattern = (
-        ["--model.pattern", "N"] if operator == "softmax" else ["--model.pattern", "L", "--model.operator", operator]
-    )
-    config = parse([*MODEL, *pattern, "--model.num_layers", "2", "--train.dtype", dtype])
+def kept_of_layers(mixer: str, dtype: str, num_layers: int) -> tuple[int, Config]:
+    """Bytes that autograd saves for `TOKENS` tokens of a model of such layers, and its config."""
+    config = parse([*MODEL, "--model.pattern", mixer, "--model.num_layers", str(num_layers), "--train.dtype", dtype])
     model = LinearLlama3(config.model.build(config.data.vocab_size))
     if dtype == "bfloat16":
         compute_in(model, torch.bfloat16)
-    number_bytes = 4 if dtype == "float32" else 2
     # The difference of two lengths: copies of weights do not depend on them.
-    counted = saved_bytes(model, 2 * TOKENS) - saved_bytes(model, TOKENS)
+    return saved_bytes(model, 2 * TOKENS) - saved_bytes(model, TOKENS), config
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_what_a_layer_keeps_is_what_autograd_saves(mixer: str, dtype: str) -> None:
+    counted, config = kept_of_layers(mixer, dtype, 2)
+    number_bytes = 4 if dtype == "float32" else 2
     sizes = sizes_of(config)
-    layer = block_bytes(sizes, operator, TOKENS, number_bytes)
-    layer += state_bytes(sizes, operator, 2 * TOKENS, number_bytes) - state_bytes(sizes, operator, TOKENS, number_bytes)
+    layer = block_bytes(sizes, mixer, TOKENS, number_bytes)
+    layer += state_bytes(sizes, mixer, 2 * TOKENS, number_bytes) - state_bytes(sizes, mixer, TOKENS, number_bytes)
+    if mixer == "hgrn2":
+        # The first of its layers has no bound, and keeps less: the plan takes it for one of the others.
+        assert kept_of_layers(mixer, dtype, 3)[0] - counted == pytest.approx(layer, rel=0.002)
+        return
     loss = kept_loss_bytes(sizes, 2 * TOKENS, number_bytes) - kept_loss_bytes(sizes, TOKENS, number_bytes)
     # Labels are not saved, but held.
     expected = 2 * layer + outside_bytes(sizes, TOKENS) + loss - 8 * TOKENS
-    assert counted == pytest.approx(expected, rel=0.01)
+    assert counted == pytest.approx(expected, rel=0.002)
 
 
 def test_a_feed_forward_layer_in_chunks_keeps_nothing_of_its_width() -> None:
@@ -125,8 +131,21 @@ def most_held(step: Callable[[], None]) -> int:
     return most
 
 
-def test_every_operator_of_a_model_is_counted() -> None:
-    assert set(LINEAR) == set(GATE_BUILDERS)
+def test_a_mixer_that_does_not_say_what_it_keeps_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MIXERS["gla"], "footprint", lambda self: None)
+    with pytest.raises(
+        ConfigError, match="the mixer 'gla' does not say what it keeps for backward: give it a `footprint`"
+    ):
+        sizes_of(parse([*MODEL, "--model.operator", "gla"]))
+
+
+def test_the_main_jobs_layer_takes_what_it_took() -> None:
+    sizes = sizes_of(parse([*MODEL, "--model.pattern", "L"]))
+    heads, channels = 3, 60
+    assert mixer_bytes(sizes, "simple_gla", 7, 4) == 7 * 4 * (13 * channels + 4 * heads)
+    assert mixer_bytes(sizes, "simple_gla", 7, 2) == 7 * (2 * 7 * channels + 4 * (6 * channels + 4 * heads))
+    assert state_bytes(sizes, "simple_gla", 640, 4) == 11 * 4 * channels * 20
+    assert state_bytes(sizes, "simple_gla", 640, 2, 2) == 7 * 4 * channels * 20
 
 
 @pytest.mark.parametrize("experts", [(), ("--model.num_experts", "6", "--model.num_shared_experts", "1")])
@@ -224,8 +243,13 @@ def test_a_layer_sends_what_its_all_gathers_do() -> None:
     sizes = sizes_of(parse([]))
     sent = layer_bytes(sizes, MeshDegrees(sp=4), Step(8192))
     assert sent["softmax"] == 2 * 3 * 2 * sizes.kv_heads * sizes.head_dim * 2048 * 4
-    assert sent["simple_gla"] == 2 * 3 * sizes.num_heads * sizes.head_dim**2 * 4
+    assert sent["simple_gla"] == 2 * 3 * 2 * 64**2 * 4
     assert set(layer_bytes(sizes, MeshDegrees(), Step(8192)).values()) == {0}
+    config = parse(["--model.pattern", "mamba2", "gated_deltanet"])
+    sent = layer_bytes(sizes_of(config), MeshDegrees(sp=4), Step(8192, number_bytes=2, segments_per_rank=2))
+    # States both ways, three tokens of the convolution's channels both ways; a delta rule's transitions forward.
+    assert sent["mamba2"] == 2 * (2 * 3 * 4 * 128 * 64 * 4 + 2 * 3 * (4 * 64 + 256) * 2)
+    assert sent["gated_deltanet"] == 2 * (3 * (2 * 2 * 64 * 128 + 2 * 64 * 64) * 4 + 2 * 3 * (4 * 128) * 2)
 
 
 def test_a_step_is_cut_into_micro_batches() -> None:

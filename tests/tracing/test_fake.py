@@ -80,7 +80,7 @@ def test_gathered_tensors_have_the_whole_length() -> None:
     assert grad.shape == x.shape
 
 
-@pytest.mark.parametrize("operator", ["simple_gla", "gated_delta_rule"])
+@pytest.mark.parametrize("operator", ["simple_gla", "gated_deltanet", "mamba2", "hgrn2", "based", "retention"])
 def test_a_model_is_planned_without_values(operator: str) -> None:
     layout = SequenceLayout.local(70, [0, 11, 40, 70])
     config = LinearLlama3Config(
@@ -97,7 +97,7 @@ def test_a_model_is_planned_without_values(operator: str) -> None:
     assert torch.isfinite(real(random_tokens(1, 70), layout=layout)).all()
 
 
-@pytest.mark.parametrize("operator", ["simple_gla", "kda"])
+@pytest.mark.parametrize("operator", ["simple_gla", "kda", "mamba2", "hgrn2"])
 def test_a_model_is_exported(operator: str) -> None:
     model = tiny_model(operator=operator).eval()
     tokens = random_tokens(2, 70)

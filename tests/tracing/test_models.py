@@ -65,6 +65,6 @@ def on_ranks(operator: str) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("operator", ["simple_gla", "gated_delta_rule"])
+@pytest.mark.parametrize("operator", ["simple_gla", "gated_deltanet"])
 def test_ranks_give_the_same(operator: str) -> None:
     assert worst(run_on_ranks(2, on_ranks, operator, timeout=300.0)) < 1e-10

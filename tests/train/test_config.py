@@ -12,6 +12,7 @@ import torch
 from longspan.commands.train import parse_train
 from longspan.errors import CheckpointError, ConfigError
 from longspan.exchange import Auto, Ring
+from longspan.models import PRESETS, preset
 from longspan.parallel import MeshDegrees
 from longspan.train import config as configs
 from longspan.train.config import (
@@ -46,11 +47,52 @@ def test_the_command_line_overrides_the_file_and_the_file_the_defaults(tmp_path:
     config = parse(
         "--config", str(file), "--train.steps", "9", "--parallel.dp_replicate=3", "--data.suffixes", ".md", ".rst"
     )
-    assert (config.train.steps, config.train.seed, config.optim.lr, config.model.pattern) == (9, 5, 1.0, "LN")
+    assert (config.train.steps, config.train.seed, config.optim.lr, config.model.pattern) == (9, 5, 1.0, ("LN",))
     assert config.parallel.dp_replicate == 3
     assert config.data.suffixes == (".md", ".rst")
     assert parse() == Config()
     assert parse(f"--config={file}").train.steps == 7
+
+
+def test_a_preset_stands_for_all_keys_of_the_model_and_others_change_it(tmp_path: Path) -> None:
+    file = tmp_path / "c.toml"
+    file.write_text('[model]\nnum_heads = 32\npreset = "linear-llama3-1b"\noperator = "gla"\n')
+    model = parse("--config", str(file), "--model.window", "512").model
+    assert model.build(128_256) == preset("linear-llama3-1b", num_heads=32, operator="gla", window=512)
+    # The command line's overrides the whole section of the file.
+    model = parse("--model.num_layers", "4", "--model.preset=linear-llama3-tiny", "--config", str(file)).model
+    assert model.build(2048) == preset("linear-llama3-tiny", num_layers=4)
+    path = tmp_path / "kept.toml"
+    path.write_text(to_toml(dataclasses.replace(Config(), model=model)))
+    assert read_toml(path).model == model
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_is_a_model_that_can_be_trained(name: str) -> None:
+    assert parse("--model.preset", name).model.build(PRESETS[name]["vocab_size"]) == preset(name)
+
+
+def test_an_unknown_preset_names_the_nearest(tmp_path: Path) -> None:
+    message = r"model.preset: there is no preset 'linear-lama-1b'. Did you mean 'linear-llama3-1b'\?"
+    with pytest.raises(ConfigError, match=message):
+        parse("--model.preset", "linear-lama-1b")
+    file = tmp_path / "c.toml"
+    file.write_text('[model]\npreset = "linear-lama-1b"\n')
+    with pytest.raises(ConfigError, match=message):
+        parse("--config", str(file))
+    file.write_text("[model]\npreset = 3\n")
+    with pytest.raises(ConfigError, match=r"model.preset is 3, an int; it must be a str"):
+        parse("--config", str(file))
+    with pytest.raises(ConfigError, match=r"--model.preset needs a name: --model.preset linear-llama3"):
+        parse("--model.preset")
+    with pytest.raises(ConfigError, match=r"did you mean --model.preset\?"):
+        parse("--model.presets", "linear-llama3-1b")
+
+
+def test_a_list_of_mixers_is_an_option() -> None:
+    model = parse("--model.pattern", "gla", "softmax", "mamba2", "softmax").model.build(50)
+    assert model.layer_operators == ("gla", "softmax", "mamba2", "softmax")
+    assert parse("--model.pattern", "hgrn2").model.build(50).layer_operators == ("hgrn2",) * 4
 
 
 def test_a_config_comes_back_from_toml(tmp_path: Path) -> None:

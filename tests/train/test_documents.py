@@ -37,7 +37,7 @@ from tests.train.tiny import metrics, tiny_config, train_here
 LENGTH = 61
 STARTS = ((1, 2, 30, 31, 33, 60), (7, 61), ())
 MODEL = {"vocab_size": 29, "pattern": "LLN", "num_layers": 3}
-OPERATORS = ("simple_gla", "gated_delta_rule")
+OPERATORS = ("simple_gla", "gated_deltanet")
 
 
 def sequences() -> Sequences:

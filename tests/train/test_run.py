@@ -20,7 +20,6 @@ from longspan.errors import CheckpointError, ConfigError, DataError
 from longspan.exchange import TOPOLOGIES
 from longspan.launch import EXIT_DONE, EXIT_STOPPED, Place, StopRequest
 from longspan.layout import SequenceLayout
-from longspan.models.gates import GATE_BUILDERS
 from longspan.plan import gpu_cluster
 from longspan.train.checkpoint import newest_checkpoint
 from longspan.train.config import Config, from_mapping
@@ -33,6 +32,7 @@ from longspan.train.ranks import Ranks
 from longspan.train.run import train_on
 from longspan.train.step_batch import StepBatch
 from longspan.train.trainer import Trainer
+from tests.models.tiny import each_linear_mixer
 from tests.ranks import raised, run_on_ranks
 from tests.shared import made_once
 from tests.train.checkpoints import load_checkpoint
@@ -362,7 +362,7 @@ def test_many_bad_steps_in_a_row_stop_the_run_with_its_checkpoint(corpus: Path, 
 @pytest.mark.parametrize(
     "operator",
     # Of the decays and of the delta rules one each.
-    [pytest.param(name, marks=() if name in ("simple_gla", "kda") else pytest.mark.slow) for name in GATE_BUILDERS],
+    each_linear_mixer(("simple_gla", "kda")),
 )
 def test_a_diverging_run_skips_its_steps_whatever_the_operator(corpus: Path, tmp_path: Path, operator: str) -> None:
     run = tmp_path / "run"

@@ -1,24 +1,60 @@
-"""What mixes the tokens of a model: the interface and one file for each kind."""
+"""What mixes the tokens of a model: the interface, and one file for each kind. A new one is a file and a line here."""
 
 from __future__ import annotations
 
-from longspan.models.config import LinearLlama3Config
-from longspan.models.mixers.linear import LinearMixer
+from typing import TYPE_CHECKING
+
+from longspan.models.mixers.based import BasedMixer
+from longspan.models.mixers.deltanet import DeltaNetMixer
+from longspan.models.mixers.gated_deltanet import GatedDeltaNetMixer
+from longspan.models.mixers.gla import GLAMixer
+from longspan.models.mixers.hgrn2 import HGRN2Mixer
+from longspan.models.mixers.kda import KDAMixer
+from longspan.models.mixers.layer import LayerMixer
+from longspan.models.mixers.lightning import LightningMixer
+from longspan.models.mixers.linear_attention import LinearAttentionMixer
+from longspan.models.mixers.mamba2 import Mamba2Mixer
 from longspan.models.mixers.mixer import Context, LayerMemory, ParallelOptions, SequenceMixer, SequenceParallel
+from longspan.models.mixers.rebased import RebasedMixer
+from longspan.models.mixers.retention import RetentionMixer
+from longspan.models.mixers.simple_gla import SimpleGLAMixer
 from longspan.models.mixers.softmax import SoftmaxMixer
 
+if TYPE_CHECKING:
+    from longspan.models.config import LinearLlama3Config
+
+MIXERS: dict[str, type[LayerMixer]] = {
+    mixer.name: mixer
+    for mixer in (
+        LinearAttentionMixer,
+        LightningMixer,
+        RetentionMixer,
+        SimpleGLAMixer,
+        GLAMixer,
+        BasedMixer,
+        RebasedMixer,
+        HGRN2Mixer,
+        Mamba2Mixer,
+        DeltaNetMixer,
+        GatedDeltaNetMixer,
+        KDAMixer,
+        SoftmaxMixer,
+    )
+}
+"""What a layer of a config can be, by the names that its `operator` and `pattern` take; ``"softmax"`` is the N of a pattern."""
+
 __all__ = [
+    "MIXERS",
     "Context",
     "LayerMemory",
-    "LinearMixer",
+    "LayerMixer",
     "ParallelOptions",
     "SequenceMixer",
     "SequenceParallel",
-    "SoftmaxMixer",
     "build_mixer",
 ]
 
 
-def build_mixer(config: LinearLlama3Config, operator: str) -> SequenceMixer:
-    """The mixer of a layer, by its operator."""
-    return SoftmaxMixer(config) if operator == "softmax" else LinearMixer(config, operator)
+def build_mixer(config: LinearLlama3Config, layer: int) -> LayerMixer:
+    """The mixer of a layer, by the layer's number."""
+    return MIXERS[config.layer_operators[layer]](config, layer)

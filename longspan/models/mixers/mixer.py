@@ -56,7 +56,8 @@ class Context:
 
     layout: which tokens of the sequence these are; None is whole sequences. positions: int64 ``[T]``, of each token in its
     document, earlier tokens counted. rotation: of these positions, where a mixer of the model `rotates`. memory: what this layer
-    remembers of earlier tokens; None is nothing. outputs_memory: whether to return what it remembers afterwards.
+    remembers of earlier tokens; None is nothing. outputs_memory: whether to return what it remembers afterwards. shared: what
+    layers of a kind have together, by the name of their mixer.
     """
 
     layout: SequenceLayout | None
@@ -64,6 +65,7 @@ class Context:
     rotation: Rotation | None = None
     memory: LayerMemory | None = None
     outputs_memory: bool = False
+    shared: Mapping[str, Tensor] = field(default_factory=dict)
 
     def remembered(self, name: str) -> Tensor | None:
         """A tensor of this layer's memory, or None before the first token."""

@@ -6,25 +6,32 @@ D head dimension.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor, nn
 
 from longspan.attention.softmax import write_softmax
-from longspan.models.config import LinearLlama3Config
+from longspan.errors import ConfigError
 from longspan.models.initial import InitialWeights
-from longspan.models.mixers.mixer import Context, LayerMemory, SequenceMixer, operations_of_matrices
+from longspan.models.mixers.layer import Footprint, LayerMixer
+from longspan.models.mixers.mixer import Context, LayerMemory, operations_of_matrices
 from longspan.models.rotary import rotate
 
+if TYPE_CHECKING:
+    from longspan.models.config import LinearLlama3Config
 
-class SoftmaxMixer(SequenceMixer):
-    """Llama 3's attention: rotary embedding and grouped queries.
+
+class SoftmaxMixer(LayerMixer):
+    """Llama 3's attention (arXiv 2407.21783): rotary embedding and grouped queries.
 
     It remembers ``{"keys": [B, L, H_kv, D], "values": [B, L, H_kv, D]}``; with a window the last ``window - 1`` tokens.
     """
 
+    name = "softmax"
     rotates = True
 
-    def __init__(self, config: LinearLlama3Config) -> None:
-        super().__init__()
+    def __init__(self, config: LinearLlama3Config, layer: int) -> None:
+        super().__init__(config, layer)
         self.window = config.window
         self.num_heads, self.head_dim = config.num_heads, config.size_of_head
         inner, kv_inner = config.num_heads * self.head_dim, config.kv_heads * self.head_dim
@@ -32,6 +39,13 @@ class SoftmaxMixer(SequenceMixer):
         self.k_proj = nn.Linear(config.dim, kv_inner, bias=False)
         self.v_proj = nn.Linear(config.dim, kv_inner, bias=False)
         self.out_proj = nn.Linear(inner, config.dim, bias=False)
+
+    @classmethod
+    def check(cls, config: LinearLlama3Config) -> None:
+        if config.size_of_head % 2:
+            raise ConfigError(
+                f"the size of a head must be even, for the rotary embedding of softmax layers; got {config.size_of_head}"
+            )
 
     def mix(self, x: Tensor, context: Context) -> tuple[Tensor, LayerMemory | None]:
         assert context.rotation is not None
@@ -62,6 +76,11 @@ class SoftmaxMixer(SequenceMixer):
         # What a token sees on average.
         seen = window - window**2 / (2 * seq_len)
         return operations_of_matrices(self) + 12 * self.num_heads * self.head_dim * seen
+
+    def footprint(self) -> Footprint:
+        # q and o; k and v; the log-sum-exp.
+        narrow = 2 * self.num_heads * self.head_dim + self.k_proj.out_features + self.v_proj.out_features
+        return Footprint(narrow, wide=self.num_heads, state=0)
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim))

@@ -1,4 +1,4 @@
-"""Every operator of the library can be the L layers of a model, over ranks and token by token."""
+"""Every mixer can be layers of a model, over ranks, in documents, and token by token."""
 
 from __future__ import annotations
 
@@ -11,29 +11,26 @@ from torch import Tensor
 
 from longspan import SequenceLayout, parallelize, sum_gradients
 from longspan.errors import ConfigError
-from longspan.models import LinearLlama3, LinearLlama3Config, ModelMemory
-from longspan.models.gates import GATE_BUILDERS, ChannelDecayGate, WriteStrength
-from longspan.models.mixers import LinearMixer
-from longspan.ops.variants import VARIANTS
-from longspan.state import Dense
+from longspan.models import MIXERS, LinearLlama3, LinearLlama3Config, ModelMemory
+from longspan.models.gates import ChannelDecayGate, StepDecay, WriteStrength
 from tests.compare import relative_error, worst
-from tests.models.tiny import random_tokens, tiny_model
+from tests.models.tiny import LINEAR_MIXERS, random_tokens, tiny_model
 from tests.ranks import run_on_ranks
 
 
-def test_every_operator_makes_a_layer() -> None:
-    assert list(GATE_BUILDERS) == list(VARIANTS)
+def test_a_mixer_is_listed_by_its_name() -> None:
+    assert all(mixer.name == name for name, mixer in MIXERS.items())
 
 
-def test_an_unknown_operator_is_refused_with_the_names_of_all() -> None:
+def test_an_unknown_mixer_is_refused_with_the_names_of_all() -> None:
     with pytest.raises(ConfigError) as caught:
         LinearLlama3Config(vocab_size=50, operator="delta")
-    assert all(name in str(caught.value) for name in (*VARIANTS, "'delta'"))
+    assert all(name in str(caught.value) for name in (*LINEAR_MIXERS, "got 'delta'. Did you mean 'deltanet'?"))
 
 
 def model_of(operator: str) -> LinearLlama3:
-    """A head size of its own, larger than dim / num_heads, so that a gate of another size would show."""
-    return tiny_model(operator=operator, pattern="LN", num_layers=2, num_heads=2, num_kv_heads=1, head_dim=10)
+    """A head size of its own, larger than dim / num_heads, so that a gate of another size would show; and two linear layers."""
+    return tiny_model(operator=operator, pattern="LNL", num_layers=3, num_heads=2, num_kv_heads=1, head_dim=10)
 
 
 def gradients_and_logits(
@@ -63,14 +60,18 @@ def differences_on_rank(operator: str, order: Any, documents: tuple[int, ...] | 
     return {name: relative_error(got[name], want[name]) for name in want}
 
 
-@pytest.mark.parametrize("operator", VARIANTS)
-def test_two_ranks_equal_one_process(operator: str) -> None:
-    for order, documents in (("contiguous", None), ("zigzag", None), ("zigzag", (0, 1, 30, 52, 75))):
-        for differences in run_on_ranks(2, differences_on_rank, operator, order, documents):
+LAYOUTS = (("contiguous", None), ("zigzag", None), ("zigzag", (0, 1, 30, 52, 75)))
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("operator", LINEAR_MIXERS)
+def test_ranks_equal_one_process(operator: str, num_ranks: int) -> None:
+    for order, documents in LAYOUTS if num_ranks > 1 else LAYOUTS[2:]:
+        for differences in run_on_ranks(num_ranks, differences_on_rank, operator, order, documents):
             assert worst(differences) < 1e-10, (order, documents, differences)
 
 
-@pytest.mark.parametrize("operator", VARIANTS)
+@pytest.mark.parametrize("operator", LINEAR_MIXERS)
 def test_token_by_token_a_model_gives_the_logits_of_one_call(operator: str) -> None:
     model, tokens = model_of(operator), random_tokens(2, 70)
     memory: ModelMemory | None = None
@@ -85,18 +86,6 @@ def test_token_by_token_a_model_gives_the_logits_of_one_call(operator: str) -> N
     assert relative_error(got, want) < 1e-11
 
 
-@pytest.mark.parametrize("operator", [name for name, variant in VARIANTS.items() if variant.transition is Dense])
-def test_keys_of_a_delta_rule_have_unit_length(operator: str) -> None:
-    """With longer ones, and beta near 1, a state may grow without bound."""
-    (mixer,) = (module for module in model_of(operator).modules() if isinstance(module, LinearMixer))
-    generator = torch.Generator().manual_seed(0)
-    x = 10 * torch.randn(1, 40, 16, generator=generator, dtype=torch.float64)
-    keys, gates = mixer._features(mixer.k_proj(x)), mixer.decay(x)
-    torch.testing.assert_close(keys.norm(dim=-1), torch.ones(1, 40, 2).double(), rtol=1e-3, atol=0)
-    beta = torch.as_tensor(gates["beta"])
-    assert 0 < beta.min() < beta.max() < 1
-
-
 def test_gates_of_a_bfloat16_layer_are_float32() -> None:
     x = torch.randn(2, 30, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
     decay, strength = ChannelDecayGate(16, 4, 6).bfloat16(), WriteStrength(16, 4).bfloat16()
@@ -105,6 +94,13 @@ def test_gates_of_a_bfloat16_layer_are_float32() -> None:
     assert beta.shape == (2, 30, 4)
     assert g.dtype == beta.dtype == torch.float32
     assert (g < 0).all()
+    steps = StepDecay(4, 4)
+    with torch.no_grad():
+        steps.draw_parameters(torch.Generator().manual_seed(0))
+    size, of_channels = steps.bfloat16()(x)
+    assert size.shape == of_channels.shape == (2, 30, 4, 4)
+    assert size.dtype == of_channels.dtype == torch.float32
+    assert (of_channels < 0).all() and (size > 0).all()
 
 
 def test_channel_decays_start_at_the_stated_time_constant() -> None:

@@ -1,0 +1,293 @@
+"""The layers of the papers, token by token in plain PyTorch: what mixers are compared with. Nothing of the library is used.
+
+Each function takes x ``[B, T, C]``, the mixer's parameters by name, and `Sizes`; and returns ``[B, T, C]``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Parameters = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Heads and their size, as the config says; the layer's number and how many there are; eps of the norms; bounds: HGRN2's."""
+
+    num_heads: int
+    head_dim: int
+    layer: int
+    num_layers: int
+    eps: float
+    bounds: Tensor | None = None
+
+
+def silu(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(x)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt() * weight
+
+
+def unit(x: Tensor) -> Tensor:
+    return x / (x.pow(2).sum(-1, keepdim=True) + 1e-6).sqrt()
+
+
+def softplus(x: Tensor) -> Tensor:
+    return torch.log1p(x.exp())
+
+
+def project(x: Tensor, p: Parameters, name: str) -> Tensor:
+    return x @ p[f"{name}.weight"].T
+
+
+def heads(x: Tensor, num_heads: int) -> Tensor:
+    return x.reshape(*x.shape[:2], num_heads, -1)
+
+
+def convolved(x: Tensor, p: Parameters) -> Tensor:
+    """silu(bias + Σ_j w_j x_{t-3+j}), a token after another."""
+    weight, bias = p["convolution.weight"], p.get("convolution.bias")
+    rows = []
+    for t in range(x.shape[1]):
+        total = torch.zeros_like(x[:, 0])
+        for j in range(4):
+            if t - 3 + j >= 0:
+                total = total + weight[:, j] * x[:, t - 3 + j]
+        rows.append(silu(total if bias is None else total + bias))
+    return torch.stack(rows, dim=1)
+
+
+Step = Callable[[Tensor, Tensor, Tensor, int], Tensor]
+"""The state after token t: of the state before, and its key and value, each ``[B, H, ...]``."""
+
+
+def recurrence(q: Tensor, k: Tensor, v: Tensor, step: Step, scale: float) -> Tensor:
+    """o_t = scale · S_tᵀ q_t for q, k ``[B, T, H, K]`` and v ``[B, T, H, V]``."""
+    state = torch.zeros(q.shape[0], q.shape[2], k.shape[3], v.shape[3], dtype=q.dtype)
+    rows = []
+    for t in range(q.shape[1]):
+        state = step(state, k[:, t], v[:, t], t)
+        rows.append(scale * torch.einsum("bhk,bhkv->bhv", q[:, t], state))
+    return torch.stack(rows, dim=1)
+
+
+def outer(k: Tensor, v: Tensor) -> Tensor:
+    return k.unsqueeze(-1) * v.unsqueeze(-2)
+
+
+def linear_attention(x: Tensor, p: Parameters, s: Sizes) -> Tensor:
+    def feature(y: Tensor) -> Tensor:
+        return torch.where(y > 0, y + 1, y.exp())
+
+    q, k, v = (heads(project(x, p, f"{name}_proj"), s.num_heads) for name in "qkv")
+    o = recurrence(feature(q), feature(k), v, lambda state, k, v, t: state + outer(k, v), s.head_dim**-0.5)
+    return project(rms_norm(o, p["norm.weight"], s.eps).flatten(2), p, "out_proj")
+
+
+def lightning(x: Tensor, p: Parameters, s: Sizes) -> Tensor:
+    """For a power of two of heads."""
+    q, k, v = (heads(silu(project(x, p, f"{name}_proj")), s.num_heads) for name in "qkv")
+    slopes = [2.0 ** (-8 * (head + 1) / s.num_heads) for head in range(s.num_heads)]
+    factor = 1 - s.layer / (s.num_layers - 1) + 1e-5
+    decay = torch.tensor([math.exp(-slope * factor) for slope in slopes], dtype=x.dtype)[:, None, None]
+    o = recurrence(q, k, v, lambda state, k, v, t: decay * state + outer(k, v), 1.0)
+    gate = torch.sigmoid(project(x, p, "gate_proj"))
+    return project(rms_norm(o.flatten(2), p["norm.weight"], s.eps) * gate, p, "out_proj")
+
+
+def retention(x: Tensor, p: Parameters, s: Sizes) -> Tensor:
+    """Neighbouring channels are turned together, as in the authors' code: the mixer's channels in another order."""
+    half = s.head_dim // 2
+    order = torch.arange(s.head_dim).reshape(2, half).T.flatten()
+    angles = 1.0 / 10_000 ** torch.linspace(0, 1, half, dtype=torch.float64)
+
+    def turned(y: Tensor) -> Tensor:
+        y = heads(y, s.num_heads)[..., order]
+        at = torch.arange(x.shape[1], dtype=torch.float64)[:, None] * angles
+        cos, sin = (f.repeat_interleave(2, dim=-1)[:, None] for f in (at.cos(), at.sin()))
+        rotated = torch.stack([-y[..., 1::2], y[..., ::2]], dim=-1).flatten(-2)
+        return y * cos + rotated * sin
+
+    q, k = turned(project(x, p, "q_proj")), turned(project(x, p, "k_proj"))
+    v = heads(project(x, p, "v_proj"), s.num_heads)
+    decay = torch.tensor([1 - 2.0 ** (-5 - head) for head in range(s.num_heads)], dtype=x.dtype)[:, None, None]
+    o = recurrence(q, k, v, lambda state, k, v, t: decay * state + outer(k, v), s.head_dim**-0.5)
+    centred = o - o.mean(-1, keepdim=True)
+    normed = centred / (centred.pow(2).mean(-1, keepdim=True) + s.eps).sqrt()
+    return project(normed.flatten(2) * silu(project(x, p, "gate_proj")), p, "out_proj")
+
+
+def simple_gla(x: Tensor, p: Parameters, s: Sizes) -> Tensor:
+    def feature(y: Tensor) -> Tensor:
+        return torch.where(y > 0, y + 1, y.exp())
+
+    q, k, v = (heads(project(x, p, f"{name}_proj"), s.num_heads) for name in "qkv")
+    g = -p["decay.A_log"].exp() * softplus(project(x, p, "decay.dt_proj") + p["decay.dt_bias"])
+
+    def step(state: Tensor, k: Tensor, v: Tensor, t: int) -> Tensor:
+        return g[:, t].exp()[..., None, None] * state + outer(k, v)
+
+    o = recurrence(feature(q), feature(k), v, step, s.head_dim**-0.5)
+    gate = heads(silu(project(x, p, "gate_proj")), s.num_heads)
+    return project((rms_norm(o, p["norm.weight"], s.eps) * gate).flatten(2), p, "out_proj")
+
+
+def gla(x: Tensor, p: Parameters, s: Sizes) -> Tensor:
+    q, k, v = (heads(project(x, p, f"{name}_proj"), s.num_heads) for name in "qkv")
+    assert q.shape[-1] == k.shape[-1] == s.head_dim // 2 and v.shape[-1] == s.head_dim
+    logits = project(project(x, p, "decay.to_rank_proj"), p, "decay.from_rank_proj") + p["decay.bias"]
+    a = heads(torch.sigmoid(logits) ** (1 / 16), s.num_heads)
+    o = recurrence(q, k, v, lambda state, k, v, t: a[:, t, ..., None] * state + outer(k, v), (s.head_dim // 2) ** -0.5)
+    gate = heads(silu(project(x, p, "gate_proj")), s.num_heads)
+    return project((rms_norm(o, p["norm.weight"], s.eps) * gate).flatten(2), p, "out_proj")
+
+
+def _weighted(x: Tensor, p: Parameters, s: Sizes, kernel: Callable[[Tensor, Tensor], Tensor], eps: float) -> Tensor:
+    """Attention with the weights kernel(q_t, k_s) / (Σ_s kernel(q_t, k_s) + eps): what the states of feature maps stand for."""
+    q, k, v = (heads(project(x, p, f"{name}_proj"), s.num_heads).transpose(1, 2) for name in "qkv")
+    assert q.shape[-1] == 16
+    weights = kernel(q, k).tril()
+    o = weights @ v / (weights.sum(-1, keepdim=True) + eps)
+    return project(o.transpose(1, 2).flatten(2), p, "out_proj")
+
+
+def based(x: Tensor, p: Parameters, s: Sizes) -> Tensor:
+    def kernel(q: Tensor, k: Tensor) -> Tensor:
+        scores = q @ k.mT / 4
+        return 1 + scores + scores**2 / 2
+
+    return _weighted(x, p, s, kernel, 1e-12)
+
+
+def rebased(x: Tensor, p: Parameters, s: Sizes) -> Tensor:
+    def moved(y: Tensor) -> Tensor:
+        centred = y - y.mean(-1, keepdim=True)
+        normed = centred / (centred.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt()
+        return p["features.gamma"] * normed + p["features.beta"]
+
+    return _weighted(x, p, s, lambda q, k: (moved(q) @ moved(k).mT) ** 2 / 16, 1e-5)
+
+
+def hgrn2(x: Tensor, p: Parameters, s: Sizes) -> Tensor:
+    """bounds: ``[number of layers, C]``, of which the layer's is taken."""
+    assert s.bounds is not None
+    bound = heads(s.bounds[s.layer].expand(1, 1, -1), s.num_heads)[0, 0]
+    f = bound + (1 - bound) * torch.sigmoid(heads(project(x, p, "forget_proj"), s.num_heads))
+    q, i = heads(silu(project(x, p, "q_proj")), s.num_heads), heads(project(x, p, "i_proj"), s.num_heads)
+    o = recurrence(q, 1 - f, i, lambda state, k, v, t: f[:, t, ..., None] * state + outer(k, v), 1.0)
+    return project(rms_norm(o.flatten(2), p["norm.weight"], s.eps), p, "out_proj")
+
+
+def mamba2(x: Tensor, p: Parameters, s: Sizes) -> Tensor:
+    num_heads = 2 * s.num_heads
+    inner = num_heads * s.head_dim
+    z, inputs, dt = project(x, p, "in_proj").split((inner, inner + 256, num_heads), dim=-1)
+    u, b, c = convolved(inputs, p).split((inner, 128, 128), dim=-1)
+    u, delta, rate = heads(u, num_heads), softplus(dt + p["decay.dt_bias"]), -p["decay.A_log"].exp()
+    state = torch.zeros(x.shape[0], num_heads, s.head_dim, 128, dtype=x.dtype)
+    rows = []
+    for t in range(x.shape[1]):
+        kept = (delta[:, t] * rate).exp()[..., None, None]
+        state = kept * state + delta[:, t, :, None, None] * outer(u[:, t], b[:, t, None].expand(-1, num_heads, -1))
+        rows.append(torch.einsum("bhpn,bn->bhp", state, c[:, t]) + p["skip.D"][:, None] * u[:, t])
+    y = torch.stack(rows, dim=1).flatten(2)
+    return project(rms_norm(y * silu(z), p["norm.weight"], s.eps), p, "out_proj")
+
+
+def _delta(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: Tensor) -> Tensor:
+    """S_t = (I − β k kᵀ) Diag(decay) S_{t-1} + β k vᵀ, for decay ``[B, T, H, K or 1]``."""
+
+    def step(state: Tensor, k: Tensor, v: Tensor, t: int) -> Tensor:
+        state = decay[:, t, ..., None] * state
+        read = torch.einsum("bhk,bhkv->bhv", k, state)
+        return state + beta[:, t, :, None, None] * outer(k, v - read)
+
+    return recurrence(q, k, v, step, q.shape[-1] ** -0.5)
+
+
+def _convolved_heads(x: Tensor, p: Parameters, s: Sizes) -> tuple[Tensor, ...]:
+    """q and k of length 1, and v, each projection convolved by its own rows of the taps."""
+    parts = [project(x, p, f"{name}_proj") for name in "qkv"]
+    first, found = 0, []
+    for part in parts:
+        taps = p["convolution.weight"][first : first + part.shape[-1]]
+        first += part.shape[-1]
+        found.append(heads(convolved(part, {"convolution.weight": taps}), s.num_heads))
+    assert first == len(p["convolution.weight"])
+    q, k, v = found
+    return unit(q), unit(k), v
+
+
+def deltanet(x: Tensor, p: Parameters, s: Sizes) -> Tensor:
+    q, k, v = _convolved_heads(x, p, s)
+    beta = torch.sigmoid(project(x, p, "strength.beta_proj"))
+    o = _delta(q, k, v, beta, torch.ones_like(beta).unsqueeze(-1))
+    return project(rms_norm(o, p["norm.weight"], s.eps).flatten(2), p, "out_proj")
+
+
+def gated_deltanet(x: Tensor, p: Parameters, s: Sizes) -> Tensor:
+    q, k, v = _convolved_heads(x, p, s)
+    assert v.shape[-1] == 2 * k.shape[-1]
+    beta = torch.sigmoid(project(x, p, "strength.beta_proj"))
+    g = -p["decay.A_log"].exp() * softplus(project(x, p, "dt_proj") + p["decay.dt_bias"])
+    o = _delta(q, k, v, beta, g.exp().unsqueeze(-1))
+    gate = heads(silu(project(x, p, "gate_proj")), s.num_heads)
+    return project((rms_norm(o, p["norm.weight"], s.eps) * gate).flatten(2), p, "out_proj")
+
+
+def kda(x: Tensor, p: Parameters, s: Sizes) -> Tensor:
+    q, k, v = _convolved_heads(x, p, s)
+    beta = torch.sigmoid(project(x, p, "strength.beta_proj"))
+    dt = project(project(x, p, "dt_proj.0"), p, "dt_proj.1") + p["decay.dt_bias"]
+    g = -p["decay.A_log"].exp()[:, None] * heads(softplus(dt), s.num_heads)
+    o = _delta(q, k, v, beta, g.exp())
+    gate = heads(torch.sigmoid(project(project(x, p, "gate_proj.0"), p, "gate_proj.1")), s.num_heads)
+    return project((rms_norm(o, p["norm.weight"], s.eps) * gate).flatten(2), p, "out_proj")
+
+
+def softmax(x: Tensor, p: Parameters, s: Sizes) -> Tensor:
+    """Llama 3's attention, base 500,000, with key and value heads that serve two query heads each; a window of 5 tokens."""
+    half = s.head_dim // 2
+    angles = 500_000.0 ** (-torch.arange(half, dtype=torch.float64) / half)
+    at = torch.polar(torch.ones((), dtype=torch.float64), torch.arange(x.shape[1])[:, None] * angles)
+
+    def turned(name: str, num_heads: int) -> Tensor:
+        y = heads(project(x, p, name), num_heads)
+        z = torch.complex(y[..., :half], y[..., half:]) * at[:, None]
+        return torch.cat([z.real, z.imag], dim=-1)
+
+    q, k = turned("q_proj", s.num_heads), turned("k_proj", s.num_heads // 2).repeat_interleave(2, dim=2)
+    v = heads(project(x, p, "v_proj"), s.num_heads // 2).repeat_interleave(2, dim=2)
+    rows = []
+    for t in range(x.shape[1]):
+        seen = slice(max(0, t - 4), t + 1)
+        weights = torch.einsum("bhk,bshk->bhs", q[:, t], k[:, seen]).mul(s.head_dim**-0.5).softmax(-1)
+        rows.append(torch.einsum("bhs,bshv->bhv", weights, v[:, seen]).flatten(1))
+    return project(torch.stack(rows, dim=1), p, "out_proj")
+
+
+REFERENCES: Mapping[str, Callable[[Tensor, Parameters, Sizes], Tensor]] = {
+    function.__name__: function
+    for function in (
+        linear_attention,
+        lightning,
+        retention,
+        simple_gla,
+        gla,
+        based,
+        rebased,
+        hgrn2,
+        mamba2,
+        deltanet,
+        gated_deltanet,
+        kda,
+        softmax,
+    )
+}

@@ -1,0 +1,86 @@
+"""Operations per token are those that PyTorch's counter finds in a forward and a backward: exactly, where it can see them.
+
+The counter sees matrix products. It does not see:
+
+- short convolutions, which are sums of shifted products, counted as six for each tap;
+- attention by the CPU's flash operator, which has no formula there: its tokens are counted here, one by one;
+- that a chunk form computes scores inside its chunks, which the recurrent form does not: as these grow with the chunk, what is
+  left at a chunk of no tokens is the recurrent form. Where decays are learned it has up to 8 % more, which sums their gradients.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from longspan.attention import linear
+from longspan.models import MIXERS, LinearLlama3, LinearLlama3Config, flops_per_token
+from longspan.models.counts import on_meta
+from longspan.models.mixers.mixer import operations_of_matrices
+from tests.models.tiny import LINEAR_MIXERS
+
+LENGTH = 256
+CONFIG = LinearLlama3Config(vocab_size=40, dim=48, num_layers=2, pattern="L", num_heads=4, head_dim=16, hidden_dim=56)
+LEARNED_DECAYS = {"simple_gla", "gla", "hgrn2", "mamba2", "gated_deltanet", "kda"}
+
+
+def config_of(name: str) -> LinearLlama3Config:
+    return dataclasses.replace(CONFIG, pattern=(name,))
+
+
+def product_in_place(out: Any, one: Any, other: Any, **options: Any) -> int:
+    """Of `Tensor.baddbmm_`, which the counter does not know, by shapes."""
+    return int(2 * one[0] * one[1] * one[2] * other[2])
+
+
+def counted(model: LinearLlama3, tokens: Tensor) -> float:
+    """Operations a token."""
+    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.baddbmm_: product_in_place})
+    with counter:
+        model(tokens).sum().backward()
+    return counter.get_total_flops() / tokens.numel()
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_linear_maps_are_counted_exactly(name: str) -> None:
+    """Without values the operators are one thing each, inside which the counter does not look."""
+    model = on_meta(config_of(name))
+    assert counted(model, torch.zeros(1, LENGTH, dtype=torch.int64, device="meta")) == operations_of_matrices(model)
+
+
+@pytest.mark.parametrize("name", LINEAR_MIXERS)
+def test_states_are_counted_as_the_recurrent_form_has_them(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokens = LinearLlama3(config_of(name)), torch.zeros(1, LENGTH, dtype=torch.int64)
+    found, write = [], linear.write_linear
+    for chunk_size in (4, 8):
+        monkeypatch.setattr(linear, "write_linear", partial(write, chunk_size=chunk_size))
+        found.append(counted(model, tokens) - operations_of_matrices(model))
+    convolutions = sum(6.0 * p.numel() for key, p in model.named_parameters() if key.endswith("convolution.weight"))
+    states = flops_per_token(model.config, LENGTH) - operations_of_matrices(model) - convolutions
+    of_recurrence = 2 * found[0] - found[1]
+    if name in LEARNED_DECAYS:
+        assert 1 < of_recurrence / states < 1.08
+    else:
+        assert of_recurrence == states
+
+
+@pytest.mark.parametrize("window", [None, 1, 50, LENGTH, 1000])
+def test_softmax_layers_are_counted_with_what_tokens_see(window: int | None) -> None:
+    config = dataclasses.replace(config_of("softmax"), window=window)
+    counted = flops_per_token(config, LENGTH) - operations_of_matrices(on_meta(config))
+    seen = sum(min(token + 1, window or LENGTH) for token in range(LENGTH)) / LENGTH
+    channels = config.num_layers * config.num_heads * config.size_of_head
+    # The formula takes a token that sees half of itself.
+    assert counted / (12 * channels) == pytest.approx(seen, abs=0.5)
+
+
+def test_a_model_says_of_itself_what_its_config_says() -> None:
+    for name in MIXERS:
+        model = LinearLlama3(config_of(name))
+        assert model.flops_per_token(100) == flops_per_token(model.config, 100)

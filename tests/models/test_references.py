@@ -1,0 +1,159 @@
+"""Each mixer is the layer of its paper, output and gradients; it starts as the paper says, and is as large."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from longspan.features import hgrn2_lower_bounds
+from longspan.models import MIXERS, LinearLlama3, LinearLlama3Config, num_parameters
+from longspan.models.mixers import Context
+from longspan.models.rotary import rotation
+from tests.compare import relative_error, worst
+from tests.models.references import REFERENCES, Sizes
+
+LENGTH, LAYER = 23, 2
+CONFIG = LinearLlama3Config(
+    vocab_size=5, dim=12, num_layers=4, pattern="L", num_heads=4, num_kv_heads=2, head_dim=6, hidden_dim=8, window=5
+)
+
+
+def of_mixer(name: str) -> LinearLlama3Config:
+    return dataclasses.replace(CONFIG, pattern=(name,))
+
+
+def random_weights(module: nn.Module) -> None:
+    """Values of every parameter that matter and do not overflow."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.4)
+
+
+def inputs_and_upstream() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(2, 2, LENGTH, CONFIG.dim, generator=generator, dtype=torch.float64).unbind()
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_a_mixer_is_the_layer_of_its_paper(name: str) -> None:
+    model = LinearLlama3(of_mixer(name)).double()
+    random_weights(model)
+    mixer: Any = model.blocks[LAYER].mixer
+    logits = [p for key, p in model.named_parameters() if key.startswith("shared")]
+    leaves = {**dict(mixer.named_parameters()), **dict(enumerate(logits))}
+    x, upstream = inputs_and_upstream()
+    x.requires_grad_()
+    positions = torch.arange(LENGTH)
+    turned = rotation(positions, CONFIG.size_of_head, CONFIG.rope_theta, torch.float64)
+
+    shared = {kind: module() for kind, module in model.shared.items()}
+    got, _ = mixer(x, Context(None, positions, turned, shared=shared))
+    # The definition of the bounds has a test of its own.
+    bounds = hgrn2_lower_bounds(logits[0]) if logits else None
+    sizes = Sizes(CONFIG.num_heads, CONFIG.size_of_head, LAYER, CONFIG.num_layers, CONFIG.norm_eps, bounds)
+    want = REFERENCES[name](x, dict(mixer.named_parameters()), sizes)
+
+    assert want.abs().max() > 0.1
+    assert relative_error(got, want) < 1e-11
+    wanted = torch.autograd.grad(want, [x, *leaves.values()], upstream)
+    found = torch.autograd.grad(got, [x, *leaves.values()], upstream)
+    assert all(bool(gradient.abs().max() > 0) for gradient in wanted)
+    assert worst([relative_error(one, other) for one, other in zip(found, wanted, strict=True)]) < 1e-9
+
+
+def test_every_mixer_has_a_reference() -> None:
+    assert set(REFERENCES) == set(MIXERS)
+
+
+def mixer_of(name: str, **changes: Any) -> Any:
+    config = dataclasses.replace(of_mixer(name), **changes)
+    with torch.random.fork_rng(devices=[]):
+        return LinearLlama3(config).blocks[0].mixer
+
+
+C, H = 64, 4
+PAPERS = {
+    # Of C channels in H heads: matrices, as the papers count them, and the smaller parts.
+    "linear_attention": 4 * C * C + C // H,
+    "lightning": 5 * C * C + C,
+    "retention": 8 * C * C,
+    "gla": 4 * C * C + (16 * C + 16 * C // 2 + C // 2) + C // H,
+    "based": 2 * C * C + 2 * C * 16 * H,
+    "rebased": 2 * C * C + 2 * C * 16 * H + 2 * 16,
+    "hgrn2": 4 * C * C + C,
+    # [z, x, B, C, dt] and out; taps and biases; A, Δ, D of 2 H heads; the norm.
+    "mamba2": 6 * C * C + C * (2 * 128 + 2 * H) + 5 * (2 * C + 256) + 3 * 2 * H + 2 * C,
+    "deltanet": 4 * C * C + H * C + 4 * 3 * C + C // H,
+    "gated_deltanet": 8 * C * C + 2 * H * C + 4 * 4 * C + 2 * H + 2 * C // H,
+    "kda": 4 * C * C + 2 * 2 * C * (C // H) + H * C + 4 * 3 * C + C + H + C // H,
+    "softmax": 4 * C * C,
+}
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_a_mixer_has_as_many_parameters_as_its_paper_says(name: str) -> None:
+    mixer = mixer_of(name, dim=C, num_heads=H, num_kv_heads=H, head_dim=C // H)
+    assert sum(parameter.numel() for parameter in mixer.parameters()) == PAPERS[name]
+
+
+def test_gated_deltanet_has_six_squares_with_three_quarters_of_the_heads() -> None:
+    mixer = mixer_of("gated_deltanet", dim=64, num_heads=3, num_kv_heads=3, head_dim=16)
+    matrices = sum(p.numel() for key, p in mixer.named_parameters() if key.split(".")[0] in PROJECTIONS)
+    assert matrices == 6 * 64 * 64
+
+
+PROJECTIONS = {"q_proj", "k_proj", "v_proj", "gate_proj", "out_proj"}
+
+
+def test_hgrn2_layers_share_bounds_that_rise_from_zero_in_equal_steps() -> None:
+    four = LinearLlama3(of_mixer("hgrn2"))
+    torch.testing.assert_close(four.shared["hgrn2"]()[:, 0], torch.tensor([0.0, 0.25, 0.5, 0.75]))
+    assert len(LinearLlama3(dataclasses.replace(CONFIG, pattern=("hgrn2", "gla", "gla", "gla"))).shared) == 0
+    hybrid = LinearLlama3(dataclasses.replace(CONFIG, pattern=("softmax", "hgrn2")))
+    assert [getattr(block.mixer, "number", None) for block in hybrid.blocks] == [None, 0, None, 1]
+    assert hybrid.shared["hgrn2"]().shape == (2, 24)
+
+
+def test_lightning_layers_forget_less_with_depth_and_the_last_one_hardly_at_all() -> None:
+    slowest = [mixer.log_decay[0] for mixer in (block.mixer for block in LinearLlama3(of_mixer("lightning")).blocks)]
+    assert slowest == sorted(slowest) and -1e-5 < slowest[-1] < 0 and slowest[0] < -0.2
+
+
+@pytest.mark.parametrize(("name", "least"), [("mamba2", 1.0), ("kda", 1.0), ("gated_deltanet", 0.0)])
+def test_steps_and_rates_start_as_mamba_2s(name: str, least: float) -> None:
+    decay = mixer_of(name, num_heads=64, num_kv_heads=64, head_dim=2, dim=128).decay
+    rates, steps = decay.A_log.exp(), torch.nn.functional.softplus(decay.dt_bias)
+    assert least <= rates.min() < least + 2 and 14 < rates.max() <= 16
+    assert 0.00099 < steps.min() < 0.0015 and 0.06 < steps.max() < 0.101
+    # Uniform in the logarithm: half of them on either side of the middle.
+    assert 0.35 < (steps.log() < math.log(1e-2)).double().mean() < 0.65
+
+
+@pytest.mark.parametrize("name", ["mamba2", "deltanet", "gated_deltanet", "kda"])
+def test_taps_start_uniform_within_a_half(name: str) -> None:
+    convolution = mixer_of(name).convolution
+    for parameter in convolution.parameters():
+        taps = parameter.detach()
+        assert 0.4 < taps.abs().max() <= 0.5 and abs(float(taps.mean())) < 0.1
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_a_bfloat16_layer_is_finite_forward_and_backward(name: str) -> None:
+    model = LinearLlama3(dataclasses.replace(of_mixer(name), dim=32)).bfloat16()
+    tokens = torch.randint(0, 5, (1, 300), generator=torch.Generator().manual_seed(0))
+    model(tokens, labels=tokens).backward()
+    gradients = {key: parameter.grad for key, parameter in model.named_parameters()}
+    assert all(g is not None and bool(g.isfinite().all()) for g in gradients.values())
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_parameters_are_counted_without_making_them(name: str) -> None:
+    for tied in (False, True):
+        config = dataclasses.replace(of_mixer(name), tie_embeddings=tied)
+        assert num_parameters(config) == sum(p.numel() for p in LinearLlama3(config).parameters())
