@@ -113,7 +113,8 @@ PROJECTIONS = {"q_proj", "k_proj", "v_proj", "gate_proj", "out_proj"}
 
 def test_hgrn2_layers_share_bounds_that_rise_from_zero_in_equal_steps() -> None:
     four = LinearLlama3(of_mixer("hgrn2"))
-    torch.testing.assert_close(four.shared["hgrn2"]()[:, 0], torch.tensor([0.0, 0.25, 0.5, 0.75]))
+    bounds = hgrn2_lower_bounds(four.shared["hgrn2"]())
+    torch.testing.assert_close(bounds[:, 0], torch.tensor([0.0, 0.25, 0.5, 0.75]))
     assert len(LinearLlama3(dataclasses.replace(CONFIG, pattern=("hgrn2", "gla", "gla", "gla"))).shared) == 0
     hybrid = LinearLlama3(dataclasses.replace(CONFIG, pattern=("softmax", "hgrn2")))
     assert [getattr(block.mixer, "number", None) for block in hybrid.blocks] == [None, 0, None, 1]

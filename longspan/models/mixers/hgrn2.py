@@ -22,10 +22,11 @@ if TYPE_CHECKING:
     from longspan.models.config import LinearLlama3Config
 
 
-class LowerBounds(nn.Module):
-    """The lower bounds of the forget gates of all layers, which rise with depth from 0 (HGRN, arXiv 2311.04823).
+class BoundLogits(nn.Module):
+    """What the lower bounds of the forget gates of all layers are made of by `hgrn2_lower_bounds` (HGRN, arXiv 2311.04823).
 
-    One logit per layer and channel, all zero at first: the bounds then rise in equal steps. Returns ``[num_layers, H · D]``.
+    One logit per layer and channel, all zero at first: the bounds then rise in equal steps from 0. Returns ``[num_layers, H · D]``.
+    Each layer makes its bounds itself, so that recomputing it needs nothing of what was made outside.
     """
 
     def __init__(self, num_layers: int, num_channels: int) -> None:
@@ -37,14 +38,14 @@ class LowerBounds(nn.Module):
         nn.init.zeros_(self.logits)
 
     def forward(self) -> Tensor:
-        return hgrn2_lower_bounds(at_least_float32(self.logits))
+        return self.logits
 
 
 class HGRN2Mixer(LayerMixer):
     """o = out(norm(read(silu(q), write(1 − f, i)))), states decaying by f = bound + (1 − bound) · σ(forget), scale 1.
 
     HGRN2's layer (arXiv 2404.07904): the key is what the forget gate leaves, so that there is no projection of keys, and one norm
-    goes over all channels. The bounds of all HGRN2 layers are one parameter of the model (`LowerBounds`): the first such layer has
+    goes over all channels. The bounds of all HGRN2 layers are one parameter of the model (`BoundLogits`): the first such layer has
     a bound of 0, and a single one has no parameter. 4 C² numbers where H · D = C.
 
     It remembers one matrix per head, ``{"state": [B, H, D, D]}``.
@@ -64,12 +65,13 @@ class HGRN2Mixer(LayerMixer):
     @classmethod
     def make_shared(cls, config: LinearLlama3Config) -> nn.Module | None:
         num_layers = config.layer_operators.count(cls.name)
-        return LowerBounds(num_layers, config.num_heads * config.size_of_head) if num_layers > 1 else None
+        return BoundLogits(num_layers, config.num_heads * config.size_of_head) if num_layers > 1 else None
 
     def mix(self, x: Tensor, context: Context) -> tuple[Tensor, LayerMemory | None]:
         bound: Tensor | float = 0.0
         if self.number:
-            bound = self._heads(context.shared[self.name][self.number])
+            bounds = hgrn2_lower_bounds(at_least_float32(context.shared[self.name]))
+            bound = self._heads(bounds[self.number])
         g, k = hgrn2_log_decay(self._heads(self.forget_proj(x)), bound)
         i = self._heads(self.i_proj(x))
         memory = write_state("gla", k.to(i.dtype), i, {"g": g}, context, self.parallel)
