@@ -211,7 +211,8 @@ def test_the_loss_falls_on_a_text_that_repeats(operator: str) -> None:
     tokens = random_tokens(1, 16).repeat(1, 8)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     losses = []
-    for _ in range(20 if operator != "linear_attention" else 40):
+    # What forgets nothing and has neither a gate nor a kernel that tells keys apart takes longer.
+    for _ in range(100 if operator == "linear_attention" else 20):
         loss = F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
         optimizer.zero_grad()
         loss.backward()

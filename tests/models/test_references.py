@@ -37,7 +37,8 @@ def random_weights(module: nn.Module) -> None:
 
 def inputs_and_upstream() -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
-    return torch.randn(2, 2, LENGTH, CONFIG.dim, generator=generator, dtype=torch.float64).unbind()
+    x, upstream = torch.randn(2, 2, LENGTH, CONFIG.dim, generator=generator, dtype=torch.float64)
+    return x, upstream
 
 
 @pytest.mark.parametrize("name", MIXERS)
@@ -122,7 +123,8 @@ def test_hgrn2_layers_share_bounds_that_rise_from_zero_in_equal_steps() -> None:
 
 
 def test_lightning_layers_forget_less_with_depth_and_the_last_one_hardly_at_all() -> None:
-    slowest = [mixer.log_decay[0] for mixer in (block.mixer for block in LinearLlama3(of_mixer("lightning")).blocks)]
+    blocks: Any = LinearLlama3(of_mixer("lightning")).blocks
+    slowest = [block.mixer.log_decay[0] for block in blocks]
     assert slowest == sorted(slowest) and -1e-5 < slowest[-1] < 0 and slowest[0] < -0.2
 
 
