@@ -165,7 +165,7 @@ def test_the_shapes_of_linear_moe_have_the_sizes_of_their_names(
 ) -> None:
     """Of arXiv 2503.05447, without the tables of words."""
     shape: dict[str, Any] = {"dim": dim, "num_layers": num_layers, "num_heads": num_heads, "hidden_dim": hidden_dim}
-    config = LinearLlama3Config(1, **shape, num_experts=64, experts_per_token=8, pattern="L", operator="retention")
+    config = LinearLlama3Config(1, **shape, num_experts=64, experts_per_token=8, pattern=("linear_attention",))
     with torch.device("meta"):
         model = LinearLlama3(config)
     assert model.num_active_parameters() == pytest.approx(active, rel=0.15)

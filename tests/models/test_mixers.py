@@ -189,7 +189,7 @@ def test_what_is_no_class_or_no_function_is_refused_as_an_adapter() -> None:
 def test_the_code_of_the_page_runs() -> None:
     page = (Path(__file__).resolve().parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```python\n(.*?)^```$", page, flags=re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 7
+    assert len(blocks) == 8
     names: dict[str, Any] = {"__name__": "the page"}
     try:
         with torch.random.fork_rng(devices=[]):
