@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
@@ -56,6 +57,11 @@ class Backbone(nn.Module):
             raise InputError(
                 "the backbone gives the states of whole sequences, and a rank has some of their tokens. Let the model compute the "
                 "loss, from labels"
+            )
+        if head.config.num_experts and model.training and torch.is_grad_enabled():
+            raise InputError(
+                "the backbone of a model with experts is not for training: the routers' losses would be missing. Let the model "
+                "compute the loss, from labels"
             )
         mask = check_mask(attention_mask, tokens)
         arranged = arrange(tokens, mask, position_ids, kwargs.get("cu_seq_lens_q"), place, "contiguous")

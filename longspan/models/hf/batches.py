@@ -1,7 +1,7 @@
 """A batch as Transformers gives it, padded or packed, as one call of a model that knows no padding; and its results, put back.
 
 Padding is taken away, and not masked: what is left of the rows goes one after another, as packed documents. So no state runs over
-it, on whichever side it is.
+it, on whichever side it is, and no expert is chosen by it.
 
 Shapes: B rows, N tokens of a row, padding included; T tokens of a call on this rank.
 """
@@ -36,6 +36,11 @@ class Arranged:
     shape: tuple[int, int]
     index: Tensor | None
     longest: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the call, on all ranks that share it."""
+        return self.shape[0] * self.shape[1] if self.index is None else len(self.index)
 
     def call(self, x: Tensor) -> Tensor:
         """Of one value for each token ``[B, N]`` those of the call, ``[B, T]`` or ``[1, T]``."""
@@ -82,39 +87,26 @@ def arrange(
         place: the ranks that share the sequences; None is this process alone. order: which tokens of them a rank takes.
 
     Raises:
-        InputError: for padding on the left of a row that ranks share; for a batch of padding alone; for positions or bounds
-            of another shape.
+        InputError: for a batch of padding alone; for positions or bounds of another shape.
     """
     rows, length = tokens.shape
-    starts = _starts(tokens, mask, positions, bounds)
-    over_ranks = place is not None and place.num_ranks > 1
-    if over_ranks and mask is not None and not bool((mask[:, 1:] <= mask[:, :-1]).all()):
-        raise InputError(
-            "attention_mask has padding on the left of a row, whose ranks would have different numbers of tokens. Pad on the right "
-            "(padding_side='right') what is split over ranks, or pack documents"
-        )
-    # Over ranks padding on the right is left where it is: nothing that counts comes behind it.
-    keeps_all = mask is None or over_ranks
-    if keeps_all and not bool(starts[:, 1:].any()):
-        if not over_ranks:
-            return Arranged(None if place is None else SequenceLayout.local(length), (rows, length), None, length)
-        assert place is not None
-        return Arranged(SequenceLayout(length, place.group, order), (rows, length), None, length)
-    flat = starts.flatten()
-    index = torch.arange(rows * length, device=tokens.device)
-    if not keeps_all:
-        assert mask is not None
-        index = mask.flatten().nonzero().flatten()
-        flat = flat[index]
+
+    def layout_of(num_tokens: int, documents: list[int] | None) -> SequenceLayout:
+        if place is None or place.num_ranks == 1:
+            return SequenceLayout.local(num_tokens, documents)
+        return SequenceLayout(num_tokens, place.group, order, documents)
+
+    is_packed = positions is not None or bounds is not None
+    starts = _starts(tokens, mask, positions, bounds) if is_packed or mask is not None else None
+    if starts is None or (mask is None and not bool(starts[:, 1:].any())):
+        return Arranged(None if place is None else layout_of(length, None), (rows, length), None, length)
+    real = torch.ones_like(starts) if mask is None else mask
+    index = real.flatten().nonzero().flatten()
     if not len(index):
         raise InputError("attention_mask calls all tokens padding. Leave the batch out")
-    documents = [*flat.nonzero().flatten().tolist(), len(index)]
+    documents = [*starts.flatten()[index].nonzero().flatten().tolist(), len(index)]
     longest = max(stop - start for start, stop in pairwise(documents))
-    if over_ranks:
-        assert place is not None
-        layout = SequenceLayout(len(index), place.group, order, documents)
-    else:
-        layout = SequenceLayout.local(len(index), documents if len(documents) > 2 else None)
+    layout = layout_of(len(index), documents if len(documents) > 2 else None)
     return Arranged(layout, (rows, length), index, longest)
 
 

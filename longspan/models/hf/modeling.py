@@ -37,6 +37,7 @@ from longspan.models.initial import STD
 from longspan.models.linear_llama3 import LinearLlama3
 from longspan.models.mixers import SequenceParallel
 from longspan.models.mixers.softmax import SoftmaxMixer
+from longspan.models.routing import Routing
 
 Model = TypeVar("Model", bound="LinearLlamaForCausalLM")
 
@@ -165,7 +166,7 @@ class LinearLlamaForCausalLM(PreTrainedModel, StatefulGenerationMixin):
         self.last_layout = arranged.layout if over_ranks else None
         if not has_labels:
             return self._read(arranged, tokens, logits_to_keep, wants_hidden)
-        self._check_experts(over_ranks and mask is not None)
+        self._check_experts()
         num_valid = kwargs.get("num_items_in_batch")
         targets = kwargs.get("shift_labels")
         if targets is None:
@@ -174,21 +175,25 @@ class LinearLlamaForCausalLM(PreTrainedModel, StatefulGenerationMixin):
             targets = arranged.targets(labels, mask)
             if num_valid is not None:
                 check_counted(labels, targets)
+        routing = self._routing(arranged, targets, num_valid)
         if num_valid is None:
             num_valid = (targets != IGNORED).sum()
-        return self._learn(arranged, tokens, targets, num_valid, logits_to_keep, wants_hidden)
+        return self._learn(arranged, tokens, targets, num_valid, routing, logits_to_keep, wants_hidden)
 
-    def _check_experts(self, keeps_padding: bool) -> None:
-        """Refuse to train routers whose losses would be others than one process's, or none."""
+    def _routing(self, arranged: Arranged, targets: Tensor, num_valid: int | Tensor | None) -> Routing | None:
+        """What the routers' losses of a batch are divided by, where it is one of several of a step."""
+        if not self.config.num_experts or num_valid is None:
+            return None
+        # The number of tokens of the step, were there as many for each label in all of it.
+        here = max(1, int((targets != IGNORED).sum()))
+        return Routing(max(1, round(arranged.num_tokens * int(num_valid) / here)))
+
+    def _check_experts(self) -> None:
+        """Refuse to train routers whose losses would be left out."""
         core = self.model.config
         has_losses = core.num_experts and (core.balance_loss_weight or core.z_loss_weight)
         if not (has_losses and self.training and torch.is_grad_enabled()):
             return
-        if keeps_padding:
-            raise InputError(
-                "attention_mask has padding, and the model has experts: over ranks padding is left where it is, and would count in "
-                "the routers' losses. Pack documents (position_ids), or train on rows of one length"
-            )
         if not isinstance(self.model.head, nn.Linear):
             raise InputError(
                 f"the head is a {type(self.model.head).__name__}, and the model has experts, whose losses come with that of a "
@@ -216,6 +221,7 @@ class LinearLlamaForCausalLM(PreTrainedModel, StatefulGenerationMixin):
         tokens: Tensor,
         targets: Tensor,
         num_valid: int | Tensor,
+        routing: Routing | None,
         logits_to_keep: int | Tensor,
         wants_hidden: bool,
     ) -> CausalLMOutputWithPast:
@@ -227,7 +233,7 @@ class LinearLlamaForCausalLM(PreTrainedModel, StatefulGenerationMixin):
         logits: Tensor | None = None
         with watching([*self._watched(wants_hidden), *([] if wants_hidden else [self.model.norm])]) as found:
             if isinstance(head, nn.Linear):
-                loss = self.model(given, arranged.layout, labels=target, num_valid=num_valid)
+                loss = self.model(given, arranged.layout, labels=target, num_valid=num_valid, routing=routing)
                 if self.config.logits_in_training or not self.training:
                     logits = at_least_float32(head(found[-1]))
             else:

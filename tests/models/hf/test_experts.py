@@ -17,7 +17,7 @@ from longspan.models.hf import LinearLlamaForCausalLM
 from tests.compare import relative_error, worst
 from tests.models.hf.test_over_ranks import cases
 from tests.models.tiny import random_tokens, tiny_model
-from tests.ranks import raised, run_on_ranks
+from tests.ranks import run_on_ranks
 
 EXPERTS: dict[str, Any] = {"num_layers": 2, "pattern": "LN", "num_experts": 4, "balance_loss_weight": 0.3}
 
@@ -49,8 +49,7 @@ def test_a_head_that_would_leave_the_losses_of_routers_out_is_refused() -> None:
 
 def differences(checkpointing: bool) -> list[float]:
     errors = []
-    for name in ("rows", "packed"):
-        given = cases()[name]
+    for given in cases().values():
         alone, model = model_of().train(), parallelize(model_of().train(), None)
         if checkpointing:
             model.activation_checkpointing_enable()
@@ -71,15 +70,3 @@ def differences(checkpointing: bool) -> list[float]:
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_losses_and_gradients_are_those_of_one_process(checkpointing: bool) -> None:
     assert worst(error for errors in run_on_ranks(2, differences, checkpointing) for error in errors) < 1e-11
-
-
-def of_padding() -> tuple[str, str]:
-    model, given = parallelize(model_of().train(), None), cases()["padded on the right"]
-    with torch.no_grad():
-        model(**given)
-    return raised(lambda: model(**given))
-
-
-def test_padding_that_would_count_in_the_losses_is_refused() -> None:
-    for kind, text in run_on_ranks(2, of_padding):
-        assert kind == "InputError" and "the model has experts: over ranks padding is left where it is" in text

@@ -19,14 +19,17 @@ from tests.ranks import raised, run_on_ranks
 
 def cases() -> dict[str, dict[str, Any]]:
     tokens = random_tokens(2, 41)
-    right, mask, _ = padded([41, 13], "right")
+    sides = {side: padded([41, 13, 5], side, width=43) for side in ("left", "right")}
     documents = torch.cat([torch.arange(20), torch.arange(1), torch.arange(20)])[None]
     return {
         "rows": {"input_ids": tokens, "labels": tokens},
-        "padded on the right": {
-            "input_ids": right,
-            "attention_mask": mask,
-            "labels": right.masked_fill(mask == 0, -100),
+        **{
+            f"padded on the {side}": {
+                "input_ids": rows,
+                "attention_mask": mask,
+                "labels": rows.masked_fill(mask == 0, -100),
+            }
+            for side, (rows, mask, _) in sides.items()
         },
         "packed": {"input_ids": tokens, "labels": tokens, "position_ids": documents},
         "counted by another": {"input_ids": tokens, "labels": tokens, "num_items_in_batch": torch.tensor(160)},
@@ -53,13 +56,12 @@ def differences(kind: str, checkpointing: bool) -> dict[str, float]:
         model.eval()
         alone.eval()
         with torch.no_grad():
-            out = model(**given)
-            errors["loss without gradients"] = relative_error(out.loss, want)
+            out, expected = model(**given), alone(**given)
+            errors["loss without gradients"] = relative_error(out.loss, expected.loss)
             assert model.last_layout is not None
             whole = model.last_layout.gather(out.logits)
-            expected = alone(**given).logits
             mask = given.get("attention_mask", torch.ones_like(given["input_ids"])) == 1
-            errors["logits"] = relative_error(whole.reshape(expected.shape)[mask], expected[mask])
+            errors["logits"] = relative_error(whole.flatten(0, 1), expected.logits[mask])
         found[name] = worst(errors)
     return found
 
@@ -94,7 +96,7 @@ def refusals() -> list[tuple[str, str]]:
     model = parallelize(tiny_hf("hybrid"), None)
     tokens, mask, _ = padded([9, 4], "left")
     return [
-        raised(lambda: model(tokens, attention_mask=mask)),
+        raised(lambda: model.base_model(tokens, attention_mask=mask)),
         raised(lambda: model(tokens, logits_to_keep=1)),
         raised(lambda: model(tokens, use_cache=True)),
         raised(lambda: model.generate(tokens, attention_mask=mask, max_new_tokens=1, pad_token_id=0)),
@@ -103,7 +105,7 @@ def refusals() -> list[tuple[str, str]]:
 
 def test_what_ranks_cannot_share_is_refused_on_all_of_them() -> None:
     messages = [
-        "attention_mask has padding on the left of a row",
+        "the backbone gives the states of whole sequences, and a rank has some of their tokens",
         "the last tokens of a sequence are on one rank",
         "a prompt over ranks has rows of one length",
         "a prompt over ranks has rows of one length",

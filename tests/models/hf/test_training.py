@@ -17,6 +17,7 @@ from transformers import (
     default_data_collator,
 )
 
+from longspan.errors import InputError
 from longspan.models.hf import LinearLlamaConfig, LinearLlamaForCausalLM
 from tests.compare import relative_error
 from tests.models.hf.tiny import tiny_hf
@@ -88,6 +89,32 @@ def test_trainer_trains_evaluates_saves_and_goes_on(tmp_path: Path) -> None:
     trainer.save_model(str(tmp_path / "last"))
     last = AutoModelForCausalLM.from_pretrained(tmp_path / "last")
     assert all(torch.equal(x, y) for x, y in zip(last.parameters(), model.parameters(), strict=True))
+
+
+def test_routers_losses_of_batches_of_one_step_are_those_of_one_batch() -> None:
+    """As they add up where several batches make a step, and each is told the labels of all."""
+    model = tiny_hf("experts", balance_loss_weight=0.0, z_loss_weight=0.5).train()
+    tokens = random_tokens(6, 9)
+    whole = model(tokens, labels=tokens).loss
+    plain = model.eval()(tokens, labels=tokens).loss
+    model.train()
+    assert whole > plain + 0.01
+    parts = [model(rows, labels=rows, num_items_in_batch=48).loss for rows in (tokens[:4], tokens[4:])]
+    assert relative_error(torch.stack(parts).sum(), whole) < 1e-12
+
+
+def test_routers_losses_are_not_left_out_in_silence() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    tokens = random_tokens(2, 9)
+    model = tiny_hf("experts").train()
+    with pytest.raises(InputError, match="the routers' losses would be missing"):
+        model.base_model(input_ids=tokens)
+    with torch.no_grad():
+        assert model.base_model(input_ids=tokens).last_hidden_state.shape == (2, 9, 16)
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["head"]))
+    with pytest.raises(InputError, match="and the model has experts, whose losses come with that of a plain head"):
+        adapted(input_ids=tokens, labels=tokens)
 
 
 def test_packed_documents_train_as_rows_do(tmp_path: Path) -> None:

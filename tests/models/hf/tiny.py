@@ -13,6 +13,7 @@ from tests.models.tiny import random_tokens, tiny_model
 KINDS: dict[str, dict[str, Any]] = {
     "pure": {"pattern": "L", "operator": "kda"},
     "hybrid": {"pattern": "LN", "operator": "simple_gla"},
+    "experts": {"pattern": "LN", "operator": "simple_gla", "num_experts": 4, "hidden_dim": 12},
     "window": {"pattern": "NL", "operator": "gla", "window": 5},
 }
 
