@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from longspan import SequenceLayout
 from longspan.errors import ConfigError, InputError
@@ -153,6 +154,14 @@ def test_parameters_and_operations_are_those_of_the_experts_that_a_token_takes()
     assert model.num_parameters() == dense.num_parameters() + 3 * (9 * one + router)
     assert model.num_active_parameters() == dense.num_parameters() + 3 * (4 * one + router)
     assert model.flops_per_token(100) == dense.flops_per_token(100) + 6 * 3 * (4 * one + router)
+
+
+@pytest.mark.parametrize("num_shared", [0, 2])
+def test_operations_are_those_that_pytorch_counts(num_shared: int) -> None:
+    layer, x = layer_of(3, num_shared), tokens_of_width(2, 20).requires_grad_()
+    with FlopCounterMode(display=False) as counter:
+        layer(x, CONTEXT)[0].sum().backward()
+    assert counter.get_total_flops() == 40 * layer.flops_per_token()
 
 
 @pytest.mark.parametrize(

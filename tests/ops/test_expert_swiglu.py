@@ -14,6 +14,7 @@ import longspan.ops.experts.swiglu as module
 from longspan.ops.experts.dispatch import Dispatch
 from longspan.ops.experts.grouped import Groups, takes_one_kernel
 from longspan.ops.experts.swiglu import expert_swiglu
+from tests.attention.test_host_waits import as_if_with_values, waits
 from tests.compare import relative_error, worst
 from tests.tracing.test_compile import pytestmark  # noqa: F401
 from tests.unwritten import unwritten_memory_is_nan
@@ -137,6 +138,18 @@ def test_one_kernel_is_taken_where_there_is_one(monkeypatch: pytest.MonkeyPatch)
         for capability in ((8, 0), (8, 9), (12, 0)):
             on(*capability)
             assert not takes_one_kernel(rows, 16, 24)
+
+
+@pytest.mark.usefixtures("_in_one_kernel")
+@pytest.mark.parametrize("chunk_size", [0, 10])
+def test_with_one_kernel_the_host_waits_for_no_device(monkeypatch: pytest.MonkeyPatch, chunk_size: int) -> None:
+    inputs, upstream = make(torch.bfloat16)
+    device = [x.detach().to("meta").requires_grad_(x.requires_grad) for x in inputs]
+    grad = upstream.to("meta")
+    with as_if_with_values(monkeypatch), waits() as found:
+        y = expert_swiglu(*device, chunk_size)  # type: ignore[arg-type]
+        torch.autograd.grad(y, [x for x in device if x.is_floating_point()], grad)
+    assert found == []
 
 
 def test_rows_are_in_order_of_their_experts_and_tokens() -> None:
