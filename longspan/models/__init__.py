@@ -1,7 +1,7 @@
 """Models whose files are single-device; `longspan.parallelize` splits their sequences over ranks from outside."""
 
 from longspan.models.config import LinearLlama3Config
-from longspan.models.counts import flops_per_token, num_parameters
+from longspan.models.counts import flops_per_token, num_active_parameters, num_parameters
 from longspan.models.decoding import Decodable, Sampling, decode, generate, prefill
 from longspan.models.linear_llama3 import LinearLlama3, ModelMemory
 from longspan.models.mixers import MIXERS
@@ -22,6 +22,7 @@ __all__ = [
     "decode",
     "flops_per_token",
     "generate",
+    "num_active_parameters",
     "num_parameters",
     "prefill",
     "preset",

@@ -13,6 +13,11 @@ def num_parameters(config: LinearLlama3Config) -> int:
     return on_meta(config).num_parameters()
 
 
+def num_active_parameters(config: LinearLlama3Config) -> int:
+    """Number of those that a token meets: of the experts of a layer those that it takes."""
+    return on_meta(config).num_active_parameters()
+
+
 def flops_per_token(config: LinearLlama3Config, seq_len: int) -> float:
     """Floating-point operations of forward and backward of a model for one token of a sequence of `seq_len`.
 

@@ -46,6 +46,26 @@ PRESETS: dict[str, Mapping[str, Any]] = {
         "num_kv_heads": 8,
         "hidden_dim": 14_336,
     },
+    # Linear-MoE's two series (arXiv 2503.05447): layers, width, heads, experts and their width; the vocabulary of Qwen2, whose
+    # tokenizer its scripts take. Named after the parameters that a token meets, and all of them, without the tables of words.
+    "linear-moe-a0.3b-2b": {
+        "vocab_size": 151_936,
+        "dim": 1024,
+        "num_layers": 12,
+        "num_heads": 8,
+        "hidden_dim": 896,
+        "num_experts": 64,
+        "experts_per_token": 8,
+    },
+    "linear-moe-a1b-7b": {
+        "vocab_size": 151_936,
+        "dim": 2048,
+        "num_layers": 16,
+        "num_heads": 16,
+        "hidden_dim": 1024,
+        "num_experts": 64,
+        "experts_per_token": 8,
+    },
 }
 """Fields of `LinearLlama3Config`, by name. Every fourth layer is softmax attention (LASP-2H) and the others are simple_gla, unless
 `pattern` and `operator` say otherwise."""

@@ -16,7 +16,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from longspan import SequenceLayout
 from longspan.errors import ConfigError, InputError
-from longspan.models import LinearLlama3, LinearLlama3Config, Routing, generate
+from longspan.models import (
+    LinearLlama3,
+    LinearLlama3Config,
+    Routing,
+    generate,
+    num_active_parameters,
+    num_parameters,
+    preset,
+)
 from longspan.models.experts import MixtureOfExperts, Router
 from longspan.models.feed_forward import SwiGLU
 from longspan.models.initial import InitialWeights
@@ -164,21 +172,23 @@ def test_operations_are_those_that_pytorch_counts(num_shared: int) -> None:
     assert counter.get_total_flops() == 40 * layer.flops_per_token()
 
 
+@pytest.mark.parametrize("pattern", [("linear_attention",), "LLLN"], ids=str)
 @pytest.mark.parametrize(
-    ("dim", "num_layers", "num_heads", "hidden_dim", "active", "total"),
-    [(1024, 12, 8, 896, 0.3e9, 2.2e9), (2048, 16, 16, 1024, 1.1e9, 6.8e9)],
-    ids=["A0.3B-2B", "A1B-7B"],
+    ("name", "shape", "active", "total"),
+    [
+        ("linear-moe-a0.3b-2b", (12, 1024, 8, 128, 896), 0.3e9, 2.2e9),
+        ("linear-moe-a1b-7b", (16, 2048, 16, 128, 1024), 1.1e9, 6.8e9),
+    ],
 )
-def test_the_shapes_of_linear_moe_have_the_sizes_of_their_names(
-    dim: int, num_layers: int, num_heads: int, hidden_dim: int, active: float, total: float
+def test_the_presets_of_linear_moe_have_the_sizes_of_their_names(
+    name: str, shape: tuple[int, ...], active: float, total: float, pattern: Any
 ) -> None:
-    """Of arXiv 2503.05447, without the tables of words."""
-    shape: dict[str, Any] = {"dim": dim, "num_layers": num_layers, "num_heads": num_heads, "hidden_dim": hidden_dim}
-    config = LinearLlama3Config(1, **shape, num_experts=64, experts_per_token=8, pattern=("linear_attention",))
-    with torch.device("meta"):
-        model = LinearLlama3(config)
-    assert model.num_active_parameters() == pytest.approx(active, rel=0.15)
-    assert model.num_parameters() == pytest.approx(total, rel=0.05)
+    """Without the tables of words."""
+    config = preset(name, vocab_size=1, pattern=pattern)
+    assert (config.num_layers, config.dim, config.num_heads, config.size_of_head, config.hidden_dim) == shape
+    assert (config.num_experts, config.experts_per_token, config.num_shared_experts) == (64, 8, 0)
+    assert num_active_parameters(config) == pytest.approx(active, rel=0.15)
+    assert num_parameters(config) == pytest.approx(total, rel=0.05)
 
 
 def by_hand(model: LinearLlama3, tokens: Tensor) -> tuple[Tensor, Tensor]:
