@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import cast
 
 import pytest
 import torch
@@ -144,11 +145,11 @@ def test_one_kernel_is_taken_where_there_is_one(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize("chunk_size", [0, 10])
 def test_with_one_kernel_the_host_waits_for_no_device(monkeypatch: pytest.MonkeyPatch, chunk_size: int) -> None:
     inputs, upstream = make(torch.bfloat16)
-    device = [x.detach().to("meta").requires_grad_(x.requires_grad) for x in inputs]
+    device = cast(Inputs, tuple(x.detach().to("meta").requires_grad_(x.requires_grad) for x in inputs))
     grad = upstream.to("meta")
     with as_if_with_values(monkeypatch), waits() as found:
-        y = expert_swiglu(*device, chunk_size)  # type: ignore[arg-type]
-        torch.autograd.grad(y, [x for x in device if x.is_floating_point()], grad)
+        y = expert_swiglu(*device, chunk_size)
+        torch.autograd.grad(y, floating(device), grad)
     assert found == []
 
 
