@@ -7,6 +7,7 @@ from pathlib import Path
 
 from benchmarks import (
     checkpoint,
+    conversion,
     convolution,
     exchange,
     host,
@@ -39,6 +40,7 @@ def main() -> None:
         **host.TABLES,
         **hugging_face.TABLES,
         **checkpoint.TABLES,
+        **conversion.TABLES,
         **recovery.TABLES,
         **overhead.TABLES,
         **loss.TABLES,

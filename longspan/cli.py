@@ -71,6 +71,11 @@ COMMANDS = (
         "longspan.commands.eval_passkey",
     ),
     Command(
+        "convert",
+        "make a run folder of a Llama: its weights in linear and softmax layers, attention transfer",
+        "longspan.commands.convert",
+    ),
+    Command(
         "plot",
         "draw loss, tokens per second and memory of runs, over each other",
         "longspan.commands.plot",

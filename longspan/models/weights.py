@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from longspan.errors import CheckpointError
@@ -114,6 +115,20 @@ def refuse_pickled_folder(path: Any, subfolder: str = "") -> None:
             f"{folder} has weights in {', '.join(pickles)} alone, which are pickles: reading one can run any code, so none is read "
             f"here. {_CONVERT}"
         )
+
+
+def as_float32(name: str, tensor: Tensor) -> Tensor:
+    """A tensor in the dtype that runs keep weights in, the same numbers.
+
+    Raises:
+        CheckpointError: for a dtype whose numbers float32 has not all.
+    """
+    if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise CheckpointError(
+            f"{name} is {tensor.dtype}, and a run keeps weights in float32, which has not all of its numbers. Convert it yourself, "
+            "model.float().save_pretrained(FOLDER), if that is what you want"
+        )
+    return tensor.float()
 
 
 def check_shapes(

@@ -17,7 +17,7 @@ from torch import Tensor
 from longspan.data.tokenizer import BYTES, ByteTokenizer, JsonTokenizer, Tokenizer, open_tokenizer
 from longspan.errors import CheckpointError, ConfigError
 from longspan.models import LinearLlama3, LinearLlama3Config
-from longspan.models.weights import Weights, check_shapes, open_weights, shapes_of
+from longspan.models.weights import Weights, as_float32, check_shapes, open_weights, shapes_of
 from longspan.train.config import Config, DataConfig, ModelConfig, TrainConfig, to_toml
 from longspan.train.run_folder import RunFolder, create_run_folder, replacing
 from longspan.train.tokenizer_files import is_byte_tokenizer, write_tokenizer
@@ -104,7 +104,7 @@ def import_model(folder: Path, run: str) -> Imported:
             shapes_of(model),
             "Give the weights and the config.json that were saved together",
         )
-        tensors = {own: _as_float32(own, weights.read(name)) for own, name in names.items()}
+        tensors = {own: as_float32(own, weights.read(name)) for own, name in names.items()}
     tokenizer, notes = _tokenizer_of(folder, config, core.vocab_size)
     section = model_section(core)
     made = create_run_folder(run)
@@ -113,14 +113,14 @@ def import_model(folder: Path, run: str) -> Imported:
     if tokenizer is not None:
         with replacing(made.tokenizer) as unfinished:
             unfinished.write_text(tokenizer.to_json(), encoding="utf-8")
-        data = dataclasses.replace(data, **_data_keys(tokenizer, made))
+        data = dataclasses.replace(data, **data_keys(tokenizer, made))
     length = config.max_position_embeddings or TrainConfig().seq_len
     train = TrainConfig(seq_len=length, batch_tokens=length, init=str(made.path.resolve()))
     with replacing(made.config) as unfinished:
         text = to_toml(Config(data=data, model=section, train=train))
         unfinished.write_text(text, encoding="utf-8")
     if tokenizer is not None:
-        _check_reads_back(made, tensors)
+        check_reads_back(made, tensors)
     return Imported(made, len(tensors), notes)
 
 
@@ -194,16 +194,6 @@ def _own_names(weights: Weights, core: LinearLlama3Config) -> dict[str, str]:
     return names
 
 
-def _as_float32(name: str, tensor: Tensor) -> Tensor:
-    """The same numbers in the dtype that runs keep weights in."""
-    if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise CheckpointError(
-            f"{name} is {tensor.dtype}, and a run keeps weights in float32, which has not all of its numbers. Convert it yourself, "
-            "model.float().save_pretrained(FOLDER), if that is what you want"
-        )
-    return tensor.float()
-
-
 def _tokenizer_of(folder: Path, config: Any, vocab_size: int) -> tuple[Tokenizer | None, tuple[str, ...]]:
     """The tokenizer of a folder, and what is to be said of it."""
     path = folder / "tokenizer.json"
@@ -216,7 +206,7 @@ def _tokenizer_of(folder: Path, config: Any, vocab_size: int) -> tuple[Tokenizer
     if is_byte_tokenizer(path):
         tokenizer = ByteTokenizer()
     else:
-        tokenizer, _ = open_tokenizer(path, _text_of(path, end))
+        tokenizer, _ = open_tokenizer(path, text_of_token(path, end))
     if tokenizer.vocab_size != vocab_size:
         raise CheckpointError(
             f"{folder} has a vocabulary of {vocab_size} tokens, and its tokenizer.json one of {tokenizer.vocab_size}. Make them "
@@ -225,7 +215,7 @@ def _tokenizer_of(folder: Path, config: Any, vocab_size: int) -> tuple[Tokenizer
     return tokenizer, ()
 
 
-def _text_of(path: Path, token: int | None) -> str | None:
+def text_of_token(path: Path, token: int | None) -> str | None:
     """The text of the token that ends a document, as a tokenizer.json has it; None looks for a usual one."""
     if token is None:
         return None
@@ -238,7 +228,7 @@ def _text_of(path: Path, token: int | None) -> str | None:
     return text
 
 
-def _data_keys(tokenizer: Tokenizer, run: RunFolder) -> dict[str, Any]:
+def data_keys(tokenizer: Tokenizer, run: RunFolder) -> dict[str, Any]:
     """How data for this model is prepared, as keys of the section [data]."""
     if isinstance(tokenizer, ByteTokenizer):
         return {"tokenizer": BYTES}
@@ -246,7 +236,7 @@ def _data_keys(tokenizer: Tokenizer, run: RunFolder) -> dict[str, Any]:
     return {"tokenizer": str(run.tokenizer.resolve()), "end_of_document": tokenizer.text_of_end}
 
 
-def _check_reads_back(run: RunFolder, tensors: Mapping[str, Tensor]) -> None:
+def check_reads_back(run: RunFolder, tensors: Mapping[str, Tensor]) -> None:
     """Raise CheckpointError unless the run folder has these weights, to the bit."""
     model = open_trained(run.path).model
     odd = [name for name, found in model.named_parameters() if not torch.equal(found, tensors[name])]

@@ -32,7 +32,7 @@ def start_from(model: LinearLlama3, path: Path, tokenizer: Tokenizer | None) -> 
                 f"{path} was trained with data.task {saved.config.data.task!r}, and its tokens mean something else in this run. "
                 "Take a run of the same data.task"
             )
-    elif _meaning(theirs) != _meaning(tokenizer):
+    elif not same_meaning(theirs, tokenizer):
         raise DataError(
             f"the data was prepared with another tokenizer than that of {path}: its tokens would mean other text to these weights. "
             "Prepare it with the run's own: data.tokenizer and data.end_of_document as in its config.toml, or the path of its "
@@ -40,6 +40,11 @@ def start_from(model: LinearLlama3, path: Path, tokenizer: Tokenizer | None) -> 
         )
     saved.read_into(model, f"Give the [model] section of {saved.run.config}")
     return saved.source
+
+
+def same_meaning(one: Tokenizer, other: Tokenizer) -> bool:
+    """Whether two tokenizers make the same tokens of a document."""
+    return _meaning(one) == _meaning(other)
 
 
 def _meaning(tokenizer: Tokenizer) -> dict[str, Any]:

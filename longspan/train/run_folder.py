@@ -86,6 +86,8 @@ class RunFolder:
         self.weights = path / "weights.safetensors"
         self.tokenizer = path / "tokenizer.json"
         self.plot = path / "loss.png"
+        self.conversion_json = path / "conversion.json"
+        self.conversion_text = path / "conversion.md"
         self.summary_json = path / "summary.json"
         self.summary_text = path / "summary.md"
 

@@ -1,0 +1,181 @@
+"""Attention transfer: L layers are trained to give what the softmax layers gave whose places they have taken.
+
+The first stage of LoLCATs (arXiv 2410.10254), which trains feature maps so; here it is all that a mixer has. Every layer is given
+what it would be given in the model with softmax layers, whose outputs go on to the next: the layers learn beside one another, and
+none of them what another one gets wrong.
+
+Shapes: B batch rows, T tokens, C channels of the residual stream.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from longspan.data.batches import TrainingBatches, validation_sequences
+from longspan.data.packing import Documents, PackedBatch, Sequences
+from longspan.data.prepared import PreparedData
+from longspan.dtypes import accumulation_dtype
+from longspan.errors import ConfigError, LongspanError
+from longspan.layout import SequenceLayout
+from longspan.models import LinearLlama3
+from longspan.models.linear_llama3 import HybridBlock
+from longspan.models.mixers import Context
+from longspan.models.mixers.softmax import SoftmaxMixer
+from longspan.models.rotary import rotation
+from longspan.train.config import OptimConfig
+from longspan.train.optimizer import build_optimizer, clip_gradients, gradient_norm, learning_rate, set_learning_rate
+
+_TINY = 1e-30
+
+
+class TransferError(LongspanError):
+    """Attention transfer cannot go on: an error that is not finite."""
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """How long, on how much, and how fast layers learn."""
+
+    steps: int = 0
+    """Optimizer steps; 0 leaves the stage out."""
+    seq_len: int = 512
+    """Tokens of a sequence."""
+    batch_tokens: int = 4096
+    """Tokens of a batch."""
+    lr: float = 3e-3
+    """Highest learning rate; the first tenth of the steps, 20 at most, lead up to it, and half a cosine down to a tenth of it."""
+    validation_sequences: int = 8
+    """Held-out sequences that the errors before and after are taken on."""
+
+    def check(self) -> None:
+        """Raise ConfigError for values that make no training."""
+        least = {"steps": 0, "seq_len": 1, "batch_tokens": 1, "validation_sequences": 1}
+        for name, value in least.items():
+            if getattr(self, name) < value:
+                raise ConfigError(f"transfer.{name} is {getattr(self, name)}; it must be at least {value}")
+        if not 0 < self.lr < math.inf:
+            raise ConfigError(f"transfer.lr is {self.lr}; it must be a number greater than 0")
+        if self.batch_tokens % self.seq_len:
+            raise ConfigError(
+                f"transfer.batch_tokens {self.batch_tokens} is no multiple of transfer.seq_len {self.seq_len}: a batch holds whole "
+                "sequences. Change one of them"
+            )
+
+
+@dataclass(frozen=True)
+class Transferred:
+    """Errors of each L layer by its number, before and after.
+
+    An error is the squared distance from what the softmax layer gives, as a share of that output's own square: 0 is the same, and 1
+    what an output of zero has. On held-out text.
+    """
+
+    before: Mapping[int, float]
+    after: Mapping[int, float]
+
+
+def transfer_attention(
+    model: LinearLlama3,
+    teachers: Mapping[int, SoftmaxMixer],
+    data: PreparedData,
+    transfer: Transfer,
+    documents: Documents,
+    seed: int,
+    say: Callable[[int, float], None],
+) -> Transferred:
+    """Train the L layers of a model, in place, on one process; everything else stays as it is.
+
+    Args:
+        model: on the CPU or a GPU, made of the teachers' model.
+        teachers: the softmax layer that each L layer is to become, by the layer's number; on the same device.
+        data: what they learn on.
+        documents: whether memory starts anew with each of them.
+        say: called after each step with its number, from 1, and the mean of the layers' errors.
+
+    Raises:
+        DataError: for too little text.
+        TransferError: where an error is not finite.
+    """
+    batches = TrainingBatches(
+        (data.train,), transfer.seq_len, transfer.batch_tokens // transfer.seq_len, seed, documents
+    )
+    held_out = validation_sequences(
+        data.validation, transfer.seq_len, transfer.validation_sequences, documents=documents
+    )
+    learning = nn.ModuleList([cast(HybridBlock, model.blocks[layer]).mixer for layer in teachers])
+    learning.append(model.shared)
+    warmup = min(20, math.ceil(transfer.steps / 10))
+    config = OptimConfig(lr=transfer.lr, warmup_steps=warmup, weight_decay=0.0)
+    optimizer = build_optimizer(learning, config)
+    device = model.norm.weight.device
+    before = _errors_on(model, teachers, held_out, device)
+    for step in range(transfer.steps):
+        batch = batches.batch(step).packed().to(device)
+        errors = layer_errors(model, teachers, batch, learns=True)
+        norm = gradient_norm(learning)
+        mean = sum(float(error) for error in errors.values()) / len(errors)
+        if not math.isfinite(mean) or not math.isfinite(float(norm)):
+            raise TransferError(
+                f"attention transfer: step {step + 1} has an error of {mean} and gradients of the norm {float(norm)}. Lower "
+                f"transfer.lr, which is {transfer.lr}"
+            )
+        set_learning_rate(optimizer, learning_rate(config, step + 1, transfer.steps))
+        clip_gradients(learning, norm, config.clip_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        say(step + 1, mean)
+    return Transferred(before, _errors_on(model, teachers, held_out, device))
+
+
+def layer_errors(
+    model: LinearLlama3, teachers: Mapping[int, SoftmaxMixer], batch: PackedBatch, learns: bool
+) -> dict[int, Tensor]:
+    """The error of each L layer on a batch, as in `Transferred`: float32 scalars without gradient.
+
+    learns: add the gradients of the sum of them to the weights of these layers.
+    """
+    layout = SequenceLayout.local(batch.seq_len, batch.documents)
+    positions = layout.document_positions_on(batch.inputs.device)
+    config = model.config
+    angles = rotation(positions, config.size_of_head, config.rope_theta, accumulation_dtype(model.norm.weight.dtype))
+    context = Context(layout, positions, angles)
+    errors: dict[int, Tensor] = {}
+    with torch.no_grad():
+        x = model.embedding(batch.inputs)
+        for number, entry in enumerate(model.blocks):
+            block = cast(HybridBlock, entry)
+            given = block.mixer_norm(x)
+            teacher = teachers.get(number)
+            wanted, _ = (block.mixer if teacher is None else teacher)(given, context)
+            if teacher is not None:
+                with torch.set_grad_enabled(learns):
+                    # Made once for each layer, whose graph the next one then does not need.
+                    shared = {name: module() for name, module in model.shared.items()}
+                    got, _ = block.mixer(given, dataclasses.replace(context, shared=shared))
+                    error = (got - wanted).square().sum() / wanted.square().sum().clamp(min=_TINY)
+                    if learns:
+                        error.backward()
+                errors[number] = error.detach()
+            x = x + wanted
+            fed, _ = block.feed_forward(block.feed_forward_norm(x), context)
+            x = x + fed
+    return errors
+
+
+def _errors_on(
+    model: LinearLlama3, teachers: Mapping[int, SoftmaxMixer], sequences: Sequences, device: torch.device
+) -> dict[int, float]:
+    """The mean over sequences of the error of each L layer."""
+    totals = dict.fromkeys(teachers, 0.0)
+    for row in range(len(sequences)):
+        batch = sequences.rows(row, 1).packed().to(device)
+        for layer, error in layer_errors(model, teachers, batch, learns=False).items():
+            totals[layer] += float(error) / len(sequences)
+    return totals

@@ -1,0 +1,168 @@
+"""Attention transfer: a linear layer learns what the softmax layer gave, of what that was given; nothing else changes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.conversion import Steps, compare, prepared
+from longspan.data.packing import Sequences
+from longspan.data.prepare import prepare_corpus
+from longspan.data.prepared import PreparedData, open_prepared
+from longspan.data.recipe import Recipe
+from longspan.errors import ConfigError
+from longspan.layout import SequenceLayout
+from longspan.models import LinearLlama3
+from longspan.models.conversion import Converted, convert, read_llama
+from longspan.models.weights import open_weights
+from longspan.train.config import DataConfig
+from longspan.train.transfer import Transfer, TransferError, layer_errors, transfer_attention
+from tests.compare import relative_error, worst
+from tests.models.llama import random_llama, saved
+from tests.models.tiny import each_linear_mixer
+from tests.train.tiny import write_corpus
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return saved(random_llama(vocab_size=257), tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> PreparedData:
+    folder = tmp_path_factory.mktemp("data")
+    asked = DataConfig(source=(str(write_corpus(folder / "text")),), tokenizer="bytes", validation_fraction=0.3)
+    prepare_corpus(Recipe.of(asked, 0), folder / "data")
+    return open_prepared(folder / "data")
+
+
+def converted(folder: Path, operator: str, pattern: str = "LLNL") -> Converted:
+    from dataclasses import replace
+
+    llama = read_llama(folder)
+    with open_weights(folder) as weights:
+        return convert(llama, weights, replace(llama.config, pattern=pattern, operator=operator))
+
+
+ROWS = Sequences(torch.randint(0, 257, (2, 41), generator=torch.Generator().manual_seed(1)), ((7, 30), ()))
+
+
+@pytest.mark.parametrize("operator", each_linear_mixer())
+def test_errors_and_gradients_are_those_of_each_layer_by_itself(folder: Path, operator: str) -> None:
+    """Beside the whole softmax model, whose layers' inputs and outputs are taken out of it; in float64, with documents."""
+    found = converted(folder, operator)
+    softmax = converted(folder, "gla", "N").model.double()
+    model = found.model.double()
+    teachers = {layer: teacher.double() for layer, teacher in found.teachers.items()}
+    batch = ROWS.packed()
+    errors = layer_errors(model, teachers, batch, learns=True)
+    gradients = {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
+    assert sorted(errors) == [0, 1, 3]
+
+    layout = SequenceLayout.local(batch.seq_len, batch.documents)
+    taken: dict[int, tuple[Any, Tensor]] = {}
+    for number, block in enumerate(softmax.blocks):
+        one: Any = block
+        one.mixer.register_forward_hook(
+            lambda module, given, output, number=number: taken.update({number: (given, output[0])})
+        )
+    with torch.no_grad():
+        softmax(batch.inputs, layout)
+    model.zero_grad()
+    total = torch.zeros((), dtype=torch.float64)
+    for number in errors:
+        (x, context), wanted = taken[number]
+        shared = {name: module() for name, module in model.shared.items()}
+        layer: Any = model.blocks[number]
+        got, _ = layer.mixer(x, type(context)(layout, context.positions, context.rotation, shared=shared))
+        error = (got - wanted).square().sum() / wanted.square().sum()
+        assert relative_error(errors[number], error.detach()) < 1e-12
+        total = total + error
+    total.backward()
+    for name, parameter in model.named_parameters():
+        gradient = gradients[name]
+        if gradient is None or parameter.grad is None:
+            assert gradient is None and parameter.grad is None, name
+        else:
+            assert relative_error(gradient, parameter.grad, floor=1e-6) < 1e-9, name
+    outside = [name for name, gradient in gradients.items() if gradient is not None and ".mixer." not in name]
+    assert outside == [name for name in outside if name.startswith("shared.")]
+
+
+@pytest.mark.parametrize("operator", each_linear_mixer(quick=("gla", "hgrn2")))
+def test_errors_fall_and_nothing_else_changes(folder: Path, data: PreparedData, operator: str) -> None:
+    found = converted(folder, operator)
+    before = {name: parameter.detach().clone() for name, parameter in found.model.named_parameters()}
+    teachers = [parameter.clone() for teacher in found.teachers.values() for parameter in teacher.parameters()]
+    said: list[tuple[int, float]] = []
+    transfer = Transfer(steps=12, seq_len=61, batch_tokens=183, lr=1e-2, validation_sequences=3)
+    made = transfer_attention(
+        *(found.model, found.teachers, data, transfer, "reset", 0), lambda step, error: said.append((step, error))
+    )
+    assert [step for step, _ in said] == [*range(1, 13)]
+    assert sorted(made.before) == sorted(made.after) == [0, 1, 3]
+    for layer, error in made.before.items():
+        assert 0 < made.after[layer] < 0.9 * error, (layer, made)
+    learning = [f"blocks.{layer}.mixer." for layer in (0, 1, 3)]
+    for name, parameter in found.model.named_parameters():
+        learns = name.startswith((*learning, "shared."))
+        assert torch.equal(parameter, before[name]) != learns, name
+    now = [parameter for teacher in found.teachers.values() for parameter in teacher.parameters()]
+    assert all(torch.equal(one, other) for one, other in zip(teachers, now, strict=True))
+
+
+def test_the_same_seed_gives_the_same_weights(folder: Path, data: PreparedData) -> None:
+    transfer = Transfer(steps=2, seq_len=61, batch_tokens=122)
+    made: list[LinearLlama3] = []
+    for seed in (0, 0, 1):
+        found = converted(folder, "gla")
+        transfer_attention(found.model, found.teachers, data, transfer, "concatenate", seed, lambda step, error: None)
+        made.append(found.model)
+    same, other = (
+        worst(relative_error(a, b) for a, b in zip(made[0].parameters(), model.parameters(), strict=True))
+        for model in made[1:]
+    )
+    assert same == 0
+    assert other > 1e-6
+
+
+def test_an_error_that_is_not_finite_ends_it(folder: Path, data: PreparedData) -> None:
+    found = converted(folder, "gla")
+    mixer: Any = found.model.blocks[1]
+    with torch.no_grad():
+        mixer.mixer.out_proj.weight.fill_(float("nan"))
+    with pytest.raises(TransferError, match="step 1 has an error of nan"):
+        transfer_attention(
+            *(found.model, found.teachers, data, Transfer(2, 61, 61), "reset", 0), lambda step, error: None
+        )
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"steps": -1}, "transfer.steps is -1; it must be at least 0"),
+        ({"lr": 0.0}, "transfer.lr is 0.0"),
+        ({"lr": float("nan")}, "transfer.lr is nan"),
+        ({"seq_len": 100, "batch_tokens": 250}, "transfer.batch_tokens 250 is no multiple"),
+        ({"validation_sequences": 0}, "transfer.validation_sequences is 0"),
+    ],
+)
+def test_values_that_make_no_training_are_refused(values: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        Transfer(**values).check()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_converted_and_trained_it_is_ahead_of_one_from_scratch(tmp_path: Path, seed: int) -> None:
+    found = compare(prepared(tmp_path / "data", 500_000), Steps(150, 40, 40), "gla", "LLLN", seed)
+    assert found["error after"] < found["error before"]
+    assert found["converted + transfer, 0 steps"] < found["converted, 0 steps"]
+    scratch = found["from scratch, 40 steps"]
+    assert found["the Llama"] < scratch
+    assert found["converted + transfer, 40 steps"] < scratch - 0.1
+    assert found["converted, 40 steps"] < scratch
