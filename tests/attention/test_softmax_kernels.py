@@ -15,8 +15,9 @@ TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 3e-2}
 
 @pytest.fixture(params=["cpu", "plain"])
 def operator(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Both ways to run a block on the CPU, with keys few and many."""
+    """Both ways to run a block on the CPU, with keys and queries few and many."""
     monkeypatch.setattr(kernels, "MANY_KEYS", 200)
+    monkeypatch.setattr(kernels, "FEW_QUERIES", 2)
     monkeypatch.setattr(kernels, "flash_operator", lambda q: request.param)
     return request.param
 
@@ -36,7 +37,7 @@ def test_the_cpu_runs_its_flash_operator_for_every_dtype() -> None:
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (3, 1)])
 @pytest.mark.parametrize(
     ("lengths", "causal"),
-    [((1, 1), True), ((131, 131), True), ((131, 131), False), ((3, 260), False), ((260, 3), False)],
+    [((1, 1), True), ((131, 131), True), ((131, 131), False), ((2, 260), False), ((3, 260), False), ((260, 3), False)],
 )
 def test_a_block_equals_dense_attention(
     operator: str, dtype: torch.dtype, heads: int, kv_heads: int, lengths: tuple[int, int], causal: bool

@@ -74,6 +74,21 @@ def test_one_process_writes_what_the_whole_sequence_finds_likeliest(operator: st
             assert error < 1e-11 and same, (changes, length, error)
 
 
+LAYERS: dict[str, dict[str, Any]] = {
+    "softmax alone": {"pattern": "N"},
+    "softmax alone, with a window": {"pattern": "N", "window": 4},
+    "several mixers": {"pattern": ("based", "mamba2", "softmax", "deltanet"), "num_layers": 4},
+}
+
+
+@pytest.mark.parametrize("layers", LAYERS)
+def test_models_of_softmax_alone_and_of_several_mixers_do_so_too(layers: str) -> None:
+    model = tiny_model(**{"num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "head_dim": 10, **LAYERS[layers]})
+    for length in (1, 2, 3, 70):
+        error, same = differences(model, model, length)
+        assert error < 1e-11 and same, (length, error)
+
+
 @pytest.mark.parametrize("num_ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("operator", each_linear_mixer())
 def test_a_prompt_over_ranks_is_gone_on_with_as_in_one_process(operator: str, num_ranks: int) -> None:

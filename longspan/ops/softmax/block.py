@@ -41,6 +41,9 @@ MOST_SCORES = 2**26
 MANY_KEYS = 4096
 """On a CPU, so many keys or more are first copied to where those of a head lie side by side."""
 
+FEW_QUERIES = 64
+"""So many queries or fewer, as in decoding, read keys where they are: a copy would take longer than all of their attention."""
+
 SCHEMAS = {
     "_scaled_dot_product_flash_attention_for_cpu": (
         "(Tensor query, Tensor key, Tensor value, float dropout_p=0., bool is_causal=False, *, Tensor? attn_mask=None, "
@@ -117,7 +120,8 @@ def block_forward(
         ]
         # The log-sum-exp of no score is +inf there.
         return out.transpose(1, 2), lse.masked_fill(lse == math.inf, -math.inf)
-    keys, values = _near(keys), _near(values)
+    if queries.shape[2] > FEW_QUERIES:
+        keys, values = _near(keys), _near(values)
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         queries, keys, values, 0.0, causal, scale=scale
     )
