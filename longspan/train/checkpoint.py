@@ -126,7 +126,8 @@ def newest_checkpoint(folder: Path) -> Path:
     found = all_checkpoints(folder)
     if not found:
         raise CheckpointError(
-            f"there is no complete checkpoint in {folder}: the run ended before its first. Start a new run"
+            f"there is no complete checkpoint in {folder}: the run ended before its first, or is a model that was imported. Start "
+            "a new run, with an imported model's weights by train.init"
         )
     return found[-1]
 

@@ -26,6 +26,7 @@ from longspan.integrations.transformers.fla_cache import recording_fla_cache
 from longspan.integrations.transformers.model import ParallelModel, state_of
 from longspan.integrations.transformers.structure import head_of
 from longspan.layout import SequenceLayout
+from longspan.models.mixers import SequenceMixer
 
 Target = Literal["last", "all"]
 TARGETS: tuple[Target, ...] = ("last", "all")
@@ -132,6 +133,12 @@ def _checked_state(model: nn.Module, to: str) -> ParallelModel:
     if to not in TARGETS:
         raise InputError(f"to must be one of {', '.join(TARGETS)}; got {to!r}")
     state = _state_of(model)
+    if state is None and _has_layers_of_this_library(model):
+        raise InputError(
+            f"prefill() is for models of other libraries; {_name(model)}, of layers of this one, reads a prompt over ranks by "
+            "itself. Call model.generate(input_ids, ...) of a parallelized LinearLlamaForCausalLM, or longspan.models.generate, on "
+            "every rank"
+        )
     if state is None:
         raise InputError(
             f"prefill() takes a model of Hugging Face Transformers that was given to longspan.parallelize(); got {_name(model)}, "
@@ -196,6 +203,10 @@ def _check_prompt(state: ParallelModel, given: dict[str, Tensor]) -> None:
 
 def _state_of(model: object) -> ParallelModel | None:
     return state_of(model) if isinstance(model, nn.Module) else None
+
+
+def _has_layers_of_this_library(model: object) -> bool:
+    return isinstance(model, nn.Module) and any(isinstance(module, SequenceMixer) for module in model.modules())
 
 
 def _name(model: object) -> str:

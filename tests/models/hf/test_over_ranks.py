@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from longspan import parallelize, sum_gradients, unparallelize
+from longspan import parallelize, prefill, sum_gradients, unparallelize
 from longspan.errors import InputError
 from longspan.integrations.transformers.structure import check_model
 from tests.compare import relative_error, worst
@@ -140,3 +140,5 @@ def test_options_of_other_models_and_their_trainer_are_refused() -> None:
         parallelize(tiny_hf("pure"), None, order="zigzag")
     with pytest.raises(InputError, match="LinearLlamaForCausalLM has layers of this library"):
         check_model(tiny_hf("pure"))
+    with pytest.raises(InputError, match=r"prefill\(\) is for models of other libraries; a LinearLlamaForCausalLM"):
+        prefill(tiny_hf("pure"), random_tokens(1, 9))
