@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from longspan import SequenceLayout, parallelize, sum_gradients
 from longspan.degrees import factorings
-from longspan.models import LinearLlama3
+from longspan.models import MIXERS, LinearLlama3
 from longspan.parallel import MeshDegrees, ParallelMesh, gathered, shard_weights
 from longspan.parallel.sharded import accumulating, copy_whole, free_gathered
 from longspan.train.config import OptimConfig
@@ -132,6 +132,18 @@ FOUR = [MeshDegrees(1, 2, 2), MeshDegrees(2, 1, 2, True), MeshDegrees(1, 2, 2, T
 
 def test_meshes_of_four_ranks_train_as_one_process() -> None:
     assert_equal(4, FOUR, {})
+
+
+def test_what_layers_share_and_convolutions_are_divided_too() -> None:
+    changes = {"num_layers": 4, "pattern": ("hgrn2", "mamba2", "softmax", "hgrn2"), "operator": "simple_gla"}
+    assert_equal(2, [MeshDegrees(dp_shard=2), MeshDegrees(sp=2, shard_over_sp=True)], changes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_every_mixer_trains_with_divided_weights_as_one_process(mixer: str) -> None:
+    changes = {"num_layers": 2, "pattern": (mixer,), "operator": "simple_gla"}
+    assert_equal(4, [MeshDegrees(dp_shard=2, sp=2), MeshDegrees(dp_shard=2, sp=2, shard_over_sp=True)], changes)
 
 
 @pytest.mark.slow
