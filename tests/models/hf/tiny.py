@@ -11,7 +11,8 @@ from longspan.models.hf import LinearLlamaForCausalLM
 from tests.models.tiny import random_tokens, tiny_model
 
 KINDS: dict[str, dict[str, Any]] = {
-    "pure": {"pattern": "L", "operator": "kda"},
+    # Convolutions, whose taps are remembered, and a parameter that layers share.
+    "pure": {"pattern": ("kda", "hgrn2", "mamba2", "hgrn2"), "num_layers": 4},
     "hybrid": {"pattern": "LN", "operator": "simple_gla"},
     "experts": {"pattern": "LN", "operator": "simple_gla", "num_experts": 4, "hidden_dim": 12},
     "window": {"pattern": "NL", "operator": "gla", "window": 5},
@@ -19,7 +20,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 def tiny_hf(kind: str = "hybrid", config: dict[str, Any] | None = None, **changes: Any) -> LinearLlamaForCausalLM:
-    """A float64 model of two layers in evaluation mode, whose weights are large enough for every layer to matter."""
+    """A float64 model of two layers, or four, in evaluation mode, whose weights are large enough for every layer to matter."""
     sizes = {"num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "head_dim": 10}
     return LinearLlamaForCausalLM.of(tiny_model(**sizes | KINDS[kind] | changes), **(config or {}))
 
