@@ -71,6 +71,11 @@ COMMANDS = (
         "longspan.commands.eval_passkey",
     ),
     Command(
+        "eval lm",
+        "tasks of lm-eval on a run's model, through its Hugging Face form",
+        "longspan.commands.eval_lm",
+    ),
+    Command(
         "convert",
         "make a run folder of a Llama: its weights in linear and softmax layers, attention transfer",
         "longspan.commands.convert",
