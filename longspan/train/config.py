@@ -332,11 +332,15 @@ def known_keys() -> list[str]:
 
 def flatten(config: Config) -> dict[str, Any]:
     """The values by ``section.key``."""
-    return {
+    values = {
         f"{section.name}.{entry.name}": getattr(getattr(config, section.name), entry.name)
         for section in dataclasses.fields(config)
         for entry in dataclasses.fields(getattr(config, section.name))
     }
+    if values["model.num_kv_heads"] is None:
+        # A file has no None, and leaving the key out is another number.
+        values["model.num_kv_heads"] = values["model.num_heads"]
+    return values
 
 
 def read_toml(path: Path) -> Config:

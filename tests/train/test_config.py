@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +69,25 @@ def test_a_preset_stands_for_all_keys_of_the_model_and_others_change_it(tmp_path
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_every_preset_is_a_model_that_can_be_trained(name: str) -> None:
-    assert parse("--model.preset", name).model.build(PRESETS[name]["vocab_size"]) == preset(name)
+def test_every_preset_is_a_model_that_can_be_trained(name: str, tmp_path: Path) -> None:
+    config = parse("--model.preset", name)
+    assert config.model.build(PRESETS[name]["vocab_size"]) == preset(name)
+    path = tmp_path / "kept.toml"
+    path.write_text(to_toml(config))
+    assert configs.differences(read_toml(path), config) == []
+
+
+def test_a_value_that_is_none_comes_back_from_a_file_as_it_is_used(tmp_path: Path) -> None:
+    """A file has no None: a key that is left out is its default, which must then be None as well."""
+    path = tmp_path / "kept.toml"
+    for key in flatten(Config()):
+        section, name = key.split(".")
+        part = getattr(Config(), section)
+        kind = typing.get_type_hints(type(part))[name]
+        if type(None) in typing.get_args(kind):
+            config = dataclasses.replace(Config(), **{section: dataclasses.replace(part, **{name: None})})
+            path.write_text(to_toml(config))
+            assert configs.differences(read_toml(path), config) == [], key
 
 
 def test_an_unknown_preset_names_the_nearest(tmp_path: Path) -> None:
