@@ -86,6 +86,11 @@ COMMANDS = (
         "longspan.commands.plot",
     ),
     Command(
+        "study",
+        "train each mixer, pure and with softmax layers, on text and on recall; a table and a figure",
+        "longspan.commands.study",
+    ),
+    Command(
         "verify",
         "checkpoints and prepared data against their digests; a config over ranks against one process",
         "longspan.commands.verify",

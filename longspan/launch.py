@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 from longspan.errors import ConfigError, ExchangeError, LongspanError
 from longspan.faults import install_faults, parse_faults
@@ -115,7 +115,7 @@ def run_local_ranks(command: Sequence[str], num_ranks: int, threads: int, stoppe
     with tempfile.TemporaryDirectory(prefix="longspan-") as folder:
         ranks: list[subprocess.Popen[bytes]] = []
         try:
-            with _forwarded_signals(ranks) as received:
+            with forwarded_signals(ranks) as received:
                 for rank in range(num_ranks):
                     ranks.append(_start_rank(command, rank, num_ranks, threads, Path(folder)))
                 return _watch(ranks, Path(folder), received, stopped)
@@ -128,7 +128,7 @@ def run_local_ranks(command: Sequence[str], num_ranks: int, threads: int, stoppe
 
 
 def _start_rank(
-    command: Sequence[str], rank: int, num_ranks: int, threads: int, folder: Path
+    command: Sequence[str], rank: int, num_ranks: int, threads: int, folder: Path, output: BinaryIO | None = None
 ) -> subprocess.Popen[bytes]:
     place = {
         "RANK": str(rank),
@@ -146,13 +146,34 @@ def _start_rank(
         list(command),
         env=environment,
         stdin=subprocess.PIPE,
+        stdout=output,
+        stderr=output,
         # Signals of the terminal reach this command alone, which passes them on once.
         start_new_session=True,
     )
 
 
+def start_job(command: Sequence[str], threads: int, folder: Path, output: BinaryIO) -> subprocess.Popen[bytes]:
+    """Start `command`, which calls `run_rank`, as a run of one rank that writes what it says into `output`.
+
+    It ends when this process ends, however that ends.
+
+    Args:
+        threads: of its process.
+        folder: an empty one of this job alone, where it leaves why it has failed (`failure_of_job`).
+    """
+    return _start_rank(command, 0, 1, threads, folder, output)
+
+
+def failure_of_job(folder: Path, code: int | None) -> tuple[str, str]:
+    """Why a job that was started with this folder has ended with this exit code, and its traceback, "" if there is none."""
+    path = _report(folder, 0)
+    report = json.loads(path.read_text()) if path.exists() else {}
+    return report.get("message", f"it {_ending(code)}"), report.get("traceback", "")
+
+
 @contextlib.contextmanager
-def _forwarded_signals(ranks: list[subprocess.Popen[bytes]]) -> Iterator[list[int]]:
+def forwarded_signals(ranks: list[subprocess.Popen[bytes]]) -> Iterator[list[int]]:
     """The first signal of `_stop_signals` asks the ranks to stop; the second kills them. Gives the numbers that have come."""
     received: list[int] = []
 
