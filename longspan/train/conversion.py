@@ -93,7 +93,8 @@ def convert_llama(options: Convert, say: Callable[[int, float], None]) -> Conver
     with open_weights(llama.path) as weights:
         converted = convert(llama, weights, config, options.seed)
     tokenizer, notes = _tokenizer(llama, options.data)
-    made = create_run_folder(options.to)
+    # What a conversion left that was refused on its way, such as prepared text, is gone on with; its config is written last.
+    made = create_run_folder(options.to, or_begun=not RunFolder(Path(options.to)).config.exists())
     if tokenizer is not None:
         with replacing(made.tokenizer) as unfinished:
             unfinished.write_text(tokenizer.to_json(), encoding="utf-8")
@@ -112,9 +113,9 @@ def convert_llama(options: Convert, say: Callable[[int, float], None]) -> Conver
         str(llama.path), config.layer_operators, converted.tensors, options.transfer, transferred, notes
     )
     texts = {
-        made.config: to_toml(Config(data=data_section, model=section, train=train)),
         made.conversion_json: report.as_json(),
         made.conversion_text: report.as_markdown(),
+        made.config: to_toml(Config(data=data_section, model=section, train=train)),
     }
     for path, text in texts.items():
         with replacing(path) as unfinished:

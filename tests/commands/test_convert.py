@@ -141,6 +141,19 @@ def test_without_a_tokenizer_it_says_so(llama: Path, tmp_path: Path, capsys: pyt
     assert (tmp_path / "b" / "weights.safetensors").is_file() and not (tmp_path / "b" / "tokenizer.json").exists()
 
 
+def test_a_conversion_that_was_refused_on_its_way_is_made_again_in_its_folder(
+    llama: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And one that is there is not made over."""
+    given = (llama, "--to", tmp_path / "run", "--pattern", "LN", "--data.source", text)
+    long = ("--transfer.steps", "1", "--transfer.seq_len", "99999", "--transfer.batch_tokens", "99999")
+    assert "fewer than one global batch" in refused(capsys, *given, *long)
+    command("convert", *given, *TRANSFER)
+    before = (tmp_path / "run" / "weights.safetensors").read_bytes()
+    assert "is not empty" in refused(capsys, *given, *TRANSFER, "--seed", "1")
+    assert (tmp_path / "run" / "weights.safetensors").read_bytes() == before
+
+
 def test_what_does_not_fit_is_refused(
     llama: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
