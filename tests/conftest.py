@@ -8,6 +8,7 @@ import signal
 import pytest
 import torch
 
+from tests.left_to_test_all import leave
 from tests.ranks import stop_ranks
 
 
@@ -21,6 +22,14 @@ def pytest_configure(config: pytest.Config) -> None:
     for number in (signal.SIGHUP, signal.SIGINT):
         if signal.getsignal(number) is signal.SIG_IGN:
             signal.signal(number, lambda number, frame: None)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    # Before those marked slow are left out.
+    unused = leave(items)
+    if unused and config.args_source is pytest.Config.ArgsSource.TESTPATHS:
+        raise pytest.UsageError(f"tests/left_to_test_all.py has patterns that no test matches: {', '.join(unused)}")
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
