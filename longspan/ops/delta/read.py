@@ -110,6 +110,9 @@ class DeltaRead(torch.autograd.Function):
     | o | [B, T, H, V] | P u + scale · e^b q S |
 
     Backward: ∂P = ∂o uᵀ; ∂u = Pᵀ ∂o; ∂q = scale · e^b ∂o Sᵀ; ∂S = (scale · e^b q)ᵀ ∂o.
+
+    ∂u grows with the tokens behind where keys resemble each other, and Tᵀ ∂u then takes differences of it: where T is float64, so
+    are the sums of ∂u.
     """
 
     @staticmethod
@@ -154,7 +157,7 @@ class DeltaRead(torch.autograd.Function):
         ctx.link.finite_upstream &= finite
         grad_states = torch.empty_like(states)
         grad_states.index_fill_(0, index_on(call.layout, call.tiling.last_slots, grad_states.device), 0.0)
-        for block in call.tiling.blocks:
+        for number, block in enumerate(call.tiling.blocks):
             factor = state_factor(call, block, ctx.scale, g, decays)
             query = scaled(take_block(call, block, q), factor, call.num_heads)
             grad_out = take_block(call, block, do).contiguous()
@@ -163,7 +166,11 @@ class DeltaRead(torch.autograd.Function):
                 put_product(grad_found, block, grad_out, update.mT)
             else:
                 put_rows(grad_found, block, batched_product(grad_out, update.mT))
-            put_product(grad_corrected, block, score.mT, grad_out if finite else finite_part(grad_out))
+            upstream = grad_out if finite else finite_part(grad_out)
+            if number in ctx.link.in_double and call.dtype != torch.float64:
+                put_rows(grad_corrected, block, batched_product(score.mT.double(), upstream.double()))
+            else:
+                put_product(grad_corrected, block, score.mT, upstream)
             if not finite:
                 poison_rows(grad_corrected, block, until_then(~grad_out.isfinite()))
             grad_states[block.slots] = batched_product(query.mT, grad_out)

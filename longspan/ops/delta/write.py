@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -35,7 +35,8 @@ class PhaseLink:
     sent: numbers of the pieces whose end another rank receives. done: those that write has gone through. states, corrected:
     forward, those of `done` pieces; backward, those that run kept. grad_states, grad_corrected: what run's backward hands to
     write's; of pieces that are sent it is the reads' share alone. finite_keys: whether k and β are known to hold neither NaN nor
-    infinity; finite_upstream: the same of the gradients of the outputs.
+    infinity; finite_upstream: the same of the gradients of the outputs. in_double: numbers of the blocks whose systems were solved in
+    float64, because T may be far from small.
     """
 
     sent: frozenset[int]
@@ -46,6 +47,7 @@ class PhaseLink:
     grad_corrected: Tensor | None = None
     finite_keys: bool = True
     finite_upstream: bool = True
+    in_double: set[int] = field(default_factory=set)
 
 
 class DeltaWrite(torch.autograd.Function):
@@ -87,10 +89,12 @@ class DeltaWrite(torch.autograd.Function):
         inverses = call.allocate(k, chunk_size, chunk_size)
         decays = call.allocate(k, chunk_size, key_size) if call.factors.are_large else None
         finite = all_finite(v)
-        for block in call.tiling.blocks:
+        for number, block in enumerate(call.tiling.blocks):
             system = solve(call, block, k, beta, g)
             keys = system.keys
             link.finite_keys &= system.bad is None
+            if system.inverse.dtype == torch.float64:
+                link.in_double.add(number)
             if decays is not None and keys.query is not None:
                 put_rows(decays, block, keys.query)
             put_rows(inverses, block, system.inverse)
