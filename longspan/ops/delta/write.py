@@ -35,8 +35,8 @@ class PhaseLink:
     sent: numbers of the pieces whose end another rank receives. done: those that write has gone through. states, corrected:
     forward, those of `done` pieces; backward, those that run kept. grad_states, grad_corrected: what run's backward hands to
     write's; of pieces that are sent it is the reads' share alone. finite_keys: whether k and β are known to hold neither NaN nor
-    infinity; finite_upstream: the same of the gradients of the outputs. in_double: numbers of the blocks whose systems were solved in
-    float64, because T may be far from small.
+    infinity; finite_upstream: the same of the gradients of the outputs. in_double: numbers of the blocks whose systems were solved
+    in float64, because T may be far from small.
     """
 
     sent: frozenset[int]
