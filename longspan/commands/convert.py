@@ -23,8 +23,8 @@ N layers are the Llama's own. Of L layers what the Llama has is copied, and the 
 transfer.steps these layers are first trained to give what the softmax layers gave, on one process. The run folder has a list of all
 tensors and what they were made of, conversion.md and conversion.json.
 
-Refused are other architectures, biases, scaled rotary embeddings and pickled weights; and missing, extra or misshapen tensors, all
-of them listed.
+Refused are other architectures, biases, rotary embeddings of another scaling than Llama 3.1's, and pickled weights; and missing,
+extra or misshapen tensors, all of them listed.
 """
 
 

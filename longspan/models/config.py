@@ -10,11 +10,15 @@ from typing import Literal
 
 from longspan.errors import ConfigError
 from longspan.models.mixers import MIXERS
+from longspan.models.rotary import RopeScaling
 
 LayerKind = Literal["L", "N"]
 
 _OF_EXPERTS = ("experts_per_token", "num_shared_experts", "balance_loss_weight", "z_loss_weight")
 """Fields that say nothing of a model without experts."""
+
+_OF_SCALING = ("rope_low_freq_factor", "rope_high_freq_factor", "rope_original_length")
+"""Fields that say nothing where `rope_factor` is 1."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,15 @@ class LinearLlama3Config:
     """Tokens that feed-forward layers compute at once, and again in backward, to keep nothing of their width; 0 is all, once."""
     rope_theta: float = 500_000.0
     """Base of the rotary embedding in softmax layers."""
+    rope_factor: float = 1.0
+    """How many times slower the slowest channels of the rotary embedding turn, for sequences that much longer, as in Llama 3.1
+    (``rope_type`` ``"llama3"``); 1 leaves all as they are."""
+    rope_low_freq_factor: float = 1.0
+    """Channels that turn less often than this over `rope_original_length` are among the slowest."""
+    rope_high_freq_factor: float = 4.0
+    """Channels that turn more often than this over `rope_original_length` stay as they are."""
+    rope_original_length: int = 8192
+    """Tokens of the sequences that a model was trained on before `rope_factor`."""
     norm_eps: float = 1e-5
     """Added to the mean square in RMSNorm."""
     tie_embeddings: bool = False
@@ -83,6 +96,7 @@ class LinearLlama3Config:
         for name in ("rope_theta", "norm_eps"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be greater than 0; got {getattr(self, name)}")
+        self._check_rope()
         self._check_heads()
         if isinstance(self.pattern, str):
             self._check_letters(self.pattern)
@@ -91,6 +105,28 @@ class LinearLlama3Config:
         for name in dict.fromkeys(self.layer_operators):
             MIXERS[name].check(self)
         self._check_experts()
+
+    def _check_rope(self) -> None:
+        for name in ("rope_factor", "rope_low_freq_factor", "rope_high_freq_factor"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+                raise ConfigError(f"{name} must be a number greater than 0; got {value!r}")
+        _check_positive("rope_original_length", self.rope_original_length)
+        if self.rope_factor < 1:
+            raise ConfigError(f"rope_factor must be at least 1, which leaves all as it is; got {self.rope_factor}")
+        if self.rope_factor == 1:
+            self._check_left_out(_OF_SCALING, "a scaled rotary embedding, and rope_factor is 1. Set rope_factor")
+        elif not self.rope_low_freq_factor < self.rope_high_freq_factor:
+            raise ConfigError(
+                f"rope_low_freq_factor must be less than rope_high_freq_factor; got {self.rope_low_freq_factor} and "
+                f"{self.rope_high_freq_factor}. Llama 3.1 has 1 and 4"
+            )
+
+    def _check_left_out(self, names: Iterable[str], what: str) -> None:
+        """Raise ConfigError where one of these fields, which concern `what`, was set."""
+        for name in names:
+            if getattr(self, name) != getattr(type(self), name):
+                raise ConfigError(f"{name} is {getattr(self, name)}, which concerns {what}, or leave {name} out")
 
     def _check_experts(self) -> None:
         for name in ("num_experts", "num_shared_experts"):
@@ -101,12 +137,7 @@ class LinearLlama3Config:
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ConfigError(f"{name} must be at least 0, which leaves the loss out; got {getattr(self, name)}")
         if not self.num_experts:
-            for name in _OF_EXPERTS:
-                if getattr(self, name) != getattr(type(self), name):
-                    raise ConfigError(
-                        f"{name} is {getattr(self, name)}, which concerns experts, and num_experts is 0. Set num_experts, or leave "
-                        f"{name} out"
-                    )
+            self._check_left_out(_OF_EXPERTS, "experts, and num_experts is 0. Set num_experts")
         elif self.experts_per_token > self.num_experts:
             raise ConfigError(
                 f"experts_per_token {self.experts_per_token} is more than num_experts {self.num_experts}: a token takes different "
@@ -173,6 +204,15 @@ class LinearLlama3Config:
     def size_of_head(self) -> int:
         """Channels of a head."""
         return self.dim // self.num_heads if self.head_dim is None else self.head_dim
+
+    @property
+    def rope_scaling(self) -> RopeScaling | None:
+        """What becomes of the frequencies of the rotary embedding; None leaves them."""
+        if self.rope_factor == 1:
+            return None
+        return RopeScaling(
+            self.rope_factor, self.rope_low_freq_factor, self.rope_high_freq_factor, self.rope_original_length
+        )
 
     @property
     def layer_kinds(self) -> tuple[LayerKind, ...]:

@@ -372,4 +372,5 @@ class LinearLlama3(nn.Module):
         if not any(block.mixer.rotates for block in self._blocks()):
             return None
         dtype = accumulation_dtype(self.norm.weight.dtype)
-        return rotation(positions, self.config.size_of_head, self.config.rope_theta, dtype)
+        config = self.config
+        return rotation(positions, config.size_of_head, config.rope_theta, dtype, config.rope_scaling)

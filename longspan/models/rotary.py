@@ -5,7 +5,9 @@ Shapes: B batch rows, T tokens, H heads, D head dimension.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,7 +18,30 @@ Rotation = tuple[Tensor, Tensor]
 """cos and sin of a rotary embedding, each [T, D / 2]."""
 
 
-def rotation(positions: Tensor, size: int, theta: float, dtype: torch.dtype) -> Rotation:
+@dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3.1's way to longer sequences (``rope_type`` ``"llama3"`` in Transformers).
+
+    Channels that turn less than `low_freq_factor` times over `original_length` tokens turn `factor` times slower; those that turn
+    more than `high_freq_factor` times stay as they are; between the two the shares of both are linear in the number of turns. The
+    formula is that of the models' own code (``apply_scaling`` of meta-llama/llama-models).
+    """
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_length: int
+
+    def scaled(self, angles: Tensor) -> Tensor:
+        """The angles a token, float64 ``[D / 2]``, of those of a rotary embedding that is not scaled."""
+        turns = self.original_length * angles / (2 * math.pi)
+        kept = ((turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)).clamp(0, 1)
+        return angles * (kept + (1 - kept) / self.factor)
+
+
+def rotation(
+    positions: Tensor, size: int, theta: float, dtype: torch.dtype, scaling: RopeScaling | None = None
+) -> Rotation:
     """The angles of the tokens at `positions`.
 
     Args:
@@ -24,11 +49,13 @@ def rotation(positions: Tensor, size: int, theta: float, dtype: torch.dtype) -> 
         size: head dimension D, even.
         theta: base of the frequencies ``theta ** (-2i / D)``.
         dtype: of the result, float32 or float64.
+        scaling: what becomes of the frequencies; None leaves them.
 
     The angles are computed in float64: in float32, those of a token at position 10^6 would be off by 0.06.
     """
     exponents = torch.arange(0, size, 2, dtype=torch.float64, device=positions.device) / size
-    return _rotation(positions, theta**-exponents, dtype)
+    angles = theta**-exponents
+    return _rotation(positions, angles if scaling is None else scaling.scaled(angles), dtype)
 
 
 def rotation_by(positions: Tensor, angles: Sequence[float], dtype: torch.dtype) -> Rotation:

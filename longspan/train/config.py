@@ -110,6 +110,14 @@ class ModelConfig:
     """Tokens that feed-forward layers compute at once, and again in backward, to keep nothing of their width; 0 is all, once."""
     rope_theta: float = 500_000.0
     """Base of the rotary embedding in softmax layers."""
+    rope_factor: float = 1.0
+    """How many times slower the slowest channels of the rotary embedding turn (Llama 3.1's scaling); 1 leaves all as they are."""
+    rope_low_freq_factor: float = 1.0
+    """Channels that turn less often than this over rope_original_length are among the slowest."""
+    rope_high_freq_factor: float = 4.0
+    """Channels that turn more often than this over rope_original_length stay as they are."""
+    rope_original_length: int = 8192
+    """Tokens of the sequences that a model was trained on before rope_factor."""
     norm_eps: float = 1e-5
     """Added to the mean square in RMSNorm."""
     tie_embeddings: bool = False

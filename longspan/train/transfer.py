@@ -144,7 +144,8 @@ def layer_errors(
     layout = SequenceLayout.local(batch.seq_len, batch.documents)
     positions = layout.document_positions_on(batch.inputs.device)
     config = model.config
-    angles = rotation(positions, config.size_of_head, config.rope_theta, accumulation_dtype(model.norm.weight.dtype))
+    dtype = accumulation_dtype(model.norm.weight.dtype)
+    angles = rotation(positions, config.size_of_head, config.rope_theta, dtype, config.rope_scaling)
     context = Context(layout, positions, angles)
     errors: dict[int, Tensor] = {}
     with torch.no_grad():

@@ -37,6 +37,8 @@ KINDS: dict[str, dict[str, Any]] = {
         "data__documents": "concatenate",
         "model__tie_embeddings": True,
         "model__num_kv_heads": 2,
+        "model__rope_factor": 8.0,
+        "model__rope_original_length": 64,
     },
 }
 

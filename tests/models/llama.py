@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,17 @@ VALUES: dict[str, Any] = {
 }
 
 
+LLAMA3: dict[str, Any] = {
+    "rope_type": "llama3",
+    "rope_theta": 12_345.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 256,
+}
+"""The scaling of Llama 3.1 on fewer tokens: of eight pairs of channels two are left, two go between, and four turn slower."""
+
+
 def random_llama(seed: int = 0, **changes: Any) -> LlamaForCausalLM:
     """A float32 model whose weights are large enough for every layer to matter."""
     with torch.random.fork_rng(devices=[]):
@@ -41,17 +53,36 @@ def saved(model: LlamaForCausalLM, folder: Path, max_shard_size: str = "5GB") ->
     return folder
 
 
+def exact_frequencies(config: LlamaConfig) -> Tensor:
+    """What Transformers computes in float32, in float64 and pair by pair, ``[head_dim / 2]``."""
+    rope, size = config.rope_parameters, config.head_dim
+    plain: list[float] = [rope["rope_theta"] ** -(channel / size) for channel in range(0, size, 2)]
+    if rope["rope_type"] != "llama3":
+        return torch.tensor(plain, dtype=torch.float64)
+    low, high, length = rope["low_freq_factor"], rope["high_freq_factor"], rope["original_max_position_embeddings"]
+    found = []
+    for frequency in plain:
+        wavelength = 2 * math.pi / frequency
+        slower = frequency / rope["factor"]
+        if wavelength < length / high:
+            found.append(frequency)
+        elif wavelength > length / low:
+            found.append(slower)
+        else:
+            share = (length / wavelength - low) / (high - low)
+            found.append((1 - share) * slower + share * frequency)
+    return torch.tensor(found, dtype=torch.float64)
+
+
 @torch.no_grad()
 def exact_logits(model: LlamaForCausalLM, tokens: Tensor) -> Tensor:
     """Logits in float64, in which Transformers' norms and angles are float32: those two computed anew here."""
-    theta = model.config.rope_parameters["rope_theta"]
-    size = model.config.head_dim
+    frequencies = exact_frequencies(model.config)
 
     def norm(self: Any, x: Tensor) -> Tensor:
         return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)
 
     def angles(self: Any, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        frequencies = theta ** -(torch.arange(0, size, 2, dtype=torch.float64) / size)
         turned = torch.cat([position_ids.double().unsqueeze(-1) * frequencies] * 2, dim=-1)
         return turned.cos(), turned.sin()
 

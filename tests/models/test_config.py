@@ -98,6 +98,21 @@ def test_a_config_survives_json() -> None:
         ({"window": 0}, r"window must be an integer of at least 1; got 0"),
         ({"num_kv_heads": 0}, r"num_kv_heads must be an integer of at least 1; got 0"),
         ({"rope_theta": 0.0}, r"rope_theta must be greater than 0; got 0.0"),
+        ({"rope_factor": 0.5}, r"rope_factor must be at least 1, which leaves all as it is; got 0.5"),
+        ({"rope_factor": float("nan")}, r"rope_factor must be a number greater than 0; got nan"),
+        ({"rope_factor": True}, r"rope_factor must be a number greater than 0; got True"),
+        (
+            {"rope_factor": 8.0, "rope_low_freq_factor": 5.0},
+            r"rope_low_freq_factor must be less than .*; got 5.0 and 4.0",
+        ),
+        (
+            {"rope_factor": 8.0, "rope_original_length": 0},
+            r"rope_original_length must be an integer of at least 1; got 0",
+        ),
+        (
+            {"rope_original_length": 4096},
+            r"rope_original_length is 4096, which concerns a scaled rotary embedding, and rope_factor is 1. Set rope_factor, or",
+        ),
         ({"norm_eps": float("nan")}, r"norm_eps must be greater than 0; got nan"),
     ],
 )

@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from longspan.errors import CheckpointError, ConfigError
-from longspan.models import MIXERS, LinearLlama3
+from longspan.models import MIXERS, LinearLlama3, LinearLlama3Config
 from longspan.models.conversion import RECIPES, Converted, convert, read_llama
 from longspan.models.conversion.recipes import meeting_channels
 from longspan.models.weights import open_weights
 from tests.compare import relative_error
-from tests.models.llama import exact_logits, random_llama, saved
+from tests.models.llama import LLAMA3, exact_logits, random_llama, saved
 from tests.models.tiny import LINEAR_MIXERS
 
 
@@ -43,8 +43,9 @@ TOKENS = torch.randint(0, 61, (2, 37), generator=torch.Generator().manual_seed(3
         {"tie_word_embeddings": True},
         {"num_key_value_heads": 4, "head_dim": 24},
         {"rope_parameters": {"rope_type": "linear", "factor": 1.0, "rope_theta": 500.0}},
+        {"rope_parameters": LLAMA3, "max_position_embeddings": 2048},
     ],
-    ids=["grouped", "tied", "wide heads", "scaled by one"],
+    ids=["grouped", "tied", "wide heads", "scaled by one", "scaled as Llama 3.1"],
 )
 def test_softmax_layers_give_the_logits_of_the_llama(tmp_path: Path, changes: dict[str, Any]) -> None:
     """From one file and from shards; to 1e-10 in float64, and as Transformers computes it in float32."""
@@ -69,6 +70,26 @@ def test_a_config_of_an_older_transformers_means_the_same(folder: Path, tmp_path
     found = read_llama(tmp_path)
     assert found.config == read_llama(folder).config
     assert (found.config.rope_theta, found.end, found.length) == (12_345.0, 7, 128)
+
+
+def test_a_scaled_embedding_is_read_in_either_form(folder: Path, tmp_path: Path) -> None:
+    """That of an older Transformers, with the length of the model where none is said; times 1 is none."""
+    values = json.loads((folder / "config.json").read_text())
+    scaling = {key: value for key, value in LLAMA3.items() if key != "rope_theta"}
+    del values["rope_parameters"]
+
+    def read(**changes: Any) -> LinearLlama3Config:
+        written = {**values, "rope_theta": 12_345.0, "rope_scaling": {**scaling, **changes}}
+        (tmp_path / "config.json").write_text(json.dumps(written))
+        return read_llama(tmp_path).config
+
+    wanted = dataclasses.replace(read_llama(folder).config, rope_factor=8.0, rope_original_length=256)
+    assert read() == wanted
+    assert read(factor=32, low_freq_factor=2, high_freq_factor=8) == dataclasses.replace(
+        wanted, rope_factor=32.0, rope_low_freq_factor=2.0, rope_high_freq_factor=8.0
+    )
+    assert read(original_max_position_embeddings=None).rope_original_length == 128
+    assert read(factor=1) == read_llama(folder).config
 
 
 def test_half_precision_becomes_float32_and_tables_of_angles_are_left_out(folder: Path, tmp_path: Path) -> None:
@@ -244,7 +265,7 @@ def test_another_architecture_is_refused_by_name(folder: Path, tmp_path: Path) -
 
 
 def test_what_linear_llama3_has_not_is_refused_all_at_once(folder: Path, tmp_path: Path) -> None:
-    scaled = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0}
+    scaled = {"rope_type": "yarn", "rope_theta": 5e5, "factor": 8.0}
     odd = {"attention_bias": True, "mlp_bias": True, "hidden_act": "gelu", "rope_parameters": scaled}
     shown = refused(changed(folder, tmp_path, **odd, quantization_config={"bits": 4}))
     assert "5 differ" in shown
@@ -252,10 +273,30 @@ def test_what_linear_llama3_has_not_is_refused_all_at_once(folder: Path, tmp_pat
         "attention_bias is True",
         "mlp_bias is True",
         "hidden_act is 'gelu'",
-        "'llama3'",
+        "the rotary embedding is scaled, 'yarn' {'rope_theta': 500000.0, 'factor': 8.0}",
         "quantization_config",
     ):
         assert words in shown
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"factor": None}, "is scaled, 'llama3', and factor is not said"),
+        ({"low_freq_factor": None, "high_freq_factor": None}, "and low_freq_factor, high_freq_factor is not said"),
+        ({"factor": 0.5}, "describes no model: rope_factor must be at least 1"),
+        ({"factor": "8"}, "rope_factor must be a number greater than 0; got '8'"),
+        ({"low_freq_factor": 4}, "rope_low_freq_factor must be less than rope_high_freq_factor; got 4.0 and 4.0"),
+        ({"original_max_position_embeddings": 0}, "rope_original_length must be an integer of at least 1; got 0"),
+        ({"rope_type": "dynamic"}, "is scaled, 'dynamic'"),
+        ({"rope_type": "longrope"}, "is scaled, 'longrope'"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is not 1"),
+    ],
+)
+def test_a_scaled_embedding_that_is_none_of_llama_3_is_refused(
+    folder: Path, tmp_path: Path, changes: dict[str, Any], words: str
+) -> None:
+    assert words in refused(changed(folder, tmp_path, rope_parameters={**LLAMA3, **changes}))
 
 
 def test_a_config_that_is_none_is_refused(folder: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import torch
 from longspan.errors import CheckpointError, ConfigError
 from longspan.models.config import LinearLlama3Config
 from longspan.models.linear_llama3 import LinearLlama3
+from longspan.models.rope_parameters import rope_faults, rope_fields
 from longspan.models.weights import Weights, check_shapes, shapes_of
 
 _ARCHITECTURE, _MODEL_TYPE = "LlamaForCausalLM", "llama"
@@ -111,9 +112,9 @@ def read_llama(folder: Path) -> Llama:
             num_kv_heads=values.get("num_key_value_heads") or values["num_attention_heads"],
             head_dim=values.get("head_dim"),
             hidden_dim=values["intermediate_size"],
-            rope_theta=float(_rope(values).get("rope_theta", _THETA)),
             norm_eps=float(values.get("rms_norm_eps", 1e-6)),
             tie_embeddings=bool(values.get("tie_word_embeddings", False)),
+            **{"rope_theta": _THETA, **rope_fields(values)},
         )
     except KeyError as error:
         raise CheckpointError(f"{path} does not say {error}. {remedy}") from error
@@ -144,30 +145,12 @@ def _what_differs(values: Mapping[str, Any]) -> list[str]:
     activation = values.get("hidden_act", "silu")
     if activation != "silu":
         lines.append(f"hidden_act is {activation!r}: feed-forward layers have 'silu'")
-    rope = _rope(values)
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    is_plain = kind == "default" or (kind == "linear" and rope.get("factor") == 1)
-    if not is_plain:
-        lines.append(
-            f"the rotary embedding is scaled, {kind!r} {_without_names(rope)}: Linear-Llama3 has rope_theta alone"
-        )
-    if rope.get("partial_rotary_factor", values.get("partial_rotary_factor", 1)) != 1:
-        lines.append("partial_rotary_factor is not 1: all channels of a head are rotated")
+    lines += rope_faults(values)
     if values.get("quantization_config"):
         lines.append(
             "quantization_config: weights are numbers of 16 or 32 bits. Save the model before it was quantized"
         )
     return lines
-
-
-def _rope(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Numbers of the rotary embedding: Transformers 5 has them together, and those before in two places."""
-    theta = {"rope_theta": values["rope_theta"]} if values.get("rope_theta") else {}
-    return {**theta, **(values.get("rope_scaling") or {}), **(values.get("rope_parameters") or {})}
-
-
-def _without_names(rope: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in rope.items() if key not in ("rope_type", "type")}
 
 
 def _is_copy(weights: Weights) -> bool:

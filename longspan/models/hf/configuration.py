@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig
 
 from longspan.errors import CheckpointError, ConfigError
 from longspan.models.config import LinearLlama3Config
+from longspan.models.rope_parameters import ROPE_KEYS, rope_faults, rope_fields
 
 DEFAULT_VOCABULARY = 32_000
 """Tokens where none are said: configs of Transformers can be made without arguments."""
@@ -24,6 +25,8 @@ class LinearLlamaConfig(PreTrainedConfig):
 
         LinearLlamaConfig(vocab_size=32_000, dim=2048, num_layers=16, num_heads=16, hidden_dim=5632, pattern="LLLN")
         LinearLlamaConfig(hidden_size=2048, num_hidden_layers=16, num_attention_heads=16, intermediate_size=5632)
+
+    ``rope_parameters`` or ``rope_scaling`` of the types ``"default"`` and ``"llama3"`` are taken, too, and kept under our names.
 
     Args (beside those of `LinearLlama3Config`, whose vocab_size is 32,000 if not said):
         max_position_embeddings: tokens of the sequences that it was trained on. Where more are given to softmax layers that have no
@@ -67,12 +70,27 @@ class LinearLlamaConfig(PreTrainedConfig):
                 if own in given:
                     raise ConfigError(f"{own} is given twice, as {name} too. Leave one of them out")
                 given[own] = kwargs.pop(name)
+        self._take_rope(kwargs, given)
         if self.documents not in ("reset", "concatenate"):
             raise ConfigError(f"documents must be 'reset' or 'concatenate'; got {self.documents!r}")
         core = LinearLlama3Config(**{"vocab_size": DEFAULT_VOCABULARY, **given})
         for name, value in core.to_dict().items():
             setattr(self, name, value)
         super().__post_init__(**kwargs)
+
+    def _take_rope(self, kwargs: dict[str, Any], given: dict[str, Any]) -> None:
+        """Move what `kwargs` say of the rotary embedding as Transformers does to `given`, by our names."""
+        rope = {name: kwargs.pop(name) for name in ROPE_KEYS if name in kwargs}
+        if not any(value is not None for value in rope.values()):
+            return
+        values = {**rope, "max_position_embeddings": self.max_position_embeddings}
+        faults = rope_faults(values)
+        if faults:
+            raise ConfigError(f"{'; '.join(faults)}. Take another embedding")
+        for name, value in rope_fields(values).items():
+            if name in given:
+                raise ConfigError(f"{name} is given twice, in {' and '.join(rope)} too. Leave one of them out")
+            given[name] = value
 
     @classmethod
     def of(cls: type[Config], core: LinearLlama3Config, **more: Any) -> Config:

@@ -31,6 +31,30 @@ def test_the_names_of_transformers_are_taken_too() -> None:
         LinearLlamaConfig(dim=24, hidden_size=24)
 
 
+def test_a_scaled_rotary_embedding_is_taken_as_transformers_says_it() -> None:
+    wanted = LinearLlama3Config(
+        50,
+        rope_theta=1e4,
+        rope_factor=32.0,
+        rope_low_freq_factor=2.0,
+        rope_high_freq_factor=8.0,
+        rope_original_length=64,
+    )
+    said = {"factor": 32, "low_freq_factor": 2, "high_freq_factor": 8, "original_max_position_embeddings": 64}
+    for given in (
+        {"rope_parameters": {"rope_type": "llama3", "rope_theta": 10_000, **said}},
+        {"rope_theta": 10_000.0, "rope_scaling": {"type": "llama3", **said}},
+    ):
+        config = LinearLlamaConfig(vocab_size=50, **given)
+        assert config.core() == wanted
+        assert LinearLlamaConfig(**json.loads(config.to_json_string())).core() == wanted
+    assert LinearLlamaConfig(vocab_size=50, rope_parameters=None).core() == LinearLlama3Config(50)
+    with pytest.raises(ConfigError, match=r"the rotary embedding is scaled, 'yarn' \{'factor': 4.0\}"):
+        LinearLlamaConfig(rope_scaling={"type": "yarn", "factor": 4.0})
+    with pytest.raises(ConfigError, match="rope_theta is given twice, in rope_parameters too"):
+        LinearLlamaConfig(rope_theta=5.0, rope_parameters={"rope_type": "default", "rope_theta": 10_000.0})
+
+
 def test_no_name_means_something_else_to_transformers() -> None:
     """Beside the vocabulary's size, which means the same."""
     ours = {entry.name for entry in dataclasses.fields(LinearLlama3Config)} - {"vocab_size"}
