@@ -54,7 +54,7 @@ def _rope(values: Mapping[str, Any]) -> dict[str, Any]:
     theta = {"rope_theta": values["rope_theta"]} if values.get("rope_theta") else {}
     rope = {**theta, **(values.get("rope_scaling") or {}), **(values.get("rope_parameters") or {})}
     if _kind(rope) == "llama3":
-        # As Transformers has it: what stands beside the others goes before, and the length of the model is taken where none is said.
+        # As Transformers has it: what stands beside the others goes before, and the model's own length is taken where none is said.
         name = "original_max_position_embeddings"
         said = (values.get(name), rope.get(name), values.get("max_position_embeddings"))
         rope[name] = next((length for length in said if length is not None), None)
