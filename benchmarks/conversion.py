@@ -22,7 +22,8 @@ from longspan.launch import Place, StopRequest
 from longspan.models.conversion.llama import llama_name
 from longspan.train.config import Config, DataConfig, from_mapping
 from longspan.train.config_checks import check
-from longspan.train.conversion import Convert, TransferData, convert_llama
+from longspan.train.conversion import convert_llama
+from longspan.train.conversion_options import Convert, TransferData
 from longspan.train.ranks import Ranks
 from longspan.train.run import train_on
 from longspan.train.trained import open_trained

@@ -58,4 +58,7 @@ def _export(options: Export) -> list[str]:
     folder = Path(options.to)
     files = export_model(trained, folder, options.max_shard_size)
     parameters = trained.model.num_parameters()
-    return [f"{trained.source}: {parameters:,} parameters, float32", *(f"  {folder / name}" for name in files)]
+    task = trained.config.data.task
+    no_text = f"no tokenizer: the run was trained with data.task {task!r}, whose tokens are no text"
+    notes = [no_text] if trained.text_tokenizer is None else []
+    return [f"{trained.source}: {parameters:,} parameters, float32", *(f"  {folder / name}" for name in files), *notes]

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longspan.data.tokenizer import BYTES, ByteTokenizer, JsonTokenizer, Tokenizer, open_tokenizer
+from longspan.data.tokenizer import BYTES, ByteTokenizer, JsonTokenizer, Tokenizer
 from longspan.errors import CheckpointError, ConfigError
 from longspan.models import LinearLlama3, LinearLlama3Config
 from longspan.models.weights import Weights, as_float32, check_shapes, open_weights, shapes_of
 from longspan.train.config import Config, DataConfig, ModelConfig, TrainConfig, to_toml
 from longspan.train.run_folder import RunFolder, create_run_folder, replacing
-from longspan.train.tokenizer_files import is_byte_tokenizer, write_tokenizer
+from longspan.train.tokenizer_files import read_tokenizer, write_tokenizer
 from longspan.train.trained import Trained, open_trained
 from longspan.train.weights_file import write_weights
 
@@ -48,7 +48,7 @@ def check_installed(what: str) -> None:
 
 
 def export_model(trained: Trained, folder: Path, max_shard_size: str = "50GB") -> list[str]:
-    """Write a model of a run as Transformers reads it: config, weights in safetensors, tokenizer.
+    """Write a model of a run as Transformers reads it: config, weights in safetensors, and where its tokens are text a tokenizer.
 
     Args:
         trained: what `open_trained` found.
@@ -64,7 +64,8 @@ def export_model(trained: Trained, folder: Path, max_shard_size: str = "50GB") -
     from longspan.models.hf import LinearLlamaForCausalLM
 
     _check_empty(folder)
-    end = trained.tokenizer.end_of_document
+    tokenizer = trained.text_tokenizer
+    end = None if tokenizer is None else tokenizer.end_of_document
     model = LinearLlamaForCausalLM.of(
         trained.model,
         max_position_embeddings=trained.config.train.seq_len,
@@ -75,9 +76,9 @@ def export_model(trained: Trained, folder: Path, max_shard_size: str = "50GB") -
     model.generation_config.pad_token_id = end
     try:
         model.save_pretrained(folder, max_shard_size=max_shard_size)
-        write_tokenizer(
-            trained.tokenizer, folder, trained.config.data.documents == "concatenate", trained.config.train.seq_len
-        )
+        if tokenizer is not None:
+            config = trained.config
+            write_tokenizer(tokenizer, folder, config.data.documents == "concatenate", config.train.seq_len)
     except OSError as error:
         raise ConfigError(f"{folder} cannot be written: {error}. Make room or give access") from error
     except ValueError as error:
@@ -202,30 +203,13 @@ def _tokenizer_of(folder: Path, config: Any, vocab_size: int) -> tuple[Tokenizer
             f"no tokenizer: {folder} has no tokenizer.json. longspan generate takes that of prepared data (--data)",
         )
     end = config.eos_token_id[0] if isinstance(config.eos_token_id, list) else config.eos_token_id
-    tokenizer: Tokenizer
-    if is_byte_tokenizer(path):
-        tokenizer = ByteTokenizer()
-    else:
-        tokenizer, _ = open_tokenizer(path, text_of_token(path, end))
+    tokenizer = read_tokenizer(path, end)
     if tokenizer.vocab_size != vocab_size:
         raise CheckpointError(
             f"{folder} has a vocabulary of {vocab_size} tokens, and its tokenizer.json one of {tokenizer.vocab_size}. Make them "
             f"equal, by model.resize_token_embeddings({tokenizer.vocab_size}), and save the model anew"
         )
     return tokenizer, ()
-
-
-def text_of_token(path: Path, token: int | None) -> str | None:
-    """The text of the token that ends a document, as a tokenizer.json has it; None looks for a usual one."""
-    if token is None:
-        return None
-    from tokenizers import Tokenizer as Rust
-
-    try:
-        text: str | None = Rust.from_file(str(path)).id_to_token(token)
-    except Exception:  # the package raises bare Exception; who reads the file next says what is wrong with it
-        return None
-    return text
 
 
 def data_keys(tokenizer: Tokenizer, run: RunFolder) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from longspan.data.tokenizer import END_OF_DOCUMENT, ByteTokenizer, JsonTokenizer, Tokenizer
+from longspan.data.tokenizer import END_OF_DOCUMENT, ByteTokenizer, JsonTokenizer, Tokenizer, open_tokenizer
 
 
 def write_tokenizer(tokenizer: Tokenizer, folder: Path, begins_with_end: bool, length: int) -> None:
@@ -55,6 +55,32 @@ def byte_tokenizer() -> Any:
     rust.add_special_tokens([AddedToken(END_OF_DOCUMENT, special=True, normalized=False)])
     assert rust.token_to_id(END_OF_DOCUMENT) == ByteTokenizer.end_of_document
     return rust
+
+
+def read_tokenizer(path: Path, end: int | None) -> Tokenizer:
+    """The tokenizer of a ``tokenizer.json`` of another model, or of one that `write_tokenizer` has written, bytes included.
+
+    end: the token that ends a document; None looks for a usual one.
+
+    Raises:
+        DataError: for a file that is no tokenizer, or has no such token.
+    """
+    if is_byte_tokenizer(path):
+        return ByteTokenizer()
+    return open_tokenizer(path, _text_of_token(path, end))[0]
+
+
+def _text_of_token(path: Path, token: int | None) -> str | None:
+    """The text of a token in a ``tokenizer.json``, or None."""
+    if token is None:
+        return None
+    from tokenizers import Tokenizer as Rust
+
+    try:
+        text: str | None = Rust.from_file(str(path)).id_to_token(token)
+    except Exception:  # the package raises bare Exception; who reads the file next says what is wrong with it
+        return None
+    return text
 
 
 def is_byte_tokenizer(path: Path) -> bool:

@@ -2,35 +2,42 @@
 
 The first stage of LoLCATs (arXiv 2410.10254), which trains feature maps so; here it is all that a mixer has. Every layer is given
 what it would be given in the model with softmax layers, whose outputs go on to the next: the layers learn beside one another, and
-none of them what another one gets wrong.
+none of them what another one gets wrong. Over ranks both kinds of layers mix the tokens of one layout, and a rank's error is its
+share: the sum over its own tokens, divided by the square of what the softmax layer gives for all of them.
 
-Shapes: B batch rows, T tokens, C channels of the residual stream.
+Shapes: B batch rows, T tokens of this rank, C channels of the residual stream.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from longspan.comm.collectives import all_reduce
 from longspan.data.batches import TrainingBatches, validation_sequences
 from longspan.data.packing import Documents, PackedBatch, Sequences
 from longspan.data.prepared import PreparedData
 from longspan.dtypes import accumulation_dtype
 from longspan.errors import ConfigError, LongspanError
-from longspan.layout import SequenceLayout
+from longspan.launch import Place
+from longspan.layout import Order, SequenceLayout
 from longspan.models import LinearLlama3
 from longspan.models.linear_llama3 import HybridBlock
 from longspan.models.mixers import Context
 from longspan.models.mixers.softmax import SoftmaxMixer
 from longspan.models.rotary import rotation
+from longspan.parallel import parallelize, sum_gradients, unparallelize
 from longspan.train.config import OptimConfig
 from longspan.train.optimizer import build_optimizer, clip_gradients, gradient_norm, learning_rate, set_learning_rate
+from longspan.train.ranks import Ranks
+from longspan.train.step_batch import LayoutOf, layouts_over
 
 _TINY = 1e-30
 
@@ -89,25 +96,59 @@ def transfer_attention(
     documents: Documents,
     seed: int,
     say: Callable[[int, float], None],
+    ranks: Ranks | None = None,
+    order: Order = "zigzag",
 ) -> Transferred:
-    """Train the L layers of a model, in place, on one process; everything else stays as it is.
+    """Train the L layers of a model, in place; everything else stays as it is.
 
     Args:
-        model: on the CPU or a GPU, made of the teachers' model.
+        model: on the CPU or a GPU, made of the teachers' model; the same on every rank, before and afterwards.
         teachers: the softmax layer that each L layer is to become, by the layer's number; on the same device.
         data: what they learn on.
         documents: whether memory starts anew with each of them.
         say: called after each step with its number, from 1, and the mean of the layers' errors.
+        ranks: that share each sequence; None is this process alone. order: which tokens of it a rank takes.
 
     Raises:
         DataError: for too little text.
         TransferError: where an error is not finite.
     """
+    ranks = ranks or Ranks(Place(), model.norm.weight.device)
+    with _over(ranks, model, nn.ModuleList(teachers.values())):
+        return _transfer(model, teachers, data, transfer, documents, seed, say, ranks, layouts_over(ranks, order))
+
+
+@contextlib.contextmanager
+def _over(ranks: Ranks, *modules: nn.Module) -> Iterator[None]:
+    """Inside, the layers of these modules mix the tokens of ranks that share a sequence."""
+    if ranks.mesh is None:
+        yield
+        return
+    for module in modules:
+        parallelize(module, ranks.mesh["sp"])
+    try:
+        yield
+    finally:
+        for module in modules:
+            unparallelize(module)
+
+
+def _transfer(
+    model: LinearLlama3,
+    teachers: Mapping[int, SoftmaxMixer],
+    data: PreparedData,
+    transfer: Transfer,
+    documents: Documents,
+    seed: int,
+    say: Callable[[int, float], None],
+    ranks: Ranks,
+    layout_of: LayoutOf,
+) -> Transferred:
     batches = TrainingBatches(
         (data.train,), transfer.seq_len, transfer.batch_tokens // transfer.seq_len, seed, documents
     )
     held_out = validation_sequences(
-        data.validation, transfer.seq_len, transfer.validation_sequences, documents=documents
+        data.validation, transfer.seq_len, transfer.validation_sequences, least=ranks.sp, documents=documents
     )
     learning = nn.ModuleList([cast(HybridBlock, model.blocks[layer]).mixer for layer in teachers])
     learning.append(model.shared)
@@ -115,10 +156,12 @@ def transfer_attention(
     config = OptimConfig(lr=transfer.lr, warmup_steps=warmup, weight_decay=0.0)
     optimizer = build_optimizer(learning, config)
     device = model.norm.weight.device
-    before = _errors_on(model, teachers, held_out, device)
+    before = _errors_on(model, teachers, held_out, device, layout_of)
     for step in range(transfer.steps):
         batch = batches.batch(step).packed().to(device)
-        errors = layer_errors(model, teachers, batch, learns=True)
+        errors = layer_errors(model, teachers, batch, layout_of(batch.seq_len, batch.documents), learns=True)
+        if ranks.mesh is not None:
+            sum_gradients(learning, ranks.mesh["sp"])
         norm = gradient_norm(learning)
         mean = sum(float(error) for error in errors.values()) / len(errors)
         if not math.isfinite(mean) or not math.isfinite(float(norm)):
@@ -131,17 +174,21 @@ def transfer_attention(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         say(step + 1, mean)
-    return Transferred(before, _errors_on(model, teachers, held_out, device))
+    return Transferred(before, _errors_on(model, teachers, held_out, device, layout_of))
 
 
 def layer_errors(
-    model: LinearLlama3, teachers: Mapping[int, SoftmaxMixer], batch: PackedBatch, learns: bool
+    model: LinearLlama3,
+    teachers: Mapping[int, SoftmaxMixer],
+    batch: PackedBatch,
+    layout: SequenceLayout,
+    learns: bool,
 ) -> dict[int, Tensor]:
-    """The error of each L layer on a batch, as in `Transferred`: float32 scalars without gradient.
+    """The error of each L layer on a batch, as in `Transferred`: float32 scalars without gradient, the same on every rank.
 
-    learns: add the gradients of the sum of them to the weights of these layers.
+    layout: which tokens of the batch this rank takes; the layers were parallelized for its group. learns: add the gradients of this
+    rank's share of the sum of the errors to the weights of these layers; the ranks' sum is then the whole gradient.
     """
-    layout = SequenceLayout.local(batch.seq_len, batch.documents)
     positions = layout.document_positions_on(batch.inputs.device)
     config = model.config
     dtype = accumulation_dtype(model.norm.weight.dtype)
@@ -149,7 +196,7 @@ def layer_errors(
     context = Context(layout, positions, angles)
     errors: dict[int, Tensor] = {}
     with torch.no_grad():
-        x = model.embedding(batch.inputs)
+        x = model.embedding(layout.shard(batch.inputs))
         for number, entry in enumerate(model.blocks):
             block = cast(HybridBlock, entry)
             given = block.mixer_norm(x)
@@ -160,23 +207,38 @@ def layer_errors(
                     # Made once for each layer, whose graph the next one then does not need.
                     shared = {name: module() for name, module in model.shared.items()}
                     got, _ = block.mixer(given, dataclasses.replace(context, shared=shared))
-                    error = (got - wanted).square().sum() / wanted.square().sum().clamp(min=_TINY)
-                    if learns:
-                        error.backward()
-                errors[number] = error.detach()
+                    distance = (got - wanted).square().sum()
+                whole = _sums_over_ranks(torch.stack([distance.detach(), wanted.square().sum()]), layout)
+                size = whole[1].clamp(min=_TINY)
+                if learns:
+                    with torch.enable_grad():
+                        (distance / size).backward()
+                errors[number] = whole[0] / size
             x = x + wanted
             fed, _ = block.feed_forward(block.feed_forward_norm(x), context)
             x = x + fed
     return errors
 
 
+def _sums_over_ranks(sums: Tensor, layout: SequenceLayout) -> Tensor:
+    if layout.num_ranks == 1:
+        return sums
+    assert layout.group is not None
+    return all_reduce(sums, layout.group, "forward")
+
+
 def _errors_on(
-    model: LinearLlama3, teachers: Mapping[int, SoftmaxMixer], sequences: Sequences, device: torch.device
+    model: LinearLlama3,
+    teachers: Mapping[int, SoftmaxMixer],
+    sequences: Sequences,
+    device: torch.device,
+    layout_of: LayoutOf,
 ) -> dict[int, float]:
     """The mean over sequences of the error of each L layer."""
     totals = dict.fromkeys(teachers, 0.0)
     for row in range(len(sequences)):
         batch = sequences.rows(row, 1).packed().to(device)
-        for layer, error in layer_errors(model, teachers, batch, learns=False).items():
+        layout = layout_of(batch.seq_len, batch.documents)
+        for layer, error in layer_errors(model, teachers, batch, layout, learns=False).items():
             totals[layer] += float(error) / len(sequences)
     return totals

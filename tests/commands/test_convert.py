@@ -12,10 +12,11 @@ import torch
 from longspan.cli import main
 from longspan.data.prepare import prepare_corpus
 from longspan.data.recipe import Recipe
-from longspan.data.tokenizer import load_tokenizer, train_bpe
+from longspan.data.tokenizer import ByteTokenizer, load_tokenizer, train_bpe
 from longspan.train.config import DataConfig, read_toml
 from longspan.train.config_checks import check
 from longspan.train.init import same_meaning
+from longspan.train.tokenizer_files import write_tokenizer
 from longspan.train.trained import open_trained
 from tests.models.llama import random_llama, saved
 from tests.train.tiny import write_corpus
@@ -102,6 +103,37 @@ def test_a_llama_becomes_a_run_that_everything_goes_on_from(
         assert torch.allclose(one, other, atol=1e-6)
 
 
+def test_attention_transfer_over_ranks_makes_the_same_run(
+    llama: Path, text: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """One of them writes, and says how it goes."""
+    given = ("--pattern", "LN", "--operator", "gla", "--data.source", text, *TRANSFER)
+    command("convert", llama, "--to", tmp_path / "alone", *given)
+    capfd.readouterr()
+    command("convert", llama, "--to", tmp_path / "ranks", *given, "--parallel.sp", "2", "--parallel.threads", "1")
+    shown = capfd.readouterr()
+    assert shown.err.count("attention transfer, step 3 of 3: error") == 1
+    assert shown.out.count(f"  {tmp_path / 'ranks' / 'weights.safetensors'}") == 1
+    reports = [json.loads((tmp_path / name / "conversion.json").read_text()) for name in ("alone", "ranks")]
+    for key in ("error_before", "error_after"):
+        assert reports[1][key] == pytest.approx(reports[0][key], rel=1e-4)
+    alone, ranks = (open_trained(tmp_path / name).model for name in ("alone", "ranks"))
+    for (name, one), other in zip(alone.named_parameters(), ranks.parameters(), strict=True):
+        assert torch.allclose(one, other, atol=1e-4), name
+
+
+def test_the_bytes_of_an_export_are_a_tokenizer(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A Llama that has the tokenizer.json of longspan export reads bytes, as the exported model."""
+    folder = saved(random_llama(vocab_size=257, eos_token_id=256, num_hidden_layers=2), tmp_path / "llama")
+    write_tokenizer(ByteTokenizer(), folder, begins_with_end=False, length=128)
+    command("convert", folder, "--to", tmp_path / "run", "--pattern", "LN", "--data.source", text, *TRANSFER)
+    assert "tokenizer" not in capsys.readouterr().out.replace("tokenizer.json", "")
+    trained = open_trained(tmp_path / "run")
+    assert isinstance(trained.tokenizer, ByteTokenizer)
+    assert trained.config.data.tokenizer == "bytes"
+    command("generate", "--run", tmp_path / "run", "--prompt", "alpha ", "--max_new_tokens", "3")
+
+
 def test_prepared_data_gives_the_tokenizer_where_a_llama_has_none(
     text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -161,6 +193,10 @@ def test_what_does_not_fit_is_refused(
     assert "there is no text to learn on" in refused(capsys, llama, *to, "--transfer.steps", "3")
     assert "transfer.steps is 0" in refused(capsys, llama, *to, "--data.source", text)
     both = ("--data.source", text, "--data.prepared", text)
+    over = refused(capsys, llama, *to, "--parallel.sp", "2")
+    assert "2 ranks are asked for, and transfer.steps is 0" in over
+    short = ("--transfer.steps", "1", "--transfer.seq_len", "1", "--data.source", text, "--parallel.sp", "2")
+    assert "transfer.seq_len is 1, fewer tokens than the 2 ranks" in refused(capsys, llama, *to, *short)
     assert "exclude each other" in refused(capsys, llama, *to, *both, "--transfer.steps", "3")
     shown = refused(capsys, llama, *to, "--pattern", "N", "--operator", "kda")
     assert "operator is kda, and pattern N has no letter L" in shown

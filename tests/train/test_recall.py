@@ -15,6 +15,7 @@ from longspan.cli import main
 from longspan.data.recall import RecallTask
 from longspan.errors import ConfigError
 from longspan.launch import EXIT_DONE, Place, StopRequest
+from longspan.models.hf import LinearLlamaForCausalLM
 from longspan.train.config import Config, from_mapping
 from longspan.train.config_checks import check
 from longspan.train.ranks import Ranks
@@ -120,6 +121,25 @@ def test_text_is_not_generated_by_a_model_of_no_text(finished: Path, capsys: pyt
     assert "was trained with data.task 'recall', whose tokens are no text" in capsys.readouterr().err
     assert main(["generate", "--run", str(finished), "--prompt", "a", "--data", "somewhere"]) == 2
     assert "which reads no data; got data 'somewhere'" in capsys.readouterr().err
+
+
+def test_a_model_of_no_text_is_exported_without_a_tokenizer(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And imported again; the same logits in both forms."""
+    assert main(["export", "--run", str(finished), "--to", str(tmp_path / "out")]) == EXIT_DONE
+    assert "no tokenizer: the run was trained with data.task 'recall'" in capsys.readouterr().out
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        *("config.json", "generation_config.json", "model.safetensors")
+    }
+    theirs = LinearLlamaForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert theirs.config.eos_token_id is None
+    tokens = torch.arange(20)[None]
+    with torch.no_grad():
+        assert torch.equal(theirs(input_ids=tokens).logits, open_trained(finished).model(tokens))
+    assert main(["import", str(tmp_path / "out"), "--to", str(tmp_path / "again")]) == EXIT_DONE
+    again = (tmp_path / "again" / "weights.safetensors").read_bytes()
+    assert again == (finished / "weights.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize(

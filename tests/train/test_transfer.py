@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 
 from benchmarks.conversion import Steps, compare, prepared
-from longspan.data.packing import Sequences
+from longspan.data.packing import Documents, Sequences
 from longspan.data.prepare import prepare_corpus
 from longspan.data.prepared import PreparedData, open_prepared
 from longspan.data.recipe import Recipe
 from longspan.errors import ConfigError
-from longspan.layout import SequenceLayout
+from longspan.launch import Place
+from longspan.layout import Order, SequenceLayout
 from longspan.models import LinearLlama3
 from longspan.models.conversion import Converted, convert, read_llama
 from longspan.models.weights import open_weights
+from longspan.parallel import MeshDegrees, parallelize
 from longspan.train.config import DataConfig
-from longspan.train.transfer import Transfer, TransferError, layer_errors, transfer_attention
+from longspan.train.ranks import Ranks
+from longspan.train.transfer import Transfer, TransferError, Transferred, layer_errors, transfer_attention
 from tests.compare import relative_error, worst
 from tests.models.llama import random_llama, saved
-from tests.models.tiny import each_linear_mixer
+from tests.models.tiny import LINEAR_MIXERS, each_linear_mixer
+from tests.ranks import run_on_ranks
 from tests.train.tiny import write_corpus
 
 
@@ -33,11 +39,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> PreparedData:
+def data_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
     asked = DataConfig(source=(str(write_corpus(folder / "text")),), tokenizer="bytes", validation_fraction=0.3)
     prepare_corpus(Recipe.of(asked, 0), folder / "data")
-    return open_prepared(folder / "data")
+    return folder / "data"
+
+
+@pytest.fixture(scope="module")
+def data(data_folder: Path) -> PreparedData:
+    return open_prepared(data_folder)
 
 
 def converted(folder: Path, operator: str, pattern: str = "LLNL") -> Converted:
@@ -59,11 +70,11 @@ def test_errors_and_gradients_are_those_of_each_layer_by_itself(folder: Path, op
     model = found.model.double()
     teachers = {layer: teacher.double() for layer, teacher in found.teachers.items()}
     batch = ROWS.packed()
-    errors = layer_errors(model, teachers, batch, learns=True)
+    layout = SequenceLayout.local(batch.seq_len, batch.documents)
+    errors = layer_errors(model, teachers, batch, layout, learns=True)
     gradients = {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
     assert sorted(errors) == [0, 1, 3]
 
-    layout = SequenceLayout.local(batch.seq_len, batch.documents)
     taken: dict[int, tuple[Any, Tensor]] = {}
     for number, block in enumerate(softmax.blocks):
         one: Any = block
@@ -115,6 +126,98 @@ def test_errors_fall_and_nothing_else_changes(folder: Path, data: PreparedData, 
         assert torch.equal(parameter, before[name]) != learns, name
     now = [parameter for teacher in found.teachers.values() for parameter in teacher.parameters()]
     assert all(torch.equal(one, other) for one, other in zip(teachers, now, strict=True))
+
+
+def shares_of_layers(folder: Path, operators: Sequence[str], order: Order | None) -> dict[str, Any]:
+    """Of each operator, with documents and without: the errors, and this rank's gradients; an order splits sequences over ranks."""
+    found: dict[str, Any] = {}
+    for operator in operators:
+        made = converted(folder, operator)
+        model = made.model.double()
+        teachers = {layer: teacher.double() for layer, teacher in made.teachers.items()}
+        if order is not None:
+            for module in (model, nn.ModuleList(teachers.values())):
+                parallelize(module, None)
+        for rows in (ROWS, Sequences(ROWS.tokens)):
+            batch = rows.packed()
+            if order is None:
+                layout = SequenceLayout.local(batch.seq_len, batch.documents)
+            else:
+                layout = SequenceLayout(batch.seq_len, None, order, batch.documents)
+            errors = layer_errors(model, teachers, batch, layout, learns=True)
+            gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+            model.zero_grad()
+            found[f"{operator}, documents {batch.documents}"] = (errors, gradients)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "order", "operators"),
+    [
+        (2, "zigzag", ("gla", "hgrn2", "kda")),
+        pytest.param(3, "contiguous", tuple(LINEAR_MIXERS), marks=pytest.mark.slow),
+        pytest.param(4, "zigzag", tuple(LINEAR_MIXERS), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_ranks_have_the_errors_of_one_process_and_shares_of_its_gradients(
+    folder: Path, num_ranks: int, order: Order, operators: tuple[str, ...]
+) -> None:
+    alone = shares_of_layers(folder, operators, None)
+    ranks = run_on_ranks(num_ranks, shares_of_layers, folder, operators, order)
+    for name, (errors, gradients) in alone.items():
+        for rank in ranks:
+            assert sorted(rank[name][0]) == [0, 1, 3]
+            for layer, error in errors.items():
+                assert relative_error(rank[name][0][layer], error) < 1e-12, (name, layer)
+        for parameter, gradient in gradients.items():
+            total = torch.stack([rank[name][1][parameter] for rank in ranks]).sum(0)
+            assert relative_error(total, gradient, floor=1e-6) < 1e-9, (name, parameter)
+
+
+def transferred(
+    folder: Path, data: Path, operator: str, documents: Documents, order: Order | None
+) -> tuple[list[tuple[int, float]], Transferred, dict[str, Tensor]]:
+    """In float64, by few steps: what was said, the errors, and the weights; an order splits sequences over ranks."""
+    found = converted(folder, operator)
+    said: list[tuple[int, float]] = []
+    ranks = None
+    if order is not None:
+        ranks = Ranks(Place(dist.get_rank(), dist.get_world_size()), torch.device("cpu"))
+        ranks.arrange(MeshDegrees(sp=ranks.world_size))
+    made = transfer_attention(
+        found.model.double(),
+        {layer: teacher.double() for layer, teacher in found.teachers.items()},
+        *(open_prepared(data), Transfer(3, 61, 122, 1e-2, validation_sequences=3), documents, 0),
+        lambda step, error: said.append((step, error)),
+        *(ranks, order or "zigzag"),
+    )
+    # As before, the model is one process's own.
+    with torch.no_grad():
+        found.model(ROWS.tokens)
+    return said, made, dict(found.model.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "operator", "documents", "order"),
+    [
+        (2, "hgrn2", "reset", "zigzag"),
+        pytest.param(3, "gated_deltanet", "concatenate", "contiguous", marks=pytest.mark.slow),
+        pytest.param(4, "mamba2", "reset", "contiguous", marks=pytest.mark.slow),
+    ],
+)
+def test_ranks_learn_what_one_process_learns(
+    folder: Path, data_folder: Path, num_ranks: int, operator: str, documents: Documents, order: Order
+) -> None:
+    given = (folder, data_folder, operator, documents)
+    said, made, weights = transferred(*given, None)
+    for other, of_rank, theirs in run_on_ranks(num_ranks, transferred, *given, order):
+        assert [step for step, _ in other] == [1, 2, 3]
+        assert worst(abs(one - two) / two for (_, one), (_, two) in zip(other, said, strict=True)) < 1e-9
+        for mine, wanted in ((of_rank.before, made.before), (of_rank.after, made.after)):
+            assert mine == pytest.approx(wanted, rel=1e-9)
+        for name, weight in weights.items():
+            assert relative_error(theirs[name], weight) < 1e-7, name
 
 
 def test_the_same_seed_gives_the_same_weights(folder: Path, data: PreparedData) -> None:
