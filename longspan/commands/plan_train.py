@@ -23,7 +23,6 @@ from longspan.launch import EXIT_DONE
 from longspan.models import LinearLlama3
 from longspan.models.counts import on_meta
 from longspan.models.linear_llama3 import HybridBlock
-from longspan.models.mixers.mixer import operations_of_matrices
 from longspan.ops.chunked.cross_entropy import chunk_size_of
 from longspan.plan import Cluster, Link
 from longspan.plan.activations import MixerSizes, ModelSizes, block_bytes, state_bytes
@@ -43,6 +42,7 @@ from longspan.train.config import Config, check_arguments, read_toml, take_prese
 from longspan.train.config_checks import check, check_degrees, num_ranks_asked_for
 from longspan.train.memory import release_freed_memory
 from longspan.train.model import compute_dtype
+from longspan.train.rate import operations_of_model
 
 _DESCRIPTION = """Memory of a rank by kind, bytes sent per layer, and time of a step, for a mesh of any size: arithmetic, no ranks.
 
@@ -171,7 +171,7 @@ def report(config: PlanConfig) -> str:
             f"{sizes.num_parameters:,} parameters{_active(config)}; {mesh.world_size} ranks: dp_replicate {mesh.dp_replicate} x "
             f"dp_shard {mesh.dp_shard} x sp {mesh.sp}{', weights divided over sp, too' if mesh.shard_over_sp else ''}",
             f"a rank computes {step.num_micro_batches} x {step.rows} sequences of {step.seq_len:,} tokens a step, "
-            f"{-(-step.seq_len // mesh.sp):,} tokens of each, in {config.train.dtype}"
+            f"{step.tokens_of_rank(mesh.sp) // step.rows:,} tokens of each{_shares(config)}, in {config.train.dtype}"
             + (", layers recomputed" if step.recompute else ""),
             "",
             _memory_table(memory),
@@ -179,6 +179,14 @@ def report(config: PlanConfig) -> str:
             _time_lines(timing, config.train.batch_tokens, source),
         ]
     )
+
+
+def _shares(config: Config) -> str:
+    if config.parallel.balance == ("even",) or config.parallel.sp == 1:
+        return ""
+    if config.parallel.weights is None:
+        return " (equal shares: no rank is here to be measured)"
+    return " (the rank with most, which is taken for the fastest)"
 
 
 def _active(config: Config) -> str:
@@ -233,6 +241,7 @@ def step_of(config: Config, mesh: MeshDegrees) -> Step:
     """What a rank of the mesh computes in a step of the config."""
     rows = config.batch_sequences // mesh.data
     at_once = min(config.train.micro_batch_sequences or rows, rows)
+    weights = config.parallel.weights
     return Step(
         seq_len=config.train.seq_len,
         rows=at_once,
@@ -240,17 +249,15 @@ def step_of(config: Config, mesh: MeshDegrees) -> Step:
         number_bytes=4 if compute_dtype(config) is None else 2,
         recompute=config.train.recompute != "none",
         segments_per_rank=2 if config.parallel.order == "zigzag" and mesh.sp > 1 else 1,
+        largest_share=None if weights is None else max(weights) / sum(weights),
     )
 
 
 def operations_of_sequence(config: Config, seq_len: int | None = None) -> Operations:
     """Operations of the model for one sequence of `seq_len` tokens, the config's own if None."""
-    model = on_meta(config.model.build(config.data.vocab_size))
-    tokens = config.train.seq_len if seq_len is None else seq_len
-    softmax = [block.mixer for block in _blocks(model) if block.mixer.name == "softmax"]
-    # Of a token that sees nothing, not even itself, matrices alone are left.
-    attention = sum(mixer.flops_per_token(tokens) - operations_of_matrices(mixer) for mixer in softmax)
-    return Operations((model.flops_per_token(tokens) - attention) * tokens, attention * tokens)
+    return operations_of_model(
+        config.model.build(config.data.vocab_size), config.train.seq_len if seq_len is None else seq_len
+    )
 
 
 def device_figures(config: PlanConfig) -> tuple[DeviceFigures, str]:
@@ -377,7 +384,7 @@ def _memory_table(plan: MemoryPlan) -> str:
 
 
 def _layer_table(sizes: ModelSizes, mesh: MeshDegrees, step: Step) -> str:
-    tokens = step.rows * -(-step.seq_len // mesh.sp)
+    tokens = step.tokens_of_rank(mesh.sp)
     sent = layer_bytes(sizes, mesh, step)
     rows = []
     for name in dict.fromkeys(sizes.operators):

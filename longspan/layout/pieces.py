@@ -46,27 +46,24 @@ class Piece:
         return self.stop - self.start
 
 
-def cut_in_segments(
-    seq_len: int, num_ranks: int, segments_per_rank: int, document_starts: Sequence[int]
-) -> tuple[Segment, ...]:
-    """All segments of a sequence, in global order: of nearly equal lengths, the longer ones first.
+def cut_in_segments(lengths: Sequence[int], num_ranks: int, document_starts: Sequence[int]) -> tuple[Segment, ...]:
+    """All segments of a sequence, in global order.
 
-    segments_per_rank: 1, the r-th for rank r, or 2, of which rank r has the r-th and the r-th from the end. document_starts: in
-    rising order.
+    lengths: of each segment: one for each rank, the r-th for rank r; or two, of which rank r has the r-th and the r-th from the
+    end. document_starts: in rising order.
     """
-    num_segments = num_ranks * segments_per_rank
-    base, longer = divmod(seq_len, num_segments)
-    bounds = [index * base + min(index, longer) for index in range(num_segments + 1)]
+    num_segments = len(lengths)
     segments = []
-    next_start = 0
-    for index in range(num_segments):
-        start, stop = bounds[index], bounds[index + 1]
+    next_start = start = 0
+    for index, length in enumerate(lengths):
+        stop = start + length
         first = next_start
         while next_start < len(document_starts) and document_starts[next_start] < stop:
             next_start += 1
         in_first_half = index < num_ranks
         rank = index if in_first_half else num_segments - 1 - index
         segments.append(Segment(start, stop, rank, 0 if in_first_half else 1, next_start > first))
+        start = stop
     return tuple(segments)
 
 

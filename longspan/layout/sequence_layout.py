@@ -4,6 +4,8 @@ Shapes: N is the global length, P the number of ranks, T_local the number of tok
 
 A sequence is cut into P (contiguous) or 2P (zigzag) *segments* of nearly equal length; the first ``N mod S`` of S segments
 are one token longer. Rank r holds segment r, and with zigzag also segment 2P-1-r, which balances causal softmax attention.
+With *weights* a rank holds tokens in proportion to its own, in zigzag order half of them in each of its segments, so that causal
+softmax attention is shared in the same proportion.
 A *piece* is the part of a segment that belongs to one packed document.
 """
 
@@ -23,6 +25,7 @@ from longspan.layout.documents import bounds_of_positions, check_documents, cut_
 from longspan.layout.gather import gather_tokens
 from longspan.layout.groups import check_ranks_per_node, resolve_group
 from longspan.layout.pieces import Piece, Segment, cut_in_pieces, cut_in_segments, has_any
+from longspan.layout.shares import check_weights, segment_lengths, tokens_of_ranks
 from longspan.modes import built_for_every_mode
 from longspan.tracing import (
     breaks_graphs,
@@ -59,9 +62,12 @@ class SequenceLayout:
             tensor; None is one document. Read here, once: later changes of a tensor have no effect.
         ranks_per_node: how many consecutive ranks share a node, for exchanges that care; a two-dimensional mesh says so itself.
             None leaves it to the names of the ranks' hosts.
+        weights: a number of at least 0 for each rank, the same list on every rank: its share of the tokens, such as its speed.
+            Shares are exact fractions rounded to whole tokens, and a rank has at least one, also one of weight 0. None gives equal
+            shares.
 
     Raises:
-        LayoutError: for a length, group, order, documents or ranks_per_node that do not fit.
+        LayoutError: for a length, group, order, documents, ranks_per_node or weights that do not fit.
 
     A layout is immutable and holds no tensors of the caller. Build one per batch and hand it to every layer.
     """
@@ -74,6 +80,7 @@ class SequenceLayout:
         documents: Sequence[int] | Tensor | None = None,
         *,
         ranks_per_node: int | None = None,
+        weights: Sequence[float] | Tensor | None = None,
     ) -> None:
         process_group, num_ranks, rank, mesh_ranks_per_node = resolve_group(group)
         if None not in (ranks_per_node, mesh_ranks_per_node) and ranks_per_node != mesh_ranks_per_node:
@@ -83,7 +90,7 @@ class SequenceLayout:
             )
         if ranks_per_node is None:
             ranks_per_node = mesh_ranks_per_node
-        self._init(seq_len, process_group, num_ranks, rank, order, documents, ranks_per_node)
+        self._init(seq_len, process_group, num_ranks, rank, order, documents, ranks_per_node, weights)
 
     def _init(
         self,
@@ -94,6 +101,7 @@ class SequenceLayout:
         order: Order,
         documents: Sequence[int] | Tensor | None,
         ranks_per_node: int | None,
+        weights: Sequence[float] | Tensor | None,
     ) -> None:
         if isinstance(seq_len, bool) or not isinstance(seq_len, int | torch.SymInt):
             raise LayoutError(f"seq_len must be an int, the global number of tokens; got {seq_len!r}")
@@ -111,6 +119,8 @@ class SequenceLayout:
         self.rank = rank
         self.documents = check_documents(documents, seq_len, num_ranks)
         self.ranks_per_node = check_ranks_per_node(ranks_per_node, num_ranks)
+        self.weights = check_weights(weights, num_ranks)
+        """Of the ranks' shares; None where all are equal."""
         self._cache: dict[Hashable, Any] = {}
         # Made here, as a compiled graph takes them as its inputs: it would take what it sees built for constants.
         self.num_local_tokens = self._count_local_tokens()
@@ -126,7 +136,7 @@ class SequenceLayout:
     def local(cls, seq_len: int, documents: Sequence[int] | Tensor | None = None) -> SequenceLayout:
         """A layout of one rank that holds all `seq_len` tokens, whatever process group is initialised."""
         layout = cls.__new__(cls)
-        layout._init(seq_len, None, 1, 0, "contiguous", documents, None)
+        layout._init(seq_len, None, 1, 0, "contiguous", documents, None, None)
         return layout
 
     @classmethod
@@ -139,6 +149,7 @@ class SequenceLayout:
         documents: Sequence[int] | Tensor | None = None,
         *,
         ranks_per_node: int | None = None,
+        weights: Sequence[float] | Tensor | None = None,
     ) -> SequenceLayout:
         """The layout that `rank` of `num_ranks` would have, without a process group: for planning and data loading."""
         for name, value in (("num_ranks", num_ranks), ("rank", rank)):
@@ -147,7 +158,7 @@ class SequenceLayout:
         if not 0 <= rank < num_ranks:
             raise LayoutError(f"rank {rank} is not one of {num_ranks} ranks (0 to {num_ranks - 1})")
         layout = cls.__new__(cls)
-        layout._init(seq_len, None, num_ranks, rank, order, documents, ranks_per_node)
+        layout._init(seq_len, None, num_ranks, rank, order, documents, ranks_per_node, weights)
         return layout
 
     @classmethod
@@ -158,13 +169,14 @@ class SequenceLayout:
         order: Order = "contiguous",
         *,
         ranks_per_node: int | None = None,
+        weights: Sequence[float] | Tensor | None = None,
     ) -> SequenceLayout:
         """The layout of packed documents whose position ids restart, as data collators of Transformers give them.
 
         Args:
             position_ids: integers ``[T]`` or ``[B, T]``, of all tokens and the same on every rank. A token whose position is 0, or
                 not one more than its predecessor's, starts a document; so does every row.
-            group, order, ranks_per_node: as in `SequenceLayout`.
+            group, order, ranks_per_node, weights: as in `SequenceLayout`.
 
         Returns:
             The layout of the tokens as one row, ``x.flatten(0, 1).unsqueeze(0)`` of ``[B, T, ...]``: seq_len is B · T, and row ends
@@ -177,10 +189,10 @@ class SequenceLayout:
         One host read, of one byte per token.
         """
         if breaks_graphs():
-            return _from_positions_outside_graphs(position_ids, group, order, ranks_per_node)
+            return _from_positions_outside_graphs(position_ids, group, order, ranks_per_node, weights)
         bounds = bounds_of_positions(position_ids)
         documents = bounds if len(bounds) > 2 else None
-        return cls(bounds[-1], group, order, documents, ranks_per_node=ranks_per_node)
+        return cls(bounds[-1], group, order, documents, ranks_per_node=ranks_per_node, weights=weights)
 
     def chunked(self, size: int) -> SequenceLayout:
         """The layout of the same tokens, with every document cut at multiples of `size` tokens from its start; made once.
@@ -204,13 +216,18 @@ class SequenceLayout:
         bounds = cut_bounds(self.document_bounds, size)
         if len(bounds) == len(self.document_bounds):
             return self
-        other = type(self).__new__(type(self))
-        other._init(self.seq_len, self.group, self.num_ranks, self.rank, self.order, bounds, self.ranks_per_node)
+        other = self._with_documents(bounds)
         # Those of this layout: a mirrored one's are not those of its length.
         other._cache["all_segments"] = tuple(
             replace(segment, starts_document=has_any(bounds[:-1], segment.start, segment.stop))
             for segment in self.all_segments
         )
+        return other
+
+    def _with_documents(self, bounds: Sequence[int] | None) -> SequenceLayout:
+        other = type(self).__new__(type(self))
+        ranks = self.group, self.num_ranks, self.rank
+        other._init(self.seq_len, *ranks, self.order, bounds, self.ranks_per_node, self.weights)
         return other
 
     @_cached_property
@@ -219,9 +236,8 @@ class SequenceLayout:
 
         A rank's tokens ``x.flip(1)`` are its tokens of the mirrored sequence; what comes later here comes earlier there.
         """
-        other = type(self).__new__(type(self))
         bounds = None if self.documents is None else [self.seq_len - bound for bound in reversed(self.documents)]
-        other._init(self.seq_len, self.group, self.num_ranks, self.rank, self.order, bounds, self.ranks_per_node)
+        other = self._with_documents(bounds)
         starts = other.document_bounds[:-1]
         # Set before it is first computed: a mirrored layout differs in nothing but who holds which segment.
         other._cache["all_segments"] = tuple(
@@ -255,9 +271,10 @@ class SequenceLayout:
 
     def __repr__(self) -> str:
         documents = "" if self.documents is None else f", num_documents={self.num_documents}"
+        weights = "" if self.weights is None else f", weights={list(self.weights)}"
         return (
             f"SequenceLayout(seq_len={self.seq_len}, order={self.order!r}, rank={self.rank} of {self.num_ranks}, "
-            f"segments={list(self.segments)}{documents})"
+            f"segments={list(self.segments)}{documents}{weights})"
         )
 
     @property
@@ -268,7 +285,8 @@ class SequenceLayout:
     @_cached_property
     def all_segments(self) -> tuple[Segment, ...]:
         """Every rank's segments, in global order."""
-        return cut_in_segments(self.seq_len, self.num_ranks, self.num_segments, self.document_bounds[:-1])
+        lengths = segment_lengths(self.seq_len, self.num_ranks, self.num_segments, self.weights)
+        return cut_in_segments(lengths, self.num_ranks, self.document_bounds[:-1])
 
     def segment_numbers(self, rank: int) -> tuple[int, ...]:
         """Which of `all_segments` `rank` holds, in the order of its local tokens."""
@@ -307,6 +325,8 @@ class SequenceLayout:
         # A compiler follows this for a length that it keeps variable.
         if self.num_ranks == 1:
             return self.seq_len
+        if self.weights is not None:
+            return tokens_of_ranks(int(self.seq_len), self.weights)[self.rank]
         num_segments = self.num_ranks * self.num_segments
         base, longer = self.seq_len // num_segments, self.seq_len % num_segments
         own = [self.rank, num_segments - 1 - self.rank][: self.num_segments]
@@ -519,7 +539,7 @@ class SequenceLayout:
         if self.num_ranks == 1 or self.group is None:
             return
         self.check_group("verify()")
-        names = ("seq_len", "order", "documents", "ranks_per_node")
+        names = ("seq_len", "order", "documents", "ranks_per_node", "weights")
         mine = {name: getattr(self, name) for name in names}
         everyone: list[Any] = [None] * self.num_ranks
         dist.all_gather_object(everyone, mine, group=self.group)
@@ -552,10 +572,14 @@ def _plain_tensor(numbers: Sequence[int]) -> Tensor:
 
 
 def _from_positions(
-    position_ids: Tensor, group: dist.ProcessGroup | DeviceMesh | None, order: Order, ranks_per_node: int | None
+    position_ids: Tensor,
+    group: dist.ProcessGroup | DeviceMesh | None,
+    order: Order,
+    ranks_per_node: int | None,
+    weights: Sequence[float] | Tensor | None,
 ) -> SequenceLayout:
     # A bound method takes no mark of the compiler's.
-    return SequenceLayout.from_positions(position_ids, group, order, ranks_per_node=ranks_per_node)
+    return SequenceLayout.from_positions(position_ids, group, order, ranks_per_node=ranks_per_node, weights=weights)
 
 
 _shard_outside_graphs = outside_graphs(SequenceLayout.shard)

@@ -8,7 +8,7 @@ Shapes: T tokens of the prompt, V tokens of the vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -108,7 +108,9 @@ class Sampling:
         return int(torch.multinomial(weights, 1, generator=random))
 
 
-def prefill(model: Decodable, tokens: Tensor, *, order: Order = "zigzag") -> ModelMemory | None:
+def prefill(
+    model: Decodable, tokens: Tensor, *, order: Order = "zigzag", weights: Sequence[float] | None = None
+) -> ModelMemory | None:
     """What the model remembers of all tokens of a prompt but the last, the same on every rank.
 
     To be called on every rank of the group that the model was parallelized for, with the same tokens. No logits are computed: those
@@ -117,13 +119,13 @@ def prefill(model: Decodable, tokens: Tensor, *, order: Order = "zigzag") -> Mod
     Args:
         model: parallelized, or for one process.
         tokens: int64 ``[T]``, at least one, on the model's device.
-        order: which tokens a rank takes, as in `SequenceLayout`; zigzag balances softmax layers.
+        order, weights: which tokens a rank takes, as in `SequenceLayout`; zigzag balances softmax layers.
 
     Returns:
         None for a prompt of one token.
 
     Raises:
-        InputError: for tokens of another shape or dtype, or none.
+        InputError: for tokens of another shape or dtype, or none. LayoutError: for weights that are not one for each rank.
     """
     _check_prompt(tokens)
     num_tokens = len(tokens) - 1
@@ -134,7 +136,7 @@ def prefill(model: Decodable, tokens: Tensor, *, order: Order = "zigzag") -> Mod
         # Too few for each rank to have one: every rank takes all of them.
         layout = SequenceLayout.local(num_tokens)
     else:
-        layout = SequenceLayout(num_tokens, place.group, order)
+        layout = SequenceLayout(num_tokens, place.group, order, weights=weights)
     with torch.no_grad():
         part = layout.shard(tokens[None, :-1])
         _, memory = model(part, layout, memory=None, logits_to_keep=0, output_memory=True)
@@ -178,6 +180,7 @@ def generate(
     max_new_tokens: int | None = None,
     end: int | None = None,
     order: Order = "zigzag",
+    weights: Sequence[float] | None = None,
 ) -> Iterator[int]:
     """`prefill` at once, on every rank of the model's group, then `decode` as tokens are asked for, on one of them.
 
@@ -187,7 +190,7 @@ def generate(
     return decode(
         model,
         tokens,
-        prefill(model, tokens, order=order),
+        prefill(model, tokens, order=order, weights=weights),
         sampling=sampling,
         max_new_tokens=max_new_tokens,
         end=end,

@@ -61,6 +61,7 @@ class Step:
 
     seq_len: N, of a whole sequence. rows: sequences of a micro batch. num_micro_batches: of a step. number_bytes: of what layers
     compute in, 2 or 4. recompute: whether layers keep their input alone. segments_per_rank: 2 in zigzag order over several ranks.
+    largest_share: of a sequence, that of the rank that holds most; None where shares are equal.
     """
 
     seq_len: int
@@ -69,6 +70,12 @@ class Step:
     number_bytes: int = 4
     recompute: bool = False
     segments_per_rank: int = 1
+    largest_share: float | None = None
+
+    def tokens_of_rank(self, num_ranks: int) -> int:
+        """Of the sequences of a micro batch, those of the rank that holds most; num_ranks: that share a sequence."""
+        tokens = self.seq_len / num_ranks if self.largest_share is None else self.seq_len * self.largest_share
+        return self.rows * ceil(tokens)
 
 
 @dataclass(frozen=True)
@@ -88,7 +95,7 @@ def plan_memory(sizes: ModelSizes, mesh: MeshDegrees, step: Step, device: Device
     As backward begins all activations are there and the loss is at its largest; gradients are not, unless micro batches have
     accumulated them. With recomputation the last layer's activations come on top of every layer's input, and the loss is gone.
     """
-    tokens = step.rows * ceil(step.seq_len / mesh.sp)
+    tokens = step.tokens_of_rank(mesh.sp)
     own = ceil(sizes.num_parameters / mesh.size("shard"))
     fixed = {"process": device.base_bytes, "weights": own * _FLOAT32, "optimizer": 2 * own * _FLOAT32}
     states = [
@@ -160,7 +167,7 @@ def layer_bytes(sizes: ModelSizes, mesh: MeshDegrees, step: Step) -> dict[str, i
     """Bytes that a rank sends in one layer of each kind, forward and backward, with all-gathers, for one micro batch."""
     if mesh.sp == 1:
         return dict.fromkeys(sizes.operators, 0)
-    tokens = step.rows * ceil(step.seq_len / mesh.sp)
+    tokens = step.tokens_of_rank(mesh.sp)
     others = mesh.sp - 1
     keys = 2 * sizes.kv_heads * sizes.head_dim * tokens * step.number_bytes
     sent = {}
@@ -179,14 +186,15 @@ def layer_bytes(sizes: ModelSizes, mesh: MeshDegrees, step: Step) -> dict[str, i
 def plan_time(
     sizes: ModelSizes, mesh: MeshDegrees, step: Step, operations: Operations, device: DeviceFigures, cluster: Cluster
 ) -> TimePlan:
-    """The time of a step.
+    """The time of a step. Shares that differ are taken for those of ranks that differ in speed, of which `device` is the fastest.
 
     Args:
         operations: of one whole sequence.
         cluster: of the mesh's ranks.
     """
     factor = 4 / 3 if step.recompute else 1.0
-    compute = factor * operations.seconds(device) * step.rows * step.num_micro_batches / mesh.sp
+    compute = factor * operations.seconds(device) * step.rows * step.num_micro_batches
+    compute *= 1 / mesh.sp if step.largest_share is None else step.largest_share
     sent = layer_bytes(sizes, mesh, step)
     link = cluster.intra if mesh.sp <= cluster.ranks_per_node else cluster.inter
     exchange = 0.0

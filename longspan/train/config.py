@@ -20,8 +20,9 @@ from typing import Any, Literal
 import torch
 
 from longspan.attention.softmax import SoftmaxMethod
-from longspan.errors import ConfigError
+from longspan.errors import ConfigError, LayoutError
 from longspan.exchange import TOPOLOGIES, Auto, Exchanger
+from longspan.layout.shares import check_weights
 from longspan.models import PRESETS, LinearLlama3Config, preset
 
 PRESET = "preset"
@@ -166,6 +167,9 @@ class ParallelConfig:
     """Divide the weights over the ranks that share a sequence as well."""
     order: Literal["contiguous", "zigzag"] = "zigzag"
     """Which tokens of a sequence a rank holds: one run of them, or two that balance causal softmax layers (zigzag)."""
+    balance: tuple[Literal["even", "measured", "remeasured"] | float, ...] = ("even",)
+    """Share of each sequence that a rank holds: equal ones (even); by its speed, measured before the first step and kept when the
+    run goes on (measured), or measured again (remeasured); or a number for each of the sp ranks, in proportion to the others."""
     exchange: str = "auto"
     """How linear layers exchange their states: a topology of docs/exchange.md, or the fastest as measured at the start (auto)."""
     exchange_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -178,6 +182,28 @@ class ParallelConfig:
     """CPU threads of a rank; None divides the cores between the local ranks."""
     timeout_seconds: float = 600.0
     """Give up when a collective has waited this long for another rank."""
+
+    @property
+    def weights(self) -> tuple[float, ...] | None:
+        """The numbers of `balance`; None where it is a word.
+
+        Raises:
+            ConfigError: for words and numbers together, and for numbers that are no weights of `sp` ranks.
+        """
+        words = [entry for entry in self.balance if isinstance(entry, str)]
+        if len(words) == len(self.balance) == 1:
+            return None
+        if words or not self.balance:
+            raise ConfigError(
+                f"parallel.balance is {list(self.balance)}; it must be 'even', 'measured', 'remeasured', or one number for each of "
+                f"the {self.sp} ranks of parallel.sp"
+            )
+        numbers = tuple(entry for entry in self.balance if not isinstance(entry, str))
+        try:
+            check_weights(numbers, self.sp)
+        except LayoutError as error:
+            raise ConfigError(f"parallel.balance: {error}") from error
+        return numbers
 
     def build_exchange(self, measure: bool = True) -> Exchanger:
         """How linear layers are told to exchange their states. measure: whether auto chooses by what it measures, or by figures.
@@ -498,6 +524,8 @@ def _check_type(key: str, value: Any, kind: Any) -> Any:
             if isinstance(value, list) and all(type(entry) in (int, float) for entry in value):
                 return tuple(_as_float(key, entry) if type(entry) is int else entry for entry in value)
             raise ConfigError(f"{key} is {value!r}; it must be a list of numbers")
+        if typing.get_origin(entry_kind) in (types.UnionType, typing.Union):
+            return tuple(_word_or_number(key, entry, entry_kind) for entry in _as_list(value))
         if isinstance(value, list) and all(isinstance(entry, str) for entry in value):
             return tuple(value)
         raise ConfigError(f"{key} is {value!r}; it must be a string or a list of strings")
@@ -506,6 +534,20 @@ def _check_type(key: str, value: Any, kind: Any) -> Any:
     if type(value) is not kind:
         raise ConfigError(f"{key} is {value!r}, {_article(type(value).__name__)}; it must be {_article(kind.__name__)}")
     return value
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _word_or_number(key: str, entry: Any, kind: Any) -> str | float:
+    """An entry of a list of words, which the type names, or numbers."""
+    words = next(typing.get_args(part) for part in typing.get_args(kind) if typing.get_origin(part) is Literal)
+    if type(entry) is int:
+        return _as_float(key, entry)
+    if type(entry) is not float and entry not in words:
+        raise ConfigError(f"{key} has {entry!r}; it must be one of {', '.join(map(repr, words))}, or a list of numbers")
+    return typing.cast(str | float, entry)
 
 
 def _as_float(key: str, value: int) -> float:

@@ -41,6 +41,11 @@ def check(config: Config) -> None:
     _check_data(config.data)
     config.model.build(vocab_size=257)
     config.parallel.build_exchange()
+    if config.parallel.weights is None and config.parallel.balance != ("even",) and config.train.deterministic:
+        raise ConfigError(
+            f"train.deterministic is True and parallel.balance {config.parallel.balance[0]!r}: what is measured differs from run "
+            "to run, and so would the sums. Give parallel.balance as numbers, such as those that a run reports, or leave it out"
+        )
     if config.train.deterministic and config.parallel.threads not in (None, 1):
         raise ConfigError(
             f"train.deterministic is True and parallel.threads {config.parallel.threads}: the order of sums depends on the "

@@ -8,8 +8,12 @@ from itertools import pairwise
 
 import torch
 
-from longspan.models import LinearLlama3
+from longspan.models import LinearLlama3, LinearLlama3Config
+from longspan.models.counts import on_meta
+from longspan.models.linear_llama3 import HybridBlock
+from longspan.models.mixers.mixer import operations_of_matrices
 from longspan.plan.devices import stated_peak_flops
+from longspan.plan.training import Operations
 from longspan.train.step_batch import StepBatch
 
 _SIZE = 512
@@ -59,6 +63,17 @@ def measure_flops(dtype: torch.dtype) -> float:
         torch.mm(a, b, out=out)
         fastest = min(fastest, time.perf_counter() - begun)
     return 2 * _SIZE**3 / fastest
+
+
+def operations_of_model(config: LinearLlama3Config, num_tokens: int) -> Operations:
+    """Operations of a model, forward and backward, for one sequence of so many tokens; no weight is made."""
+    model = on_meta(config)
+    softmax = [
+        block.mixer for block in model.blocks if isinstance(block, HybridBlock) and block.mixer.name == "softmax"
+    ]
+    # Of a token that sees nothing, not even itself, matrices alone are left.
+    attention = sum(mixer.flops_per_token(num_tokens) - operations_of_matrices(mixer) for mixer in softmax)
+    return Operations((model.flops_per_token(num_tokens) - attention) * num_tokens, attention * num_tokens)
 
 
 class ModelOperations:

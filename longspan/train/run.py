@@ -14,8 +14,8 @@ import torch
 import longspan
 from longspan.errors import CheckpointError, ConfigError
 from longspan.launch import EXIT_DONE, EXIT_STOPPED, Place, StopRequest, num_cores
+from longspan.train import balance, exchange
 from longspan.train import config as configs
-from longspan.train import exchange
 from longspan.train.checkpoint import (
     all_checkpoints,
     complete_checkpoints,
@@ -109,6 +109,11 @@ def _train_on(
     report.heading("model", _describe_model(trainer))
     phase.name = "measuring the device"
     report.heading("device", _find_peak(trainer))
+    if balance.measures_speed(config, ranks) and not trainer.has_saved_balance:
+        phase.name = "measuring the ranks"
+        trainer.measure_balance()
+    if config.parallel.balance != ("even",) and ranks.sp > 1:
+        report.heading("balance", balance.describe(trainer.balance, ranks, trainer.has_saved_balance))
 
     if ranks.world_size > 1:
         if config.train.check_tokens:

@@ -20,6 +20,13 @@ from longspan.models.weights import check_shapes, shapes_of
 from longspan.parallel import gathered
 from longspan.parallel.sharded import accumulating
 from longspan.train import config as configs
+from longspan.train.balance import (
+    Balance,
+    balance_of_checkpoint,
+    measured_balance,
+    measures_speed,
+    stated_balance,
+)
 from longspan.train.checkpoint import complete_checkpoints
 from longspan.train.config import Config
 from longspan.train.data import RunData
@@ -82,8 +89,7 @@ class Trainer:
         self.snapshot = MemorySnapshot(folder.traces, config.run.memory_snapshot_step, ranks.rank)
         self.memory = StepMemory(ranks.device, config.run.release_memory_every)
         self.batches = data.batches
-        self._layout = layouts_over(ranks, config.parallel.order)
-        self.layout = self._layout(config.train.seq_len, None)
+        self.take_balance(stated_balance(config, ranks))
         self.model = self._build_parallel(compute_dtype(config))
         self.optimizer = build_optimizer(self.model, config.optim)
         self.operations = ModelOperations(self.model)
@@ -97,10 +103,22 @@ class Trainer:
             config.parallel.timeout_seconds,
         )
         self.has_saved_figures = False
+        self.has_saved_balance = False
         self.step = 0
         self.skipped_in_a_row = 0
         self.totals = Totals()
         self.validation: Evaluation | None = None
+
+    def take_balance(self, balance: Balance) -> None:
+        """Let each rank hold such a share of the sequences from now on."""
+        self.balance = balance
+        self._layout = layouts_over(self.ranks, self.config.parallel.order, balance.groups[self.ranks.dp_rank])
+        self.layout = self._layout(self.config.train.seq_len, None)
+
+    def measure_balance(self) -> None:
+        """Measure how fast each rank computes, and take the shares that follow; every rank calls this."""
+        lengths = self.batches.tokens_by_document_length(self.step)
+        self.take_balance(measured_balance(self.config, self.data.vocab_size, self.ranks, lengths))
 
     def _build_model(self) -> LinearLlama3:
         return build_model(self.config, self.data.vocab_size, self.ranks.device)
@@ -345,6 +363,7 @@ class Trainer:
             "data": self.data.fingerprint,
             "config": configs.to_mapping(self.config),
             "exchange": exchange,
+            "balance": self.balance.as_json() if measures_speed(self.config, self.ranks) else None,
         }
 
     def restore(self, saved: SavedCheckpoint) -> None:
@@ -363,6 +382,11 @@ class Trainer:
             )
         if measures(self.config, self.ranks):
             self.has_saved_figures = take_saved_figures(saved, self.layout, self.ranks)
+        if measures_speed(self.config, self.ranks) and self.config.parallel.balance == ("measured",):
+            balance = balance_of_checkpoint(saved, self.ranks)
+            if balance is not None:
+                self.take_balance(balance)
+            self.has_saved_balance = balance is not None
         self._restore_weights(saved)
         try:
             saved.read("optimizer", empty_optimizer_tensors(self.model, self.optimizer, saved.shapes("optimizer")))

@@ -22,7 +22,8 @@ def verify_config(config: Config, ranks: Ranks) -> SelfCheck:
 
     The batch has a sequence for each data-parallel group, of the config's length, shortened to `train.check_tokens` in all, and
     documents of about 700 tokens where the config resets at documents. Weights and tokens are drawn from `train.seed`; the
-    vocabulary is `data.vocab_size`. It computes in float32, or with experts in float64, as a run's own check does.
+    vocabulary is `data.vocab_size`. Shares of ranks are those that the config says; nothing is measured. It computes in float32, or
+    with experts in float64, as a run's own check does.
 
     Raises:
         ConfigError: if the mesh does not fit the ranks.
@@ -37,7 +38,7 @@ def verify_config(config: Config, ranks: Ranks) -> SelfCheck:
         model,
         lambda: copy_weights(weights, build_model(config, config.data.vocab_size, ranks.device).to(dtype)),
         sequences,
-        layouts_over(ranks, config.parallel.order),
+        layouts_over(ranks, config.parallel.order, config.parallel.weights),
         ranks,
         threads_alone=num_cores(),
     )
