@@ -23,6 +23,7 @@ from benchmarks import (
     softmax,
     start,
     training,
+    uneven,
 )
 from benchmarks.harness import machine, reexecute_with_memory_settings, save
 from benchmarks.network import NetworkError
@@ -48,6 +49,7 @@ def main() -> None:
         **loss.TABLES,
         **training.TABLES,
         **start.TABLES,
+        **uneven.TABLES,
     }
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("tables", nargs="*", metavar="TABLE", help=f"of {', '.join(all_tables)}; all without one")

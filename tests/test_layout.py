@@ -12,7 +12,7 @@ import torch.distributed as dist
 import longspan
 from longspan.errors import LayoutError
 from longspan.layout import ORDERS, SequenceLayout
-from tests.ranks import run_on_ranks
+from tests.ranks import raised, run_on_ranks
 
 GRID = list(itertools.product((1, 2, 3, 4, 8), (8, 9, 15, 16, 31, 100), ORDERS))
 
@@ -61,8 +61,8 @@ def test_segments_say_where_documents_start() -> None:
     assert [segment.starts_document for segment in layout.all_segments] == [True, False, True]
 
 
-def shard_and_gather(seq_len: int, order: Any) -> dict[str, Any]:
-    layout = SequenceLayout(seq_len, order=order)
+def shard_and_gather(seq_len: int, order: Any, weights: list[float] | None = None) -> dict[str, Any]:
+    layout = SequenceLayout(seq_len, order=order, weights=weights)
     x = torch.arange(seq_len * 3, dtype=torch.float64).view(1, seq_len, 3).requires_grad_()
     local = layout.shard(x)
     assert torch.equal(local[0, :, 0] / 3, layout.positions.double())
@@ -87,6 +87,12 @@ def test_gather_inverts_shard_with_gradients_summed_over_ranks(num_ranks: int, s
 
 
 @pytest.mark.parametrize("order", ORDERS)
+def test_gather_inverts_shard_of_uneven_shares(order: Any) -> None:
+    results = run_on_ranks(3, shard_and_gather, 20, order, [1.0, 0.0, 4.0])
+    assert [result["tokens"] for result in results] == [4, 1, 15]
+
+
+@pytest.mark.parametrize("order", ORDERS)
 def test_labels_are_shifted_before_the_split(order: Any) -> None:
     tokens = torch.arange(100, 113).view(1, 13)
     for rank in range(3):
@@ -98,6 +104,92 @@ def test_labels_are_shifted_before_the_split(order: Any) -> None:
         packed = SequenceLayout.for_rank(12, 3, rank, order, documents=[0, 5, 12]).shard_labels(tokens, -1)[0]
         expected = torch.where((layout.positions == 4) | (layout.positions == 11), -1, layout.positions + 101)
         assert torch.equal(packed, expected)
+
+
+WEIGHTS: list[list[float]] = [[2, 1, 1], [1, 0, 0], [0.3, 0.7, 1e-9], [3, 3, 1.5], [1e300, 1, 1e-300]]
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize(("seq_len", "order"), list(itertools.product((3, 4, 16, 101), ORDERS)))
+def test_a_weight_is_a_share_of_the_tokens_rounded_to_whole_ones(
+    seq_len: int, order: Any, weights: list[float]
+) -> None:
+    layouts = [SequenceLayout.for_rank(seq_len, 3, rank, order, weights=weights) for rank in range(3)]
+    positions = torch.cat([layout.positions for layout in layouts])
+    assert sorted(positions.tolist()) == list(range(seq_len))
+    sizes = [layout.num_local_tokens for layout in layouts]
+    assert sizes == list(layouts[0].tokens_of)
+    for size, weight, layout in zip(sizes, weights, layouts, strict=True):
+        share = seq_len * weight / sum(weights)
+        assert size >= 1
+        # A rank with too small a share takes a token from the one with most.
+        assert (
+            abs(size - share) < 1 if min(seq_len * w / sum(weights) for w in weights) >= 1 else abs(size - share) <= 2
+        )
+        lengths = [stop - start for start, stop in layout.segments]
+        assert max(lengths) - min(lengths) <= 1
+        assert layout.mirrored.num_local_tokens == layout.chunked(2).num_local_tokens == size
+        assert layout.mirrored.mirrored.segments == layout.segments
+
+
+@pytest.mark.parametrize(
+    ("seq_len", "weights", "counts"),
+    [
+        # 2.5, 1.25, 1.25: the largest rest is the first's.
+        (5, [2, 1, 1], (3, 1, 1)),
+        # 3.5 and 3.5 of 10, and 3: of equal rests the lower rank's.
+        (10, [3.5, 3.5, 3], (4, 3, 3)),
+        (7, [0, 0, 5], (1, 1, 5)),
+        # In floating point, a third of 2^53 + 2 would be rounded.
+        (2**53 + 2, [1, 1.5, 0.5], (3002399751580331, 4503599627370497, 1501199875790166)),
+    ],
+)
+def test_shares_are_rounded_alike_everywhere(seq_len: int, weights: list[float], counts: tuple[int, ...]) -> None:
+    layout = SequenceLayout.for_rank(seq_len, 3, 1, weights=weights)
+    assert layout.tokens_of == counts
+    assert (
+        SequenceLayout.for_rank(seq_len, 3, 1, weights=torch.tensor(weights, dtype=torch.float64)).tokens_of == counts
+    )
+    assert SequenceLayout.for_rank(seq_len, 3, 1, weights=[8 * weight for weight in weights]).tokens_of == counts
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_equal_weights_are_none(order: Any) -> None:
+    for seq_len in (3, 7, 100):
+        layout = SequenceLayout.for_rank(seq_len, 3, 2, order, weights=[0.1, 0.1, 0.1])
+        assert layout.weights is None
+        assert layout.all_segments == SequenceLayout.for_rank(seq_len, 3, 2, order).all_segments
+
+
+def differ_in_weights() -> tuple[str, str]:
+    return raised(SequenceLayout(16, weights=[1.0, 2.0 + dist.get_rank()]).verify)
+
+
+def test_ranks_with_other_weights_are_found() -> None:
+    for kind, message in run_on_ranks(2, differ_in_weights):
+        assert kind == "LayoutError"
+        assert "weights: rank 0 has (1.0, 2.0), rank 1 has (1.0, 3.0)" in message
+
+
+def refused_weights(weights: Any) -> tuple[str, str]:
+    return raised(lambda: SequenceLayout(16, weights=weights))
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ([1.0, -0.5, 2.0], "weights must be finite numbers of at least 0; got -0.5 (float) for rank 1. Give the speed"),
+        ([1.0, float("nan"), 2.0], "got nan (float) for rank 1"),
+        ([1.0, "2", 2.0], "got '2' (str) for rank 1"),
+        ([0.0, 0, 0], "weights are zero for all 3 ranks, and then nobody holds the tokens. Give at least one rank"),
+        ([1.0, 2.0], "one number for each of the 3 ranks; got 2: [1.0, 2.0]. Give each rank's speed, in the order"),
+        (2.0, "a list of 3 numbers, one for each rank; got 2.0 (float)"),
+        (torch.ones(3, 1), "got a Tensor of torch.float32 and shape (3, 1). Pass weights.tolist()"),
+    ],
+)
+def test_weights_that_are_none_are_refused_on_every_rank_alike(weights: Any, message: str) -> None:
+    for kind, said in run_on_ranks(3, refused_weights, weights):
+        assert kind == "LayoutError" and message in said, said
 
 
 def test_documents_are_copied_and_may_be_a_tensor() -> None:

@@ -105,7 +105,7 @@ def _summary(trainer: Trainer, seconds: float) -> dict[str, Any]:
         "seconds_in_steps": totals.seconds,
         "seconds_of_this_process": seconds,
         "tokens_by_document_length": tokens_by_document_length(totals),
-    }
+    } | ({"balance": trainer.balance.as_json()} if any(trainer.balance.groups) else {})
 
 
 def tokens_by_document_length(totals: Totals) -> dict[str, int]:

@@ -110,7 +110,6 @@ def _train_on(
     phase.name = "measuring the device"
     report.heading("device", _find_peak(trainer))
     if balance.measures_speed(config, ranks) and not trainer.has_saved_balance:
-        phase.name = "measuring the ranks"
         trainer.measure_balance()
     if config.parallel.balance != ("even",) and ranks.sp > 1:
         report.heading("balance", balance.describe(trainer.balance, ranks, trainer.has_saved_balance))
