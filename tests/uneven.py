@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 from longspan.layout import SequenceLayout
 
@@ -17,13 +18,11 @@ def uneven_layouts(weights: Sequence[float]) -> Iterator[None]:
     def init(layout: SequenceLayout, *arguments: Any) -> None:
         *others, given = arguments
         num_ranks = arguments[2]
-        original(layout, *others, weights if given is None and num_ranks == len(weights) else given)
+        call: Any = original
+        call(layout, *others, weights if given is None and num_ranks == len(weights) else given)
 
-    SequenceLayout._init = init  # type: ignore[method-assign]
-    try:
+    with mock.patch.object(SequenceLayout, "_init", init):
         yield
-    finally:
-        SequenceLayout._init = original  # type: ignore[method-assign]
 
 
 def with_weights(weights: Sequence[float], function: Callable[..., Any], *arguments: Any) -> Any:
