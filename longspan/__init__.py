@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from longspan.attention.softmax import softmax_attention
     from longspan.integrations.transformers.prefill import prefill
     from longspan.parallel import parallelize, sum_gradients, unparallelize
+    from longspan.streaming import stream
 
 __version__ = "0.1.0"
 
@@ -63,6 +64,7 @@ __all__ = [
     "rms_norm_gated",
     "simple_gla",
     "softmax_attention",
+    "stream",
     "sum_gradients",
     "sum_over_ranks",
     "token_shift",
@@ -75,6 +77,7 @@ _LAZY = {
     "parallelize": "longspan.parallel",
     "prefill": "longspan.integrations.transformers.prefill",
     "softmax_attention": "longspan.attention.softmax",
+    "stream": "longspan.streaming",
     "sum_gradients": "longspan.parallel",
     "unparallelize": "longspan.parallel",
 }

@@ -11,6 +11,7 @@ A *piece* is the part of a segment that belongs to one packed document.
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -228,6 +229,29 @@ class SequenceLayout:
         other = type(self).__new__(type(self))
         ranks = self.group, self.num_ranks, self.rank
         other._init(self.seq_len, *ranks, self.order, bounds, self.ranks_per_node, self.weights)
+        return other
+
+    def part(self, start: int, stop: int) -> SequenceLayout:
+        """The layout of the tokens from `start` on, before `stop`, split over the same ranks by themselves.
+
+        Documents are cut: the first one may have begun before, and the last one may go on behind.
+
+        Raises:
+            LayoutError: for what is no part of the sequence, or has fewer tokens than ranks.
+        """
+        if not (is_int(start) and is_int(stop) and 0 <= start < stop <= self.seq_len):
+            raise LayoutError(
+                f"part() takes where tokens start and stop, within the {self.seq_len} of the sequence; got "
+                f"{described(start)} and {described(stop)}. Pass 0 <= start < stop <= {self.seq_len}"
+            )
+        bounds = None
+        if self.documents is not None:
+            first, last = bisect_right(self.documents, start), bisect_left(self.documents, stop)
+            bounds = [0, *(bound - start for bound in self.documents[first:last]), stop - start]
+        other = type(self).__new__(type(self))
+        documents = None if bounds is None or len(bounds) == 2 else bounds
+        ranks = self.group, self.num_ranks, self.rank
+        other._init(stop - start, *ranks, self.order, documents, self.ranks_per_node, self.weights)
         return other
 
     @_cached_property

@@ -8,9 +8,9 @@ Shapes: B batch rows, T tokens (this rank's where a layout is given), C channels
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, cast, overload
 
 import torch
@@ -38,7 +38,8 @@ from longspan.ops.chunked.scores import TokenScores, score_tokens
 class ModelMemory:
     """What a model remembers of the tokens so far, the same on every rank; it carries gradients.
 
-    A linear layer takes constant memory, a softmax layer a key and a value for each token that is still seen.
+    A linear layer takes constant memory, a softmax layer a key and a value for each token that is still seen. Of packed documents
+    it is what is remembered of the last one; num_tokens: of that document so far.
     """
 
     num_tokens: int
@@ -47,6 +48,19 @@ class ModelMemory:
     def detach(self) -> ModelMemory:
         """The same numbers without their graph: where a segment's gradients end."""
         return ModelMemory(self.num_tokens, tuple(layer.detach() for layer in self.layers))
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Those of all layers, by the layer's number and their name."""
+        return {f"{number}.{name}": x for number, layer in enumerate(self.layers) for name, x in layer.tensors.items()}
+
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> ModelMemory:
+        """The same with other tensors by the same names."""
+        layers = (
+            replace(layer, tensors={name: tensors[f"{number}.{name}"] for name in layer.tensors})
+            for number, layer in enumerate(self.layers)
+        )
+        return ModelMemory(self.num_tokens, tuple(layers))
 
     @property
     def num_bytes(self) -> int:
@@ -117,6 +131,7 @@ class LinearLlama3(nn.Module):
         logits_to_keep: int | None = ...,
         token_scores: Literal[False] = ...,
         output_memory: Literal[False] = ...,
+        in_segments: bool = ...,
     ) -> Tensor: ...
 
     @overload
@@ -132,6 +147,7 @@ class LinearLlama3(nn.Module):
         logits_to_keep: int | None = ...,
         token_scores: Literal[False] = ...,
         output_memory: Literal[True],
+        in_segments: bool = ...,
     ) -> tuple[Tensor, ModelMemory]: ...
 
     @overload
@@ -147,6 +163,7 @@ class LinearLlama3(nn.Module):
         logits_to_keep: int | None = ...,
         token_scores: Literal[False] = ...,
         output_memory: bool,
+        in_segments: bool = ...,
     ) -> Tensor | tuple[Tensor, ModelMemory]: ...
 
     @overload
@@ -158,7 +175,22 @@ class LinearLlama3(nn.Module):
         memory: ModelMemory | None = ...,
         labels: Tensor,
         token_scores: Literal[True],
+        output_memory: Literal[False] = ...,
+        in_segments: bool = ...,
     ) -> TokenScores: ...
+
+    @overload
+    def forward(
+        self,
+        tokens: Tensor,
+        layout: SequenceLayout | None = ...,
+        *,
+        memory: ModelMemory | None = ...,
+        labels: Tensor,
+        token_scores: Literal[True],
+        output_memory: Literal[True],
+        in_segments: bool = ...,
+    ) -> tuple[TokenScores, ModelMemory]: ...
 
     def forward(
         self,
@@ -172,7 +204,8 @@ class LinearLlama3(nn.Module):
         logits_to_keep: int | None = None,
         token_scores: bool = False,
         output_memory: bool = False,
-    ) -> Tensor | TokenScores | tuple[Tensor, ModelMemory]:
+        in_segments: bool = False,
+    ) -> Tensor | TokenScores | tuple[Tensor | TokenScores, ModelMemory]:
         """Logits of the token after each of `tokens`, or with labels their loss.
 
         Args:
@@ -180,30 +213,31 @@ class LinearLlama3(nn.Module):
             layout: which tokens these are; needed once the model is parallelized, and for packed documents (B is 1
                 then). ``SequenceLayout.local`` says that they are whole sequences, parallelized or not.
             memory: what the model remembers of the tokens before these, from an earlier call; None is nothing. Its gradient on a
-                rank is that rank's share.
+                rank is that rank's share. Of packed documents the first goes on with it.
             labels: the token after each of `tokens`, int64 ``[B, T]``, shifted before the split (`SequenceLayout.shard_labels`);
                 -100 where there is none. With them the model returns the loss, by `longspan.chunked_cross_entropy`, and never holds
                 the logits of all tokens.
             num_valid: with labels, what the sum of the losses is divided by: the number of valid tokens of all ranks. None is the
                 number of those here.
             routing: with labels, of a model with experts: what the auxiliary losses are divided by, and where they and the routers'
-                statistics are noted.
+                statistics are noted. With `in_segments` and without labels the choices of this segment are counted there.
             logits_to_keep: of how many of the last tokens here logits are computed, 0 for none, as a prompt needs them; None is of
                 all.
             token_scores: with labels, return the loss of each token here by itself and whether its label is the likeliest word,
                 without gradients, for evaluation: `TokenScores`, of ``[B, T]``.
             output_memory: also return what it remembers afterwards, on every rank: `memory` of the tokens that follow. A prompt
                 over ranks, and then token by token on one of them (``SequenceLayout.local(1)``, if the model is parallelized),
-                is the same call.
+                is the same call. Of packed documents it is that of the last one.
+            in_segments: these are a segment of time of a longer sequence, as `longspan.stream` calls the model: softmax layers
+                remember the keys and values of each segment by themselves.
 
         Returns:
             Logits ``[B, T, vocab_size]``, or of the `logits_to_keep` last tokens, float32 (float64 for float64 weights), or with
-            `labels` the loss in nats, a scalar of the same dtype, or `TokenScores`; with `output_memory`, the pair (logits or loss,
+            `labels` the loss in nats, a scalar of the same dtype, or `TokenScores`; with `output_memory`, the pair (one of these,
             memory).
 
         Raises:
-            InputError: for tokens or labels of another shape or dtype, for a memory of another model or batch, and for a memory
-                with packed documents.
+            InputError: for tokens or labels of another shape or dtype, and for a memory of another model or batch.
             LayoutError: if T is not the layout's number of tokens, or the layout is not of the group that the model was
                 parallelized for.
 
@@ -220,21 +254,27 @@ class LinearLlama3(nn.Module):
         check_not_empty("the model", "tokens", tokens, "row and token")
         check_layout_of_model(layout, self.sequence_parallel)
         check_flag("the model", "output_memory", output_memory)
-        self._check_labels(labels, num_valid, routing, tokens)
-        self._check_token_scores(
-            token_scores, labels, num_valid=num_valid, routing=routing, output_memory=output_memory or None
-        )
+        check_flag("the model", "in_segments", in_segments)
+        self._check_labels(labels, num_valid, routing, tokens, in_segments)
+        self._check_token_scores(token_scores, labels, num_valid=num_valid, routing=routing)
         self._check_logits_to_keep(logits_to_keep, labels, tokens)
-        self._check_memory(memory, output_memory, layout)
+        self._check_memory(memory)
         if layout is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)
         else:
             check_layout(layout, tokens.shape[1], "the model")
             positions = layout.document_positions_on(tokens.device)
         if memory is not None:
-            positions = positions + memory.num_tokens
+            positions = _after(memory, positions, layout)
         shared = {name: module() for name, module in self.shared.items()}
-        context = Context(layout, positions, self._rotation(positions), outputs_memory=output_memory, shared=shared)
+        context = Context(
+            layout,
+            positions,
+            self._rotation(positions),
+            outputs_memory=output_memory,
+            shared=shared,
+            in_segments=in_segments,
+        )
         x = self.embedding(tokens)
         found: list[LayerMemory] = []
         routed: list[Routed] = []
@@ -245,11 +285,13 @@ class LinearLlama3(nn.Module):
         if logits_to_keep is not None:
             x = x[:, x.shape[1] - logits_to_keep :]
         x = self.norm(x)
-        if token_scores:
-            assert labels is not None
-            return score_tokens(x, self.head.weight, labels)
+        result: Tensor | TokenScores
         if labels is None:
             result = at_least_float32(self.head(x))
+            if routing is not None:
+                routing.count(routed)
+        elif token_scores:
+            result = score_tokens(x, self.head.weight, labels)
         else:
             result = chunked_cross_entropy(x, self.head.weight, labels, num_valid=num_valid)
             if routing is not None:
@@ -259,8 +301,7 @@ class LinearLlama3(nn.Module):
                 result = result + self._auxiliary_loss(routed, layout, routing) * (counted > 0)
         if not output_memory:
             return result
-        num_tokens = tokens.shape[1] if layout is None else layout.seq_len
-        return result, ModelMemory(num_tokens + (0 if memory is None else memory.num_tokens), tuple(found))
+        return result, ModelMemory(_num_tokens_so_far(tokens, layout, memory), tuple(found))
 
     def init_weights(self, seed: int, whole: Whole = nullcontext) -> None:
         """Llama's initial weights, drawn on the CPU from `seed`: the same on every device and rank.
@@ -304,14 +345,7 @@ class LinearLlama3(nn.Module):
             routing=routing,
         )
 
-    def _check_memory(self, memory: object, output_memory: bool, layout: SequenceLayout | None) -> None:
-        if memory is None and not output_memory:
-            return
-        if layout is not None and layout.is_packed:
-            raise InputError(
-                f"the model: packed documents have no memory together; got {layout.num_documents} documents and "
-                f"{'output_memory=True' if memory is None else 'a memory'}. Take one call for each document, or rows of a batch"
-            )
+    def _check_memory(self, memory: object) -> None:
         if memory is None:
             return
         if not isinstance(memory, ModelMemory):
@@ -325,20 +359,23 @@ class LinearLlama3(nn.Module):
                 "what this very model returned"
             )
 
-    def _check_labels(self, labels: Tensor | None, num_valid: object, routing: object, tokens: Tensor) -> None:
+    def _check_labels(
+        self, labels: Tensor | None, num_valid: object, routing: object, tokens: Tensor, in_segments: bool
+    ) -> None:
         check_num_valid("the model", num_valid)
         if labels is None:
-            for name, given in (("num_valid", num_valid), ("routing", routing)):
+            for name, given in (("num_valid", num_valid), ("routing", None if in_segments else routing)):
                 if given is not None:
                     raise InputError(
                         f"the model: {name} is for a loss; got {described(given)} and no labels. Pass labels=, or leave it out"
                     )
-            return
         if routing is not None and (not isinstance(routing, Routing) or not self.config.num_experts):
             raise InputError(
                 f"the model: routing must be a longspan.models.Routing, for a model with experts; got {described(routing)} and "
                 f"{self.config.num_experts} experts. Leave it out"
             )
+        if labels is None:
+            return
         check_labels("the model", labels, tokens.shape, self.config.vocab_size)
         if not isinstance(self.head, nn.Linear):
             raise InputError(
@@ -374,3 +411,17 @@ class LinearLlama3(nn.Module):
         dtype = accumulation_dtype(self.norm.weight.dtype)
         config = self.config
         return rotation(positions, config.size_of_head, config.rope_theta, dtype, config.rope_scaling)
+
+
+def _after(memory: ModelMemory, positions: Tensor, layout: SequenceLayout | None) -> Tensor:
+    """Positions of tokens in their documents, of which the first goes on with what is remembered."""
+    if layout is None or not layout.is_packed:
+        return positions + memory.num_tokens
+    goes_on = layout.positions_on(positions.device) < layout.document_bounds[1]
+    return torch.where(goes_on, positions + memory.num_tokens, positions)
+
+
+def _num_tokens_so_far(tokens: Tensor, layout: SequenceLayout | None, memory: ModelMemory | None) -> int:
+    """Tokens of the last document up to here, those that are remembered from before included."""
+    *_, start, stop = (0, tokens.shape[1]) if layout is None else layout.document_bounds
+    return stop - start + (memory.num_tokens if memory is not None and start == 0 else 0)

@@ -46,6 +46,9 @@ class Routing:
     num_tokens: what sums over tokens are divided by, the tokens of all ranks in all calls of the step, as `num_valid` counts those
     with labels. None is those of a call.
 
+    of_sequence: int64 ``[L, E]``, the choices of all ranks in the whole sequence, where a call is of one segment of time; see
+    `counted`. None is those of the call.
+
     The rest is told, and is summed over the calls. choices: int64 ``[L, E]``, of all ranks; None where there was none. The others
     are 0-dimensional and this rank's shares; the sums over the ranks are: cross_entropy, the loss without auxiliary losses; balance
     and z, their means over layers; entropy, that of a router's probabilities in nats, a mean over tokens and layers; auxiliary,
@@ -53,12 +56,26 @@ class Routing:
     """
 
     num_tokens: int | None = None
+    of_sequence: Tensor | None = field(default=None, init=False)
     choices: Tensor | None = field(default=None, init=False)
     cross_entropy: Tensor | float = field(default=0.0, init=False)
     balance: Tensor | float = field(default=0.0, init=False)
     z: Tensor | float = field(default=0.0, init=False)
     entropy: Tensor | float = field(default=0.0, init=False)
     auxiliary: Tensor | float = field(default=0.0, init=False)
+
+    def count(self, routed: Sequence[Routed]) -> None:
+        """Add the choices of this rank in one more segment of time to `of_sequence`; `routed`: of each layer with experts."""
+        choices = torch.stack([layer.choices for layer in routed])
+        self.of_sequence = choices if self.of_sequence is None else self.of_sequence + choices
+
+    def counted(self, ranks: SequenceParallel | None) -> None:
+        """All segments were counted: `of_sequence` is of all `ranks` from here on, and `choices` know it."""
+        if self.of_sequence is None:
+            return
+        if ranks is not None:
+            self.of_sequence = sum_over_ranks(self.of_sequence, ranks.group)
+        self.choices = self.of_sequence if self.choices is None else self.choices + self.of_sequence
 
     @property
     def fullest(self) -> float:
@@ -105,8 +122,9 @@ def auxiliary_loss(
     """
     if routing is None and balance_weight == z_weight == 0.0:
         return torch.zeros_like(routed[0].squared_logs)
-    choices = torch.stack([layer.choices for layer in routed])
-    if ranks is not None:
+    of_sequence = None if routing is None else routing.of_sequence
+    choices = torch.stack([layer.choices for layer in routed]) if of_sequence is None else of_sequence
+    if ranks is not None and of_sequence is None:
         choices = sum_over_ranks(choices, ranks.group)
     probabilities = torch.stack([layer.probabilities for layer in routed])
     shares = choices / choices.sum(-1, keepdim=True).to(probabilities.dtype)
@@ -118,7 +136,8 @@ def auxiliary_loss(
     loss = balance_weight * balance.sum() + z_weight * z.sum()
     if routing is not None:
         entropy = torch.stack([layer.entropy for layer in routed]) / num_tokens
-        routing.choices = choices if routing.choices is None else routing.choices + choices
+        if of_sequence is None:
+            routing.choices = choices if routing.choices is None else routing.choices + choices
         routing.balance = routing.balance + balance.detach().mean()
         routing.z = routing.z + z.detach().mean()
         routing.entropy = routing.entropy + entropy.detach().mean()

@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from longspan.attention.softmax import SoftmaxMethod
@@ -57,7 +58,10 @@ class Context:
     layout: which tokens of the sequence these are; None is whole sequences. positions: int64 ``[T]``, of each token in its
     document, earlier tokens counted. rotation: of these positions, where a mixer of the model `rotates`. memory: what this layer
     remembers of earlier tokens; None is nothing. outputs_memory: whether to return what it remembers afterwards. shared: what
-    layers of a kind have together, by the name of their mixer.
+    layers of a kind have together, by the name of their mixer. in_segments: whether this is a segment of time of a longer sequence:
+    keys and values are then remembered as blocks, one of each segment, and none is copied.
+
+    With packed documents the memory is of the first of them, which goes on, and what is returned is of the last.
     """
 
     layout: SequenceLayout | None
@@ -66,10 +70,21 @@ class Context:
     memory: LayerMemory | None = None
     outputs_memory: bool = False
     shared: Mapping[str, Tensor] = field(default_factory=dict)
+    in_segments: bool = False
 
     def remembered(self, name: str) -> Tensor | None:
-        """A tensor of this layer's memory, or None before the first token."""
-        return None if self.memory is None else self.memory.tensors.get(name)
+        """A tensor of this layer's memory, as operators take an initial state, or None before the first token.
+
+        ``[B, ...]``; with packed documents ``[num_documents, ...]``, zeros before all but the first.
+        """
+        x = None if self.memory is None else self.memory.tensors.get(name)
+        if x is None or self.layout is None or not self.layout.is_packed:
+            return x
+        return torch.cat([x, x.new_zeros(self.layout.num_documents - 1, *x.shape[1:])])
+
+    def of_last_document(self, final_state: Tensor) -> Tensor:
+        """What is remembered of an operator's final state, ``[B, ...]`` or of each document: that of the last one."""
+        return final_state[-1:] if self.layout is not None and self.layout.is_packed else final_state
 
     def after(self, memory: LayerMemory) -> Context:
         """This context with what another layer remembers."""
@@ -116,6 +131,8 @@ class SequenceMixer(nn.Module, ABC):
 
     rotates: bool = False
     """Whether it turns queries and keys by `Context.rotation`."""
+    reads_future: bool = False
+    """Whether a token reads later ones, as in bidirectional attention: such a layer cannot run in segments of time."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from longspan.attention.softmax import write_softmax
 from longspan.errors import ConfigError
 from longspan.models.initial import InitialWeights
+from longspan.models.mixers.blocks_of_keys import keys_before, keys_behind
 from longspan.models.mixers.layer import Footprint, LayerMixer
 from longspan.models.mixers.mixer import Context, LayerMemory, operations_of_matrices
 from longspan.models.rotary import rotate
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
 class SoftmaxMixer(LayerMixer):
     """Llama 3's attention (arXiv 2407.21783): rotary embedding and grouped queries.
 
-    It remembers ``{"keys": [B, L, H_kv, D], "values": [B, L, H_kv, D]}``; with a window the last ``window - 1`` tokens.
+    It remembers ``{"keys": [B, L, H_kv, D], "values": [B, L, H_kv, D]}``; with a window the last ``window - 1`` tokens. In segments
+    of time (`Context.in_segments`) those of segment i by themselves, as ``"keys.i"`` and ``"values.i"``.
     """
 
     name = "softmax"
@@ -50,11 +52,10 @@ class SoftmaxMixer(LayerMixer):
     def mix(self, x: Tensor, context: Context) -> tuple[Tensor, LayerMemory | None]:
         assert context.rotation is not None
         k, v = rotate(self._heads(self.k_proj(x)), context.rotation), self._heads(self.v_proj(x))
-        keys, values = context.remembered("keys"), context.remembered("values")
         memory = write_softmax(
             k,
             v,
-            initial_state=None if keys is None or values is None else (keys, values),
+            initial_state=keys_before(context),
             output_final_state=context.outputs_memory,
             layout=context.layout,
             method=self.parallel.softmax_method,
@@ -65,8 +66,7 @@ class SoftmaxMixer(LayerMixer):
         out: Tensor = self.out_proj(memory.read(q).flatten(2))
         if not context.outputs_memory:
             return out, None
-        keys, values = memory.final_state()
-        return out, LayerMemory({"keys": keys, "values": values})
+        return out, keys_behind(*memory.final_state(), context)
 
     def init_weights(self, initial: InitialWeights) -> None:
         initial.fill(self, residual=(self.out_proj,))

@@ -1,0 +1,22 @@
+"""A model over segments of time: a sequence of any length with the activations of one segment, exactly."""
+
+from longspan.streaming.adapters import (
+    Memory,
+    StreamAdapter,
+    StreamedModel,
+    StreamedSequence,
+    register_stream,
+)
+from longspan.streaming.engine import SegmentDone
+from longspan.streaming.stream import Stream, stream
+
+__all__ = [
+    "Memory",
+    "SegmentDone",
+    "Stream",
+    "StreamAdapter",
+    "StreamedModel",
+    "StreamedSequence",
+    "register_stream",
+    "stream",
+]

@@ -1,0 +1,93 @@
+"""What the engine asks of a model, and which classes of models can do it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, TypeVar
+
+from torch import Tensor, nn
+
+from longspan.errors import InputError
+from longspan.layout import SequenceLayout
+
+
+class Memory(Protocol):
+    """What a model remembers behind a segment: tensors by name, and whatever else belongs to them.
+
+    A tensor of what leaves a segment that *is* one of those that entered it is passed on: the gradients of all later segments are
+    summed in it, for the segment that made it. Every other one is new, whatever its name.
+    """
+
+    @property
+    def tensors(self) -> Mapping[str, Tensor]: ...
+
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> Any:
+        """The same with other tensors by the same names."""
+        ...
+
+
+class StreamedSequence(Protocol):
+    """One sequence on its way through a model, segment by segment.
+
+    counts_first: whether every segment, the last one too, is to be remembered once before any loss: where a loss is no sum over
+    tokens, such as those of routers. Then `all_remembered` is called in between.
+    """
+
+    counts_first: bool
+
+    def remember(self, tokens: Tensor, layout: SequenceLayout | None, memory: Any) -> Any:
+        """What is remembered behind the tokens; called without gradients."""
+        ...
+
+    def all_remembered(self) -> None:
+        """All segments have been given to `remember` once."""
+        ...
+
+    def loss(
+        self, tokens: Tensor, labels: Tensor, layout: SequenceLayout | None, memory: Any, keeps: bool
+    ) -> tuple[Tensor, Any]:
+        """This rank's share of the loss, a scalar, and what is remembered behind the tokens, None unless it `keeps` that."""
+        ...
+
+    def end(self) -> None:
+        """The sequence is done, or given up."""
+        ...
+
+
+class StreamedModel(Protocol):
+    """A model that can be given what it remembers of earlier tokens, with gradients."""
+
+    def sequence(self, num_valid: int, routing: Any) -> StreamedSequence:
+        """Begin a sequence whose losses are divided by `num_valid`; routing: what the caller says of routers, or None."""
+        ...
+
+
+Model = TypeVar("Model", bound=nn.Module)
+StreamAdapter = Callable[[Model], StreamedModel]
+"""Makes a model one that runs in segments; raises InputError for a layer that cannot, by its name. It changes nothing."""
+
+_ADAPTERS: dict[type[nn.Module], StreamAdapter[Any]] = {}
+
+
+def register_stream(model_class: type[Model], adapter: StreamAdapter[Model]) -> None:
+    """Let `longspan.stream` take models of a class, or derived from it, by calling ``adapter(model)``.
+
+    A class nearer to the model's own goes before one further up; an adapter that was registered before is replaced.
+    """
+    _ADAPTERS[model_class] = adapter
+
+
+def adapted(model: nn.Module) -> StreamedModel:
+    """The model as the engine takes it.
+
+    Raises:
+        InputError: for a class that has no adapter, or a model that its adapter refuses.
+    """
+    adapter = next((_ADAPTERS[base] for base in type(model).__mro__ if base in _ADAPTERS), None)
+    if adapter is None:
+        known = ", ".join(sorted(base.__name__ for base in _ADAPTERS))
+        raise InputError(
+            f"stream() takes a model that can be given what it remembers of earlier tokens: {known}; got {type(model).__name__}. "
+            "Say how its class does it with longspan.streaming.register_stream()"
+        )
+    return adapter(model)

@@ -1,0 +1,186 @@
+"""Segments of time in order, and backward in reverse: the graph of one of them is there at a time.
+
+With M_s what enters segment s, f the model, and λ_s = ∂L/∂M_s:
+
+    forward, without a graph       M_{s+1} = f(M_s, tokens of s)                        for s = 0, 1, ...
+    backward, from the last one    l_s, M_{s+1} = f(M_s, tokens of s)   with its graph;  (1, λ_{s+1}) -> λ_s and the parameters'
+
+The last segment needs no first pass. A memory that is passed on, such as keys of earlier segments, is an input of all later ones:
+its gradient is the sum of what each of them sends, and enters backward where it was made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from longspan.dtypes import at_least_float32
+from longspan.streaming.adapters import Memory
+from longspan.streaming.kept import KeptMemory, check_same_tensors
+from longspan.streaming.random_states import RandomStates
+
+
+class SequenceInSegments(Protocol):
+    """A sequence and a model, by numbers of segments.
+
+    num_segments: S. counts_first: as in `StreamedSequence`.
+    """
+
+    num_segments: int
+
+    @property
+    def counts_first(self) -> bool: ...
+
+    def goes_on(self, segment: int) -> bool:
+        """Whether a segment begins with what the one before it left."""
+        ...
+
+    def remember(self, segment: int, memory: Any) -> Any: ...
+
+    def all_remembered(self) -> None: ...
+
+    def loss(self, segment: int, memory: Any, keeps: bool) -> tuple[Tensor, Any]: ...
+
+
+@dataclass(frozen=True)
+class SegmentDone:
+    """A pass over one segment is done.
+
+    kind: ``"forward"`` is the first pass, from segment 0 on; ``"backward"`` the second, from the last one to segment 0;
+    ``"again"`` a forward pass for what was not kept. segment: its number, from 0.
+    """
+
+    kind: Literal["forward", "again", "backward"]
+    segment: int
+    num_segments: int
+
+
+Between = Callable[[SegmentDone], None]
+"""Called between passes; what it raises ends the step, whose gradients are then in part."""
+
+
+def forward_backward(
+    sequence: SequenceInSegments,
+    device: torch.device,
+    *,
+    keep_every: int,
+    around_backward: Callable[[bool], AbstractContextManager[None]],
+    between: Between,
+) -> Tensor:
+    """Add the gradients of the sequence's loss to those of the parameters; return the loss, a scalar without a graph.
+
+    Args:
+        device: whose random state the model draws from, beside the CPU's.
+        keep_every: as in `KeptMemory`.
+        around_backward: what each backward runs in, told whether it is the last one.
+    """
+    random = RandomStates(device)
+
+    def remember(segment: int, memory: Any) -> Any:
+        with torch.no_grad(), random.of(segment):
+            return sequence.remember(segment, memory)
+
+    def again(segment: int, memory: Any) -> Any:
+        left = remember(segment, memory)
+        between(SegmentDone("again", segment, sequence.num_segments))
+        return left
+
+    kept, sums = KeptMemory(keep_every, sequence.goes_on, again), GradientSums()
+    _forward(sequence, kept, remember, between)
+    total, behind = torch.zeros((), dtype=torch.float64, device=device), None
+    for segment in reversed(range(sequence.num_segments)):
+        before = kept.entering(segment)
+        loss = _backward(sequence, segment, before, behind, sums, random, around_backward)
+        total += loss
+        kept.drop(segment + 1)
+        behind = before if sequence.goes_on(segment) else None
+        between(SegmentDone("backward", segment, sequence.num_segments))
+    random.leave()
+    return total.to(loss.dtype)
+
+
+def _forward(
+    sequence: SequenceInSegments, kept: KeptMemory, remember: Callable[[int, Any], Any], between: Between
+) -> None:
+    """What enters each segment, in order."""
+    memory = None
+    last = sequence.num_segments - 1
+    for segment in range(sequence.num_segments):
+        kept.enter(segment, memory)
+        goes_on = segment < last and sequence.goes_on(segment + 1)
+        # A document that ends with its segment leaves nothing to the next.
+        if goes_on or sequence.counts_first:
+            left = remember(segment, memory)
+            memory = kept.left(segment, memory, left) if goes_on else None
+            between(SegmentDone("forward", segment, sequence.num_segments))
+        else:
+            memory = None
+    if sequence.counts_first:
+        sequence.all_remembered()
+
+
+def _backward(
+    sequence: SequenceInSegments,
+    segment: int,
+    before: Memory | None,
+    behind: Memory | None,
+    sums: GradientSums,
+    random: RandomStates,
+    around_backward: Callable[[bool], AbstractContextManager[None]],
+) -> Tensor:
+    """Compute a segment with its graph, and backward through it; return its share of the loss.
+
+    before: what enters it, for which gradients are added to the sums. behind: what entered the next one, for which they are taken.
+    """
+    entered = {} if before is None else before.tensors
+    for x in entered.values():
+        if x.is_floating_point():
+            x.requires_grad_()
+    # Casts that were made without a graph have none.
+    torch.clear_autocast_cache()
+    with torch.enable_grad(), random.of(segment):
+        loss, left = sequence.loss(segment, before, behind is not None)
+    outputs, gradients = [loss], [torch.ones_like(loss)]
+    if behind is not None:
+        check_same_tensors(segment, left, behind)
+        for name, x in left.tensors.items():
+            if x is not entered.get(name) and x.requires_grad:
+                outputs.append(x)
+                gradients.append(sums.take(behind.tensors[name]))
+    del left
+    with around_backward(segment == 0):
+        torch.autograd.backward(outputs, gradients)
+    sums.add(entered.values())
+    return loss.detach().double()
+
+
+class GradientSums:
+    """The gradients that segments send to what entered them, summed in float32 at least.
+
+    Of a float32 or float64 tensor the sum is its ``grad``; in bfloat16 it would lose what the last segments add.
+    """
+
+    def __init__(self) -> None:
+        self._wide: dict[int, Tensor] = {}
+
+    def add(self, tensors: Iterable[Tensor]) -> None:
+        """Take over the gradients of narrow tensors, which live until `take` is called."""
+        for x in tensors:
+            if x.grad is None or at_least_float32(x.grad).dtype == x.dtype:
+                continue
+            if id(x) in self._wide:
+                self._wide[id(x)] += x.grad
+            else:
+                self._wide[id(x)] = at_least_float32(x.grad)
+            x.grad = None
+
+    def take(self, x: Tensor) -> Tensor:
+        """The sum for x, in its dtype; zeros where no segment has sent anything."""
+        found = self._wide.pop(id(x), x.grad)
+        x.grad = None
+        return torch.zeros_like(x) if found is None else found.to(x.dtype)

@@ -1,0 +1,86 @@
+"""What enters segments, kept between the passes: for each of them, or for every n-th, and found again from there.
+
+With S segments, n the distance of those whose memory is kept, and M the bytes of a memory without blocks that are passed on, at
+most ``(ceil(S / n) + n) · M`` are held; blocks (keys and values) are held once, whatever n.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from longspan.errors import InputError
+from longspan.streaming.adapters import Memory
+
+
+class KeptMemory:
+    """The memory that enters each segment, by the segment's number.
+
+    every: n; 1 keeps all. goes_on: whether anything enters a segment. again: what is left by a segment, of its number and of what
+    enters it, computed once more without gradients.
+    """
+
+    def __init__(self, every: int, goes_on: Callable[[int], bool], again: Callable[[int, Any], Any]) -> None:
+        self._every = every
+        self._goes_on = goes_on
+        self._again = again
+        self._entering: dict[int, Memory | None] = {}
+        self._passed_on: dict[tuple[int, str], Tensor] = {}
+
+    def enter(self, segment: int, memory: Memory | None) -> None:
+        """`memory` enters `segment`: called in order. The memories between those that are kept last as long as no other is kept."""
+        if segment % self._every == 0:
+            self._entering = {number: kept for number, kept in self._entering.items() if number % self._every == 0}
+        self._entering[segment] = memory
+
+    def left(self, segment: int, before: Memory | None, behind: Memory | None) -> Memory | None:
+        """What a segment has left, in tensors of their own; what is passed on is noted, as the segment before it made it."""
+        if behind is None:
+            return None
+        entered = {} if before is None else before.tensors
+        tensors = {}
+        for name, x in behind.tensors.items():
+            if x is entered.get(name):
+                tensors[name] = x
+                self._passed_on.setdefault((segment - 1, name), x)
+            else:
+                # Computed once more, it is the one that later segments were given.
+                tensors[name] = self._passed_on.get((segment, name), _of_its_own(x.detach()))
+        made: Memory = behind.with_tensors(tensors)
+        return made
+
+    def entering(self, segment: int) -> Memory | None:
+        """What enters a segment; computed from the nearest that is kept before it, where it is not kept itself."""
+        if segment not in self._entering:
+            first = segment
+            while first not in self._entering and self._goes_on(first):
+                first -= 1
+            memory = self._entering.get(first)
+            for number in range(first, segment):
+                memory = self.left(number, memory, self._again(number, memory))
+                self._entering[number + 1] = memory
+        return self._entering[segment]
+
+    def drop(self, segment: int) -> None:
+        """Nothing needs what enters `segment` any more."""
+        self._entering.pop(segment, None)
+        for key in [key for key in self._passed_on if key[0] == segment - 1]:
+            del self._passed_on[key]
+
+
+def _of_its_own(x: Tensor) -> Tensor:
+    """x in memory that holds nothing else: the last tokens of a segment would keep all of them."""
+    return x.clone() if x.untyped_storage().nbytes() > x.numel() * x.element_size() else x
+
+
+def check_same_tensors(segment: int, found: Memory, kept: Memory) -> None:
+    """Raise InputError where a segment, computed once more, leaves other tensors than before."""
+    first, second = ({name: tuple(x.shape) for name, x in memory.tensors.items()} for memory in (kept, found))
+    if first != second:
+        name = next(name for name in sorted({*first, *second}) if first.get(name) != second.get(name))
+        raise InputError(
+            f"stream(): segment {segment}, computed once more, remembers {name} of shape {second.get(name)}, and at first of shape "
+            f"{first.get(name)}. The model must do the same in both passes: look for a hook or layer that counts its calls"
+        )

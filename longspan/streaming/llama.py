@@ -1,0 +1,91 @@
+"""`LinearLlama3` in segments of time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import cast
+
+from torch import Tensor
+
+from longspan.errors import InputError
+from longspan.layout import SequenceLayout
+from longspan.models import LinearLlama3, ModelMemory, Routing
+from longspan.models.linear_llama3 import HybridBlock
+from longspan.models.routing import ranks_of_losses
+from longspan.streaming.adapters import register_stream
+
+
+class StreamedLlama:
+    """A `LinearLlama3` as the engine takes it.
+
+    Raises:
+        InputError: for a layer that reads later tokens.
+    """
+
+    def __init__(self, model: LinearLlama3) -> None:
+        self._model = model
+        for number, block in enumerate(_blocks(model)):
+            if block.mixer.reads_future:
+                raise InputError(
+                    f"stream(): layer {number}, {type(block.mixer).__name__}, reads later tokens, which a segment of time does not "
+                    "have. Train the model on whole sequences, over ranks where they are too long for one"
+                )
+
+    def sequence(self, num_valid: int, routing: Routing | None) -> StreamedLlamaSequence:
+        return StreamedLlamaSequence(self._model, num_valid, routing)
+
+
+class StreamedLlamaSequence:
+    """A sequence on its way through a `LinearLlama3`; choices of experts are counted first: balance is no sum over tokens."""
+
+    def __init__(self, model: LinearLlama3, num_valid: int, routing: Routing | None) -> None:
+        self._model, self._num_valid = model, num_valid
+        weights = model.config.balance_loss_weight, model.config.z_loss_weight
+        self.counts_first = bool(model.config.num_experts) and model.training and (routing is not None or any(weights))
+        self._routing = Routing() if self.counts_first and routing is None else routing
+        self.end()
+        self._layout: SequenceLayout | None = None
+
+    def remember(self, tokens: Tensor, layout: SequenceLayout | None, memory: ModelMemory | None) -> ModelMemory:
+        self._layout = layout
+        routing = self._routing if self.counts_first else None
+        _, behind = self._model(
+            tokens,
+            layout,
+            memory=memory,
+            routing=routing,
+            logits_to_keep=0,
+            output_memory=True,
+            in_segments=True,
+        )
+        return cast(ModelMemory, behind)
+
+    def all_remembered(self) -> None:
+        assert self._routing is not None
+        self._routing.counted(ranks_of_losses(self._layout, self._model.loss_ranks))
+
+    def loss(
+        self, tokens: Tensor, labels: Tensor, layout: SequenceLayout | None, memory: ModelMemory | None, keeps: bool
+    ) -> tuple[Tensor, ModelMemory | None]:
+        found = self._model(
+            tokens,
+            layout,
+            memory=memory,
+            labels=labels,
+            num_valid=self._num_valid,
+            routing=self._routing,
+            output_memory=keeps,
+            in_segments=True,
+        )
+        return found if keeps else (found, None)
+
+    def end(self) -> None:
+        if self._routing is not None:
+            self._routing.of_sequence = None
+
+
+def _blocks(model: LinearLlama3) -> Iterator[HybridBlock]:
+    return (cast(HybridBlock, block) for block in model.blocks)
+
+
+register_stream(LinearLlama3, StreamedLlama)

@@ -1,0 +1,207 @@
+"""`longspan.stream`: the loss of a sequence of any length, and its gradients, with the activations of one segment of time.
+
+Shapes: B batch rows, N tokens of the whole sequence.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from longspan.checks import check_count, check_flag, check_tensor, described, is_int
+from longspan.errors import InputError, LayoutError
+from longspan.layout import SequenceLayout
+from longspan.ops.chunked.cross_entropy import IGNORED
+from longspan.parallel.sharded import accumulating
+from longspan.streaming import llama  # noqa: F401  registers its adapter
+from longspan.streaming.adapters import StreamedSequence, adapted
+from longspan.streaming.engine import Between, SegmentDone, forward_backward
+from longspan.streaming.segments import Segment, check_segment_tokens, cut_in_time
+
+
+def stream(model: nn.Module, segment_tokens: int, *, keep_every: int = 1) -> Stream:
+    """Let `model` be trained on sequences of any length in segments of time; the model itself is not changed.
+
+    The gradients are those of the whole sequence in one piece, not truncated: what a segment leaves to the next (memory states,
+    last taps of convolutions, keys and values) goes forward, and its gradient back. The price is one more forward pass.
+
+    Args:
+        model: a `longspan.models.LinearLlama3`, or one whose class has an adapter (`longspan.streaming.register_stream`). It may be
+            parallelized (each segment is then split over the ranks), have divided weights, recompute its layers, compute in
+            bfloat16.
+        segment_tokens: tokens of a segment, of all ranks together; any number that gives each rank one at least. The activations
+            of so many are held at once.
+        keep_every: keep what enters every n-th segment between the passes, and compute the others once more from there. The states
+            of linear layers then take ``ceil(S / n) + n`` times those of one segment, S the number of segments, instead of S times;
+            keys and values are kept once in any case. 1 keeps all of them, and computes nothing twice.
+
+    Raises:
+        InputError: for a model that no adapter knows, a layer that reads later tokens, or numbers that do not fit.
+    """
+    return Stream(model, segment_tokens, keep_every)
+
+
+class Stream:
+    """A model that is given sequences in segments of time: see `stream`."""
+
+    def __init__(self, model: nn.Module, segment_tokens: int, keep_every: int = 1) -> None:
+        if not isinstance(model, nn.Module):
+            raise InputError(f"stream() takes a torch.nn.Module; got {described(model)}. Pass the model itself")
+        self.segment_tokens = check_segment_tokens(segment_tokens)
+        check_count("stream()", "keep_every", keep_every, "the distance of the segments whose memory is kept")
+        self._keep_every = keep_every
+        self._model = model
+        self._streamed = adapted(model)
+
+    def forward_backward(
+        self,
+        tokens: Tensor,
+        labels: Tensor,
+        layout: SequenceLayout | None = None,
+        *,
+        num_valid: int | None = None,
+        routing: Any = None,
+        is_last: bool = True,
+        between: Between | None = None,
+    ) -> Tensor:
+        """Add the gradients of the sequence's loss to the ``grad`` of the parameters.
+
+        Args:
+            tokens: int64 ``[B, N]``, the whole sequence, the same on every rank.
+            labels: the token after each, int64 ``[B, N]``, shifted already; -100 where there is none.
+            layout: of the whole sequence: its ranks, their order, its documents. Each segment is split over the ranks like a
+                sequence of its own. None as in the model.
+            num_valid: what the sum of the losses is divided by, the valid tokens of all ranks and micro batches; None is the number
+                of those in `labels`.
+            routing: of a model with experts, as it takes one; its losses are those of the whole sequence.
+            is_last: whether this is the last micro batch of a step: where weights are divided (`longspan.parallel.shard_weights`)
+                gradients are summed over the ranks then.
+            between: called after each pass over a segment with what is done; an error that it raises ends the sequence there.
+
+        Returns:
+            This rank's share of the loss, a scalar without a graph. By the one gradient convention gradients are then summed over
+            the ranks (`longspan.sum_gradients`).
+
+        Raises:
+            InputError: for tokens or labels that do not fit, or a model that does not do the same in both passes.
+            LayoutError: for a layout of another length, or of another group than the model's.
+
+        Both passes over a segment draw the same random numbers. Every rank must make the same calls.
+        """
+        check_flag("stream()", "is_last", is_last)
+        sequence = self._begin(tokens, labels, layout, num_valid, routing)
+        try:
+            return forward_backward(
+                sequence,
+                tokens.device,
+                keep_every=self._keep_every,
+                around_backward=partial(_summing_last, self._model, is_last),
+                between=between or _nothing,
+            )
+        finally:
+            sequence.end()
+
+    @torch.no_grad()
+    def loss(
+        self,
+        tokens: Tensor,
+        labels: Tensor,
+        layout: SequenceLayout | None = None,
+        *,
+        num_valid: int | None = None,
+    ) -> Tensor:
+        """This rank's share of the loss, without gradients: arguments and errors as of `forward_backward`."""
+        sequence = self._begin(tokens, labels, layout, num_valid, None)
+        total, memory = torch.zeros((), dtype=torch.float64, device=tokens.device), None
+        for segment in range(sequence.num_segments):
+            keeps = segment + 1 < sequence.num_segments and sequence.goes_on(segment + 1)
+            share, memory = sequence.loss(segment, memory, keeps)
+            total += share.double()
+        return total.to(share.dtype)
+
+    def _begin(
+        self, tokens: Tensor, labels: Tensor, layout: SequenceLayout | None, num_valid: int | None, routing: Any
+    ) -> _Sequence:
+        _check_sequence(tokens, labels, layout, num_valid)
+        if num_valid is None:
+            num_valid = int((labels != IGNORED).sum())
+        segments = cut_in_time(tokens.shape[1], self.segment_tokens, layout)
+        return _Sequence(self._streamed.sequence(num_valid, routing), tokens, labels, segments)
+
+
+class _Sequence:
+    """A sequence as the engine takes it: of each segment, this rank's tokens."""
+
+    def __init__(
+        self, streamed: StreamedSequence, tokens: Tensor, labels: Tensor, segments: tuple[Segment, ...]
+    ) -> None:
+        self._streamed, self._tokens, self._labels, self._segments = streamed, tokens, labels, segments
+        self.num_segments = len(segments)
+
+    @property
+    def counts_first(self) -> bool:
+        return self._streamed.counts_first
+
+    def goes_on(self, segment: int) -> bool:
+        return self._segments[segment].goes_on
+
+    def remember(self, segment: int, memory: Any) -> Any:
+        return self._streamed.remember(self._own(self._tokens, segment), self._segments[segment].layout, memory)
+
+    def all_remembered(self) -> None:
+        self._streamed.all_remembered()
+
+    def loss(self, segment: int, memory: Any, keeps: bool) -> tuple[Tensor, Any]:
+        own = (self._own(x, segment) for x in (self._tokens, self._labels))
+        return self._streamed.loss(*own, self._segments[segment].layout, memory, keeps)
+
+    def end(self) -> None:
+        self._streamed.end()
+
+    def _own(self, x: Tensor, segment: int) -> Tensor:
+        part = self._segments[segment]
+        whole = x[:, part.start : part.stop]
+        return whole if part.layout is None else part.layout.shard(whole)
+
+
+def _summing_last(model: nn.Module, is_last: bool, is_last_segment: bool) -> AbstractContextManager[None]:
+    return accumulating(model, is_last and is_last_segment)
+
+
+def _nothing(done: SegmentDone) -> None:
+    """Between segments nobody wants to know."""
+
+
+def _check_sequence(tokens: Tensor, labels: Tensor, layout: SequenceLayout | None, num_valid: int | None) -> None:
+    for name, x in (("tokens", tokens), ("labels", labels)):
+        check_tensor("stream()", name, x)
+        if x.dim() != 2 or x.dtype != torch.int64 or 0 in x.shape:
+            raise InputError(
+                f"stream(): {name} must be int64 [B, N], whole sequences of at least a token; got {x.dtype} of shape "
+                f"{tuple(x.shape)}. Pass token ids, rows.long()"
+            )
+    if labels.shape != tokens.shape:
+        raise InputError(
+            f"stream(): labels must be the token after each of tokens, {tuple(tokens.shape)}; got {tuple(labels.shape)}. Shift "
+            "them before, with -100 where no token follows: SequenceLayout.local(N, documents).shard_labels(tokens)"
+        )
+    if num_valid is not None and (not is_int(num_valid) or num_valid < 0):
+        raise InputError(
+            f"stream(): num_valid must be the number of valid tokens of all ranks, an int of at least 0; got "
+            f"{described(num_valid)}. Leave it out for those of labels"
+        )
+    if layout is not None and not isinstance(layout, SequenceLayout):
+        raise InputError(f"stream(): layout must be a SequenceLayout or None; got {described(layout)}")
+    if layout is not None and layout.seq_len != tokens.shape[1]:
+        hint = (
+            " It is this rank's number of tokens: pass those of all ranks"
+            if layout.num_local_tokens == tokens.shape[1]
+            else ""
+        )
+        raise LayoutError(
+            f"stream() takes the whole sequence of the layout, {layout.seq_len} tokens; got {tokens.shape[1]}.{hint}"
+        )
