@@ -55,6 +55,24 @@ FAULTS: dict[str, Fault] = {
         "(0.0 * grad_out * state_in).sum(summed_dims)",
         (f"{CONFORMANCE}[simple_gla-contiguous-all_gather-3]",),
     ),
+    "what later segments of time send is not handed on": Fault(
+        "longspan/streaming/engine.py",
+        "return torch.zeros_like(x) if found is None else found.to(x.dtype)",
+        "return torch.zeros_like(x)",
+        ("tests/streaming/test_stream.py::test_segments_of_any_length_are_one_piece[simple_gla]",),
+    ),
+    "other random numbers in the second pass over a segment": Fault(
+        "longspan/streaming/random_states.py",
+        "self._set(self._begun.setdefault(segment, self._behind))",
+        "self._set(self._behind)",
+        ("tests/streaming/test_random.py::test_dropout_draws_the_same_in_both_passes",),
+    ),
+    "balance of each segment instead of the sequence": Fault(
+        "longspan/models/routing.py",
+        "if of_sequence is None else of_sequence",
+        "if True else of_sequence",
+        ("tests/streaming/test_composition.py::test_auxiliary_losses_of_experts_are_those_of_the_whole_sequence",),
+    ),
     "a prefix of one stretch too few in the scan": Fault(
         "longspan/state.py",
         "pair.transition[index].apply(state)",

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, cast, overload
 
 import torch
@@ -52,12 +52,14 @@ class ModelMemory:
     @property
     def tensors(self) -> dict[str, Tensor]:
         """Those of all layers, by the layer's number and their name."""
-        return {f"{number}.{name}": x for number, layer in enumerate(self.layers) for name, x in layer.tensors.items()}
+        return {
+            f"{number}.{name}": x for number, layer in enumerate(self.layers) for name, x in layer.all_tensors.items()
+        }
 
     def with_tensors(self, tensors: Mapping[str, Tensor]) -> ModelMemory:
         """The same with other tensors by the same names."""
         layers = (
-            replace(layer, tensors={name: tensors[f"{number}.{name}"] for name in layer.tensors})
+            layer.with_tensors({name: tensors[f"{number}.{name}"] for name in layer.all_tensors})
             for number, layer in enumerate(self.layers)
         )
         return ModelMemory(self.num_tokens, tuple(layers))

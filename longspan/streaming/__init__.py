@@ -8,7 +8,7 @@ from longspan.streaming.adapters import (
     register_stream,
 )
 from longspan.streaming.engine import SegmentDone
-from longspan.streaming.stream import Stream, stream
+from longspan.streaming.streamed import Stream, stream
 
 __all__ = [
     "Memory",

@@ -53,15 +53,14 @@ class KeptMemory:
 
     def entering(self, segment: int) -> Memory | None:
         """What enters a segment; computed from the nearest that is kept before it, where it is not kept itself."""
-        if segment not in self._entering:
-            first = segment
-            while first not in self._entering and self._goes_on(first):
-                first -= 1
-            memory = self._entering.get(first)
-            for number in range(first, segment):
-                memory = self.left(number, memory, self._again(number, memory))
-                self._entering[number + 1] = memory
-        return self._entering[segment]
+        first = segment
+        while first not in self._entering and self._goes_on(first):
+            first -= 1
+        memory = self._entering.get(first)
+        for number in range(first, segment):
+            memory = self.left(number, memory, self._again(number, memory))
+            self._entering[number + 1] = memory
+        return memory
 
     def drop(self, segment: int) -> None:
         """Nothing needs what enters `segment` any more."""

@@ -252,10 +252,8 @@ def test_a_memory_that_does_not_fit_is_refused() -> None:
         model(tokens, memory=ModelMemory(4, memory.layers[:3]))
     with pytest.raises(InputError, match=r"initial_state must be \[B, H, K, V\] = \(2, 4, 4, 4\)"):
         model(random_tokens(2, 4), memory=memory)
-    with pytest.raises(InputError, match="packed documents have no memory together; got 2 documents and a memory"):
+    with pytest.raises(InputError, match="documents have keys and values of different lengths"):
         model(tokens, SequenceLayout.local(4, [0, 1, 4]), memory=memory)
-    with pytest.raises(InputError, match="got 2 documents and output_memory=True"):
-        model(tokens, SequenceLayout.local(4, [0, 1, 4]), output_memory=True)
 
 
 def test_a_layout_of_another_length_is_refused() -> None:

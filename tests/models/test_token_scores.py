@@ -100,7 +100,6 @@ def test_ranks_score_their_own_tokens(divided: bool) -> None:
     [
         ({}, "got no labels"),
         ({"labels": True, "num_valid": 3}, "got num_valid"),
-        ({"labels": True, "output_memory": True}, "got output_memory"),
         ({"labels": True, "token_scores": 1}, "token_scores"),
     ],
 )
@@ -109,3 +108,13 @@ def test_other_results_beside_scores_are_refused(options: dict[str, Any], messag
     given = options | ({"labels": labels} if "labels" in options else {})
     with pytest.raises(InputError, match=message):
         tiny_model()(tokens, **({"token_scores": True} | given))
+
+
+def test_scores_come_with_memory_too() -> None:
+    tokens, labels = labelled()
+    model = tiny_model()
+    want = model(tokens, labels=labels, token_scores=True)
+    first, memory = model(tokens[:, :9], labels=labels[:, :9], token_scores=True, output_memory=True)
+    second = model(tokens[:, 9:], memory=memory, labels=labels[:, 9:], token_scores=True)
+    for whole, *parts in zip(want, first, second, strict=True):
+        assert relative_error(torch.cat(parts, dim=1), whole) < 1e-12

@@ -5,10 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
 
-from longspan import stream
-from longspan.models import MIXERS
 from tests.compare import worst
 from tests.models.tiny import each_linear_mixer, random_tokens, tiny_model
 from tests.streaming.whole import differences, in_one_piece, in_segments
@@ -26,6 +23,58 @@ def model_of(mixer: str, **changes: Any) -> Any:
 def test_segments_of_any_length_are_one_piece(mixer: str) -> None:
     model, tokens = model_of(mixer), random_tokens(2, 98)
     want = in_one_piece(model, tokens)
-    for segment_tokens in (97, 50, 33, 7):
+    for segment_tokens in (97, 50, 7):
         errors = differences(in_segments(model, tokens, segment_tokens), want)
         assert worst(errors) < TOLERANCE, (segment_tokens, errors)
+
+
+PATTERNS: dict[str, dict[str, Any]] = {
+    "hybrid": {"pattern": "LLLN", "operator": ("simple_gla", "kda", "mamba2")},
+    "window": {"pattern": "LN", "operator": "gated_deltanet", "num_layers": 2, "window": 11},
+    "a window of two tokens": {"pattern": "LN", "operator": "gla", "num_layers": 2, "window": 2},
+    "tied": {"pattern": "LLN", "operator": "hgrn2", "num_layers": 3, "tie_embeddings": True},
+}
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_a_hybrid_in_segments_is_one_piece(name: str) -> None:
+    model, tokens = tiny_model(**PATTERNS[name]), random_tokens(2, 61)
+    want = in_one_piece(model, tokens)
+    for segment_tokens in (23, 4):
+        errors = differences(in_segments(model, tokens, segment_tokens), want)
+        assert worst(errors) < TOLERANCE, (segment_tokens, errors)
+
+
+@pytest.mark.parametrize("mixer", [*each_linear_mixer(("mamba2",)), "softmax"])
+def test_segments_shorter_than_the_taps_of_a_convolution_are_one_piece(mixer: str) -> None:
+    model, tokens = model_of(mixer, num_layers=1), random_tokens(1, 12)
+    want = in_one_piece(model, tokens)
+    for segment_tokens in (1, 2):
+        errors = differences(in_segments(model, tokens, segment_tokens), want)
+        assert worst(errors) < TOLERANCE, (segment_tokens, errors)
+
+
+@pytest.mark.parametrize("keep_every", [2, pytest.param(3, marks=pytest.mark.slow), 100])
+def test_what_is_not_kept_is_found_again(keep_every: int) -> None:
+    model, tokens = tiny_model(**PATTERNS["hybrid"]), random_tokens(1, 61)
+    want = in_one_piece(model, tokens)
+    errors = differences(in_segments(model, tokens, 7, keep_every=keep_every), want)
+    assert worst(errors) < TOLERANCE, errors
+
+
+DOCUMENTS = {
+    "spanning segments": (0, 5, 45, 46, 47, 60),
+    "ending with segments": (0, 10, 20, 21, 40, 60),
+    "one a segment": (0, 10, 20, 30, 40, 50, 60),
+    "one": (0, 60),
+}
+
+
+@pytest.mark.parametrize("mixer", each_linear_mixer(("mamba2",)))
+def test_packed_documents_go_on_from_segment_to_segment(mixer: str) -> None:
+    model, tokens = model_of(mixer), random_tokens(1, 61)
+    for name, bounds in DOCUMENTS.items():
+        want = in_one_piece(model, tokens, bounds)
+        for segment_tokens, keep_every in ((10, 1), (10, 3), (7, 1)):
+            got = in_segments(model, tokens, segment_tokens, bounds, keep_every=keep_every)
+            assert worst(differences(got, want)) < TOLERANCE, (name, segment_tokens, keep_every)

@@ -27,6 +27,7 @@ from longspan.errors import InputError, LayoutError
 from longspan.exchange import Exchanger
 from longspan.layout import SequenceLayout
 from longspan.models.initial import InitialWeights
+from longspan.models.mixers.key_blocks import KeyBlocks
 from longspan.models.rotary import Rotation
 
 
@@ -37,18 +38,31 @@ class LayerMemory:
     tensors: such as the memory state of linear attention, ``{"state": [B, H, K, V]}``, the last taps of a convolution,
     ``{"taps": [B, W-1, C]}``, keys and values, ``{"keys": [B, L, H_kv, D], "values": ...}``, or several of them. The same on
     every rank. They carry gradients: to what they were computed from, and from what is computed of them.
+
+    blocks: keys and values in segments of time, those of each segment by themselves.
     """
 
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    blocks: KeyBlocks | None = None
+
+    @property
+    def all_tensors(self) -> Mapping[str, Tensor]:
+        """Those of blocks, too."""
+        return self.tensors if self.blocks is None else {**self.tensors, **self.blocks.tensors}
+
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> LayerMemory:
+        """The same with other tensors by the same names, those of blocks among them."""
+        blocks = None if self.blocks is None else KeyBlocks({name: tensors[name] for name in self.blocks.tensors})
+        return LayerMemory({name: tensors[name] for name in self.tensors}, blocks)
 
     def detach(self) -> LayerMemory:
         """The same numbers without their graph: where a segment's gradients end."""
-        return LayerMemory({name: x.detach() for name, x in self.tensors.items()})
+        return self.with_tensors({name: x.detach() for name, x in self.all_tensors.items()})
 
     @property
     def num_bytes(self) -> int:
         """Bytes of all tensors."""
-        return sum(x.numel() * x.element_size() for x in self.tensors.values())
+        return sum(x.numel() * x.element_size() for x in self.all_tensors.values())
 
 
 @dataclass(frozen=True)
@@ -83,8 +97,12 @@ class Context:
         return torch.cat([x, x.new_zeros(self.layout.num_documents - 1, *x.shape[1:])])
 
     def of_last_document(self, final_state: Tensor) -> Tensor:
-        """What is remembered of an operator's final state, ``[B, ...]`` or of each document: that of the last one."""
-        return final_state[-1:] if self.layout is not None and self.layout.is_packed else final_state
+        """What is remembered of an operator's final state, ``[B, ...]`` or of each document: that of the last one.
+
+        In segments of time no view: it is kept longer than what it would be a view of, and FSDP2 wants none.
+        """
+        last = final_state[-1:] if self.layout is not None and self.layout.is_packed else final_state
+        return last.clone() if self.in_segments and last._base is not None else last
 
     def after(self, memory: LayerMemory) -> Context:
         """This context with what another layer remembers."""

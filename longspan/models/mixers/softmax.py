@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from longspan.attention.softmax import write_softmax
+from longspan.attention.softmax.final_state import KeysAndValues
 from longspan.errors import ConfigError
 from longspan.models.initial import InitialWeights
-from longspan.models.mixers.blocks_of_keys import keys_before, keys_behind
+from longspan.models.mixers.key_blocks import KeyBlocks
 from longspan.models.mixers.layer import Footprint, LayerMixer
 from longspan.models.mixers.mixer import Context, LayerMemory, operations_of_matrices
 from longspan.models.rotary import rotate
@@ -55,7 +56,7 @@ class SoftmaxMixer(LayerMixer):
         memory = write_softmax(
             k,
             v,
-            initial_state=keys_before(context),
+            initial_state=_keys_before(context),
             output_final_state=context.outputs_memory,
             layout=context.layout,
             method=self.parallel.softmax_method,
@@ -66,7 +67,7 @@ class SoftmaxMixer(LayerMixer):
         out: Tensor = self.out_proj(memory.read(q).flatten(2))
         if not context.outputs_memory:
             return out, None
-        return out, keys_behind(*memory.final_state(), context)
+        return out, _keys_behind(*memory.final_state(), context)
 
     def init_weights(self, initial: InitialWeights) -> None:
         initial.fill(self, residual=(self.out_proj,))
@@ -84,3 +85,28 @@ class SoftmaxMixer(LayerMixer):
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim))
+
+
+def _keys_before(context: Context) -> KeysAndValues | None:
+    """Keys and values of all earlier tokens, ``[B, L, H_kv, D]`` each; None before the first token."""
+    if context.memory is None:
+        return None
+    if context.memory.blocks is not None:
+        return context.memory.blocks.joined()
+    return context.memory.tensors["keys"], context.memory.tensors["values"]
+
+
+def _keys_behind(keys: Tensor, values: Tensor, context: Context) -> LayerMemory:
+    """What is remembered after this call's tokens.
+
+    Args:
+        keys, values: of all tokens so far, or with a window of the last ``window - 1``, ``[B, L, H_kv, D]``.
+    """
+    if not context.in_segments:
+        return LayerMemory({"keys": keys, "values": values})
+    before = None if context.memory is None else context.memory.blocks
+    num_tokens = len(context.positions) if context.layout is None else context.layout.seq_len
+    num_earlier = max(0, keys.shape[1] - num_tokens)
+    # In memory of their own: they are kept longer than what they were taken from.
+    new = keys[:, num_earlier:].clone(), values[:, num_earlier:].clone()
+    return LayerMemory(blocks=(before or KeyBlocks({})).followed_by(*new, num_earlier))

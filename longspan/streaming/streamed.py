@@ -156,8 +156,8 @@ class _Sequence:
         self._streamed.all_remembered()
 
     def loss(self, segment: int, memory: Any, keeps: bool) -> tuple[Tensor, Any]:
-        own = (self._own(x, segment) for x in (self._tokens, self._labels))
-        return self._streamed.loss(*own, self._segments[segment].layout, memory, keeps)
+        tokens, labels = self._own(self._tokens, segment), self._own(self._labels, segment)
+        return self._streamed.loss(tokens, labels, self._segments[segment].layout, memory, keeps)
 
     def end(self) -> None:
         self._streamed.end()

@@ -1,0 +1,197 @@
+"""Segments of time with what else a step is made of: micro batches, experts, recomputation, lower precision, divided weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from longspan import SequenceLayout, parallelize, stream, sum_gradients, sum_over_ranks
+from longspan.models import LinearLlama3, Routing
+from longspan.parallel import (
+    MeshDegrees,
+    ParallelMesh,
+    compute_in,
+    gathered,
+    recompute_blocks,
+    shard_weights,
+)
+from tests.compare import relative_error, worst
+from tests.models.tiny import random_tokens, tiny_model
+from tests.ranks import run_on_ranks
+from tests.streaming.whole import differences, gradients_of, in_one_piece, in_segments, labels_of
+
+HYBRID: dict[str, Any] = {"pattern": "LN", "operator": "mamba2", "num_layers": 2}
+
+
+def test_micro_batches_add_up() -> None:
+    model, tokens = tiny_model(**HYBRID), random_tokens(2, 41)
+    want = in_one_piece(model, tokens)
+    model.zero_grad(set_to_none=True)
+    labels, total = labels_of(tokens), torch.zeros(())
+    for row in range(2):
+        own = slice(row, row + 1)
+        num_valid = int((labels >= 0).sum())
+        total = total + stream(model, 9).forward_backward(tokens[own, :-1], labels[own], num_valid=num_valid)
+    assert worst(differences({"loss": total, **gradients_of(model)}, want)) < 1e-10
+
+
+@pytest.mark.parametrize("what", ["layer", "selective"])
+def test_layers_may_be_computed_once_more_inside_of_a_segment(what: Any) -> None:
+    tokens = random_tokens(2, 41)
+    want = in_one_piece(tiny_model(**HYBRID), tokens)
+    model = recompute_blocks(tiny_model(**HYBRID), what)
+    assert worst(differences(in_segments(model, tokens, 9), want)) < 1e-10
+
+
+EXPERTS: dict[str, Any] = {
+    **HYBRID,
+    "num_experts": 5,
+    "experts_per_token": 2,
+    "num_shared_experts": 1,
+    "balance_loss_weight": 0.3,
+    "z_loss_weight": 0.2,
+}
+
+
+def told(routing: Routing) -> dict[str, Tensor]:
+    """What a step says of its routers."""
+    assert routing.choices is not None
+    names = ("cross_entropy", "balance", "z", "entropy", "auxiliary")
+    return {"choices": routing.choices, **{name: torch.as_tensor(getattr(routing, name)) for name in names}}
+
+
+@pytest.mark.parametrize("weights", [{}, {"balance_loss_weight": 0.0}, {"z_loss_weight": 0.0}])
+def test_auxiliary_losses_of_experts_are_those_of_the_whole_sequence(weights: dict[str, float]) -> None:
+    model, tokens = tiny_model(**(EXPERTS | weights)), random_tokens(2, 41)
+    want = in_one_piece(model, tokens)
+    assert worst(differences(in_segments(model, tokens, 9), want)) < 1e-10
+
+
+def test_a_routing_is_told_the_same_of_segments_as_of_one_piece() -> None:
+    model, tokens = tiny_model(**EXPERTS), random_tokens(2, 41)
+    labels, of_one, of_segments = labels_of(tokens), Routing(80), Routing(80)
+    num_valid = int((labels >= 0).sum())
+    model(tokens[:, :-1], labels=labels, num_valid=num_valid, routing=of_one).backward()
+    want = gradients_of(model)
+    model.zero_grad(set_to_none=True)
+    stream(model, 9).forward_backward(tokens[:, :-1], labels, routing=of_segments)
+    assert worst(differences(gradients_of(model), want)) < 1e-10
+    assert worst(differences(told(of_segments), told(of_one))) < 1e-10
+    # A call that is whole again counts by itself.
+    again = Routing(80)
+    again.choices = of_segments.choices
+    model(tokens[:, :-1], labels=labels, num_valid=num_valid, routing=of_segments)
+    assert torch.equal(told(of_segments)["choices"], 2 * told(of_one)["choices"])
+
+
+def test_in_eval_mode_routers_add_nothing() -> None:
+    model, tokens = tiny_model(**EXPERTS).eval(), random_tokens(2, 41)
+    want = in_one_piece_of_eval(model, tokens)
+    got = in_segments_of_eval(model, tokens)
+    assert worst(differences(got, want)) < 1e-10
+
+
+def in_one_piece_of_eval(model: LinearLlama3, tokens: Tensor) -> dict[str, Tensor]:
+    labels = labels_of(tokens)
+    loss = model(tokens[:, :-1], labels=labels)
+    loss.backward()
+    return {"loss": loss.detach(), **gradients_of(model)}
+
+
+def in_segments_of_eval(model: LinearLlama3, tokens: Tensor) -> dict[str, Tensor]:
+    return in_segments(model, tokens, 9)
+
+
+def in_bfloat16() -> tuple[Any, Tensor]:
+    model = compute_in(tiny_model(**HYBRID).float(), torch.bfloat16)
+    return model, random_tokens(1, 257)
+
+
+def test_in_bfloat16_segments_err_no_more_than_one_piece() -> None:
+    model, tokens = in_bfloat16()
+    exact = in_one_piece(tiny_model(**HYBRID), tokens)
+    errors = {}
+    for segment_tokens in (256, 64, 8):
+        got = in_segments(model, tokens, segment_tokens)
+        errors[segment_tokens] = total_error(got, exact)
+    assert 1e-4 < errors[256] < 0.05
+    assert errors[64] < 1.5 * errors[256] and errors[8] < 1.5 * errors[256], errors
+
+
+def total_error(got: dict[str, Tensor], exact: dict[str, Tensor]) -> float:
+    """The norm of all gradients' errors, relative to theirs."""
+    squares = [(float((got[n].double() - exact[n]).square().sum()), float(exact[n].square().sum())) for n in exact]
+    return float((sum(e for e, _ in squares) / sum(s for _, s in squares)) ** 0.5)
+
+
+def test_under_autocast_every_segment_has_gradients() -> None:
+    model, tokens = tiny_model(**HYBRID).float(), random_tokens(1, 65)
+    with torch.autocast("cpu", torch.bfloat16):
+        want = in_one_piece(model, tokens)
+        got = in_segments(model, tokens, 16)
+    assert worst(differences(got, want)) < 0.05
+
+
+def trained_on(degrees: MeshDegrees, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """Gradients of two micro batches of each data-parallel rank, and the loss."""
+    mesh = ParallelMesh(degrees)
+    model: Any = parallelize(tiny_model(**HYBRID), mesh["sp"])
+    if degrees.shards_weights:
+        model = shard_weights(model, mesh, dtype=dtype)
+    layout = SequenceLayout(40, mesh["sp"], order="zigzag")
+    tokens = random_tokens(4, 41)
+    labels = labels_of(tokens)
+    own = [x.chunk(degrees.data)[mesh.coordinate("data")] for x in (tokens[:, :-1], labels)]
+    micro_batches = list(zip(*(x.split(1) for x in own), strict=True))
+    num_valid, total = int((labels >= 0).sum()), torch.zeros((), dtype=torch.float64)
+    for number, (inputs, targets) in enumerate(micro_batches):
+        is_last = number + 1 == len(micro_batches)
+        total += stream(model, 9).forward_backward(inputs, targets, layout, num_valid=num_valid, is_last=is_last)
+    if not degrees.shards_weights:
+        sum_gradients(model)
+    gradients = gathered([(name, p.grad) for name, p in model.named_parameters()], True)
+    return {"loss": sum_over_ranks(total), **gradients}
+
+
+def errors_on_rank(all_degrees: list[MeshDegrees]) -> list[float]:
+    want = in_one_piece(tiny_model(**HYBRID), random_tokens(4, 41))
+    return [worst(differences(trained_on(degrees, None), want)) for degrees in all_degrees]
+
+
+def test_over_data_and_sequence_with_divided_weights() -> None:
+    for errors in run_on_ranks(2, errors_on_rank, [MeshDegrees(dp_shard=2), MeshDegrees(sp=2, shard_over_sp=True)]):
+        assert worst(errors) < 1e-10, errors
+
+
+@pytest.mark.slow
+def test_over_meshes_of_four_ranks() -> None:
+    meshes = [MeshDegrees(2, 1, 2), MeshDegrees(1, 2, 2), MeshDegrees(2, 1, 2, True), MeshDegrees(1, 2, 2, True)]
+    for errors in run_on_ranks(4, errors_on_rank, meshes):
+        assert worst(errors) < 1e-10, errors
+
+
+def experts_on_rank() -> dict[str, float]:
+    tokens = random_tokens(2, 41)
+    want = in_one_piece(tiny_model(**EXPERTS), tokens)
+    mesh = ParallelMesh(MeshDegrees(sp=2))
+    model = parallelize(tiny_model(**EXPERTS), mesh["sp"], loss_ranks=mesh["world"])
+    layout = SequenceLayout(40, mesh["sp"], order="zigzag")
+    loss = stream(model, 9).forward_backward(tokens[:, :-1], labels_of(tokens), layout)
+    sum_gradients(model)
+    return differences({"loss": sum_over_ranks(loss), **gradients_of(model)}, want)
+
+
+def test_experts_over_ranks() -> None:
+    for errors in run_on_ranks(2, experts_on_rank):
+        assert worst(errors) < 1e-10, errors
+
+
+def test_nothing_of_the_model_is_changed() -> None:
+    model, tokens = tiny_model(**HYBRID), random_tokens(1, 21)
+    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    stream(model, 5).forward_backward(tokens[:, :-1], labels_of(tokens))
+    assert worst({name: relative_error(p, weights[name]) for name, p in model.named_parameters()}) == 0.0
+    assert not isinstance(model, nn.ModuleList) and "forward" not in vars(model)

@@ -1,0 +1,71 @@
+"""Both passes over a segment draw the same numbers, and a step leaves the random state behind what it drew."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from longspan import SequenceLayout, stream
+from tests.compare import worst
+from tests.models.tiny import random_tokens, tiny_model
+from tests.streaming.whole import differences, gradients_of, labels_of
+
+
+def with_dropout() -> Any:
+    """A model with dropout behind every mixer, as a hook adds it."""
+    model: Any = tiny_model(pattern="LN", operator="mamba2", num_layers=2)
+    for block in model.blocks:
+        block.mixer.register_forward_hook(lambda module, given, found: (F.dropout(found[0], 0.3), found[1]))
+    return model
+
+
+def as_one_graph(model: nn.Module, tokens: Tensor, segment_tokens: int, seed: int) -> dict[str, Tensor]:
+    """The same segments in one graph, of which nothing is computed twice."""
+    labels, memory, total = labels_of(tokens), None, torch.zeros((), dtype=torch.float64)
+    torch.manual_seed(seed)
+    num_tokens = labels.shape[1]
+    for start in range(0, num_tokens, segment_tokens):
+        stop = min(start + segment_tokens, num_tokens)
+        layout = SequenceLayout.local(num_tokens).part(start, stop)
+        given = {"labels": labels[:, start:stop], "num_valid": int((labels >= 0).sum())}
+        loss, memory = model(tokens[:, start:stop], layout, memory=memory, **given, output_memory=True)
+        total = total + loss
+    after = torch.rand(3)
+    total.backward()
+    found = {"loss": total.detach(), "after": after, **gradients_of(model)}
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+def test_dropout_draws_the_same_in_both_passes() -> None:
+    model, tokens = with_dropout(), random_tokens(2, 41)
+    want = as_one_graph(model, tokens, 9, 5)
+    for keep_every in (1, 3):
+        torch.manual_seed(5)
+        loss = stream(model, 9, keep_every=keep_every).forward_backward(tokens[:, :-1], labels_of(tokens))
+        # What one call of each segment would have left.
+        got = {"loss": loss, "after": torch.rand(3), **gradients_of(model)}
+        model.zero_grad(set_to_none=True)
+        assert worst(differences(got, want)) < 1e-10
+    other = as_one_graph(model, tokens, 9, 6)
+    assert worst(differences(other, want)) > 0.01
+
+
+def test_documents_that_need_one_pass_alone_draw_other_numbers_than_their_neighbours() -> None:
+    drawn: list[Tensor] = []
+    model: Any = tiny_model(pattern="L", num_layers=1)
+
+    def note(module: nn.Module, given: Any, found: Any) -> None:
+        drawn.append(torch.rand(2))
+
+    model.blocks[0].mixer.register_forward_hook(note)
+    tokens = random_tokens(1, 41)
+    layout = SequenceLayout.local(40, (0, 10, 20, 40))
+    stream(model, 10).forward_backward(tokens[:, :-1], labels_of(tokens), layout)
+    # Segments 2 (first pass), 3, 2 (second), 1, 0.
+    assert len(drawn) == 5
+    assert torch.equal(drawn[0], drawn[2])
+    assert len({tuple(x.tolist()) for x in drawn}) == 4
