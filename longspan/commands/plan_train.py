@@ -172,13 +172,21 @@ def report(config: PlanConfig) -> str:
             f"dp_shard {mesh.dp_shard} x sp {mesh.sp}{', weights divided over sp, too' if mesh.shard_over_sp else ''}",
             f"a rank computes {step.num_micro_batches} x {step.rows} sequences of {step.seq_len:,} tokens a step, "
             f"{step.tokens_of_rank(mesh.sp) // step.rows:,} tokens of each{_shares(config)}, in {config.train.dtype}"
-            + (", layers recomputed" if step.recompute else ""),
+            + (", layers recomputed" if step.recompute else "")
+            + _segments(step),
             "",
             _memory_table(memory),
             _layer_table(sizes, mesh, step),
             _time_lines(timing, config.train.batch_tokens, source),
         ]
     )
+
+
+def _segments(step: Step) -> str:
+    """How sequences are cut in time, where they are."""
+    if step.segment_tokens is None:
+        return ""
+    return f", in {step.num_segments:,} segments of {min(step.segment_tokens, step.seq_len):,} tokens"
 
 
 def _shares(config: Config) -> str:
@@ -230,6 +238,7 @@ def sizes_of(config: Config) -> ModelSizes:
         num_experts=full.num_experts,
         experts_per_token=full.experts_per_token,
         num_shared_experts=full.num_shared_experts,
+        window=full.window,
     )
 
 
@@ -250,6 +259,8 @@ def step_of(config: Config, mesh: MeshDegrees) -> Step:
         recompute=config.train.recompute != "none",
         segments_per_rank=2 if config.parallel.order == "zigzag" and mesh.sp > 1 else 1,
         largest_share=None if weights is None else max(weights) / sum(weights),
+        segment_tokens=config.train.segment_tokens,
+        memory_every=config.train.segment_memory_every,
     )
 
 
@@ -384,7 +395,7 @@ def _memory_table(plan: MemoryPlan) -> str:
 
 
 def _layer_table(sizes: ModelSizes, mesh: MeshDegrees, step: Step) -> str:
-    tokens = step.tokens_of_rank(mesh.sp)
+    tokens = step.tokens_at_once(mesh.sp)
     sent = layer_bytes(sizes, mesh, step)
     rows = []
     for name in dict.fromkeys(sizes.operators):

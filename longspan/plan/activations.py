@@ -45,7 +45,7 @@ class ModelSizes:
     the whole model; layer_parameters: of its largest layer; matrix_parameters: of all linear maps, the output's among them, and of
     all experts. loss_chunk: tokens whose logits are held at once. feed_forward_chunk: tokens that a feed-forward layer computes at
     once, keeping nothing of its width; 0 is all, kept. num_experts: of a feed-forward layer, of width hidden_dim each, 0 for a
-    plain one; experts_per_token, num_shared_experts: those that a token takes.
+    plain one; experts_per_token, num_shared_experts: those that a token takes. window: of softmax layers; None is none.
     """
 
     dim: int
@@ -63,6 +63,7 @@ class ModelSizes:
     num_experts: int = 0
     experts_per_token: int = 0
     num_shared_experts: int = 0
+    window: int | None = None
 
 
 def mixer_bytes(sizes: ModelSizes, operator: str, num_tokens: int, number_bytes: int) -> int:

@@ -61,7 +61,8 @@ class Step:
 
     seq_len: N, of a whole sequence. rows: sequences of a micro batch. num_micro_batches: of a step. number_bytes: of what layers
     compute in, 2 or 4. recompute: whether layers keep their input alone. segments_per_rank: 2 in zigzag order over several ranks.
-    largest_share: of a sequence, that of the rank that holds most; None where shares are equal.
+    largest_share: of a sequence, that of the rank that holds most; None where shares are equal. segment_tokens: of a segment of
+    time, where sequences are computed in such; memory_every: of how many of them the memory that enters one is kept.
     """
 
     seq_len: int
@@ -71,10 +72,38 @@ class Step:
     recompute: bool = False
     segments_per_rank: int = 1
     largest_share: float | None = None
+    segment_tokens: int | None = None
+    memory_every: int = 1
 
     def tokens_of_rank(self, num_ranks: int) -> int:
         """Of the sequences of a micro batch, those of the rank that holds most; num_ranks: that share a sequence."""
-        tokens = self.seq_len / num_ranks if self.largest_share is None else self.seq_len * self.largest_share
+        return self._share(self.seq_len, num_ranks)
+
+    def tokens_at_once(self, num_ranks: int) -> int:
+        """Of these, those whose activations are there at once."""
+        segment = self.seq_len if self.segment_tokens is None else min(self.segment_tokens, self.seq_len)
+        return self._share(segment, num_ranks)
+
+    @property
+    def num_segments(self) -> int:
+        """Of time."""
+        return 1 if self.segment_tokens is None else ceil(self.seq_len / self.segment_tokens)
+
+    @property
+    def num_memories(self) -> int:
+        """Segments of time whose entering memory is held at once, at most."""
+        every = min(self.memory_every, self.num_segments)
+        return self.num_segments if every == 1 else ceil(self.num_segments / every) + every
+
+    @property
+    def num_forward(self) -> float:
+        """Forward passes over the tokens in a step, those of recomputed layers apart."""
+        first = (self.num_segments - 1) / self.num_segments
+        again = 1 - 1 / min(self.memory_every, self.num_segments)
+        return 1 + first + again
+
+    def _share(self, num_tokens: int, num_ranks: int) -> int:
+        tokens = num_tokens / num_ranks if self.largest_share is None else num_tokens * self.largest_share
         return self.rows * ceil(tokens)
 
 
@@ -93,9 +122,10 @@ def plan_memory(sizes: ModelSizes, mesh: MeshDegrees, step: Step, device: Device
     """The most memory of a rank in a step: as backward begins, or as the optimizer steps.
 
     As backward begins all activations are there and the loss is at its largest; gradients are not, unless micro batches have
-    accumulated them. With recomputation the last layer's activations come on top of every layer's input, and the loss is gone.
+    accumulated them. With recomputation the last layer's activations come on top of every layer's input, and the loss is gone. In
+    segments of time activations are of one of them; what enters each is kept, and gradients are there as after a micro batch.
     """
-    tokens = step.tokens_of_rank(mesh.sp)
+    tokens = step.tokens_at_once(mesh.sp)
     own = ceil(sizes.num_parameters / mesh.size("shard"))
     fixed = {"process": device.base_bytes, "weights": own * _FLOAT32, "optimizer": 2 * own * _FLOAT32}
     states = [
@@ -116,7 +146,8 @@ def plan_memory(sizes: ModelSizes, mesh: MeshDegrees, step: Step, device: Device
         largest_state = max(mixer.state for mixer in sizes.mixers.values())
         exchanged = max(exchanged, (mesh.sp * step.segments_per_rank + 1) * step.rows * largest_state * _FLOAT32)
     loss = loss_bytes(sizes, tokens, step.number_bytes)
-    accumulated = own * _FLOAT32 if step.num_micro_batches > 1 else 0
+    accumulated = own * _FLOAT32 if step.num_micro_batches * step.num_segments > 1 else 0
+    between = kept_between_segments(sizes, step) if step.num_segments > 1 else 0
 
     def slack(num_bytes: int) -> int:
         return int(num_bytes * device.slack)
@@ -138,6 +169,7 @@ def plan_memory(sizes: ModelSizes, mesh: MeshDegrees, step: Step, device: Device
         "logits and loss": slack(loss),
         "exchange": slack(exchanged),
         "weights in use": copies,
+        "between segments": between,
     }
     update = fixed | {
         "gradients": own * _FLOAT32,
@@ -146,8 +178,22 @@ def plan_memory(sizes: ModelSizes, mesh: MeshDegrees, step: Step, device: Device
         "logits and loss": 0,
         "exchange": min(own * _FLOAT32, _BUCKET_BYTES) if mesh.world_size > 1 else 0,
         "weights in use": 0,
+        "between segments": 0,
     }
     return max(MemoryPlan(backward), MemoryPlan(update), key=lambda plan: plan.total)
+
+
+def kept_between_segments(sizes: ModelSizes, step: Step) -> int:
+    """Bytes of what enters segments of time: states and taps of those that are kept; keys and values of all, and their gradients.
+
+    Of one rank: each has the states, taps, keys and values of all tokens so far.
+    """
+    mixers = [sizes.mixers[operator] for operator in sizes.operators]
+    states = step.num_memories * sum(mixer.state * _FLOAT32 + mixer.halo * step.number_bytes for mixer in mixers)
+    earlier = step.seq_len if sizes.window is None else min(step.seq_len, sizes.window - 1 + (step.segment_tokens or 0))
+    keys = 2 * sizes.kv_heads * sizes.head_dim * earlier * sizes.operators.count("softmax")
+    # Gradients are summed in float32.
+    return step.rows * (states + keys * (step.number_bytes + _FLOAT32))
 
 
 @dataclass(frozen=True)
@@ -164,10 +210,10 @@ class TimePlan:
 
 
 def layer_bytes(sizes: ModelSizes, mesh: MeshDegrees, step: Step) -> dict[str, int]:
-    """Bytes that a rank sends in one layer of each kind, forward and backward, with all-gathers, for one micro batch."""
+    """Bytes that a rank sends in one layer of each kind, forward and backward, with all-gathers, for one micro batch or segment."""
     if mesh.sp == 1:
         return dict.fromkeys(sizes.operators, 0)
-    tokens = step.tokens_of_rank(mesh.sp)
+    tokens = step.tokens_at_once(mesh.sp)
     others = mesh.sp - 1
     keys = 2 * sizes.kv_heads * sizes.head_dim * tokens * step.number_bytes
     sent = {}
@@ -192,7 +238,8 @@ def plan_time(
         operations: of one whole sequence.
         cluster: of the mesh's ranks.
     """
-    factor = 4 / 3 if step.recompute else 1.0
+    # A forward pass is a third of a step.
+    factor = (step.num_forward + step.recompute + 2) / 3
     compute = factor * operations.seconds(device) * step.rows * step.num_micro_batches
     compute *= 1 / mesh.sp if step.largest_share is None else step.largest_share
     sent = layer_bytes(sizes, mesh, step)
@@ -200,7 +247,7 @@ def plan_time(
     exchange = 0.0
     if mesh.sp > 1:
         each = [2 * link.latency + link.bytes_seconds(sent[operator]) for operator in sizes.operators]
-        exchange = sum(each) * step.num_micro_batches
+        exchange = sum(each) * step.num_micro_batches * step.num_segments * (step.num_forward + 1) / 2
     weights = sizes.num_parameters * _FLOAT32
     others = mesh.world_size - 1
     gradients = 0.0
@@ -208,6 +255,7 @@ def plan_time(
         share = mesh.size("shard")
         moved = 2 * weights / share * (mesh.world_size / share - 1) / (mesh.world_size / share)
         if share > 1:
-            moved += 3 * weights * (share - 1) / share * step.num_micro_batches
+            passes = step.num_segments * (step.num_forward + 1) + 1
+            moved += passes * weights * (share - 1) / share * step.num_micro_batches
         gradients = cluster.slowest.latency + cluster.slowest.bytes_seconds(moved)
     return TimePlan(compute, exchange, gradients)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from longspan.errors import InputError
 from longspan.layout import SequenceLayout
+from longspan.ops.chunked.scores import TokenScores
 
 
 class Memory(Protocol):
@@ -47,6 +48,12 @@ class StreamedSequence(Protocol):
         self, tokens: Tensor, labels: Tensor, layout: SequenceLayout | None, memory: Any, keeps: bool
     ) -> tuple[Tensor, Any]:
         """This rank's share of the loss, a scalar, and what is remembered behind the tokens, None unless it `keeps` that."""
+        ...
+
+    def scores(
+        self, tokens: Tensor, labels: Tensor, layout: SequenceLayout | None, memory: Any, keeps: bool
+    ) -> tuple[TokenScores, Any]:
+        """As `loss`, of each token by itself; called without gradients."""
         ...
 
     def end(self) -> None:

@@ -107,19 +107,16 @@ def forward_backward(
 def _forward(
     sequence: SequenceInSegments, kept: KeptMemory, remember: Callable[[int, Any], Any], between: Between
 ) -> None:
-    """What enters each segment, in order."""
+    """What enters each segment, in order; the same passes on every rank, whatever its documents."""
     memory = None
     last = sequence.num_segments - 1
     for segment in range(sequence.num_segments):
         kept.enter(segment, memory)
-        goes_on = segment < last and sequence.goes_on(segment + 1)
-        # A document that ends with its segment leaves nothing to the next.
-        if goes_on or sequence.counts_first:
+        if segment < last or sequence.counts_first:
             left = remember(segment, memory)
+            goes_on = segment < last and sequence.goes_on(segment + 1)
             memory = kept.left(segment, memory, left) if goes_on else None
             between(SegmentDone("forward", segment, sequence.num_segments))
-        else:
-            memory = None
     if sequence.counts_first:
         sequence.all_remembered()
 

@@ -18,8 +18,8 @@ from longspan.streaming.adapters import Memory
 class KeptMemory:
     """The memory that enters each segment, by the segment's number.
 
-    every: n; 1 keeps all. goes_on: whether anything enters a segment. again: what is left by a segment, of its number and of what
-    enters it, computed once more without gradients.
+    every: n; 1 keeps all. goes_on: whether a segment goes on with what the one before it left. again: what is left by a segment, of
+    its number and of what enters it, computed once more without gradients.
     """
 
     def __init__(self, every: int, goes_on: Callable[[int], bool], again: Callable[[int, Any], Any]) -> None:
@@ -53,12 +53,12 @@ class KeptMemory:
 
     def entering(self, segment: int) -> Memory | None:
         """What enters a segment; computed from the nearest that is kept before it, where it is not kept itself."""
-        first = segment
-        while first not in self._entering and self._goes_on(first):
-            first -= 1
-        memory = self._entering.get(first)
+        # The same passes on every rank, whatever its documents: where weights are divided, each is a collective.
+        first = segment if segment in self._entering else segment - segment % self._every
+        memory = self._entering[first]
         for number in range(first, segment):
-            memory = self.left(number, memory, self._again(number, memory))
+            left = self._again(number, memory)
+            memory = self.left(number, memory, left) if self._goes_on(number + 1) else None
             self._entering[number + 1] = memory
         return memory
 

@@ -12,6 +12,7 @@ from longspan.layout import SequenceLayout
 from longspan.models import LinearLlama3, ModelMemory, Routing
 from longspan.models.linear_llama3 import HybridBlock
 from longspan.models.routing import ranks_of_losses
+from longspan.ops.chunked.scores import TokenScores
 from longspan.streaming.adapters import register_stream
 
 
@@ -76,6 +77,14 @@ class StreamedLlamaSequence:
             routing=self._routing,
             output_memory=keeps,
             in_segments=True,
+        )
+        return found if keeps else (found, None)
+
+    def scores(
+        self, tokens: Tensor, labels: Tensor, layout: SequenceLayout | None, memory: ModelMemory | None, keeps: bool
+    ) -> tuple[TokenScores, ModelMemory | None]:
+        found = self._model(
+            tokens, layout, memory=memory, labels=labels, token_scores=True, output_memory=keeps, in_segments=True
         )
         return found if keeps else (found, None)
 

@@ -5,6 +5,7 @@ Shapes: B batch rows, N tokens of the whole sequence.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
@@ -16,6 +17,7 @@ from longspan.checks import check_count, check_flag, check_tensor, described, is
 from longspan.errors import InputError, LayoutError
 from longspan.layout import SequenceLayout
 from longspan.ops.chunked.cross_entropy import IGNORED
+from longspan.ops.chunked.scores import TokenScores
 from longspan.parallel.sharded import accumulating
 from longspan.streaming import llama  # noqa: F401  registers its adapter
 from longspan.streaming.adapters import StreamedSequence, adapted
@@ -118,10 +120,17 @@ class Stream:
         sequence = self._begin(tokens, labels, layout, num_valid, None)
         total, memory = torch.zeros((), dtype=torch.float64, device=tokens.device), None
         for segment in range(sequence.num_segments):
-            keeps = segment + 1 < sequence.num_segments and sequence.goes_on(segment + 1)
-            share, memory = sequence.loss(segment, memory, keeps)
+            share, memory = sequence.loss(segment, memory, sequence.is_gone_on_with(segment))
             total += share.double()
         return total.to(share.dtype)
+
+    @torch.no_grad()
+    def scores(self, tokens: Tensor, labels: Tensor, layout: SequenceLayout | None = None) -> Iterator[TokenScores]:
+        """Of each segment in order, for this rank's tokens: the loss of each by itself, and whether its label is the likeliest."""
+        sequence, memory = self._begin(tokens, labels, layout, None, None), None
+        for segment in range(sequence.num_segments):
+            found, memory = sequence.scores(segment, memory, sequence.is_gone_on_with(segment))
+            yield found
 
     def _begin(
         self, tokens: Tensor, labels: Tensor, layout: SequenceLayout | None, num_valid: int | None, routing: Any
@@ -149,6 +158,10 @@ class _Sequence:
     def goes_on(self, segment: int) -> bool:
         return self._segments[segment].goes_on
 
+    def is_gone_on_with(self, segment: int) -> bool:
+        """Whether the next segment begins with what this one leaves."""
+        return segment + 1 < self.num_segments and self.goes_on(segment + 1)
+
     def remember(self, segment: int, memory: Any) -> Any:
         return self._streamed.remember(self._own(self._tokens, segment), self._segments[segment].layout, memory)
 
@@ -158,6 +171,10 @@ class _Sequence:
     def loss(self, segment: int, memory: Any, keeps: bool) -> tuple[Tensor, Any]:
         tokens, labels = self._own(self._tokens, segment), self._own(self._labels, segment)
         return self._streamed.loss(tokens, labels, self._segments[segment].layout, memory, keeps)
+
+    def scores(self, segment: int, memory: Any, keeps: bool) -> tuple[TokenScores, Any]:
+        tokens, labels = self._own(self._tokens, segment), self._own(self._labels, segment)
+        return self._streamed.scores(tokens, labels, self._segments[segment].layout, memory, keeps)
 
     def end(self) -> None:
         self._streamed.end()

@@ -19,11 +19,12 @@ from longspan.data.packing import Sequences
 from longspan.launch import Place
 from longspan.layout import SequenceLayout
 from longspan.train import config as configs
-from longspan.train.loss import loss_share
+from longspan.train.loss import forward_backward
 from longspan.train.memory import StepMemory
 from longspan.train.model import build_model, compute_dtype, make_parallel
 from longspan.train.optimizer import build_optimizer
 from longspan.train.ranks import Ranks
+from longspan.train.segments import Segmentation
 from longspan.train.trainer import Trainer
 
 _NUM_STEPS = 2
@@ -41,9 +42,9 @@ def measure_alone(trainer: Trainer) -> Alone | None:
     """Let one more process make a few steps on sequences like those that the ranks of one data-parallel group share.
 
     It has the threads, or the GPU, of one rank, and the model's initial weights, and computes as the run does: in the same dtype,
-    with the same recomputation, compiled or not. Its tokens are random, its documents those of the first batch. To be called on
-    rank 0 alone. None where `run.measure_alone` is False, where the ranks share no sequence, where one process is not asked for as
-    many tokens (`train.check_tokens`), or where the process fails.
+    with the same recomputation and segments of time, compiled or not. Its tokens are random, its documents those of the first
+    batch. To be called on rank 0 alone. None where `run.measure_alone` is False, where the ranks share no sequence, where one
+    process is not asked for as many tokens (`train.check_tokens`), or where the process fails.
     """
     config, ranks = trainer.config, trainer.ranks
     if not config.run.measure_alone:
@@ -94,7 +95,7 @@ def take_steps(told: dict[str, Any]) -> Alone:
         if step == 1:
             # The first one finds memory and threads cold.
             begun = time.perf_counter()
-        loss_share(model, packed, layout, packed.num_valid_tokens).backward()
+        forward_backward(model, packed, layout, packed.num_valid_tokens, Segmentation.of(config.train))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if device.type == "cuda":

@@ -261,6 +261,10 @@ class TrainConfig:
     """Sequences that a rank computes at once; None takes all of its part of the batch."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """What layers compute in. Weights, gradients' sums and the optimizer are float32, and so are memory states."""
+    segment_tokens: int | None = None
+    """Compute sequences in segments of so many tokens, with the activations of one and the whole's gradients; None does not."""
+    segment_memory_every: int = 1
+    """Keep what enters every n-th segment, and compute it once more for the others: less memory, at most one more forward pass."""
     recompute: Literal["none", "layer", "selective"] = "none"
     """Keep no activations of a layer, and compute them again in backward: all, or but for what exchanges brought (selective)."""
     compile: bool = False

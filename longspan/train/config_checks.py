@@ -76,6 +76,22 @@ def check(config: Config) -> None:
             f"train.seq_len {config.train.seq_len} is shorter than parallel.sp {config.parallel.sp}: each rank needs a "
             "token. Use a longer sequence or fewer ranks"
         )
+    _check_segments(config)
+
+
+def _check_segments(config: Config) -> None:
+    train, sp = config.train, config.parallel.sp
+    if train.segment_tokens is None:
+        if train.segment_memory_every != 1:
+            raise ConfigError(
+                f"train.segment_memory_every is {train.segment_memory_every}, and train.segment_tokens is not given: sequences are "
+                "computed whole. Give train.segment_tokens, or leave it out"
+            )
+    elif train.segment_tokens < sp:
+        raise ConfigError(
+            f"train.segment_tokens {train.segment_tokens} is less than parallel.sp {sp}: each rank needs a token of a segment. The "
+            f"least that works is {sp}"
+        )
 
 
 _KEYS_OF_PREPARATION = (*ASKED_FOR, "folder")
@@ -178,6 +194,8 @@ _LEAST: dict[str, float] = {
     "train.seq_len": 1,
     "train.batch_tokens": 1,
     "train.micro_batch_sequences": 1,
+    "train.segment_tokens": 1,
+    "train.segment_memory_every": 1,
     "train.check_tokens": 0,
     "train.check_replicas_every": 0,
     "train.max_skipped_steps": 1,

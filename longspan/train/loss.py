@@ -14,13 +14,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from longspan.data.packing import IGNORED, PackedBatch, Sequences
 from longspan.layout import SequenceLayout
-from longspan.models import Routing
-from longspan.parallel.sharded import free_gathered
+from longspan.models import Routing, TokenScores
+from longspan.parallel.sharded import accumulating, free_gathered
+from longspan.streaming.engine import Between
 from longspan.train.ranks import Ranks
+from longspan.train.segments import Segmentation
 from longspan.train.step_batch import LayoutOf
 
 
@@ -99,6 +101,34 @@ def loss_share(
     return share
 
 
+def forward_backward(
+    model: nn.Module,
+    batch: PackedBatch,
+    layout: SequenceLayout,
+    num_valid: int,
+    segments: Segmentation | None = None,
+    routing: Routing | None = None,
+    *,
+    is_last: bool = True,
+    between: Between | None = None,
+) -> Tensor:
+    """Add the gradients of this rank's share of the loss, which is returned without its graph.
+
+    Args:
+        batch: on the model's device. layout, num_valid, routing: as of `loss_share`.
+        segments: None is none.
+        is_last, between: as of `longspan.streaming.Stream.forward_backward`.
+    """
+    if segments is None:
+        loss = loss_share(model, batch, layout, num_valid, routing)
+        with accumulating(model, is_last):
+            loss.backward()
+        return loss.detach()
+    return segments.stream(model).forward_backward(
+        batch.inputs, batch.labels, layout, num_valid=num_valid, routing=routing, is_last=is_last, between=between
+    )
+
+
 def own_tokens(batch: PackedBatch, layout: SequenceLayout) -> tuple[Tensor, Tensor]:
     """This rank's inputs and labels ``[B, T_local]``: labels were shifted before the split."""
     return layout.shard(batch.inputs), layout.shard(batch.labels)
@@ -106,20 +136,26 @@ def own_tokens(batch: PackedBatch, layout: SequenceLayout) -> tuple[Tensor, Tens
 
 @torch.no_grad()
 def evaluate(
-    model: Any, sequences: Sequences, token_bytes: np.ndarray, layout_of: LayoutOf, ranks: Ranks
+    model: Any,
+    sequences: Sequences,
+    token_bytes: np.ndarray,
+    layout_of: LayoutOf,
+    ranks: Ranks,
+    segments: Segmentation | None = None,
 ) -> Evaluation:
     """The loss on `sequences`, and where these are of a task how much is right; the same sequences and result on every rank.
 
-    Ranks of one `dp_rank` compute one sequence together, those of the others the next ones.
+    Ranks of one `dp_rank` compute one sequence together, those of the others the next ones. segments: of time, where sequences are
+    not computed whole.
     """
     total = torch.zeros(2, dtype=torch.float64)
     for first in range(0, len(sequences), ranks.dp):
         row = first + ranks.dp_rank
         if row < len(sequences):
-            total += _score_of_row(model, sequences, row, layout_of, ranks)
+            total += _score_of_row(model, sequences, row, layout_of, ranks, segments)
         elif ranks.degrees.shards_weights:
             # The other ranks gather this one's share of the weights.
-            _score_of_row(model, sequences, first, layout_of, ranks)
+            _score_of_row(model, sequences, first, layout_of, ranks, segments)
     free_gathered(model)
     nats, num_right = ranks.gather_numbers(total.tolist()).sum(0).tolist()
     return Evaluation(
@@ -130,14 +166,28 @@ def evaluate(
     )
 
 
-def _score_of_row(model: Any, sequences: Sequences, row: int, layout_of: LayoutOf, ranks: Ranks) -> Tensor:
+def _score_of_row(
+    model: Any,
+    sequences: Sequences,
+    row: int,
+    layout_of: LayoutOf,
+    ranks: Ranks,
+    segments: Segmentation | None,
+) -> Tensor:
     """This rank's sum of losses, in nats, and of a task how many labels are the likeliest: float64 ``[2]``."""
     batch = sequences.rows(row, 1).packed().to(ranks.device)
     layout = layout_of(batch.seq_len, batch.documents)
+    whole = (batch.inputs, batch.labels, layout)
     if sequences.predicts is None:
-        return torch.tensor([float(loss_sum(model, batch, layout)), 0.0], dtype=torch.float64)
+        nats = loss_sum(model, batch, layout) if segments is None else segments.stream(model).loss(*whole, num_valid=1)
+        return torch.tensor([float(nats), 0.0], dtype=torch.float64)
+    if segments is not None:
+        return torch.stack([_sums(scores) for scores in segments.stream(model).scores(*whole)]).sum(0)
     inputs, labels = own_tokens(batch, layout)
-    scores = model(inputs, layout=layout, labels=labels, token_scores=True)
+    return _sums(model(inputs, layout=layout, labels=labels, token_scores=True))
+
+
+def _sums(scores: TokenScores) -> Tensor:
     return torch.tensor([float(scores.nats.double().sum()), float(scores.is_likeliest.sum())], dtype=torch.float64)
 
 

@@ -38,6 +38,8 @@ class RunPhase:
 
     def __init__(self) -> None:
         self.step: int | None = None
+        self.detail = ""
+        """Where in the activity, where that is long; empty as it begins."""
         self.since = time.monotonic()
         self._name = "starting"
 
@@ -49,6 +51,7 @@ class RunPhase:
     @name.setter
     def name(self, name: str) -> None:
         self._name = name
+        self.detail = ""
         self.since = time.monotonic()
         reached(PHASES[name], self.step)
 
@@ -59,7 +62,8 @@ class RunPhase:
     @property
     def where(self) -> str:
         """In which step, doing what."""
-        return f"while {self.name}" if self.step is None else f"step {self.step}, while {self.name}"
+        doing = f"while {self.name}" + (f", {self.detail}" if self.detail else "")
+        return doing if self.step is None else f"step {self.step}, {doing}"
 
     @contextlib.contextmanager
     def noted(self, place: Place) -> Iterator[None]:

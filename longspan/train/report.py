@@ -13,6 +13,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+_SECONDS_BETWEEN_LINES = 60.0
+
 
 class _Console(Console):
     """Says nothing more, and lets the run go on, once its terminal or pipe has gone."""
@@ -51,7 +53,7 @@ class Report:
                 console=self._console,
             )
         self._task: Any = None
-        self._start = time.perf_counter()
+        self._start = self._said = time.perf_counter()
 
     def heading(self, name: str, text: str) -> None:
         """A line of what the run consists of."""
@@ -65,7 +67,7 @@ class Report:
             self._console.print(text, markup=False)
 
     def __enter__(self) -> Report:
-        self._start = time.perf_counter()
+        self._start = self._said = time.perf_counter()
         if self._bar is not None:
             with self._console.outliving_its_terminal():
                 self._bar.start()
@@ -79,6 +81,17 @@ class Report:
             with self._console.outliving_its_terminal():
                 self._bar.stop()
 
+    def within_step(self, step: int, share: float, where: str) -> None:
+        """Show how much of a long step is done: in the bar, or without a terminal in a line each minute."""
+        if self._bar is not None:
+            self._bar.update(self._task, numbers=f"step {step}: {share:.0%}, {where}")
+        elif time.perf_counter() - self._said > _SECONDS_BETWEEN_LINES:
+            elapsed = time.perf_counter() - self._start
+            self.line(
+                f"step {step:>{len(str(self._num_steps))}}/{self._num_steps}  {share:.0%}, {where}  {elapsed:.0f} s"
+            )
+            self._said = time.perf_counter()
+
     def step(self, record: dict[str, Any]) -> None:
         """Show a step: loss, tokens per second, share of time waiting for other ranks, peak memory, the fullest expert."""
         numbers = (
@@ -88,6 +101,7 @@ class Report:
         if "fullest_expert" in record:
             numbers += f"  fullest expert {record['fullest_expert']:.1f}x"
         step = record["step"]
+        self._said = time.perf_counter()
         if self._bar is not None:
             self._bar.update(self._task, completed=step, numbers=numbers)
         elif step % self._print_every == 0 or step in (1, self._num_steps):

@@ -114,7 +114,7 @@ def _train_on(
     if config.parallel.balance != ("even",) and ranks.sp > 1:
         report.heading("balance", balance.describe(trainer.balance, ranks, trainer.has_saved_balance))
 
-    if ranks.world_size > 1:
+    if ranks.world_size > 1 or trainer.segments is not None:
         if config.train.check_tokens:
             phase.name = "checking the first batch"
             check = trainer.check(threads_alone=num_cores())
@@ -280,8 +280,11 @@ def _describe_check(check: SelfCheck, world_size: int, config: Config) -> str:
     loss, norm, gradients = check.differences
     checked = str(checked_dtype(config)).removeprefix("torch.")
     in_dtype = "" if checked == config.train.dtype else f", in {checked},"
+    sides = f"on {world_size} ranks | on one"
+    if config.train.segment_tokens is not None:
+        sides = "in segments | in one piece" if world_size == 1 else f"in segments on {world_size} ranks | whole on one"
     return (
-        f"first batch{in_dtype} on {world_size} ranks | on one: loss {check.loss:.6f} | {check.loss_alone:.6f} ({loss:.0e}), "
+        f"first batch{in_dtype} {sides}: loss {check.loss:.6f} | {check.loss_alone:.6f} ({loss:.0e}), "
         f"gradient norm {check.norm:.6f} | {check.norm_alone:.6f} ({norm:.0e}), gradients differ by {gradients:.0e}: "
         + ("equal" if check.agrees else "NOT EQUAL")
     )

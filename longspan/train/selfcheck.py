@@ -14,10 +14,11 @@ from longspan.data.packing import Sequences
 from longspan.errors import LongspanError
 from longspan.layout import SequenceLayout
 from longspan.parallel import gathered
-from longspan.train.loss import loss_share
+from longspan.train.loss import forward_backward, loss_share
 from longspan.train.model import sum_over_ranks
 from longspan.train.optimizer import gradient_norm
 from longspan.train.ranks import Ranks
+from longspan.train.segments import Segmentation
 from longspan.train.step_batch import LayoutOf
 
 TOLERANCE = 1e-4
@@ -77,7 +78,7 @@ class SelfCheck:
             f"difference {loss:.1e}), gradient norm {self.norm:.7g} against {self.norm_alone:.7g} ({norm:.1e}), "
             f"gradients {gradients:.1e}, most in {self.worst}; each must be at most {TOLERANCE:.0e}. Try another "
             "parallel.exchange, parallel.softmax_method or parallel.order to find what disagrees; parallel.sp 1 "
-            "trains without exchanges"
+            "trains without exchanges, and no train.segment_tokens without segments"
         )
 
 
@@ -88,6 +89,7 @@ def self_check(
     layout_of: LayoutOf,
     ranks: Ranks,
     threads_alone: int,
+    segments: Segmentation | None = None,
 ) -> SelfCheck:
     """Compare loss and gradients of all ranks together with those of one process; the same result on every rank.
 
@@ -97,15 +99,17 @@ def self_check(
         sequences: B of them, the same on every rank; dp divides B.
         layout_of: makes this rank's layout for the ranks together.
         threads_alone: CPU threads for the single process, while the other ranks wait.
+        segments: of time, in which the ranks together compute, three at least; the single process takes sequences whole.
     """
     num_tokens = sequences.num_valid_tokens
     rows = len(sequences) // ranks.dp
     own = sequences.rows(ranks.dp_rank * rows, rows).packed().to(ranks.device)
     parallel_model.zero_grad(set_to_none=True)
-    loss = loss_share(parallel_model, own, layout_of(own.seq_len, own.documents), num_tokens)
-    loss.backward()
+    cut = None if segments is None else segments.for_check(own.seq_len, ranks.sp)
+    layout = layout_of(own.seq_len, own.documents)
+    loss = forward_backward(parallel_model, own, layout, num_tokens, cut)
     sum_over_ranks(parallel_model, ranks)
-    total = float(ranks.gather_numbers([float(loss.detach())]).sum())
+    total = float(ranks.gather_numbers([float(loss)]).sum())
     norm = float(gradient_norm(parallel_model))
     named = [(name, _gradient_or_zero(parameter)) for name, parameter in parallel_model.named_parameters()]
     gradients = gathered(named, ranks.is_first)

@@ -18,7 +18,7 @@ from longspan.launch import StopRequest
 from longspan.models import LinearLlama3, Routing
 from longspan.models.weights import check_shapes, shapes_of
 from longspan.parallel import gathered
-from longspan.parallel.sharded import accumulating
+from longspan.parallel.sharded import accumulating, free_gathered
 from longspan.train import config as configs
 from longspan.train.balance import (
     Balance,
@@ -61,6 +61,8 @@ from longspan.train.report import Report
 from longspan.train.routers import router_metrics, shares_of_rank
 from longspan.train.run_folder import RunFolder
 from longspan.train.saving import CheckpointSaver
+from longspan.train.segment_steps import SegmentsOfStep, StepStoppedError
+from longspan.train.segments import Segmentation
 from longspan.train.selfcheck import SelfCheck, self_check
 from longspan.train.snapshot import MemorySnapshot
 from longspan.train.step_batch import StepBatch, layouts_over, make_step_batch
@@ -91,6 +93,7 @@ class Trainer:
         self.batches = data.batches
         self.take_balance(stated_balance(config, ranks))
         self.model = self._build_parallel(compute_dtype(config))
+        self.segments = Segmentation.of(config.train)
         self.optimizer = build_optimizer(self.model, config.optim)
         self.operations = ModelOperations(self.model)
         self.peak_flops: float | None = None
@@ -154,6 +157,7 @@ class Trainer:
             self._layout,
             self.ranks,
             threads_alone,
+            self.segments,
         )
 
     def _model_to_check(self, dtype: torch.dtype) -> LinearLlama3:
@@ -178,8 +182,12 @@ class Trainer:
             self._await_batch(loader)
             self.memory.begin()
             while self.step < config.train.steps and not stopping:
+                before = self.step
                 with self.trace.of(self.step + 1), self.snapshot.of(self.step + 1):
                     stopping = self._train_step(loader, stop)
+                if self.step == before:
+                    # Given up between two segments: what follows a step has followed the one before.
+                    break
                 if self.saver.is_pending:
                     self.phase.name = "saving a checkpoint"
                     self.saver.advance()
@@ -212,13 +220,18 @@ class Trainer:
         self.ranks.together(loader.check)
 
     def _train_step(self, loader: Loader[StepBatch], stop: StopRequest) -> bool:
-        """One optimizer step; True if a signal has reached any rank."""
+        """One optimizer step; True if a signal has reached any rank, and given up if that was between two segments of time."""
         start = time.perf_counter()
         self.phase.step = self.step + 1
         batch = loader.take()
         routing = Routing(self.config.train.batch_tokens) if self.config.model.num_experts else None
         with record_traffic() as traffic:
-            loss = self._forward_backward(batch, routing)
+            random = torch.get_rng_state()
+            try:
+                loss = self._forward_backward(batch, routing, stop)
+            except StepStoppedError:
+                self._give_up_step(random)
+                return True
             reached("gradients", self.step + 1, self.model)
             self.phase.name = "summing gradients"
             with named_range("longspan.train.sum_gradients"):
@@ -255,20 +268,35 @@ class Trainer:
             self.ranks.together(loader.check)
         return bool(everyone[:, 2].any())
 
-    def _forward_backward(self, batch: StepBatch, routing: Routing | None) -> Tensor:
+    def _forward_backward(self, batch: StepBatch, routing: Routing | None, stop: StopRequest) -> Tensor:
         """Make the gradients of this rank's part of the batch; return its part of the cross-entropy, a scalar."""
         total = torch.zeros((), device=self.ranks.device)
-        last = len(batch.micro_batches) - 1
+        num_valid, last = batch.num_valid_tokens, len(batch.micro_batches) - 1
+        between = SegmentsOfStep(self.step + 1, last + 1, self.ranks, stop, self.phase, self.report)
         for number, (packed, layout) in enumerate(batch.micro_batches):
             self.phase.name = "computing forward"
+            given = packed.to(self.ranks.device)
+            if self.segments is not None:
+                with named_range("longspan.train.segments"):
+                    streamed = self.segments.stream(self.model)
+                    total += streamed.forward_backward(
+                        given.inputs, given.labels, layout,
+                        num_valid=num_valid, routing=routing, is_last=number == last, between=between,
+                    )  # fmt: skip
+                continue
             with named_range("longspan.train.forward"):
-                given = packed.to(self.ranks.device)
-                loss = loss_share(self.model, given, layout, batch.num_valid_tokens, routing)
+                loss = loss_share(self.model, given, layout, num_valid, routing)
             self.phase.name = "computing backward"
             with named_range("longspan.train.backward"), accumulating(self.model, number == last):
                 loss.backward()
             total += loss.detach()
         return total if routing is None else torch.as_tensor(routing.cross_entropy)
+
+    def _give_up_step(self, random: Tensor) -> None:
+        """Be as before the step: no gradients, no gathered weights, the random state of before."""
+        self.model.zero_grad(set_to_none=True)
+        free_gathered(self.model)
+        torch.set_rng_state(random)
 
     def _record(
         self,
@@ -337,7 +365,7 @@ class Trainer:
         """Compute the loss on the held-out sequences, write it down and say it."""
         self.phase.name = "validating"
         data = self.data
-        self.validation = evaluate(self.model, data.held_out, data.token_bytes, self._layout, self.ranks)
+        self.validation = evaluate(self.model, data.held_out, data.token_bytes, self._layout, self.ranks, self.segments)
         if self.ranks.is_first:
             numbers = {f"validation_{name}": value for name, value in self.validation.numbers.items()}
             self.metrics.append({"step": self.step, **numbers})

@@ -11,6 +11,7 @@ from longspan.train.config import Config
 from longspan.train.config_checks import check_degrees
 from longspan.train.model import build_model, build_parallel, checked_dtype, copy_weights
 from longspan.train.ranks import Ranks
+from longspan.train.segments import Segmentation
 from longspan.train.selfcheck import SelfCheck, self_check
 from longspan.train.step_batch import layouts_over
 
@@ -41,6 +42,7 @@ def verify_config(config: Config, ranks: Ranks) -> SelfCheck:
         layouts_over(ranks, config.parallel.order, config.parallel.weights),
         ranks,
         threads_alone=num_cores(),
+        segments=Segmentation.of(config.train),
     )
 
 

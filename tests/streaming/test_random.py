@@ -54,7 +54,7 @@ def test_dropout_draws_the_same_in_both_passes() -> None:
     assert worst(differences(other, want)) > 0.01
 
 
-def test_documents_that_need_one_pass_alone_draw_other_numbers_than_their_neighbours() -> None:
+def test_each_segment_draws_numbers_of_its_own() -> None:
     drawn: list[Tensor] = []
     model: Any = tiny_model(pattern="L", num_layers=1)
 
@@ -65,7 +65,6 @@ def test_documents_that_need_one_pass_alone_draw_other_numbers_than_their_neighb
     tokens = random_tokens(1, 41)
     layout = SequenceLayout.local(40, (0, 10, 20, 40))
     stream(model, 10).forward_backward(tokens[:, :-1], labels_of(tokens), layout)
-    # Segments 2 (first pass), 3, 2 (second), 1, 0.
-    assert len(drawn) == 5
-    assert torch.equal(drawn[0], drawn[2])
+    # Segments 0, 1, 2 of the first pass; 3, 2, 1, 0 of the second, the last one for the first time.
+    assert [tuple(x.tolist()) for x in drawn[:3]] == [tuple(x.tolist()) for x in drawn[:3:-1]]
     assert len({tuple(x.tolist()) for x in drawn}) == 4

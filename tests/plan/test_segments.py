@@ -1,0 +1,96 @@
+"""The plan of a step in segments of time: what is kept between them is what the model remembers, and the rest is of one segment."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+
+from longspan.commands.plan_train import parse, report, sizes_of, step_of
+from longspan.degrees import MeshDegrees
+from longspan.models import LinearLlama3
+from longspan.parallel import compute_in
+from longspan.plan.cluster import stated_cluster
+from longspan.plan.training import (
+    DeviceFigures,
+    Operations,
+    Step,
+    kept_between_segments,
+    layer_bytes,
+    plan_memory,
+    plan_time,
+)
+
+MODEL = ["--model.dim", "64", "--model.num_heads", "2", "--model.hidden_dim", "56", "--data.vocab_size", "300"]
+MODEL += ["--parallel.sp", "1", "--cluster.flops", "1e9"]
+ALONE, DEVICE = MeshDegrees(), DeviceFigures(0, 1.0, 1e9, 1e9)
+TOKENS = 96
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "layers",
+    [["--model.pattern", "LN"], ["--model.pattern", "mamba2", "kda", "softmax", "based", "--model.window", "9"]],
+)
+def test_what_is_kept_between_segments_is_what_the_model_remembers(layers: list[str], dtype: str) -> None:
+    config = parse([*MODEL, *layers, "--train.dtype", dtype])
+    model: Any = LinearLlama3(config.model.build(300))
+    if dtype == "bfloat16":
+        compute_in(model, torch.bfloat16)
+    with torch.no_grad():
+        _, memory = model(torch.zeros(1, TOKENS, dtype=torch.int64), output_memory=True)
+    keys = [x for layer in memory.layers for name, x in layer.tensors.items() if name in ("keys", "values")]
+    states_and_taps = memory.num_bytes - sum(x.nbytes for x in keys)
+    step = dataclasses.replace(step_of(config, ALONE), seq_len=TOKENS, segment_tokens=TOKENS // 4)
+    # With a window the last segment's keys and values are there whole, beside those before it that are seen.
+    seen = TOKENS if config.model.window is None else config.model.window - 1 + TOKENS // 4
+    numbers = sum(x.numel() // x.shape[1] * seen for x in keys)
+    gradients = 4 * numbers
+    want = 4 * states_and_taps + numbers * step.number_bytes + gradients
+    assert kept_between_segments(sizes_of(config), step) == want > 0
+
+
+def test_memory_of_linear_layers_grows_by_states_alone() -> None:
+    sizes = sizes_of(parse([*MODEL, "--model.pattern", "L"]))
+    short, long = (
+        plan_memory(sizes, ALONE, Step(seq_len=length, segment_tokens=4096), DEVICE).kinds for length in (2**14, 2**20)
+    )
+    different = {name for name in short if short[name] != long[name]}
+    assert different == {"between segments"}
+    assert long["between segments"] == 64 * short["between segments"]
+    every = Step(seq_len=2**20, segment_tokens=4096, memory_every=16)
+    assert plan_memory(sizes, ALONE, every, DEVICE).kinds["between segments"] * 8 == long["between segments"]
+
+
+def test_one_segment_is_the_whole_sequence() -> None:
+    sizes = sizes_of(parse([*MODEL, "--model.pattern", "LN"]))
+    whole, one = Step(seq_len=4096), Step(seq_len=4096, segment_tokens=10_000)
+    assert plan_memory(sizes, ALONE, one, DEVICE) == plan_memory(sizes, ALONE, whole, DEVICE)
+    assert (one.num_segments, one.num_forward) == (1, 1.0)
+
+
+def test_forward_passes_are_counted_as_they_are_made() -> None:
+    # Of 4 segments: three first passes; with every second kept, one more of each second.
+    assert Step(seq_len=400, segment_tokens=100).num_forward == 1.75
+    assert Step(seq_len=400, segment_tokens=100, memory_every=2).num_forward == 2.25
+    operations, cluster = Operations(3e9, 0.0), stated_cluster("cpu", 1, 1)
+    sizes = sizes_of(parse([*MODEL, "--model.pattern", "L"]))
+    times = [
+        plan_time(sizes, ALONE, Step(seq_len=400, segment_tokens=tokens), operations, DEVICE, cluster).compute
+        for tokens in (None, 100)
+    ]
+    assert times == [3.0, 3.75]
+
+
+def test_a_segment_sends_what_a_sequence_of_its_length_does() -> None:
+    sizes, mesh = sizes_of(parse([*MODEL, "--model.pattern", "LN"])), MeshDegrees(sp=4)
+    got = layer_bytes(sizes, mesh, Step(seq_len=2**20, segment_tokens=8192))
+    assert got == layer_bytes(sizes, mesh, Step(seq_len=8192))
+
+
+def test_the_command_says_how_sequences_are_cut() -> None:
+    options = ["--model.pattern", "L", "--train.seq_len", "65536", "--train.batch_tokens", "65536"]
+    printed = report(parse([*MODEL, *options, "--train.segment_tokens", "8192"]))
+    assert "in 8 segments of 8,192 tokens" in printed and "between segments" in printed
