@@ -28,7 +28,7 @@ from longspan.ops.chunked.cross_entropy import chunked_cross_entropy
 from longspan.ops.norm import rms_norm_gated
 
 if TYPE_CHECKING:
-    from longspan.attention.softmax import softmax_attention
+    from longspan.attention.softmax import EarlierKeys, softmax_attention
     from longspan.integrations.transformers.prefill import prefill
     from longspan.parallel import parallelize, sum_gradients, unparallelize
     from longspan.streaming import stream
@@ -39,6 +39,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "DataError",
+    "EarlierKeys",
     "InputError",
     "KeyMemory",
     "LayoutError",
@@ -74,6 +75,7 @@ __all__ = [
 ]
 
 _LAZY = {
+    "EarlierKeys": "longspan.attention.softmax",
     "parallelize": "longspan.parallel",
     "prefill": "longspan.integrations.transformers.prefill",
     "softmax_attention": "longspan.attention.softmax",

@@ -83,8 +83,8 @@ def linear_attention(
         scale: a number; None is K^-½.
         causal: False lets every token read all tokens of its document: ``o_t = scale · Σ_s (q_t·k_s) v_s``.
         initial_state: state before the first global token, ``[B, H, K, V]``, or before each document,
-            ``[num_documents, H, K, V]``; float32 (float64 for float64 inputs); the same on every rank. Its gradient on a rank is
-            that rank's share: sum it over the ranks, like a parameter's.
+            ``[num_documents, H, K, V]`` (one for all where the layout `continues` a sequence); float32 (float64 for float64
+            inputs); the same on every rank. Its gradient on a rank is that rank's share: sum it over the ranks, like a parameter's.
         output_final_state: also return the state after the last global token (of each document), on every rank.
         layout: which tokens this rank holds; None is one device. With documents, B is 1.
         exchange: how states travel between ranks: ``"auto"``, the cheapest by a cost model; the name of a topology

@@ -185,6 +185,24 @@ FAULTS: dict[str, Fault] = {
         "later.stop not in bounds",
         ("tests/exchange/test_exchange.py", "-k", "is_the_scan and ring-ScalarDecay"),
     ),
+    "of the gradients that later stretches give to keys the last one alone": Fault(
+        "longspan/attention/softmax/key_heads.py",
+        "own += grad",
+        "own.copy_(grad)",
+        ("tests/attention/test_earlier_keys.py::test_stretches_equal_one_call[ring-2]",),
+    ),
+    "a document that sees the keys of the one before it, in an earlier stretch": Fault(
+        "longspan/attention/softmax/earlier_plan.py",
+        "document = sight.num_before - sight.num_seen,",
+        "document = 0,",
+        ("tests/attention/test_earlier_keys.py::test_stretches_equal_one_call[ring-2]",),
+    ),
+    "a document that begins with a stretch and goes on from the state before": Fault(
+        "longspan/attention/linear.py",
+        "if initial_state is None or layout.continues == 0:",
+        "if initial_state is None:",
+        ("tests/attention/test_stretches.py::test_a_memory_state_passes_from_stretch_to_stretch[simple_gla-2]",),
+    ),
 }
 
 

@@ -32,7 +32,7 @@ from longspan.errors import InputError
 from longspan.exchange import Exchanger, exchange_named
 from longspan.exchange.all_reduce import JoinSum, sum_over_ranks
 from longspan.layout import SequenceLayout
-from longspan.layout.calls import stops_graphs
+from longspan.layout.calls import check_whole, stops_graphs
 from longspan.layout.rows import index_on
 from longspan.ops.variants import VARIANTS
 from longspan.tracing import breaks_graphs, has_no_values, outside_graphs, unseen_by_checkpointing
@@ -144,6 +144,7 @@ def write_bidirectional(
     gates = tensors_of(VARIANTS[operator], given)
     exchange_named(exchange)
     layout, backend = check_inputs(VARIANTS[operator], k, v, gates, None, layout, backend, chunk_size)
+    check_whole(operator, layout)
     # A compiler traces kernels as they are: they have operators of their own.
     if has_no_values(k) and (backend == "torch" or not torch.compiler.is_compiling()):
         return write_opaque(VARIANTS[operator], k, v, gates, None, False, layout, backend, chunk_size, causal=False)

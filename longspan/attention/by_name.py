@@ -25,10 +25,10 @@ from longspan.ops.variants import VARIANTS
 from longspan.tracing import outside_graphs
 
 if TYPE_CHECKING:
-    from longspan.attention.softmax import SoftmaxMethod
+    from longspan.attention.softmax import EarlierKeys, SoftmaxMethod
 
 _LINEAR_OPTIONS = ("causal", "initial_state", "output_final_state", "exchange", "backend", "chunk_size")
-_SOFTMAX_OPTIONS = ("causal", "window", "initial_state", "output_final_state", "method", "num_heads")
+_SOFTMAX_OPTIONS = ("causal", "window", "initial_state", "earlier", "output_final_state", "method", "num_heads")
 _GATE_NAMES = sorted({gate.name for variant in VARIANTS.values() for gate in variant.gates})
 
 
@@ -84,6 +84,7 @@ class SoftmaxOptions(TypedDict, total=False):
     causal: bool
     window: int | None
     initial_state: tuple[Tensor, Tensor] | None
+    earlier: EarlierKeys | None
     output_final_state: bool
     method: SoftmaxMethod
     num_heads: int | None
@@ -130,7 +131,7 @@ def write(
         layout: which tokens this rank holds; None is one device.
         options: the operator's gates by name (`g`, `beta`, `log_decay`), and its options: for linear attention `causal`,
             `initial_state`, `output_final_state`, `exchange`, `backend`, `chunk_size` as in the one-call operators; for softmax
-            `causal`, `window`, `initial_state`, `output_final_state`, `method`, `num_heads`.
+            `causal`, `window`, `initial_state`, `earlier`, `output_final_state`, `method`, `num_heads`.
 
     Returns:
         A `longspan.Memory`: ``.read(q, scale=None) -> o [B, T, H, V]``, and ``.final_state()`` if it was written with

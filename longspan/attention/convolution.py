@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from longspan.attention.one_state import state_of_last, states_of_documents
 from longspan.attention.opaque import CONVOLUTION, bounds_of
 from longspan.attention.together import Together
 from longspan.autocast import as_in_product
@@ -115,8 +116,9 @@ def causal_conv1d(
         activation: ``"silu"`` (``"swish"`` is the same), or None.
         layout: which tokens this rank holds, and the documents, which never see each other; None is one device and one document.
             With documents, B is 1.
-        initial_state: the W − 1 tokens before the first global token, ``[B, W-1, C]``, or before each document, ``[D, W-1, C]``,
-            the oldest first; the dtype of x; the same on every rank, its gradient a rank's share. None is zeros.
+        initial_state: the W − 1 tokens before the first global token, ``[B, W-1, C]``, or before each document, ``[D, W-1, C]``
+            (one for all where the layout `continues` a sequence), the oldest first; the dtype of x; the same on every rank, its
+            gradient a rank's share. None is zeros.
         output_final_state: also return the last W − 1 tokens (of each document) on every rank: the initial state of what follows.
         backend: which code computes: ``"torch"``, plain PyTorch operations on any device; ``"triton"``, kernels for NVIDIA GPUs and
             at most 8 taps. None is ``"triton"`` where it runs and takes the inputs, else ``"torch"``.
@@ -147,11 +149,12 @@ def causal_conv1d(
     check_flag("causal_conv1d", "output_final_state", output_final_state)
     width = weight.shape[1] - 1
     check_initial_state("causal_conv1d", initial_state, x, (width,), "the W - 1 tokens before", layout)
+    initial_state = states_of_documents(initial_state, layout)
     # A compiler traces kernels as they are: they have operators of their own.
     if has_no_values(x) and (backend == "torch" or not torch.compiler.is_compiling()):
         bounds = bounds_of(layout, x)
         y, final_state = CONVOLUTION(x, weight, bias, initial_state, bounds, activation, output_final_state)
-        return (y, final_state) if output_final_state else y
+        return (y, state_of_last(final_state, layout)) if output_final_state else y
     return _convolve_over_ranks(x, weight, bias, activation, layout, initial_state, output_final_state, backend)
 
 
@@ -183,7 +186,7 @@ def _convolve_over_ranks(
         y = PlaceRows.apply(y, form.of_heads(z_heads, before, weight), heads.rows)
     if not output_final_state:
         return y
-    final_state = final_tokens(x, initial_state, layout, width, joins=y.requires_grad)
+    final_state = state_of_last(final_tokens(x, initial_state, layout, width, joins=y.requires_grad), layout)
     return Together.apply(y, final_state) if layout.num_ranks > 1 else (y, final_state)
 
 
@@ -241,7 +244,7 @@ def check_initial_state(
     if initial_state is None:
         return
     check_tensor(name, "initial_state", initial_state)
-    rows, first = (layout.num_documents, "num_documents") if layout.is_packed else (x.shape[0], "B")
+    rows, first = (layout.num_documents, "num_documents") if layout.has_document_states else (x.shape[0], "B")
     expected = (rows, *width, x.shape[2])
     fits = initial_state.dtype == x.dtype and initial_state.device == x.device
     if tuple(initial_state.shape) != expected or not fits:
@@ -315,7 +318,7 @@ def final_tokens(x: Tensor, initial_state: Tensor | None, layout: SequenceLayout
         return empty if initial_state is None else empty + initial_state
     plan = layout.cached(("final_tokens", width, x.device), lambda: _final_rows(layout, width, x.device))
     # Each token has one owner, so that summing is exact forward; gradients are summed as precisely as anywhere.
-    tokens = x.index_select(1, plan.rows).to(accumulation_dtype(x.dtype))
+    tokens = x.index_select(1, plan.rows).to(accumulation_dtype(x.dtype) if x.is_floating_point() else x.dtype)
     state = tokens.new_zeros(batch, layout.num_documents * width, num_channels).index_copy(1, plan.places, tokens)
     if layout.num_ranks > 1:
         state = sum_over_ranks(state, layout)

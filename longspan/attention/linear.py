@@ -141,8 +141,9 @@ class LinearMemory(StepMemory):
     def final_state(self) -> Tensor:
         """The state after the last token, ``[B, H, K, V]``, or of each document, ``[num_documents, H, K, V]``, on every rank.
 
-        Its gradient is the sum of what every rank sends back. float32 (float64 for float64 inputs). Where the layout has several
-        ranks the first read takes part in its collective already: ranks may let o, the final state or both enter their losses.
+        Of a layout that `continues` a sequence it is the last document's alone, ``[B, H, K, V]``. Its gradient is the sum of what
+        every rank sends back. float32 (float64 for float64 inputs). Where the layout has several ranks the first read takes part
+        in its collective already: ranks may let o, the final state or both enter their losses.
         """
         if self._breaks_graphs():
             return _final_linear_state_outside_graphs(self)
@@ -166,8 +167,8 @@ class LinearMemory(StepMemory):
         with profiled("longspan.final_state", self._k):
             states = self._form.final_states(ends.final_pieces, ends.final_rows, incoming)
         if layout.num_ranks > 1:
-            states = _gather_documents(states, ends.final_documents, layout)
-        return states.squeeze(1) if layout.is_packed else states.squeeze(0)
+            states = _gather_states(states, ends.final_states, layout)
+        return states.squeeze(1) if layout.has_document_states else states.squeeze(0)
 
 
 _overlap_pays_outside_graphs = outside_graphs(LinearMemory._overlap_pays)
@@ -219,8 +220,8 @@ class _EndRows:
     """Which end states a call asks of the write phase, and what they are for.
 
     pieces: piece numbers asked for, in order. sent_pieces: those whose end state another segment receives. segment_rows: for each
-    segment the row of its last piece, or None if it is empty. final_pieces, final_rows, final_documents: pieces that end a
-    document, their rows, their documents.
+    segment the row of its last piece, or None if it is empty. final_pieces, final_rows, final_states: pieces that end a
+    document whose state is a final one, their rows, which of the final states they are.
     """
 
     with_final_states: bool
@@ -229,7 +230,7 @@ class _EndRows:
     segment_rows: tuple[int | None, ...]
     final_pieces: tuple[int, ...]
     final_rows: tuple[int, ...]
-    final_documents: tuple[int, ...]
+    final_states: tuple[int, ...]
 
 
 def _end_rows(layout: SequenceLayout, with_final_states: bool) -> _EndRows:
@@ -237,7 +238,7 @@ def _end_rows(layout: SequenceLayout, with_final_states: bool) -> _EndRows:
     final = []
     for number, piece in enumerate(layout.pieces):
         last_of_segment[piece.segment] = number
-        if with_final_states and piece.ends_document:
+        if with_final_states and piece.ends_document and piece.document >= layout.num_documents - layout.num_states:
             final.append(number)
     asked = set(final)
     if layout.num_ranks > 1:
@@ -251,7 +252,7 @@ def _end_rows(layout: SequenceLayout, with_final_states: bool) -> _EndRows:
         segment_rows=tuple(None if number is None else row.get(number) for number in last_of_segment),
         final_pieces=tuple(final),
         final_rows=tuple(row[number] for number in final),
-        final_documents=tuple(layout.pieces[number].document for number in final),
+        final_states=tuple(layout.pieces[n].document - layout.num_documents + layout.num_states for n in final),
     )
 
 
@@ -355,10 +356,15 @@ def _write_linear(
 
 def _start_states(initial_state: Tensor | None, layout: SequenceLayout) -> Tensor | None:
     """Rows of the initial state for the pieces of this rank that start a document, ``[n, B, H, K, V]``."""
-    if initial_state is None:
+    if initial_state is None or layout.continues == 0:
         return None
-    by_document = initial_state.unsqueeze(1) if layout.is_packed else initial_state.unsqueeze(0)
-    return take_rows(by_document, [piece.document for piece in layout.pieces if piece.starts_document], layout)
+    started = [piece.document for piece in layout.pieces if piece.starts_document]
+    if layout.has_document_states:
+        return take_rows(initial_state.unsqueeze(1), started, layout)
+    # That of the first document; the others begin from nothing.
+    own = initial_state.unsqueeze(0)[: started.count(0)]
+    nothing = initial_state.new_zeros(len(started) - len(own), *initial_state.shape)
+    return torch.cat([own, nothing])
 
 
 def _start(
@@ -432,11 +438,11 @@ def check_inputs(
     _check_gates(variant, gates, sizes, layout, k, has_safe_gates)
     if initial_state is not None:
         check_tensor(name, "initial_state", initial_state)
-        rows = layout.num_documents if layout.is_packed else batch
+        rows = layout.num_documents if layout.has_document_states else batch
         expected = (rows, num_heads, key_size, value_size)
         dtype = accumulation_dtype(k.dtype)
         if tuple(initial_state.shape) != expected or initial_state.dtype != dtype:
-            first = "num_documents" if layout.is_packed else "B"
+            first = "num_documents" if layout.has_document_states else "B"
             raise InputError(
                 f"{name}: initial_state must be [{first}, H, K, V] = {expected} in {dtype}; got "
                 f"{tuple(initial_state.shape)} in {initial_state.dtype}. Convert it with initial_state.to({dtype})"
@@ -489,8 +495,8 @@ def _check_gate(
         )
 
 
-def _gather_documents(states: Tensor, documents: Sequence[int], layout: SequenceLayout) -> Tensor:
-    """Final states of all documents ``[num_documents, B, H, K, V]`` on every rank, from those that end on each."""
-    index = index_on(layout, documents, states.device)
-    everyone = states.new_zeros(layout.num_documents, *states.shape[1:]).index_copy(0, index, states)
+def _gather_states(states: Tensor, numbers: Sequence[int], layout: SequenceLayout) -> Tensor:
+    """All final states ``[num_states, B, H, K, V]`` on every rank, from those whose tokens end on each."""
+    index = index_on(layout, numbers, states.device)
+    everyone = states.new_zeros(layout.num_states, *states.shape[1:]).index_copy(0, index, states)
     return sum_over_ranks(everyone, layout)

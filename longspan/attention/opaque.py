@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from longspan.attention.memory import StepMemory
+from longspan.attention.one_state import state_of_last, states_of_documents
 from longspan.autocast import as_written
 from longspan.dtypes import accumulation_dtype
 from longspan.errors import InputError, LayoutError
@@ -119,6 +120,7 @@ class OpaqueMemory(StepMemory):
     _backend: str
     _chunk_size: int | None
     _has_safe_gates: bool
+    _layout: SequenceLayout | None
     _final_state: Tensor | None = None
 
     def read(self, q: Tensor, scale: float | None = None) -> Tensor:
@@ -154,7 +156,7 @@ class OpaqueMemory(StepMemory):
             self._has_safe_gates,
         )  # fmt: skip
         if with_final:
-            self._final_state = final_state
+            self._final_state = state_of_last(final_state, self._layout)
         return o
 
 
@@ -182,7 +184,7 @@ def write_opaque(
         k,
         v,
         given,
-        initial_state,
+        states_of_documents(initial_state, layout),
         bounds_of(layout, k),
         variant.name,
         causal,
@@ -190,6 +192,7 @@ def write_opaque(
         backend,
         chunk_size,
         has_safe_gates,
+        layout,
     )
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from longspan.attention.convolution import before_heads, check_initial_state, check_tokens, final_tokens
+from longspan.attention.one_state import state_of_last, states_of_documents
 from longspan.attention.opaque import SHIFT, bounds_of
 from longspan.attention.together import Together
 from longspan.checks import check_flag
@@ -66,8 +67,9 @@ def token_shift(
 
     Args:
         x: ``[B, T, C]``, float64, float32 or bfloat16; T is this rank's number of tokens, or the whole length without a layout.
-        initial_state: the token before the first global one, ``[B, C]``, or before each document, ``[num_documents, C]``; the dtype
-            of x; the same on every rank, its gradient a rank's share. None is zeros.
+        initial_state: the token before the first global one, ``[B, C]``, or before each document, ``[num_documents, C]`` (one for
+            all where the layout `continues` a sequence); the dtype of x; the same on every rank, its gradient a rank's share. None
+            is zeros.
         output_final_state: also return the last token (of each document) on every rank: the initial state of what follows.
         layout: which tokens this rank holds, and the documents; None is one device and one document. With documents, B is 1.
 
@@ -88,8 +90,10 @@ def token_shift(
     layout = check_tokens(x, layout, "token_shift")
     check_flag("token_shift", "output_final_state", output_final_state)
     check_initial_state("token_shift", initial_state, x, (), "the token before", layout)
+    initial_state = states_of_documents(initial_state, layout)
     if has_no_values(x):
         y, final_state = SHIFT(x, initial_state, bounds_of(layout, x), output_final_state)
+        final_state = state_of_last(final_state, layout) if output_final_state else final_state
     else:
         y, final_state = _shift_over_ranks(x, initial_state, layout, output_final_state)
     return (y, final_state) if output_final_state else y
@@ -116,7 +120,7 @@ def _shift_over_ranks(
         y = PlaceRows.apply(y, first.squeeze(2).transpose(0, 1), heads.rows)
     if not output_final_state:
         return y, None
-    final_state = final_tokens(x, states, layout, 1, joins=y.requires_grad).squeeze(1)
+    final_state = state_of_last(final_tokens(x, states, layout, 1, joins=y.requires_grad), layout).squeeze(1)
     return Together.apply(y, final_state) if layout.num_ranks > 1 else (y, final_state)
 
 

@@ -59,6 +59,16 @@ def check_packed(name: str, x: Tensor, layout: SequenceLayout) -> None:
         )
 
 
+def check_whole(name: str, layout: SequenceLayout) -> None:
+    """Raise InputError where a layout is a stretch of a sequence, for what reads the tokens of a whole document."""
+    if layout.continues is not None:
+        raise InputError(
+            f"{name}: with causal=False a token reads all of its document, and of a stretch of a sequence the tokens before and "
+            f"behind it are elsewhere; got a layout with continues={layout.continues}. Take the sequence in one call, or "
+            "causal=True; a layout whose documents are all whole here is one without continues"
+        )
+
+
 def group_of(layout: SequenceLayout) -> dist.ProcessGroup:
     """The process group of a layout of two ranks or more."""
     assert layout.group is not None and layout.num_ranks > 1

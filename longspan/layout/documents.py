@@ -6,6 +6,7 @@ Bounds are global cu_seqlens, ``[0, ..., seq_len]``.
 from __future__ import annotations
 
 import operator
+from bisect import bisect_left, bisect_right
 from itertools import pairwise
 from typing import Any
 
@@ -95,12 +96,34 @@ def bounds_of_positions(position_ids: Tensor) -> tuple[int, ...]:
     return (*starts.flatten().cpu().nonzero().flatten().tolist(), rows.numel())
 
 
-def cut_bounds(bounds: tuple[int, ...], size: int) -> tuple[int, ...]:
-    """The bounds of documents that are cut at multiples of `size` tokens from their start."""
-    cuts: list[int] = []
-    for start, stop in pairwise(bounds):
+def cut_bounds(bounds: tuple[int, ...], size: int, before: int = 0) -> tuple[int, ...]:
+    """The bounds of documents that are cut at multiples of `size` tokens from their start.
+
+    before: how many tokens of the first document stand before its first one here.
+    """
+    cuts: list[int] = [0, *range(size - before % size, bounds[1], size)]
+    for start, stop in pairwise(bounds[1:]):
         cuts += range(start, stop, size)
     return (*cuts, bounds[-1])
+
+
+def documents_within(bounds: tuple[int, ...], start: int, stop: int) -> tuple[tuple[int, ...], int]:
+    """The bounds of the documents of the tokens [start, stop), counted from there, and how many of the first stand before them."""
+    first, last = bisect_right(bounds, start), bisect_left(bounds, stop)
+    return (0, *(bound - start for bound in bounds[first:last]), stop - start), start - bounds[first - 1]
+
+
+def check_continues(continues: Any) -> int | None:
+    """`continues`; raises LayoutError unless it is None or an int of at least 0."""
+    # A compiler may hold it as a symbol.
+    is_int = isinstance(continues, int | torch.SymInt) and not isinstance(continues, bool)
+    if continues is None or (is_int and continues >= 0):
+        found: int | None = continues
+        return found
+    raise LayoutError(
+        f"continues must be None or an int of at least 0, how many tokens of the first document stand before these; got "
+        f"{described(continues)}. Leave it out for a sequence by itself"
+    )
 
 
 def shortened(value: Any) -> str:

@@ -22,7 +22,14 @@ from torch import Tensor
 
 from longspan.checks import check_tensor, described, is_int
 from longspan.errors import InputError, LayoutError
-from longspan.layout.documents import bounds_of_positions, check_documents, cut_bounds, shortened
+from longspan.layout.documents import (
+    bounds_of_positions,
+    check_continues,
+    check_documents,
+    cut_bounds,
+    documents_within,
+    shortened,
+)
 from longspan.layout.gather import gather_tokens
 from longspan.layout.groups import check_ranks_per_node, resolve_group
 from longspan.layout.pieces import Piece, Segment, cut_in_pieces, cut_in_segments, has_any
@@ -66,9 +73,14 @@ class SequenceLayout:
         weights: a number of at least 0 for each rank, the same list on every rank: its share of the tokens, such as its speed.
             Shares are exact fractions rounded to whole tokens, and a rank has at least one, also one of weight 0. None gives equal
             shares.
+        continues: says that these tokens are a stretch of a longer sequence, which is computed stretch by stretch, and how many
+            tokens of the first document stand before them: 0 where the first token begins a document. Positions inside documents
+            count on from there. There is one state then whatever the documents, ``[B, ...]`` as without them: the initial state is
+            that of the first document (what is given with 0 is not looked at), the final state that of the last. None is a
+            sequence by itself, whose documents have a state each.
 
     Raises:
-        LayoutError: for a length, group, order, documents, ranks_per_node or weights that do not fit.
+        LayoutError: for a length, group, order, documents, ranks_per_node, weights or continues that do not fit.
 
     A layout is immutable and holds no tensors of the caller. Build one per batch and hand it to every layer.
     """
@@ -82,6 +94,7 @@ class SequenceLayout:
         *,
         ranks_per_node: int | None = None,
         weights: Sequence[float] | Tensor | None = None,
+        continues: int | None = None,
     ) -> None:
         process_group, num_ranks, rank, mesh_ranks_per_node = resolve_group(group)
         if None not in (ranks_per_node, mesh_ranks_per_node) and ranks_per_node != mesh_ranks_per_node:
@@ -91,7 +104,7 @@ class SequenceLayout:
             )
         if ranks_per_node is None:
             ranks_per_node = mesh_ranks_per_node
-        self._init(seq_len, process_group, num_ranks, rank, order, documents, ranks_per_node, weights)
+        self._init(seq_len, process_group, num_ranks, rank, order, documents, ranks_per_node, weights, continues)
 
     def _init(
         self,
@@ -103,6 +116,7 @@ class SequenceLayout:
         documents: Sequence[int] | Tensor | None,
         ranks_per_node: int | None,
         weights: Sequence[float] | Tensor | None,
+        continues: int | None,
     ) -> None:
         if isinstance(seq_len, bool) or not isinstance(seq_len, int | torch.SymInt):
             raise LayoutError(f"seq_len must be an int, the global number of tokens; got {seq_len!r}")
@@ -122,6 +136,7 @@ class SequenceLayout:
         self.ranks_per_node = check_ranks_per_node(ranks_per_node, num_ranks)
         self.weights = check_weights(weights, num_ranks)
         """Of the ranks' shares; None where all are equal."""
+        self.continues = check_continues(continues)
         self._cache: dict[Hashable, Any] = {}
         # Made here, as a compiled graph takes them as its inputs: it would take what it sees built for constants.
         self.num_local_tokens = self._count_local_tokens()
@@ -130,14 +145,20 @@ class SequenceLayout:
         """Whether documents were given."""
         self.num_documents = 1 if self.documents is None else len(self.documents) - 1
         """Number of packed documents; 1 without documents."""
+        self.has_document_states = self.is_packed and continues is None
+        """Whether every document has an initial and a final state of its own; else there is one before and one after them all."""
+        self.num_states = self.num_documents if self.has_document_states else 1
+        """Number of initial, and of final, states of a row."""
         self.cu_seqlens = None if self.documents is None else _plain_tensor(self.documents)
         """`documents` as an int64 tensor on the CPU, or None."""
 
     @classmethod
-    def local(cls, seq_len: int, documents: Sequence[int] | Tensor | None = None) -> SequenceLayout:
+    def local(
+        cls, seq_len: int, documents: Sequence[int] | Tensor | None = None, *, continues: int | None = None
+    ) -> SequenceLayout:
         """A layout of one rank that holds all `seq_len` tokens, whatever process group is initialised."""
         layout = cls.__new__(cls)
-        layout._init(seq_len, None, 1, 0, "contiguous", documents, None, None)
+        layout._init(seq_len, None, 1, 0, "contiguous", documents, None, None, continues)
         return layout
 
     @classmethod
@@ -151,6 +172,7 @@ class SequenceLayout:
         *,
         ranks_per_node: int | None = None,
         weights: Sequence[float] | Tensor | None = None,
+        continues: int | None = None,
     ) -> SequenceLayout:
         """The layout that `rank` of `num_ranks` would have, without a process group: for planning and data loading."""
         for name, value in (("num_ranks", num_ranks), ("rank", rank)):
@@ -159,7 +181,7 @@ class SequenceLayout:
         if not 0 <= rank < num_ranks:
             raise LayoutError(f"rank {rank} is not one of {num_ranks} ranks (0 to {num_ranks - 1})")
         layout = cls.__new__(cls)
-        layout._init(seq_len, None, num_ranks, rank, order, documents, ranks_per_node, weights)
+        layout._init(seq_len, None, num_ranks, rank, order, documents, ranks_per_node, weights, continues)
         return layout
 
     @classmethod
@@ -195,6 +217,29 @@ class SequenceLayout:
         documents = bounds if len(bounds) > 2 else None
         return cls(bounds[-1], group, order, documents, ranks_per_node=ranks_per_node, weights=weights)
 
+    def stretch(self, start: int, stop: int) -> SequenceLayout:
+        """The layout of the tokens ``[start, stop)`` of this sequence by themselves, split over the same ranks; made once.
+
+        Its documents are those of the sequence, cut at both ends, and its `continues` says how many tokens of the first one stand
+        before it. Stretches that follow one another, each given what the one before it returned, compute what one call on the
+        whole sequence computes.
+
+        Raises:
+            LayoutError: for bounds that are no ints with 0 ≤ start < stop ≤ seq_len, and for fewer tokens than ranks.
+        """
+        if not (is_int(start) and is_int(stop) and 0 <= start < stop <= self.seq_len):
+            raise LayoutError(
+                f"stretch() takes the bounds [start, stop) of tokens of the sequence, ints from 0 to seq_len {self.seq_len}; got "
+                f"{described(start)} and {described(stop)}. Cut the last stretch at the end of the sequence"
+            )
+        return self.cached(("stretch", start, stop), lambda: self._stretch(start, stop))
+
+    def _stretch(self, start: int, stop: int) -> SequenceLayout:
+        bounds, before = documents_within(self.document_bounds, start, stop)
+        if before == start and self.continues is not None:
+            before += self.continues
+        return self._with_documents(bounds if self.is_packed else None, before, stop - start)
+
     def chunked(self, size: int) -> SequenceLayout:
         """The layout of the same tokens, with every document cut at multiples of `size` tokens from its start; made once.
 
@@ -214,10 +259,11 @@ class SequenceLayout:
         return self.cached(("chunked", size), lambda: self._cut(size))
 
     def _cut(self, size: int) -> SequenceLayout:
-        bounds = cut_bounds(self.document_bounds, size)
-        if len(bounds) == len(self.document_bounds):
+        bounds = cut_bounds(self.document_bounds, size, self.continues or 0)
+        continues = None if self.continues is None else self.continues % size
+        if len(bounds) == len(self.document_bounds) and continues == self.continues:
             return self
-        other = self._with_documents(bounds)
+        other = self._with_documents(bounds, continues)
         # Those of this layout: a mirrored one's are not those of its length.
         other._cache["all_segments"] = tuple(
             replace(segment, starts_document=has_any(bounds[:-1], segment.start, segment.stop))
@@ -225,10 +271,14 @@ class SequenceLayout:
         )
         return other
 
-    def _with_documents(self, bounds: Sequence[int] | None) -> SequenceLayout:
+    def _with_documents(
+        self, bounds: Sequence[int] | None, continues: int | None, seq_len: int | None = None
+    ) -> SequenceLayout:
+        """A layout of so many tokens (None: as here), with these documents, over the same ranks."""
         other = type(self).__new__(type(self))
         ranks = self.group, self.num_ranks, self.rank
-        other._init(self.seq_len, *ranks, self.order, bounds, self.ranks_per_node, self.weights)
+        length = self.seq_len if seq_len is None else seq_len
+        other._init(length, *ranks, self.order, bounds, self.ranks_per_node, self.weights, continues)
         return other
 
     def part(self, start: int, stop: int) -> SequenceLayout:
@@ -260,8 +310,14 @@ class SequenceLayout:
 
         A rank's tokens ``x.flip(1)`` are its tokens of the mirrored sequence; what comes later here comes earlier there.
         """
+        if self.continues is not None:
+            raise LayoutError(
+                "the mirror of a stretch of a sequence would begin behind its end: a reversed sequence is computed from its last "
+                f"stretch on; got continues={self.continues}. Take the stretches of the mirrored sequence, layout.mirrored of the "
+                "whole"
+            )
         bounds = None if self.documents is None else [self.seq_len - bound for bound in reversed(self.documents)]
-        other = self._with_documents(bounds)
+        other = self._with_documents(bounds, None)
         starts = other.document_bounds[:-1]
         # Set before it is first computed: a mirrored layout differs in nothing but who holds which segment.
         other._cache["all_segments"] = tuple(
@@ -296,6 +352,7 @@ class SequenceLayout:
     def __repr__(self) -> str:
         documents = "" if self.documents is None else f", num_documents={self.num_documents}"
         weights = "" if self.weights is None else f", weights={list(self.weights)}"
+        documents += "" if self.continues is None else f", continues={self.continues}"
         return (
             f"SequenceLayout(seq_len={self.seq_len}, order={self.order!r}, rank={self.rank} of {self.num_ranks}, "
             f"segments={list(self.segments)}{documents}{weights})"
@@ -375,12 +432,13 @@ class SequenceLayout:
         if torch.compiler.is_compiling() and self.num_ranks == 1:
             tokens = torch.arange(self.seq_len, device=device)
             if self.cu_seqlens is None:
-                return tokens
+                return tokens if not self.continues else tokens + self.continues
             bounds = self.cu_seqlens.to(device)
-            return tokens - bounds[torch.searchsorted(bounds, tokens, right=True) - 1]
+            starts = bounds[torch.searchsorted(bounds, tokens, right=True) - 1]
+            return tokens - starts if not self.continues else tokens - starts + self.continues * (starts == 0)
 
         def build() -> Tensor:
-            bounds = self.document_bounds
+            bounds = (-(self.continues or 0), *self.document_bounds[1:])
             starts = [piece.global_start - bounds[piece.document] for piece in self.pieces]
             return torch.cat(
                 [torch.arange(s, s + piece.num_tokens) for s, piece in zip(starts, self.pieces, strict=True)]
@@ -563,7 +621,7 @@ class SequenceLayout:
         if self.num_ranks == 1 or self.group is None:
             return
         self.check_group("verify()")
-        names = ("seq_len", "order", "documents", "ranks_per_node", "weights")
+        names = ("seq_len", "order", "documents", "ranks_per_node", "weights", "continues")
         mine = {name: getattr(self, name) for name in names}
         everyone: list[Any] = [None] * self.num_ranks
         dist.all_gather_object(everyone, mine, group=self.group)

@@ -7,5 +7,6 @@ from longspan.attention.softmax.attention import (
     softmax_attention,
     write_softmax,
 )
+from longspan.attention.softmax.earlier import EarlierKeys
 
-__all__ = ["SOFTMAX_METHODS", "SoftmaxMemory", "SoftmaxMethod", "softmax_attention", "write_softmax"]
+__all__ = ["SOFTMAX_METHODS", "EarlierKeys", "SoftmaxMemory", "SoftmaxMethod", "softmax_attention", "write_softmax"]

@@ -22,9 +22,10 @@ from longspan.attention.softmax.checks import (
     check_window,
 )
 from longspan.attention.softmax.choice import METHODS, choose
+from longspan.attention.softmax.earlier import EarlierKeys
 from longspan.attention.softmax.final_state import KeysAndValues, final_keys
 from longspan.attention.softmax.opaque import SOFTMAX, with_positive_scale
-from longspan.attention.softmax.pair import Local, Past, Reader
+from longspan.attention.softmax.pair import KeyExchange, Local, Past, Reader
 from longspan.attention.softmax.shapes import Shapes
 from longspan.attention.together import Together
 from longspan.autocast import as_in_product, as_written
@@ -50,6 +51,7 @@ def softmax_attention(
     softcap: float | None = ...,
     sinks: Tensor | None = ...,
     initial_state: KeysAndValues | None = ...,
+    earlier: EarlierKeys | None = ...,
     output_final_state: Literal[False] = ...,
     layout: SequenceLayout | None = ...,
     method: SoftmaxMethod = ...,
@@ -68,6 +70,7 @@ def softmax_attention(
     softcap: float | None = ...,
     sinks: Tensor | None = ...,
     initial_state: KeysAndValues | None = ...,
+    earlier: EarlierKeys | None = ...,
     output_final_state: Literal[True],
     layout: SequenceLayout | None = ...,
     method: SoftmaxMethod = ...,
@@ -86,6 +89,7 @@ def softmax_attention(
     softcap: float | None = ...,
     sinks: Tensor | None = ...,
     initial_state: KeysAndValues | None = ...,
+    earlier: EarlierKeys | None = ...,
     output_final_state: bool,
     layout: SequenceLayout | None = ...,
     method: SoftmaxMethod = ...,
@@ -103,6 +107,7 @@ def softmax_attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     initial_state: KeysAndValues | None = None,
+    earlier: EarlierKeys | None = None,
     output_final_state: bool = False,
     layout: SequenceLayout | None = None,
     method: SoftmaxMethod = "auto",
@@ -126,9 +131,14 @@ def softmax_attention(
             that rank's share: sum it over the ranks, like any parameter's. None is none.
         initial_state: keys and values of the L tokens before the first global one, ``(k, v)``, ``[B, L, H_kv, D]`` and
             ``[B, L, H_kv, D_v]``, L at least 0, as `output_final_state` returned them; the same on every rank, their gradient a
-            rank's share. For causal attention without documents. None is none.
+            rank's share. For causal attention without documents, or where the layout `continues` a sequence: its first document
+            sees the last ones of them. None is none.
         output_final_state: also return the keys and values of all tokens so far, the initial state's included, on every rank: the
-            initial state of what follows. With a window, of the last ``window - 1`` alone, which are all that it sees.
+            initial state of what follows. With a window, of the last ``window - 1`` alone, which are all that it sees; with
+            documents, of the last one alone.
+        earlier: keys and values of earlier stretches of the sequence, each on the rank that holds them, in the place of an
+            `initial_state` that every rank has whole: the queries travel there. For causal attention; give these keys and values to
+            ``earlier.followed_by`` for the stretch that follows. None is none.
         layout: who holds which tokens, and the documents, which never see each other; None is one device and one
             document.
         method: how queries meet the keys of other ranks. ``"all_gather"`` (LASP-2, arXiv 2502.07563) brings the keys and
@@ -144,9 +154,9 @@ def softmax_attention(
 
     Raises:
         InputError: for shapes, dtypes, devices, a window, a softcap or a method that do not fit; for ``"ulysses"`` with a number of
-            query heads that is no multiple of the number of ranks; for an initial or final state with ``causal=False`` or
-            documents.
-        LayoutError: if T is not the layout's number of local tokens.
+            query heads that is no multiple of the number of ranks; for an initial or final state, or earlier keys, with
+            ``causal=False``, or with documents of a layout that does not say which of them goes on.
+        LayoutError: if T is not the layout's number of local tokens, or the layout continues more tokens than there are.
 
     No mask or score tensor is built, and blocks that the causal, window or document mask removes whole are neither
     computed nor sent.
@@ -158,7 +168,7 @@ def softmax_attention(
     check_sinks(sinks, q)
     memory = write_softmax(
         k, v, layout=layout, method=method, causal=causal, window=window, num_heads=q.shape[2],
-        initial_state=initial_state, output_final_state=output_final_state,
+        initial_state=initial_state, earlier=earlier, output_final_state=output_final_state,
     )  # fmt: skip
     o = memory.read(q, scale, softcap=softcap, sinks=sinks)
     return (o, memory.final_state()) if output_final_state else o
@@ -174,6 +184,7 @@ def write_softmax(
     window: int | None = None,
     num_heads: int | None = None,
     initial_state: KeysAndValues | None = None,
+    earlier: EarlierKeys | None = None,
     output_final_state: bool = False,
 ) -> SoftmaxMemory | OpaqueSoftmaxMemory:
     """Start giving every rank the keys and values it needs, without waiting for them.
@@ -185,10 +196,10 @@ def write_softmax(
     Whatever runs before ``read`` hides the exchange, and its backward hides the backward exchange. One rank exchanges
     nothing.
     """
-    if stops_graphs(layout):
+    if stops_graphs(layout) or (earlier is not None and breaks_graphs()):
         return _write_softmax_outside_graphs(
             k, v, layout=layout, method=method, causal=causal, window=window, num_heads=num_heads,
-            initial_state=initial_state, output_final_state=output_final_state,
+            initial_state=initial_state, earlier=earlier, output_final_state=output_final_state,
         )  # fmt: skip
     k, v = as_in_product(k), as_in_product(v)
     if isinstance(initial_state, tuple | list):
@@ -203,14 +214,15 @@ def write_softmax(
         layout = layout_of_one_device(k.shape[1])
     check_layout(layout, k.shape[1], NAME, sends=not has_no_values(k))
     check_flag(NAME, "output_final_state", output_final_state)
-    past = check_state(initial_state, output_final_state, k, v, layout, causal)
+    past = check_state(initial_state, earlier, output_final_state, k, v, layout, causal, window)
     if has_no_values(k):
         if method == "ulysses" and num_heads is not None:
             check_heads_of_ulysses(num_heads, layout.num_ranks)
+        before = None if past is None else Past.of(*past, layout, window)
         return OpaqueSoftmaxMemory(
-            k, v, past, output_final_state, bounds_of(layout, k), causal, window, method, layout.num_ranks
+            k, v, before, output_final_state, bounds_of(layout, k), causal, window, method, layout
         )
-    return _write_softmax(k, v, past, output_final_state, layout, causal, window, method, num_heads)
+    return _write_softmax(k, v, past, earlier, output_final_state, layout, causal, window, method, num_heads)
 
 
 _write_softmax_outside_graphs = outside_graphs(write_softmax)
@@ -221,6 +233,7 @@ def _write_softmax(
     k: Tensor,
     v: Tensor,
     past: KeysAndValues | None,
+    earlier: EarlierKeys | None,
     output_final_state: bool,
     layout: SequenceLayout,
     causal: bool,
@@ -229,8 +242,8 @@ def _write_softmax(
     num_heads: int | None,
 ) -> SoftmaxMemory:
     visibility = visibility_of(layout, causal, window)
-    before = None if past is None else Past(*past, layout.seq_len, window)
-    return SoftmaxMemory(k, v, before, output_final_state, window, layout, visibility, method, num_heads)
+    before = None if past is None else Past.of(*past, layout, window)
+    return SoftmaxMemory(k, v, before, earlier, output_final_state, window, layout, visibility, method, num_heads)
 
 
 class SoftmaxMemory(StepMemory):
@@ -244,6 +257,7 @@ class SoftmaxMemory(StepMemory):
         k: Tensor,
         v: Tensor,
         past: Past | None,
+        earlier: EarlierKeys | None,
         with_final_state: bool,
         window: int | None,
         layout: SequenceLayout,
@@ -261,14 +275,15 @@ class SoftmaxMemory(StepMemory):
         self._final_state: KeysAndValues | None = None
         self._with_gradients = torch.is_grad_enabled()
         before = {} if past is None else {"initial_state[0]": past.k, "initial_state[1]": past.v}
+        parts = () if earlier is None else earlier.parts
+        before |= {f"earlier.parts[{i}].{name}": getattr(x, name) for i, x in enumerate(parts) for name in ("k", "v")}
         self._written = Unchanged(NAME, k=k, v=v, **before)
         if num_heads is not None:
             self._check_heads(num_heads)
-        exchange = METHODS[method](layout, visibility) if layout.num_ranks > 1 else None
+        exchange: KeyExchange | None = METHODS[method](layout, visibility) if layout.num_ranks > 1 else None
         if exchange is None or not exchange.exchanges:
-            self._reader = Reader(k, v, Local(layout, visibility), layout, past)
-        else:
-            self._reader = Reader(k, v, exchange, layout, past)
+            exchange = Local(layout, visibility)
+        self._reader = Reader(k, v, exchange, layout, past, earlier, window)
 
     def read(
         self,
@@ -346,13 +361,13 @@ class OpaqueSoftmaxMemory(StepMemory):
 
     _k: Tensor
     _v: Tensor
-    _past: KeysAndValues | None
+    _past: Past | None
     _with_final_state: bool
     _bounds: Tensor | None
     _causal: bool
     _window: int | None
     method: SoftmaxMethod
-    _num_ranks: int
+    _layout: SequenceLayout
 
     def read(
         self,
@@ -368,9 +383,9 @@ class OpaqueSoftmaxMemory(StepMemory):
         softcap = check_softcap(softcap)
         check_sinks(sinks, q)
         if self.method == "ulysses":
-            check_heads_of_ulysses(q.shape[2], self._num_ranks)
+            check_heads_of_ulysses(q.shape[2], self._layout.num_ranks)
         factor = check_scale(NAME, scale, q.shape[-1] ** -0.5)
-        past = (None, None) if self._past is None else self._past
+        past = (None, None) if self._past is None else (self._past.k, self._past.v)
         o: Tensor = SOFTMAX(
             q, self._k, self._v, *past, self._bounds, sinks, self._causal, self._window, factor, softcap
         )[0]
@@ -379,4 +394,6 @@ class OpaqueSoftmaxMemory(StepMemory):
     def final_state(self) -> KeysAndValues:
         """As in `SoftmaxMemory`."""
         check_has_final_state(self._with_final_state)
-        return final_keys(self._k, self._v, self._past, layout_of_one_device(self._k.shape[1]), self._window, False)
+        past = None if self._past is None else (self._past.k, self._past.v)
+        one_device = self._layout if self._layout.num_ranks == 1 else layout_of_one_device(self._k.shape[1])
+        return final_keys(self._k, self._v, past, one_device, self._window, False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from longspan.attention.softmax.earlier import check_earlier
 from longspan.attention.softmax.final_state import KeysAndValues
 from longspan.checks import (
     check_not_empty,
@@ -16,6 +17,8 @@ from longspan.checks import (
 )
 from longspan.errors import InputError
 from longspan.layout import SequenceLayout
+from longspan.layout.calls import check_whole
+from longspan.tracing import has_no_values
 
 NAME = "softmax attention"
 SOFTMAX_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -41,21 +44,46 @@ def check_has_final_state(has_it: bool) -> None:
 
 
 def check_state(
-    initial_state: object, output_final_state: bool, k: Tensor, v: Tensor, layout: SequenceLayout, causal: bool
+    initial_state: object,
+    earlier: object,
+    output_final_state: bool,
+    k: Tensor,
+    v: Tensor,
+    layout: SequenceLayout,
+    causal: bool,
+    window: int | None,
 ) -> KeysAndValues | None:
-    """The initial state, where it is one that k and the layout take."""
-    given = "an initial_state" if initial_state is not None else "output_final_state=True"
-    if initial_state is None and not output_final_state:
+    """The initial state, where it is one that k and the layout take; raises, too, for earlier keys that they do not take."""
+    if not causal:
+        check_whole(NAME, layout)
+    if initial_state is None and earlier is None and not output_final_state:
         return None
+    if earlier is not None and (initial_state is not None or output_final_state):
+        raise InputError(
+            f"{NAME}: earlier keys stay on the rank that holds them, and an initial or final state is whole on every rank; got "
+            f"earlier and {'an initial_state' if initial_state is not None else 'output_final_state=True'}. Take one of them: what "
+            "follows earlier keys is earlier.followed_by(k, v, layout)"
+        )
+    given = "an initial_state" if initial_state is not None else "earlier keys" if earlier is not None else ""
+    given = given or "output_final_state=True"
     if not causal:
         raise InputError(
             f"{NAME}: with causal=False there is no state before or after the sequence; got {given}. Leave out initial_state and "
             "output_final_state, or put the earlier tokens' keys and values before k and v"
         )
-    if layout.is_packed:
+    if earlier is not None:
+        if has_no_values(k):
+            raise InputError(
+                f"{NAME}: keys of earlier stretches are read where they lie, and have no place in an exported graph or among "
+                "tensors without values; got earlier keys. Take an initial_state, or leave it out"
+            )
+        check_earlier(earlier, k, v, layout)
+        return None
+    if layout.has_document_states:
         raise InputError(
             f"{NAME}: documents have keys and values of different lengths, and no state together; got {given} and a layout of "
-            f"{layout.num_documents} documents. Take one call for each document, or rows of a batch, without documents"
+            f"{layout.num_documents} documents. Take one call for each document, or rows of a batch, without documents; where "
+            "they are a stretch of a longer sequence, say so in the layout: continues="
         )
     if initial_state is None:
         return None
@@ -76,6 +104,12 @@ def check_state(
                 f"and L the same for keys and values; got {tuple(x.shape)} in {x.dtype}. Pass what output_final_state=True returned"
             )
         check_same_device(NAME, **{"k": k, name: x})
+    seen = 0 if layout.continues is None else layout.continues if window is None else min(layout.continues, window - 1)
+    if past_k.shape[1] < seen:
+        raise InputError(
+            f"{NAME}: the layout's first document sees {seen} earlier tokens (continues={layout.continues}); the initial_state has "
+            f"{past_k.shape[1]}. Pass what the stretch before returned, or the number of tokens that there are"
+        )
     return past_k, past_v
 
 

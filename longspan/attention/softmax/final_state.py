@@ -30,18 +30,19 @@ def final_keys(
 ) -> KeysAndValues:
     """Keys ``[B, L + N, H_kv, D]`` and values ``[B, L + N, H_kv, D_v]`` of all tokens so far, or of the last ``window - 1``.
 
-    On every rank.
+    Of those of the last document. On every rank.
 
     joins: take part in the gradients' exchange even if k and v take none here: those of other ranks may.
     """
     kept = None if window is None else window - 1
-    num_last = layout.seq_len if kept is None else min(kept, layout.seq_len)
+    of_document = layout.seq_len - layout.document_bounds[-2]
+    num_last = of_document if kept is None else min(kept, of_document)
     if layout.num_ranks > 1 and num_last > 0:
         leaf = k.new_zeros((), requires_grad=True) if joins and not (k.requires_grad or v.requires_grad) else None
         last_k, last_v = _LastTokens.apply(k, v, leaf, layout, num_last)
     else:
         last_k, last_v = (x[:, x.shape[1] - num_last :] for x in (k, v))
-    if past is None:
+    if past is None or layout.num_documents > 1:
         # Tensors of their own: these are kept longer than what they were taken from.
         return (last_k, last_v) if layout.num_ranks > 1 else (last_k.clone(), last_v.clone())
     num_past = past[0].shape[1] if kept is None else min(past[0].shape[1], kept - num_last)

@@ -41,7 +41,7 @@ def _parts(
     local = Local(layout, visibility_of(layout, causal, window))
     if past_k is None or past_v is None:
         return local, ()
-    return local, Past(past_k, past_v, layout.seq_len, window).blocks(layout.segments)
+    return local, Past.of(past_k, past_v, layout, window).blocks(layout.segments)
 
 
 def _attend(

@@ -16,12 +16,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import zip_longest
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from longspan.attention.softmax.earlier import EarlierKeys
+from longspan.attention.softmax.earlier_reads import EarlierReads
+from longspan.attention.softmax.key_heads import KeyHeads
 from longspan.attention.softmax.shapes import Shapes
 from longspan.dtypes import at_least_float32
 from longspan.exchange.recomputation import KeptTensors, kept_tensors
@@ -118,8 +122,8 @@ class MovingExchange(KeyExchange):
         """Gradients of the queries of a read back to their tokens, and those of its keys and values, if any, on their way."""
 
     @abstractmethod
-    def key_heads_there(self, x: Tensor, num_heads: int) -> Tensor:
-        """Of keys or values [B, L, H_kv, D or D_v] those that h of `num_heads` H query heads read there; differentiable."""
+    def key_heads_of(self, rank: int, num_here: int, num_key_heads: int, device: torch.device) -> KeyHeads:
+        """Which of `num_key_heads` H_kv key heads those query heads read that attend at a rank, `num_here` h of them."""
 
     @abstractmethod
     def query_heads_there(self, x: Tensor) -> Tensor:
@@ -160,13 +164,22 @@ class Local(KeyExchange):
 class Past:
     """Keys and values of tokens before the first global one, the same on every rank; whoever sees them computes without asking.
 
-    k: [B, L, H_kv, D]. v: [B, L, H_kv, D_v]. seq_len, window: of the tokens that follow, as in `softmax_attention`.
+    k: [B, L, H_kv, D]. v: [B, L, H_kv, D_v]. num_following: how many of the tokens that follow are of the same document. window:
+    as in `softmax_attention`.
     """
 
     k: Tensor
     v: Tensor
-    seq_len: int
+    num_following: int
     window: int | None
+
+    @classmethod
+    def of(cls, k: Tensor, v: Tensor, layout: SequenceLayout, window: int | None) -> Past:
+        """Of keys and values before the layout's tokens those that its first document goes on from."""
+        if layout.continues is not None:
+            first = max(0, k.shape[1] - layout.continues)
+            k, v = k[:, first:], v[:, first:]
+        return cls(k, v, layout.document_bounds[1], window)
 
     @property
     def takes_gradient(self) -> bool:
@@ -177,9 +190,9 @@ class Past:
         """Blocks of the queries of global runs, in ascending order, on these keys."""
         num_past = self.k.shape[1]
         # No query further on than that sees any; runs after one that is cut are cut whole.
-        last = self.seq_len if self.window is None else min(self.seq_len, self.window - 1)
+        last = self.num_following if self.window is None else min(self.num_following, self.window - 1)
         seeing = [(start + num_past, min(stop, last) + num_past) for start, stop in queries if start < last]
-        visibility = Visibility((0, num_past + self.seq_len), True, self.window)
+        visibility = Visibility((0, num_past + self.num_following), True, self.window)
         return plan_blocks(seeing, [(0, num_past)], visibility) if num_past else ()
 
 
@@ -214,17 +227,34 @@ def own_blocks(layout: SequenceLayout, visibility: Visibility) -> tuple[VisibleB
 class Reader:
     """The pair of nodes around an exchange."""
 
-    def __init__(self, k: Tensor, v: Tensor, exchange: KeyExchange, layout: SequenceLayout, past: Past | None) -> None:
-        self._k, self._v, self._exchange, self._past = k, v, exchange, past
-        self._past_blocks: tuple[VisibleBlock, ...] = ()
-        if past is not None:
-            moves = isinstance(exchange, MovingExchange)
-            self._past_blocks = past.blocks([(0, layout.seq_len)] if moves else layout.segments)
+    def __init__(
+        self,
+        k: Tensor,
+        v: Tensor,
+        exchange: KeyExchange,
+        layout: SequenceLayout,
+        past: Past | None,
+        earlier: EarlierKeys | None,
+        window: int | None,
+    ) -> None:
+        self._k, self._v, self._exchange, self._past, self._layout = k, v, exchange, past, layout
+        moves = isinstance(exchange, MovingExchange)
+        everything = ((0, layout.seq_len),)
+        queries = tuple(everything if moves else layout.segments_of(rank) for rank in range(layout.num_ranks))
+        self._past_blocks = () if past is None else past.blocks(queries[layout.rank])
+        self._reads: EarlierReads | None = None
+        if earlier is not None and earlier.parts:
+            heads_of = None
+            if isinstance(exchange, MovingExchange):
+                heads_of = partial(exchange.key_heads_of, num_key_heads=k.shape[2], device=k.device)
+            self._reads = EarlierReads(earlier, layout, window, queries, heads_of)
         self._num_reads = 0
         self._kept: KeptTensors | None = None
         self._ticket: Tensor | None = None
-        if exchange.exchanges:
+        repeats = False
+        if exchange.exchanges or (self._reads is not None and self._reads.exchanges):
             self._kept, repeats = kept_tensors(type(exchange).__name__, k.shape, v.shape, k.dtype)
+        if exchange.exchanges:
             self._ticket = _KeysStart.apply(k, v, exchange, repeats)
 
     def attend(self, q: Tensor, scale: float, softcap: float | None = None, sinks: Tensor | None = None) -> Tensor:
@@ -237,6 +267,10 @@ class Reader:
             past = self._past.k, self._past.v
         wants_gradient = q.requires_grad or (self._past is not None and self._past.takes_gradient)
         wants_gradient = wants_gradient or (sinks is not None and sinks.requires_grad)
+        reads, earlier_ticket = self._reads, None
+        if reads is not None:
+            earlier_ticket = reads.earlier.ticket(self._k)
+            wants_gradient = wants_gradient or earlier_ticket is not None
         if exchange.exchanges and torch.is_grad_enabled() and wants_gradient:
             assert self._ticket is not None
             if not self._ticket.requires_grad:
@@ -252,8 +286,10 @@ class Reader:
                 self._ticket,
                 *past,
                 sinks,
+                earlier_ticket,
                 self._past_blocks,
                 exchange,
+                reads,
                 scale,
                 softcap,
                 read,
@@ -263,8 +299,10 @@ class Reader:
         if sinks is not None:
             sinks = exchange.query_heads_there(sinks)
         if self._past is not None:
-            heads = q.shape[2]
-            past = exchange.key_heads_there(self._past.k, heads), exchange.key_heads_there(self._past.v, heads)
+            past_k, past_v = self._past.k, self._past.v
+            rank, num_ranks = self._layout.rank, self._layout.num_ranks
+            own = exchange.key_heads_of(rank, q.shape[2] // num_ranks, past_k.shape[2], past_k.device)
+            past = own.take(past_k), own.take(past_v)
         q_there, ticket = _There.apply(q, self._ticket, exchange, read, self._kept)
         moved: Tensor = _Attend.apply(
             q_there,
@@ -273,8 +311,10 @@ class Reader:
             ticket,
             *past,
             sinks,
+            earlier_ticket,
             self._past_blocks,
             exchange,
+            reads,
             scale,
             softcap,
             read,
@@ -303,13 +343,17 @@ def attend(
     sinks: Tensor | None,
     scale: float,
     softcap: float | None,
+    reads: EarlierReads | None = None,
 ) -> Attended:
-    """Attention of q on the keys that `exchange` brings, on those of the past, and on the sinks: one merge."""
+    """Attention of q on the keys that `exchange` brings, on those of the past or of earlier stretches, and on sinks: one merge."""
     merged = Merged(q, scale, softcap)
+    flight = None if reads is None else reads.depart(q)
     exchange.attend_first(merged, k, v)
     past_k, past_v = past
     if past_k is not None and past_v is not None:
         merged.add(past_blocks, past_k, past_v)
+    if reads is not None:
+        reads.attend(merged, q, v.shape[3], flight)
     kept = exchange.attend_rest(merged, k, v)
     if sinks is not None:
         merged.add_sinks(sinks)
@@ -376,12 +420,14 @@ class _Attend(torch.autograd.Function):
     | ticket | [1], or None | from `_KeysStart`; None where no rank needs another's keys |
     | past_k, past_v | [B, L, H_kv, D], [B, L, H_kv, D_v], or None | of earlier tokens |
     | sinks | [H], or None | scores of one more key of value 0 |
+    | earlier_ticket | [1], or None | from the nodes that kept the keys of earlier stretches, where these take gradients |
     | lse | [B, H, T] | log-sum-exp over all keys that a query sees, saved for backward |
 
     Forward: o_i = softmax_j(scale · q_i·K_j) V_j over the keys j that i sees, K and V those of all ranks and of the past. Backward:
     P = exp(scale · q Kᵀ − lse) and delta = rowsum(do ⊙ o): dV = Pᵀ do, dS = P ⊙ (do Vᵀ − delta), dq = scale · dS K,
     dK = scale · dSᵀ q; and dsinks = −Σ exp(sinks − lse) ⊙ delta. Gradients of the past and of sinks are those of this rank's
-    queries alone. With a softcap: see `longspan.ops.softmax.block`.
+    queries alone; those of earlier stretches' keys are added where these are (`EarlierReads`). With a softcap: see
+    `longspan.ops.softmax.block`.
     """
 
     @staticmethod
@@ -394,8 +440,10 @@ class _Attend(torch.autograd.Function):
         past_k: Tensor | None,
         past_v: Tensor | None,
         sinks: Tensor | None,
+        earlier_ticket: Tensor | None,
         past_blocks: tuple[VisibleBlock, ...],
         exchange: KeyExchange,
+        reads: EarlierReads | None,
         scale: float,
         softcap: float | None,
         read: int,
@@ -403,11 +451,11 @@ class _Attend(torch.autograd.Function):
     ) -> Tensor:
         found = None if kept is None else _attended_before(kept, read, k, v)
         if found is None:
-            found = attend(exchange, q, k, v, (past_k, past_v), past_blocks, sinks, scale, softcap)
+            found = attend(exchange, q, k, v, (past_k, past_v), past_blocks, sinks, scale, softcap, reads)
             if kept is not None:
                 _keep_attended(kept, read, found, k, v)
         ctx.save_for_backward(q, found.out, found.lse, past_k, past_v, sinks, *found.kept)
-        ctx.past_blocks, ctx.exchange, ctx.read = past_blocks, exchange, read
+        ctx.past_blocks, ctx.exchange, ctx.reads, ctx.read = past_blocks, exchange, reads, read
         ctx.scale, ctx.softcap = scale, softcap
         return found.out
 
@@ -418,15 +466,20 @@ class _Attend(torch.autograd.Function):
         returns_key_grads: bool = ctx.needs_input_grad[3]
         q, out, lse, past_k, past_v, sinks, *kept = ctx.saved_tensors
         queries = QueryTile(q, out, lse, grad_out, ctx.scale, ctx.softcap)
+        reads: EarlierReads | None = ctx.reads
+        flight = None if reads is None else reads.depart_backward(queries)
         key_grads = exchange.backward(queries, tuple(kept), ctx.read, returns_key_grads)
         past_grads = None if past_k is None else queries.backward(ctx.past_blocks, past_k, past_v)
+        if reads is not None:
+            reads.backward(queries, flight)
         # The graph holds the exchange as long as the output lives.
         exchange.release()
         dk, dv = (x.to(q.dtype) for x in key_grads) if key_grads else (None, None)
         past_dk, past_dv = (x.to(q.dtype) for x in past_grads) if past_grads else (None, None)
         ticket = grad_out.new_zeros(1) if returns_key_grads else None
         sink_grads = queries.sink_grads(sinks) if ctx.needs_input_grad[6] else None
-        return queries.dq, dk, dv, ticket, past_dk, past_dv, sink_grads, None, None, None, None, None, None
+        earlier_ticket = grad_out.new_zeros(1) if ctx.needs_input_grad[7] else None
+        return queries.dq, dk, dv, ticket, past_dk, past_dv, sink_grads, earlier_ticket, *[None] * 7
 
 
 class _There(torch.autograd.Function):

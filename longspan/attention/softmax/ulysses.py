@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from longspan.attention.softmax.all_gather import remote_keys
+from longspan.attention.softmax.key_heads import KeyHeads, spread, summed
 from longspan.attention.softmax.packing import pack_into, packed_width, take_runs, unpack
 from longspan.attention.softmax.pair import Grads, KeyShapes, MovingExchange
 from longspan.attention.softmax.shapes import Shapes, pairs_of_ranks
@@ -117,10 +118,9 @@ class Ulysses(MovingExchange):
     def back(self, x: Tensor, phase: str) -> Tensor:
         return self._wait_tokens(self._to_tokens(x, phase))
 
-    def key_heads_there(self, x: Tensor, num_heads: int) -> Tensor:
-        start, stop = self._heads_of(x.shape[2])[self._layout.rank]
-        sources = self._key_heads(num_heads // self._layout.num_ranks, x.shape[2], x.device)
-        return _spread(x[:, :, start:stop], sources)
+    def key_heads_of(self, rank: int, num_here: int, num_key_heads: int, device: torch.device) -> KeyHeads:
+        sources = self._key_heads(num_here, num_key_heads, device, rank)
+        return KeyHeads(*key_heads_of(rank, self._layout.num_ranks, num_key_heads), sources)
 
     def query_heads_there(self, x: Tensor) -> Tensor:
         return x.unflatten(0, (self._layout.num_ranks, -1))[self._layout.rank]
@@ -128,7 +128,7 @@ class Ulysses(MovingExchange):
     def attend_first(self, merged: Merged, k: Tensor, v: Tensor) -> None:
         keys, values = self._wait_keys(k, v)
         sources = self._key_heads(merged.num_heads, self._num_key_heads, k.device)
-        merged.add(self._plan.blocks, _spread(keys, sources), _spread(values, sources))
+        merged.add(self._plan.blocks, spread(keys, sources), spread(values, sources))
 
     def attend_rest(self, merged: Merged, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
         return self._wait_keys(k, v)
@@ -138,10 +138,10 @@ class Ulysses(MovingExchange):
     ) -> Grads | None:
         keys, values = kept
         sources = self._key_heads(queries.num_heads, self._num_key_heads, keys.device)
-        grads = queries.backward(self._plan.blocks, _spread(keys, sources), _spread(values, sources))
+        grads = queries.backward(self._plan.blocks, spread(keys, sources), spread(values, sources))
         if returns_key_grads:
             pairs = zip(grads, kept, strict=True)
-            self._key_grads[read] = [_summed(grad, sources, x).to(keys.dtype) for grad, x in pairs]
+            self._key_grads[read] = [summed(grad, sources, x).to(keys.dtype) for grad, x in pairs]
         return None
 
     def back_with_key_grads(self, dq: Tensor, read: int) -> Tensor:
@@ -213,15 +213,15 @@ class Ulysses(MovingExchange):
             total[:, :, start:stop] += part
         return total
 
-    def _key_heads(self, here: int, num_key_heads: int, device: torch.device) -> Tensor | None:
-        """For each of `here` query heads of this rank, its key head's number at this rank; None where the kernels group so."""
-        rank, num_ranks = self._layout.rank, self._layout.num_ranks
+    def _key_heads(self, here: int, num_key_heads: int, device: torch.device, rank: int | None = None) -> Tensor | None:
+        """For each of `here` query heads of a rank (None: this one) its key head's number there; None where kernels group so."""
+        rank, num_ranks = self._layout.rank if rank is None else rank, self._layout.num_ranks
         group = here * num_ranks // num_key_heads
         first, last = key_heads_of(rank, num_ranks, num_key_heads)
         sources = [(rank * here + head) // group - first for head in range(here)]
         if here % (last - first) == 0 and sources == [head // (here // (last - first)) for head in range(here)]:
             return None
-        key = "softmax_key_heads", here, num_key_heads, device
+        key = "softmax_key_heads", rank, here, num_key_heads, device
         return self._layout.cached(key, lambda: torch.tensor(sources).to(device))
 
     def _to_heads(self, x: Tensor, phase: str) -> Flight:
@@ -248,15 +248,3 @@ class Ulysses(MovingExchange):
         """[B, T, H, D or D_v]"""
         arrived = flight.wait().unflatten(0, (self._layout.num_ranks, -1))
         return arrived.permute(2, 1, 0, 3, 4).flatten(2, 3)
-
-
-def _spread(x: Tensor, sources: Tensor | None) -> Tensor:
-    """Key or value heads [B, N, n, ·] as one per query head, [B, N, h, ·]; as they are without `sources`."""
-    return x if sources is None else x.index_select(2, sources)
-
-
-def _summed(grad: Tensor, sources: Tensor | None, keys: Tensor) -> Tensor:
-    """The gradient of what `_spread` took, [B, N, n, ·]."""
-    if sources is None:
-        return grad
-    return at_least_float32(grad.new_zeros(keys.shape)).index_add_(2, sources, at_least_float32(grad))

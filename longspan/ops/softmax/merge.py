@@ -56,6 +56,20 @@ class Merged:
                 out, lse = out.flip(1), lse.flip(2)
             self._merge(block, out, lse)
 
+    def others(self, q: Tensor) -> Merged:
+        """The same for queries of another rank [B, n, H, D]."""
+        return Merged(q, self._scale, self._softcap)
+
+    def add_found(self, out: Tensor, lse: Tensor) -> None:
+        """Let the first n queries see what they saw elsewhere, too: its out [B, n, H, D_v] and lse [B, H, n]."""
+        self._merge(VisibleBlock(0, out.shape[1], 0, 0, "full"), out, lse)
+
+    @property
+    def found(self) -> tuple[Tensor, Tensor]:
+        """What `add_found` takes: [B, T, H, D_v] in q's dtype, and [B, H, T], -inf where a query saw no score above that."""
+        assert self._lse is not None
+        return self.out, self._lse
+
     def add_sinks(self, sinks: Tensor) -> None:
         """Let every query see one more key, whose score is sinks [H] of its head and whose value is 0."""
         assert self._out is not None and self._lse is not None
@@ -155,6 +169,24 @@ class QueryTile:
     def dq(self) -> Tensor:
         """The gradient of all queries that `backward` has gathered so far, [B, T, H, D] in q's dtype."""
         return self._dq.sum.to(self._q.dtype)
+
+    @property
+    def summed_dq(self) -> Tensor:
+        """`dq`, in float32 or float64 where several blocks have summed."""
+        return self._dq.sum
+
+    def add_dq(self, dq: Tensor) -> None:
+        """Add the gradient [B, n, H, D] that the first n queries were given elsewhere."""
+        self._dq.add(0, dq.shape[1], VisibleBlock(0, dq.shape[1], 0, 0, "full"), dq)
+
+    def others(self, q: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor) -> QueryTile:
+        """The same for queries of another rank, n of them."""
+        return QueryTile(q, out, lse, grad_out, self._scale, self._softcap)
+
+    def first(self, num_queries: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What another `QueryTile` needs of the first queries: q, out, lse, grad_out."""
+        q, out, grad_out = (x[:, :num_queries] for x in (self._q, self._out, self._grad_out))
+        return q, out, self._lse[:, :, :num_queries], grad_out
 
     def backward(self, blocks: Iterable[VisibleBlock], k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients of `blocks`: dk and dv in the shapes of k and v, in float32 or float64 where several blocks have summed."""
