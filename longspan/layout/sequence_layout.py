@@ -11,7 +11,6 @@ A *piece* is the part of a segment that belongs to one packed document.
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -240,6 +239,15 @@ class SequenceLayout:
             before += self.continues
         return self._with_documents(bounds if self.is_packed else None, before, stop - start)
 
+    def continuing(self, num_tokens: int) -> SequenceLayout:
+        """The layout of the same tokens as a stretch whose first document has `num_tokens` tokens before it; made once.
+
+        Raises:
+            LayoutError: for what is no int of at least 0.
+        """
+        check_continues(num_tokens)
+        return self.cached(("continuing", num_tokens), lambda: self._with_documents(self.documents, num_tokens))
+
     def chunked(self, size: int) -> SequenceLayout:
         """The layout of the same tokens, with every document cut at multiples of `size` tokens from its start; made once.
 
@@ -279,29 +287,6 @@ class SequenceLayout:
         ranks = self.group, self.num_ranks, self.rank
         length = self.seq_len if seq_len is None else seq_len
         other._init(length, *ranks, self.order, bounds, self.ranks_per_node, self.weights, continues)
-        return other
-
-    def part(self, start: int, stop: int) -> SequenceLayout:
-        """The layout of the tokens from `start` on, before `stop`, split over the same ranks by themselves.
-
-        Documents are cut: the first one may have begun before, and the last one may go on behind.
-
-        Raises:
-            LayoutError: for what is no part of the sequence, or has fewer tokens than ranks.
-        """
-        if not (is_int(start) and is_int(stop) and 0 <= start < stop <= self.seq_len):
-            raise LayoutError(
-                f"part() takes where tokens start and stop, within the {self.seq_len} of the sequence; got "
-                f"{described(start)} and {described(stop)}. Pass 0 <= start < stop <= {self.seq_len}"
-            )
-        bounds = None
-        if self.documents is not None:
-            first, last = bisect_right(self.documents, start), bisect_left(self.documents, stop)
-            bounds = [0, *(bound - start for bound in self.documents[first:last]), stop - start]
-        other = type(self).__new__(type(self))
-        documents = None if bounds is None or len(bounds) == 2 else bounds
-        ranks = self.group, self.num_ranks, self.rank
-        other._init(stop - start, *ranks, self.order, documents, self.ranks_per_node, self.weights)
         return other
 
     @_cached_property

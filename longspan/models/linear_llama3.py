@@ -260,14 +260,16 @@ class LinearLlama3(nn.Module):
         self._check_labels(labels, num_valid, routing, tokens, in_segments)
         self._check_token_scores(token_scores, labels, num_valid=num_valid, routing=routing)
         self._check_logits_to_keep(logits_to_keep, labels, tokens)
-        self._check_memory(memory)
+        self._check_memory(memory, layout)
+        if layout is not None and layout.has_document_states and (memory is not None or output_memory):
+            layout = layout.continuing(0 if memory is None else memory.num_tokens)
         if layout is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)
         else:
             check_layout(layout, tokens.shape[1], "the model")
             positions = layout.document_positions_on(tokens.device)
-        if memory is not None:
-            positions = _after(memory, positions, layout)
+        if memory is not None and (layout is None or layout.continues is None):
+            positions = positions + memory.num_tokens
         shared = {name: module() for name, module in self.shared.items()}
         context = Context(
             layout,
@@ -347,8 +349,13 @@ class LinearLlama3(nn.Module):
             routing=routing,
         )
 
-    def _check_memory(self, memory: object) -> None:
+    def _check_memory(self, memory: object, layout: SequenceLayout | None) -> None:
         if memory is None:
+            if layout is not None and layout.continues:
+                raise InputError(
+                    f"the model: the layout continues a document of {layout.continues} earlier tokens, and nothing is remembered "
+                    "of them; got memory=None. Pass what the call before returned with output_memory=True"
+                )
             return
         if not isinstance(memory, ModelMemory):
             raise InputError(
@@ -415,15 +422,11 @@ class LinearLlama3(nn.Module):
         return rotation(positions, config.size_of_head, config.rope_theta, dtype, config.rope_scaling)
 
 
-def _after(memory: ModelMemory, positions: Tensor, layout: SequenceLayout | None) -> Tensor:
-    """Positions of tokens in their documents, of which the first goes on with what is remembered."""
-    if layout is None or not layout.is_packed:
-        return positions + memory.num_tokens
-    goes_on = layout.positions_on(positions.device) < layout.document_bounds[1]
-    return torch.where(goes_on, positions + memory.num_tokens, positions)
-
-
 def _num_tokens_so_far(tokens: Tensor, layout: SequenceLayout | None, memory: ModelMemory | None) -> int:
     """Tokens of the last document up to here, those that are remembered from before included."""
     *_, start, stop = (0, tokens.shape[1]) if layout is None else layout.document_bounds
-    return stop - start + (memory.num_tokens if memory is not None and start == 0 else 0)
+    if start > 0:
+        return stop - start
+    if layout is not None and layout.continues is not None:
+        return stop + layout.continues
+    return stop + (0 if memory is None else memory.num_tokens)

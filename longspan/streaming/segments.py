@@ -39,7 +39,10 @@ def cut_in_time(num_tokens: int, segment_tokens: int, layout: SequenceLayout | N
     new_documents = set() if layout is None else set(layout.document_bounds)
     return tuple(
         Segment(
-            start, stop, None if layout is None else layout.part(start, stop), start > 0 and start not in new_documents
+            start,
+            stop,
+            None if layout is None else layout.stretch(start, stop),
+            start > 0 and start not in new_documents,
         )
         for start, stop in zip(starts, [*starts[1:], num_tokens], strict=True)
     )

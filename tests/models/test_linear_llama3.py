@@ -252,8 +252,24 @@ def test_a_memory_that_does_not_fit_is_refused() -> None:
         model(tokens, memory=ModelMemory(4, memory.layers[:3]))
     with pytest.raises(InputError, match=r"initial_state must be \[B, H, K, V\] = \(2, 4, 4, 4\)"):
         model(random_tokens(2, 4), memory=memory)
-    with pytest.raises(InputError, match="documents have keys and values of different lengths"):
-        model(tokens, SequenceLayout.local(4, [0, 1, 4]), memory=memory)
+    with pytest.raises(InputError, match="continues a document of 3 earlier tokens, and nothing is remembered of them"):
+        model(tokens, SequenceLayout.local(4, [0, 1, 4], continues=3))
+
+
+@pytest.mark.parametrize("documents", [(0, 9), (0, 3, 4, 9), (0, 5, 9)])
+def test_packed_documents_go_on_from_what_is_remembered(documents: tuple[int, ...]) -> None:
+    """Given by the layout of a stretch, or by packed documents and a memory alone."""
+    model, tokens = tiny_model(pattern="LN", window=4), random_tokens(1, 9)
+    whole = SequenceLayout.local(9, documents)
+    want = model(tokens, whole)
+    for cut in (2, 4, 5):
+        first, rest = whole.stretch(0, cut), whole.stretch(cut, 9)
+        start, memory = model(tokens[:, :cut], first, output_memory=True)
+        (end, _) = model(tokens[:, cut:], rest, memory=memory, output_memory=True)
+        assert relative_error(torch.cat([start, end], dim=1), want) <= 1e-12
+        if rest.continues and rest.num_documents > 1:
+            again = model(tokens[:, cut:], SequenceLayout.local(9 - cut, rest.documents), memory=memory)
+            assert torch.equal(again, end)
 
 
 def test_a_layout_of_another_length_is_refused() -> None:

@@ -29,7 +29,7 @@ def as_one_graph(model: nn.Module, tokens: Tensor, segment_tokens: int, seed: in
     num_tokens = labels.shape[1]
     for start in range(0, num_tokens, segment_tokens):
         stop = min(start + segment_tokens, num_tokens)
-        layout = SequenceLayout.local(num_tokens).part(start, stop)
+        layout = SequenceLayout.local(num_tokens).stretch(start, stop)
         given = {"labels": labels[:, start:stop], "num_valid": int((labels >= 0).sum())}
         loss, memory = model(tokens[:, start:stop], layout, memory=memory, **given, output_memory=True)
         total = total + loss

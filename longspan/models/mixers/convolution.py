@@ -45,7 +45,7 @@ class ShortConvolution(DrawnModule):
             initial_state=context.remembered("taps"),
             output_final_state=context.outputs_memory,
         )
-        return (found[0], context.of_last_document(found[1])) if isinstance(found, tuple) else (found, None)
+        return (found[0], context.of_its_own(found[1])) if isinstance(found, tuple) else (found, None)
 
     @property
     def halo(self) -> int:

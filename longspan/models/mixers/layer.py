@@ -96,7 +96,7 @@ def memory_of(
     """What a layer remembers: its state, ``{"state": [B, H, K, V]}``, and the last inputs of its convolution; None if not asked."""
     if not context.outputs_memory:
         return None
-    state = {"state": context.of_last_document(written.final_state())}
+    state = {"state": context.of_its_own(written.final_state())}
     return LayerMemory(state if taps is None else state | {"taps": taps})
 
 

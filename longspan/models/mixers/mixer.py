@@ -18,7 +18,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from longspan.attention.softmax import SoftmaxMethod
@@ -75,7 +74,8 @@ class Context:
     layers of a kind have together, by the name of their mixer. in_segments: whether this is a segment of time of a longer sequence:
     keys and values are then remembered as blocks, one of each segment, and none is copied.
 
-    With packed documents the memory is of the first of them, which goes on, and what is returned is of the last.
+    With packed documents the memory is of the first of them, which goes on, and what is returned is of the last: the layout
+    `continues`.
     """
 
     layout: SequenceLayout | None
@@ -87,22 +87,15 @@ class Context:
     in_segments: bool = False
 
     def remembered(self, name: str) -> Tensor | None:
-        """A tensor of this layer's memory, as operators take an initial state, or None before the first token.
+        """A tensor of this layer's memory, or None before the first token."""
+        return None if self.memory is None else self.memory.tensors.get(name)
 
-        ``[B, ...]``; with packed documents ``[num_documents, ...]``, zeros before all but the first.
-        """
-        x = None if self.memory is None else self.memory.tensors.get(name)
-        if x is None or self.layout is None or not self.layout.is_packed:
-            return x
-        return torch.cat([x, x.new_zeros(self.layout.num_documents - 1, *x.shape[1:])])
-
-    def of_last_document(self, final_state: Tensor) -> Tensor:
-        """What is remembered of an operator's final state, ``[B, ...]`` or of each document: that of the last one.
+    def of_its_own(self, final_state: Tensor) -> Tensor:
+        """An operator's final state, as it is remembered.
 
         In segments of time no view: it is kept longer than what it would be a view of, and FSDP2 wants none.
         """
-        last = final_state[-1:] if self.layout is not None and self.layout.is_packed else final_state
-        return last.clone() if self.in_segments and last._base is not None else last
+        return final_state.clone() if self.in_segments and final_state._base is not None else final_state
 
     def after(self, memory: LayerMemory) -> Context:
         """This context with what another layer remembers."""
