@@ -192,9 +192,9 @@ FAULTS: dict[str, Fault] = {
         ("tests/attention/test_earlier_keys.py::test_stretches_equal_one_call[ring-2]",),
     ),
     "a document that sees the keys of the one before it, in an earlier stretch": Fault(
-        "longspan/attention/softmax/earlier_plan.py",
-        "document = sight.num_before - sight.num_seen,",
-        "document = 0,",
+        "longspan/attention/softmax/earlier.py",
+        "return self.num_tokens if layout.continues is None else layout.continues",
+        "return self.num_tokens",
         ("tests/attention/test_earlier_keys.py::test_stretches_equal_one_call[ring-2]",),
     ),
     "a document that begins with a stretch and goes on from the state before": Fault(

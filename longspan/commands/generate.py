@@ -59,6 +59,8 @@ class Generate:
     checkpoint; or the path of a safetensors file."""
     data: str | None = None
     """The folder of prepared data whose tokenizer it is; None is where the run had it."""
+    segment_tokens: int | None = None
+    """Read the prompt in segments of so many tokens, to hold the activations of one at a time; None reads it at once."""
     max_new_tokens: int = 200
     """End after this many tokens."""
     temperature: float = 0.0
@@ -105,6 +107,12 @@ def _check(options: Generate) -> None:
     if options.max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens is {options.max_new_tokens}; it must be at least 1")
     options.parallel.check()
+    least = options.parallel.sp or 1
+    if options.segment_tokens is not None and options.segment_tokens < least:
+        raise ConfigError(
+            f"segment_tokens is {options.segment_tokens}; it must be at least {least}, a token for each rank. A few thousand keep "
+            "a device busy"
+        )
     if options.prompt is not None and options.prompt_file is not None:
         raise ConfigError("prompt and prompt_file exclude each other: a text has one beginning. Leave one out")
     if "" in options.stop:
@@ -187,7 +195,7 @@ def _generate(options: Generate, place: Place) -> int:
         _warn_of_length(trained, len(given), options.max_new_tokens)
     tokens = torch.tensor(given, device=ranks.device)
     begun = time.perf_counter()
-    memory = prefill(model, tokens, order=trained.config.parallel.order)
+    memory = prefill(model, tokens, order=trained.config.parallel.order, segment_tokens=options.segment_tokens)
     read = time.perf_counter()
     # The others have done their part, however long the text becomes.
     ranks.close()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal, Protocol
 
 import torch
@@ -109,7 +110,12 @@ class Sampling:
 
 
 def prefill(
-    model: Decodable, tokens: Tensor, *, order: Order = "zigzag", weights: Sequence[float] | None = None
+    model: Decodable,
+    tokens: Tensor,
+    *,
+    order: Order = "zigzag",
+    weights: Sequence[float] | None = None,
+    segment_tokens: int | None = None,
 ) -> ModelMemory | None:
     """What the model remembers of all tokens of a prompt but the last, the same on every rank.
 
@@ -120,27 +126,54 @@ def prefill(
         model: parallelized, or for one process.
         tokens: int64 ``[T]``, at least one, on the model's device.
         order, weights: which tokens a rank takes, as in `SequenceLayout`; zigzag balances softmax layers.
+        segment_tokens: read the prompt in segments of so many tokens, one after another, each over all ranks: the activations of
+            one are held at a time, whatever the prompt's length, beside what is remembered and a copy of that. None is at once.
 
     Returns:
         None for a prompt of one token.
 
     Raises:
-        InputError: for tokens of another shape or dtype, or none. LayoutError: for weights that are not one for each rank.
+        InputError: for tokens of another shape or dtype, or none, and for segments with fewer tokens than ranks.
+        LayoutError: for weights that are not one for each rank.
     """
     _check_prompt(tokens)
+    place = model.sequence_parallel
+    check_segment_tokens(segment_tokens, 1 if place is None else place.num_ranks)
     num_tokens = len(tokens) - 1
     if not num_tokens:
         return None
-    place = model.sequence_parallel
     if place is None or num_tokens < place.num_ranks:
         # Too few for each rank to have one: every rank takes all of them.
         layout = SequenceLayout.local(num_tokens)
     else:
         layout = SequenceLayout(num_tokens, place.group, order, weights=weights)
+    memory = None
     with torch.no_grad():
-        part = layout.shard(tokens[None, :-1])
-        _, memory = model(part, layout, memory=None, logits_to_keep=0, output_memory=True)
+        for start, stop in pairwise(_segments(num_tokens, segment_tokens or num_tokens, layout.num_ranks)):
+            segment = layout if stop - start == num_tokens else layout.stretch(start, stop)
+            part = segment.shard(tokens[None, start:stop])
+            _, memory = model(part, segment, memory=memory, logits_to_keep=0, output_memory=True)
     return memory
+
+
+def check_segment_tokens(segment_tokens: int | None, num_ranks: int) -> None:
+    """Raise InputError unless a prompt may be read in segments of so many tokens, or at once (None)."""
+    if segment_tokens is None:
+        return
+    check_count("prefill()", "segment_tokens", segment_tokens, "the tokens that are read at a time, or None for all")
+    if segment_tokens < num_ranks:
+        raise InputError(
+            f"prefill(): segment_tokens is {segment_tokens}, fewer than the {num_ranks} ranks that share a segment: each needs a "
+            f"token of it. The least that works is {num_ranks}; a few thousand keep a device busy"
+        )
+
+
+def _segments(num_tokens: int, segment_tokens: int, num_ranks: int) -> list[int]:
+    """Where segments begin, and `num_tokens`: a last one of fewer tokens than ranks is part of the one before."""
+    starts = list(range(0, num_tokens, segment_tokens))
+    if len(starts) > 1 and num_tokens - starts[-1] < num_ranks:
+        starts.pop()
+    return [*starts, num_tokens]
 
 
 def decode(
@@ -181,6 +214,7 @@ def generate(
     end: int | None = None,
     order: Order = "zigzag",
     weights: Sequence[float] | None = None,
+    segment_tokens: int | None = None,
 ) -> Iterator[int]:
     """`prefill` at once, on every rank of the model's group, then `decode` as tokens are asked for, on one of them.
 
@@ -190,7 +224,7 @@ def generate(
     return decode(
         model,
         tokens,
-        prefill(model, tokens, order=order, weights=weights),
+        prefill(model, tokens, order=order, weights=weights, segment_tokens=segment_tokens),
         sampling=sampling,
         max_new_tokens=max_new_tokens,
         end=end,

@@ -283,6 +283,31 @@ def test_what_no_later_token_sees_is_left_out(window: int | None, documents: Any
     assert earlier.num_tokens == 24
 
 
+def brought_together(window: int | None, offload: bool) -> list[float]:
+    """Errors of keys and values that were kept in uneven stretches."""
+    k, v = keys_and_values(30)
+    whole = SequenceLayout(30, order="zigzag", documents=(0, 4, 30), weights=[1.0, 2.0, 1.0])
+    earlier = EarlierKeys(offload=offload)
+    for start, stop in ((0, 3), (3, 20), (20, 30)):
+        layout = whole.stretch(start, stop)
+        own_k, own_v = (layout.shard(x[:, start:stop]) for x in (k, v))
+        earlier = earlier.followed_by(own_k, own_v, layout, window=window)
+    first = 4 if window is None else 31 - window
+    return [
+        relative_error(got, x[:, first:]) for got, x in zip(earlier.whole(layout, window=window), (k, v), strict=True)
+    ]
+
+
+@pytest.mark.parametrize("window", [None, 8])
+def test_keys_are_brought_together_on_every_rank(window: int | None) -> None:
+    assert run_on_ranks(3, brought_together, window, window is None) == [[0.0, 0.0]] * 3
+
+
+def test_no_keys_are_not_brought_together() -> None:
+    with pytest.raises(InputError, match="there are no keys yet, of 0 tokens"):
+        EarlierKeys().whole(SequenceLayout.local(3))
+
+
 def test_detached_keys_have_no_graph_and_gather_no_gradients() -> None:
     k, v = keys_and_values(8, takes_gradient=True)
     earlier = EarlierKeys(requires_grad=True).followed_by(k * 2.0, v).detach()
@@ -356,6 +381,23 @@ def copies_on_the_device(num_parts: int) -> tuple[int, int]:
 
 def test_offloaded_parts_are_on_the_device_two_at_a_time() -> None:
     assert copies_on_the_device(7) == (2, 2 * 7)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_parts_in_pinned_memory_give_what_parts_on_the_gpu_give() -> None:
+    found = []
+    for offload in (False, True):
+        earlier = EarlierKeys(offload=offload, requires_grad=True)
+        for seed in range(9):
+            earlier = earlier.followed_by(*(x.cuda() for x in keys_and_values(600, seed)))  # type: ignore[arg-type]
+        q, k, v, grad = (x.cuda() for x in random_inputs(1, 1, 700, 4, 2, 4))
+        q.requires_grad_()
+        for _ in range(2):
+            softmax_attention(q, k, v, earlier=earlier).backward(grad)
+        assert q.grad is not None
+        assert all(part.k.is_pinned() == offload for part in earlier.parts)
+        found.append([q.grad, *(x for part in earlier.parts for x in part.grads())])
+    assert worst(relative_error(x, y) for x, y in zip(*found, strict=True)) <= 1e-12
 
 
 def test_offloaded_parts_and_their_gradients_are_in_host_memory_of_their_own() -> None:

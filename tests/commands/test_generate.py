@@ -195,6 +195,14 @@ def test_a_context_beyond_that_of_training_is_warned_of(run: Path, capsys: pytes
         (["--prompt", "a", "--temperature", "1", "--top_k=-2"], "top_k must be a whole number of tokens, or 0 for all"),
         (["--prompt", "a", "--top_k", "2"], "temperature 0 always takes the likeliest one"),
         (["--prompt", "a", "--max_new_tokens", "0"], "max_new_tokens is 0; it must be at least 1"),
+        (
+            ["--prompt", "a", "--segment_tokens", "0"],
+            "segment_tokens is 0; it must be at least 1, a token for each rank",
+        ),
+        (
+            ["--prompt", "a", "--segment_tokens", "1", "--parallel.sp", "2"],
+            "segment_tokens is 1; it must be at least 2",
+        ),
         (["--prompt", "a", "--parallel.sp", "0"], "parallel.sp is 0; it must be at least 1"),
         (["--prompt", "a", "--parallel.threads", "0"], "parallel.threads is 0; it must be at least 1"),
         (["--prompt", "a", "--parallel.timeout_seconds", "0"], "parallel.timeout_seconds is 0.0; it must be a number"),

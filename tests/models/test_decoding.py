@@ -15,9 +15,9 @@ from longspan.errors import InputError, NonFiniteError
 from longspan.models import LinearLlama3, ModelMemory, Sampling, decode, generate, prefill
 from longspan.models.mixers import SequenceParallel
 from longspan.parallel import compute_in
-from tests.compare import relative_error
+from tests.compare import relative_error, worst
 from tests.models.tiny import LINEAR_MIXERS, each_linear_mixer, random_tokens, tiny_model
-from tests.ranks import run_on_ranks
+from tests.ranks import raised, run_on_ranks
 
 NUM_NEW = 6
 PATTERNS = ({"pattern": "L"}, {"pattern": "LN"}, {"pattern": "LN", "window": 4})
@@ -146,6 +146,68 @@ def test_linear_layers_take_constant_memory_and_softmax_layers_that_of_what_they
     assert num_bytes(10, pattern="L") == num_bytes(60, pattern="L")
     assert num_bytes(10, pattern="LN", window=4) == num_bytes(60, pattern="LN", window=4)
     assert num_bytes(60, pattern="LN") > num_bytes(10, pattern="LN")
+
+
+SEGMENTS = (3, 7, 16, 40)
+
+
+def errors_in_segments(layers: dict[str, Any], length: int, order: Any) -> list[float]:
+    """What is remembered of a prompt that is read in segments of each of several lengths, from what is remembered at once."""
+    model, tokens = parallelize(tiny_model(**layers), None), random_tokens(1, length)[0]
+    want = prefill(model, tokens, order=order)
+    found = []
+    for segment_tokens in SEGMENTS:
+        got = prefill(model, tokens, order=order, segment_tokens=segment_tokens)
+        assert got is not None and want is not None and got.num_tokens == want.num_tokens == length - 1
+        pairs = [
+            (x, y.tensors[name]) for y, z in zip(want.layers, got.layers, strict=True) for name, x in z.tensors.items()
+        ]
+        found += [relative_error(x, y) for x, y in pairs]
+    return found
+
+
+IN_SEGMENTS = ({"pattern": "LN"}, {"pattern": "LN", "window": 4}, {"pattern": "L", "operator": "gated_deltanet"})
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
+def test_a_prompt_in_segments_is_remembered_as_at_once(num_ranks: int) -> None:
+    """Also where the last segment is shorter than the ranks are many, and where one segment holds all."""
+    for layers in IN_SEGMENTS:
+        for order, length in (("zigzag", 23), ("contiguous", 30)):
+            for errors in run_on_ranks(num_ranks, errors_in_segments, layers, length, order):
+                assert len(errors) >= len(SEGMENTS) and worst(errors) < 1e-11, (layers, errors)
+
+
+@pytest.mark.parametrize("operator", [each for each in LINEAR_MIXERS if each not in ("gated_deltanet",)])
+def test_every_mixer_reads_a_prompt_in_segments(operator: str) -> None:
+    assert (
+        worst(run_on_ranks(1, errors_in_segments, {"pattern": "L", "operator": operator}, 23, "contiguous")[0]) < 1e-11
+    )
+
+
+def test_no_more_tokens_than_a_segments_are_computed_at_once() -> None:
+    model = tiny_model(pattern="LN")
+    seen: list[int] = []
+    model.norm.register_forward_pre_hook(lambda _, given: seen.append(given[0].shape[1]))
+    model.blocks[0].register_forward_pre_hook(lambda _, given: seen.append(given[0].shape[1]))
+    prefill(model, random_tokens(1, 50)[0], segment_tokens=16)
+    assert [tokens for tokens in seen if tokens] == [16, 16, 16, 1]
+
+
+@pytest.mark.parametrize("segment_tokens", [0, -1, 2.5, True, "8"])
+def test_segments_of_no_number_of_tokens_are_refused(segment_tokens: Any) -> None:
+    with pytest.raises(InputError, match="segment_tokens must be a positive int"):
+        prefill(tiny_model(), random_tokens(1, 5)[0], segment_tokens=segment_tokens)
+
+
+def refused_segments() -> str:
+    model = parallelize(tiny_model(), None)
+    return raised(lambda: prefill(model, random_tokens(1, 9)[0], segment_tokens=1))[1]
+
+
+def test_segments_of_fewer_tokens_than_ranks_are_refused() -> None:
+    for message in run_on_ranks(2, refused_segments):
+        assert "fewer than the 2 ranks" in message and "The least that works is 2" in message
 
 
 def test_a_prompt_makes_no_logits() -> None:

@@ -181,6 +181,25 @@ class EarlierKeys:
         """How many tokens before the layout's first belong to its first document."""
         return self.num_tokens if layout.continues is None else layout.continues
 
+    def whole(self, layout: SequenceLayout, *, window: int | None = None) -> tuple[Tensor, Tensor]:
+        """Keys ``[B, L, H_kv, D]`` and values ``[B, L, H_kv, D_v]`` of all parts, in order, on every rank; without gradients.
+
+        What a prompt that was read stretch by stretch leaves to the tokens behind it, which one rank reads: an `initial_state`.
+
+        Args:
+            layout: of any stretch, for its ranks.
+            window: as in `softmax_attention`: of the last ``window - 1`` tokens alone.
+
+        Raises:
+            InputError: where there is no part.
+            LayoutError: for a layout without a process group.
+
+        To be called on every rank. One all-gather for each part: beside the result there are the messages of one part.
+        """
+        from longspan.attention.softmax.whole_keys import whole_keys
+
+        return whole_keys(self, layout, window)
+
     def followed_by(
         self, k: Tensor, v: Tensor, layout: SequenceLayout | None = None, *, window: int | None = None
     ) -> EarlierKeys:
