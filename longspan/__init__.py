@@ -4,6 +4,8 @@ from typing import TYPE_CHECKING, Any
 
 from longspan.attention.convolution import causal_conv1d
 from longspan.attention.halo_of_pieces import halo
+from longspan.attention.long_convolution.kernels import ExponentialKernel, FunctionKernel
+from longspan.attention.long_convolution.operator import long_conv1d
 from longspan.attention.memory import KeyMemory, Memory, StateMemory
 from longspan.attention.shift import token_shift
 from longspan.errors import CheckpointError, ConfigError, DataError, InputError, LayoutError, LongspanError
@@ -40,6 +42,8 @@ __all__ = [
     "ConfigError",
     "DataError",
     "EarlierKeys",
+    "ExponentialKernel",
+    "FunctionKernel",
     "InputError",
     "KeyMemory",
     "LayoutError",
@@ -56,6 +60,7 @@ __all__ = [
     "hgrn2",
     "kda",
     "linear_attention",
+    "long_conv1d",
     "mamba2",
     "normalized_linear_attention",
     "parallelize",

@@ -155,14 +155,14 @@ def causal_conv1d(
         bounds = bounds_of(layout, x)
         y, final_state = CONVOLUTION(x, weight, bias, initial_state, bounds, activation, output_final_state)
         return (y, state_of_last(final_state, layout)) if output_final_state else y
-    return _convolve_over_ranks(x, weight, bias, activation, layout, initial_state, output_final_state, backend)
+    return convolve_over_ranks(x, weight, bias, activation, layout, initial_state, output_final_state, backend)
 
 
 _convolve_outside_graphs = outside_graphs(causal_conv1d)
 
 
 @unseen_by_checkpointing
-def _convolve_over_ranks(
+def convolve_over_ranks(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -172,6 +172,7 @@ def _convolve_over_ranks(
     output_final_state: bool,
     backend: str,
 ) -> Tensor | tuple[Tensor, Tensor]:
+    """`causal_conv1d`, whose arguments have been checked; the weight may also be of the dtype that is computed in."""
     width = weight.shape[1] - 1
     with_initial = initial_state is not None and width > 0
     form = make_form(backend, layout, width, with_initial, x, activation is not None)
@@ -238,7 +239,13 @@ def _check_parameters(x: Tensor, weight: Tensor, bias: Tensor | None, activation
 
 
 def check_initial_state(
-    name: str, initial_state: Tensor | None, x: Tensor, width: tuple[int, ...], meaning: str, layout: SequenceLayout
+    name: str,
+    initial_state: Tensor | None,
+    x: Tensor,
+    width: tuple[int, ...],
+    meaning: str,
+    layout: SequenceLayout,
+    width_name: str = "W-1",
 ) -> None:
     """Raise InputError unless the initial state of x ``[B, T, C]`` is None or of a shape ``[B or num_documents, *width, C]``."""
     if initial_state is None:
@@ -248,7 +255,7 @@ def check_initial_state(
     expected = (rows, *width, x.shape[2])
     fits = initial_state.dtype == x.dtype and initial_state.device == x.device
     if tuple(initial_state.shape) != expected or not fits:
-        dims = ", ".join([first, *("W-1" for _ in width), "C"])
+        dims = ", ".join([first, *(width_name for _ in width), "C"])
         raise InputError(
             f"{name}: initial_state must be {meaning}, [{dims}] = {expected} in {x.dtype} on "
             f"{x.device}; got {tuple(initial_state.shape)} in {initial_state.dtype} on {initial_state.device}. Convert it with "

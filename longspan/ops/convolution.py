@@ -36,9 +36,9 @@ _TILE_NUMBERS_DEVICE = 1 << 26
 class _Tile:
     """Local rows ``[start, stop)`` that are computed together, and the `context` rows of the same piece before them.
 
-    A tile of one piece is a plain range of rows. One of several pieces is spread out over slots, with W − 1 zero slots between two
-    pieces, so that no tap reaches from one into another. Rows and slots count from the tile's start, in `source` and `gaps` from
-    its context.
+    A tile of one piece is a plain range of rows. One of several pieces is spread out over slots, with W − 1 zero slots between
+    two pieces, so that no tap reaches from one into another. Rows and slots count from the tile's start, in `source` and `gaps`
+    from its context.
 
     slots: the slot of each of the tile's rows. source: the row of each slot, any where it is one of the `gaps`.
     heads: range of the plan's head rows that lie in the tile; head_slots: their slots.
@@ -71,13 +71,14 @@ class Heads:
 
     They are the first W − 1 of some pieces: of these *heads* those that continue a document from an earlier segment come first.
 
-    rows: local rows, ascending. numbers: the same, as the host knows them. head, offset: the head of each, and its place in the
-    piece. segments: those of the continuing heads. started: the documents of the other heads, which start one. continued: of each
-    continuing head, the document, and the number of its tokens before the head.
+    rows: local rows, ascending. numbers: the same, as the host knows them. longest: rows of the longest head. head, offset: the
+    head of each row, and its place in the piece. segments: those of the continuing heads. started: the documents of the other
+    heads, which start one. continued: of each continuing head, the document, and the number of its tokens before the head.
     """
 
     rows: Tensor
     numbers: tuple[int, ...]
+    longest: int
     head: Tensor
     offset: Tensor
     segments: Tensor
@@ -130,6 +131,7 @@ def heads_of(layout: SequenceLayout, width: int, with_initial: bool, device: tor
     return Heads(
         rows=index_of(local, device),
         numbers=local,
+        longest=max(offset_of, default=-1) + 1,
         head=index_of(head_of, device),
         offset=index_of(offset_of, device),
         segments=index_of([piece.segment for piece, _ in continuing], device),

@@ -1,0 +1,1 @@
+"""Long convolutions on one device: by the Fourier transform, or as the recurrence that a sum of exponentials is."""

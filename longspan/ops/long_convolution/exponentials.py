@@ -1,0 +1,296 @@
+"""A causal convolution with a sum of exponentials, as the linear recurrence that it is, in chunks.
+
+    h_j = Re Σ_n c_n e^{j a_n},      S_t = e^a ⊙ S_{t-1} + x_t,      y_t = Re Σ_n c_n S_t,n = Σ_j h_j x_{t-j}
+
+per channel: a state of N numbers, real, or complex where a and c are (S4D, arXiv 2206.11893; the modal form of Laughing Hyena,
+arXiv 2310.18780). Inside a chunk of L tokens y is a product with the L × L matrix h_{t-s}; what a chunk writes into the state is
+a product with L × N powers, and what its tokens read of the state before it another one. Nothing of the size T · N is ever there:
+the states between chunks are T · N / L numbers of a channel.
+
+Powers e^{j a} are made in float64: a in float32 is what it is, but j · a would lose its digits.
+
+Shapes: B batch rows, T tokens, C channels, N exponentials of a channel; L tokens of a chunk, n chunks; q numbers of a state's
+entry, 1 if real and 2 if complex.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from longspan.dtypes import accumulation_dtype
+from longspan.first_order import first_order
+from longspan.layout import SequenceLayout
+from longspan.layout.rows import index_of
+from longspan.ops.long_convolution.by_channels import by_channels
+
+MOST_TOKENS = 64
+"""L: the L × L products are then about what those with the states of 16 to 32 exponentials are."""
+# Numbers of the tokens that are computed together.
+_NUMBERS = 1 << 20
+
+
+@dataclass(frozen=True)
+class _Indices:
+    """The rows of the slots of all chunks, ``[n · L]``, 0 where there is none; those slots; and the slot of each row, ``[T]``."""
+
+    rows: Tensor
+    gaps: Tensor
+    slots: Tensor
+
+
+@dataclass(frozen=True)
+class ChunkPlan:
+    """How this rank's pieces are cut in chunks.
+
+    size: L. ranges: of each piece, its chunks [first, last). lengths: the numbers of tokens that chunks have; kinds: of each
+    chunk, which of them. left, right: indices with a chunk's tokens at its first slots, and at its last ones; None where every
+    chunk is full and they are the rows themselves. starts: the number of each piece among those that start a document, or None.
+    behind: chunks of the pieces that continue a document from an earlier segment, the segment of each, and its tokens before the
+    chunk.
+    """
+
+    size: int
+    ranges: tuple[tuple[int, int], ...]
+    lengths: Tensor
+    kinds: tuple[int, ...]
+    left: _Indices | None
+    right: _Indices | None
+    starts: tuple[int | None, ...]
+    behind: tuple[Tensor, Tensor, Tensor]
+
+    @property
+    def num_chunks(self) -> int:
+        return len(self.kinds)
+
+
+def chunk_plan(layout: SequenceLayout, device: torch.device) -> ChunkPlan:
+    """The plan for the pieces that the layout gives this rank; made once for a layout."""
+    return layout.cached(("exponentials", device), lambda: _plan(layout, device))
+
+
+def continuing_pieces(layout: SequenceLayout) -> dict[int, int]:
+    """Numbers of the pieces that continue a document from an earlier segment, and their segments."""
+    seen: set[int] = set()
+    found = {}
+    for number, piece in enumerate(layout.pieces):
+        if piece.segment not in seen and not piece.starts_document:
+            found[number] = piece.segment
+        seen.add(piece.segment)
+    return found
+
+
+def _plan(layout: SequenceLayout, device: torch.device) -> ChunkPlan:
+    pieces, continuing = layout.pieces, continuing_pieces(layout)
+    longest = max(piece.num_tokens for piece in pieces)
+    size = min(MOST_TOKENS, 1 << (longest - 1).bit_length())
+    ranges: list[tuple[int, int]] = []
+    bounds: list[tuple[int, int]] = []
+    starts: list[int | None] = []
+    behind: list[tuple[int, int, int]] = []
+    num_starts = 0
+    for number, piece in enumerate(pieces):
+        first = len(bounds)
+        for start in range(piece.start, piece.stop, size):
+            if number in continuing:
+                behind.append((len(bounds), continuing[number], start - piece.start))
+            bounds.append((start, min(start + size, piece.stop)))
+        ranges.append((first, len(bounds)))
+        starts.append(num_starts if piece.starts_document else None)
+        num_starts += piece.starts_document
+    lengths = [stop - start for start, stop in bounds]
+    distinct = sorted(set(lengths))
+    is_full = distinct == [size]
+    chunks, segments, offsets = zip(*behind, strict=True) if behind else ((), (), ())
+    return ChunkPlan(
+        size=size,
+        ranges=tuple(ranges),
+        lengths=index_of(distinct, device),
+        kinds=tuple(distinct.index(length) for length in lengths),
+        left=None if is_full else _indices(bounds, size, False, device),
+        right=None if is_full else _indices(bounds, size, True, device),
+        starts=tuple(starts),
+        behind=(index_of(chunks, device), index_of(segments, device), index_of(offsets, device)),
+    )
+
+
+def _indices(bounds: Sequence[tuple[int, int]], size: int, at_end: bool, device: torch.device) -> _Indices:
+    starts = torch.tensor([start for start, _ in bounds])
+    lengths = torch.tensor([stop for _, stop in bounds]) - starts
+    # Rows lie in the order of the chunks.
+    first = torch.arange(len(bounds)) * size + (size - lengths if at_end else 0)
+    rows = torch.arange(int(lengths.sum()))
+    slots = (first - starts).repeat_interleave(lengths) + rows
+    source = torch.full((len(bounds) * size,), -1)
+    source[slots] = rows
+    gaps = (source < 0).nonzero().squeeze(1)
+    return _Indices(source.clamp(min=0).to(device), gaps.to(device), slots.to(device))
+
+
+def powers(a: Tensor, counts: Tensor) -> Tensor:
+    """e^{count · a} ``[..., counts, N]`` of a ``[..., N]``, in the dtype of a."""
+    wide = a.to(torch.complex128 if a.is_complex() else torch.float64).unsqueeze(-2)
+    return (wide * counts.to(torch.float64).unsqueeze(-1)).exp().to(a.dtype)
+
+
+def taps_of(a: Tensor, c: Tensor, num_taps: int) -> Tensor:
+    """h ``[C, num_taps]`` of a, c ``[C, N]``."""
+    h = (c.unsqueeze(-2) * powers(a, torch.arange(num_taps, device=a.device))).sum(-1)
+    return h.real if h.is_complex() else h
+
+
+def written(x: Tensor, a: Tensor, plan: ChunkPlan) -> Tensor:
+    """What each chunk writes into the state from zero, ``[n, B, C, N]``, of x ``[B, T, C]`` and a ``[C, N]``."""
+
+    def write(x: Tensor, a: Tensor) -> Tensor:
+        to_end = torch.arange(plan.size - 1, -1, -1, device=a.device)
+        found = torch.bmm(_spread(x, plan, plan.right, a), _as_numbers(powers(a, to_end)))
+        return _as_states(found.unflatten(1, (x.shape[0], -1)), a).permute(2, 1, 0, 3)
+
+    return by_channels(write, _block(x), (2, 0), 2, x, a)
+
+
+def read_inside(x: Tensor, a: Tensor, c: Tensor, plan: ChunkPlan) -> Tensor:
+    """What tokens read of their chunk, ``[B, T, C]`` in float32 (float64)."""
+
+    def read(x: Tensor, a: Tensor, c: Tensor) -> Tensor:
+        h = F.pad(taps_of(a, c, plan.size), (plan.size - 1, 0))
+        # Row s holds h_{t-s} for every t.
+        toeplitz = h.unfold(-1, plan.size, 1).flip(1)
+        return _rows(torch.bmm(_spread(x, plan, plan.left, a), toeplitz), x.shape[0], plan)
+
+    return by_channels(read, _block(x), (2, 0, 0), 2, x, a, c)
+
+
+def read_states(states: Tensor, incoming: Tensor | None, a: Tensor, c: Tensor, plan: ChunkPlan) -> Tensor:
+    """What tokens read of the states before their chunks, ``[B, T, C]``.
+
+    states: ``[n, B, C, N]``. incoming: what enters each segment from other ranks beside them, ``[segments, B, C, N]``, or None.
+    """
+
+    def read(states: Tensor, a: Tensor, c: Tensor, *incoming: Tensor) -> Tensor:
+        chunks, segments, offsets = plan.behind
+        if incoming and len(chunks):
+            # [chunks, 1, C, N]
+            factors = powers(a, offsets).transpose(0, 1).unsqueeze(1)
+            states = states.index_add(0, chunks, factors * incoming[0].index_select(0, segments))
+        steps = torch.arange(1, plan.size + 1, device=a.device)
+        weights = c.unsqueeze(-2) * powers(a, steps)
+        # The real part of a product.
+        found = torch.bmm(_as_numbers(states.permute(2, 1, 0, 3)).flatten(1, 2), _as_numbers(weights.conj()).mT)
+        return _rows(found, states.shape[1], plan)
+
+    block = max(1, _NUMBERS // (plan.num_chunks * plan.size * states.shape[1]))
+    if incoming is None:
+        return by_channels(read, block, (2, 0, 0), 2, states, a, c)
+    return by_channels(read, block, (2, 0, 0, 2), 2, states, a, c, incoming)
+
+
+def _block(x: Tensor) -> int:
+    return max(1, _NUMBERS // (x.shape[0] * x.shape[1]))
+
+
+def _spread(x: Tensor, plan: ChunkPlan, indices: _Indices | None, a: Tensor) -> Tensor:
+    """The tokens of all chunks, ``[C, B · n, L]`` in the dtype that is computed in, zero where there is none."""
+    if indices is not None:
+        x = x.index_select(1, indices.rows).index_fill_(1, indices.gaps, 0)
+    spread = x.to(accumulation_dtype(x.dtype)).unflatten(1, (plan.num_chunks, plan.size)).permute(3, 0, 1, 2)
+    return spread.reshape(x.shape[2], -1, plan.size)
+
+
+def _rows(found: Tensor, num_rows: int, plan: ChunkPlan) -> Tensor:
+    """The tokens ``[B, T, C]`` of ``[C, B · n, L]``."""
+    tokens = found.unflatten(1, (num_rows, -1)).flatten(2).permute(1, 2, 0)
+    return tokens if plan.left is None else tokens.index_select(1, plan.left.slots)
+
+
+def _as_numbers(z: Tensor) -> Tensor:
+    """``[..., N]`` as real numbers ``[..., q · N]``: real parts, then imaginary ones."""
+    return torch.cat([z.real, z.imag], dim=-1) if z.is_complex() else z
+
+
+def _as_states(x: Tensor, a: Tensor) -> Tensor:
+    """The inverse of `_as_numbers`, for states of exponents a."""
+    return torch.complex(*x.chunk(2, dim=-1)) if a.is_complex() else x
+
+
+def scan(writes: Tensor, starts: Tensor | None, a: Tensor, plan: ChunkPlan) -> tuple[Tensor, Tensor]:
+    """The states that enter the chunks, and those that leave the pieces.
+
+    Args:
+        writes: of `written`, ``[n, B, C, N]``.
+        starts: states before the pieces that start a document, ``[pieces, B, C, N]``; None is zeros. Other pieces start from
+        zero. a: ``[C, N]``.
+
+    Returns:
+        ``[n, B, C, N]`` and ``[pieces, B, C, N]``.
+    """
+    factors = powers(a, plan.lengths).transpose(0, 1)
+    states, ends = _Scan.apply(writes, starts, factors, plan)
+    return states, ends
+
+
+class _Scan(torch.autograd.Function):
+    """S_out = A ⊙ S_in + U from chunk to chunk of each piece.
+
+    | | shape | |
+    |---|---|---|
+    | writes | [n, B, C, N] | U |
+    | starts | [pieces that start a document, B, C, N] or None | |
+    | factors | [lengths, C, N] | A of a chunk of each length |
+    | states | [n, B, C, N] | S_in |
+    | ends | [pieces, B, C, N] | S_out of each piece's last chunk |
+
+    Backward, from the last chunk of a piece to the first: dU = dS_out, dA += dS_out ⊙ S_in, dS_in += A ⊙ dS_out (A and S_in
+    conjugate).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, writes: Tensor, starts: Tensor | None, factors: Tensor, plan: ChunkPlan
+    ) -> tuple[Tensor, Tensor]:
+        states = torch.empty_like(writes, memory_format=torch.contiguous_format)
+        ends = writes.new_empty(len(plan.ranges), *writes.shape[1:])
+        for piece, (first, last) in enumerate(plan.ranges):
+            start = plan.starts[piece]
+            if starts is None or start is None:
+                states[first].zero_()
+            else:
+                states[first] = starts[start]
+            for chunk in range(first, last):
+                leaving = states[chunk + 1] if chunk + 1 < last else ends[piece]
+                torch.addcmul(writes[chunk], factors[plan.kinds[chunk]], states[chunk], out=leaving)
+        ctx.save_for_backward(factors, states)
+        ctx.plan, ctx.has_starts = plan, starts is not None
+        ctx.set_materialize_grads(False)
+        return states, ends
+
+    @staticmethod
+    @first_order
+    def backward(
+        ctx: Any, grad_states: Tensor | None, grad_ends: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor, None]:
+        factors, states = ctx.saved_tensors
+        plan: ChunkPlan = ctx.plan
+        factors, grad_factors = factors.conj().resolve_conj(), torch.zeros_like(factors)
+        grad_writes = torch.empty_like(states)
+        num_starts = sum(start is not None for start in plan.starts)
+        grad_starts = states.new_empty(num_starts, *states.shape[1:]) if ctx.has_starts else None
+        for piece, (first, last) in enumerate(plan.ranges):
+            grad = torch.zeros_like(states[0]) if grad_ends is None else grad_ends[piece]
+            for chunk in range(last - 1, first - 1, -1):
+                grad_writes[chunk] = grad
+                kind = plan.kinds[chunk]
+                grad_factors[kind] += (grad * states[chunk].conj()).sum(0)
+                grad = factors[kind] * grad
+                if grad_states is not None:
+                    grad += grad_states[chunk]
+            start = plan.starts[piece]
+            if grad_starts is not None and start is not None:
+                grad_starts[start] = grad
+        return grad_writes, grad_starts, grad_factors, None
