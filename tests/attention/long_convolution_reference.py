@@ -58,11 +58,15 @@ def _network(num_channels: int, _: int) -> dict[str, Tensor]:
 
 def _function(leaves: Leaves, num_taps: int) -> Any:
     def taps(lags: Tensor, channels: range) -> Tensor:
-        features = torch.sin(lags.to(torch.float64)[:, None] * leaves["inner"].double())
+        features = torch.sin(lags.to(torch.float64)[:, None] * leaves["inner"].double() + 0.5)
         outer = leaves["outer"].double()[channels.start : channels.stop]
         return (outer @ features.t()).to(leaves["outer"].dtype)
 
     return longspan.FunctionKernel(taps, num_taps)
+
+
+def _exponential_kernel(leaves: Leaves) -> longspan.ExponentialKernel:
+    return longspan.ExponentialKernel(leaves["log_decay"], leaves["coefficients"])
 
 
 def _exponential_tap(leaves: Leaves, lag: int) -> Tensor:
@@ -73,12 +77,10 @@ def _exponential_tap(leaves: Leaves, lag: int) -> Tensor:
 KINDS = {
     "taps": Kind(_taps, lambda leaves, num_taps: leaves["taps"], lambda leaves, lag: leaves["taps"][:, lag]),
     "function": Kind(
-        _network, _function, lambda leaves, lag: (leaves["outer"] * (leaves["inner"] * lag).sin()).sum(-1)
+        _network, _function, lambda leaves, lag: (leaves["outer"] * (leaves["inner"] * lag + 0.5).sin()).sum(-1)
     ),
-    "exponentials": Kind(_real, lambda leaves, _: longspan.ExponentialKernel(**leaves), _exponential_tap, True),
-    "complex exponentials": Kind(
-        _complex, lambda leaves, _: longspan.ExponentialKernel(**leaves), _exponential_tap, True
-    ),
+    "exponentials": Kind(_real, lambda leaves, _: _exponential_kernel(leaves), _exponential_tap, True),
+    "complex exponentials": Kind(_complex, lambda leaves, _: _exponential_kernel(leaves), _exponential_tap, True),
 }
 
 

@@ -57,10 +57,11 @@ def errors_on_rank(
     """Errors of this rank's outputs and gradients; those of replicated inputs are summed over the ranks."""
     given = inputs(kind, seq_len, num_taps, documents, num_channels, batch)
     names = [name for name in given if not name.startswith("grad") and (with_states or name != "initial_state")]
-    rounded = {name: given[name].to(dtype).double() if not given[name].is_complex() else given[name] for name in given}
-    kept = {name for name in names if KINDS[kind].exponentials and name != "x"}
-    if dtype == torch.bfloat16:
-        rounded |= {name: given[name] for name in kept}
+    # Of exponentials all but x stays in the dtype of the state.
+    kept = {name for name in given if KINDS[kind].exponentials and name not in ("x", "grad_y")}
+    dtypes = {name: torch.promote_types(dtype, torch.float32) if name in kept else dtype for name in given}
+    dtypes |= {name: dtypes[name].to_complex() for name in kept if given[name].is_complex()}
+    rounded = {name: x.to(dtypes[name]).to(x.dtype) for name, x in given.items()}
 
     whole = {name: rounded[name].clone().requires_grad_() for name in names}
     parameters = [name for name in names if name not in ("x", "initial_state")]
@@ -76,12 +77,9 @@ def errors_on_rank(
 
     layout = SequenceLayout(seq_len, order=order, documents=documents)
     own = {name: layout.shard(rounded[name]) if name == "x" else rounded[name] for name in names}
-    narrow = {name: own[name] if name in kept else own[name].to(dtype) for name in names}
-    leaves = {name: x.detach().clone().requires_grad_() for name, x in narrow.items()}
+    leaves = {name: x.detach().to(dtypes[name]).clone().requires_grad_() for name, x in own.items()}
     kernel = KINDS[kind].kernel({n: leaves[n] for n in parameters}, num_taps)
     options |= {"initial_state": leaves["initial_state"]} if with_states else {}
-    if with_states and kept and dtype != torch.float64:
-        options["initial_state"] = options["initial_state"].to(torch.float32)
     found = longspan.long_conv1d(leaves["x"], kernel, output_final_state=with_states, layout=layout, **options)
     got = [found] if isinstance(found, Tensor) else list(found)
     own_upstream = [layout.shard(rounded["grad_y"]).to(got[0].dtype)]
@@ -188,9 +186,6 @@ def error_in(dtype: torch.dtype, kind: str) -> tuple[float, str]:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", TOLERANCES)
 def test_single_and_half_precision_stay_close_to_float64(dtype: torch.dtype, kind: str) -> None:
-    if kind == "complex exponentials":
-        # Parameters of float64 are taken as they are and rounded inside.
-        pass
     for error, what in run_on_ranks(2, error_in, dtype, kind):
         assert error < TOLERANCES[dtype], what
 

@@ -95,6 +95,30 @@ def _convolution(layout: Any, x: Tensor, weight: Tensor, bias: Tensor, state: Te
     return _outputs(y)
 
 
+def _long_convolution(layout: Any, x: Tensor, taps: Tensor, before: Tensor) -> Outputs:
+    options: Any = {"initial_state": before, "output_final_state": True, "layout": layout}
+    return _outputs(longspan.long_conv1d(x, taps, **options))
+
+
+def _long_convolution_of_a_function(layout: Any, x: Tensor, weight: Tensor) -> Outputs:
+    def taps(lags: Tensor, channels: range) -> Tensor:
+        return (weight[channels.start : channels.stop] * torch.exp(-lags.double() / 20)).to(x.dtype)
+
+    return (longspan.long_conv1d(x, longspan.FunctionKernel(taps), layout=layout),)
+
+
+def _exponentials(layout: Any, x: Tensor, log_decay: Tensor, coefficients: Tensor, state: Tensor) -> Outputs:
+    options: Any = {"initial_state": state, "output_final_state": True, "layout": layout}
+    return _outputs(longspan.long_conv1d(x, longspan.ExponentialKernel(log_decay, coefficients), **options))
+
+
+def _complex_exponentials(layout: Any, x: Tensor, log_decay: Tensor, g: Tensor, state: Tensor) -> Outputs:
+    kernel = longspan.ExponentialKernel(torch.complex(log_decay, 3 * log_decay), torch.complex(g, -g))
+    options: Any = {"initial_state": torch.complex(state, -state), "output_final_state": True, "layout": layout}
+    y, final = longspan.long_conv1d(x, kernel, **options)
+    return y, torch.view_as_real(final)
+
+
 def _shift(layout: Any, x: Tensor) -> Outputs:
     return (longspan.token_shift(x, layout=layout),)
 
@@ -185,6 +209,14 @@ CALLS = {
     ),
     "hgrn2": Call(_hgrn2, {"q": HEADS_OF_VALUES, "f": HEADS_OF_VALUES, "i": HEADS_OF_VALUES, "bound": (HEADS, SIZE)}),
     "convolution": Call(_convolution, {"x": ("B", "T", 6), "weight": (6, 4), "bias": (6,), "state": ("D", 3, 6)}),
+    "long convolution": Call(_long_convolution, {"x": ("B", "T", 6), "taps": (6, 40), "before": ("D", 39, 6)}),
+    "long convolution of a function": Call(_long_convolution_of_a_function, {"x": ("B", "T", 6), "weight": (6, 1)}),
+    "exponentials": Call(
+        _exponentials, {"x": ("B", "T", 6), "log_decay": (6, 3), "coefficients": (6, 3), "state": ("D", 6, 3)}
+    ),
+    "complex exponentials": Call(
+        _complex_exponentials, {"x": ("B", "T", 6), "log_decay": (6, 3), "g": (6, 3), "state": ("D", 6, 3)}
+    ),
     "token shift": Call(_shift, {"x": ("B", "T", 6)}),
     "token shift from a state": Call(_shift_from_a_state, {"x": ("B", "T", 6), "before": ("D", 6)}),
     "softmax": Call(_softmax, SOFTMAX),

@@ -66,7 +66,8 @@ def num_taps_of(kernel: Tensor | FunctionKernel, layout: SequenceLayout) -> int:
         return kernel.shape[1]
     if kernel.num_taps is not None:
         return kernel.num_taps
-    if not layout.is_packed:
+    # A compiled graph would be another one for each number of documents; taps that meet no token are none to the result.
+    if not layout.is_packed or torch.compiler.is_compiling():
         return layout.seq_len
     bounds = layout.document_bounds
     return max(stop - start for start, stop in pairwise(bounds))

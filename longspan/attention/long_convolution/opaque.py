@@ -75,4 +75,4 @@ EXPONENTIALS = OpaqueOperator(
 def state_dtype(x: Tensor, log_decay: Tensor) -> torch.dtype:
     """Of the state of a convolution of x with exponentials."""
     real = accumulation_dtype(x.dtype)
-    return real.to_complex() if log_decay.is_complex() else real
+    return torch.promote_types(real, torch.complex64) if log_decay.is_complex() else real

@@ -41,7 +41,7 @@ from longspan.tracing import unseen_by_checkpointing
 def exponents(kernel: ExponentialKernel, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """log_decay and coefficients in the dtype of the state beside inputs of `dtype`."""
     real = accumulation_dtype(dtype)
-    wanted = real.to_complex() if kernel.log_decay.is_complex() else real
+    wanted = torch.promote_types(real, torch.complex64) if kernel.log_decay.is_complex() else real
     return kernel.log_decay.to(wanted), kernel.coefficients.to(wanted)
 
 

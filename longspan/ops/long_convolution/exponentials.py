@@ -182,7 +182,7 @@ def read_states(states: Tensor, incoming: Tensor | None, a: Tensor, c: Tensor, p
         steps = torch.arange(1, plan.size + 1, device=a.device)
         weights = c.unsqueeze(-2) * powers(a, steps)
         # The real part of a product.
-        found = torch.bmm(_as_numbers(states.permute(2, 1, 0, 3)).flatten(1, 2), _as_numbers(weights.conj()).mT)
+        found = torch.bmm(_as_numbers(states.permute(2, 1, 0, 3)).flatten(1, 2), _as_numbers(weights, -1).mT)
         return _rows(found, states.shape[1], plan)
 
     block = max(1, _NUMBERS // (plan.num_chunks * plan.size * states.shape[1]))
@@ -209,9 +209,9 @@ def _rows(found: Tensor, num_rows: int, plan: ChunkPlan) -> Tensor:
     return tokens if plan.left is None else tokens.index_select(1, plan.left.slots)
 
 
-def _as_numbers(z: Tensor) -> Tensor:
-    """``[..., N]`` as real numbers ``[..., q · N]``: real parts, then imaginary ones."""
-    return torch.cat([z.real, z.imag], dim=-1) if z.is_complex() else z
+def _as_numbers(z: Tensor, sign: int = 1) -> Tensor:
+    """``[..., N]`` as real numbers ``[..., q · N]``: real parts, then imaginary ones times `sign`."""
+    return torch.cat([z.real, sign * z.imag], dim=-1) if z.is_complex() else z
 
 
 def _as_states(x: Tensor, a: Tensor) -> Tensor:
@@ -277,7 +277,7 @@ class _Scan(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None, Tensor, None]:
         factors, states = ctx.saved_tensors
         plan: ChunkPlan = ctx.plan
-        factors, grad_factors = factors.conj().resolve_conj(), torch.zeros_like(factors)
+        factors, grad_factors = factors.conj_physical(), torch.zeros_like(factors)
         grad_writes = torch.empty_like(states)
         num_starts = sum(start is not None for start in plan.starts)
         grad_starts = states.new_empty(num_starts, *states.shape[1:]) if ctx.has_starts else None
@@ -286,7 +286,7 @@ class _Scan(torch.autograd.Function):
             for chunk in range(last - 1, first - 1, -1):
                 grad_writes[chunk] = grad
                 kind = plan.kinds[chunk]
-                grad_factors[kind] += (grad * states[chunk].conj()).sum(0)
+                grad_factors[kind] += (grad * states[chunk].conj_physical()).sum(0)
                 grad = factors[kind] * grad
                 if grad_states is not None:
                     grad += grad_states[chunk]
