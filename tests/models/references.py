@@ -252,6 +252,24 @@ def kda(x: Tensor, p: Parameters, s: Sizes) -> Tensor:
     return project((rms_norm(o, p["norm.weight"], s.eps) * gate).flatten(2), p, "out_proj")
 
 
+def chela(x: Tensor, p: Parameters, s: Sizes) -> Tensor:
+    """The two kernels as one, tap by tap."""
+    taps, rates = p["convolution.weight"], p["convolution.log_rates"].exp()
+    rows = []
+    for t in range(x.shape[1]):
+        total = torch.zeros_like(x[:, 0])
+        for lag in range(t + 1):
+            tap = (p["convolution.coefficients"] * (-lag * rates).exp()).sum(-1)
+            total = total + (tap + taps[:, 3 - lag] if lag < 4 else tap) * x[:, t - lag]
+        rows.append(total)
+    z = torch.stack(rows, dim=1)
+    q, k = (heads(silu(project(z, p, f"{name}_proj")), s.num_heads) for name in "qk")
+    v = heads(project(x, p, "v_proj"), s.num_heads)
+    o = recurrence(q, k, v, lambda state, k, v, t: state + outer(k, v), s.head_dim**-0.5)
+    gate = heads(silu(project(z, p, "gate_proj")), s.num_heads)
+    return project((rms_norm(o, p["norm.weight"], s.eps) * gate).flatten(2), p, "out_proj")
+
+
 def softmax(x: Tensor, p: Parameters, s: Sizes) -> Tensor:
     """Llama 3's attention, base 500,000, with key and value heads that serve two query heads each; a window of 5 tokens."""
     half = s.head_dim // 2
@@ -288,6 +306,7 @@ REFERENCES: Mapping[str, Callable[[Tensor, Parameters, Sizes], Tensor]] = {
         deltanet,
         gated_deltanet,
         kda,
+        chela,
         softmax,
     )
 }

@@ -20,9 +20,14 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from longspan.attention import linear
+from longspan.attention.long_convolution.kernels import ExponentialKernel
+from longspan.attention.long_convolution.operator import long_conv1d
 from longspan.models import MIXERS, LinearLlama3, LinearLlama3Config, flops_per_token
 from longspan.models.counts import on_meta
+from longspan.models.mixers import chela
+from longspan.models.mixers.chela import ShortLongConvolution
 from longspan.models.mixers.mixer import operations_of_matrices
+from longspan.ops.long_convolution import exponentials
 from tests.models.tiny import LINEAR_MIXERS
 
 LENGTH = 256
@@ -57,17 +62,30 @@ def test_linear_maps_are_counted_exactly(name: str) -> None:
 @pytest.mark.parametrize("name", LINEAR_MIXERS)
 def test_states_are_counted_as_the_recurrent_form_has_them(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokens = LinearLlama3(config_of(name)), torch.zeros(1, LENGTH, dtype=torch.int64)
+    # What exponentials take is counted by itself, below.
+    monkeypatch.setattr(chela, "long_conv1d", lambda x, kernel, **options: x * kernel.taps(1).squeeze(1))
     found, write = [], linear.write_linear
     for chunk_size in (4, 8):
         monkeypatch.setattr(linear, "write_linear", partial(write, chunk_size=chunk_size))
         found.append(counted(model, tokens) - operations_of_matrices(model))
     convolutions = sum(6.0 * p.numel() for key, p in model.named_parameters() if key.endswith("convolution.weight"))
+    convolutions += sum(12.0 * p.numel() for key, p in model.named_parameters() if key.endswith("coefficients"))
     states = flops_per_token(model.config, LENGTH) - operations_of_matrices(model) - convolutions
     of_recurrence = 2 * found[0] - found[1]
     if name in LEARNED_DECAYS:
         assert 1 < of_recurrence / states < 1.08
     else:
         assert of_recurrence == states
+
+
+def test_exponentials_are_counted_as_a_token_writes_and_reads_them() -> None:
+    """Forward; backward does it once more, and twice as much for gradients. What a chunk form takes inside its chunks is left out."""
+    kernel = ExponentialKernel(-torch.ones(5, 16), torch.ones(5, 16))
+    counter = FlopCounterMode(display=False)
+    with counter:
+        long_conv1d(torch.ones(1, LENGTH, 5), kernel)
+    inside = 2 * exponentials.MOST_TOKENS * 5
+    assert counter.get_total_flops() / LENGTH - inside == ShortLongConvolution(5).flops_per_token / 3 - 2 * 4 * 5
 
 
 @pytest.mark.parametrize("window", [None, 1, 50, LENGTH, 1000])

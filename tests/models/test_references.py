@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import longspan
 from longspan.features import hgrn2_lower_bounds
 from longspan.models import MIXERS, LinearLlama3, LinearLlama3Config, num_parameters
 from longspan.models.mixers import Context
@@ -93,6 +94,8 @@ PAPERS = {
     "deltanet": 4 * C * C + H * C + 4 * 3 * C + C // H,
     "gated_deltanet": 8 * C * C + 2 * H * C + 4 * 4 * C + 2 * H + 2 * C // H,
     "kda": 4 * C * C + 2 * 2 * C * (C // H) + H * C + 4 * 3 * C + C + H + C // H,
+    # Four taps and sixteen exponentials of each channel.
+    "chela": 5 * C * C + (4 + 2 * 16) * C + C // H,
     "softmax": 4 * C * C,
 }
 
@@ -144,6 +147,19 @@ def test_taps_start_uniform_within_a_half(name: str) -> None:
     for parameter in convolution.parameters():
         taps = parameter.detach()
         assert 0.4 < taps.abs().max() <= 0.5 and abs(float(taps.mean())) < 0.1
+
+
+def test_chelas_convolutions_start_with_rates_over_all_lengths_and_a_variance_of_one() -> None:
+    convolution = mixer_of("chela", dim=256, num_heads=4, num_kv_heads=4).convolution
+    rates = convolution.log_rates.detach().double().exp()
+    torch.testing.assert_close(
+        rates[:, [0, -1]], torch.tensor([1.0, 1 / 4096]).double().expand(256, 2), rtol=1e-5, atol=0
+    )
+    assert 0.4 < convolution.weight.abs().max() <= 0.5
+    kernel = longspan.ExponentialKernel(-rates, convolution.coefficients.detach().double())
+    # Exponentials of a channel are independent: over channels, their answers to white noise add up to a variance of 1.
+    variance = kernel.taps(16384).square().sum(1).mean()
+    assert 0.8 < variance < 1.25
 
 
 @pytest.mark.parametrize("name", MIXERS)

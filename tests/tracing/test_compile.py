@@ -17,7 +17,9 @@ from tests.tracing.calls import CALLS, inputs_of, local_inputs, results
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
-    pytest.mark.filterwarnings("ignore:Torchinductor does not support code generation for complex operators:UserWarning"),
+    pytest.mark.filterwarnings(
+        "ignore:Torchinductor does not support code generation for complex operators:UserWarning"
+    ),
 ]
 LENGTHS = (100, 130, 77, 260)
 

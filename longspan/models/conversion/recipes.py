@@ -241,6 +241,7 @@ RECIPES: Mapping[str, Mapping[str, Make]] = {
     "mamba2": {"in_proj.weight": _mamba_inputs, "out_proj.weight": _mamba_out, "convolution.bias": _zero}
     | _TAPS
     | _NORM,
+    "chela": _SHARED | _TAPS | _NORM,
     "deltanet": _SHARED | _TAPS | _NORM,
     "gated_deltanet": _WIDE | _TAPS | _STEPS | _NORM,
     "kda": _SHARED | _TAPS | _STEPS | {"gate_proj.1.weight": _zero} | _OPEN_NORM,

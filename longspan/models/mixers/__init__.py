@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from longspan.models.mixers.based import BasedMixer
+from longspan.models.mixers.chela import CHELAMixer
 from longspan.models.mixers.deltanet import DeltaNetMixer
 from longspan.models.mixers.gated_deltanet import GatedDeltaNetMixer
 from longspan.models.mixers.gla import GLAMixer
@@ -38,6 +39,7 @@ MIXERS: dict[str, type[LayerMixer]] = {
         DeltaNetMixer,
         GatedDeltaNetMixer,
         KDAMixer,
+        CHELAMixer,
         SoftmaxMixer,
     )
 }
