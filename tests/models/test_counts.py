@@ -79,7 +79,7 @@ def test_states_are_counted_as_the_recurrent_form_has_them(name: str, monkeypatc
 
 
 def test_exponentials_are_counted_as_a_token_writes_and_reads_them() -> None:
-    """Forward; backward does it once more, and twice as much for gradients. What a chunk form takes inside its chunks is left out."""
+    """Forward, which backward does once more, beside twice as much for gradients; what chunks take inside is left out."""
     kernel = ExponentialKernel(-torch.ones(5, 16), torch.ones(5, 16))
     counter = FlopCounterMode(display=False)
     with counter:

@@ -173,8 +173,8 @@ def test_a_bfloat16_model_stays_close_to_float32(operator: str) -> None:
         want = model(tokens)
         got = model.bfloat16()(tokens)
     assert got.dtype == torch.float32
-    # HGRN2 makes decays and keys of one logit, which bfloat16 rounds.
-    assert relative_error(got, want) < (0.07 if operator == "hgrn2" else 0.04)
+    # HGRN2 makes decays and keys of one logit, which bfloat16 rounds; CHELA rounds two convolutions and their sum.
+    assert relative_error(got, want) < {"hgrn2": 0.07, "chela": 0.06}.get(operator, 0.04)
 
 
 def test_decays_are_float32_in_a_bfloat16_model() -> None:

@@ -28,6 +28,8 @@ from longspan.layout.rows import index_on, take_rows
 from longspan.ops.long_convolution.exponentials import (
     chunk_plan,
     continuing_pieces,
+    in_chunks,
+    in_rows,
     powers,
     read_inside,
     read_states,
@@ -59,11 +61,13 @@ def convolve_exponentials(
     plan = chunk_plan(layout, x.device)
     over_ranks = layout.num_ranks > 1
     with profiled("longspan.long_conv1d", x):
-        states, ends = scan(written(x, a, plan), _start_states(initial_state, layout), a, plan)
+        chunks, short = in_chunks(x, plan)
+        states, ends = scan(written(chunks, short, x.shape[0], a, plan), _start_states(initial_state, layout), a, plan)
         pending = _start(ends, a, layout, exchange) if over_ranks else None
-        y = read_inside(x, a, c, plan)
+        found = read_inside(chunks, a, c, plan)
         incoming = None if pending is None else _incoming(pending, x, a, c)
-        y = y.add_(read_states(states, incoming, a, c, plan)).to(x.dtype)
+        found = found.add_(read_states(states, incoming, a, c, plan))
+        y = in_rows(found, x.shape[0], plan).to(x.dtype)
         if not output_final_state:
             return y
         final_state = _final_states(ends, incoming, a, layout, joins=y.requires_grad)

@@ -16,7 +16,7 @@ entry, 1 if real and 2 if complex.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -37,11 +37,10 @@ _NUMBERS = 1 << 20
 
 @dataclass(frozen=True)
 class _Indices:
-    """The rows of the slots of all chunks, ``[n · L]``, 0 where there is none; those slots; and the slot of each row, ``[T]``."""
+    """The rows of the slots of some chunks, ``[chunks · L]``, 0 where there is none; and those slots."""
 
     rows: Tensor
     gaps: Tensor
-    slots: Tensor
 
 
 @dataclass(frozen=True)
@@ -49,20 +48,24 @@ class ChunkPlan:
     """How this rank's pieces are cut in chunks.
 
     size: L. ranges: of each piece, its chunks [first, last). lengths: the numbers of tokens that chunks have; kinds: of each
-    chunk, which of them. left, right: indices with a chunk's tokens at its first slots, and at its last ones; None where every
-    chunk is full and they are the rows themselves. starts: the number of each piece among those that start a document, or None.
-    behind: chunks of the pieces that continue a document from an earlier segment, the segment of each, and its tokens before the
-    chunk.
+    chunk, which of them. starts: the number of each piece among those that start a document, or None. behind: chunks of the
+    pieces that continue a document from an earlier segment, the segment of each, and its tokens before the chunk.
+
+    Where some chunks are not full: chunks, the indices of all of them, tokens at their first slots; slots, the slot of each row
+    ``[T]``; short, the numbers of those that are not full, and ends, their indices with tokens at their last slots. Else these
+    are None.
     """
 
     size: int
     ranges: tuple[tuple[int, int], ...]
     lengths: Tensor
     kinds: tuple[int, ...]
-    left: _Indices | None
-    right: _Indices | None
     starts: tuple[int | None, ...]
     behind: tuple[Tensor, Tensor, Tensor]
+    chunks: _Indices | None = None
+    slots: Tensor | None = None
+    short: Tensor | None = None
+    ends: _Indices | None = None
 
     @property
     def num_chunks(self) -> int:
@@ -105,31 +108,35 @@ def _plan(layout: SequenceLayout, device: torch.device) -> ChunkPlan:
         num_starts += piece.starts_document
     lengths = [stop - start for start, stop in bounds]
     distinct = sorted(set(lengths))
-    is_full = distinct == [size]
-    chunks, segments, offsets = zip(*behind, strict=True) if behind else ((), (), ())
-    return ChunkPlan(
+    numbers, segments, offsets = zip(*behind, strict=True) if behind else ((), (), ())
+    plan = ChunkPlan(
         size=size,
         ranges=tuple(ranges),
         lengths=index_of(distinct, device),
         kinds=tuple(distinct.index(length) for length in lengths),
-        left=None if is_full else _indices(bounds, size, False, device),
-        right=None if is_full else _indices(bounds, size, True, device),
         starts=tuple(starts),
-        behind=(index_of(chunks, device), index_of(segments, device), index_of(offsets, device)),
+        behind=(index_of(numbers, device), index_of(segments, device), index_of(offsets, device)),
+    )
+    if distinct == [size]:
+        return plan
+    short = [number for number, length in enumerate(lengths) if length < size]
+    slots = torch.cat([number * size + torch.arange(length) for number, length in enumerate(lengths)])
+    return replace(
+        plan,
+        chunks=_indices(bounds, size, False, device),
+        slots=slots.to(device),
+        short=index_of(short, device),
+        ends=_indices([bounds[number] for number in short], size, True, device),
     )
 
 
 def _indices(bounds: Sequence[tuple[int, int]], size: int, at_end: bool, device: torch.device) -> _Indices:
-    starts = torch.tensor([start for start, _ in bounds])
-    lengths = torch.tensor([stop for _, stop in bounds]) - starts
-    # Rows lie in the order of the chunks.
-    first = torch.arange(len(bounds)) * size + (size - lengths if at_end else 0)
-    rows = torch.arange(int(lengths.sum()))
-    slots = (first - starts).repeat_interleave(lengths) + rows
-    source = torch.full((len(bounds) * size,), -1)
-    source[slots] = rows
-    gaps = (source < 0).nonzero().squeeze(1)
-    return _Indices(source.clamp(min=0).to(device), gaps.to(device), slots.to(device))
+    rows = torch.full((len(bounds), size), -1)
+    for slots, (start, stop) in zip(rows, bounds, strict=True):
+        first = size - (stop - start) if at_end else 0
+        slots[first : first + stop - start] = torch.arange(start, stop)
+    rows = rows.flatten()
+    return _Indices(rows.clamp(min=0).to(device), (rows < 0).nonzero().squeeze(1).to(device))
 
 
 def powers(a: Tensor, counts: Tensor) -> Tensor:
@@ -144,31 +151,58 @@ def taps_of(a: Tensor, c: Tensor, num_taps: int) -> Tensor:
     return h.real if h.is_complex() else h
 
 
-def written(x: Tensor, a: Tensor, plan: ChunkPlan) -> Tensor:
-    """What each chunk writes into the state from zero, ``[n, B, C, N]``, of x ``[B, T, C]`` and a ``[C, N]``."""
+def in_chunks(x: Tensor, plan: ChunkPlan) -> tuple[Tensor, Tensor | None]:
+    """The tokens of x ``[B, T, C]`` chunk by chunk, ``[C, B · n, L]`` in the dtype that is computed in, zero where there is none.
 
-    def write(x: Tensor, a: Tensor) -> Tensor:
-        to_end = torch.arange(plan.size - 1, -1, -1, device=a.device)
-        found = torch.bmm(_spread(x, plan, plan.right, a), _as_numbers(powers(a, to_end)))
-        return _as_states(found.unflatten(1, (x.shape[0], -1)), a).permute(2, 1, 0, 3)
-
-    return by_channels(write, _block(x), (2, 0), 2, x, a)
+    And those of the chunks that are not full once more, at their last slots; None where all are full.
+    """
+    ends = None if plan.ends is None else _spread(x, plan, plan.ends)
+    return _spread(x, plan, plan.chunks), ends
 
 
-def read_inside(x: Tensor, a: Tensor, c: Tensor, plan: ChunkPlan) -> Tensor:
-    """What tokens read of their chunk, ``[B, T, C]`` in float32 (float64)."""
+def _spread(x: Tensor, plan: ChunkPlan, indices: _Indices | None) -> Tensor:
+    if indices is not None:
+        x = x.index_select(1, indices.rows).index_fill_(1, indices.gaps, 0)
+    spread = x.to(accumulation_dtype(x.dtype)).unflatten(1, (-1, plan.size)).permute(3, 0, 1, 2)
+    return spread.reshape(x.shape[2], -1, plan.size).contiguous()
 
-    def read(x: Tensor, a: Tensor, c: Tensor) -> Tensor:
+
+def in_rows(chunks: Tensor, num_rows: int, plan: ChunkPlan) -> Tensor:
+    """The tokens ``[B, T, C]`` of ``[C, B · n, L]``; num_rows: B."""
+    # Products of matrices that lie across memory would copy them one by one.
+    if chunks.requires_grad:
+        chunks.register_hook(Tensor.contiguous)
+    tokens = chunks.unflatten(1, (num_rows, -1)).flatten(2).permute(1, 2, 0)
+    return tokens.contiguous() if plan.slots is None else tokens.index_select(1, plan.slots)
+
+
+def written(chunks: Tensor, ends: Tensor | None, num_rows: int, a: Tensor, plan: ChunkPlan) -> Tensor:
+    """What each chunk writes into the state from zero, ``[n, B, C, N]``, of `in_chunks` and a ``[C, N]``."""
+
+    def write(a: Tensor, chunks: Tensor, *ends: Tensor) -> Tensor:
+        weights = _as_numbers(powers(a, torch.arange(plan.size - 1, -1, -1, device=a.device)))
+        states = _by_chunk(torch.bmm(chunks, weights), num_rows, a)
+        if plan.short is None:
+            return states
+        return states.index_copy(0, plan.short, _by_chunk(torch.bmm(ends[0], weights), num_rows, a))
+
+    tensors = (a, chunks) if ends is None else (a, chunks, ends)
+    return by_channels(write, _block(chunks), (0,) * len(tensors), 2, *tensors)
+
+
+def read_inside(chunks: Tensor, a: Tensor, c: Tensor, plan: ChunkPlan) -> Tensor:
+    """What tokens read of their chunk, ``[C, B · n, L]``."""
+
+    def read(chunks: Tensor, a: Tensor, c: Tensor) -> Tensor:
         h = F.pad(taps_of(a, c, plan.size), (plan.size - 1, 0))
         # Row s holds h_{t-s} for every t.
-        toeplitz = h.unfold(-1, plan.size, 1).flip(1)
-        return _rows(torch.bmm(_spread(x, plan, plan.left, a), toeplitz), x.shape[0], plan)
+        return torch.bmm(chunks, h.unfold(-1, plan.size, 1).flip(1))
 
-    return by_channels(read, _block(x), (2, 0, 0), 2, x, a, c)
+    return by_channels(read, _block(chunks), (0, 0, 0), 0, chunks, a, c)
 
 
 def read_states(states: Tensor, incoming: Tensor | None, a: Tensor, c: Tensor, plan: ChunkPlan) -> Tensor:
-    """What tokens read of the states before their chunks, ``[B, T, C]``.
+    """What tokens read of the states before their chunks, ``[C, B · n, L]``.
 
     states: ``[n, B, C, N]``. incoming: what enters each segment from other ranks beside them, ``[segments, B, C, N]``, or None.
     """
@@ -179,44 +213,30 @@ def read_states(states: Tensor, incoming: Tensor | None, a: Tensor, c: Tensor, p
             # [chunks, 1, C, N]
             factors = powers(a, offsets).transpose(0, 1).unsqueeze(1)
             states = states.index_add(0, chunks, factors * incoming[0].index_select(0, segments))
-        steps = torch.arange(1, plan.size + 1, device=a.device)
-        weights = c.unsqueeze(-2) * powers(a, steps)
+        weights = c.unsqueeze(-2) * powers(a, torch.arange(1, plan.size + 1, device=a.device))
         # The real part of a product.
-        found = torch.bmm(_as_numbers(states.permute(2, 1, 0, 3)).flatten(1, 2), _as_numbers(weights, -1).mT)
-        return _rows(found, states.shape[1], plan)
+        by_channel = _as_numbers(states.permute(2, 1, 0, 3)).flatten(1, 2)
+        return torch.bmm(by_channel, _as_numbers(weights, -1).mT)
 
     block = max(1, _NUMBERS // (plan.num_chunks * plan.size * states.shape[1]))
     if incoming is None:
-        return by_channels(read, block, (2, 0, 0), 2, states, a, c)
-    return by_channels(read, block, (2, 0, 0, 2), 2, states, a, c, incoming)
+        return by_channels(read, block, (2, 0, 0), 0, states, a, c)
+    return by_channels(read, block, (2, 0, 0, 2), 0, states, a, c, incoming)
 
 
-def _block(x: Tensor) -> int:
-    return max(1, _NUMBERS // (x.shape[0] * x.shape[1]))
+def _block(chunks: Tensor) -> int:
+    return max(1, _NUMBERS // chunks[0].numel())
 
 
-def _spread(x: Tensor, plan: ChunkPlan, indices: _Indices | None, a: Tensor) -> Tensor:
-    """The tokens of all chunks, ``[C, B · n, L]`` in the dtype that is computed in, zero where there is none."""
-    if indices is not None:
-        x = x.index_select(1, indices.rows).index_fill_(1, indices.gaps, 0)
-    spread = x.to(accumulation_dtype(x.dtype)).unflatten(1, (plan.num_chunks, plan.size)).permute(3, 0, 1, 2)
-    return spread.reshape(x.shape[2], -1, plan.size)
-
-
-def _rows(found: Tensor, num_rows: int, plan: ChunkPlan) -> Tensor:
-    """The tokens ``[B, T, C]`` of ``[C, B · n, L]``."""
-    tokens = found.unflatten(1, (num_rows, -1)).flatten(2).permute(1, 2, 0)
-    return tokens if plan.left is None else tokens.index_select(1, plan.left.slots)
+def _by_chunk(found: Tensor, num_rows: int, a: Tensor) -> Tensor:
+    """States ``[chunks, B, C, N]`` of ``[C, B · chunks, q · N]``."""
+    states = torch.complex(*found.chunk(2, dim=-1)) if a.is_complex() else found
+    return states.unflatten(1, (num_rows, -1)).permute(2, 1, 0, 3)
 
 
 def _as_numbers(z: Tensor, sign: int = 1) -> Tensor:
     """``[..., N]`` as real numbers ``[..., q · N]``: real parts, then imaginary ones times `sign`."""
     return torch.cat([z.real, sign * z.imag], dim=-1) if z.is_complex() else z
-
-
-def _as_states(x: Tensor, a: Tensor) -> Tensor:
-    """The inverse of `_as_numbers`, for states of exponents a."""
-    return torch.complex(*x.chunk(2, dim=-1)) if a.is_complex() else x
 
 
 def scan(writes: Tensor, starts: Tensor | None, a: Tensor, plan: ChunkPlan) -> tuple[Tensor, Tensor]:
