@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import longspan
 from longspan import SequenceLayout
+from longspan.attention.long_convolution.taps import convolve_taps
 from longspan.errors import InputError
 from longspan.first_order import first_order
 from longspan.ops.chunked.swiglu import chunked_swiglu
@@ -132,6 +133,15 @@ def inputs_of(name: str, layout: SequenceLayout) -> tuple[list[Tensor], Callable
         },
         "causal_conv1d": ([x, weight], lambda *t: ops.causal_conv1d(*t, layout=layout)),
         "silu convolution": ([x, weight], lambda *t: ops.causal_conv1d(*t, None, "silu", layout)),
+        "long convolution": ([x, weight], lambda *t: ops.long_conv1d(*t, layout=layout)),
+        "long convolution by transforms": (
+            [x, leaf(3, num_tokens)],
+            lambda x, taps: by_transforms(x, taps, layout),
+        ),
+        "exponentials": (
+            [x, leaf(3, 2, negative=True), leaf(3, 2)],
+            lambda x, a, c: ops.long_conv1d(x, ops.ExponentialKernel(a, c), layout=layout),
+        ),
         "token_shift": ([x], lambda t: ops.token_shift(t, layout=layout)),
         "hgrn2": ([q, k, v], lambda *t: ops.hgrn2(*t, layout=layout)),
         "chunked_cross_entropy": (
@@ -150,6 +160,12 @@ def inputs_of(name: str, layout: SequenceLayout) -> tuple[list[Tensor], Callable
     return calls[name]
 
 
+def by_transforms(x: Tensor, taps: Tensor, layout: SequenceLayout) -> Tensor:
+    y = convolve_taps(x, taps, taps.shape[1], None, layout, "all_to_all", False)
+    assert isinstance(y, Tensor)
+    return y
+
+
 def final_state(k: Tensor, v: Tensor, g: Tensor, layout: SequenceLayout) -> Tensor:
     q = torch.zeros_like(k)
     o, state = longspan.simple_gla(q, k, v, g, layout=layout, output_final_state=True)
@@ -159,6 +175,7 @@ def final_state(k: Tensor, v: Tensor, g: Tensor, layout: SequenceLayout) -> Tens
 OPERATORS = [
     *("linear_attention", "two-sided", "retention", "two-sided retention", "simple_gla", "final state", "gla"),
     *("delta_rule", "gated_delta_rule", "kda", "softmax by all_gather", "softmax by ring", "softmax by ulysses"),
+    *("long convolution", "long convolution by transforms", "exponentials"),
     *("causal_conv1d", "silu convolution", "token_shift", "hgrn2", "normalized"),
     *("chunked_cross_entropy", "chunked_swiglu"),
 ]

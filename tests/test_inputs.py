@@ -101,6 +101,27 @@ def operators(num_tokens: int) -> dict[str, Operator]:
         "kda": Operator(longspan.kda, {**attention, **channels, **beta}, LINEAR_BAD),
         "softmax_attention": Operator(longspan.softmax_attention, attention, SOFTMAX_BAD),
         "causal_conv1d": Operator(longspan.causal_conv1d, conv, conv_bad),
+        "long_conv1d": Operator(
+            longspan.long_conv1d,
+            {"x": make(6), "kernel": torch.ones(6, 3)},
+            {
+                "method": ("pigeon", 3, None),
+                "exchange": ("pigeon", 3, None, "ring"),
+                "output_final_state": NO_FLAGS,
+                "initial_state": (0.0, torch.zeros(1, 5, 6), torch.zeros(1, 2, 6).double()),
+            },
+        ),
+        "exponentials": Operator(
+            lambda log_decay, coefficients, x, **rest: longspan.long_conv1d(
+                x, longspan.ExponentialKernel(log_decay, coefficients), **rest
+            ),
+            {"x": make(6), "log_decay": torch.full((6, 2), -0.1), "coefficients": torch.ones(6, 2)},
+            {
+                "method": ("pigeon", "halo"),
+                "exchange": ("pigeon", 3, None),
+                "initial_state": (0.0, torch.zeros(1, 5, 2), torch.zeros(1, 6, 2).double()),
+            },
+        ),
         "token_shift": Operator(
             longspan.token_shift,
             {"x": make(6)},

@@ -45,7 +45,11 @@ def test_an_output_is_a_tensor_unless_the_final_state_is_asked_for() -> None:
     assert_type(longspan.causal_conv1d(x, weight, output_final_state=True), Pair)
     assert_type(longspan.token_shift(x), Tensor)
     assert_type(longspan.token_shift(x, output_final_state=True), Pair)
+    assert_type(longspan.long_conv1d(x, weight), Tensor)
+    kernel = longspan.ExponentialKernel(-weight, weight)
+    assert_type(longspan.long_conv1d(x, kernel, output_final_state=True), Pair)
     flag = bool(x.numel())
+    assert_type(longspan.long_conv1d(x, kernel, output_final_state=flag), Tensor | Pair)
     assert_type(longspan.token_shift(x, output_final_state=flag), Tensor | Pair)
     assert_type(longspan.gla(q, k, v, channels, output_final_state=flag), Tensor | Pair)
 

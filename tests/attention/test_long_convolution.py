@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -177,7 +179,7 @@ TOLERANCES = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
 def error_in(dtype: torch.dtype, kind: str) -> tuple[float, str]:
     errors: dict[str, float] = {}
     for num_taps, method in ((9, "halo"), (90, "halo"), (90, "all_to_all")):
-        options = {} if KINDS[kind].exponentials else {"method": method}
+        options: dict[str, Any] = {} if KINDS[kind].exponentials else {"method": method}
         found = errors_on_rank(kind, 150, num_taps, None, "zigzag", with_states=True, dtype=dtype, **options)
         errors |= {f"{name}, {num_taps} taps by {method}": error for name, error in found.items()}
     return worst_of(errors)
@@ -250,8 +252,8 @@ def gradients_of_some(kind: str, method: str, order: Order) -> list[float]:
             leaves = [own[name] for name in wanted]
             grads = torch.autograd.grad(y, leaves, layout.shard(given["grad_y"]), retain_graph=retain_graph)
             for name, grad, expected in zip(wanted, grads, want_grads, strict=True):
-                pair = (grad, layout.shard(expected)) if name == "x" else (summed(grad), expected)
-                errors.append(relative_error(*(as_real(x) for x in pair)))
+                got, want = (grad, layout.shard(expected)) if name == "x" else (summed(grad), expected)
+                errors.append(relative_error(as_real(got), as_real(want)))
     y = longspan.long_conv1d(layout.shard(given["x"]), KINDS[kind].kernel(given, 35), layout=layout, **options)
     assert not y.requires_grad
     return errors
@@ -453,3 +455,11 @@ def under_autocast(kind: str) -> list[float]:
 @pytest.mark.parametrize("kind", ["taps", "exponentials", "complex exponentials"])
 def test_autocast_casts_the_tokens_and_no_kernel(kind: str) -> None:
     assert run_on_ranks(2, under_autocast, kind) == [[0.0]] * 2
+
+
+def test_the_page_runs() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "long_convolutions.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"^```python\n(.*?)^```$", page, flags=re.MULTILINE | re.DOTALL)
+    found: dict[str, Any] = {}
+    exec(code, found)
+    assert found["y"].shape == (2, 1000, 8) and found["state"].shape == (2, 8, 16)

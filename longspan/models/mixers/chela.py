@@ -98,7 +98,7 @@ class CHELAMixer(LayerMixer):
     whose values are of the layer's input; and a gate of what was convolved on its output. 5 C² numbers where H · D = C, and 36 C
     of the convolutions.
 
-    What the paper leaves open, or what is other here, is in docs/models.md: the long kernel is a sum of exponentials, for which
+    What is chosen here beside that is in docs/models.md: the long kernel is a sum of exponentials, for which
     decoding has a state of constant size.
 
     It remembers ``{"state": [B, H, D, D], "taps": [B, 3, C], "exponentials": [B, C, 16]}``.

@@ -171,9 +171,14 @@ def in_rows(chunks: Tensor, num_rows: int, plan: ChunkPlan) -> Tensor:
     """The tokens ``[B, T, C]`` of ``[C, B · n, L]``; num_rows: B."""
     # Products of matrices that lie across memory would copy them one by one.
     if chunks.requires_grad:
-        chunks.register_hook(Tensor.contiguous)
+        chunks.register_hook(_laid_out)
     tokens = chunks.unflatten(1, (num_rows, -1)).flatten(2).permute(1, 2, 0)
     return tokens.contiguous() if plan.slots is None else tokens.index_select(1, plan.slots)
+
+
+def _laid_out(grad: Tensor | None) -> Tensor | None:
+    """A gradient in its own order; None where there is none, as of an output that a loss does not take."""
+    return None if grad is None else grad.contiguous()
 
 
 def written(chunks: Tensor, ends: Tensor | None, num_rows: int, a: Tensor, plan: ChunkPlan) -> Tensor:
