@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -218,6 +219,52 @@ def test_a_prompt_is_continued_token_by_token(kind: str) -> None:
         parts.append(y)
     assert relative_error(torch.cat(parts, 1), want) < 1e-12
     assert relative_error(as_real(state), as_real(want_final)) < 1e-12
+
+
+def errors_of_stretches(kind: str, order: Order, method: str) -> dict[str, float]:
+    """A sequence in stretches, each given the state that the one before it left; documents span them or begin on their bounds."""
+    cuts, documents = (0, 9, 30, 33, 60), [0, 4, 9, 40, 60]
+    given = inputs(kind, cuts[-1], 6, documents, 3, 1)
+    parameters = {name: x for name, x in given.items() if name not in ("x", "initial_state", "grad_y", "grad_final")}
+    whole, first = given["x"].clone().requires_grad_(), given["initial_state"][:1].clone().requires_grad_()
+    # Of several documents the first alone goes on from a state, and the last one's is left.
+    states = torch.cat([first, torch.zeros_like(given["initial_state"][1:])])
+    want, finals = definition(kind, whole, parameters, 6, documents, states)
+    upstream = given["grad_y"], given["grad_final"][-1:]
+    weight = sum(range(1, dist.get_world_size() + 1))
+    want_grads = torch.autograd.grad([want, finals[-1:]], [whole, first], [upstream[0], weight * upstream[1]])
+
+    layouts = SequenceLayout(cuts[-1], order=order, documents=documents, continues=7)
+    parts = [(start, stop, layouts.stretch(start, stop)) for start, stop in pairwise(cuts)]
+    options: dict[str, Any] = {} if KINDS[kind].exponentials else {"method": method}
+    own_x = [layout.shard(given["x"][:, start:stop]).clone().requires_grad_() for start, stop, layout in parts]
+    own_first = given["initial_state"][:1].clone().requires_grad_()
+    outputs, state = [], own_first
+    for x, (_, _, layout) in zip(own_x, parts, strict=True):
+        kernel = KINDS[kind].kernel(parameters, 6)
+        y, state = longspan.long_conv1d(
+            x, kernel, initial_state=state, output_final_state=True, layout=layout, **options
+        )
+        outputs.append(y)
+    own_upstream = [layout.shard(upstream[0][:, start:stop]) for start, stop, layout in parts]
+    *grads, grad_first = torch.autograd.grad(
+        [*outputs, state], [*own_x, own_first], [*own_upstream, (dist.get_rank() + 1) * upstream[1]]
+    )
+    errors = {"final": relative_error(as_real(state), as_real(finals[-1:]))}
+    errors["dfirst"] = relative_error(as_real(summed(grad_first)), as_real(want_grads[1]))
+    for (start, stop, layout), y, grad in zip(parts, outputs, grads, strict=True):
+        errors[f"y from {start}"] = relative_error(y, layout.shard(want[:, start:stop]))
+        errors[f"dx from {start}"] = relative_error(grad, layout.shard(want_grads[0][:, start:stop]), 1e-3)
+    return errors
+
+
+@pytest.mark.parametrize("num_ranks", [1, 3])
+@pytest.mark.parametrize(
+    ("kind", "method"), [("taps", "halo"), ("taps", "all_to_all"), ("exponentials", ""), ("complex exponentials", "")]
+)
+def test_a_sequence_in_stretches_equals_one_call(kind: str, method: str, num_ranks: int) -> None:
+    for errors in run_on_ranks(num_ranks, errors_of_stretches, kind, "zigzag", method):
+        assert worst(errors) < 1e-11, errors
 
 
 def test_taps_of_exponentials_are_those_of_the_recurrence() -> None:

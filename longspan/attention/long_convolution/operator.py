@@ -17,6 +17,7 @@ from longspan.attention.long_convolution.kernels import (
 from longspan.attention.long_convolution.opaque import EXPONENTIALS, LONG_CONVOLUTION, state_dtype
 from longspan.attention.long_convolution.recurrence import convolve_exponentials
 from longspan.attention.long_convolution.taps import METHODS, Method, chosen, convolve_taps
+from longspan.attention.one_state import state_of_last, states_of_documents
 from longspan.attention.opaque import bounds_of
 from longspan.autocast import as_in_product
 from longspan.checks import check_choice, check_flag, check_tensor, described
@@ -78,7 +79,8 @@ def long_conv1d(
               length of the sequence; in the dtype of x, or float32 (float64 for float64);
             - `longspan.ExponentialKernel`: a sum of exponentials, of any length, computed as the linear recurrence that it is;
             - `longspan.FunctionKernel`: a function of position, called for the channels that a rank convolves.
-        initial_state: what stands before the first global token, or before each document; the same on every rank, its gradient a
+        initial_state: what stands before the first global token, or before each document (one for all where the layout
+            `continues` a sequence); the same on every rank, its gradient a
             rank's share; None is zeros. Of taps and functions the K − 1 tokens before, ``[B, K-1, C]`` or ``[D, K-1, C]``, the
             oldest first, in the dtype of x; a kernel may then be longer than the sequence. Of exponentials their state, ``[B, C,
             N]`` or ``[D, C, N]``, S_t,n = Σ_j e^{j · log_decay_n} x_{t-j}, float32 (float64 for float64), complex if they are. A
@@ -115,7 +117,7 @@ def long_conv1d(
     x = as_in_product(x)
     layout = check_tokens(x, layout, "long_conv1d")
     check_flag("long_conv1d", "output_final_state", output_final_state)
-    check_kernel(kernel, x, layout, initial_state is not None)
+    check_kernel(kernel, x, layout, initial_state is not None or bool(layout.continues))
     check_choice("long_conv1d", "method", method, METHODS, "Leave it out for 'auto'")
     exchanger = exchange_named(exchange)
     if isinstance(kernel, ExponentialKernel):
@@ -125,10 +127,11 @@ def long_conv1d(
                 "travels by `exchange`. Leave method out, or pass kernel.taps(num_taps)"
             )
         _check_state(initial_state, x, kernel, layout)
+        initial_state = states_of_documents(initial_state, layout)
         if has_no_values(x):
             bounds = bounds_of(layout, x)
             y, state = EXPONENTIALS(x, kernel.log_decay, kernel.coefficients, initial_state, bounds, output_final_state)
-            return (y, state) if output_final_state else y
+            return (y, state_of_last(state, layout)) if output_final_state else y
         return convolve_exponentials(x, kernel, initial_state, layout, exchanger, output_final_state)
     if exchange != "auto":
         raise InputError(
@@ -143,10 +146,11 @@ def long_conv1d(
         )
     initial_state = as_in_product(initial_state)
     check_initial_state("long_conv1d", initial_state, x, (num_taps - 1,), "the K - 1 tokens before", layout, "K-1")
+    initial_state = states_of_documents(initial_state, layout)
     if has_no_values(x):
         taps = taps_for(kernel, range(x.shape[2]), num_taps, x)
         y, state = LONG_CONVOLUTION(x, taps, initial_state, bounds_of(layout, x), output_final_state)
-        return (y, state) if output_final_state else y
+        return (y, state_of_last(state, layout)) if output_final_state else y
     method = chosen(method, layout, num_taps)
     return convolve_taps(x, kernel, num_taps, initial_state, layout, method, output_final_state)
 
@@ -158,7 +162,7 @@ def _check_state(initial_state: Tensor | None, x: Tensor, kernel: ExponentialKer
     if initial_state is None:
         return
     check_tensor("long_conv1d", "initial_state", initial_state)
-    rows, first = (layout.num_documents, "num_documents") if layout.is_packed else (x.shape[0], "B")
+    rows, first = (layout.num_documents, "num_documents") if layout.has_document_states else (x.shape[0], "B")
     expected, dtype = (rows, *kernel.log_decay.shape), state_dtype(x, kernel.log_decay)
     fits = initial_state.dtype == dtype and initial_state.device == x.device
     if tuple(initial_state.shape) != expected or not fits:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from longspan.attention.linear import profiled
 from longspan.attention.long_convolution.kernels import ExponentialKernel
+from longspan.attention.one_state import state_of_last
 from longspan.attention.together import Together
 from longspan.dtypes import accumulation_dtype
 from longspan.exchange import Exchanger, PendingExchange, start_exchange
@@ -133,4 +134,4 @@ def _final_states(ends: Tensor, incoming: Tensor | None, a: Tensor, layout: Sequ
         if joins and not numbers.requires_grad:
             numbers = JoinSum.apply(numbers, numbers.new_zeros((), requires_grad=True), layout)
         states = torch.view_as_complex(numbers) if a.is_complex() else numbers
-    return states.squeeze(1) if layout.is_packed else states.squeeze(0)
+    return state_of_last(states.squeeze(1), layout) if layout.is_packed else states.squeeze(0)

@@ -23,6 +23,7 @@ from longspan.attention.convolution import before_heads, convolve_over_ranks, fi
 from longspan.attention.linear import profiled
 from longspan.attention.long_convolution.by_channel import channels_of, start_to_channels, to_tokens
 from longspan.attention.long_convolution.kernels import FunctionKernel, taps_for
+from longspan.attention.one_state import state_of_last
 from longspan.attention.together import Together
 from longspan.dtypes import at_least_float32
 from longspan.exchange.halo import halo_plan, start_halo
@@ -69,6 +70,7 @@ def convolve_taps(
     if not output_final_state:
         return y
     final_state = final_tokens(x, initial_state, layout, num_taps - 1, joins=y.requires_grad)
+    final_state = state_of_last(final_state, layout)
     return Together.apply(y, final_state) if layout.num_ranks > 1 else (y, final_state)
 
 

@@ -125,7 +125,8 @@ class CHELAMixer(LayerMixer):
         out: Tensor = self.out_proj(self.norm(memory.read(q), gate).flatten(2))
         if not context.outputs_memory:
             return out, None
-        return out, LayerMemory({"state": memory.final_state(), **remembered})
+        found = {"state": memory.final_state(), **remembered}
+        return out, LayerMemory({name: context.of_its_own(x) for name, x in found.items()})
 
     def init_weights(self, initial: InitialWeights) -> None:
         initial.fill(self, residual=(self.out_proj,))
