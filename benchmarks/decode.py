@@ -1,4 +1,5 @@
-"""`decode`: tokens per second behind prompts of growing length, and what a model remembers of them; one thread."""
+"""`decode`: tokens per second behind prompts of growing length, and what a model remembers of them; and what it is worth that keys
+and values of softmax layers are written behind those before them, beside joining them anew for each token. One thread."""
 
 from __future__ import annotations
 
@@ -111,4 +112,59 @@ def decoding(quick: bool) -> Table:
     return table
 
 
-TABLES = {"decode": decoding}
+def given(model: LinearLlama3, tokens: Tensor, memory: ModelMemory, anew: bool) -> tuple[Tensor, ModelMemory]:
+    """The last logits behind tokens ``[N]``, given one by one, and what is remembered; anew: keys are joined for each of them."""
+    with torch.no_grad():
+        for token in tokens:
+            logits, memory = model(token.view(1, 1), memory=memory.detach() if anew else memory, output_memory=True)
+    return logits, memory
+
+
+def measure_keys(lengths: tuple[int, ...], num_new: int, turns: int) -> list[tuple[list[float], list[float]]]:
+    """Of each prompt, seconds of the processor a turn of appending and of joining, in turn."""
+    model = small_model("N")
+    found = []
+    for length in lengths:
+        memory = prefill(model, prompt(length + 1))
+        assert memory is not None
+        tokens = prompt(num_new)
+        if not torch.equal(given(model, tokens, memory, False)[0], given(model, tokens, memory, True)[0]):
+            raise SystemExit(f"keys appended and joined behind {length} tokens give other logits")
+        times: tuple[list[float], list[float]] = ([], [])
+        for turn in range(turns):
+            for anew in (False, True) if turn % 2 == 0 else (True, False):
+                # Room is made at the second token, which a text pays for once.
+                _, begins = given(model, prompt(2), memory, anew)
+                begun = time.process_time()
+                given(model, tokens, begins, anew)
+                times[anew].append(time.process_time() - begun)
+        found.append(times)
+    return found
+
+
+def keys(quick: bool) -> Table:
+    """See the module."""
+    lengths = (64, 256) if quick else (256, 2_048, 8_192, 32_768)
+    num_new, turns = (8, 2) if quick else (24, 5)
+    table = Table(
+        "decode-keys",
+        "Keys and values of softmax layers in decoding, appended and joined anew: 4 softmax layers of width 256, B1, float32",
+        "the same logits, bit by bit; appended no slower",
+        [
+            "tokens of the prompt",
+            "appended, CPU ms a token",
+            "joined, CPU ms a token",
+            "speed of appending over joining",
+        ],
+    )
+    for length, (appended, joined) in zip(lengths, in_subprocess(measure_keys, lengths, num_new, turns), strict=True):
+        table.add(
+            f"{length:,}",
+            f"{statistics.median(appended) / num_new * 1e3:.1f}",
+            f"{statistics.median(joined) / num_new * 1e3:.1f}",
+            paired(joined, appended).ratio,
+        )
+    return table
+
+
+TABLES = {"decode": decoding, "decode-keys": keys}

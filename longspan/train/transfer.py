@@ -1,17 +1,14 @@
 """Attention transfer: L layers are trained to give what the softmax layers gave whose places they have taken.
 
-The first stage of LoLCATs (arXiv 2410.10254), which trains feature maps so; here it is all that a mixer has. Every layer is given
-what it would be given in the model with softmax layers, whose outputs go on to the next: the layers learn beside one another, and
-none of them what another one gets wrong. Over ranks both kinds of layers mix the tokens of one layout, and a rank's error is its
-share: the sum over its own tokens, divided by the square of what the softmax layer gives for all of them.
-
-Shapes: B batch rows, T tokens of this rank, C channels of the residual stream.
+The first stage of LoLCATs (arXiv 2410.10254), which trains feature maps so; here it is all that a mixer has. Layers learn beside
+one another, and none of them what another one gets wrong (`longspan.train.layer_tasks`). Over ranks both kinds of layers mix the
+tokens of one layout, and a rank's error is its share: the sum over its own tokens, divided by the square of what the softmax layer
+gives for all of them.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -20,21 +17,19 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from longspan.comm.collectives import all_reduce
 from longspan.data.batches import TrainingBatches, validation_sequences
 from longspan.data.packing import Documents, PackedBatch, Sequences
 from longspan.data.prepared import PreparedData
-from longspan.dtypes import accumulation_dtype
 from longspan.errors import ConfigError, LongspanError
 from longspan.launch import Place
 from longspan.layout import Order, SequenceLayout
 from longspan.models import LinearLlama3
 from longspan.models.linear_llama3 import HybridBlock
-from longspan.models.mixers import Context
 from longspan.models.mixers.softmax import SoftmaxMixer
-from longspan.models.rotary import rotation
 from longspan.parallel import parallelize, sum_gradients, unparallelize
+from longspan.train.calibration import calibrate
 from longspan.train.config import OptimConfig
+from longspan.train.layer_tasks import layer_tasks, sums_over_ranks
 from longspan.train.optimizer import build_optimizer, clip_gradients, gradient_norm, learning_rate, set_learning_rate
 from longspan.train.ranks import Ranks
 from longspan.train.step_batch import LayoutOf, layouts_over
@@ -60,6 +55,8 @@ class Transfer:
     """Highest learning rate; the first tenth of the steps, 20 at most, lead up to it, and half a cosine down to a tenth of it."""
     validation_sequences: int = 8
     """Held-out sequences that the errors before and after are taken on."""
+    calibrate: bool = True
+    """Open gates and set the sizes of outputs on the first batch, before the first step."""
 
     def check(self) -> None:
         """Raise ConfigError for values that make no training."""
@@ -156,6 +153,9 @@ def _transfer(
     config = OptimConfig(lr=transfer.lr, warmup_steps=warmup, weight_decay=0.0)
     optimizer = build_optimizer(learning, config)
     device = model.norm.weight.device
+    if transfer.calibrate:
+        first = batches.batch(0).packed().to(device)
+        calibrate(model, teachers, first, layout_of(first.seq_len, first.documents))
     before = _errors_on(model, teachers, held_out, device, layout_of)
     for step in range(transfer.steps):
         batch = batches.batch(step).packed().to(device)
@@ -189,42 +189,16 @@ def layer_errors(
     layout: which tokens of the batch this rank takes; the layers were parallelized for its group. learns: add the gradients of this
     rank's share of the sum of the errors to the weights of these layers; the ranks' sum is then the whole gradient.
     """
-    positions = layout.document_positions_on(batch.inputs.device)
-    config = model.config
-    dtype = accumulation_dtype(model.norm.weight.dtype)
-    angles = rotation(positions, config.size_of_head, config.rope_theta, dtype, config.rope_scaling)
-    context = Context(layout, positions, angles)
     errors: dict[int, Tensor] = {}
-    with torch.no_grad():
-        x = model.embedding(layout.shard(batch.inputs))
-        for number, entry in enumerate(model.blocks):
-            block = cast(HybridBlock, entry)
-            given = block.mixer_norm(x)
-            teacher = teachers.get(number)
-            wanted, _ = (block.mixer if teacher is None else teacher)(given, context)
-            if teacher is not None:
-                with torch.set_grad_enabled(learns):
-                    # Made once for each layer, whose graph the next one then does not need.
-                    shared = {name: module() for name, module in model.shared.items()}
-                    got, _ = block.mixer(given, dataclasses.replace(context, shared=shared))
-                    distance = (got - wanted).square().sum()
-                whole = _sums_over_ranks(torch.stack([distance.detach(), wanted.square().sum()]), layout)
-                size = whole[1].clamp(min=_TINY)
-                if learns:
-                    with torch.enable_grad():
-                        (distance / size).backward()
-                errors[number] = whole[0] / size
-            x = x + wanted
-            fed, _ = block.feed_forward(block.feed_forward_norm(x), context)
-            x = x + fed
+    for task in layer_tasks(model, teachers, batch, layout):
+        with torch.set_grad_enabled(learns):
+            distance = (task.output() - task.wanted).square().sum()
+        whole = sums_over_ranks(torch.stack([distance.detach(), task.wanted.square().sum()]), layout)
+        size = whole[1].clamp(min=_TINY)
+        if learns:
+            (distance / size).backward()
+        errors[task.number] = whole[0] / size
     return errors
-
-
-def _sums_over_ranks(sums: Tensor, layout: SequenceLayout) -> Tensor:
-    if layout.num_ranks == 1:
-        return sums
-    assert layout.group is not None
-    return all_reduce(sums, layout.group, "forward")
 
 
 def _errors_on(

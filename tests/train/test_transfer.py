@@ -21,9 +21,12 @@ from longspan.launch import Place
 from longspan.layout import Order, SequenceLayout
 from longspan.models import LinearLlama3
 from longspan.models.conversion import Converted, convert, read_llama
+from longspan.models.conversion.recipes import OPEN_GATES
 from longspan.models.weights import open_weights
 from longspan.parallel import MeshDegrees, parallelize
+from longspan.train.calibration import calibrate
 from longspan.train.config import DataConfig
+from longspan.train.layer_tasks import layer_tasks
 from longspan.train.ranks import Ranks
 from longspan.train.transfer import Transfer, TransferError, Transferred, layer_errors, transfer_attention
 from tests.compare import relative_error, worst
@@ -128,6 +131,61 @@ def test_errors_fall_and_nothing_else_changes(folder: Path, data: PreparedData, 
     assert all(torch.equal(one, other) for one, other in zip(teachers, now, strict=True))
 
 
+@pytest.mark.parametrize("operator", each_linear_mixer(quick=("simple_gla", "lightning", "based")))
+def test_calibration_is_of_the_gates_and_sizes_it_names_and_no_further_from_the_softmax_layer(
+    folder: Path, operator: str
+) -> None:
+    """On the batch that it is made on: an output that it has multiplied is further away a hundredth larger, or smaller."""
+    found = converted(folder, operator)
+    model = found.model.double()
+    teachers = {layer: teacher.double() for layer, teacher in found.teachers.items()}
+    batch = ROWS.packed()
+    layout = SequenceLayout.local(batch.seq_len, batch.documents)
+
+    def errors() -> dict[int, float]:
+        return {layer: float(e) for layer, e in layer_errors(model, teachers, batch, layout, learns=False).items()}
+
+    began = errors()
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    calibrate(model, teachers, batch, layout)
+    names = {f"blocks.{layer}.mixer.{name}" for layer in teachers for name in ("norm.weight", "gate_proj.weight")}
+    changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    assert changed <= names
+    assert any("gate_proj" in name for name in changed) == (operator in OPEN_GATES)
+    after = errors()
+    for layer in teachers:
+        assert after[layer] <= max(1.0, began[layer]) + 1e-9, (layer, began, after)
+        if f"blocks.{layer}.mixer.norm.weight" not in changed:
+            continue
+        assert after[layer] < 1
+        weight = model.get_parameter(f"blocks.{layer}.mixer.norm.weight")
+        for factor in (0.99, 1.01):
+            with torch.no_grad():
+                weight.mul_(factor)
+                assert errors()[layer] > after[layer]
+                weight.div_(factor)
+
+
+def test_an_opened_gate_lets_through_what_its_layer_is_given(folder: Path) -> None:
+    """One, nearly, where what a layer is given has channels that are the same for every token; in all channels alike."""
+    found = converted(folder, "simple_gla")
+    model = found.model.double()
+    teachers = {layer: teacher.double() for layer, teacher in found.teachers.items()}
+    with torch.no_grad():
+        # Channels that are the same for every token, as large models have them.
+        model.embedding.weight[:, :4] = 5.0
+    batch = Sequences(ROWS.tokens).packed()
+    layout = SequenceLayout.local(batch.seq_len)
+    calibrate(model, teachers, batch, layout)
+    for task in layer_tasks(model, teachers, batch, layout):
+        mixer: Any = task.block.mixer
+        gate = torch.nn.functional.silu(mixer.gate_proj(task.given)).detach()
+        assert torch.equal(gate, gate[..., :1].expand_as(gate))
+        spread = (gate[..., 0] - 1).square().mean().sqrt()
+        assert abs(float(gate.mean()) - 1) < 0.1
+        assert spread < (0.02 if task.number == 0 else 0.5), (task.number, spread)
+
+
 def shares_of_layers(folder: Path, operators: Sequence[str], order: Order | None) -> dict[str, Any]:
     """Of each operator, with documents and without: the errors, and this rank's gradients; an order splits sequences over ranks."""
     found: dict[str, Any] = {}
@@ -202,6 +260,7 @@ def transferred(
     ("num_ranks", "operator", "documents", "order"),
     [
         (2, "hgrn2", "reset", "zigzag"),
+        (2, "simple_gla", "concatenate", "contiguous"),
         pytest.param(3, "gated_deltanet", "concatenate", "contiguous", marks=pytest.mark.slow),
         pytest.param(4, "mamba2", "reset", "contiguous", marks=pytest.mark.slow),
     ],

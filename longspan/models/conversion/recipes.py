@@ -248,3 +248,8 @@ RECIPES: Mapping[str, Mapping[str, Make]] = {
 }
 """Weights of each linear mixer, by their names in it, and what makes them; a weight that is not named keeps its initial value.
 A new mixer is one line."""
+
+OPEN_GATES: Mapping[str, str] = {"simple_gla": "gate_proj.weight"}
+"""Mixers whose silu gates are opened where there is text to do it on (`longspan.train.calibration`), and the gates' weights: those
+whose scores are positive, as the softmax layer's are. Where they are not, what a gate lets through resembles that layer's output no
+more, open or not (docs/conversion.md has what was measured)."""

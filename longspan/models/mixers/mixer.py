@@ -26,6 +26,7 @@ from longspan.errors import InputError, LayoutError
 from longspan.exchange import Exchanger
 from longspan.layout import SequenceLayout
 from longspan.models.initial import InitialWeights
+from longspan.models.mixers.growing import Grown
 from longspan.models.mixers.key_blocks import KeyBlocks
 from longspan.models.rotary import Rotation
 
@@ -38,11 +39,13 @@ class LayerMemory:
     ``{"taps": [B, W-1, C]}``, keys and values, ``{"keys": [B, L, H_kv, D], "values": ...}``, or several of them. The same on
     every rank. They carry gradients: to what they were computed from, and from what is computed of them.
 
-    blocks: keys and values in segments of time, those of each segment by themselves.
+    blocks: keys and values in segments of time, those of each segment by themselves. grown: of tensors that lie in memory with room
+    for more tokens, where they end.
     """
 
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     blocks: KeyBlocks | None = None
+    grown: Mapping[str, Grown] = field(default_factory=dict)
 
     @property
     def all_tensors(self) -> Mapping[str, Tensor]:

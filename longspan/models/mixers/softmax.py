@@ -8,16 +8,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
 from longspan.attention.softmax import write_softmax
 from longspan.attention.softmax.final_state import KeysAndValues
+from longspan.autocast import as_in_product
 from longspan.errors import ConfigError
 from longspan.models.initial import InitialWeights
+from longspan.models.mixers.growing import Grown, append
 from longspan.models.mixers.key_blocks import KeyBlocks
 from longspan.models.mixers.layer import Footprint, LayerMixer
 from longspan.models.mixers.mixer import Context, LayerMemory, operations_of_matrices
 from longspan.models.rotary import rotate
+from longspan.tracing import has_no_values
 
 if TYPE_CHECKING:
     from longspan.models.config import LinearLlama3Config
@@ -53,11 +57,13 @@ class SoftmaxMixer(LayerMixer):
     def mix(self, x: Tensor, context: Context) -> tuple[Tensor, LayerMemory | None]:
         assert context.rotation is not None
         k, v = rotate(self._heads(self.k_proj(x)), context.rotation), self._heads(self.v_proj(x))
+        k, v = as_in_product(k), as_in_product(v)
+        before, grows = _keys_before(context), _grows(k, context)
         memory = write_softmax(
             k,
             v,
-            initial_state=_keys_before(context),
-            output_final_state=context.outputs_memory,
+            initial_state=before,
+            output_final_state=context.outputs_memory and not grows,
             layout=context.layout,
             method=self.parallel.softmax_method,
             window=self.window,
@@ -67,7 +73,19 @@ class SoftmaxMixer(LayerMixer):
         out: Tensor = self.out_proj(memory.read(q).flatten(2))
         if not context.outputs_memory:
             return out, None
+        if grows:
+            return out, self._grown(k, v, before, context.memory)
         return out, _keys_behind(*memory.final_state(), context)
+
+    def _grown(self, k: Tensor, v: Tensor, before: KeysAndValues | None, memory: LayerMemory | None) -> LayerMemory:
+        """What is remembered behind `before`, to the bit as `final_state` has it, written where there is room."""
+        most = None if self.window is None else self.window - 1
+        ends = {} if memory is None else memory.grown
+        tensors: dict[str, Tensor] = {}
+        grown: dict[str, Grown] = {}
+        for name, new, earlier in zip(("keys", "values"), (k, v), before or (None, None), strict=True):
+            tensors[name], grown[name] = append(earlier, ends.get(name), new, most)
+        return LayerMemory(tensors, grown=grown)
 
     def init_weights(self, initial: InitialWeights) -> None:
         initial.fill(self, residual=(self.out_proj,))
@@ -110,3 +128,11 @@ def _keys_behind(keys: Tensor, values: Tensor, context: Context) -> LayerMemory:
     # In memory of their own: they are kept longer than what they were taken from.
     new = keys[:, num_earlier:].clone(), values[:, num_earlier:].clone()
     return LayerMemory(blocks=(before or KeyBlocks({})).followed_by(*new, num_earlier))
+
+
+def _grows(k: Tensor, context: Context) -> bool:
+    """Whether tokens are written behind those remembered: where this rank has all of them, and no gradient passes through."""
+    layout = context.layout
+    is_whole = layout is None or (layout.num_ranks == 1 and not layout.is_packed)
+    in_place = context.outputs_memory and not context.in_segments and not torch.is_grad_enabled()
+    return in_place and is_whole and not has_no_values(k)
