@@ -16,10 +16,15 @@ the transitions of n stretches in one parameter tensor:
 | HeadDecay    | log A, [n, H]       | γ_h^length                 | 0                        |
 | ScalarDecay  | log A, [n, B, H]    | one number per head        | B·H                      |
 | ChannelDecay | log A, [n, B, H, K] | one number per key channel | B·H·K                    |
+| RateDecay    | Σ steps, [n, B, H]  | one number per key channel | B·H                      |
 | Dense        | A, [n, B, H, K, K]  | a matrix                   | B·H·K·K                  |
 
-A stretch in which a packed document starts has a zero transition: log A = −inf (Dense: a zero matrix), and needs no special
-case anywhere. Nothing crosses a zero transition, NaN and infinity included: it selects zero, where a product would be NaN.
+RateDecay's log A is Σ steps times rates [H, K] that every rank knows. They belong to its *form*: what makes a transition of a
+parameter, a class for all others (`Transition.form`).
+
+A stretch in which a packed document starts has a zero transition: log A = −inf (RateDecay: infinitely many steps; Dense: a zero
+matrix), and needs no special case anywhere. Nothing crosses a zero transition, NaN and infinity included: it selects zero, where a
+product would be NaN.
 Decays are kept as logarithms in the dtype of the states: float32, or float64 for float64 inputs.
 """
 
@@ -47,14 +52,29 @@ class Transition(ABC):
     def num_stretches(self) -> int:
         return self.parameter.shape[0]
 
+    @property
+    def form(self) -> Form:
+        """What makes such a transition of another parameter."""
+        return type(self)
+
     def __getitem__(self, index: int) -> Self:
         """The transition of one stretch, still with a first dimension (of size 1)."""
-        return type(self)(self.parameter[index : index + 1])
+        return replace(self, parameter=self.parameter[index : index + 1])
 
     @classmethod
     @abstractmethod
     def parameter_shape(cls, state_shape: Sequence[int]) -> tuple[int, ...]:
         """Shape of the parameter for states of shape ``[n, B, H, K, V]``."""
+
+    @classmethod
+    def repeated(cls, times: int) -> Form:
+        """The form for states whose heads are those of `times` batch rows, one row after another."""
+        return cls
+
+    @classmethod
+    def of_heads(cls, heads: slice) -> Form:
+        """The form for states that have some of the heads."""
+        return cls
 
     @abstractmethod
     def apply(self, state: Tensor) -> Tensor:
@@ -153,6 +173,82 @@ class ChannelDecay(_LogDecay):
 
     is_known = False
     state_dims = (0, 1, 2, 3)
+
+
+@dataclass(frozen=True)
+class RateDecay(Transition):
+    """A = one number per key channel, e^(rate · steps) (Mamba). parameter: ``[n, B, H]``, sums of steps of at least 0, or +inf.
+
+    rates: ``[H, K]``, at most 0, the same on every rank; they are never sent, and take no gradient from here.
+    """
+
+    rates: Tensor
+
+    is_known = False
+
+    @property
+    def form(self) -> Form:
+        return Rates(self.rates)
+
+    @classmethod
+    def parameter_shape(cls, state_shape: Sequence[int]) -> tuple[int, ...]:
+        return tuple(state_shape[:3])
+
+    def _is_zero(self) -> Tensor:
+        return (self.parameter == torch.inf).unsqueeze(-1)
+
+    def _factor(self) -> Tensor:
+        # A rate of 0 times infinitely many steps is NaN.
+        return (self.parameter.unsqueeze(-1) * self.rates).exp().masked_fill(self._is_zero(), 0.0)
+
+    def apply(self, state: Tensor) -> Tensor:
+        factor = self._factor().unsqueeze(-1)
+        return _without(state, factor == 0) * factor
+
+    def adjoint(self) -> Self:
+        return self
+
+    def after(self, earlier: Self) -> Self:
+        # A sum with +inf is +inf, but for NaN.
+        zero = (self.parameter == torch.inf) | (earlier.parameter == torch.inf)
+        return replace(self, parameter=torch.where(zero, torch.inf, self.parameter + earlier.parameter))
+
+    def cut(self, stretches: Sequence[bool]) -> Self:
+        if not any(stretches):
+            return self
+        return replace(self, parameter=_replace_rows(self.parameter, stretches, torch.inf))
+
+    def outer(self, grad_out: Tensor, state_in: Tensor) -> Tensor:
+        factor = self._factor()
+        return (_without((grad_out * state_in).sum(-1), factor == 0) * factor * self.rates).sum(-1)
+
+
+@dataclass(frozen=True, eq=False)
+class Rates:
+    """The form of `RateDecay` for some rates ``[H, K]``."""
+
+    rates: Tensor
+
+    is_known: ClassVar[bool] = False
+
+    def __call__(self, parameter: Tensor) -> RateDecay:
+        return RateDecay(parameter, self.rates)
+
+    def parameter_shape(self, state_shape: Sequence[int]) -> tuple[int, ...]:
+        """As of `Transition`."""
+        return RateDecay.parameter_shape(state_shape)
+
+    def repeated(self, times: int) -> Rates:
+        """As of `Transition`."""
+        return Rates(self.rates.repeat(times, 1))
+
+    def of_heads(self, heads: slice) -> Rates:
+        """As of `Transition`."""
+        return Rates(self.rates[heads])
+
+
+Form = type[Transition] | Rates
+"""What makes a transition of its parameter, and says what it is of states of some shape."""
 
 
 class Dense(Transition):

@@ -21,7 +21,7 @@ from longspan.exchange.topology import Carrier, Exchanger, Handle, ReverseHandle
 from longspan.first_order import first_order
 from longspan.layout import SequenceLayout, group_of
 from longspan.plan import Cluster, Cost
-from longspan.state import Pair, Transition
+from longspan.state import Form, Pair
 
 
 @dataclass
@@ -29,7 +29,7 @@ class _StateLink:
     """What the two nodes of one exchange hand to each other."""
 
     carrier: Carrier
-    kind: type[Transition]
+    kind: Form
     layout: SequenceLayout
     keeps_incoming: bool
     number: int = 0
@@ -159,6 +159,6 @@ def start_exchange(exchange: Exchanger, pair: Pair, layout: SequenceLayout) -> P
     """
     parameter = pair.transition.parameter
     keeps_incoming = parameter.requires_grad and not pair.transition.is_known
-    link = _StateLink(carrier_of(exchange, pair, layout), type(pair.transition), layout, keeps_incoming)
+    link = _StateLink(carrier_of(exchange, pair, layout), pair.transition.form, layout, keeps_incoming)
     ticket: Tensor = _StateStart.apply(pair.state, parameter, link)
     return PendingExchange(ticket, link, exchange, pair)

@@ -34,7 +34,7 @@ from longspan.exchange.topology import Arrived, Carrier, Handle, ReverseHandle
 from longspan.exchange.wire import pack_pairs, unpack_states
 from longspan.layout import SequenceLayout, group_of
 from longspan.plan import Cluster, DirectionCost, Problem
-from longspan.state import Pair, Transition
+from longspan.state import Form, Pair, Transition
 
 
 @dataclass(frozen=True)
@@ -105,11 +105,11 @@ class Chain(Carrier):
         parameter = pair.transition.parameter
         if pair.transition.is_known:
             parameter = reorder_rows(parameter, layout.own_segments, layout)
-        transition = type(pair.transition)(parameter)
+        transition = pair.transition.form(parameter)
         return _ForwardPassage(_launch(self, pair.state, transition, layout, "forward"), parameter)
 
     def start_reverse(
-        self, kind: type[Transition], context: tuple[Tensor, ...], grad_incoming: Tensor, layout: SequenceLayout
+        self, kind: Form, context: tuple[Tensor, ...], grad_incoming: Tensor, layout: SequenceLayout
     ) -> ReverseHandle:
         return _ReversePassage(_launch(self, grad_incoming, kind(*context).adjoint(), layout, "backward"))
 

@@ -30,7 +30,7 @@ from longspan.comm.numbering import backward_of, steps_of
 from longspan.errors import InputError
 from longspan.exchange.topology import Arrived, Carrier, Exchanger, Handle, ReverseHandle
 from longspan.layout import SequenceLayout, group_of
-from longspan.state import Pair, Transition
+from longspan.state import Form, Pair, Transition
 from longspan.tracing import breaks_graphs
 
 R = TypeVar("R")
@@ -246,7 +246,7 @@ class _Keeping(Carrier):
         return _First(handle, kept)
 
     def start_reverse(
-        self, kind: type[Transition], context: tuple[Tensor, ...], grad_incoming: Tensor, layout: SequenceLayout
+        self, kind: Form, context: tuple[Tensor, ...], grad_incoming: Tensor, layout: SequenceLayout
     ) -> ReverseHandle:
         # A repetition has begun no exchange: the number is that of the one which it repeats, on every rank.
         with backward_of(self._number):

@@ -51,7 +51,8 @@ def pair_of_rows(pair: Pair) -> Pair:
     states, transition = as_rows(pair.state), pair.transition
     if transition.is_known:
         return Pair(type(transition)(known_rows(transition.parameter, pair.state.shape[1])), states)
-    return Pair(type(transition)(transition.parameter.reshape(transition.parameter_shape(states.shape))), states)
+    form = transition.form.repeated(pair.state.shape[1])
+    return Pair(form(transition.parameter.reshape(transition.parameter_shape(states.shape))), states)
 
 
 def _by_row(states: Tensor) -> Tensor:
@@ -184,7 +185,7 @@ def scan_by_rows(exchange: RowExchange, pair: Pair) -> tuple[Tensor, Transition]
         parameter = exchange.shares.of_known(transition.parameter)
     else:
         states, parameter = exchange.deal_pair(pair)
-    own = type(transition)(parameter)
+    own = transition.form.of_heads(exchange.shares.own)(parameter)
     return exchange.collect(exclusive_scan(Pair(own, states))), own
 
 

@@ -18,7 +18,7 @@ from longspan.errors import InputError
 from longspan.exchange.problem import problem_of, stated_cluster_of
 from longspan.layout import SequenceLayout
 from longspan.plan import Cluster, Cost, DirectionCost, Problem
-from longspan.state import Pair, Transition
+from longspan.state import Form, Pair
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,12 @@ class Carrier(ABC):
 
     @abstractmethod
     def start_reverse(
-        self, kind: type[Transition], context: tuple[Tensor, ...], grad_incoming: Tensor, layout: SequenceLayout
+        self, kind: Form, context: tuple[Tensor, ...], grad_incoming: Tensor, layout: SequenceLayout
     ) -> ReverseHandle:
-        """Begin the backward exchange of G ``[num_segments, B, H, K, V]``, with the context that the forward one returned."""
+        """Begin the backward exchange of G ``[num_segments, B, H, K, V]``, with the context that the forward one returned.
+
+        kind: the form of the forward exchange's transitions.
+        """
 
 
 class Exchanger(ABC):

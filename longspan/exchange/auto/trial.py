@@ -78,7 +78,7 @@ def try_out(candidates: Sequence[Candidate], pair: Pair, layout: SequenceLayout)
 
 
 def _try_out(candidates: Sequence[Candidate], pair: Pair, layout: SequenceLayout) -> list[float | None]:
-    transition = type(pair.transition)(torch.zeros_like(pair.transition.parameter))
+    transition = pair.transition.form(torch.zeros_like(pair.transition.parameter))
     sample = Pair(transition, torch.zeros_like(pair.state))
     narrow = Pair(transition, sample.state[..., :1].contiguous())
     ranks = RankClock(layout, pair.state.device)
@@ -116,7 +116,7 @@ def exchange_seconds(carrier: Carrier, pair: Pair, grad: Tensor, ranks: RankCloc
 
     carrier: of the exchange. pair: as `Carrier.start` takes it. grad: G ``[num_segments, B, H, K, V]``.
     """
-    layout, kind = ranks.layout, type(pair.transition)
+    layout, kind = ranks.layout, pair.transition.form
     arrived: list[Arrived] = []
     ranks.largest([])
     forward = ranks.one(lambda: arrived.append(carrier.start(pair, layout).wait()))

@@ -29,7 +29,7 @@ from longspan.exchange.topology import Arrived, Carrier, Handle, ReverseHandle, 
 from longspan.exchange.wire import HEADER_BYTES, header_words, pack_pairs, unpack_parameter, unpack_states, with_header
 from longspan.layout import SequenceLayout, group_of
 from longspan.plan import Cluster, DirectionCost, Problem
-from longspan.state import Pair, Transition, exclusive_scan, exclusive_scan_adjoint
+from longspan.state import Form, Pair, Transition, exclusive_scan, exclusive_scan_adjoint
 
 
 def _gather(local: Tensor, layout: SequenceLayout, phase: str) -> tuple[Tensor, Any]:
@@ -66,7 +66,7 @@ class _ForwardGather(Handle):
             parameter = unpack_parameter(rows, shape, parameter.shape[1:], parameter.dtype)
         needed = max(own) + 1
         states = unpack_states(rows[:needed], shape, state.dtype)
-        prefix = exclusive_scan(Pair(type(transition)(parameter[:needed]), states))
+        prefix = exclusive_scan(Pair(transition.form(parameter[:needed]), states))
         return Arrived(reorder_rows(prefix, own, layout), (parameter,))
 
 
@@ -88,7 +88,7 @@ class _ReverseGather(ReverseHandle):
             self.work.wait()
         rows = reorder_rows(self.gathered, gathered_rows(layout), layout)
         grads = unpack_states(rows[first:], like.shape[1:], like.dtype)
-        outgoing = exclusive_scan_adjoint(type(self.transition)(self.transition.parameter[first:]), grads)
+        outgoing = exclusive_scan_adjoint(self.transition.form(self.transition.parameter[first:]), grads)
         return reorder_rows(outgoing, [index - first for index in own], layout)
 
 
@@ -104,7 +104,7 @@ class AllGather(Topology, Carrier):
         return _ForwardGather(gathered, work, pair, layout)
 
     def start_reverse(
-        self, kind: type[Transition], context: tuple[Tensor, ...], grad_incoming: Tensor, layout: SequenceLayout
+        self, kind: Form, context: tuple[Tensor, ...], grad_incoming: Tensor, layout: SequenceLayout
     ) -> ReverseHandle:
         gathered, work = _gather(pack_pairs(grad_incoming, None, self.state_dtype), layout, "backward")
         return _ReverseGather(gathered, work, kind(*context), layout, grad_incoming)

@@ -38,7 +38,7 @@ from longspan.exchange.segments import gathered_rows
 from longspan.exchange.topology import Arrived, Carrier, Handle, ReverseHandle, Topology
 from longspan.layout import SequenceLayout, group_of
 from longspan.plan import Cluster, DirectionCost, Problem
-from longspan.state import Pair, Transition
+from longspan.state import Form, Pair
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class AllToAll(Topology, Carrier):
         return PendingScan(run_beside(group_of(layout), pair.state.device, work, name=self.name))
 
     def start_reverse(
-        self, kind: type[Transition], context: tuple[Tensor, ...], grad_incoming: Tensor, layout: SequenceLayout
+        self, kind: Form, context: tuple[Tensor, ...], grad_incoming: Tensor, layout: SequenceLayout
     ) -> ReverseHandle:
         def work(group: dist.ProcessGroup) -> Tensor:
             return self._scan_adjoint(kind, context, grad_incoming, layout, group)
@@ -70,7 +70,7 @@ class AllToAll(Topology, Carrier):
 
     def _scan_adjoint(
         self,
-        kind: type[Transition],
+        kind: Form,
         context: tuple[Tensor, ...],
         grad_incoming: Tensor,
         layout: SequenceLayout,
@@ -80,7 +80,8 @@ class AllToAll(Topology, Carrier):
         (parameter,) = context
         if kind.is_known:
             parameter = rows.shares.of_known(known_rows(parameter, grad_incoming.shape[1]))
-        return scan_by_rows_adjoint(rows, kind(parameter), as_rows(grad_incoming)).view(grad_incoming.shape)
+        own = kind.repeated(grad_incoming.shape[1]).of_heads(rows.shares.own)
+        return scan_by_rows_adjoint(rows, own(parameter), as_rows(grad_incoming)).view(grad_incoming.shape)
 
     def _rows(self, states: Tensor, layout: SequenceLayout, group: dist.ProcessGroup, phase: str) -> RowExchange:
         shares = Shares(group, layout.num_ranks, layout.rank, states.shape[1] * states.shape[2])

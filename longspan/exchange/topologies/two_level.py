@@ -47,7 +47,7 @@ from longspan.exchange.segments import reorder_rows
 from longspan.exchange.topology import Arrived, Carrier, Handle, ReverseHandle, Topology
 from longspan.layout import SequenceLayout, group_of
 from longspan.plan import Cluster, DirectionCost, Problem
-from longspan.state import Pair, Transition
+from longspan.state import Form, Pair, Transition
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class TwoLevel(Topology, Carrier):
         )
 
     def start_reverse(
-        self, kind: type[Transition], context: tuple[Tensor, ...], grad_incoming: Tensor, layout: SequenceLayout
+        self, kind: Form, context: tuple[Tensor, ...], grad_incoming: Tensor, layout: SequenceLayout
     ) -> ReverseHandle:
         two = self._levels(grad_incoming, layout, "backward")
 
@@ -204,7 +204,7 @@ class _Levels:
     node: RowExchange
     rail: RowExchange
 
-    def known(self, kind: type[Transition], parameter: Tensor) -> tuple[list[Transition], Transition]:
+    def known(self, kind: Form, parameter: Tensor) -> tuple[list[Transition], Transition]:
         """Transitions that every rank knows, given those of all segments with the rows as heads, ``[S]`` or ``[S, R]``.
 
         For this rank's rows in its node: of this node's runs by step, and of every whole run.
@@ -245,13 +245,14 @@ def _before_each(steps: list[Pair], state: Tensor) -> list[Tensor]:
 
 
 def _scan_two_levels(pair: Pair, levels: _Levels) -> Arrived:
-    kind, rows = type(pair.transition), pair_of_rows(pair)
+    kind, rows = pair.transition.form, pair_of_rows(pair)
     if kind.is_known:
         states = levels.node.deal(rows.state)
         transitions, whole = levels.known(kind, rows.transition.parameter)
     else:
         states, parameter = levels.node.deal_pair(rows)
-        transitions = [kind(step) for step in levels.steps(parameter)]
+        own = rows.transition.form.of_heads(levels.node.shares.own)
+        transitions: list[Transition] = [own(step) for step in levels.steps(parameter)]
         whole = _composed(transitions)
     steps = [Pair(transition, state) for transition, state in zip(transitions, levels.steps(states), strict=True)]
     into_runs, rail_transition = scan_by_rows(levels.rail, Pair(whole, _folded(steps)))
@@ -261,17 +262,16 @@ def _scan_two_levels(pair: Pair, levels: _Levels) -> Arrived:
     return Arrived(arrived, (parameter, rail_transition.parameter))
 
 
-def _scan_two_levels_adjoint(
-    kind: type[Transition], context: tuple[Tensor, ...], grad_incoming: Tensor, levels: _Levels
-) -> Tensor:
+def _scan_two_levels_adjoint(kind: Form, context: tuple[Tensor, ...], grad_incoming: Tensor, levels: _Levels) -> Tensor:
     grads = levels.node.deal(as_rows(grad_incoming))
     if kind.is_known:
         transitions, whole = levels.known(kind, known_rows(context[0], grad_incoming.shape[1]))
         rail_transition = kind(levels.rail.shares.of_known(whole.parameter))
     else:
         parameter, rail_parameter = context
-        transitions = [kind(step) for step in levels.steps(parameter)]
-        rail_transition = kind(rail_parameter)
+        own = kind.repeated(grad_incoming.shape[1]).of_heads(levels.node.shares.own)
+        transitions: list[Transition] = [own(step) for step in levels.steps(parameter)]
+        rail_transition = own.of_heads(levels.rail.shares.own)(rail_parameter)
     # What a state's gradient becomes on its way from behind a segment to before it: Aᵀ λ + G.
     steps = [
         Pair(transition.adjoint(), grad) for transition, grad in zip(transitions, levels.steps(grads), strict=True)
