@@ -15,6 +15,7 @@ from longspan.attention.by_name import BidirectionalOptions, OperatorOptions, Sc
 from longspan.attention.hgrn2 import hgrn2
 from longspan.attention.mamba2 import mamba2
 from longspan.attention.normalized import normalized_linear_attention, write_normalized
+from longspan.attention.selective_scan import selective_scan
 from longspan.checks import check_flag, check_tensors
 from longspan.exchange import Exchanger
 from longspan.features import unit_length
@@ -30,6 +31,7 @@ __all__ = [
     "mamba2",
     "normalized_linear_attention",
     "retention",
+    "selective_scan",
     "simple_gla",
     "write",
     "write_normalized",

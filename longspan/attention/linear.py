@@ -59,7 +59,7 @@ class LinearMemory(StepMemory):
     _layout: SequenceLayout
     _k: Tensor
     _pending: PendingExchange | None
-    _ends: _EndRows
+    _ends: EndRows
     _written: Unchanged
     _is_traced: bool
     _incoming: Tensor | None = None
@@ -167,7 +167,7 @@ class LinearMemory(StepMemory):
         with profiled("longspan.final_state", self._k):
             states = self._form.final_states(ends.final_pieces, ends.final_rows, incoming)
         if layout.num_ranks > 1:
-            states = _gather_states(states, ends.final_states, layout)
+            states = gather_states(states, ends.final_states, layout)
         return states.squeeze(1) if layout.has_document_states else states.squeeze(0)
 
 
@@ -216,7 +216,7 @@ def check_query(name: str, q: Tensor, k: Tensor, scale: float | None) -> float:
 
 
 @dataclass(frozen=True)
-class _EndRows:
+class EndRows:
     """Which end states a call asks of the write phase, and what they are for.
 
     pieces: piece numbers asked for, in order. sent_pieces: those whose end state another segment receives. segment_rows: for each
@@ -233,7 +233,8 @@ class _EndRows:
     final_states: tuple[int, ...]
 
 
-def _end_rows(layout: SequenceLayout, with_final_states: bool) -> _EndRows:
+def end_rows(layout: SequenceLayout, with_final_states: bool) -> EndRows:
+    """Of this rank's pieces, what other ranks receive, and, `with_final_states`, what documents end with."""
     last_of_segment: list[int | None] = [None] * layout.num_segments
     final = []
     for number, piece in enumerate(layout.pieces):
@@ -245,7 +246,7 @@ def _end_rows(layout: SequenceLayout, with_final_states: bool) -> _EndRows:
         asked.update(number for number in last_of_segment if number is not None)
     pieces = tuple(sorted(asked))
     row = {number: index for index, number in enumerate(pieces)}
-    return _EndRows(
+    return EndRows(
         with_final_states=with_final_states,
         pieces=pieces,
         sent_pieces=_sent_pieces(layout, last_of_segment),
@@ -344,17 +345,17 @@ def _write_linear(
     chunk_size: int | None,
 ) -> LinearMemory:
     written = Unchanged(variant.name, k=k, v=v, **gates)
-    ends = layout.cached(("end_rows", output_final_state), lambda: _end_rows(layout, output_final_state))
+    ends = layout.cached(("end_rows", output_final_state), lambda: end_rows(layout, output_final_state))
     pending = None
     with profiled("longspan.write", k):
         form = variant.prepare(k, v, gates, layout, chunk_size, backend)
-        end_states = form.write(k, v, _start_states(initial_state, layout), ends.pieces, ends.sent_pieces)
+        end_states = form.write(k, v, start_states_of(initial_state, layout), ends.pieces, ends.sent_pieces)
         if layout.num_ranks > 1:
             pending = _start(exchange, variant, form, end_states, ends, layout)
     return LinearMemory(variant.name, form, layout, k, pending, ends, written, torch.compiler.is_compiling())
 
 
-def _start_states(initial_state: Tensor | None, layout: SequenceLayout) -> Tensor | None:
+def start_states_of(initial_state: Tensor | None, layout: SequenceLayout) -> Tensor | None:
     """Rows of the initial state for the pieces of this rank that start a document, ``[n, B, H, K, V]``."""
     if initial_state is None or layout.continues == 0:
         return None
@@ -372,7 +373,7 @@ def _start(
     variant: Variant,
     form: ChunkForm,
     end_states: Tensor,
-    ends: _EndRows,
+    ends: EndRows,
     layout: SequenceLayout,
 ) -> PendingExchange:
     """Launch the exchange of this rank's segments' pairs."""
@@ -495,7 +496,7 @@ def _check_gate(
         )
 
 
-def _gather_states(states: Tensor, numbers: Sequence[int], layout: SequenceLayout) -> Tensor:
+def gather_states(states: Tensor, numbers: Sequence[int], layout: SequenceLayout) -> Tensor:
     """All final states ``[num_states, B, H, K, V]`` on every rank, from those whose tokens end on each."""
     index = index_on(layout, numbers, states.device)
     everyone = states.new_zeros(layout.num_states, *states.shape[1:]).index_copy(0, index, states)

@@ -258,3 +258,46 @@ SHIFT = OpaqueOperator(
     _shift_without_values,
     _shift_fake,
 )
+
+
+def _selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    initial_state: Tensor | None,
+    bounds: Tensor | None,
+    delta_softplus: bool,
+    output_final_state: bool,
+    chunk_size: int | None,
+) -> tuple[Tensor, Tensor]:
+    """o, and the final state (empty where it is not wanted)."""
+    from longspan.attention.selective_scan import selective_scan
+
+    found = selective_scan(
+        u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state=initial_state,
+        output_final_state=output_final_state, layout=layout_of(u, bounds), backend="torch", chunk_size=chunk_size,
+    )  # fmt: skip
+    return found if isinstance(found, tuple) else (found, u.new_empty(0))
+
+
+def _selective_scan_fake(u, delta, A, B, C, D, z, bias, initial, bounds, softplus, with_final, *rest):  # type: ignore[no-untyped-def]
+    final_state = u.new_empty(0)
+    if with_final:
+        rows = u.shape[0] if bounds is None else bounds.shape[0] - 1
+        final_state = u.new_empty(rows, *A.shape, dtype=accumulation_dtype(u.dtype))
+    return u.new_empty(u.shape), final_state
+
+
+SELECTIVE_SCAN = OpaqueOperator(
+    "longspan::selective_scan",
+    "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, Tensor? initial_state, "
+    "Tensor? bounds, bool delta_softplus, bool output_final_state, int? chunk_size",
+    2,
+    _selective_scan,
+    _selective_scan_fake,
+)

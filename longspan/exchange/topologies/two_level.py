@@ -246,13 +246,14 @@ def _before_each(steps: list[Pair], state: Tensor) -> list[Tensor]:
 
 def _scan_two_levels(pair: Pair, levels: _Levels) -> Arrived:
     kind, rows = pair.transition.form, pair_of_rows(pair)
+    transitions: list[Transition]
     if kind.is_known:
         states = levels.node.deal(rows.state)
         transitions, whole = levels.known(kind, rows.transition.parameter)
     else:
         states, parameter = levels.node.deal_pair(rows)
         own = rows.transition.form.of_heads(levels.node.shares.own)
-        transitions: list[Transition] = [own(step) for step in levels.steps(parameter)]
+        transitions = [own(step) for step in levels.steps(parameter)]
         whole = _composed(transitions)
     steps = [Pair(transition, state) for transition, state in zip(transitions, levels.steps(states), strict=True)]
     into_runs, rail_transition = scan_by_rows(levels.rail, Pair(whole, _folded(steps)))
@@ -264,13 +265,14 @@ def _scan_two_levels(pair: Pair, levels: _Levels) -> Arrived:
 
 def _scan_two_levels_adjoint(kind: Form, context: tuple[Tensor, ...], grad_incoming: Tensor, levels: _Levels) -> Tensor:
     grads = levels.node.deal(as_rows(grad_incoming))
+    transitions: list[Transition]
     if kind.is_known:
         transitions, whole = levels.known(kind, known_rows(context[0], grad_incoming.shape[1]))
         rail_transition = kind(levels.rail.shares.of_known(whole.parameter))
     else:
         parameter, rail_parameter = context
         own = kind.repeated(grad_incoming.shape[1]).of_heads(levels.node.shares.own)
-        transitions: list[Transition] = [own(step) for step in levels.steps(parameter)]
+        transitions = [own(step) for step in levels.steps(parameter)]
         rail_transition = own.of_heads(levels.rail.shares.own)(rail_parameter)
     # What a state's gradient becomes on its way from behind a segment to before it: Aᵀ λ + G.
     steps = [

@@ -1,0 +1,120 @@
+"""How a selective scan goes over its tokens and channels: chunks in time, blocks of rows and channels.
+
+A chunk is a run of this rank's tokens, whatever documents and segments they belong to: where a piece starts inside of it the scan
+takes another state, and no token is padded. A block is some rows of the batch and some channels of one group, whose chunks are
+computed one after another in the same working memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from longspan.layout import Piece, SequenceLayout
+
+CHUNK_SIZE = 32
+"""Tokens of a chunk where the caller does not say."""
+_TOKEN_NUMBERS_CPU = 2**13
+"""Numbers of the states of a block after one token: a cache holds those of a chunk, and a token's are worth an operator call."""
+_TOKEN_NUMBERS_DEVICE = 2**24
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Local tokens ``[start, stop)``.
+
+    starts, ends: by token, counted from `start`, the number of the piece that starts or ends with it.
+    """
+
+    number: int
+    start: int
+    stop: int
+    starts: dict[int, int]
+    ends: dict[int, int]
+
+    @property
+    def num_tokens(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def begins_with_a_piece(self) -> bool:
+        return 0 in self.starts
+
+
+@dataclass(frozen=True)
+class Block:
+    """Rows of the batch and channels that are computed together; the channels are of one group."""
+
+    rows: slice
+    channels: slice
+    group: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and channels."""
+        return self.rows.stop - self.rows.start, self.channels.stop - self.channels.start
+
+
+def chunks_of(layout: SequenceLayout, chunk_size: int) -> tuple[Chunk, ...]:
+    """All local tokens in chunks of `chunk_size`; built once per layout."""
+    return layout.cached(
+        ("scan chunks", chunk_size), lambda: _cut(layout.pieces, range(len(layout.pieces)), chunk_size, True)
+    )
+
+
+def chunks_of_pieces(layout: SequenceLayout, numbers: tuple[int, ...], chunk_size: int) -> tuple[Chunk, ...]:
+    """The tokens of some pieces, in chunks that each belong to one of them; built once per layout."""
+    return layout.cached(
+        ("chunks of pieces", numbers, chunk_size), lambda: _cut(layout.pieces, numbers, chunk_size, False)
+    )
+
+
+def _cut(
+    pieces: tuple[Piece, ...], numbers: range | tuple[int, ...], chunk_size: int, joined: bool
+) -> tuple[Chunk, ...]:
+    """joined: whether pieces follow one another, and chunks may hold several."""
+    starts = {pieces[number].start: number for number in numbers}
+    ends = {pieces[number].stop - 1: number for number in numbers}
+    runs = [(pieces[number].start, pieces[number].stop) for number in numbers]
+    if joined and runs:
+        runs = [(runs[0][0], runs[-1][1])]
+    chunks: list[Chunk] = []
+    for first, last in runs:
+        for start in range(first, last, chunk_size):
+            stop = min(start + chunk_size, last)
+            own = range(start, stop)
+            chunks.append(
+                Chunk(
+                    len(chunks),
+                    start,
+                    stop,
+                    {token - start: starts[token] for token in own if token in starts},
+                    {token - start: ends[token] for token in own if token in ends},
+                )
+            )
+    return tuple(chunks)
+
+
+def blocks_of(u: Tensor, num_groups: int, state_size: int) -> tuple[Block, ...]:
+    """All rows and channels of ``u [B, T, E]``, in blocks that a cache has room for."""
+    batch, _, num_channels = u.shape
+    on_cpu = u.device.type == "cpu"
+    # Operators share what is large among threads.
+    numbers = _TOKEN_NUMBERS_CPU * torch.get_num_threads() if on_cpu else _TOKEN_NUMBERS_DEVICE
+    of_group = num_channels // num_groups
+    width = _even_share(of_group, max(1, numbers // state_size))
+    height = _even_share(batch, max(1, numbers // (state_size * width)))
+    return tuple(
+        Block(slice(row, min(row + height, batch)), slice(first, min(first + width, (group + 1) * of_group)), group)
+        for group in range(num_groups)
+        for first in range(group * of_group, (group + 1) * of_group, width)
+        for row in range(0, batch, height)
+    )
+
+
+def _even_share(total: int, largest: int) -> int:
+    """The size of shares of `total` that are at most `largest` and as equal as may be."""
+    num_shares = -(-total // largest)
+    return -(-total // num_shares)
