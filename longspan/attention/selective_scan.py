@@ -27,10 +27,10 @@ from longspan.dtypes import accumulation_dtype, at_least_float32
 from longspan.exchange import Exchanger, exchange_named, start_exchange
 from longspan.layout import SequenceLayout
 from longspan.layout.calls import check_layout, check_packed, layout_of_one_device, stops_graphs
+from longspan.ops.decay.form import default_chunk_size
 from longspan.ops.selective_scan.block import ScanInputs
 from longspan.ops.selective_scan.nodes import ScanAlone, ScanLink, ScanRead, ScanWrite, start_states_of
 from longspan.ops.selective_scan.passes import ScanCall
-from longspan.ops.selective_scan.plan import CHUNK_SIZE
 from longspan.state import Pair, RateDecay
 from longspan.tracing import has_no_values, outside_graphs, unseen_by_checkpointing
 
@@ -140,7 +140,8 @@ def selective_scan(
         backend: ``"torch"``, plain PyTorch operations on any device; ``"triton"``, the kernels of `longspan.gla` on NVIDIA GPUs, in
             float32 or bfloat16, which take ``[B, T, E, N]`` log decays in full. None is ``"triton"`` where it runs and takes the
             inputs, else ``"torch"``.
-        chunk_size: tokens between which states are kept for backward; None is 32 (``"triton"``: as `longspan.gla`).
+        chunk_size: tokens between which states are kept for backward; None is 64, and 128 in bfloat16 (``"triton"``: as
+            `longspan.gla`).
 
     Returns:
         o ``[B, T, E]`` in the dtype of u, computed in float32 (float64) and rounded once; with `output_final_state`, the pair
@@ -152,8 +153,8 @@ def selective_scan(
     reaches no earlier output and no other document.
 
     Raises:
-        InputError: for shapes, dtypes or options that do not fit, an A above 0 or NaN, or a delta below 0 or NaN where it is no
-            logit (looked at on the CPU only; ranks tell each other, so that all of them raise).
+        InputError: for shapes, dtypes or options that do not fit, an A above 0, or a delta below 0 where it is no logit (looked at
+            on the CPU only; ranks tell each other, so that all of them raise).
         LayoutError: as in `longspan.linear_attention`.
     """
     if stops_graphs(layout):
@@ -197,7 +198,8 @@ def _scan(
     exchange: Exchanger,
     chunk_size: int | None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    call = ScanCall(layout, chunk_size or CHUNK_SIZE, delta_softplus, accumulation_dtype(inputs.u.dtype))
+    dtype = inputs.u.dtype
+    call = ScanCall(layout, chunk_size or default_chunk_size(dtype), delta_softplus, accumulation_dtype(dtype))
     ends = layout.cached(("end_rows", output_final_state), lambda: end_rows(layout, output_final_state))
     start_states = start_states_of(initial_state, layout.is_packed, call)
     with profiled("longspan.selective_scan", inputs.u):

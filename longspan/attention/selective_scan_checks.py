@@ -5,9 +5,6 @@ Shapes: as in `longspan.attention.selective_scan`.
 
 from __future__ import annotations
 
-import math
-
-import torch
 from torch import Tensor
 
 from longspan.autocast import as_in_product
@@ -110,14 +107,14 @@ def check_initial_state(inputs: ScanInputs, initial_state: Tensor | None, layout
 
 
 def check_signs(inputs: ScanInputs, delta_softplus: bool, layout: SequenceLayout) -> None:
-    """Raise InputError for rates above 0 and steps below 0, on every rank alike."""
+    """Raise InputError for rates above 0 and steps below 0, on every rank alike; what is NaN is neither, and shows in outputs."""
     # On other devices the check would make the host wait; a compiler does not see values.
     if inputs.u.device.type != "cpu" or has_no_values(inputs.u):
         return
     largest = float(inputs.A.detach().amax())
-    if not largest <= 0:
+    if largest > 0:
         raise InputError(
-            f"{NAME}: A holds rates of decay and must not exceed 0 or be NaN; its largest value is {largest:g}. Use for example "
+            f"{NAME}: A holds rates of decay and must not exceed 0; its largest value is {largest:g}. Use for example "
             "-torch.exp(A_log)"
         )
     if delta_softplus:
@@ -125,14 +122,10 @@ def check_signs(inputs: ScanInputs, delta_softplus: bool, layout: SequenceLayout
     steps = inputs.delta.detach()
     if inputs.delta_bias is not None:
         steps = steps + inputs.delta_bias.detach().to(steps.dtype)
-    smallest = steps.amin().double()
     # A rank that raised alone would leave the others waiting for its state.
-    is_nan = bool(smallest.isnan())
-    found = torch.tensor([-math.inf if is_nan else -float(smallest), float(is_nan)], dtype=torch.float64)
-    below, has_nan = max_over_ranks(found, layout).tolist()
-    if has_nan or below > 0:
-        value = "NaN is among them" if has_nan else f"their smallest value is {-below:g}"
+    depth = float(max_over_ranks((-steps.amin().double()).nan_to_num(nan=0.0).view(1), layout))
+    if depth > 0:
         raise InputError(
-            f"{NAME}: delta holds step sizes and must be at least 0{'' if inputs.delta_bias is None else ' with delta_bias'}; of "
-            f"all ranks {value}. If these are logits, pass delta_softplus=True"
+            f"{NAME}: delta holds step sizes and must be at least 0{'' if inputs.delta_bias is None else ' with delta_bias'}; the "
+            f"smallest of all ranks is {-depth:g}. If these are logits, pass delta_softplus=True"
         )

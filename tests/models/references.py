@@ -185,6 +185,24 @@ def hgrn2(x: Tensor, p: Parameters, s: Sizes) -> Tensor:
     return project(rms_norm(o.flatten(2), p["norm.weight"], s.eps), p, "out_proj")
 
 
+def mamba(x: Tensor, p: Parameters, s: Sizes) -> Tensor:
+    """Channel by channel: a state of 16 numbers for each of twice as many channels as the heads have."""
+    inner = 2 * s.num_heads * s.head_dim
+    u, z = project(x, p, "in_proj")[..., :inner], project(x, p, "in_proj")[..., inner:]
+    u = convolved(u, p)
+    parts = project(u, p, "x_proj")
+    rank = parts.shape[-1] - 32
+    steps = softplus(parts[..., :rank] @ p["dt_proj.weight"].T + p["dt_proj.bias"])
+    rates = p["rates.A_log"].exp()
+    state = torch.zeros(x.shape[0], inner, 16, dtype=x.dtype)
+    rows = []
+    for t in range(x.shape[1]):
+        step, key, query = steps[:, t, :, None], parts[:, t, None, rank : rank + 16], parts[:, t, rank + 16 :]
+        state = (-step * rates).exp() * state + step * key * u[:, t, :, None]
+        rows.append(torch.einsum("bn,ben->be", query, state) + p["rates.D"] * u[:, t])
+    return project(torch.stack(rows, dim=1) * silu(z), p, "out_proj")
+
+
 def mamba2(x: Tensor, p: Parameters, s: Sizes) -> Tensor:
     num_heads = 2 * s.num_heads
     inner = num_heads * s.head_dim
@@ -302,6 +320,7 @@ REFERENCES: Mapping[str, Callable[[Tensor, Parameters, Sizes], Tensor]] = {
         based,
         rebased,
         hgrn2,
+        mamba,
         mamba2,
         deltanet,
         gated_deltanet,

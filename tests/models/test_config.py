@@ -64,7 +64,7 @@ def test_a_config_survives_json() -> None:
         ),
         ({"pattern": "llln"}, r"; got 'llln'. Did you mean 'LLLN'\?"),
         ({"pattern": "LX"}, r"; got 'LX'. Did you mean 'LN'\?"),
-        ({"pattern": "mamba"}, r"; got 'mamba'. Did you mean 'mamba2'\?"),
+        ({"pattern": "mamb2"}, r"; got 'mamb2'. Did you mean 'mamba2'\?"),
         ({"pattern": ["gla", "sofmax"]}, r"pattern must be .*; got 'sofmax' among 2 names. Did you mean 'softmax'\?"),
         ({"pattern": ["L", "N"]}, r"pattern must be .* names of mixers.*; got 'L' among 2 names"),
         ({"pattern": [["gla"]]}, r"pattern must be a string or a list of strings; got \[\['gla'\]\]"),

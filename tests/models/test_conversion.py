@@ -156,6 +156,8 @@ def test_wide_values_and_half_outputs_are_the_same_map(folder: Path) -> None:
     mixer = converted(folder, pattern="L", operator="mamba2").model.blocks[0].mixer
     x = mixer.in_proj.weight[128:256]
     assert relative_error(mixer.out_proj.weight @ x, wanted) < 1e-6
+    mixer = converted(folder, pattern="L", operator="mamba").model.blocks[0].mixer
+    assert relative_error(mixer.out_proj.weight @ mixer.in_proj.weight[:128], wanted) < 1e-6
 
 
 def test_few_channels_keep_what_queries_and_keys_have_in_common() -> None:

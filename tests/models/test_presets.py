@@ -33,5 +33,5 @@ def test_what_does_not_exist_is_refused_with_the_nearest() -> None:
         ConfigError, match=r"no preset 'linear-llama3-1B'. Did you mean 'linear-llama3-1b'\? There are linear-"
     ):
         preset("linear-llama3-1B")
-    with pytest.raises(ConfigError, match=r"got 'mamba'. Did you mean 'mamba2'\?"):
-        preset("linear-llama3-tiny", operator="mamba")
+    with pytest.raises(ConfigError, match=r"got 'mamb2'. Did you mean 'mamba2'\?"):
+        preset("linear-llama3-tiny", operator="mamb2")

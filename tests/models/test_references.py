@@ -89,6 +89,8 @@ PAPERS = {
     "based": 2 * C * C + 2 * C * 16 * H,
     "rebased": 2 * C * C + 2 * C * 16 * H + 2 * 16,
     "hgrn2": 4 * C * C + C,
+    # [u, z] and out, to Δ of rank C/16, B and C and from Δ; taps and biases; A, Δ and D of 2 C channels.
+    "mamba": 6 * C * C + 2 * C * (2 * C // 16 + 2 * 16) + 5 * 2 * C + 2 * C * (16 + 1 + 1),
     # [z, x, B, C, dt] and out; taps and biases; A, Δ, D of 2 H heads; the norm.
     "mamba2": 6 * C * C + C * (2 * 128 + 2 * H) + 5 * (2 * C + 256) + 3 * 2 * H + 2 * C,
     "deltanet": 4 * C * C + H * C + 4 * 3 * C + C // H,
@@ -141,7 +143,19 @@ def test_steps_and_rates_start_as_mamba_2s(name: str, least: float) -> None:
     assert 0.35 < (steps.log() < math.log(1e-2)).double().mean() < 0.65
 
 
-@pytest.mark.parametrize("name", ["mamba2", "deltanet", "gated_deltanet", "kda"])
+def test_mamba_starts_as_its_authors_have_it() -> None:
+    mixer = mixer_of("mamba", dim=256, num_heads=4, num_kv_heads=4, head_dim=64)
+    torch.testing.assert_close(mixer.rates()[0], -torch.arange(1.0, 17.0).expand(512, 16))
+    assert bool((mixer.rates.D == 1).all())
+    bound, weight = 16**-0.5, mixer.dt_proj.weight.detach()
+    assert weight.shape == (512, 16) and 0.99 * bound < weight.abs().max() <= bound
+    assert abs(float(weight.std()) - bound / 3**0.5) < 0.01
+    steps = torch.nn.functional.softplus(mixer.dt_proj.bias)
+    assert 0.00099 < steps.min() < 0.0015 and 0.06 < steps.max() < 0.101
+    assert 0.4 < (steps.log() < math.log(1e-2)).double().mean() < 0.6
+
+
+@pytest.mark.parametrize("name", ["mamba", "mamba2", "deltanet", "gated_deltanet", "kda"])
 def test_taps_start_uniform_within_a_half(name: str) -> None:
     convolution = mixer_of(name).convolution
     for parameter in convolution.parameters():

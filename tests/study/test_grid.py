@@ -66,7 +66,7 @@ def test_a_share_is_that_of_softmax_layers(ratio: str, kinds: str) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"mixers": ("gla", "mamba")}, "mixers must be of .*; got 'mamba'. Did you mean 'mamba2'?"),
+        ({"mixers": ("gla", "mamb2")}, "mixers must be of .*; got 'mamb2'. Did you mean 'mamba2'?"),
         ({"ratios": ("1/3",)}, "ratios must be of pure, 1/8, 1/4, 1/2; got '1/3'"),
         ({"tasks": ("texts",)}, "tasks must be of text, recall; got 'texts'. Did you mean 'text'?"),
         ({"mixers": ("gla", "gla")}, "mixers has 'gla' twice"),

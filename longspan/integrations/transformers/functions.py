@@ -10,14 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import longspan.functional as operators
 from longspan.attention.convolution import causal_conv1d
 from longspan.attention.shift import token_shift
 from longspan.autocast import without_autocast
-from longspan.dtypes import at_least_float32
 from longspan.errors import InputError
 from longspan.exchange.all_reduce import max_over_ranks
 from longspan.integrations.transformers.call import ParallelCall
@@ -133,38 +131,28 @@ def selective_scan(
     return_last_state: bool = False,
     **_: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Mamba's selective scan: x, dt, z ``[B, C, T]``, A ``[C, N]``, B and C ``[B, N, T]``; states ``[B, C, N]``.
-
-    It is gated linear attention of a head per channel, with keys B, queries C, one value channel and g = dt · A.
-    """
+    """Mamba's selective scan: x, dt, z ``[B, C, T]``, A ``[C, N]``, B and C ``[B, N, T]``; states ``[B, C, N]``."""
     call.take(SELECTIVE_SCAN)
-    steps = at_least_float32(dt)
-    if delta_bias is not None:
-        steps = steps + delta_bias.to(steps.dtype)[..., None]
-    if delta_softplus:
-        steps = F.softplus(steps)
-    steps = steps.transpose(1, 2)
     x = hidden_states.transpose(1, 2)
-    queries, keys = (t.transpose(1, 2).unsqueeze(2).to(x.dtype) for t in (C, B))
     # There is no matrix product in the recurrence for autocast to round.
     with without_autocast(x):
-        out = operators.gla(
-            queries,
-            keys,
-            (x * steps).to(x.dtype).unsqueeze(-1),
-            steps.unsqueeze(-1) * A.to(steps.dtype),
-            scale=1.0,
+        out = operators.selective_scan(
+            x,
+            dt.transpose(1, 2),
+            A,
+            B.transpose(1, 2).to(x.dtype),
+            C.transpose(1, 2).to(x.dtype),
+            D,
+            None if z is None else z.transpose(1, 2),
+            delta_bias,
+            delta_softplus,
             output_final_state=return_last_state,
             layout=call.layout,
             exchange=call.options.exchange,
         )
-    scanned, state = with_state(out)
-    y = scanned.squeeze(-1).transpose(1, 2)
-    if D is not None:
-        y = y + hidden_states * D[None, :, None]
-    if z is not None:
-        y = y * F.silu(z)
-    return y if state is None else (y, state.squeeze(-1))
+    y, state = with_state(out)
+    y = y.transpose(1, 2)
+    return y if state is None else (y, state)
 
 
 def rwkv_linear_attention(

@@ -159,6 +159,14 @@ def _mamba_inputs(attention: Attention, drawn: Tensor) -> Made:
     return Made(tensor, how, ("v_proj", "k_proj", "q_proj"), x.numel() + of_k.numel() + of_q.numel())
 
 
+def _mamba_values(attention: Attention, drawn: Tensor) -> Made:
+    """u and z in one matrix: u of the values, each head twice. B and C are made of u, where queries and keys have no place."""
+    tensor = drawn.clone()
+    u = tensor[: tensor.shape[0] // 2]
+    u.copy_(attention.values.repeat_interleave(2, dim=0).flatten(0, 1))
+    return Made(tensor, f"u: values, each head {2 * attention.repeats} times; z: new", ("v_proj",), u.numel())
+
+
 def _mamba_out(attention: Attention, drawn: Tensor) -> Made:
     both = attention.o.repeat_interleave(2, dim=1) / 2
     return _taken(both.flatten(1), "copied, half for each copy of the values", "o_proj")
@@ -238,6 +246,7 @@ RECIPES: Mapping[str, Mapping[str, Make]] = {
         "out_proj.weight": _out,
     }
     | _NORM,
+    "mamba": {"in_proj.weight": _mamba_values, "out_proj.weight": _mamba_out, "convolution.bias": _zero} | _TAPS,
     "mamba2": {"in_proj.weight": _mamba_inputs, "out_proj.weight": _mamba_out, "convolution.bias": _zero}
     | _TAPS
     | _NORM,

@@ -14,6 +14,7 @@ from longspan.models.mixers.kda import KDAMixer
 from longspan.models.mixers.layer import LayerMixer
 from longspan.models.mixers.lightning import LightningMixer
 from longspan.models.mixers.linear_attention import LinearAttentionMixer
+from longspan.models.mixers.mamba import MambaMixer
 from longspan.models.mixers.mamba2 import Mamba2Mixer
 from longspan.models.mixers.mixer import Context, LayerMemory, ParallelOptions, SequenceMixer, SequenceParallel
 from longspan.models.mixers.rebased import RebasedMixer
@@ -35,6 +36,7 @@ MIXERS: dict[str, type[LayerMixer]] = {
         BasedMixer,
         RebasedMixer,
         HGRN2Mixer,
+        MambaMixer,
         Mamba2Mixer,
         DeltaNetMixer,
         GatedDeltaNetMixer,

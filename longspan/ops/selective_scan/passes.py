@@ -31,7 +31,7 @@ class ScanCall:
 
     def blocks(self, inputs: ScanInputs, backward: bool = False) -> Iterator[BlockScan]:
         """Every block of the call, one after another."""
-        for block in blocks_of(inputs.u, inputs.B.shape[2], inputs.A.shape[1]):
+        for block in blocks_of(inputs.u, inputs.B.shape[2], inputs.A.shape[1], self.chunk_size):
             yield BlockScan(inputs, block, self.chunk_size, self.state_dtype, self.delta_softplus, backward)
 
 

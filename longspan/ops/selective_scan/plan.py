@@ -14,10 +14,10 @@ from torch import Tensor
 
 from longspan.layout import Piece, SequenceLayout
 
-CHUNK_SIZE = 32
-"""Tokens of a chunk where the caller does not say."""
-_TOKEN_NUMBERS_CPU = 2**13
-"""Numbers of the states of a block after one token: a cache holds those of a chunk, and a token's are worth an operator call."""
+_CHUNK_NUMBERS_CPU = 2**19
+"""Numbers of the states of a block after each token of a chunk: few enough for a core's cache."""
+_TOKEN_NUMBERS_CPU = 2**14
+"""And after one token: enough to be worth the call of an operator."""
 _TOKEN_NUMBERS_DEVICE = 2**24
 
 
@@ -97,12 +97,13 @@ def _cut(
     return tuple(chunks)
 
 
-def blocks_of(u: Tensor, num_groups: int, state_size: int) -> tuple[Block, ...]:
+def blocks_of(u: Tensor, num_groups: int, state_size: int, chunk_size: int) -> tuple[Block, ...]:
     """All rows and channels of ``u [B, T, E]``, in blocks that a cache has room for."""
     batch, _, num_channels = u.shape
     on_cpu = u.device.type == "cpu"
     # Operators share what is large among threads.
-    numbers = _TOKEN_NUMBERS_CPU * torch.get_num_threads() if on_cpu else _TOKEN_NUMBERS_DEVICE
+    of_thread = min(_TOKEN_NUMBERS_CPU, _CHUNK_NUMBERS_CPU // chunk_size)
+    numbers = of_thread * torch.get_num_threads() if on_cpu else _TOKEN_NUMBERS_DEVICE
     of_group = num_channels // num_groups
     width = _even_share(of_group, max(1, numbers // state_size))
     height = _even_share(batch, max(1, numbers // (state_size * width)))
