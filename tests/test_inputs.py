@@ -135,6 +135,27 @@ def operators(num_tokens: int) -> dict[str, Operator]:
         "mamba2": Operator(
             longspan.mamba2, {**mamba, **extras}, {**RECIPE_BAD, "n_groups": NO_COUNTS, "dt_softplus": NO_FLAGS}
         ),
+        "selective_scan": Operator(
+            longspan.selective_scan,
+            {
+                **{name: make(4) for name in ("u", "B", "C", "z")},
+                "delta": make(4).abs(),
+                "A": torch.full((4, 4), -1.0),
+                "D": torch.ones(4),
+                "delta_bias": torch.ones(4),
+            },
+            {
+                **{name: bad for name, bad in RECIPE_BAD.items() if name != "schedule"},
+                "initial_state": (
+                    0.0,
+                    [0.0],
+                    torch.zeros(1),
+                    torch.zeros(1, 4, 4).bfloat16(),
+                    torch.zeros(1, 4, 4).to("meta"),
+                ),
+                "delta_softplus": NO_FLAGS,
+            },
+        ),
         "hgrn2": Operator(
             longspan.hgrn2, {"q": q, "f": make(2, 4), "i": v}, {**RECIPE_BAD, "lower_bound": (*NO_NUMBERS, -0.5, 2)}
         ),
@@ -198,7 +219,7 @@ def bad_tensors(x: Tensor, takes_empty: bool) -> list[Any]:
 def bad_calls(name: str, layout: SequenceLayout | None) -> list[tuple[str, Callable[[], Any]]]:
     """Calls that do not fit, with a word for each."""
     operator = operators(NUM_TOKENS if layout is None else layout.num_local_tokens)[name]
-    optional = {"bias", "D", "z", "dt_bias"} & set(operator.tensors)
+    optional = {"bias", "D", "z", "dt_bias", "delta_bias"} & set(operator.tensors)
     changes: list[tuple[str, Any]] = []
     for argument, x in operator.tensors.items():
         changes += [(argument, bad) for bad in bad_tensors(x, operator.takes_empty)]

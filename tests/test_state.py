@@ -9,25 +9,30 @@ from torch import Tensor
 from longspan.state import (
     ChannelDecay,
     Dense,
+    Form,
     HeadDecay,
     Identity,
     Pair,
+    Rates,
     ScalarDecay,
     Transition,
     exclusive_scan,
     exclusive_scan_adjoint,
 )
 
-KINDS: list[type[Transition]] = [Identity, HeadDecay, ScalarDecay, ChannelDecay, Dense]
 STATE_SHAPE = (5, 2, 3, 4, 6)
+RATES = Rates(-torch.rand(3, 4, generator=torch.Generator().manual_seed(6), dtype=torch.float64))
+KINDS: list[Form] = [Identity, HeadDecay, ScalarDecay, ChannelDecay, RATES, Dense]
 
 
-def random_transition(kind: type[Transition], seed: int = 0, documents_at: tuple[int, ...] = ()) -> Transition:
+def random_transition(kind: Form, seed: int = 0, documents_at: tuple[int, ...] = ()) -> Transition:
     generator = torch.Generator().manual_seed(seed)
     shape = kind.parameter_shape(STATE_SHAPE)
     parameter = torch.randn(shape, generator=generator, dtype=torch.float64)
     if kind is Identity:
         parameter = torch.zeros_like(parameter)
+    elif kind is RATES:
+        parameter = parameter.abs()
     elif kind is not Dense:
         parameter = -parameter.abs()
     return kind(parameter).cut([index in documents_at for index in range(STATE_SHAPE[0])])
@@ -43,7 +48,7 @@ def row(pair: Pair, index: int) -> Pair:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("documents_at", [(), (1,), (0, 2)])
-def test_pairs_compose_associatively_and_as_functions(kind: type[Transition], documents_at: tuple[int, ...]) -> None:
+def test_pairs_compose_associatively_and_as_functions(kind: Form, documents_at: tuple[int, ...]) -> None:
     pair = Pair(random_transition(kind, documents_at=documents_at), random_states())
     first, second, third = (row(pair, index) for index in range(3))
     left, right = third.after(second).after(first), third.after(second.after(first))
@@ -54,7 +59,7 @@ def test_pairs_compose_associatively_and_as_functions(kind: type[Transition], do
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_stretch_in_which_a_document_starts_lets_nothing_through(kind: type[Transition]) -> None:
+def test_a_stretch_in_which_a_document_starts_lets_nothing_through(kind: Form) -> None:
     transition = random_transition(kind, documents_at=(1, 4))
     out = transition.apply(random_states())
     for index in range(STATE_SHAPE[0]):
@@ -64,7 +69,7 @@ def test_a_stretch_in_which_a_document_starts_lets_nothing_through(kind: type[Tr
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("documents_at", [(), (2,)])
-def test_exclusive_scan_is_the_fold_of_the_pairs(kind: type[Transition], documents_at: tuple[int, ...]) -> None:
+def test_exclusive_scan_is_the_fold_of_the_pairs(kind: Form, documents_at: tuple[int, ...]) -> None:
     pair = Pair(random_transition(kind, documents_at=documents_at), random_states())
     initial = random_states(3)[0]
     incoming = exclusive_scan(pair, initial)
@@ -78,7 +83,7 @@ def test_exclusive_scan_is_the_fold_of_the_pairs(kind: type[Transition], documen
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("documents_at", [(), (2,)])
 def test_the_adjoint_scan_and_the_outer_product_are_the_gradients_of_the_scan(
-    kind: type[Transition], documents_at: tuple[int, ...]
+    kind: Form, documents_at: tuple[int, ...]
 ) -> None:
     transition = random_transition(kind, documents_at=documents_at)
     parameter = transition.parameter.clone().requires_grad_()
@@ -92,7 +97,7 @@ def test_the_adjoint_scan_and_the_outer_product_are_the_gradients_of_the_scan(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_adjoint_is_the_transpose(kind: type[Transition]) -> None:
+def test_adjoint_is_the_transpose(kind: Form) -> None:
     transition = random_transition(kind)
     x, y = random_states(5), random_states(6)
     torch.testing.assert_close((transition.apply(x) * y).sum(), (x * transition.adjoint().apply(y)).sum())

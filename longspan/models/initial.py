@@ -17,7 +17,7 @@ Whole = Callable[[nn.Module], AbstractContextManager[Any]]
 
 
 class DrawnModule(nn.Module, ABC):
-    """A module that is no linear map, and whose own parameters are drawn at random."""
+    """A module whose own parameters are drawn at random, otherwise than those of linear maps are."""
 
     @abstractmethod
     def draw_parameters(self, generator: torch.Generator) -> None:
@@ -60,17 +60,17 @@ class InitialWeights:
     def fill(self, module: nn.Module, residual: Iterable[nn.Module] = ()) -> None:
         """Initialise a module and all that it is made of, in the order of `modules()`.
 
-        Linear maps and embeddings are drawn, and so is what a `DrawnModule` has; any other module with a ``reset_parameters`` of
-        its own, such as a norm, knows its initial values.
+        Linear maps and embeddings are drawn, and what a `DrawnModule` has is drawn by itself; any other module with a
+        ``reset_parameters`` of its own, such as a norm, knows its initial values.
         """
         writing = {id(x) for x in residual}
         for part in module.modules():
             with self._whole(part):
-                if isinstance(part, nn.Linear | nn.Embedding):
-                    self.draw(part.weight, id(part) in writing)
-                elif isinstance(part, DrawnModule):
+                if isinstance(part, DrawnModule):
                     if not any(parameter.is_meta for parameter in part.parameters(recurse=False)):
                         part.draw_parameters(self._generator)
+                elif isinstance(part, nn.Linear | nn.Embedding):
+                    self.draw(part.weight, id(part) in writing)
                 else:
                     reset: Callable[[], None] | None = getattr(part, "reset_parameters", None)
                     if reset is not None:

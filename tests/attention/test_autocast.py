@@ -17,9 +17,9 @@ from tests.compare import relative_error, worst
 from tests.ranks import run_on_ranks
 
 TOKENS = 21
-PRODUCTS = {"q", "k", "v", "x", "B", "C", "weight", "bias", "past_k", "past_v"}
+PRODUCTS = {"q", "k", "v", "x", "u", "B", "C", "weight", "bias", "past_k", "past_v"}
 """What autocast casts; gates, steps and states stay in float32."""
-PER_TOKEN = {"q", "k", "v", "x", "B", "C", "g", "beta", "dt", "f"}
+PER_TOKEN = {"q", "k", "v", "x", "u", "B", "C", "g", "beta", "dt", "delta", "f"}
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,9 @@ def operators() -> dict[str, Call]:
         "softmax, write and read": Call(softmax_written_and_read, heads),
         "convolution": Call(longspan.causal_conv1d, {"x": (6,), "weight": (6, 4), "bias": (6,)}),
         "mamba2": Call(longspan.mamba2, state_space),
+        "selective_scan": Call(
+            longspan.selective_scan, {"u": (6,), "delta": (6,), "A": (6, 8), "B": (2, 8), "C": (2, 8)}
+        ),
         "hgrn2": Call(hgrn2, {"q": (4, 8), "f": (4, 8), "v": (4, 8)}),
         "normalized": Call(normalized, heads),
     }
@@ -92,11 +95,11 @@ def inputs_of(call: Call, seed: int = 0) -> dict[str, Tensor]:
         x = torch.randn((1, TOKENS, *shape) if name in PER_TOKEN else shape, generator=generator)
         if name in ("g", "log_decay", "A"):
             x = -x.abs()
-        elif name in ("beta", "dt"):
+        elif name in ("beta", "dt", "delta"):
             x = x.sigmoid()
         elif name == "k":
             x = torch.nn.functional.normalize(x, dim=-1)
-        tensors[name] = x.bfloat16() if name in ("v", "x", "B") else x
+        tensors[name] = x.bfloat16() if name in ("v", "x", "u", "B") else x
     return tensors
 
 
@@ -135,7 +138,7 @@ def test_mixed_dtypes_outside_autocast_and_float64_inside_are_refused(name: str)
         tensors["q"] = tensors["q"].half()
     with pytest.raises(InputError, match=r"dtype|Convert|Cast"):
         CALLS[name].function(**tensors, layout=None)
-    wide = {x: tensors[x].double() if x in ("v", "x") else tensors[x] for x in tensors}
+    wide = {x: tensors[x].double() if x in ("v", "x", "u") else tensors[x] for x in tensors}
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(InputError, match=r"dtype|Convert|Cast"):
         CALLS[name].function(**wide, layout=None)
 
@@ -164,13 +167,15 @@ def on_ranks(name: str) -> float:
 
 
 @pytest.mark.parametrize(
-    "name", ["kda", "linear_attention, both ways", "softmax after a past", "convolution", "mamba2"]
+    "name", ["kda", "linear_attention, both ways", "softmax after a past", "convolution", "mamba2", "selective_scan"]
 )
 def test_ranks_give_the_same(name: str) -> None:
     assert worst(run_on_ranks(2, on_ranks, name)) <= 2e-2
 
 
-@pytest.mark.parametrize("name", ["gated_delta_rule", "softmax after a past", "convolution", "mamba2"])
+@pytest.mark.parametrize(
+    "name", ["gated_delta_rule", "softmax after a past", "convolution", "mamba2", "selective_scan"]
+)
 def test_a_compiled_call_gives_the_same(name: str) -> None:
     call = CALLS[name]
     tensors = inputs_of(call)

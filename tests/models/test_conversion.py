@@ -126,7 +126,9 @@ def test_each_mixer_is_made_of_the_llama_and_learns(folder: Path, operator: str)
             heads = theirs[source].unflatten(0, (2, 16))
             assert torch.equal(value.unflatten(0, (4, 16)), heads.repeat_interleave(2, 0)), tensor.name
     missing = set(theirs) - {source for tensor in found.tensors for source in tensor.sources}
-    assert not missing
+    # Mamba has no place for queries and keys: its B and C are made of what stands where values do.
+    without = ("q_proj.weight", "k_proj.weight") if operator == "mamba" else ()
+    assert len(missing) == 3 * len(without) and all(name.endswith(without) for name in missing)
     loss = model(TOKENS, labels=TOKENS)
     loss.backward()
     for name, parameter in parameters.items():

@@ -74,6 +74,9 @@ def test_states_are_counted_as_the_recurrent_form_has_them(name: str, monkeypatc
     of_recurrence = 2 * found[0] - found[1]
     if name in LEARNED_DECAYS:
         assert 1 < of_recurrence / states < 1.08
+    elif name == "mamba":
+        # What tokens write is no product of matrices, and backward reads once more, for the gradient of the gate.
+        assert of_recurrence == states * (2 + 6 + 2) / 12
     else:
         assert of_recurrence == states
 

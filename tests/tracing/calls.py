@@ -86,6 +86,16 @@ def _mamba2(layout: Any, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor,
     return _outputs(longspan.mamba2(x, dt, -A.exp(), B, C, D=D, z=z, **options))
 
 
+def _selective_scan(layout: Any, u: Tensor, delta: Tensor, A: Tensor, *others: Tensor) -> Outputs:
+    B, C, D, z, bias, state = others
+    options: Any = {"initial_state": state, "output_final_state": True, "layout": layout, "chunk_size": 16}
+    return _outputs(longspan.selective_scan(u, delta, -A.exp(), B, C, D, z, bias, True, **options))
+
+
+def _selective_scan_of_steps(layout: Any, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Outputs:
+    return _outputs(longspan.selective_scan(u, delta.abs(), -A.exp(), B, C, layout=layout))
+
+
 def _hgrn2(layout: Any, q: Tensor, f: Tensor, i: Tensor, bound: Tensor) -> Outputs:
     return _outputs(longspan.hgrn2(q, f, i, lower_bound=bound.sigmoid(), layout=layout))
 
@@ -206,6 +216,24 @@ CALLS = {
             "D": (HEADS,),
             "z": HEADS_OF_VALUES,
         },
+    ),
+    "selective scan": Call(
+        _selective_scan,
+        {
+            "u": ("B", "T", 6),
+            "delta": ("B", "T", 6),
+            "A": (6, SIZE),
+            "B": ("B", "T", 2, SIZE),
+            "C": ("B", "T", 2, SIZE),
+            "D": (6,),
+            "z": ("B", "T", 6),
+            "bias": (6,),
+            "state": ("D", 6, SIZE),
+        },
+    ),
+    "selective scan of steps": Call(
+        _selective_scan_of_steps,
+        {"u": ("B", "T", 6), "delta": ("B", "T", 6), "A": (6, SIZE), "B": ("B", "T", SIZE), "C": ("B", "T", SIZE)},
     ),
     "hgrn2": Call(_hgrn2, {"q": HEADS_OF_VALUES, "f": HEADS_OF_VALUES, "i": HEADS_OF_VALUES, "bound": (HEADS, SIZE)}),
     "convolution": Call(_convolution, {"x": ("B", "T", 6), "weight": (6, 4), "bias": (6,), "state": ("D", 3, 6)}),

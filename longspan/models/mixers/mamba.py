@@ -31,17 +31,12 @@ CHANNELS_PER_RANK = 16
 """The rank of the steps is the width of the model divided by this, rounded up."""
 
 
-class StepProjection(DrawnModule):
-    """What makes a step for each channel from R numbers of a token: a matrix, and the bias that belongs to it (arXiv 2312.00752).
+class StepProjection(DrawnModule, nn.Linear):
+    """What makes the logits of a step for each channel of R numbers of a token (arXiv 2312.00752, section 3.6).
 
-    The matrix starts uniform within ±1/√R, and the bias so that steps are 0.001 to 0.1, uniform in their logarithm, where its
-    product is 0: as in the code of Mamba's authors.
+    The matrix starts uniform within ±1/√R, and the bias so that steps are 0.001 to 0.1, uniform in their logarithm, where the
+    matrix gives 0: as in the code of Mamba's authors.
     """
-
-    def __init__(self, rank: int, num_channels: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(num_channels, rank))
-        self.bias = nn.Parameter(torch.empty(num_channels))
 
     def draw_parameters(self, generator: torch.Generator) -> None:
         """The matrix, then the bias."""
@@ -52,9 +47,9 @@ class StepProjection(DrawnModule):
         # The inverse of softplus.
         self.bias.copy_(steps + torch.log(-torch.expm1(-steps)))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The logits of the steps ``[B, T, E]`` of ``x [B, T, R]``, without the bias, which the scan adds in float32."""
-        return F.linear(x, self.weight)
+    def forward(self, input: Tensor) -> Tensor:
+        """``[B, T, E]`` of ``[B, T, R]``, without the bias, which the scan adds in float32."""
+        return F.linear(input, self.weight)
 
 
 class ChannelRates(nn.Module):
@@ -133,8 +128,7 @@ class MambaMixer(LayerMixer):
     def flops_per_token(self, seq_len: int) -> float:
         """As of the other mixers, a state's two products for each channel: what its tokens write, and what they read."""
         of_state = 12.0 * self.inner * STATE_SIZE
-        matrices = operations_of_matrices(self) + 6.0 * self.dt_proj.weight.numel()
-        return matrices + self.convolution.flops_per_token + of_state
+        return operations_of_matrices(self) + self.convolution.flops_per_token + of_state
 
     def footprint(self) -> Footprint:
         # u before and after its convolution, z, the steps, the output; and what makes steps, B and C.
