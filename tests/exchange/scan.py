@@ -10,16 +10,23 @@ import torch.distributed as dist
 
 from longspan.exchange import Exchanger, start_exchange
 from longspan.layout import SequenceLayout
-from longspan.state import Dense, Identity, Pair, Transition, exclusive_scan
+from longspan.state import Dense, Form, Identity, Pair, Rates, exclusive_scan
 from tests.compare import relative_error
 from tests.unwritten import unwritten_memory_is_nan
 
 
-def random_pair(kind: type[Transition], shape: Sequence[int], layout: SequenceLayout, dtype: torch.dtype) -> Pair:
+def random_rates(num_heads: int, key_size: int, dtype: torch.dtype = torch.float64) -> Rates:
+    """The same on every rank."""
+    return Rates(-torch.rand(num_heads, key_size, generator=torch.Generator().manual_seed(2), dtype=dtype))
+
+
+def random_pair(kind: Form, shape: Sequence[int], layout: SequenceLayout, dtype: torch.dtype) -> Pair:
     """Pairs of all segments, the same on every rank; `shape` is [B, H, K, V]."""
     generator = torch.Generator().manual_seed(0)
     full = (len(layout.all_segments), *shape)
     parameter = -torch.rand(kind.parameter_shape(full), generator=generator, dtype=dtype)
+    if isinstance(kind, Rates):
+        parameter = -parameter
     if kind is Identity:
         parameter.zero_()
     if kind is Dense:
@@ -32,7 +39,7 @@ def random_pair(kind: type[Transition], shape: Sequence[int], layout: SequenceLa
 @unwritten_memory_is_nan()
 def errors_of_scan(
     exchange: Exchanger,
-    kind: type[Transition],
+    kind: Form,
     shape: Sequence[int],
     layout: SequenceLayout,
     dtype: torch.dtype = torch.float64,

@@ -12,7 +12,7 @@ from longspan.exchange.scan_by_rows import Shares
 from longspan.layout import SequenceLayout
 from longspan.state import ChannelDecay, Dense, HeadDecay, Identity, ScalarDecay, Transition
 from tests.compare import worst
-from tests.exchange.scan import errors_of_scan, layouts
+from tests.exchange.scan import errors_of_scan, layouts, random_rates
 from tests.ranks import run_on_ranks
 
 KINDS: list[type[Transition]] = [Identity, HeadDecay, ScalarDecay, ChannelDecay, Dense]
@@ -33,7 +33,7 @@ def errors_for_rows(batch: int, num_heads: int, order: Any) -> list[float]:
     return [
         error
         for layout in layouts(order)
-        for kind in KINDS
+        for kind in (*KINDS, random_rates(num_heads, 4))
         for error in errors_of_scan(AllToAll(), kind, shape, layout)
     ]
 
