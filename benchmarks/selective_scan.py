@@ -16,7 +16,7 @@ CHANNELS, STATE_SIZE = 512, 16
 LENGTH, SHORT = 2048, 128
 
 
-def tensors_of(num_tokens: int) -> dict[str, Tensor]:
+def tensors_of(num_tokens: int) -> dict[str, Any]:
     """As Mamba's layers begin: rates of 1 to 16, steps of 0.001 to 0.1; tokens before channels, float32, leaves."""
     generator = torch.Generator().manual_seed(0)
 
@@ -37,11 +37,11 @@ def tensors_of(num_tokens: int) -> dict[str, Tensor]:
     return {name: x.requires_grad_() for name, x in tensors.items()}
 
 
-def ours(x: dict[str, Tensor]) -> Tensor:
+def ours(x: dict[str, Any]) -> Tensor:
     return selective_scan(**x, delta_softplus=True)
 
 
-def theirs(x: dict[str, Tensor]) -> Tensor:
+def theirs(x: dict[str, Any]) -> Tensor:
     """The function that Mamba, Falcon-Mamba and Jamba call where mamba-ssm is not installed, which has channels before tokens."""
     from transformers.models.mamba.modeling_mamba import mamba_selective_scan
 
@@ -52,10 +52,10 @@ def theirs(x: dict[str, Tensor]) -> Tensor:
     return out.transpose(1, 2)
 
 
-SIDES: dict[str, Callable[[dict[str, Tensor]], Tensor]] = {"ours": ours, "theirs": theirs}
+SIDES: dict[str, Callable[[dict[str, Any]], Tensor]] = {"ours": ours, "theirs": theirs}
 
 
-def gradients(side: str, x: dict[str, Tensor], upstream: Tensor) -> list[Tensor]:
+def gradients(side: str, x: dict[str, Any], upstream: Tensor) -> list[Tensor]:
     out = SIDES[side](x)
     return [out, *torch.autograd.grad(out, list(x.values()), upstream)]
 

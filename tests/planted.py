@@ -40,6 +40,7 @@ class Fault:
 
 CONFORMANCE = "tests/attention/test_conformance.py::test_sequence_parallel_equals_the_recurrent_form_on_every_rank"
 CHUNKS = "tests/ops/test_variants.py"
+SCAN = "tests/attention/test_selective_scan.py::test_every_rank_equals_the_recurrence[contiguous-all_gather-4]"
 LOSS = "tests/ops/test_chunked_cross_entropy.py"
 
 FAULTS: dict[str, Fault] = {
@@ -114,6 +115,24 @@ FAULTS: dict[str, Fault] = {
         "transition([(piece.start, piece.stop)]).apply(state)",
         "state * 1.0",
         (f"{CONFORMANCE}[simple_gla-contiguous-all_gather-3]",),
+    ),
+    "a selective scan that goes on from the document before": Fault(
+        "longspan/ops/selective_scan/block.py",
+        "entering[token] if token in entering else state_of[token]",
+        "state_of[token]",
+        ("tests/ops/test_selective_scan.py::test_packed_documents_equal_separate_ones",),
+    ),
+    "a selective scan without the gradient of what later ranks read": Fault(
+        "longspan/ops/selective_scan/nodes.py",
+        "if grads[0] is not None:",
+        "if grads[0] is None:",
+        (SCAN,),
+    ),
+    "a selective scan that sends the rates' decays of one step": Fault(
+        "longspan/ops/selective_scan/passes.py",
+        "loaded.steps.sum(0)",
+        "loaded.steps[0]",
+        (SCAN,),
     ),
     "a halo that is one token too early": Fault(
         "longspan/exchange/halo.py",

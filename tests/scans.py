@@ -15,7 +15,8 @@ from longspan.ops.selective_scan.recurrent import selective_scan_recurrent
 PER_TOKEN = ("u", "delta", "B", "C", "z")
 """Arguments that have a token dimension."""
 
-Tensors = dict[str, Tensor]
+Tensors = dict[str, Any]
+"""Tensors by the names of arguments."""
 
 
 def make_scan(

@@ -10,12 +10,12 @@ import torch
 from longspan.exchange import AllToAll, record_traffic
 from longspan.exchange.scan_by_rows import Shares
 from longspan.layout import SequenceLayout
-from longspan.state import ChannelDecay, Dense, HeadDecay, Identity, ScalarDecay, Transition
+from longspan.state import ChannelDecay, Dense, Form, HeadDecay, Identity, ScalarDecay
 from tests.compare import worst
 from tests.exchange.scan import errors_of_scan, layouts, random_rates
 from tests.ranks import run_on_ranks
 
-KINDS: list[type[Transition]] = [Identity, HeadDecay, ScalarDecay, ChannelDecay, Dense]
+KINDS: list[Form] = [Identity, HeadDecay, ScalarDecay, ChannelDecay, Dense]
 
 
 @pytest.mark.parametrize("num_rows", [1, 2, 6, 15, 16])
@@ -33,7 +33,7 @@ def errors_for_rows(batch: int, num_heads: int, order: Any) -> list[float]:
     return [
         error
         for layout in layouts(order)
-        for kind in (*KINDS, random_rates(num_heads, 4))
+        for kind in [*KINDS, random_rates(num_heads, 4)]
         for error in errors_of_scan(AllToAll(), kind, shape, layout)
     ]
 
