@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longspan.attention.by_name import apply_operator
-from longspan.attention.linear import EndRows, end_rows, gather_documents, profiled
+from longspan.attention.linear import EndRows, end_rows, gather_states, profiled, start_states_of
+from longspan.attention.one_state import state_of_last, states_of_documents
 from longspan.attention.opaque import SELECTIVE_SCAN, bounds_of
 from longspan.attention.selective_scan_checks import (
     NAME,
@@ -29,7 +30,7 @@ from longspan.layout import SequenceLayout
 from longspan.layout.calls import check_layout, check_packed, layout_of_one_device, stops_graphs
 from longspan.ops.decay.form import default_chunk_size
 from longspan.ops.selective_scan.block import ScanInputs
-from longspan.ops.selective_scan.nodes import ScanAlone, ScanLink, ScanRead, ScanWrite, start_states_of
+from longspan.ops.selective_scan.nodes import ScanAlone, ScanLink, ScanRead, ScanWrite
 from longspan.ops.selective_scan.passes import ScanCall
 from longspan.state import Pair, RateDecay
 from longspan.tracing import has_no_values, outside_graphs, unseen_by_checkpointing
@@ -135,6 +136,7 @@ def selective_scan(
         delta_softplus: take the softplus of delta (after delta_bias).
         initial_state: state before the first global token, ``[B, E, N]``, or before each document, ``[num_documents, E, N]``;
             float32 (float64 for float64); the same on every rank, its gradient a rank's share, as those of A, D and delta_bias are.
+            Of a layout that `continues` a sequence there is one state, ``[B, E, N]``, before the first document.
         output_final_state: also return the state after the last global token (of each document), on every rank.
         layout, exchange: as in `longspan.linear_attention`. Ranks send states and, for each channel, the sum of its steps.
         backend: ``"torch"``, plain PyTorch operations on any device; ``"triton"``, the kernels of `longspan.gla` on NVIDIA GPUs, in
@@ -177,11 +179,11 @@ def selective_scan(
     if backend == "triton":
         return _by_kernels(inputs, delta_softplus, initial_state, output_final_state, layout, exchange, chunk_size)
     if has_no_values(inputs.u):
-        bounds = bounds_of(layout, inputs.u)
         o, final_state = SELECTIVE_SCAN(
-            *inputs, initial_state, bounds, delta_softplus, output_final_state, chunk_size
+            *inputs, states_of_documents(initial_state, layout), bounds_of(layout, inputs.u), delta_softplus,
+            output_final_state, chunk_size,
         )  # fmt: skip
-        return (o, final_state) if output_final_state else o
+        return (o, state_of_last(final_state, layout)) if output_final_state else o
     return _scan(inputs, delta_softplus, initial_state, output_final_state, layout, exchanger, chunk_size)
 
 
@@ -201,7 +203,8 @@ def _scan(
     dtype = inputs.u.dtype
     call = ScanCall(layout, chunk_size or default_chunk_size(dtype), delta_softplus, accumulation_dtype(dtype))
     ends = layout.cached(("end_rows", output_final_state), lambda: end_rows(layout, output_final_state))
-    start_states = start_states_of(initial_state, layout.is_packed, call)
+    start_states = start_states_of(initial_state, layout)
+    start_states = None if start_states is None else start_states.transpose(-1, -2)
     with profiled("longspan.selective_scan", inputs.u):
         if layout.num_ranks == 1:
             o, final = ScanAlone.apply(call, ends.final_pieces, start_states, *inputs)
@@ -211,8 +214,8 @@ def _scan(
         return o
     states = final.transpose(-1, -2)
     if layout.num_ranks > 1:
-        states = gather_documents(states, ends.final_documents, layout)
-    final_state = states.squeeze(1) if layout.is_packed else states.squeeze(0)
+        states = gather_states(states, ends.final_states, layout)
+    final_state = states.squeeze(1) if layout.has_document_states else states.squeeze(0)
     return Together.apply(o, final_state) if layout.num_ranks > 1 else (o, final_state)
 
 

@@ -96,7 +96,7 @@ def check_initial_state(inputs: ScanInputs, initial_state: Tensor | None, layout
     if initial_state is None:
         return
     check_tensor(NAME, "initial_state", initial_state)
-    rows, first = (layout.num_documents, "num_documents") if layout.is_packed else (inputs.u.shape[0], "B")
+    rows, first = (layout.num_documents, "num_documents") if layout.has_document_states else (inputs.u.shape[0], "B")
     expected, dtype = (rows, *inputs.A.shape), accumulation_dtype(inputs.u.dtype)
     if tuple(initial_state.shape) != expected or initial_state.dtype != dtype:
         raise InputError(

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 import longspan
 from longspan import SequenceLayout, record_traffic
@@ -172,6 +173,53 @@ def traffic_on_rank() -> tuple[int, int]:
 def test_a_rank_sends_a_state_and_a_sum_per_channel() -> None:
     state, sums = 5 * 7 * 4, 5 * 4
     assert run_on_ranks(2, traffic_on_rank) == [(state + sums, state)] * 2
+
+
+def stretches_on_rank(order: Any, documents: list[int] | None) -> dict[str, float]:
+    """A sequence that goes on from five tokens before, in three calls that hand a state on, against one recurrence."""
+    values, grads = make_scan(44, documents=documents)
+    # Of several documents the first alone goes on from a state.
+    first = values["initial_state"][:1].detach().requires_grad_()
+    values["initial_state"] = torch.cat([first, torch.zeros_like(values["initial_state"][1:])])
+    o_want, finals = reference(values, documents=documents)
+    loss = (o_want * grads["o"]).sum() + dist.get_world_size() * (finals[-1:] * grads["final"][-1:]).sum()
+    names = [name for name in values if name != "initial_state"]
+    expected = torch.autograd.grad(loss, [*(values[name] for name in names), first])
+
+    whole = SequenceLayout(44, order=order, documents=documents, continues=5)
+    parts = [(slice(*cut), whole.stretch(*cut)) for cut in ((0, 13), (13, 17), (17, 44))]
+    shared = {name: values[name].detach().requires_grad_() for name in names if name not in PER_TOKEN}
+    state = start = first.detach().requires_grad_()
+    own: dict[str, list[Tensor]] = {name: [] for name in names if name in PER_TOKEN}
+    loss, errors = torch.zeros((), dtype=torch.float64), {}
+    for tokens, layout in parts:
+        for name, held in own.items():
+            held.append(layout.shard(values[name].detach()[:, tokens]).requires_grad_())
+        given = {name: held[-1] for name, held in own.items()}
+        o, state = call({**given, **shared, "initial_state": state}, layout=layout, chunk_size=8)
+        errors[f"o {tokens.start}"] = relative_error(o, layout.shard(o_want[:, tokens]))
+        loss = loss + (o * layout.shard(grads["o"][:, tokens])).sum()
+    errors["final"] = relative_error(state, finals[-1:])
+    loss = loss + (state * grads["final"][-1:]).sum()
+    leaves = [*(x for held in own.values() for x in held), *shared.values(), start]
+    got = iter(torch.autograd.grad(loss, leaves))
+    want = dict(zip([*names, "initial_state"], expected, strict=True))
+    for name in own:
+        for tokens, layout in parts:
+            errors[f"d{name} {tokens.start}"] = relative_error(next(got), layout.shard(want[name][:, tokens]), 1e-3)
+    for name in [*shared, "initial_state"]:
+        total = next(got).clone()
+        dist.all_reduce(total)
+        errors["d" + name] = relative_error(total, want[name])
+    return errors
+
+
+@pytest.mark.parametrize("num_ranks", [1, 3])
+@pytest.mark.parametrize("order", ["contiguous", "zigzag"])
+def test_stretch_by_stretch_it_is_one_call(order: str, num_ranks: int) -> None:
+    for documents in (None, [0, 2, 8, 9, 10, 30, 44], [0, 17, 20, 44]):
+        for errors in run_on_ranks(num_ranks, stretches_on_rank, order, documents):
+            assert worst(errors) < 1e-11, (documents, errors)
 
 
 def refusals_on_rank() -> list[tuple[str, str]]:

@@ -120,7 +120,7 @@ class MambaMixer(LayerMixer):
         out: Tensor = self.out_proj(o)
         if state is None or taps is None:
             return out, None
-        return out, LayerMemory({"state": context.of_last_document(state), "taps": taps})
+        return out, LayerMemory({"state": context.of_its_own(state), "taps": taps})
 
     def init_weights(self, initial: InitialWeights) -> None:
         initial.fill(self, residual=(self.out_proj,))

@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from longspan.first_order import first_order
-from longspan.layout.rows import take_rows
 from longspan.ops.selective_scan.block import ScanInputs
 from longspan.ops.selective_scan.passes import (
     ScanCall,
@@ -212,12 +211,3 @@ class ScanRead(torch.autograd.Function):
             grad_incoming[segment] = found[piece]
         ticket = incoming.new_zeros(())
         return None, None, ticket, grad_incoming, *(None for _ in range(1 + len(inputs)))
-
-
-def start_states_of(initial_state: Tensor | None, layout_is_packed: bool, call: ScanCall) -> Tensor | None:
-    """Rows ``[num_starting_pieces, B, N, E]`` of an initial state ``[B, E, N]``, or of one for each document."""
-    if initial_state is None:
-        return None
-    by_document = initial_state.unsqueeze(1) if layout_is_packed else initial_state.unsqueeze(0)
-    documents = [call.layout.pieces[number].document for number in _starting(call)]
-    return take_rows(by_document, documents, call.layout).transpose(-1, -2)
