@@ -127,7 +127,8 @@ def prefill(
         tokens: int64 ``[T]``, at least one, on the model's device.
         order, weights: which tokens a rank takes, as in `SequenceLayout`; zigzag balances softmax layers.
         segment_tokens: read the prompt in segments of so many tokens, one after another, each over all ranks: the activations of
-            one are held at a time, whatever the prompt's length, beside what is remembered and a copy of that. None is at once.
+            one are held at a time, whatever the prompt's length, beside what is remembered and, meanwhile, a copy of that with room
+            to grow. None is at once.
 
     Returns:
         None for a prompt of one token.
