@@ -128,22 +128,21 @@ def worst_error(kind: str, order: Order, documents_number: int, options: dict[st
     return worst_of(errors)
 
 
-@pytest.mark.parametrize("documents_number", [0, 1], ids=["one document", "packed"])
+QUICK = {(1, "contiguous", 1), (2, "zigzag", 0), (4, "contiguous", 1)}
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    ("num_ranks", "order"),
+    ("num_ranks", "order", "documents_number"),
     [
-        (1, "contiguous"),
-        (2, "zigzag"),
-        pytest.param(2, "contiguous", marks=pytest.mark.slow),
-        pytest.param(3, "contiguous", marks=pytest.mark.slow),
-        pytest.param(3, "zigzag", marks=pytest.mark.slow),
-        (4, "contiguous"),
-        pytest.param(4, "zigzag", marks=pytest.mark.slow),
+        pytest.param(num_ranks, order, number, marks=() if (num_ranks, order, number) in QUICK else pytest.mark.slow)
+        for num_ranks in (1, 2, 3, 4)
+        for order in ORDERS
+        for number in (0, 1)
     ],
 )
 def test_every_rank_equals_the_definition_with_every_gradient(
-    num_ranks: int, order: Order, kind: str, documents_number: int
+    num_ranks: int, order: Order, documents_number: int, kind: str
 ) -> None:
     for error, what in run_on_ranks(num_ranks, worst_error, kind, order, documents_number, {"with_states": True}):
         assert error < 1e-11, what
