@@ -34,20 +34,28 @@ DTYPES = product_dtypes()
 
 
 def make_tensors(seq_len: int, size: int, dtype: torch.dtype, operator: str = "simple_gla") -> dict[str, Tensor]:
-    """q, k, v, the operator's gates and a gradient of o: B1, `HEADS` heads, K = V = `size`, keys of length 1."""
-    generator = torch.Generator().manual_seed(0)
+    """q, k, v, the operator's gates and a gradient of o: B1, `HEADS` heads, K = V = `size`, keys of length 1.
 
-    def normal() -> Tensor:
-        return torch.randn(1, seq_len, HEADS, size, generator=generator)
+    Where tokens have several steps, two. Vectors of a low-rank transition have the length 1, and ½ for what writes.
+    """
+    generator = torch.Generator().manual_seed(0)
+    steps = (2,) if VARIANTS[operator].has_steps else ()
+
+    def normal(*steps: int) -> Tensor:
+        return torch.randn(1, seq_len, *steps, HEADS, size, generator=generator)
 
     tensors = {
         "q": normal().to(dtype).requires_grad_(),
-        "k": F.normalize(normal(), dim=-1).to(dtype).requires_grad_(),
-        "v": normal().to(dtype).requires_grad_(),
+        "k": F.normalize(normal(*steps), dim=-1).to(dtype).requires_grad_(),
+        "v": normal(*steps).to(dtype).requires_grad_(),
         "grad": normal().to(dtype),
     }
-    sizes = {"B": 1, "T": seq_len, "H": HEADS, "K": size}
+    sizes = {"B": 1, "T": seq_len, "N": 2, "H": HEADS, "K": size}
     for gate in VARIANTS[operator].gates:
+        if gate.name in ("a", "b", "p"):
+            values = F.normalize(normal(), dim=-1) * (1.0 if gate.name == "a" else 0.5)
+            tensors[gate.name] = values.requires_grad_()
+            continue
         uniform = torch.rand([sizes[dim] for dim in gate.dims], generator=generator)
         values = -0.1 * uniform if gate.is_log_decay else uniform
         tensors[gate.name] = values.requires_grad_(gate.differentiable)
@@ -59,9 +67,10 @@ def step(operator: str, tensors: dict[str, Tensor], **options: Any) -> Callable[
     gates = {gate.name: tensors[gate.name] for gate in VARIANTS[operator].gates}
     q, k, v = (tensors[name] for name in "qkv")
     leaves = [q, k, v, *(x for x in gates.values() if x.requires_grad)]
+    call = getattr(longspan, {"gla_with_bonus": "gla"}.get(operator, operator))
 
     def run() -> Tensor:
-        o: Tensor = getattr(longspan, operator)(q, k, v, *gates.values(), **options)
+        o: Tensor = call(q, k, v, **gates, **options)
         torch.autograd.grad(o, leaves, tensors["grad"])
         return o
 
@@ -305,7 +314,7 @@ def variants(quick: bool) -> Table:
     table = Table(
         "variants",
         f"Every variant over simple_gla, forward + backward, {seq_len:,} tokens, B1 H8, one thread, float32",
-        "gla at most 2, the delta family at most 3",
+        "gla at most 2, the delta rules of one write per token at most 3",
         ["operator", "K = V", "ms", "ms, simple_gla", "ratio"],
     )
     torch.set_num_threads(1)

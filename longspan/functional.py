@@ -15,6 +15,7 @@ from longspan.attention.by_name import BidirectionalOptions, OperatorOptions, Sc
 from longspan.attention.hgrn2 import hgrn2
 from longspan.attention.mamba2 import mamba2
 from longspan.attention.normalized import normalized_linear_attention, write_normalized
+from longspan.attention.rwkv7 import rwkv7
 from longspan.attention.selective_scan import selective_scan
 from longspan.checks import check_flag, check_tensors
 from longspan.exchange import Exchanger
@@ -22,7 +23,10 @@ from longspan.features import unit_length
 from longspan.layout import SequenceLayout
 
 __all__ = [
+    "comba",
     "delta_rule",
+    "dplr_delta_rule",
+    "gated_delta_product",
     "gated_delta_rule",
     "gla",
     "hgrn2",
@@ -31,6 +35,7 @@ __all__ = [
     "mamba2",
     "normalized_linear_attention",
     "retention",
+    "rwkv7",
     "selective_scan",
     "simple_gla",
     "write",
@@ -261,6 +266,7 @@ def gla(
     v: Tensor,
     g: Tensor,
     *,
+    u: Tensor | None = ...,
     output_final_state: Literal[False] = ...,
     **options: Unpack[OperatorOptions],
 ) -> Tensor: ...
@@ -268,13 +274,27 @@ def gla(
 
 @overload
 def gla(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, *, output_final_state: Literal[True], **options: Unpack[OperatorOptions]
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    *,
+    u: Tensor | None = ...,
+    output_final_state: Literal[True],
+    **options: Unpack[OperatorOptions],
 ) -> tuple[Tensor, Tensor]: ...
 
 
 @overload
 def gla(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, *, output_final_state: bool, **options: Unpack[OperatorOptions]
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    *,
+    u: Tensor | None = ...,
+    output_final_state: bool,
+    **options: Unpack[OperatorOptions],
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
@@ -284,6 +304,7 @@ def gla(
     v: Tensor,
     g: Tensor,
     *,
+    u: Tensor | None = None,
     scale: float | None = None,
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
@@ -299,6 +320,9 @@ def gla(
 
     Args:
         g: log decays ``[B, T, H, K]``, at most 0; float32 or float64 (bfloat16 is accepted, at the price of its own rounding).
+        u: RWKV-6's bonus (arXiv 2404.05892, section 4), ``[H, K]``, a parameter that all ranks hold alike; its gradient on a rank
+            is that rank's share. A token then reads what was before it, which its own decay has not reached, and itself with this
+            weight: ``o_t = scale · (S_{t-1} + Diag(u) k_t v_tᵀ)ᵀ q_t``. In two phases: ``write("gla_with_bonus", ...)``.
         q, k, v and the rest: as in `linear_attention`.
 
     Returns:
@@ -307,8 +331,9 @@ def gla(
     Raises:
         InputError, LayoutError: as in `linear_attention`; and InputError for a g above 0 or NaN (looked at on the CPU only).
     """
+    operator, gates = ("gla", {"g": g}) if u is None else ("gla_with_bonus", {"g": g, "u": u})
     return apply_operator(
-        "gla", q, k, v, {"g": g}, scale, output_final_state,
+        operator, q, k, v, gates, scale, output_final_state,
         initial_state=initial_state, layout=layout, exchange=exchange, schedule=schedule, backend=backend, chunk_size=chunk_size,
     )  # fmt: skip
 
@@ -565,6 +590,263 @@ def kda(
     q, k = _normed("kda", q, k, qk_l2norm)
     return apply_operator(
         "kda", q, k, v, {"g": g, "beta": beta}, scale, output_final_state,
+        initial_state=initial_state, layout=layout, exchange=exchange, schedule=schedule, backend=backend, chunk_size=chunk_size,
+    )  # fmt: skip
+
+
+@overload
+def gated_delta_product(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    *,
+    qk_l2norm: bool = ...,
+    output_final_state: Literal[False] = ...,
+    **options: Unpack[OperatorOptions],
+) -> Tensor: ...
+
+
+@overload
+def gated_delta_product(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    *,
+    qk_l2norm: bool = ...,
+    output_final_state: Literal[True],
+    **options: Unpack[OperatorOptions],
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def gated_delta_product(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    *,
+    qk_l2norm: bool = ...,
+    output_final_state: bool,
+    **options: Unpack[OperatorOptions],
+) -> Tensor | tuple[Tensor, Tensor]: ...
+
+
+def gated_delta_product(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    *,
+    scale: float | None = None,
+    qk_l2norm: bool = False,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    layout: SequenceLayout | None = None,
+    exchange: str | Exchanger = "auto",
+    schedule: Schedule = "auto",
+    backend: str | None = None,
+    chunk_size: int | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The gated delta rule with N steps per token: a decay times a product of N generalized Householder matrices.
+
+    ``S_{t,0} = e^{g_t} S_{t-1}``, ``S_{t,n} = (I − β_{t,n} k_{t,n} k_{t,n}ᵀ) S_{t,n-1} + β_{t,n} k_{t,n} v_{t,n}ᵀ``, and after the
+    last step ``o_t = scale · S_{t,N}ᵀ q_t``. Gated DeltaProduct (arXiv 2502.10297, section 3); DeltaProduct is g = 0, and N = 1 is
+    `gated_delta_rule`. Keys should have length 1, or the recurrence may grow; with N of at least 2 and β near 2 a token may rotate
+    the state.
+
+    Precision as of `gated_delta_rule`, but for the gradient of an initial state where β is near 2: ten times the error of the
+    recurrence token by token, 1e-6 of its largest. The states sent between ranks are as large as there, whatever N is.
+
+    Args:
+        q: ``[B, T, H_k, K]``: a query for each token, which reads after its last step.
+        k, v: ``[B, T, N, H_k, K]`` and ``[B, T, N, H, V]``: the steps of a token, in order.
+        g: log decays of tokens ``[B, T, H]``, at most 0; float32 or float64 (bfloat16 is accepted, with its own rounding).
+        beta: how much of what its key reads a step replaces, ``[B, T, N, H]``; in (0, 1), or up to 2 for keys of length 1.
+        qk_l2norm: as in `delta_rule`.
+        chunk_size: tokens, of N rows each; None is 64 rows.
+        scale and the rest: as in `linear_attention`.
+
+    Returns:
+        o ``[B, T, H, V]`` in the dtype of q; with `output_final_state`, the pair (o, final_state).
+
+    Raises:
+        InputError, LayoutError: as in `linear_attention`; and InputError for a g above 0 or NaN (looked at on the CPU only).
+    """
+    q, k = _normed("gated_delta_product", q, k, qk_l2norm)
+    return apply_operator(
+        "gated_delta_product", q, k, v, {"g": g, "beta": beta}, scale, output_final_state,
+        initial_state=initial_state, layout=layout, exchange=exchange, schedule=schedule, backend=backend, chunk_size=chunk_size,
+    )  # fmt: skip
+
+
+@overload
+def dplr_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    g: Tensor,
+    *,
+    output_final_state: Literal[False] = ...,
+    **options: Unpack[OperatorOptions],
+) -> Tensor: ...
+
+
+@overload
+def dplr_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    g: Tensor,
+    *,
+    output_final_state: Literal[True],
+    **options: Unpack[OperatorOptions],
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def dplr_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    g: Tensor,
+    *,
+    output_final_state: bool,
+    **options: Unpack[OperatorOptions],
+) -> Tensor | tuple[Tensor, Tensor]: ...
+
+
+def dplr_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    g: Tensor,
+    *,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    layout: SequenceLayout | None = None,
+    exchange: str | Exchanger = "auto",
+    schedule: Schedule = "auto",
+    backend: str | None = None,
+    chunk_size: int | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The delta rule with a diagonal plus low-rank transition: ``S_t = (Diag(e^{g_t}) + b_t a_tᵀ) S_{t-1} + k_t v_tᵀ``.
+
+    ``o_t = scale · S_tᵀ q_t``. What a_t reads of the state before the token, b_t writes: the form of RWKV-7 (arXiv 2503.14456),
+    which `rwkv7` has in the names of its paper. Where transitions have singular values above 1 the recurrence may grow.
+
+    Inside, all is float32 for float32 and bfloat16 inputs. For a and b as in RWKV-7 errors are at most three times those of the
+    recurrence token by token in float32, plus a few units of the last place. What is NaN or infinite reaches no earlier output.
+
+    Args:
+        a, b: what reads and what writes, ``[B, T, H, K]``, in any of the dtypes.
+        g: log decays ``[B, T, H, K]``, at most 0; float32 or float64 (bfloat16 is accepted, at the price of its own rounding).
+        q, k, v and the rest: as in `linear_attention`.
+
+    Returns:
+        o ``[B, T, H, V]`` in the dtype of q; with `output_final_state`, the pair (o, final_state).
+
+    Raises:
+        InputError, LayoutError: as in `linear_attention`; and InputError for a g above 0 or NaN (looked at on the CPU only).
+    """
+    return apply_operator(
+        "dplr_delta_rule", q, k, v, {"a": a, "b": b, "g": g}, scale, output_final_state,
+        initial_state=initial_state, layout=layout, exchange=exchange, schedule=schedule, backend=backend, chunk_size=chunk_size,
+    )  # fmt: skip
+
+
+@overload
+def comba(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    p: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    *,
+    output_final_state: Literal[False] = ...,
+    **options: Unpack[OperatorOptions],
+) -> Tensor: ...
+
+
+@overload
+def comba(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    p: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    *,
+    output_final_state: Literal[True],
+    **options: Unpack[OperatorOptions],
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def comba(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    p: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    *,
+    output_final_state: bool,
+    **options: Unpack[OperatorOptions],
+) -> Tensor | tuple[Tensor, Tensor]: ...
+
+
+def comba(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    p: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    *,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    layout: SequenceLayout | None = None,
+    exchange: str | Exchanger = "auto",
+    schedule: Schedule = "auto",
+    backend: str | None = None,
+    chunk_size: int | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The delta rule with its own feedback: ``S_t = e^{g_t} S_{t-1} + β_t k_t (v_t − S_{t-1}ᵀ p_t)ᵀ``, ``o_t = scale · S_tᵀ q_t``.
+
+    Comba (arXiv 2506.02475), whose transition is a scalar plus a matrix of rank 1. p reads the state before the token's decay.
+    Precision as of `dplr_delta_rule`.
+
+    Args:
+        p: what reads that which a token takes off, ``[B, T, H, K]``, in any of the dtypes; Comba's is b ⊙ k with b learned.
+        g: log decays ``[B, T, H]``, at most 0; float32 or float64 (bfloat16 is accepted, at the price of its own rounding).
+        beta: how strongly a token writes, ``[B, T, H]``.
+        q, k, v and the rest: as in `linear_attention`; Comba reads with q − d k, d learned.
+
+    Returns:
+        o ``[B, T, H, V]`` in the dtype of q; with `output_final_state`, the pair (o, final_state).
+
+    Raises:
+        InputError, LayoutError: as in `linear_attention`; and InputError for a g above 0 or NaN (looked at on the CPU only).
+    """
+    return apply_operator(
+        "comba", q, k, v, {"p": p, "g": g, "beta": beta}, scale, output_final_state,
         initial_state=initial_state, layout=layout, exchange=exchange, schedule=schedule, backend=backend, chunk_size=chunk_size,
     )  # fmt: skip
 

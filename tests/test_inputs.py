@@ -99,6 +99,26 @@ def operators(num_tokens: int) -> dict[str, Operator]:
         "delta_rule": Operator(longspan.delta_rule, {**attention, **beta}, LINEAR_BAD),
         "gated_delta_rule": Operator(longspan.gated_delta_rule, {**attention, **g, **beta}, LINEAR_BAD),
         "kda": Operator(longspan.kda, {**attention, **channels, **beta}, LINEAR_BAD),
+        # In one call, u = None is `gla` without a bonus.
+        "write gla_with_bonus": Operator(
+            lambda **rest: longspan.write("gla_with_bonus", **rest),
+            {"k": k, "v": v, **channels, "u": torch.ones(2, 4)},
+            {"u": (0.5, torch.ones(4)), "chunk_size": NO_COUNTS},
+        ),
+        "gated_delta_product": Operator(
+            longspan.gated_delta_product,
+            {"q": q, "k": make(3, 2, 4), "v": make(3, 2, 4), **g, "beta": make(3, 2).abs()},
+            LINEAR_BAD,
+        ),
+        "dplr_delta_rule": Operator(
+            longspan.dplr_delta_rule, {**attention, "a": make(2, 4), "b": make(2, 4), **channels}, LINEAR_BAD
+        ),
+        "rwkv7": Operator(
+            longspan.rwkv7,
+            {"r": q, "w": channels["g"], "k": k, "v": v, "kappa": make(2, 4), "a": make(2, 4).abs()},
+            LINEAR_BAD,
+        ),
+        "comba": Operator(longspan.comba, {**attention, "p": make(2, 4), **g, **beta}, LINEAR_BAD),
         "softmax_attention": Operator(longspan.softmax_attention, attention, SOFTMAX_BAD),
         "causal_conv1d": Operator(longspan.causal_conv1d, conv, conv_bad),
         "long_conv1d": Operator(

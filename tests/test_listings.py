@@ -19,6 +19,7 @@ from longspan.exchange.topologies.ring import Ring
 from longspan.layout import SequenceLayout
 from longspan.ops.decay.listing import decay_by_chunks
 from longspan.ops.delta.listing import delta_rule_by_chunks
+from longspan.ops.dplr.listing import low_rank_by_chunks
 from longspan.ops.gates import DecayKind
 from longspan.ops.softmax.listing import softmax_by_blocks
 from longspan.ops.variants import VARIANTS
@@ -37,23 +38,39 @@ LISTINGS = sorted((PROJECT_ROOT / "longspan").rglob("listing.py"))
 def by_listing(name: str, inputs: Inputs, chunk_size: int) -> dict[str, Tensor]:
     """Outputs, states and gradients of the listing, head by head, in the names of `run`."""
     variant = VARIANTS[name]
-    q, k, v = (x[0].transpose(0, 1) for x in (inputs.q, inputs.k, inputs.v))
+    q, k, v = (x[0].movedim(-2, 0) for x in (inputs.q, inputs.k, inputs.v))
     decays = variant.decay.of(inputs.gates)
-    g: Tensor = torch.zeros_like(k)
+    g: Tensor = torch.zeros_like(q)
     if decays.constant is not None:
-        g = decays.constant[:, None, None].expand_as(k)
+        g = decays.constant[:, None, None].expand_as(q)
     elif decays.in_time is not None:
         g = (
             (decays.in_time if decays.kind is DecayKind.CHANNEL else decays.in_time.unsqueeze(-1))[0]
             .transpose(0, 1)
-            .expand_as(k)
+            .expand_as(q)
         )
     found = []
+    gates = {key: x[0].movedim(-1 if key == "beta" else -2, 0) for key, x in inputs.gates.items() if x.dim() > 2}
     for head in range(len(q)):
         arguments: Any = (q[head], k[head], v[head], g[head])
-        if variant.transition is Dense:
-            arguments = (*arguments, inputs.gates["beta"][0, :, head])
-        listing: Any = delta_rule_by_chunks if variant.transition is Dense else decay_by_chunks
+        listing: Any = decay_by_chunks
+        if name == "gated_delta_product":
+            # Rows one after another, of which a token's first decays and its last reads.
+            last, first = (torch.zeros_like(k[head]) for _ in range(2))
+            last, first = last.index_fill(1, torch.tensor([1]), 1.0), first.index_fill(1, torch.tensor([0]), 1.0)
+            q_rows, g_rows = q[head][:, None] * last, g[head][:, None] * first
+            rows = [x.flatten(0, 1) for x in (q_rows, k[head], v[head], g_rows, gates["beta"][head])]
+            arguments = (*rows, inputs.initial_state[0, head], inputs.scale, chunk_size)
+            o, state = delta_rule_by_chunks(*arguments)
+            found.append((o[1::2], state))
+            continue
+        if name == "dplr_delta_rule":
+            listing, arguments = low_rank_by_chunks, (*arguments, gates["a"][head], gates["b"][head])
+        elif name == "comba":
+            listing, b = low_rank_by_chunks, gates["beta"][head][:, None] * k[head]
+            arguments = (q[head], b, v[head], g[head], -gates["p"][head], b)
+        elif variant.transition is Dense:
+            listing, arguments = delta_rule_by_chunks, (*arguments, gates["beta"][head])
         found.append(listing(*arguments, inputs.initial_state[0, head], inputs.scale, chunk_size))
     o, final = torch.stack([o for o, _ in found], dim=1)[None], torch.stack([state for _, state in found])[None]
     loss = (o * inputs.grad_o).sum() + (final * inputs.grad_final).sum()
@@ -61,7 +78,8 @@ def by_listing(name: str, inputs: Inputs, chunk_size: int) -> dict[str, Tensor]:
     return {"o": o, "final": final, **dict(zip(inputs.leaf_names(), grads, strict=True))}
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+# `gla_with_bonus` is `gla` between two shifts.
+@pytest.mark.parametrize("name", [name for name in VARIANTS if name != "gla_with_bonus"])
 def test_decay_and_delta_rule(name: str) -> None:
     inputs = make_inputs(name, 23, decay=2.0)
     engine, recurrence = run(name, inputs)
@@ -138,4 +156,4 @@ def test_listings_are_short_and_the_design_refers_to_them(path: Path) -> None:
     functions = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)]
     assert sum((node.end_lineno or 0) - node.lineno + 1 for node in functions) <= 45
     assert str(path.relative_to(PROJECT_ROOT)) in (PROJECT_ROOT / "docs" / "design.md").read_text(encoding="utf-8")
-    assert len(LISTINGS) == 4
+    assert len(LISTINGS) == 5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -9,10 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import longspan
 from longspan.dtypes import accumulation_dtype
 from longspan.layout import SequenceLayout
 from longspan.ops.gates import Gate, Gates
 from longspan.ops.variants import VARIANTS
+
+LOW_RANK = {"a": 1.0, "b": 0.5, "p": 0.5}
+"""Lengths of the vectors of a low-rank transition."""
 
 
 @dataclass
@@ -48,31 +53,42 @@ def make_inputs(
     key_heads: int | None = None,
     key_size: int = 3,
     value_size: int = 5,
+    num_steps: int = 2,
     dtype: torch.dtype = torch.float64,
     decay: float = 0.3,
     seed: int = 0,
 ) -> Inputs:
-    """Random inputs; log decays are uniform in (−decay, 0], other gates in (0, 1), keys have unit length."""
+    """Random inputs; log decays are uniform in (−decay, 0], other gates in (0, 1), keys have unit length.
+
+    Vectors that transitions are made of have random directions and the lengths of `LOW_RANK`.
+
+    num_steps: of a token, for variants that have steps.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
 
     key_heads = heads if key_heads is None else key_heads
-    sizes = {"B": batch, "T": seq_len, "H": heads, "K": key_size}
+    sizes = {"B": batch, "T": seq_len, "N": num_steps, "H": heads, "K": key_size}
+    steps = (num_steps,) if VARIANTS[name].has_steps else ()
 
     def gate_values(gate: Gate) -> Tensor:
         shape = [sizes[dim] for dim in gate.dims]
+        if gate.name in LOW_RANK:
+            # Of a length at which products of many transitions neither vanish nor grow without end.
+            directions = torch.nn.functional.normalize(normal(*shape, dtype=torch.float64).detach(), dim=-1)
+            return (LOW_RANK[gate.name] * directions).to(accumulation_dtype(dtype)).requires_grad_()
         uniform = torch.rand(shape, generator=generator, dtype=torch.float64)
         values = -decay * uniform if gate.is_log_decay else uniform
         return values.to(accumulation_dtype(dtype)).requires_grad_(gate.differentiable)
 
     num_states = batch if documents is None else len(documents) - 1
-    keys = normal(batch, seq_len, key_heads, key_size).detach()
+    keys = normal(batch, seq_len, *steps, key_heads, key_size).detach()
     return Inputs(
         q=normal(batch, seq_len, key_heads, key_size),
         k=(keys / keys.norm(dim=-1, keepdim=True)).requires_grad_(),
-        v=normal(batch, seq_len, heads, value_size),
+        v=normal(batch, seq_len, *steps, heads, value_size),
         gates={gate.name: gate_values(gate) for gate in VARIANTS[name].gates},
         initial_state=normal(num_states, heads, key_size, value_size, dtype=accumulation_dtype(dtype)),
         grad_o=normal(batch, seq_len, heads, value_size).detach(),
@@ -85,8 +101,8 @@ def make_inputs(
 def reference(name: str, inputs: Inputs) -> tuple[Tensor, Tensor]:
     """o and final state by the recurrent form, document by document, in float64 whatever the inputs are."""
     variant = VARIANTS[name]
-    repeats = inputs.v.shape[2] // inputs.k.shape[2]
-    q, k = (x.double().repeat_interleave(repeats, dim=2) for x in (inputs.q, inputs.k))
+    repeats = inputs.v.shape[-2] // inputs.k.shape[-2]
+    q, k = (x.double().repeat_interleave(repeats, dim=-2) for x in (inputs.q, inputs.k))
     v, initial = inputs.v.double(), inputs.initial_state.double()
     bounds = inputs.documents or [0, v.shape[1]]
     outputs, finals = [], []
@@ -101,6 +117,12 @@ def reference(name: str, inputs: Inputs) -> tuple[Tensor, Tensor]:
 
 def _rows(x: Tensor, gate: Gate, start: int, stop: int) -> Tensor:
     return x[:, start:stop] if "T" in gate.dims else x
+
+
+def operator_of(name: str) -> Callable[..., Any]:
+    """The public function of a variant, which takes its gates by name."""
+    found: Callable[..., Any] = getattr(longspan, {"gla_with_bonus": "gla"}.get(name, name))
+    return found
 
 
 def shard_gates(name: str, gates: Gates, layout: SequenceLayout) -> dict[str, Any]:

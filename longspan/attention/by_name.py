@@ -69,6 +69,10 @@ class LinearOptions(TypedDict, total=False):
 
     g: Tensor
     beta: Tensor
+    a: Tensor
+    b: Tensor
+    p: Tensor
+    u: Tensor
     log_decay: Tensor | Sequence[float]
     causal: bool
     initial_state: Tensor | None
@@ -124,12 +128,13 @@ def write(
     """Write what later tokens need and start its exchange, without waiting; read it with ``.read(q)`` when the queries are there.
 
     Args:
-        operator: the name of an operator (``"linear_attention"``, ``"retention"``, ``"simple_gla"``, ``"gla"``, ``"delta_rule"``,
-            ``"gated_delta_rule"``, ``"kda"``), or ``"softmax"``.
-        k: ``[B, T, H_k, K]``.
-        v: ``[B, T, H, V]``, the dtype of k.
+        operator: the name of an operator (``"linear_attention"``, ``"retention"``, ``"simple_gla"``, ``"gla"``,
+            ``"gla_with_bonus"``, ``"delta_rule"``, ``"gated_delta_rule"``, ``"kda"``, ``"gated_delta_product"``,
+            ``"dplr_delta_rule"``, ``"comba"``), or ``"softmax"``.
+        k: ``[B, T, H_k, K]``; for `gated_delta_product` ``[B, T, N, H_k, K]``.
+        v: ``[B, T, H, V]``, or ``[B, T, N, H, V]``, the dtype of k.
         layout: which tokens this rank holds; None is one device.
-        options: the operator's gates by name (`g`, `beta`, `log_decay`), and its options: for linear attention `causal`,
+        options: the operator's gates by name (such as `g`, `beta`, `log_decay`), and its options: for linear attention `causal`,
             `initial_state`, `output_final_state`, `exchange`, `backend`, `chunk_size` as in the one-call operators; for softmax
             `causal`, `window`, `initial_state`, `earlier`, `output_final_state`, `method`, `num_heads`.
 

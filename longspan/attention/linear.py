@@ -206,10 +206,12 @@ def check_query(name: str, q: Tensor, k: Tensor, scale: float | None) -> float:
     """Raise InputError unless q has the shape, dtype and device of k; returns the scale, K^-½ for None. `name` is the operator."""
     check_tensor(name, "q", q)
     check_not_empty(name, "q", q)
-    if q.shape != k.shape or q.dtype != k.dtype:
+    # Of keys with several steps a token, [B, T, N, H_k, K], a query reads after the last.
+    shape = (*k.shape[:2], *k.shape[3:]) if k.dim() == 5 else k.shape
+    if q.shape != shape or q.dtype != k.dtype:
         raise InputError(
-            f"{name}: q must have the shape and dtype of k, {tuple(k.shape)} and {k.dtype}; got {tuple(q.shape)} and {q.dtype}. "
-            "Convert it with q.to(k.dtype)"
+            f"{name}: q must have the shape and dtype of k{' without its steps' if k.dim() == 5 else ''}, {tuple(shape)} and "
+            f"{k.dtype}; got {tuple(q.shape)} and {q.dtype}. Convert it with q.to(k.dtype)"
         )
     check_same_device(name, k=k, q=q)
     return check_scale(name, scale, q.shape[-1] ** -0.5)
@@ -416,26 +418,22 @@ def check_inputs(
     if chunk_size is not None:
         check_count(name, "chunk_size", chunk_size, "the tokens that are computed together, or None")
     check_tensors(name, k=k, v=v)
-    if k.dim() != 4 or v.dim() != 4 or k.shape[:2] != v.shape[:2]:
-        raise InputError(
-            f"{name} takes k [B, T, H_k, K] and v [B, T, H, V] with the same B and T; got {tuple(k.shape)} and "
-            f"{tuple(v.shape)}. Heads are a dimension of their own: k.unflatten(-1, (H_k, K))"
-        )
+    _check_dimensions(variant, k, v)
     check_not_empty(name, "k", k)
     check_not_empty(name, "v", v)
     check_same_device(name, k=k, v=v)
     backend = resolve_backend(name, variant.backends, k, v, backend, chunk_size)
     layout = layout_of_one_device(k.shape[1]) if layout is None else layout
     check_layout(layout, k.shape[1], name, sends=not has_no_values(k))
-    batch, num_tokens, num_key_heads, key_size = k.shape
-    num_heads, value_size = v.shape[2:]
+    (batch, num_tokens), (num_key_heads, key_size) = k.shape[:2], k.shape[-2:]
+    num_heads, value_size = v.shape[-2:]
     if num_heads % num_key_heads:
         raise InputError(
             f"{name}: the {num_heads} heads of v must be a multiple of the {num_key_heads} heads of q and k. Repeat the heads of "
             "v, or give q and k fewer"
         )
     check_packed(name, k, layout)
-    sizes = {"B": batch, "T": num_tokens, "H": num_heads, "K": key_size}
+    sizes = {"B": batch, "T": num_tokens, "N": k.shape[2], "H": num_heads, "K": key_size}
     _check_gates(variant, gates, sizes, layout, k, has_safe_gates)
     if initial_state is not None:
         check_tensor(name, "initial_state", initial_state)
@@ -450,6 +448,22 @@ def check_inputs(
             )
         check_same_device(name, k=k, initial_state=initial_state)
     return layout, backend
+
+
+def _check_dimensions(variant: Variant, k: Tensor, v: Tensor) -> None:
+    """Raise InputError unless k and v have the dimensions of the variant's, and the same rows, tokens and steps."""
+    same = 3 if variant.has_steps else 2
+    if k.dim() == v.dim() == same + 2 and k.shape[:same] == v.shape[:same]:
+        return
+    if variant.has_steps:
+        raise InputError(
+            f"{variant.name} takes k [B, T, N, H_k, K] and v [B, T, N, H, V] with the same B, T and N, the steps of a token; got "
+            f"{tuple(k.shape)} and {tuple(v.shape)}. Steps are a dimension of their own: k.unflatten(-1, (N, H_k, K))"
+        )
+    raise InputError(
+        f"{variant.name} takes k [B, T, H_k, K] and v [B, T, H, V] with the same B and T; got {tuple(k.shape)} and "
+        f"{tuple(v.shape)}. Heads are a dimension of their own: k.unflatten(-1, (H_k, K))"
+    )
 
 
 def _check_gates(

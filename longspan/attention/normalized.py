@@ -57,6 +57,7 @@ class DecayOptions(TypedDict, total=False):
     """What an operator takes whose transition is a decay: its gates, and options as in `longspan.write`."""
 
     g: Tensor
+    u: Tensor
     log_decay: Tensor | Sequence[float]
     layout: SequenceLayout | None
     causal: bool

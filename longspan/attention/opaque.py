@@ -88,10 +88,10 @@ def _linear(
 def _linear_fake(q, k, v, gate_0, gate_1, gate_2, initial_state, bounds, operator, causal, output_final_state, *rest):  # type: ignore[no-untyped-def]
     o, final_state = k.new_empty(0), k.new_empty(0)
     if q is not None:
-        o = v.new_empty(v.shape)
+        o = v.new_empty(*v.shape[:2], *v.shape[-2:])
     if output_final_state:
         rows = k.shape[0] if bounds is None else bounds.shape[0] - 1
-        final_state = k.new_empty(rows, v.shape[2], k.shape[3], v.shape[3], dtype=accumulation_dtype(k.dtype))
+        final_state = k.new_empty(rows, v.shape[-2], k.shape[-1], v.shape[-1], dtype=accumulation_dtype(k.dtype))
     return o, final_state
 
 

@@ -33,14 +33,14 @@ TRITON_CHUNK_SIZES = (16, 32, 64, 128)
 def resolve_backend(
     name: str, backends: tuple[str, ...], k: Tensor, v: Tensor, backend: str | None, chunk_size: int | None
 ) -> str:
-    """The backend of a call of the variant `name`, which has `backends`; k ``[B, T, H_k, K]``, v ``[B, T, H, V]``.
+    """The backend of a call of the variant `name`, which has `backends`; k ``[B, T, ..., H_k, K]``, v ``[B, T, ..., H, V]``.
 
     None is our kernels on an NVIDIA GPU where they take the inputs and Triton is installed, and plain PyTorch elsewhere.
 
     Raises:
         InputError: for a backend that the variant does not have, or one that does not take the inputs' dtype.
     """
-    fits = max(k.shape[3], v.shape[3]) <= MAX_HEAD_SIZE and (chunk_size is None or chunk_size in TRITON_CHUNK_SIZES)
+    fits = max(k.shape[-1], v.shape[-1]) <= MAX_HEAD_SIZE and (chunk_size is None or chunk_size in TRITON_CHUNK_SIZES)
     backend = choose_backend(name, backends, k, fits, backend)
     if k.dtype != v.dtype or k.dtype not in DTYPES[backend]:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES[backend])

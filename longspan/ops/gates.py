@@ -20,7 +20,7 @@ Gates = Mapping[str, Tensor]
 class Gate:
     """An argument of a variant beside q, k and v.
 
-    dims: its dimensions among B, T, H, K, as in ``"BTH"``. is_log_decay: it must not exceed zero. differentiable: it may require
+    dims: its dimensions among B, T, N, H, K, as in ``"BTH"``. is_log_decay: it must not exceed zero. differentiable: it may require
     a gradient.
     """
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -173,10 +173,26 @@ def chunks_of_block(k: Tensor, v: Tensor, chunk_size: int) -> int:
     return max(1, _BLOCK_NUMBERS // (v.shape[0] * v.shape[2] * numbers))
 
 
-def tile(layout: SequenceLayout, chunk_size: int, block_chunks: int, device: torch.device) -> Tiling:
-    """Cut `layout`'s local tokens into chunks of `chunk_size`, computed `block_chunks` at a time; built once per layout."""
-    key = ("tiling", chunk_size, block_chunks, device)
-    return layout.cached(key, lambda: _build_tiling(layout.pieces, chunk_size, block_chunks, device))
+def tile(
+    layout: SequenceLayout, chunk_size: int, block_chunks: int, device: torch.device, num_steps: int = 1
+) -> Tiling:
+    """Cut `layout`'s local tokens into chunks of `chunk_size`, computed `block_chunks` at a time; built once per layout.
+
+    num_steps: rows that a token has, one after another: the tiling is then of rows, ``[B, T · num_steps, ...]``. Its pieces,
+    chunks, blocks and slots are those of the tokens, each with so many rows for a token.
+    """
+    key = ("tiling", chunk_size, block_chunks, device, num_steps)
+    return layout.cached(
+        key,
+        lambda: _build_tiling(_in_rows(layout.pieces, num_steps), chunk_size * num_steps, block_chunks, device),
+    )
+
+
+def _in_rows(pieces: Sequence[Piece], num_steps: int) -> Sequence[Piece]:
+    """Pieces of tokens as pieces of their rows."""
+    if num_steps == 1:
+        return pieces
+    return [replace(piece, start=piece.start * num_steps, stop=piece.stop * num_steps) for piece in pieces]
 
 
 def _build_tiling(pieces: Sequence[Piece], chunk_size: int, block_chunks: int, device: torch.device) -> Tiling:

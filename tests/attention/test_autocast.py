@@ -15,11 +15,12 @@ from longspan import InputError, SequenceLayout
 from longspan.ops.variants import VARIANTS
 from tests.compare import relative_error, worst
 from tests.ranks import run_on_ranks
+from tests.variants import LOW_RANK, operator_of
 
 TOKENS = 21
 PRODUCTS = {"q", "k", "v", "x", "u", "B", "C", "weight", "bias", "past_k", "past_v"}
 """What autocast casts; gates, steps and states stay in float32."""
-PER_TOKEN = {"q", "k", "v", "x", "u", "B", "C", "g", "beta", "dt", "delta", "f"}
+PER_TOKEN = {"q", "k", "v", "x", "u", "B", "C", "g", "beta", "dt", "delta", "f", *LOW_RANK}
 
 
 @dataclass(frozen=True)
@@ -59,11 +60,12 @@ def normalized(q: Tensor, k: Tensor, v: Tensor, layout: Any) -> Any:
 
 def operators() -> dict[str, Call]:
     heads = dict.fromkeys(("q", "k", "v"), (4, 8))
-    sizes = {"H": 4, "K": 8}
+    sizes = {"N": 2, "H": 4, "K": 8}
     found = {}
     for name, variant in VARIANTS.items():
         gates = {gate.name: tuple(sizes[dim] for dim in gate.dims if dim in sizes) for gate in variant.gates}
-        found[name] = Call(getattr(longspan, name), {**heads, **gates})
+        steps = dict.fromkeys(("k", "v"), (2, 4, 8)) if variant.has_steps else {}
+        found[name] = Call(operator_of(name), {**heads, **steps, **gates})
     past = {"past_k": (1, 3, 4, 8), "past_v": (1, 3, 4, 8)}
     state_space = {"x": (4, 8), "dt": (4,), "A": (4,), "B": (2, 8), "C": (2, 8)}
     return {
@@ -97,6 +99,8 @@ def inputs_of(call: Call, seed: int = 0) -> dict[str, Tensor]:
             x = -x.abs()
         elif name in ("beta", "dt", "delta"):
             x = x.sigmoid()
+        elif name in LOW_RANK:
+            x = LOW_RANK[name] * torch.nn.functional.normalize(x, dim=-1)
         elif name == "k":
             x = torch.nn.functional.normalize(x, dim=-1)
         tensors[name] = x.bfloat16() if name in ("v", "x", "u", "B") else x

@@ -151,7 +151,7 @@ def test_no_form_waits_where_states_come_from_other_ranks(
     pieces = layout.pieces
     q, k, v, *given = on_device([inputs.q, inputs.k, inputs.v, *inputs.gates.values()], "meta", torch.float32)
     gates = dict(zip(inputs.gates, given, strict=True))
-    shape = (1, 2, k.shape[3], v.shape[3])
+    shape = (1, 2, k.shape[-1], v.shape[-1])
     starts = sum(piece.starts_document for piece in pieces)
     start_states = torch.empty(starts, *shape, device="meta", requires_grad=True)
     incoming = torch.empty(layout.num_segments, *shape, device="meta", requires_grad=True)

@@ -13,6 +13,7 @@ from torch import Tensor
 import longspan
 from longspan.attention.softmax import SOFTMAX_METHODS
 from longspan.layout import SequenceLayout
+from longspan.ops.gates import DecayKind
 from longspan.ops.variants import VARIANTS
 from tests.ranks import run_on_ranks
 from tests.variants import make_inputs
@@ -70,6 +71,9 @@ def linear_call(name: str, exchange: str, chunk_size: int | None) -> Call:
         gates: Any = {gate.name: leaves[gate.name] for gate in VARIANTS[name].gates if gate.name in leaves}
         if name == "retention":
             gates["log_decay"] = torch.tensor([-0.1, -0.7], dtype=torch.float64)
+        if name == "gla_with_bonus":
+            # What all documents share takes a gradient of all.
+            gates["u"] = torch.tensor([[0.2, 0.5, 2.0], [1.0, -0.3, 0.0]], dtype=torch.float64)
         memory = longspan.write(
             name,
             leaves["k"],
@@ -92,7 +96,8 @@ def linear_call(name: str, exchange: str, chunk_size: int | None) -> Call:
 
 def linear_inputs(name: str, documents: list[int]) -> Tensors:
     inputs = make_inputs(name, SEQ_LEN, documents=documents)
-    gates = {key: inputs.gates[key] for key in inputs.differentiable if key == "beta"}
+    planted = [gate.name for gate in VARIANTS[name].gates if "T" in gate.dims and not gate.is_log_decay]
+    gates = {key: inputs.gates[key] for key in planted}
     tensors = {"q": inputs.q, "k": inputs.k, "v": inputs.v, **gates, "initial_state": inputs.initial_state}
     tensors |= {"grad_o": inputs.grad_o, "grad_final": inputs.grad_final}
     return {key: x.detach() for key, x in tensors.items()}
@@ -104,7 +109,7 @@ def changed_by_linear(name: str, order: Any, exchanges: list[str], documents_of_
     inputs = linear_inputs(name, documents_of_layout)
     by_document = {"initial_state", "final_state", "grad_final"}
     if any(gate.name == "g" for gate in VARIANTS[name].gates):
-        shape = [1, SEQ_LEN, 2] + ([3] if name in ("gla", "kda") else [])
+        shape = [1, SEQ_LEN, 2] + ([3] if VARIANTS[name].decay is DecayKind.CHANNEL else [])
         constant = -torch.rand(shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     for exchange in exchanges:
         plain = linear_call(name, exchange, 4)

@@ -19,7 +19,7 @@ from longspan.ops.variants import VARIANTS
 from tests.attention.test_conformance import documents_of, packings_of
 from tests.compare import relative_error, worst
 from tests.ranks import run_on_ranks
-from tests.variants import Inputs, make_inputs, reference, shard_gates
+from tests.variants import Inputs, make_inputs, operator_of, reference, shard_gates
 
 SEQ_LEN = 23
 EXCHANGES = ("all_gather", "ring", "pipelined", "neighbour", "all_to_all", "two_level")
@@ -97,7 +97,7 @@ def error_of(name: str, inputs: Inputs, layout: SequenceLayout, exchange: str, p
         q = given.pop("q")
         options: dict[str, Any] = {"output_final_state": True, "layout": layout, "exchange": exchange, "chunk_size": 4}
         if part.form == "one call":
-            o, final = getattr(longspan, name)(q, **given, **constants, scale=inputs.scale, **options)
+            o, final = operator_of(name)(q, **given, **constants, scale=inputs.scale, **options)
             return o, o * 2, final
         options |= given | constants
         memory = longspan.write(name, options.pop("k"), options.pop("v"), **options)

@@ -15,7 +15,7 @@ from longspan.ops.variants import VARIANTS
 from tests.compare import relative_error, worst
 from tests.ops.accuracy import by_recurrence
 
-DECAYS = ["linear_attention", "retention", "simple_gla", "gla"]
+DECAYS = ["linear_attention", "retention", "simple_gla", "gla", "gla_with_bonus"]
 # Kernels have tests of their own, with fewer cases: the interpreter is slow.
 BACKENDS = ["torch"]
 LENGTHS = [1, *(pytest.param(length, marks=pytest.mark.slow) for length in (63, 64, 65)), 100, 257]

@@ -24,6 +24,11 @@ def inputs_with_decay(name: str, log_decay: float, dtype: torch.dtype) -> Inputs
         if gate.is_log_decay:
             values: Tensor = inputs.gates[gate.name]
             inputs.gates[gate.name] = torch.full_like(values, log_decay).requires_grad_(gate.differentiable)
+    # What reads what is taken off reads as the keys write: products of so many other transitions grow without end.
+    if "b" in inputs.gates:
+        inputs.gates["b"] = (-0.5 * inputs.gates["a"].detach()).requires_grad_()
+    if "p" in inputs.gates:
+        inputs.gates["p"] = inputs.k.detach().to(inputs.gates["p"].dtype).requires_grad_()
     return inputs
 
 

@@ -14,6 +14,7 @@ import longspan
 from longspan import SequenceLayout, features
 from longspan.ops.chunked.swiglu import chunked_swiglu
 from longspan.ops.variants import VARIANTS
+from tests.variants import LOW_RANK, operator_of
 
 HEADS, SIZE = 4, 8
 Outputs = tuple[Tensor, ...]
@@ -43,7 +44,7 @@ STATE = ("D", HEADS, SIZE, SIZE)
 
 
 def _gate_shapes(operator: str) -> dict[str, tuple[int | str, ...]]:
-    sizes: dict[str, int | str] = {"B": "B", "T": "T", "H": HEADS, "K": SIZE}
+    sizes: dict[str, int | str] = {"B": "B", "T": "T", "N": 2, "H": HEADS, "K": SIZE}
     return {gate.name: tuple(sizes[dim] for dim in gate.dims) for gate in VARIANTS[operator].gates}
 
 
@@ -51,12 +52,15 @@ def _one_call(operator: str) -> Call:
     names = [gate.name for gate in VARIANTS[operator].gates]
 
     def function(layout: Any, q: Tensor, k: Tensor, v: Tensor, state: Tensor, *gates: Tensor) -> Outputs:
-        call = getattr(longspan, operator)
+        call = operator_of(operator)
         options = {"initial_state": state, "output_final_state": True, "layout": layout}
         return _outputs(call(q, k, v, **dict(zip(names, gates, strict=True)), **options))
 
     constants = tuple(gate.name for gate in VARIANTS[operator].gates if not gate.differentiable)
-    return Call(function, {**TOKENS, "state": STATE, **_gate_shapes(operator)}, constants)
+    shapes: dict[str, tuple[int | str, ...]] = dict(TOKENS)
+    if VARIANTS[operator].has_steps:
+        shapes |= {name: (*shapes[name][:2], 2, *shapes[name][2:]) for name in ("k", "v")}
+    return Call(function, {**shapes, "state": STATE, **_gate_shapes(operator)}, constants)
 
 
 def _linear_attention_of_both_sides(layout: Any, q: Tensor, k: Tensor, v: Tensor) -> Outputs:
@@ -277,6 +281,8 @@ def inputs_of(
             x = F.logsigmoid(x)
         elif name == "beta":
             x = x.sigmoid()
+        elif name in LOW_RANK:
+            x = LOW_RANK[name] * features.unit_length(x)
         elif name == "k":
             x = features.unit_length(x)
         tensors.append(x.requires_grad_(name not in call.constants))

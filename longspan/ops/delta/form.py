@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -51,11 +52,55 @@ class DeltaVariant(FactorVariant):
             from longspan.ops.fla.delta_rule import prepare_fla
 
             return prepare_fla(self.name, k, v, decays, beta, layout, chunk_size)
-        num_heads, size = v.shape[2], chunk_size or DEFAULT_CHUNK_SIZE
-        tiling = tile(layout, size, chunks_of_block(k, v, size), k.device)
-        dtype = accumulation_dtype(k.dtype)
-        factors = factors_of(decays.on(layout, k.device), tiling, num_heads, dtype, dtype)
-        return DeltaChunkForm(DeltaCall(layout, tiling, factors, num_heads, dtype), decays, beta)
+        return DeltaChunkForm(begin_call(k, v, decays, layout, chunk_size), decays, householder_steps(beta))
+
+
+class WritePhase(Protocol):
+    """The node of the write phase, which returns what `DeltaWrite` does; g is of rows."""
+
+    def __call__(
+        self,
+        k: Tensor,
+        v: Tensor,
+        g: Tensor | None,
+        start_states: Tensor | None,
+        call: DeltaCall,
+        end_pieces: tuple[int, ...],
+        link: PhaseLink,
+    ) -> tuple[Any, ...]: ...
+
+
+def householder_steps(beta: Tensor) -> WritePhase:
+    """That of the delta rule, ``beta [B, T, H]``, or of several steps per token, ``[B, T, N, H]``."""
+
+    def write(
+        k: Tensor,
+        v: Tensor,
+        g: Tensor | None,
+        start_states: Tensor | None,
+        call: DeltaCall,
+        end_pieces: tuple[int, ...],
+        link: PhaseLink,
+    ) -> tuple[Any, ...]:
+        rows = (k, v, beta)
+        if beta.dim() == 4:
+            rows = (k.flatten(1, 2), v.flatten(1, 2), beta.flatten(1, 2))
+        written: tuple[Any, ...] = DeltaWrite.apply(*rows, g, start_states, call, end_pieces, link)
+        return written
+
+    return write
+
+
+def begin_call(
+    k: Tensor, v: Tensor, decays: LogDecays, layout: SequenceLayout, chunk_size: int | None, num_steps: int = 1
+) -> DeltaCall:
+    """What the phases of a call share; k, v and decays of rows, of which a token has `num_steps`."""
+    num_heads, size = v.shape[2], chunk_size or max(1, DEFAULT_CHUNK_SIZE // num_steps)
+    block_chunks, dtype = chunks_of_block(k, v, size * num_steps), accumulation_dtype(v.dtype)
+    of_tokens = tile(layout, size, block_chunks, k.device)
+    tiling = of_tokens if num_steps == 1 else tile(layout, size, block_chunks, k.device, num_steps)
+    factors = factors_of(decays.on(layout, k.device), tiling, num_heads, dtype, dtype)
+    return DeltaCall(layout, tiling, factors, num_heads, dtype, of_tokens, num_steps)
 
 
 @dataclass(frozen=True)
@@ -71,11 +116,11 @@ class _Written:
 
 @dataclass
 class DeltaChunkForm(ChunkForm):
-    """The chunk form of the delta rule."""
+    """The chunk form of the delta rule; its decays are of rows, of which a token has `DeltaCall.num_steps`."""
 
     call: DeltaCall
     decays: LogDecays
-    beta: Tensor
+    write_phase: WritePhase
     _written: _Written | None = None
     _start_states: Tensor | None = None
     _link: PhaseLink = field(default_factory=lambda: PhaseLink(frozenset()))
@@ -90,8 +135,8 @@ class DeltaChunkForm(ChunkForm):
         self, k: Tensor, v: Tensor, start_states: Tensor | None, end_pieces: Sequence[int], sent_pieces: Sequence[int]
     ) -> Tensor:
         self._link = PhaseLink(frozenset(sent_pieces))
-        updates, weights, ends, products, *rest = DeltaWrite.apply(
-            k, v, self.beta, self._g, start_states, self.call, tuple(end_pieces), self._link
+        updates, weights, ends, products, *rest = self.write_phase(
+            k, v, self._g, start_states, self.call, tuple(end_pieces), self._link
         )
         self._written, self._start_states = _Written(updates, weights, *rest), start_states
         self._products = dict(zip(end_pieces, products.unbind(0), strict=True))
@@ -137,7 +182,7 @@ class DeltaChunkForm(ChunkForm):
         for start, stop in ranges:
             # A range of several pieces starts a document, and a range of none changes nothing.
             product = identity
-            for number, entry in enumerate(self.call.tiling.pieces):
+            for number, entry in enumerate(self.call.of_tokens.pieces):
                 if (entry.piece.start, entry.piece.stop) == (start, stop) and number in self._products:
                     product = self._products[number]
             products.append(product)

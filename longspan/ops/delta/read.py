@@ -16,13 +16,17 @@ from longspan.ops.delta.call import (
     block_keys,
     block_queries,
     block_rows,
+    causal_part,
     causal_product,
+    of_any_row,
+    of_every_row,
     poison_rows,
     put_product,
     put_rows,
     scores,
     state_factor,
     take_block,
+    take_out_own,
 )
 from longspan.ops.delta.write import PhaseLink
 from longspan.ops.finite import all_finite, finite_part, from_then_on, until_then
@@ -54,12 +58,12 @@ class DeltaScores(torch.autograd.Function):
         link: PhaseLink,
         scale: float,
     ) -> tuple[Tensor | None, ...]:
-        found = call.allocate(q, call.tiling.chunk_size, call.tiling.chunk_size)
-        for block in call.tiling.blocks:
+        found = call.allocate(q, call.of_tokens.chunk_size, call.tiling.chunk_size)
+        for block, tokens in call.blocks:
             keys = block_keys(call, block, k, g, decays)
-            queries = block_queries(call, block, q, scale, g, decays)
+            queries = block_queries(call, block, tokens, q, scale, g, decays)
             block_scores, _ = scores(call, block, g, queries.plain, keys.plain, queries.ahead, keys.behind)
-            put_rows(found, block, block_scores.tril_())
+            put_rows(found, tokens, causal_part(block_scores, call.num_steps))
         ctx.call, ctx.link, ctx.scale = call, link, scale
         ctx.save_for_backward(q, k, ticket, g, decays)
         ctx.set_materialize_grads(False)
@@ -74,15 +78,12 @@ class DeltaScores(torch.autograd.Function):
         assert grad_scores is not None and dq is not None
         dk = torch.empty_like(k)
         sums, finite = TokenSums(call, ticket, total), ctx.link.finite_keys and all_finite(q)
-        for block in call.tiling.blocks:
+        for block, tokens in call.blocks:
             keys = block_keys(call, block, k, g, decays)
-            queries = block_queries(call, block, q, ctx.scale, g, decays)
-            grad = block_rows(grad_scores, block, block.chunk_size).tril()
-            own = None
-            if sums.total is not None:
-                # No gate decays what a token reads of itself: its share of ∂g would be rounding alone.
-                own = grad.diagonal(dim1=-2, dim2=-1).unsqueeze(-1).clone()
-                grad.tril_(-1)
+            queries = block_queries(call, block, tokens, q, ctx.scale, g, decays)
+            grad = causal_part(block_rows(grad_scores, tokens, block.chunk_size).clone(), call.num_steps)
+            # No gate decays what a token reads of itself: its share of ∂g would be rounding alone.
+            own = take_out_own(grad, call.num_steps) if sums.total is not None else ()
             if call.factors.is_wide(block):
                 _, wide = scores(call, block, g, queries.plain, keys.plain, queries.ahead, keys.behind)
                 assert wide is not None
@@ -90,11 +91,11 @@ class DeltaScores(torch.autograd.Function):
             else:
                 grad_query = times(causal_product(grad, keys.behind, finite), queries.query)
                 grad_key = times(anticausal_product(grad, queries.ahead, finite), keys.key)
-            sums.add(block, queries.plain, grad_query, subtracted=(keys.plain, grad_key))
-            if own is not None:
-                grad_query.addcmul_(own, keys.plain)
-                grad_key.addcmul_(own, queries.plain)
-            put_scaled(dq, block, ctx.scale * grad_query, add=True)
+            sums.add(block, tokens, queries.plain, grad_query, subtracted=(keys.plain, grad_key))
+            for step, of_step in enumerate(own):
+                grad_query.addcmul_(of_step, keys.plain[:, :, :, step :: call.num_steps])
+                grad_key[:, :, :, step :: call.num_steps].addcmul_(of_step, queries.plain)
+            put_scaled(dq, tokens, ctx.scale * grad_query, add=True)
             put_scaled(dk, block, grad_key)
         return dq, dk, sums.total, None, None, None, None, None
 
@@ -132,15 +133,15 @@ class DeltaRead(torch.autograd.Function):
         o = q.new_empty(*q.shape[:2], call.num_heads, corrected.shape[-1])
         # What a token writes is still in the state at the end of its piece, where it is not finite.
         finite = all_finite(select_rows(states, call.tiling.last_slots, call.layout))
-        for block in call.tiling.blocks:
-            query = scaled(take_block(call, block, q), state_factor(call, block, scale, g, decays), call.num_heads)
+        for block, tokens in call.blocks:
+            query = scaled(take_block(call, tokens, q), state_factor(call, block, scale, g, decays), call.num_heads)
             out = batched_product(query, states[block.slots])
             update = block_rows(corrected, block)
-            score = block_rows(found, block, block.chunk_size)
+            score = block_rows(found, tokens, block.chunk_size)
             flat(out).baddbmm_(flat(score), flat(update if finite else finite_part(update)))
             if not finite:
-                out.masked_fill_(from_then_on(~update.isfinite()), torch.nan)
-            put_scaled(o, block, out)
+                out.masked_fill_(from_then_on(of_any_row(~update.isfinite(), tokens.chunk_size)), torch.nan)
+            put_scaled(o, tokens, out)
         ctx.call, ctx.link, ctx.scale = call, link, scale
         ctx.save_for_backward(found, q, ticket, states, corrected, g, decays)
         return o
@@ -157,24 +158,24 @@ class DeltaRead(torch.autograd.Function):
         ctx.link.finite_upstream &= finite
         grad_states = torch.empty_like(states)
         grad_states.index_fill_(0, index_on(call.layout, call.tiling.last_slots, grad_states.device), 0.0)
-        for number, block in enumerate(call.tiling.blocks):
+        for number, (block, tokens) in enumerate(call.blocks):
             factor = state_factor(call, block, ctx.scale, g, decays)
-            query = scaled(take_block(call, block, q), factor, call.num_heads)
-            grad_out = take_block(call, block, do).contiguous()
-            update, score = block_rows(corrected, block), block_rows(found, block, block.chunk_size)
+            query = scaled(take_block(call, tokens, q), factor, call.num_heads)
+            grad_out = take_block(call, tokens, do).contiguous()
+            update, score = block_rows(corrected, block), block_rows(found, tokens, block.chunk_size)
             if isinstance(block.chunks, slice) and block.chunk_size == call.tiling.chunk_size:
-                put_product(grad_found, block, grad_out, update.mT)
+                put_product(grad_found, tokens, grad_out, update.mT)
             else:
-                put_rows(grad_found, block, batched_product(grad_out, update.mT))
+                put_rows(grad_found, tokens, batched_product(grad_out, update.mT))
             upstream = grad_out if finite else finite_part(grad_out)
             if number in ctx.link.in_double and call.dtype != torch.float64:
                 put_rows(grad_corrected, block, batched_product(score.mT.double(), upstream.double()))
             else:
                 put_product(grad_corrected, block, score.mT, upstream)
             if not finite:
-                poison_rows(grad_corrected, block, until_then(~grad_out.isfinite()))
+                poison_rows(grad_corrected, block, of_every_row(until_then(~grad_out.isfinite()), block.chunk_size))
             grad_states[block.slots] = batched_product(query.mT, grad_out)
             grad_query = batched_product(grad_out, states[block.slots].mT)
-            sums.add(block, query, grad_query)
-            put_scaled(dq, block, grad_query, factor)
+            sums.add(block, tokens, query, grad_query)
+            put_scaled(dq, tokens, grad_query, factor)
         return grad_found, dq, sums.total, grad_states, grad_corrected, None, None, None, None, None

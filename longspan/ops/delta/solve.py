@@ -63,10 +63,10 @@ def solve(call: DeltaCall, block: ChunkBlock, k: Tensor, beta: Tensor, g: Tensor
     keys = block_keys(call, block, k, g, None)
     strength = take_block(call, block, beta.unsqueeze(-1))
     lower = _lower(call, block, g, keys, strength, call.dtype)
-    if _is_at_most_one(lower):
+    if is_at_most_one(lower):
         inverted = unit_lower_inverse(lower)
         return System(keys, inverted, inverted * strength.mT, None)
-    if call.dtype != torch.float64 and not _is_at_most_one(finite_part(lower)):
+    if call.dtype != torch.float64 and not is_at_most_one(finite_part(lower)):
         lower = _lower(call, block, g, keys, strength, torch.float64)
     good = strength.isfinite()
     for x in (lower, keys.ahead):
@@ -86,7 +86,7 @@ def _lower(
     return products.tril_(-1).mul_(strength)
 
 
-def _is_at_most_one(lower: Tensor) -> bool:
+def is_at_most_one(lower: Tensor) -> bool:
     """Whether no entry exceeds 1 or is NaN; False on devices where looking would make the host wait."""
     if not lower.numel():
         return True

@@ -49,6 +49,25 @@ class PhaseLink:
     finite_upstream: bool = True
     in_double: set[int] = field(default_factory=set)
 
+    def take(
+        self, call: DeltaCall, end_pieces: tuple[int, ...], grad_ends: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What run's backward left: states, corrected and their gradients, with what arrived for the ends of sent pieces."""
+        states, corrected, grad_states, grad_corrected = (
+            self.states,
+            self.corrected,
+            self.grad_states,
+            self.grad_corrected,
+        )
+        self.states = self.corrected = self.grad_states = self.grad_corrected = None
+        if states is None or corrected is None or grad_states is None or grad_corrected is None:
+            raise RuntimeError("the output of every rank must enter the loss: this rank's has not been read")
+        if grad_ends is not None:
+            for row, number in enumerate(end_pieces):
+                if number in self.sent:
+                    grad_states[call.tiling.pieces[number].last_slot] += grad_ends[row]
+        return states, corrected, grad_states, grad_corrected
+
 
 class DeltaWrite(torch.autograd.Function):
     """The write phase.
@@ -100,7 +119,7 @@ class DeltaWrite(torch.autograd.Function):
             put_rows(inverses, block, system.inverse)
             system.put(updates, block, take_block(call, block, v), finite)
             system.put(weights, block, times(keys.ahead, keys.enter), True)
-        ends, products = _fold(call, k, g, decays, updates, weights, start_states, end_pieces, link)
+        ends, products = fold(call, k, g, decays, updates, weights, start_states, end_pieces, link)
         ctx.call, ctx.end_pieces, ctx.link, ctx.has_start = call, end_pieces, link, start_states is not None
         ctx.save_for_backward(k, v, beta, g, weights, inverses, decays)
         ctx.set_materialize_grads(False)
@@ -113,20 +132,8 @@ class DeltaWrite(torch.autograd.Function):
         _, _, grad_ends, _, dk, _, sums = grads
         call: DeltaCall = ctx.call
         link: PhaseLink = ctx.link
-        states, corrected, grad_states, grad_corrected = (
-            link.states,
-            link.corrected,
-            link.grad_states,
-            link.grad_corrected,
-        )
-        link.states = link.corrected = link.grad_states = link.grad_corrected = None
-        if states is None or corrected is None or grad_states is None or grad_corrected is None:
-            raise RuntimeError("the output of every rank must enter the loss: this rank's has not been read")
         k, v, beta, g, weights, inverses, decays = ctx.saved_tensors
-        if grad_ends is not None:
-            for row, number in enumerate(ctx.end_pieces):
-                if number in link.sent:
-                    grad_states[call.tiling.pieces[number].last_slot] += grad_ends[row]
+        states, corrected, grad_states, grad_corrected = link.take(call, ctx.end_pieces, grad_ends)
         dk = torch.zeros_like(k) if dk is None else dk
         dv, dbeta = torch.empty_like(v), torch.empty_like(beta)
         gate = gate_gradient(call, g, ctx.needs_input_grad[3])
@@ -144,6 +151,8 @@ class DeltaWrite(torch.autograd.Function):
             triangle = block_rows(inverses, block, block.chunk_size)
             grad_right = anticausal_product(triangle, block_rows(grad_corrected, block), finite)
             grad_lower = batched_product(grad_right, update.mT).tril_(-1).neg_()
+            # As in DeltaScores: no gate decays what a token's rows erase of each other.
+            own = None if gate is None else _take_out_rows_of_tokens(grad_lower, call.num_steps)
             from_before = times(batched_product(grad_right, state.mT), keys.enter)
             grad_strength = torch.linalg.vecdot(grad_right, value)
             grad_leaving = times(batched_product(update, grad_next.mT), keys.leave)
@@ -162,7 +171,13 @@ class DeltaWrite(torch.autograd.Function):
                 minus = times(anticausal_product(grad_lower, strength * keys.ahead, finite), keys.key)
             leaving = times(grad_leaving, keys.key)
             of_pairs = None if gate is None else plus - minus
-            put_scaled(dk, block, plus.add_(minus).add_(leaving), add=True)
+            grad_key = plus.add_(minus).add_(leaving)
+            if own is not None:
+                rows, weighted = (x.unflatten(3, (-1, call.num_steps)) for x in (keys.plain, strength * keys.plain))
+                erased = (own @ rows).flatten(3, 4)
+                grad_strength += torch.linalg.vecdot(keys.plain, erased)
+                grad_key.addcmul_(erased, strength).add_((own.mT @ weighted).flatten(3, 4))
+            put_scaled(dk, block, grad_key, add=True)
             put_scaled(dv, block, strength * grad_right)
             put_scaled(dbeta.unsqueeze(-1), block, grad_strength.unsqueeze(-1))
             if gate is not None and of_pairs is not None:
@@ -178,7 +193,20 @@ class DeltaWrite(torch.autograd.Function):
         return dk, dv, dbeta, None if gate is None else gate.finish(), grad_starts, None, None, None
 
 
-def _fold(
+def _take_out_rows_of_tokens(lower: Tensor, num_steps: int) -> Tensor | None:
+    """Zero a lower triangle between rows of one token, in place, and return that, ``[n, B, H, c, num_steps, num_steps]``.
+
+    lower: ``[n, B, H, c · num_steps, c · num_steps]``. None where tokens have one row.
+    """
+    if num_steps == 1:
+        return None
+    squares = lower.unflatten(-1, (-1, num_steps)).unflatten(-3, (-1, num_steps)).diagonal(dim1=3, dim2=5)
+    own = squares.movedim(-1, 3).clone()
+    squares.zero_()
+    return own
+
+
+def fold(
     call: DeltaCall,
     k: Tensor,
     g: Tensor | None,

@@ -21,8 +21,8 @@ from longspan.state import Transition
 class RecurrentForm(Protocol):
     """The definition of a variant, token by token, in any floating dtype, for one document on one device.
 
-    q, k ``[B, T, H, K]``; v ``[B, T, H, V]``; gates by name; scale a number; initial_state ``[B, H, K, V]``. Returns o
-    ``[B, T, H, V]`` and the state after the last token ``[B, H, K, V]``.
+    q, k ``[B, T, H, K]``; v ``[B, T, H, V]`` (see `Variant.has_steps`); gates by name; scale a number; initial_state
+    ``[B, H, K, V]``. Returns o ``[B, T, H, V]`` and the state after the last token ``[B, H, K, V]``.
     """
 
     def __call__(
@@ -86,6 +86,9 @@ class Variant(ABC):
     name: str
     decay: DecayKind
     """What decays; the log decays' shape, the form of A, the chunk form's factors and the kernels follow from it."""
+
+    has_steps: bool = False
+    """Whether a token writes N times before it is read, in order: k and v are ``[B, T, N, H, ·]``, and gates may have N."""
 
     @property
     def gates(self) -> tuple[Gate, ...]:
