@@ -260,6 +260,60 @@ def gated_deltanet(x: Tensor, p: Parameters, s: Sizes) -> Tensor:
     return project((rms_norm(o, p["norm.weight"], s.eps) * gate).flatten(2), p, "out_proj")
 
 
+def deltaproduct(x: Tensor, p: Parameters, s: Sizes) -> Tensor:
+    """Two steps of the delta rule a token, the first behind the decay."""
+    size, inner = s.head_dim, s.num_heads * s.head_dim
+    projected = torch.cat([project(x, p, f"{name}_proj") for name in "qkv"], dim=-1)
+    q, k, v = convolved(projected, p).split((inner, 2 * inner, 4 * inner), dim=-1)
+    q, k = unit(heads(q, s.num_heads)), unit(k.reshape(*k.shape[:2], 2, s.num_heads, size))
+    v = v.reshape(*v.shape[:2], 2, s.num_heads, 2 * size)
+    beta = 2 * torch.sigmoid(project(x, p, "strength.beta_proj")).reshape(*x.shape[:2], 2, s.num_heads)
+    decay = (-p["decay.A_log"].exp() * softplus(project(x, p, "dt_proj") + p["decay.dt_bias"])).exp()
+    state = torch.zeros(x.shape[0], s.num_heads, size, 2 * size, dtype=x.dtype)
+    rows = []
+    for t in range(x.shape[1]):
+        state = decay[:, t, :, None, None] * state
+        for n in range(2):
+            read = torch.einsum("bhk,bhkv->bhv", k[:, t, n], state)
+            state = state + beta[:, t, n, :, None, None] * outer(k[:, t, n], v[:, t, n] - read)
+        rows.append(torch.einsum("bhk,bhkv->bhv", q[:, t], state) * size**-0.5)
+    o = torch.stack(rows, dim=1)
+    gate = heads(silu(project(x, p, "gate_proj")), s.num_heads)
+    return project((rms_norm(o, p["norm.weight"], s.eps) * gate).flatten(2), p, "out_proj")
+
+
+def rwkv7(x: Tensor, p: Parameters, s: Sizes) -> Tensor:
+    """Row vectors as in the paper: the state is values × keys; without the values of the first layer."""
+    shifted = torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], dim=1)
+    at = dict(zip("rwkvag", (x + (shifted - x) * mu for mu in p["token_mix.mu"]), strict=True))
+
+    def low_rank(name: str, y: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+        return project(function(project(y, p, f"{name}_proj.to_rank_proj")), p, f"{name}_proj.from_rank_proj")
+
+    r, v = heads(project(at["r"], p, "r_proj"), s.num_heads), heads(project(at["v"], p, "v_proj"), s.num_heads)
+    k = project(at["k"], p, "k_proj")
+    a = torch.sigmoid(low_rank("rate", at["a"], lambda y: y) + p["channels.rate"])
+    d = low_rank("decay", at["w"], torch.tanh) + p["channels.decay"]
+    w = heads(torch.exp(-math.exp(-0.5) * torch.sigmoid(d)), s.num_heads)
+    removal = unit(heads(k * p["channels.removal"], s.num_heads))
+    written = heads(k * torch.lerp(torch.ones_like(a), a, p["channels.replacement"].expand_as(a)), s.num_heads)
+    a = heads(a, s.num_heads)
+    state = torch.zeros(x.shape[0], s.num_heads, s.head_dim, s.head_dim, dtype=x.dtype)
+    rows = []
+    for t in range(x.shape[1]):
+        kappa = removal[:, t]
+        transition = torch.diag_embed(w[:, t]) - kappa.unsqueeze(-1) * (a[:, t] * kappa).unsqueeze(-2)
+        state = state @ transition + v[:, t].unsqueeze(-1) * written[:, t].unsqueeze(-2)
+        rows.append(torch.einsum("bhvk,bhk->bhv", state, r[:, t]))
+    o = torch.stack(rows, dim=1)
+    centred = o - o.mean(-1, keepdim=True)
+    normed = (centred / (centred.pow(2).mean(-1, keepdim=True) + s.head_dim * s.eps).sqrt()).flatten(2)
+    normed = normed * p["channels.scale"] + p["channels.shift"]
+    weight = (r * heads(p["channels.bonus"].expand_as(k), s.num_heads) * written).sum(-1, keepdim=True)
+    gate = low_rank("gate", at["g"], torch.sigmoid)
+    return project((normed + (weight * v).flatten(2)) * gate, p, "out_proj")
+
+
 def kda(x: Tensor, p: Parameters, s: Sizes) -> Tensor:
     q, k, v = _convolved_heads(x, p, s)
     beta = torch.sigmoid(project(x, p, "strength.beta_proj"))
@@ -324,6 +378,8 @@ REFERENCES: Mapping[str, Callable[[Tensor, Parameters, Sizes], Tensor]] = {
         mamba2,
         deltanet,
         gated_deltanet,
+        deltaproduct,
+        rwkv7,
         kda,
         chela,
         softmax,

@@ -95,6 +95,10 @@ PAPERS = {
     "mamba2": 6 * C * C + C * (2 * 128 + 2 * H) + 5 * (2 * C + 256) + 3 * 2 * H + 2 * C,
     "deltanet": 4 * C * C + H * C + 4 * 3 * C + C // H,
     "gated_deltanet": 8 * C * C + 2 * H * C + 4 * 4 * C + 2 * H + 2 * C // H,
+    # Two keys and two values a token.
+    "deltaproduct": 11 * C * C + 3 * H * C + 4 * 7 * C + 2 * H + 2 * C // H,
+    # Three ranks of 32 at this size; six shifts; seven numbers of each channel.
+    "rwkv7": 4 * C * C + 2 * 3 * 32 * C + 6 * C + 7 * C,
     "kda": 4 * C * C + 2 * 2 * C * (C // H) + H * C + 4 * 3 * C + C + H + C // H,
     # Four taps and sixteen exponentials of each channel.
     "chela": 5 * C * C + (4 + 2 * 16) * C + C // H,
@@ -155,7 +159,7 @@ def test_mamba_starts_as_its_authors_have_it() -> None:
     assert 0.4 < (steps.log() < math.log(1e-2)).double().mean() < 0.6
 
 
-@pytest.mark.parametrize("name", ["mamba", "mamba2", "deltanet", "gated_deltanet", "kda"])
+@pytest.mark.parametrize("name", ["mamba", "mamba2", "deltanet", "gated_deltanet", "deltaproduct", "kda"])
 def test_taps_start_uniform_within_a_half(name: str) -> None:
     convolution = mixer_of(name).convolution
     for parameter in convolution.parameters():

@@ -20,6 +20,8 @@ from longspan.train.ranks import Ranks
 from tests.ranks import raised, run_on_ranks
 
 VOCABULARY = 61
+# One of each, and HGRN2 twice, whose layers share a parameter.
+MIXERS_OF_LAYERS = [*MIXERS, "hgrn2"]
 # Heads and widths that no number of ranks divides.
 MODEL = {
     "dim": 15,
@@ -27,10 +29,8 @@ MODEL = {
     "num_kv_heads": 1,
     "head_dim": 6,
     "hidden_dim": 23,
-    "num_layers": 14,
+    "num_layers": len(MIXERS_OF_LAYERS),
 }
-# One of each, and HGRN2 twice, whose layers share a parameter.
-MIXERS_OF_LAYERS = [*MIXERS, "hgrn2"]
 
 
 def config_of(degrees: MeshDegrees, **values: Any) -> Config:

@@ -108,6 +108,17 @@ def _half_the_out(attention: Attention, drawn: Tensor) -> Made:
     return _taken(both.flatten(1), "copied, half for each copy of the values", "o_proj")
 
 
+def _of_first_step(make: Make) -> Make:
+    """The rows of a token's first step; its others keep their initial values."""
+
+    def made(attention: Attention, drawn: Tensor) -> Made:
+        first, tensor = make(attention, drawn), drawn.clone()
+        tensor[: len(first.tensor)] = first.tensor
+        return Made(tensor, f"the first step of a token: {first.how}; others: new", first.sources, first.num_taken)
+
+    return made
+
+
 def _reduced_query(attention: Attention, drawn: Tensor) -> Made:
     return _reduced(attention, drawn, 0, "q_proj")
 
@@ -253,6 +264,12 @@ RECIPES: Mapping[str, Mapping[str, Make]] = {
     "chela": _SHARED | _TAPS | _NORM,
     "deltanet": _SHARED | _TAPS | _NORM,
     "gated_deltanet": _WIDE | _TAPS | _STEPS | _NORM,
+    "deltaproduct": _WIDE
+    | {"k_proj.weight": _of_first_step(_key), "v_proj.weight": _of_first_step(_twice_the_values)}
+    | _TAPS
+    | _STEPS
+    | _NORM,
+    "rwkv7": {"r_proj.weight": _query, "k_proj.weight": _key, "v_proj.weight": _value, "out_proj.weight": _out},
     "kda": _SHARED | _TAPS | _STEPS | {"gate_proj.1.weight": _zero} | _OPEN_NORM,
 }
 """Weights of each linear mixer, by their names in it, and what makes them; a weight that is not named keeps its initial value.

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from longspan.models.mixers.based import BasedMixer
 from longspan.models.mixers.chela import CHELAMixer
 from longspan.models.mixers.deltanet import DeltaNetMixer
+from longspan.models.mixers.deltaproduct import DeltaProductMixer
 from longspan.models.mixers.gated_deltanet import GatedDeltaNetMixer
 from longspan.models.mixers.gla import GLAMixer
 from longspan.models.mixers.hgrn2 import HGRN2Mixer
@@ -19,6 +20,7 @@ from longspan.models.mixers.mamba2 import Mamba2Mixer
 from longspan.models.mixers.mixer import Context, LayerMemory, ParallelOptions, SequenceMixer, SequenceParallel
 from longspan.models.mixers.rebased import RebasedMixer
 from longspan.models.mixers.retention import RetentionMixer
+from longspan.models.mixers.rwkv7 import RWKV7Mixer
 from longspan.models.mixers.simple_gla import SimpleGLAMixer
 from longspan.models.mixers.softmax import SoftmaxMixer
 
@@ -40,6 +42,8 @@ MIXERS: dict[str, type[LayerMixer]] = {
         Mamba2Mixer,
         DeltaNetMixer,
         GatedDeltaNetMixer,
+        DeltaProductMixer,
+        RWKV7Mixer,
         KDAMixer,
         CHELAMixer,
         SoftmaxMixer,
