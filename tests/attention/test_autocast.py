@@ -50,6 +50,10 @@ def both_ways(operator: str) -> Callable[..., Any]:
     return call
 
 
+def gla_with_bonus(bonus: Tensor, **inputs: Any) -> Any:
+    return longspan.gla(u=bonus, **inputs)
+
+
 def hgrn2(q: Tensor, f: Tensor, v: Tensor, layout: Any) -> Any:
     return longspan.hgrn2(q, f, v, layout=layout)
 
@@ -66,6 +70,8 @@ def operators() -> dict[str, Call]:
         gates = {gate.name: tuple(sizes[dim] for dim in gate.dims if dim in sizes) for gate in variant.gates}
         steps = dict.fromkeys(("k", "v"), (2, 4, 8)) if variant.has_steps else {}
         found[name] = Call(operator_of(name), {**heads, **steps, **gates})
+    # Of heads alone, and not of tokens, as the u of Mamba is.
+    found["gla_with_bonus"] = Call(gla_with_bonus, {**heads, "g": (4, 8), "bonus": (4, 8)})
     past = {"past_k": (1, 3, 4, 8), "past_v": (1, 3, 4, 8)}
     state_space = {"x": (4, 8), "dt": (4,), "A": (4,), "B": (2, 8), "C": (2, 8)}
     return {
