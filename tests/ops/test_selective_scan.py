@@ -295,3 +295,10 @@ def test_it_is_gla_with_a_head_per_channel() -> None:
     got, final = call(values)
     assert relative_error(got, want) < 1e-12
     assert relative_error(final, state.squeeze(-1)) < 1e-12
+
+
+@pytest.mark.parametrize("documents", [None, [0, 5, 21]])
+def test_the_kernels_of_gla_compute_it_too(documents: list[int] | None) -> None:
+    pytest.importorskip("triton")
+    values, grads = make_scan(21, channels=2, state_size=4, groups=2, documents=documents, dtype=torch.float32)
+    assert worst(errors(values, grads, documents=documents, backend="triton", chunk_size=16)) < 1e-4
