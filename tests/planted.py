@@ -41,6 +41,7 @@ class Fault:
 CONFORMANCE = "tests/attention/test_conformance.py::test_sequence_parallel_equals_the_recurrent_form_on_every_rank"
 CHUNKS = "tests/ops/test_variants.py"
 SCAN = "tests/attention/test_selective_scan.py::test_every_rank_equals_the_recurrence[contiguous-all_gather-4]"
+LONG = "tests/attention/test_long_convolution.py::test_every_rank_equals_the_definition_with_every_gradient"
 LOSS = "tests/ops/test_chunked_cross_entropy.py"
 
 FAULTS: dict[str, Fault] = {
@@ -73,6 +74,18 @@ FAULTS: dict[str, Fault] = {
         "if of_sequence is None else of_sequence",
         "if True else of_sequence",
         ("tests/streaming/test_composition.py::test_auxiliary_losses_of_experts_are_those_of_the_whole_sequence",),
+    ),
+    "a tile of a long convolution without the tokens behind it, backward": Fault(
+        "longspan/ops/long_convolution/fourier.py",
+        "tile.stop + (tile.after if after else 0)",
+        "tile.stop",
+        (f"{LONG}[2-zigzag-0-taps]",),
+    ),
+    "a state of exponentials that enters a segment one token late": Fault(
+        "longspan/ops/long_convolution/exponentials.py",
+        "behind.append((len(bounds), continuing[number], start - piece.start))",
+        "behind.append((len(bounds), continuing[number], start - piece.start + 1))",
+        (f"{LONG}[2-zigzag-0-exponentials]",),
     ),
     "a prefix of one stretch too few in the scan": Fault(
         "longspan/state.py",
