@@ -7,6 +7,7 @@ from pathlib import Path
 
 from benchmarks import (
     checkpoint,
+    codecs,
     conversion,
     convolution,
     decode,
@@ -26,6 +27,7 @@ from benchmarks import (
     start,
     training,
     uneven,
+    uneven_links,
 )
 from benchmarks.harness import machine, reexecute_with_memory_settings, save
 from benchmarks.network import NetworkError
@@ -42,6 +44,7 @@ def main() -> None:
         **prefill.TABLES,
         **decode.TABLES,
         **exchange.TABLES,
+        **codecs.TABLES,
         **modelled.TABLES,
         **host.TABLES,
         **hugging_face.TABLES,
@@ -54,6 +57,7 @@ def main() -> None:
         **training.TABLES,
         **start.TABLES,
         **uneven.TABLES,
+        **uneven_links.TABLES,
     }
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("tables", nargs="*", metavar="TABLE", help=f"of {', '.join(all_tables)}; all without one")

@@ -33,16 +33,22 @@ _SECONDS_TO_END = 10.0
 class Cluster:
     """Emulated hosts with `ranks_per_host` ranks each; a context manager.
 
-    rate: of each host's link, as tc writes it (``"1gbit"``); None does not limit it.
+    rate: of each host's link, as tc writes it (``"1gbit"``); None does not limit it. slow: as in `Network`.
 
     Raises:
         NetworkError: on entering, where no network can be made.
     """
 
-    def __init__(self, num_hosts: int, rate: str | None = None, ranks_per_host: int = 1) -> None:
+    def __init__(
+        self,
+        num_hosts: int,
+        rate: str | None = None,
+        ranks_per_host: int = 1,
+        slow: tuple[int, int, str] | None = None,
+    ) -> None:
         if ranks_per_host < 1:
             raise ValueError(f"a host has at least one rank; got ranks_per_host {ranks_per_host}")
-        self.network = Network(num_hosts, rate)
+        self.network = Network(num_hosts, rate, slow)
         self.ranks_per_host = ranks_per_host
         self.num_ranks = num_hosts * ranks_per_host
         self._num_runs = 0

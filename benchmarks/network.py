@@ -8,6 +8,9 @@ Each host is a network namespace, joined to the bridge by a pair of virtual inte
 limits what a host sends and what it receives to the rate, each way at the same time: a full-duplex link to a switch that is fast
 enough for all. What processes of one host send each other does not pass the link. The root namespace is left alone.
 
+One link may be slower than the others: what two hosts send each other is then limited further, by a class of its own (``tc htb``)
+where it leaves them.
+
 Latency is what the kernel takes, some tens of microseconds: it is not emulated.
 """
 
@@ -56,14 +59,24 @@ def bits_per_second(rate: str) -> int:
 class Network:
     """Hosts and their links; a context manager that removes exactly what it has made.
 
-    num_hosts: up to 250. rate: of each host's link, each way; None does not limit it.
+    num_hosts: up to 250. rate: of each host's link, each way; None does not limit it. slow: two hosts and the rate of what they
+    send each other, less than `rate`; None is no such pair.
     """
 
-    def __init__(self, num_hosts: int, rate: str | None = None) -> None:
+    def __init__(self, num_hosts: int, rate: str | None = None, slow: tuple[int, int, str] | None = None) -> None:
         if not 1 <= num_hosts <= _MAX_HOSTS:
             raise ValueError(f"a network has 1 to {_MAX_HOSTS} hosts; got {num_hosts}")
         self.num_hosts = num_hosts
         self.rate = None if rate is None else bits_per_second(rate)
+        self._slow_rate = 0
+        self._slow_hosts: tuple[int, int] | None = None
+        if slow is not None:
+            one, other, slow_rate = slow
+            self._slow_hosts, self._slow_rate = (one, other), bits_per_second(slow_rate)
+            if one == other or not {one, other} <= set(range(num_hosts)):
+                raise ValueError(f"a slow link lies between two of hosts 0 to {num_hosts - 1}; got {one} and {other}")
+            if self.rate is None or self._slow_rate >= self.rate:
+                raise ValueError(f"a slow link is slower than the others; got {slow_rate} beside {rate}")
         tag = f"longspan-{secrets.token_hex(4)}"
         self._bridge = f"{tag}-bridge"
         self.hosts = [f"{tag}-host{host}" for host in range(num_hosts)]
@@ -111,8 +124,43 @@ class Network:
             # Without an IPv6 address: gloo takes whichever it finds first.
             _run("ip", "-n", name, "link", "set", self.interface, "addrgenmode", "none", "up")
             _run("ip", "-n", name, "link", "set", "lo", "up")
-            for namespace, interface in ((self._bridge, port), (name, self.interface)):
-                self._limit(namespace, interface)
+            self._limit(self._bridge, port)
+            if self._slow_hosts is not None and host in self._slow_hosts:
+                self._limit_by_target(name, sum(self._slow_hosts) - host)
+            else:
+                self._limit(name, self.interface)
+
+    def _limit_by_target(self, namespace: str, other: int) -> None:
+        """Limit what leaves a host, and more what goes to another one."""
+        assert self.rate is not None
+        device = ("dev", self.interface)
+        # Without a class of its own nothing leaves; r2q keeps the shares between classes of very unequal rates in range.
+        _run(
+            "tc",
+            "-n",
+            namespace,
+            "qdisc",
+            "add",
+            *device,
+            "root",
+            "handle",
+            "1:",
+            "htb",
+            "default",
+            "10",
+            "r2q",
+            "1000",
+        )
+        for minor, rate in ((10, self.rate), (20, self._slow_rate)):
+            burst = f"{max(_MIN_BURST_BYTES, round(rate / 8 * _BURST_SECONDS))}b"
+            limits = ("rate", f"{rate}bit", "burst", burst, "cburst", burst, "quantum", "3000")
+            _run(
+                "tc", "-n", namespace, "class", "add", *device, "parent", "1:", "classid", f"1:{minor}", "htb", *limits
+            )
+            queue = ("parent", f"1:{minor}", "handle", f"{minor}:", "bfifo", "limit", f"{_QUEUE_BYTES}b")
+            _run("tc", "-n", namespace, "qdisc", "add", *device, *queue)
+        match = ("u32", "match", "ip", "dst", f"{self.address(other)}/32", "flowid", "1:20")
+        _run("tc", "-n", namespace, "filter", "add", *device, "parent", "1:", "protocol", "ip", "prio", "1", *match)
 
     def _limit(self, namespace: str, interface: str) -> None:
         """Limit what leaves an interface."""

@@ -137,6 +137,45 @@ def test_what_is_no_rate_is_refused(rate: str) -> None:
         Network(1, rate)
 
 
+@needs_network
+def test_two_hosts_may_have_a_slow_link_between_them() -> None:
+    """What they send each other takes no less than it says; all else keeps the rate."""
+    with Cluster(3, "100mbit", slow=(0, 2, "5mbit")) as made:
+        for one, other in ((0, 2), (2, 0)):
+            # A quarter of a mebibyte takes 0.42 s, less what an idle link lets through at once; at the rate of the others 0.02 s.
+            assert made.call(seconds_to, one, other)[one] > 0.3
+        for host, limits in enumerate((["100Mbit", "5Mbit"], [], ["100Mbit", "5Mbit"])):
+            command = ["tc", "-n", made.network.hosts[host], "class", "show", "dev", "eth0"]
+            shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            assert [f"rate {limit}" in shown for limit in limits] == [True] * len(limits)
+            assert bool(shown) == bool(limits)
+
+
+def seconds_to(one: int, other: int) -> float:
+    """Shortest of three times of a quarter of a mebibyte from one rank to another, and a word back, as the sender sees it."""
+    x, word = torch.zeros(2**16), torch.zeros(1)
+    times = []
+    for _ in range(3):
+        dist.barrier()
+        begun = time.perf_counter()
+        if dist.get_rank() == one:
+            dist.send(x, other)
+            dist.recv(word, other)
+        elif dist.get_rank() == other:
+            dist.recv(x, one)
+            dist.send(word, one)
+        times.append(time.perf_counter() - begun)
+    return min(times)
+
+
+@pytest.mark.parametrize("slow", [(0, 0, "1mbit"), (0, 3, "1mbit"), (0, 1, "1gbit"), (0, 1, "2gbit")])
+def test_what_is_no_slow_link_is_refused(slow: tuple[int, int, str]) -> None:
+    with pytest.raises(
+        ValueError, match=r"a slow link (lies between two of hosts 0 to 2|is slower than the others); got"
+    ):
+        Network(3, "1gbit", slow)
+
+
 @pytest.mark.parametrize("num_hosts", [0, 251])
 def test_a_network_of_no_hosts_or_too_many_is_refused(num_hosts: int) -> None:
     with pytest.raises(ValueError, match="1 to 250 hosts"):

@@ -2,8 +2,10 @@
 
 from longspan.comm.traffic import Traffic, record_traffic
 from longspan.errors import InputError
+from longspan.exchange.auto.calibration import measured_links
 from longspan.exchange.auto.choice import Auto
 from longspan.exchange.autograd import PendingExchange, start_exchange
+from longspan.exchange.codec import CODECS, Codec, ErrorFeedback, Float8, Int8, TopK
 from longspan.exchange.recomputation import keeping_exchanges, keeping_states
 from longspan.exchange.topologies.all_gather import AllGather
 from longspan.exchange.topologies.all_to_all import AllToAll
@@ -36,20 +38,26 @@ def exchange_named(exchange: str | Exchanger) -> Exchanger:
 
 
 __all__ = [
+    "CODECS",
     "TOPOLOGIES",
     "AllGather",
     "AllToAll",
     "Arrived",
     "Auto",
     "Carrier",
+    "Codec",
+    "ErrorFeedback",
     "Exchanger",
+    "Float8",
     "Handle",
+    "Int8",
     "Neighbour",
     "PendingExchange",
     "Pipelined",
     "Priced",
     "ReverseHandle",
     "Ring",
+    "TopK",
     "Topology",
     "Traffic",
     "TwoLevel",
@@ -57,6 +65,7 @@ __all__ = [
     "exchange_named",
     "keeping_exchanges",
     "keeping_states",
+    "measured_links",
     "record_traffic",
     "start_exchange",
 ]

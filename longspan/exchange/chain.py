@@ -29,11 +29,12 @@ from torch import Tensor
 from longspan.comm.background import Task, run_beside
 from longspan.comm.numbering import current_step
 from longspan.comm.point_to_point import Mailbox, Receipt
+from longspan.exchange.codec import Codec
 from longspan.exchange.segments import reorder_rows
 from longspan.exchange.topology import Arrived, Carrier, Handle, ReverseHandle
-from longspan.exchange.wire import pack_pairs, unpack_states
+from longspan.exchange.wire import Wire
 from longspan.layout import SequenceLayout, group_of
-from longspan.plan import Cluster, DirectionCost, Problem
+from longspan.plan import Cluster, DirectionCost, Problem, WireFormat
 from longspan.state import Form, Pair, Transition
 
 
@@ -93,13 +94,17 @@ class Chain(Carrier):
     """The chain, with the options of the topologies that use it.
 
     name: of the topology, for the count of messages. num_blocks: of value columns. state_dtype: states are rounded to it for the
-    wire; None sends them as they are. cuts: as `chain_of` takes them.
+    wire; None sends them as they are. cuts: as `chain_of` takes them. codec: what states are coded by, in place of state_dtype, and
+    codec_inside between ranks of a node of `ranks_per_node`; None is none.
     """
 
     name: str
     state_dtype: torch.dtype | None = None
     num_blocks: int = 1
     cuts: tuple[bool, ...] | None = None
+    codec: Codec | None = None
+    codec_inside: Codec | None = None
+    ranks_per_node: int = 1
 
     def start(self, pair: Pair, layout: SequenceLayout) -> Handle:
         parameter = pair.transition.parameter
@@ -151,7 +156,8 @@ def _launch(chain: Chain, states: Tensor, transition: Transition, layout: Sequen
 
     def work(group: dist.ProcessGroup) -> Tensor:
         mailbox = Mailbox(group, states.device, chain.name, phase, current_step().tag)
-        return Passage(chain, states, transition, mailbox).carry(own, order_of(runs, layout, in_batches=not on_cpu))
+        passage = Passage(chain, states, transition, mailbox, layout.rank, phase)
+        return passage.carry(own, order_of(runs, layout, in_batches=not on_cpu))
 
     task = run_beside(group_of(layout), states.device, work, "messages", name=chain.name, phase=phase)
     # Who receives nothing need not wait until its messages have left; if they fail, so does the next exchange. On CUDA, waiting
@@ -186,11 +192,21 @@ def order_of(runs: Sequence[ChainRun], layout: SequenceLayout, in_batches: bool)
 class Passage:
     """One rank's part in one passage of the chain.
 
-    states: U ``[n, B, H, K, V]`` and transition: A, of this rank's segments.
+    states: U ``[n, B, H, K, V]`` and transition: A, of this rank's segments. rank: this one, whose node decides on the codec.
     """
 
-    def __init__(self, chain: Chain, states: Tensor, transition: Transition, mailbox: Mailbox) -> None:
-        self._wire_dtype = chain.state_dtype or states.dtype
+    def __init__(
+        self,
+        chain: Chain,
+        states: Tensor,
+        transition: Transition,
+        mailbox: Mailbox,
+        rank: int = 0,
+        phase: str = "forward",
+    ) -> None:
+        self._rank, self._ranks_per_node = rank, chain.ranks_per_node
+        self._between = Wire(chain.state_dtype, chain.codec, phase, "between nodes")
+        self._inside = Wire(chain.state_dtype, chain.codec_inside, phase, "inside a node")
         self._states, self._transition, self._mailbox = states, transition, mailbox
         self._incoming = states.new_zeros(states.shape)
         size = states.shape[-1]
@@ -217,7 +233,9 @@ class Passage:
             mailbox.flush()
             for run, block in now:
                 if run.source is not None:
-                    entering = self._unpack(mailbox.wait(receipts[run.number, block]), block)
+                    shape = self._states[0, ..., self._blocks[block]].shape
+                    received = mailbox.wait(receipts[run.number, block])
+                    entering = self._wire_to(run.source).unpack(received, shape, self._states.dtype)
                     leaving = self._pass(run, block, entering)
                 elif run.number not in order.ahead:
                     leaving = self._pass(run, block, None)
@@ -230,18 +248,20 @@ class Passage:
         if run.source is None or (run.number, block) in receipts:
             return
         shape = self._states[0, ..., self._blocks[block]].shape
-        buffer = torch.empty((1, shape.numel()), dtype=self._wire_dtype, device=self._states.device)
+        buffer = self._wire_to(run.source).buffer(1, shape, self._states)
         receipts[run.number, block] = self._mailbox.receive(buffer, run.source, self._tag(run.number - 1, block))
 
     def _send(self, run: ChainRun, block: int, leaving: Tensor | None) -> None:
         if run.target is not None and leaving is not None:
-            self._mailbox.send(pack_pairs(leaving, None, self._wire_dtype), run.target, self._tag(run.number, block))
+            self._mailbox.send(self._wire_to(run.target).pack(leaving), run.target, self._tag(run.number, block))
 
     def _tag(self, link: int, block: int) -> int:
         return link * len(self._blocks) + block
 
-    def _unpack(self, buffer: Tensor, block: int) -> Tensor:
-        return unpack_states(buffer, self._states[0, ..., self._blocks[block]].shape, self._states.dtype)
+    def _wire_to(self, other: int) -> Wire:
+        """How states travel from or to another rank, the same on both sides."""
+        size = self._ranks_per_node
+        return self._inside if self._rank // size == other // size else self._between
 
     def _pass(self, run: ChainRun, block: int, entering: Tensor | None) -> Tensor | None:
         """Take block ``[1, B, H, K, columns]`` through a run, noting what enters its segments; returns what leaves it, if anything.
@@ -264,7 +284,9 @@ class Passage:
         return state
 
 
-def chain_cost(problem: Problem, cluster: Cluster, num_blocks: int) -> DirectionCost:
+def chain_cost(
+    problem: Problem, cluster: Cluster, num_blocks: int, wire_inside: WireFormat | None = None
+) -> DirectionCost:
     """The cost of one direction of a chain in M blocks of value columns; both directions cost the same.
 
     Each segment's owner sends n or fewer states and no transition. A chain of h messages crosses every boundary between segments
@@ -275,17 +297,47 @@ def chain_cost(problem: Problem, cluster: Cluster, num_blocks: int) -> Direction
 
         seconds = Σ_hops (latency + |U| / M bandwidth) + f · fold(R / M) + (M − 1) · n · (gap + |U| / M bandwidth + fold(R / M))
 
-    steps = h − 1 + M. Blocks are as large as the largest: ⌈V / M⌉ of V columns.
+    steps = h − 1 + M. Blocks are as large as the largest: ⌈V / M⌉ of V columns. A codec's time comes on top of each fold's.
+
+    problem: with states as they travel between nodes. wire_inside: how they travel inside a node.
     """
     num_blocks = min(num_blocks, problem.value_size)
-    share = -(-problem.value_size // num_blocks) / problem.value_size
-    block = problem.state * share
+    columns = -(-problem.value_size // num_blocks)
+    share = columns / problem.value_size
+    between, inside = (_message(each, columns, cluster) for each in (problem, replace(problem, wire=wire_inside)))
     size = problem.fold_size(problem.num_rows * share)
     folds = max(0, problem.chain + problem.segments_per_rank - 2)
-    seconds = cluster.hops(problem.chain, _between_nodes(problem, cluster), block, folds, size)
-    seconds += (num_blocks - 1) * problem.segments_per_rank * cluster.follow(block, size)
+    leaving = _between_nodes(problem, cluster)
+    seconds = cluster.hops(problem.chain, leaving, between.num_bytes, folds, size, inside.num_bytes)
+    seconds += leaving * between.coding + (problem.chain - leaving) * inside.coding
+    following = cluster.follow(between.num_bytes, size, inside.num_bytes) + max(between.coding, inside.coding)
+    seconds += (num_blocks - 1) * problem.segments_per_rank * following
     messages = messages_of_chain(problem)
-    return DirectionCost(seconds, 0.0, messages * problem.state, messages * num_blocks, problem.chain - 1 + num_blocks)
+    # Of the rank that sends most, between nodes if there are several.
+    outermost = problem if cluster.num_nodes > 1 else replace(problem, wire=wire_inside)
+    sent = messages * problem.num_rows * _bytes_of_blocks(outermost, num_blocks)
+    return DirectionCost(seconds, 0.0, sent, messages * num_blocks, problem.chain - 1 + num_blocks)
+
+
+@dataclass(frozen=True)
+class _Message:
+    """One block of a state on the wire: its bytes, and seconds to encode and decode it."""
+
+    num_bytes: int
+    coding: float
+
+
+def _message(problem: Problem, columns: int, cluster: Cluster) -> _Message:
+    share = columns / problem.value_size
+    coding = cluster.coding(problem.coding_bytes(problem.num_rows * share), at_once=False)
+    return _Message(problem.num_rows * problem.row_bytes(columns), coding)
+
+
+def _bytes_of_blocks(problem: Problem, num_blocks: int) -> int:
+    """Of one row of a state in blocks of value columns as even as may be."""
+    size = problem.value_size
+    edges = [size * block // num_blocks for block in range(num_blocks + 1)]
+    return sum(problem.row_bytes(stop - start) for start, stop in pairwise(edges))
 
 
 def messages_of_chain(problem: Problem) -> int:

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -23,15 +22,7 @@ from longspan.comm.background import Task
 from longspan.comm.numbering import check_arrived, current_step
 from longspan.exchange.segments import reorder_rows
 from longspan.exchange.topology import Arrived, Handle, ReverseHandle
-from longspan.exchange.wire import (
-    HEADER_BYTES,
-    header_words,
-    pack_pairs,
-    unpack_parameter,
-    unpack_states,
-    with_header,
-    without_header,
-)
+from longspan.exchange.wire import HEADER_BYTES, Wire, header_words, with_header, without_header
 from longspan.layout import SequenceLayout, group_of
 from longspan.state import Pair, Transition, exclusive_scan, exclusive_scan_adjoint
 
@@ -94,22 +85,21 @@ class RowExchange:
 
     order: for each of all M · n stretches in the order of the scan, its number in the members' stretches laid one after another.
     layout: of the ranks, for what is made once for it.
-    state_dtype: what states are rounded to for the wire; None sends them as they are.
+    wire: how states travel.
     """
 
     shares: Shares
     order: Sequence[int]
     layout: SequenceLayout
-    state_dtype: torch.dtype | None
-    phase: str
+    wire: Wire
 
     def deal(self, states: Tensor) -> Tensor:
         """Give each member its rows of this rank's stretches, and take this rank's rows of all stretches.
 
         ``[n, 1, R, K, V]`` in, ``[M · n, 1, r, K, V]`` in the order of the scan out.
         """
-        received = self._deal(pack_pairs(_by_row(states), None, self.state_dtype), states.shape[0])
-        return unpack_states(received, states.shape[3:], states.dtype).view(self._dealt_shape(states))
+        received = self._deal(self.wire.pack(_by_row(states)), states.shape[0])
+        return self.wire.unpack(received, states.shape[3:], states.dtype).view(self._dealt_shape(states))
 
     def deal_pair(self, pair: Pair) -> tuple[Tensor, Tensor]:
         """`deal` for states and their transitions; returns the states and the transitions' parameter."""
@@ -117,9 +107,9 @@ class RowExchange:
         # A transition's numbers laid out by row, as a state's are.
         width = prod(transition.parameter_shape((1, 1, 1, *states.shape[3:])))
         numbers = _by_row(transition.parameter.reshape(*states.shape[:3], width))
-        received = self._deal(pack_pairs(_by_row(states), numbers, self.state_dtype), states.shape[0])
-        parameter = unpack_parameter(received, states.shape[3:], numbers.shape[1:], states.dtype)
-        dealt = unpack_states(received, states.shape[3:], states.dtype).reshape(shape)
+        received = self._deal(self.wire.pack(_by_row(states), numbers), states.shape[0])
+        parameter = self.wire.unpack_parameter(received, states.shape[3:], numbers.shape[1:], states.dtype)
+        dealt = self.wire.unpack(received, states.shape[3:], states.dtype).reshape(shape)
         return dealt, parameter.view(transition.parameter_shape(shape))
 
     def _dealt_shape(self, states: Tensor) -> tuple[int, ...]:
@@ -143,13 +133,14 @@ class RowExchange:
         place = self.layout.cached(
             ("places", tuple(self.order)), lambda: sorted(range(total), key=self.order.__getitem__)
         )
-        numbers = prod(state_shape)
-        packed = pack_pairs(states.flatten(0, 2), None, self.state_dtype).view(total, own, numbers)
+        rows = self.wire.pack(states.flatten(0, 2))
+        numbers = rows.shape[1]
+        packed = rows.view(total, own, numbers)
         by_member = reorder_rows(packed, place, self.layout).view(shares.num_members, num_stretches, own, numbers)
         sent = by_member.transpose(1, 2).reshape(shares.num_members * own, num_stretches * numbers)
         received = self._swap(sent, [own] * shares.num_members, shares.counts)
         rows = received.unflatten(1, (num_stretches, numbers)).flatten(0, 1)
-        collected = unpack_states(rows, state_shape, states.dtype)
+        collected = self.wire.unpack(rows, state_shape, states.dtype)
         return collected.unflatten(0, (shares.num_rows, num_stretches)).transpose(0, 1).unsqueeze(1).contiguous()
 
     def _swap(self, sent: Tensor, send_rows: list[int], receive_rows: list[int]) -> Tensor:
@@ -160,7 +151,7 @@ class RowExchange:
         step = current_step()
         sent = with_header(sent, step.word)
         flight = start_all_to_all_within(
-            shares.group, shares.place, sent, send_rows, receive_rows, self.phase, header_bytes=HEADER_BYTES
+            shares.group, shares.place, sent, send_rows, receive_rows, self.wire.phase, header_bytes=HEADER_BYTES
         )
         flight.work.wait()
         check_arrived(header_words(flight.received), group_of(self.layout), step)

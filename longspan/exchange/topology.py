@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from longspan.errors import InputError
+from longspan.exchange.codec import Codec, codec_named
 from longspan.exchange.problem import problem_of, stated_cluster_of
+from longspan.exchange.wire import Wire
 from longspan.layout import SequenceLayout
 from longspan.plan import Cluster, Cost, DirectionCost, Problem
 from longspan.state import Form, Pair
@@ -85,6 +87,18 @@ class Exchanger(ABC):
     def modelled(self, pair: Pair, layout: SequenceLayout) -> tuple[Cost, Cluster]:
         """The cost of this exchange by the model, and the machines that it assumes; see `Carrier.start` for the arguments."""
 
+    @property
+    def remembers_errors(self) -> bool:
+        """Whether it has a codec that adds what it has left out to what it sends next, and so belongs to one layer."""
+        return False
+
+    def for_another_layer(self) -> Exchanger:
+        """The same exchange for another layer, whose codec, if any, remembers that layer's errors alone."""
+        return self
+
+
+SAME = "same"
+
 
 @dataclass(frozen=True)
 class Topology(Exchanger):
@@ -93,18 +107,61 @@ class Topology(Exchanger):
     Args:
         state_dtype: ``torch.bfloat16`` rounds states, and gradients of states, for their way between ranks: half the bytes. Sums
             and transitions keep the dtype of the states. None sends states as they are, in float32 (float64 for float64 inputs).
+        codec: what states, and gradients of states, are coded by for their way between ranks, in place of `state_dtype`: a codec,
+            or its name (``"int8"``, ``"float8"``, ``"top_k"``). Sums stay float32, and transitions travel in float32. None is none.
+        codec_inside: the same between ranks of a node, where an exchange tells these links from others (`Ring`, `Pipelined`,
+            `Neighbour`, `TwoLevel`); ``"same"`` is `codec`.
 
     Raises:
-        InputError: for a value out of range.
+        InputError: for a value out of range, or both a dtype and a codec; at the exchange, for a codec with float64 states.
     """
 
     state_dtype: torch.dtype | None = None
+    codec: Codec | str | None = field(default=None, kw_only=True)
+    codec_inside: Codec | str | None = field(default=SAME, kw_only=True)
 
     name: ClassVar[str]
     """What users call it; see docs/exchange.md."""
+    tells_links_apart: ClassVar[bool] = False
+    """Whether links inside a node may have a codec of their own."""
 
     def __post_init__(self) -> None:
         check_state_dtype(self.state_dtype)
+        object.__setattr__(self, "codec", codec_named(self.codec))
+        inside = self.codec if self.codec_inside == SAME else codec_named(self.codec_inside)
+        object.__setattr__(self, "codec_inside", inside)
+        if self.state_dtype is not None and (self.codec or inside) is not None:
+            raise InputError(
+                f"{type(self).__name__} takes a state_dtype or a codec for states on the wire, and got both {self.state_dtype} and "
+                f"{self.codec or inside}. Leave one of them out"
+            )
+
+    @property
+    def label(self) -> str:
+        """Its name, and its codec, if any."""
+        codecs = dict.fromkeys(codec.format.name for codec in self._codecs)
+        return f"{self.name} {' and '.join(codecs)}" if codecs else self.name
+
+    @property
+    def _codecs(self) -> list[Codec]:
+        return [codec for codec in (self.codec, self.codec_inside) if isinstance(codec, Codec)]
+
+    def wire(self, phase: str, inside: bool = False) -> Wire:
+        """How states travel in one direction of an exchange: between nodes, or everywhere; or inside a node."""
+        codec = self.codec_inside if inside else self.codec
+        assert codec is None or isinstance(codec, Codec)
+        return Wire(self.state_dtype, codec, phase, "inside a node" if inside else "between nodes")
+
+    @property
+    def remembers_errors(self) -> bool:
+        return any(codec.remembers_errors for codec in self._codecs)
+
+    def for_another_layer(self) -> Topology:
+        codec = self.codec.for_another_layer() if isinstance(self.codec, Codec) else None
+        inside = codec
+        if self.codec_inside is not self.codec:
+            inside = self.codec_inside.for_another_layer() if isinstance(self.codec_inside, Codec) else None
+        return replace(self, codec=codec, codec_inside=inside)
 
     def serves(self, pair: Pair, layout: SequenceLayout, cluster: Cluster) -> bool:
         """Whether a choice may take it: whether it can carry this exchange out, and is meant for such a cluster.
@@ -118,12 +175,23 @@ class Topology(Exchanger):
         return self
 
     def resolve(self, pair: Pair, layout: SequenceLayout) -> Carrier:
+        for codec in self._codecs:
+            check_states_to_code(codec, pair)
+        return self.carrier(pair, layout)
+
+    def carrier(self, pair: Pair, layout: SequenceLayout) -> Carrier:
+        """`resolve`, once states are known to be fit for the codec."""
         assert isinstance(self, Carrier)
         return self
 
     def modelled(self, pair: Pair, layout: SequenceLayout) -> tuple[Cost, Cluster]:
         cluster = stated_cluster_of(layout, pair.state.device.type)
         return self.cost(problem_of(pair, layout, self.state_dtype), cluster), cluster
+
+    def on_wire(self, problem: Problem, inside: bool = False) -> Problem:
+        """The problem with states as they travel: between nodes, or everywhere; or inside a node."""
+        codec = self.codec_inside if inside else self.codec
+        return replace(problem, wire=codec.format if isinstance(codec, Codec) else None)
 
     def cost(self, problem: Problem, cluster: Cluster) -> Cost:
         """What one exchange costs by the model.
@@ -140,13 +208,22 @@ class Topology(Exchanger):
                 f"the problem has {problem.num_ranks} ranks and the cluster {cluster.num_ranks}: take "
                 "cluster.with_ranks(problem.num_ranks), or measure the group in question"
             )
-        return Cost(
-            self.name, self.direction_cost(problem, cluster, False), self.direction_cost(problem, cluster, True)
-        )
+        problem = self.on_wire(problem)
+        forward, backward = (self.direction_cost(problem, cluster, backward) for backward in (False, True))
+        return Cost(self.name, forward, backward)
 
     @abstractmethod
     def direction_cost(self, problem: Problem, cluster: Cluster, backward: bool) -> DirectionCost:
-        """The cost of one direction; every option is settled, or taken as `settled` would."""
+        """The cost of one direction; every option is settled, or taken as `settled` would. problem: with states `on_wire`."""
+
+
+def check_states_to_code(codec: Codec, pair: Pair) -> None:
+    """Raise InputError for states that a codec does not take."""
+    if pair.state.dtype != torch.float32:
+        raise InputError(
+            f"the codec {codec.format.name!r} takes states of torch.float32; got {pair.state.dtype}, those of an operator whose "
+            f"inputs are {pair.state.dtype}. Leave the codec out, or compute in float32"
+        )
 
 
 def check_state_dtype(state_dtype: torch.dtype | None) -> None:

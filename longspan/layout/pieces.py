@@ -46,12 +46,15 @@ class Piece:
         return self.stop - self.start
 
 
-def cut_in_segments(lengths: Sequence[int], num_ranks: int, document_starts: Sequence[int]) -> tuple[Segment, ...]:
+def cut_in_segments(
+    lengths: Sequence[int], rank_order: Sequence[int], document_starts: Sequence[int]
+) -> tuple[Segment, ...]:
     """All segments of a sequence, in global order.
 
-    lengths: of each segment: one for each rank, the r-th for rank r; or two, of which rank r has the r-th and the r-th from the
-    end. document_starts: in rising order.
+    lengths: of each segment: one for each rank, or two. rank_order: who holds the first, the second, ...; and with two a rank, who
+    holds the last, the last but one, ... document_starts: in rising order.
     """
+    num_ranks = len(rank_order)
     num_segments = len(lengths)
     segments = []
     next_start = start = 0
@@ -61,8 +64,8 @@ def cut_in_segments(lengths: Sequence[int], num_ranks: int, document_starts: Seq
         while next_start < len(document_starts) and document_starts[next_start] < stop:
             next_start += 1
         in_first_half = index < num_ranks
-        rank = index if in_first_half else num_segments - 1 - index
-        segments.append(Segment(start, stop, rank, 0 if in_first_half else 1, next_start > first))
+        place = index if in_first_half else num_segments - 1 - index
+        segments.append(Segment(start, stop, rank_order[place], 0 if in_first_half else 1, next_start > first))
         start = stop
     return tuple(segments)
 

@@ -32,7 +32,7 @@ from longspan.layout.documents import (
 from longspan.layout.gather import gather_tokens
 from longspan.layout.groups import check_ranks_per_node, resolve_group
 from longspan.layout.pieces import Piece, Segment, cut_in_pieces, cut_in_segments, has_any
-from longspan.layout.shares import check_weights, segment_lengths, tokens_of_ranks
+from longspan.layout.shares import check_rank_order, check_weights, segment_lengths, tokens_of_ranks
 from longspan.modes import built_for_every_mode
 from longspan.tracing import (
     breaks_graphs,
@@ -77,9 +77,11 @@ class SequenceLayout:
             count on from there. There is one state then whatever the documents, ``[B, ...]`` as without them: the initial state is
             that of the first document (what is given with 0 is not looked at), the final state that of the last. None is a
             sequence by itself, whose documents have a state each.
+        rank_order: every rank once, in the order in which they hold the sequence: the i-th of them the i-th run (and in zigzag
+            order the i-th from the end). None is the order of their numbers. A chain of states passes through the ranks in it.
 
     Raises:
-        LayoutError: for a length, group, order, documents, ranks_per_node, weights or continues that do not fit.
+        LayoutError: for a length, group, order, documents, ranks_per_node, weights, continues or rank_order that do not fit.
 
     A layout is immutable and holds no tensors of the caller. Build one per batch and hand it to every layer.
     """
@@ -94,6 +96,7 @@ class SequenceLayout:
         ranks_per_node: int | None = None,
         weights: Sequence[float] | Tensor | None = None,
         continues: int | None = None,
+        rank_order: Sequence[int] | None = None,
     ) -> None:
         process_group, num_ranks, rank, mesh_ranks_per_node = resolve_group(group)
         if None not in (ranks_per_node, mesh_ranks_per_node) and ranks_per_node != mesh_ranks_per_node:
@@ -103,7 +106,9 @@ class SequenceLayout:
             )
         if ranks_per_node is None:
             ranks_per_node = mesh_ranks_per_node
-        self._init(seq_len, process_group, num_ranks, rank, order, documents, ranks_per_node, weights, continues)
+        self._init(
+            seq_len, process_group, num_ranks, rank, order, documents, ranks_per_node, weights, continues, rank_order
+        )
 
     def _init(
         self,
@@ -116,6 +121,7 @@ class SequenceLayout:
         ranks_per_node: int | None,
         weights: Sequence[float] | Tensor | None,
         continues: int | None,
+        rank_order: Sequence[int] | None,
     ) -> None:
         if isinstance(seq_len, bool) or not isinstance(seq_len, int | torch.SymInt):
             raise LayoutError(f"seq_len must be an int, the global number of tokens; got {seq_len!r}")
@@ -136,6 +142,8 @@ class SequenceLayout:
         self.weights = check_weights(weights, num_ranks)
         """Of the ranks' shares; None where all are equal."""
         self.continues = check_continues(continues)
+        self.rank_order = check_rank_order(rank_order, num_ranks)
+        """The ranks, in the order in which they hold the sequence."""
         self._cache: dict[Hashable, Any] = {}
         # Made here, as a compiled graph takes them as its inputs: it would take what it sees built for constants.
         self.num_local_tokens = self._count_local_tokens()
@@ -157,7 +165,7 @@ class SequenceLayout:
     ) -> SequenceLayout:
         """A layout of one rank that holds all `seq_len` tokens, whatever process group is initialised."""
         layout = cls.__new__(cls)
-        layout._init(seq_len, None, 1, 0, "contiguous", documents, None, None, continues)
+        layout._init(seq_len, None, 1, 0, "contiguous", documents, None, None, continues, None)
         return layout
 
     @classmethod
@@ -172,6 +180,7 @@ class SequenceLayout:
         ranks_per_node: int | None = None,
         weights: Sequence[float] | Tensor | None = None,
         continues: int | None = None,
+        rank_order: Sequence[int] | None = None,
     ) -> SequenceLayout:
         """The layout that `rank` of `num_ranks` would have, without a process group: for planning and data loading."""
         for name, value in (("num_ranks", num_ranks), ("rank", rank)):
@@ -180,7 +189,7 @@ class SequenceLayout:
         if not 0 <= rank < num_ranks:
             raise LayoutError(f"rank {rank} is not one of {num_ranks} ranks (0 to {num_ranks - 1})")
         layout = cls.__new__(cls)
-        layout._init(seq_len, None, num_ranks, rank, order, documents, ranks_per_node, weights, continues)
+        layout._init(seq_len, None, num_ranks, rank, order, documents, ranks_per_node, weights, continues, rank_order)
         return layout
 
     @classmethod
@@ -192,13 +201,14 @@ class SequenceLayout:
         *,
         ranks_per_node: int | None = None,
         weights: Sequence[float] | Tensor | None = None,
+        rank_order: Sequence[int] | None = None,
     ) -> SequenceLayout:
         """The layout of packed documents whose position ids restart, as data collators of Transformers give them.
 
         Args:
             position_ids: integers ``[T]`` or ``[B, T]``, of all tokens and the same on every rank. A token whose position is 0, or
                 not one more than its predecessor's, starts a document; so does every row.
-            group, order, ranks_per_node, weights: as in `SequenceLayout`.
+            group, order, ranks_per_node, weights, rank_order: as in `SequenceLayout`.
 
         Returns:
             The layout of the tokens as one row, ``x.flatten(0, 1).unsqueeze(0)`` of ``[B, T, ...]``: seq_len is B · T, and row ends
@@ -211,10 +221,11 @@ class SequenceLayout:
         One host read, of one byte per token.
         """
         if breaks_graphs():
-            return _from_positions_outside_graphs(position_ids, group, order, ranks_per_node, weights)
+            return _from_positions_outside_graphs(position_ids, group, order, ranks_per_node, weights, rank_order)
         bounds = bounds_of_positions(position_ids)
         documents = bounds if len(bounds) > 2 else None
-        return cls(bounds[-1], group, order, documents, ranks_per_node=ranks_per_node, weights=weights)
+        ranks: dict[str, Any] = {"ranks_per_node": ranks_per_node, "weights": weights, "rank_order": rank_order}
+        return cls(bounds[-1], group, order, documents, **ranks)
 
     def stretch(self, start: int, stop: int) -> SequenceLayout:
         """The layout of the tokens ``[start, stop)`` of this sequence by themselves, split over the same ranks; made once.
@@ -286,7 +297,8 @@ class SequenceLayout:
         other = type(self).__new__(type(self))
         ranks = self.group, self.num_ranks, self.rank
         length = self.seq_len if seq_len is None else seq_len
-        other._init(length, *ranks, self.order, bounds, self.ranks_per_node, self.weights, continues)
+        nodes, shares = self.ranks_per_node, self.weights
+        other._init(length, *ranks, self.order, bounds, nodes, shares, continues, self.rank_order)
         return other
 
     @_cached_property
@@ -338,9 +350,11 @@ class SequenceLayout:
         documents = "" if self.documents is None else f", num_documents={self.num_documents}"
         weights = "" if self.weights is None else f", weights={list(self.weights)}"
         documents += "" if self.continues is None else f", continues={self.continues}"
+        as_numbered = self.rank_order == tuple(range(self.num_ranks))
+        ranks = "" if as_numbered else f", rank_order={list(self.rank_order)}"
         return (
             f"SequenceLayout(seq_len={self.seq_len}, order={self.order!r}, rank={self.rank} of {self.num_ranks}, "
-            f"segments={list(self.segments)}{documents}{weights})"
+            f"segments={list(self.segments)}{documents}{weights}{ranks})"
         )
 
     @property
@@ -351,8 +365,8 @@ class SequenceLayout:
     @_cached_property
     def all_segments(self) -> tuple[Segment, ...]:
         """Every rank's segments, in global order."""
-        lengths = segment_lengths(self.seq_len, self.num_ranks, self.num_segments, self.weights)
-        return cut_in_segments(lengths, self.num_ranks, self.document_bounds[:-1])
+        lengths = segment_lengths(self.seq_len, self.rank_order, self.num_segments, self.weights)
+        return cut_in_segments(lengths, self.rank_order, self.document_bounds[:-1])
 
     def segment_numbers(self, rank: int) -> tuple[int, ...]:
         """Which of `all_segments` `rank` holds, in the order of its local tokens."""
@@ -395,7 +409,8 @@ class SequenceLayout:
             return tokens_of_ranks(int(self.seq_len), self.weights)[self.rank]
         num_segments = self.num_ranks * self.num_segments
         base, longer = self.seq_len // num_segments, self.seq_len % num_segments
-        own = [self.rank, num_segments - 1 - self.rank][: self.num_segments]
+        place = self.rank_order.index(self.rank)
+        own = [place, num_segments - 1 - place][: self.num_segments]
         return sum(base + (index < longer) for index in own)
 
     @_cached_property
@@ -606,7 +621,7 @@ class SequenceLayout:
         if self.num_ranks == 1 or self.group is None:
             return
         self.check_group("verify()")
-        names = ("seq_len", "order", "documents", "ranks_per_node", "weights", "continues")
+        names = ("seq_len", "order", "documents", "ranks_per_node", "weights", "continues", "rank_order")
         mine = {name: getattr(self, name) for name in names}
         everyone: list[Any] = [None] * self.num_ranks
         dist.all_gather_object(everyone, mine, group=self.group)
@@ -644,9 +659,11 @@ def _from_positions(
     order: Order,
     ranks_per_node: int | None,
     weights: Sequence[float] | Tensor | None,
+    rank_order: Sequence[int] | None,
 ) -> SequenceLayout:
     # A bound method takes no mark of the compiler's.
-    return SequenceLayout.from_positions(position_ids, group, order, ranks_per_node=ranks_per_node, weights=weights)
+    ranks: dict[str, Any] = {"ranks_per_node": ranks_per_node, "weights": weights, "rank_order": rank_order}
+    return SequenceLayout.from_positions(position_ids, group, order, **ranks)
 
 
 _shard_outside_graphs = outside_graphs(SequenceLayout.shard)

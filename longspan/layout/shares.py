@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from longspan.checks import described
+from longspan.checks import described, is_int
 from longspan.errors import LayoutError
 from longspan.layout.documents import shortened
 
@@ -56,6 +56,23 @@ def check_weights(weights: Any, num_ranks: int) -> tuple[float, ...] | None:
     return None if len(set(numbers)) == 1 else numbers
 
 
+def check_rank_order(rank_order: Any, num_ranks: int) -> tuple[int, ...]:
+    """`rank_order` as a user gives it; the ranks as they are numbered where it is None.
+
+    Raises:
+        LayoutError: for what does not hold each rank once.
+    """
+    if rank_order is None:
+        return tuple(range(num_ranks))
+    given = list(rank_order) if isinstance(rank_order, list | tuple) else None
+    if given is None or not all(is_int(rank) for rank in given) or sorted(given) != list(range(num_ranks)):
+        raise LayoutError(
+            f"rank_order must hold each of the ranks 0 to {num_ranks - 1} once, in the order in which they hold the sequence; got "
+            f"{shortened(rank_order)}. Take what longspan.plan.chain_order returns, or leave it out"
+        )
+    return tuple(given)
+
+
 def tokens_of_ranks(seq_len: int, weights: Sequence[float]) -> tuple[int, ...]:
     """The number of tokens of each rank, in proportion to its weight: exact shares rounded down or up, and at least one token.
 
@@ -79,21 +96,22 @@ def tokens_of_ranks(seq_len: int, weights: Sequence[float]) -> tuple[int, ...]:
 
 
 def segment_lengths(
-    seq_len: int, num_ranks: int, segments_per_rank: int, weights: Sequence[float] | None
+    seq_len: int, rank_order: Sequence[int], segments_per_rank: int, weights: Sequence[float] | None
 ) -> tuple[int, ...]:
-    """The length of each segment, in global order.
+    """The length of each segment, in global order; rank_order: which rank holds the first, the second, ...
 
     Without weights all are of nearly equal lengths, the longer ones first. With weights a rank's tokens are those of
     `tokens_of_ranks`; of its two segments in zigzag order the first is the longer one, if any.
     """
     if weights is None:
-        num_segments = num_ranks * segments_per_rank
+        num_segments = len(rank_order) * segments_per_rank
         if num_segments == 1:
             # A compiler may hold the length as a symbol.
             return (seq_len,)
         base, longer = divmod(seq_len, num_segments)
         return tuple(base + (index < longer) for index in range(num_segments))
-    counts = tokens_of_ranks(int(seq_len), weights)
+    of_ranks = tokens_of_ranks(int(seq_len), weights)
+    counts = tuple(of_ranks[rank] for rank in rank_order)
     if segments_per_rank == 1:
         return counts
     return (*(-(-count // 2) for count in counts), *(count // 2 for count in reversed(counts)))

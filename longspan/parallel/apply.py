@@ -96,6 +96,11 @@ def parallelize(
             "none. Leave it out"
         )
     mixers = [module for module in model.modules() if isinstance(module, SequenceMixer)]
+    if exchange_named(exchange).remembers_errors and not mixers:
+        raise InputError(
+            "parallelize(): the exchange has error feedback, which belongs to one layer; the layers of "
+            f"{type(model).__name__} share one exchange. Give a codec without feedback, or a model of longspan's mixers"
+        )
     if adapter is None and not mixers and _is_transformers_model(model):
         from longspan.integrations.transformers.model import parallelize_pretrained
 

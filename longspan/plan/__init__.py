@@ -7,16 +7,21 @@ cluster given by numbers. The formulas, and what they leave out, stand in docs/e
 
 from longspan.plan.cluster import Cluster, Link, gpu_cluster, stated_cluster
 from longspan.plan.cost import Cost, DirectionCost
+from longspan.plan.links import LinkMatrix, chain_order
 from longspan.plan.problem import Problem, longest_chain
 from longspan.plan.schedule import Reading, overlap_pays
+from longspan.plan.wire import WireFormat
 
 __all__ = [
     "Cluster",
     "Cost",
     "DirectionCost",
     "Link",
+    "LinkMatrix",
     "Problem",
     "Reading",
+    "WireFormat",
+    "chain_order",
     "gpu_cluster",
     "longest_chain",
     "overlap_pays",

@@ -5,10 +5,12 @@ Units: seconds, bytes per second, floating-point operations per second.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import isfinite
 
 from longspan.errors import InputError
+from longspan.plan.links import LinkMatrix
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,8 @@ class Cluster:
         gloo: one).
     gather: a step of an all-gather of all ranks, as measured; None takes the links. swap: an all-to-all of all ranks, its latency
         that of the whole, its bandwidth that of a rank's bytes for others; None takes the links.
+    links: what lies between every two ranks, in the order in which they hold the sequence; None is the same between all (`intra`
+        and `inter`). It decides on chains, on steps of an all-gather and on all-to-alls, each as fast as its slowest link allows.
     hop: seconds of one hop of a chain, message and fold, however small the state; block: by how much small blocks follow each other
         at least. As measured; None takes the links and fold_latency.
 
@@ -85,12 +89,18 @@ class Cluster:
     swap: Link | None = None
     hop: float | None = None
     block: float | None = None
+    links: LinkMatrix | None = None
 
     def __post_init__(self) -> None:
         if self.num_ranks < 1 or self.ranks_per_node < 1 or self.num_ranks % self.ranks_per_node:
             raise InputError(
                 f"{self.num_ranks} ranks do not make nodes of {self.ranks_per_node} ranks each: "
                 "give a number of ranks that the ranks of a node divide"
+            )
+        if self.links is not None and self.links.num_ranks != self.num_ranks:
+            raise InputError(
+                f"the links are those of {self.links.num_ranks} ranks, and the cluster has {self.num_ranks}: give the links of its "
+                "ranks"
             )
         for name in ("fold_bandwidth", "matmul_rate", "attention_rate"):
             if not getattr(self, name) > 0:
@@ -112,35 +122,79 @@ class Cluster:
         """The same machines with another number of ranks; fewer than a node holds are one node."""
         ranks_per_node = min(self.ranks_per_node, num_ranks)
         return replace(
-            self, num_ranks=num_ranks, ranks_per_node=ranks_per_node, gather=None, swap=None, hop=None, block=None
+            self,
+            num_ranks=num_ranks,
+            ranks_per_node=ranks_per_node,
+            gather=None,
+            swap=None,
+            hop=None,
+            block=None,
+            links=None,
         )
 
+    def in_order(self, rank_order: Sequence[int]) -> Cluster:
+        """The same machines, whose links are numbered in the order in which ranks hold the sequence."""
+        return self if self.links is None else replace(self, links=self.links.in_order(rank_order))
+
+    def _hops(self, num_bytes: float, bytes_inside: float | None) -> list[float]:
+        """Seconds of a message from each rank to the next, the slower way of the two."""
+        assert self.links is not None
+        own = num_bytes if bytes_inside is None else bytes_inside
+        seconds = []
+        for rank in range(self.num_ranks - 1):
+            size = own if (rank + 1) % self.ranks_per_node else num_bytes
+            seconds.append(max(self.links.seconds(rank, rank + 1, size), self.links.seconds(rank + 1, rank, size)))
+        return seconds
+
+    def _to_all(self, links: LinkMatrix, rank: int, num_bytes: float) -> float:
+        """Seconds for a rank to send so many bytes to each other one: one after another, and the longest way of a message."""
+        others = [other for other in range(self.num_ranks) if other != rank]
+        latency = max(links.latency[rank][other] for other in others)
+        return latency + sum(num_bytes / links.bandwidth[rank][other] for other in others)
+
     def hops(
-        self, num_messages: int, between_nodes: int, num_bytes: float, folds: int, size: tuple[float, float]
+        self,
+        num_messages: int,
+        between_nodes: int,
+        num_bytes: float,
+        folds: int,
+        size: tuple[float, float],
+        bytes_inside: float | None = None,
     ) -> float:
         """Seconds for a chain: messages from rank to next rank, one after the other, `between_nodes` of which leave their node.
 
-        folds: how many states of `size`, as `fold` takes it, are folded on the way.
+        folds: how many states of `size`, as `fold` takes it, are folded on the way. bytes_inside: of a message inside a node, where
+        it has others than `num_bytes`.
         """
+        if self.links is not None:
+            hops = self._hops(num_bytes, bytes_inside)
+            # In zigzag order a chain takes each hop there and back. Of a chain that documents cut, the slowest hops.
+            rounds, rest = divmod(num_messages, len(hops))
+            return rounds * sum(hops) + sum(sorted(hops)[len(hops) - rest :]) + folds * self.fold(size, at_once=False)
         inside = num_messages - between_nodes
-        seconds = inside * self.intra.seconds(num_bytes) + between_nodes * self.inter.seconds(num_bytes)
+        own = num_bytes if bytes_inside is None else bytes_inside
+        seconds = inside * self.intra.seconds(own) + between_nodes * self.inter.seconds(num_bytes)
         seconds += folds * self.fold(size, at_once=False)
         if self.hop is not None:
             links = inside * self.intra.latency + between_nodes * self.inter.latency + folds * self.fold_latency
             seconds += num_messages * self.hop - links
         return seconds
 
-    def follow(self, num_bytes: float, size: tuple[float, float]) -> float:
+    def follow(self, num_bytes: float, size: tuple[float, float], bytes_inside: float | None = None) -> float:
         """Seconds by which blocks of a chain follow each other, each sent on by all ranks at once and folded."""
         fold = self.fold(size, at_once=True)
-        carried = self.to_next(num_bytes) - self.to_next(0.0)
+        carried = self.to_next(num_bytes, bytes_inside=bytes_inside) - self.to_next(0.0)
         if self.block is not None:
             return self.block + carried + fold - self.fold((0.0, 0.0), at_once=True)
         return (self.inter.gap if self.num_nodes > 1 else self.intra.gap) + carried + fold
 
-    def to_next(self, num_bytes: float, num_messages: int = 1) -> float:
+    def to_next(self, num_bytes: float, num_messages: int = 1, bytes_inside: float | None = None) -> float:
         """Seconds for all ranks to send to the next rank at once; one rank of each node sends out of it."""
-        inside = self.intra.seconds(num_bytes, True, num_messages) if self.ranks_per_node > 1 else 0.0
+        if self.links is not None:
+            gap = self.slowest.gap * (num_messages - 1)
+            return gap + max(self._hops(num_bytes, bytes_inside))
+        own = num_bytes if bytes_inside is None else bytes_inside
+        inside = self.intra.seconds(own, True, num_messages) if self.ranks_per_node > 1 else 0.0
         outside = self.inter.seconds(num_bytes, self.ranks_per_node == 1, num_messages)
         return max(inside, outside) if self.num_nodes > 1 else inside
 
@@ -148,6 +202,9 @@ class Cluster:
         """Seconds for one of the P − 1 steps of an all-gather of `num_bytes` a rank."""
         if self.gather is not None:
             return self.gather.seconds(num_bytes)
+        if self.links is not None:
+            last = self.num_ranks - 1
+            return max(*self._hops(num_bytes, None), self.links.seconds(last, 0, num_bytes))
         inside = self.intra.seconds(num_bytes, True) if self.ranks_per_node > 1 else 0.0
         outside = self.inter.seconds(num_bytes / self.rings, self.ranks_per_node == 1)
         return max(inside, outside) if self.num_nodes > 1 else inside
@@ -156,11 +213,18 @@ class Cluster:
         """Seconds for all ranks to send `num_bytes` in equal parts to all other ranks at once."""
         if self.swap is not None:
             return self.swap.seconds(num_bytes)
+        if self.links is not None:
+            part = num_bytes / (self.num_ranks - 1)
+            return max(self._to_all(self.links, rank, part) for rank in range(self.num_ranks))
         inside, outside, others = self.ranks_per_node - 1, self.num_ranks - self.ranks_per_node, self.num_ranks - 1
         return max(
             self.intra.seconds(num_bytes * inside / others, True, inside) if inside else 0.0,
             self.inter.seconds(num_bytes * outside / others, True, outside) if outside else 0.0,
         )
+
+    def coding(self, num_bytes: float, at_once: bool) -> float:
+        """Seconds to encode and decode states, as `Problem.coding_bytes` counts them; `at_once`: all ranks do."""
+        return num_bytes / self.fold_bandwidth * (self.fold_sharing if at_once else 1.0)
 
     def fold(self, size: tuple[float, float], at_once: bool) -> float:
         """Seconds for one fold of (bytes of states, operations of matrix products); `at_once`: all ranks fold."""

@@ -12,6 +12,7 @@ from math import prod
 
 from longspan.errors import InputError
 from longspan.layout import SequenceLayout
+from longspan.plan.wire import WireFormat
 from longspan.state import Dense, Transition
 
 
@@ -23,6 +24,7 @@ class Problem:
     num_rows, key_size, value_size: R, K, V.
     transition: the form of A.
     number_bytes: of a number of states and transitions in memory, 4 or 8. state_bytes: of a number of a state on the wire.
+    wire: how a head of a state travels, where a codec makes bytes of it; None is `state_bytes` a number.
     longest_chain: the largest number of messages of which each needs the one before it, when every rank sends the state that
         leaves its segment to the owner of the next; None is a single document. Documents that start inside make it shorter.
 
@@ -39,6 +41,7 @@ class Problem:
     number_bytes: int = 4
     state_bytes: int = 4
     longest_chain: int | None = None
+    wire: WireFormat | None = None
 
     def __post_init__(self) -> None:
         for name in ("num_ranks", "num_rows", "key_size", "value_size", "segments_per_rank"):
@@ -86,7 +89,18 @@ class Problem:
     @property
     def row_state(self) -> int:
         """Bytes of one row of a state on the wire."""
-        return self.key_size * self.value_size * self.state_bytes
+        return self.row_bytes(self.value_size)
+
+    def row_bytes(self, columns: int) -> int:
+        """Bytes of so many value columns of one row of a state on the wire."""
+        numbers = self.key_size * columns
+        return numbers * self.state_bytes if self.wire is None else self.wire.row_bytes(numbers)
+
+    def coding_bytes(self, num_rows: float) -> float:
+        """What coding and decoding `num_rows` rows of a state takes, in bytes of states that a fold would go through meanwhile."""
+        if self.wire is None:
+            return 0.0
+        return self.wire.passes * num_rows * self.key_size * self.value_size * self.number_bytes
 
     @property
     def row_transition(self) -> int:

@@ -20,8 +20,8 @@ from typing import Any, Literal
 import torch
 
 from longspan.attention.softmax import SoftmaxMethod
-from longspan.errors import ConfigError, LayoutError
-from longspan.exchange import TOPOLOGIES, Auto, Exchanger
+from longspan.errors import ConfigError, InputError, LayoutError
+from longspan.exchange import CODECS, TOPOLOGIES, Auto, Codec, Exchanger, TopK
 from longspan.layout.shares import check_weights
 from longspan.models import PRESETS, LinearLlama3Config, preset
 
@@ -172,8 +172,15 @@ class ParallelConfig:
     run goes on (measured), or measured again (remeasured); or a number for each of the sp ranks, in proportion to the others."""
     exchange: str = "auto"
     """How linear layers exchange their states: a topology of docs/exchange.md, or the fastest as measured at the start (auto)."""
-    exchange_dtype: Literal["float32", "bfloat16"] = "float32"
-    """What states travel in; sums stay float32."""
+    exchange_dtype: Literal["float32", "bfloat16", "float8", "int8", "top_k"] = "float32"
+    """What states travel in: rounded (bfloat16), one byte and scales (float8, int8), or the largest of each head alone (top_k);
+    sums stay float32."""
+    exchange_top_k: float = 0.1
+    """Share of a head's numbers that top_k sends."""
+    exchange_error_feedback: bool = False
+    """Let top_k add what it has left out to what the layer sends next."""
+    exchange_max_relative_error: float | None = None
+    """With exchange auto: let the cost model choose what states travel in, with at most so large an error of one passage."""
     softmax_method: SoftmaxMethod = "auto"
     """How softmax layers exchange their keys and values."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -211,14 +218,41 @@ class ParallelConfig:
         Raises:
             ConfigError: for a topology that does not exist.
         """
-        state_dtype = torch.bfloat16 if self.exchange_dtype == "bfloat16" else None
-        if self.exchange == "auto":
-            return Auto(state_dtype, measure=measure)
-        if self.exchange not in TOPOLOGIES:
+        if self.exchange != "auto" and self.exchange not in TOPOLOGIES:
             raise ConfigError(
                 f"parallel.exchange must be 'auto' or one of {', '.join(map(repr, TOPOLOGIES))}; got {self.exchange!r}"
             )
-        return TOPOLOGIES[self.exchange](state_dtype)
+        state_dtype, codec = self._wire()
+        if self.exchange == "auto":
+            try:
+                return Auto(
+                    state_dtype, measure=measure, max_relative_error=self.exchange_max_relative_error, codec=codec
+                )
+            except InputError as error:
+                raise ConfigError(f"parallel.exchange_max_relative_error: {error}") from error
+        if self.exchange_max_relative_error is not None:
+            raise ConfigError(
+                f"parallel.exchange_max_relative_error is {self.exchange_max_relative_error}, by which parallel.exchange 'auto' "
+                f"chooses; parallel.exchange is {self.exchange!r}. Leave one of them out, or name a parallel.exchange_dtype"
+            )
+        return TOPOLOGIES[self.exchange](state_dtype, codec=codec)
+
+    def _wire(self) -> tuple[torch.dtype | None, Codec | None]:
+        """What states are rounded to, and what they are coded by."""
+        if self.exchange_dtype == "top_k":
+            try:
+                return None, TopK(self.exchange_top_k, self.exchange_error_feedback)
+            except InputError as error:
+                raise ConfigError(f"parallel.exchange_top_k: {error}") from error
+        for name, default in (("exchange_top_k", 0.1), ("exchange_error_feedback", False)):
+            if getattr(self, name) != default:
+                raise ConfigError(
+                    f"parallel.{name} is {getattr(self, name)}, which is an option of parallel.exchange_dtype 'top_k'; it is "
+                    f"{self.exchange_dtype!r}. Leave parallel.{name} out"
+                )
+        if self.exchange_dtype in CODECS:
+            return None, CODECS[self.exchange_dtype]()
+        return (torch.bfloat16 if self.exchange_dtype == "bfloat16" else None), None
 
 
 @dataclass(frozen=True)

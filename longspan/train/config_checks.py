@@ -41,6 +41,11 @@ def check(config: Config) -> None:
     _check_data(config.data)
     config.model.build(vocab_size=257)
     config.parallel.build_exchange()
+    if config.parallel.exchange_error_feedback and config.train.recompute == "layer":
+        raise ConfigError(
+            "parallel.exchange_error_feedback is True and train.recompute 'layer': a layer that is computed again would send what "
+            "it has left out a second time. Take train.recompute 'selective', which sends nothing again"
+        )
     if config.parallel.weights is None and config.parallel.balance != ("even",) and config.train.deterministic:
         raise ConfigError(
             f"train.deterministic is True and parallel.balance {config.parallel.balance[0]!r}: what is measured differs from run "

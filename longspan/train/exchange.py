@@ -6,13 +6,14 @@ the run that was not stopped, in its last digits.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from longspan.errors import CheckpointError, InputError
 from longspan.exchange import Auto
 from longspan.exchange.auto.figures import Figures, known_figures, take_figures
 from longspan.layout import SequenceLayout
-from longspan.train.config import Config
+from longspan.train.config import Config, ParallelConfig
 from longspan.train.loading import SavedCheckpoint
 from longspan.train.ranks import Ranks
 
@@ -21,6 +22,17 @@ def measures(config: Config, ranks: Ranks) -> bool:
     """Whether the ranks measure which exchange is the fastest."""
     exchange = config.parallel.build_exchange(measure=not config.train.deterministic)
     return ranks.sp > 1 and isinstance(exchange, Auto) and exchange.measure
+
+
+def sends_exactly(config: Config) -> Config:
+    """The config with states that travel as they are: for a comparison with one process, in which nothing travels.
+
+    What rounding costs would hide what the comparison looks for.
+    """
+    defaults = ParallelConfig()
+    names = ("exchange_dtype", "exchange_top_k", "exchange_error_feedback", "exchange_max_relative_error")
+    plain = {name: getattr(defaults, name) for name in names}
+    return dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, **plain))
 
 
 def figures_to_save(layout: SequenceLayout, ranks: Ranks) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from longspan.train.balance import (
 from longspan.train.checkpoint import complete_checkpoints
 from longspan.train.config import Config
 from longspan.train.data import RunData
-from longspan.train.exchange import figures_to_save, measures, take_saved_figures
+from longspan.train.exchange import figures_to_save, measures, sends_exactly, take_saved_figures
 from longspan.train.loading import SavedCheckpoint
 from longspan.train.loss import Evaluation, evaluate, loss_share
 from longspan.train.memory import StepMemory
@@ -92,7 +92,7 @@ class Trainer:
         self.memory = StepMemory(ranks.device, config.run.release_memory_every)
         self.batches = data.batches
         self.take_balance(stated_balance(config, ranks))
-        self.model = self._build_parallel(compute_dtype(config))
+        self.model = build_parallel(config, data.vocab_size, ranks, compute_dtype(config))
         self.segments = Segmentation.of(config.train)
         self.optimizer = build_optimizer(self.model, config.optim)
         self.operations = ModelOperations(self.model)
@@ -126,9 +126,6 @@ class Trainer:
     def _build_model(self) -> LinearLlama3:
         return build_model(self.config, self.data.vocab_size, self.ranks.device)
 
-    def _build_parallel(self, dtype: torch.dtype | None = None, weights: torch.dtype = torch.float32) -> LinearLlama3:
-        return build_parallel(self.config, self.data.vocab_size, self.ranks, dtype, weights)
-
     def whole_weights(self) -> dict[str, Tensor]:
         """The present weights by name, on rank 0; the other ranks, which must call this as well, have none."""
         return gathered(self.model.named_parameters(), self.ranks.is_first)
@@ -161,10 +158,14 @@ class Trainer:
         )
 
     def _model_to_check(self, dtype: torch.dtype) -> LinearLlama3:
-        """The model as it is trained, but for a lower precision, whose rounding would hide what the check looks for."""
-        if compute_dtype(self.config) is None and dtype == torch.float32:
+        """The model as it is trained, but for a lower precision, whose rounding would hide what the check looks for.
+
+        Of what is computed and of what travels.
+        """
+        exact = sends_exactly(self.config)
+        if compute_dtype(self.config) is None and dtype == torch.float32 and exact == self.config:
             return self.model
-        model = self._build_parallel(weights=dtype)
+        model = build_parallel(exact, self.data.vocab_size, self.ranks, weights=dtype)
         copy_shares(self.model, model)
         return model
 

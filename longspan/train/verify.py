@@ -9,6 +9,7 @@ from longspan.launch import num_cores
 from longspan.parallel import gathered
 from longspan.train.config import Config
 from longspan.train.config_checks import check_degrees
+from longspan.train.exchange import sends_exactly
 from longspan.train.model import build_model, build_parallel, checked_dtype, copy_weights
 from longspan.train.ranks import Ranks
 from longspan.train.segments import Segmentation
@@ -24,7 +25,7 @@ def verify_config(config: Config, ranks: Ranks) -> SelfCheck:
     The batch has a sequence for each data-parallel group, of the config's length, shortened to `train.check_tokens` in all, and
     documents of about 700 tokens where the config resets at documents. Weights and tokens are drawn from `train.seed`; the
     vocabulary is `data.vocab_size`. Shares of ranks are those that the config says; nothing is measured. It computes in float32, or
-    with experts in float64, as a run's own check does.
+    with experts in float64, and sends states as they are, as a run's own check does.
 
     Raises:
         ConfigError: if the mesh does not fit the ranks.
@@ -32,7 +33,7 @@ def verify_config(config: Config, ranks: Ranks) -> SelfCheck:
     ranks.arrange(check_degrees(config, ranks.world_size))
     sequences = random_sequences(config, ranks.dp, ranks.sp)
     dtype = checked_dtype(config)
-    model = build_parallel(config, config.data.vocab_size, ranks, weights=dtype)
+    model = build_parallel(sends_exactly(config), config.data.vocab_size, ranks, weights=dtype)
     weights = gathered(model.named_parameters(), ranks.is_first)
 
     return self_check(

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import permutations
 from math import prod
 
 import torch
@@ -26,7 +27,7 @@ from longspan.errors import LayoutError
 from longspan.exchange.auto.timing import RankClock
 from longspan.exchange.chain import Chain
 from longspan.layout import SequenceLayout, group_of
-from longspan.plan import Cluster, Link
+from longspan.plan import Cluster, Link, LinkMatrix
 from longspan.state import ChannelDecay, Dense, Pair, Transition, exclusive_scan
 
 _log = logging.getLogger("longspan")
@@ -55,6 +56,30 @@ def measured_cluster(layout: SequenceLayout, device: torch.device, ranks_per_nod
     run_beside(group_of(layout), device, lambda _: None).wait()
     with unrecorded():
         return _measure(layout, device, ranks_per_node)
+
+
+def measured_links(layout: SequenceLayout, device: torch.device | str = "cpu") -> LinkMatrix:
+    """The latency and bandwidth of a message from every rank of a layout to every other, measured pair by pair; equal on all ranks.
+
+    layout: of two ranks or more; its tokens do not matter. P · (P − 1) pairs one after another, while all other ranks are silent;
+    each takes about 0.1 s, on slow links some times as long as 64 KiB do.
+
+    Collective: every rank of the group calls this, in the same order among its exchanges.
+    """
+    ranks = RankClock(layout, torch.device(device))
+    num_ranks = layout.num_ranks
+    # Of a rank to itself nothing is asked.
+    latency, bandwidth = ([[1.0] * num_ranks for _ in range(num_ranks)] for _ in range(2))
+    # Exchanges that are still under way are counted.
+    run_beside(group_of(layout), ranks.device, lambda _: None).wait()
+    with unrecorded():
+        for source, target in permutations(range(num_ranks), 2):
+            found, _, payload, seconds = ranks.messages(_pair(ranks, source, target))
+            latency[source][target], bandwidth[source][target] = found, payload / _rest(seconds, found)
+    links = LinkMatrix(tuple(map(tuple, latency)), tuple(map(tuple, bandwidth)))
+    if layout.rank == 0:
+        _log.info("measured the links of %d ranks pair by pair: %s", num_ranks, links)
+    return links
 
 
 def ranks_per_node_of(layout: SequenceLayout) -> int:
@@ -108,16 +133,7 @@ def _measure(layout: SequenceLayout, device: torch.device, ranks_per_node: int) 
 
 def _measure_link(ranks: RankClock, distance: int, target: int, source: int) -> Link:
     """The kind of link between ranks 0 and `distance`; `target`, `source`: whom this rank sends to and hears at once with all."""
-    rank = ranks.layout.rank
-
-    def alone(group: dist.ProcessGroup) -> list[float]:
-        if rank == 0:
-            return _lead(ranks, group, distance)
-        if rank == distance:
-            _follow(ranks, group)
-        return [0.0] * 4
-
-    latency, gap, payload, payload_seconds = ranks.messages(alone)
+    latency, gap, payload, payload_seconds = ranks.messages(_pair(ranks, 0, distance))
     bandwidth = payload / _rest(payload_seconds, latency)
     size = _size_at_once(bandwidth)
 
@@ -133,6 +149,19 @@ def _measure_link(ranks: RankClock, distance: int, target: int, source: int) -> 
 
     seconds = ranks.beside(pass_on, _TOGETHER_REPEATS, "messages")
     return Link(latency, bandwidth, gap, sharing=max(1.0, (seconds - latency) * bandwidth / size))
+
+
+def _pair(ranks: RankClock, source: int, target: int) -> Callable[[dist.ProcessGroup], list[float]]:
+    """What every rank does while two of them measure the link from one to the other: what `_lead` returns, or zeros."""
+
+    def work(group: dist.ProcessGroup) -> list[float]:
+        if ranks.layout.rank == source:
+            return _lead(ranks, group, target)
+        if ranks.layout.rank == target:
+            _follow(ranks, group, source)
+        return [0.0] * 4
+
+    return work
 
 
 def _lead(ranks: RankClock, group: dist.ProcessGroup, other: int) -> list[float]:
@@ -158,21 +187,21 @@ def _lead(ranks: RankClock, group: dist.ProcessGroup, other: int) -> list[float]
         size *= 4
 
 
-def _follow(ranks: RankClock, group: dist.ProcessGroup) -> None:
+def _follow(ranks: RankClock, group: dist.ProcessGroup, leader: int) -> None:
     word = _bytes(4, ranks.device)
 
     def answer(x: Tensor, exchanges: int, times: int = 1) -> None:
         for _ in range(exchanges):
-            for work in [dist.irecv(torch.empty_like(x), group=group, group_src=0) for _ in range(times)]:
+            for work in [dist.irecv(torch.empty_like(x), group=group, group_src=leader) for _ in range(times)]:
                 _finish(work)
-            dist.send(word, group=group, group_dst=0)
+            dist.send(word, group=group, group_dst=leader)
 
     answer(word, 1 + _WORD_REPEATS)
     answer(word, 1 + _ROW_REPEATS, _MESSAGES_IN_A_ROW)
     size, goes_on = _SMALLEST, torch.ones(1, device=ranks.device)
     while bool(goes_on):
         answer(_bytes(size, ranks.device), 1 + _PAYLOAD_REPEATS)
-        dist.recv(goes_on, group=group, group_src=0)
+        dist.recv(goes_on, group=group, group_src=leader)
         size *= 4
 
 

@@ -7,7 +7,7 @@ and on the figures, which are the same on every rank: all ranks choose alike. By
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,9 +16,18 @@ from longspan.comm.groups import kept
 from longspan.errors import InputError
 from longspan.exchange.auto.figures import figures_of, sizes_of
 from longspan.exchange.auto.trial import Candidate, try_out
+from longspan.exchange.codec import Codec, Int8, codec_named, codecs_within
 from longspan.exchange.problem import problem_of, stated_cluster_of
 from longspan.exchange.topologies.listed import TOPOLOGIES
-from longspan.exchange.topology import Carrier, Exchanger, Priced, by_cost, check_state_dtype
+from longspan.exchange.topology import (
+    Carrier,
+    Exchanger,
+    Priced,
+    Topology,
+    by_cost,
+    check_state_dtype,
+    check_states_to_code,
+)
 from longspan.layout import SequenceLayout, group_of
 from longspan.modes import built_for_every_mode
 from longspan.plan import Cluster, Cost
@@ -39,16 +48,37 @@ class Auto(Exchanger):
             that are close, once for each size of states. Another run may then choose otherwise, and its sums differ in their last
             digits.
 
+        max_relative_error: the error that one passage between ranks may make of a head's state, ‖error‖ / ‖state‖; what keeps to it
+            (bfloat16, the codecs of `longspan.exchange.codec`) is chosen with the topology where it costs less, for links inside
+            nodes and between them apart. None sends states as they are.
+        codec: as in `Topology`, for whichever topology is taken.
+
     Raises:
-        InputError: for a value out of range.
+        InputError: for a value out of range, for more than one of state_dtype, codec and max_relative_error, and for an error that
+            no codec keeps to; at the exchange, for codecs with float64 states.
     """
 
     state_dtype: torch.dtype | None = None
     cluster: Cluster | None = None
     measure: bool = False
+    max_relative_error: float | None = None
+    codec: Codec | str | None = None
 
     def __post_init__(self) -> None:
         check_state_dtype(self.state_dtype)
+        object.__setattr__(self, "codec", codec_named(self.codec))
+        given = {
+            name: value
+            for name in ("state_dtype", "codec", "max_relative_error")
+            if (value := getattr(self, name)) is not None
+        }
+        if len(given) > 1:
+            raise InputError(
+                "Auto is told how states travel by one of state_dtype, codec and max_relative_error; got "
+                f"{given}. Leave out all but one"
+            )
+        if self.max_relative_error is not None:
+            codecs_within(self.max_relative_error)
         if self.measure and self.cluster is not None:
             raise InputError(
                 "Auto takes figures of the machines or measures them, and got both a cluster and measure=True: leave one out"
@@ -56,6 +86,13 @@ class Auto(Exchanger):
 
     def resolve(self, pair: Pair, layout: SequenceLayout) -> Carrier:
         return self.choose(pair, layout).topology.resolve(pair, layout)
+
+    @property
+    def remembers_errors(self) -> bool:
+        return isinstance(self.codec, Codec) and self.codec.remembers_errors
+
+    def for_another_layer(self) -> Auto:
+        return replace(self, codec=self.codec.for_another_layer() if isinstance(self.codec, Codec) else None)
 
     def modelled(self, pair: Pair, layout: SequenceLayout) -> tuple[Cost, Cluster]:
         return self.choose(pair, layout).cost, self._cluster(layout, pair.state)
@@ -67,6 +104,11 @@ class Auto(Exchanger):
             InputError: as `priced`.
         """
         priced = self.priced(pair, layout)
+        # One of each kind: how states travel is the model's to say.
+        cheapest: dict[str, Priced] = {}
+        for each in priced:
+            cheapest.setdefault(each.topology.name, each)
+        priced = list(cheapest.values())
         # Nothing to try where no state passes from rank to rank: every document ends where its rank does.
         if not self.measure or priced[0].seconds == 0.0:
             return priced[0]
@@ -76,25 +118,31 @@ class Auto(Exchanger):
         if sizes not in figures.errors:
             figures.errors[sizes] = built_for_every_mode(lambda: _errors(priced, pair, layout))
         errors = figures.errors[sizes]
-        taken = min(priced, key=lambda each: each.seconds * errors.get(each.topology.name, 1.0))
-        figures.taken[sizes] = taken.topology.name
+        taken = min(priced, key=lambda each: each.seconds * errors.get(each.topology.label, 1.0))
+        figures.taken[sizes] = taken.topology.label
         return taken
 
     def priced(self, pair: Pair, layout: SequenceLayout) -> list[Priced]:
         """What each topology that serves would cost by the model, cheapest first; arguments as in `Carrier.start`.
 
         Raises:
-            InputError: if the given cluster has another number of ranks than the layout.
+            InputError: if the given cluster has another number of ranks than the layout; for states that no codec takes.
         """
         cluster = self._cluster(layout, pair.state)
         problem = problem_of(pair, layout, self.state_dtype)
-        topologies = [kind(self.state_dtype) for kind in TOPOLOGIES.values()]
-        serving = [topology for topology in topologies if topology.serves(pair, layout, cluster)]
+        if self.codec is not None or self.max_relative_error is not None:
+            check_states_to_code(self.codec if isinstance(self.codec, Codec) else Int8(), pair)
+        serving = [
+            topology
+            for kind in TOPOLOGIES.values()
+            if kind(self.state_dtype).serves(pair, layout, cluster)
+            for topology in self._ways(kind, cluster)
+        ]
 
         def price() -> list[Priced]:
             priced = by_cost(serving, problem, cluster)
             if layout.rank == 0:
-                listed = ", ".join(f"{each.topology.name} {each.seconds * 1e3:.2f} ms" for each in priced)
+                listed = ", ".join(f"{each.topology.label} {each.seconds * 1e3:.2f} ms" for each in priced)
                 _log.info(
                     "exchange of states %s of %s: %s", tuple(pair.state.shape), type(pair.transition).__name__, listed
                 )
@@ -102,17 +150,31 @@ class Auto(Exchanger):
 
         return kept(group_of(layout), ("priced", cluster, problem, tuple(serving)), price)
 
+    def _ways(self, kind: type[Topology], cluster: Cluster) -> list[Topology]:
+        """The topology with each way of states over the wire that may be chosen."""
+        if self.max_relative_error is None:
+            return [kind(self.state_dtype, codec=self.codec)]
+        within = codecs_within(self.max_relative_error)
+        codecs = [None, *(codec for codec in within if isinstance(codec, Codec))]
+        ways = [kind(dtype) for dtype in within if isinstance(dtype, torch.dtype)]
+        apart = kind.tells_links_apart and 1 < cluster.ranks_per_node < cluster.num_ranks
+        ways += [
+            kind(codec=codec, codec_inside=inside) for codec in codecs for inside in (codecs if apart else [codec])
+        ]
+        return ways
+
     def _cluster(self, layout: SequenceLayout, state: Tensor) -> Cluster:
         if self.measure:
             return figures_of(layout, state.device).cluster
-        return self.cluster or stated_cluster_of(layout, state.device.type)
+        cluster = self.cluster or stated_cluster_of(layout, state.device.type)
+        return cluster.in_order(layout.rank_order)
 
 
 def _errors(priced: list[Priced], pair: Pair, layout: SequenceLayout) -> dict[str, float]:
     """For each topology that was tried, the time of an exchange as a multiple of the modelled one."""
-    candidates = [Candidate(each.topology.name, each.topology.resolve(pair, layout), each.seconds) for each in priced]
+    candidates = [Candidate(each.topology.label, each.topology.resolve(pair, layout), each.seconds) for each in priced]
     tried = {
-        each.topology.name: (seconds, each.seconds)
+        each.topology.label: (seconds, each.seconds)
         for each, seconds in zip(priced, try_out(candidates, pair, layout), strict=True)
         if seconds is not None
     }

@@ -12,7 +12,7 @@ from longspan.comm.groups import keep, kept, peek
 from longspan.errors import InputError
 from longspan.exchange.auto.calibration import measured_cluster, ranks_per_node_of
 from longspan.layout import SequenceLayout, group_of
-from longspan.plan import Cluster, Link, Problem
+from longspan.plan import Cluster, Link, LinkMatrix, Problem
 
 
 @dataclass
@@ -55,6 +55,8 @@ class Figures:
             for name in ("intra", "inter", "gather", "swap"):
                 if values[name] is not None:
                     values[name] = Link(**values[name])
+            if values.get("links") is not None:
+                values["links"] = LinkMatrix.from_json(values["links"])
             figures = cls(Cluster(**values))
             for entry in record["trials"]:
                 sizes = dict(entry["problem"])

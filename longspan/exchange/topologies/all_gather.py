@@ -14,7 +14,7 @@ knows the transitions, so that it has nothing to keep for backward.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from longspan.comm.numbering import Step, launch
 from longspan.comm.traffic import note_collective, waiting
 from longspan.exchange.segments import gathered_rows, reorder_rows
 from longspan.exchange.topology import Arrived, Carrier, Handle, ReverseHandle, Topology
-from longspan.exchange.wire import HEADER_BYTES, header_words, pack_pairs, unpack_parameter, unpack_states, with_header
+from longspan.exchange.wire import HEADER_BYTES, Wire, header_words, with_header
 from longspan.layout import SequenceLayout, group_of
 from longspan.plan import Cluster, DirectionCost, Problem
 from longspan.state import Form, Pair, Transition, exclusive_scan, exclusive_scan_adjoint
@@ -51,6 +51,7 @@ class _ForwardGather(Handle):
     work: Any
     pair: Pair
     layout: SequenceLayout
+    wire: Wire = field(default_factory=Wire)
 
     def wait(self) -> Arrived:
         layout, transition, state = self.layout, self.pair.transition, self.pair.state
@@ -63,9 +64,9 @@ class _ForwardGather(Handle):
         shape = state.shape[1:]
         parameter = transition.parameter
         if not transition.is_known:
-            parameter = unpack_parameter(rows, shape, parameter.shape[1:], parameter.dtype)
+            parameter = self.wire.unpack_parameter(rows, shape, parameter.shape[1:], parameter.dtype)
         needed = max(own) + 1
-        states = unpack_states(rows[:needed], shape, state.dtype)
+        states = self.wire.unpack(rows[:needed], shape, state.dtype)
         prefix = exclusive_scan(Pair(transition.form(parameter[:needed]), states))
         return Arrived(reorder_rows(prefix, own, layout), (parameter,))
 
@@ -77,6 +78,7 @@ class _ReverseGather(ReverseHandle):
     transition: Transition
     layout: SequenceLayout
     grad_incoming: Tensor
+    wire: Wire = field(default_factory=Wire)
 
     def wait(self) -> Tensor:
         layout, like = self.layout, self.grad_incoming
@@ -87,27 +89,29 @@ class _ReverseGather(ReverseHandle):
         with waiting():
             self.work.wait()
         rows = reorder_rows(self.gathered, gathered_rows(layout), layout)
-        grads = unpack_states(rows[first:], like.shape[1:], like.dtype)
+        grads = self.wire.unpack(rows[first:], like.shape[1:], like.dtype)
         outgoing = exclusive_scan_adjoint(self.transition.form(self.transition.parameter[first:]), grads)
         return reorder_rows(outgoing, [index - first for index in own], layout)
 
 
 @dataclass(frozen=True)
 class AllGather(Topology, Carrier):
-    """LASP-2's exchange: best for few ranks and small states. States are rounded to `state_dtype` once."""
+    """LASP-2's exchange: best for few ranks and small states. States are rounded or coded once."""
 
     name = "all_gather"
 
     def start(self, pair: Pair, layout: SequenceLayout) -> Handle:
         sent = None if pair.transition.is_known else pair.transition.parameter
-        gathered, work = _gather(pack_pairs(pair.state, sent, self.state_dtype), layout, "forward")
-        return _ForwardGather(gathered, work, pair, layout)
+        wire = self.wire("forward")
+        gathered, work = _gather(wire.pack(pair.state, sent), layout, "forward")
+        return _ForwardGather(gathered, work, pair, layout, wire)
 
     def start_reverse(
         self, kind: Form, context: tuple[Tensor, ...], grad_incoming: Tensor, layout: SequenceLayout
     ) -> ReverseHandle:
-        gathered, work = _gather(pack_pairs(grad_incoming, None, self.state_dtype), layout, "backward")
-        return _ReverseGather(gathered, work, kind(*context), layout, grad_incoming)
+        wire = self.wire("backward")
+        gathered, work = _gather(wire.pack(grad_incoming), layout, "backward")
+        return _ReverseGather(gathered, work, kind(*context), layout, grad_incoming, wire)
 
     def direction_cost(self, problem: Problem, cluster: Cluster, backward: bool) -> DirectionCost:
         """LASP-2: one all-gather of n pairs per rank, then every rank folds the segments before its own.
@@ -121,4 +125,5 @@ class AllGather(Topology, Carrier):
         steps = problem.num_ranks - 1
         block = problem.segments_per_rank * (problem.state if backward else problem.pair)
         folds = (problem.num_segments - 1) * cluster.fold(problem.fold_size(problem.num_rows), at_once=True)
+        folds += problem.num_segments * cluster.coding(problem.coding_bytes(problem.num_rows), at_once=True)
         return DirectionCost(steps * cluster.gather_step(block) + folds, folds, steps * block, steps, steps)

@@ -43,7 +43,7 @@ from longspan.state import Form, Pair
 
 @dataclass(frozen=True)
 class AllToAll(Topology, Carrier):
-    """Best for many ranks: what a rank sends does not grow with their number. States are rounded to `state_dtype` each way."""
+    """Best for many ranks: what a rank sends does not grow with their number. States are rounded or coded each way."""
 
     name = "all_to_all"
 
@@ -85,7 +85,7 @@ class AllToAll(Topology, Carrier):
 
     def _rows(self, states: Tensor, layout: SequenceLayout, group: dist.ProcessGroup, phase: str) -> RowExchange:
         shares = Shares(group, layout.num_ranks, layout.rank, states.shape[1] * states.shape[2])
-        return RowExchange(shares, gathered_rows(layout), layout, self.state_dtype, phase)
+        return RowExchange(shares, gathered_rows(layout), layout, self.wire(phase))
 
     def direction_cost(self, problem: Problem, cluster: Cluster, backward: bool) -> DirectionCost:
         """All-to-all by rows: every rank scans all segments for r = R / P rows, and sends back what enters each segment.
@@ -106,6 +106,7 @@ class AllToAll(Topology, Carrier):
         seconds = cluster.all_to_all(stretches * (ranks - 1) * largest * there)
         seconds += cluster.all_to_all(stretches * (ranks - 1) * largest * problem.row_state)
         seconds += (problem.num_segments - 1) * cluster.fold(problem.fold_size(largest), at_once=True)
+        seconds += 2 * stretches * cluster.coding(problem.coding_bytes(rows), at_once=True)
         sent = max(sent_by_rows(ranks, rows, own, stretches, there, problem.row_state) for own in shares)
         messages = max(messages_by_rows(ranks, rows, own > 0) for own in shares)
         return DirectionCost(seconds, 0.0, sent, messages, 2)

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 import torch
 
 from longspan.errors import LayoutError
-from longspan.exchange.chain import Chain, chain_of, messages_of_chain
+from longspan.exchange.chain import chain_of, messages_of_chain
+from longspan.exchange.chained import chain_for
 from longspan.exchange.topologies.ring import Ring
 from longspan.exchange.topology import Carrier, Topology
 from longspan.layout import SequenceLayout
@@ -29,15 +30,16 @@ from longspan.state import HeadDecay, Pair, Transition
 class Neighbour(Topology):
     """One send to the next segment's owner: for short documents, and for decays that forget within a segment.
 
-    States are rounded to `state_dtype` once.
+    States are rounded or coded once.
     """
 
     name = "neighbour"
+    tells_links_apart = True
 
     def serves(self, pair: Pair, layout: SequenceLayout, cluster: Cluster) -> bool:
         return only_neighbours_meet(pair, layout)
 
-    def resolve(self, pair: Pair, layout: SequenceLayout) -> Carrier:
+    def carrier(self, pair: Pair, layout: SequenceLayout) -> Carrier:
         if not only_neighbours_meet(pair, layout):
             raise LayoutError(
                 "the exchange 'neighbour' holds where no document spans more than two ranks' segments, or where every head's "
@@ -45,7 +47,7 @@ class Neighbour(Topology):
                 f"transitions of {layout.seq_len} tokens on {layout.num_ranks} ranks ({layout.order}). Use exchange='auto', which "
                 "takes it where it holds, or 'all_to_all'"
             )
-        return Chain(self.name, self.state_dtype, cuts=_cuts(pair.transition, layout))
+        return chain_for(self, layout, cuts=_cuts(pair.transition, layout))
 
     def direction_cost(self, problem: Problem, cluster: Cluster, backward: bool) -> DirectionCost:
         """One message per segment to the owner of the next, all at once, and no fold: for states that reach no further.
@@ -54,10 +56,15 @@ class Neighbour(Topology):
         segments it is the ring.
         """
         if problem.num_segments == 2:
-            return Ring(self.state_dtype).direction_cost(problem, cluster, backward)
+            ring = Ring(self.state_dtype, codec=self.codec, codec_inside=self.codec_inside)
+            return ring.direction_cost(problem, cluster, backward)
         messages = messages_of_chain(problem)
-        seconds = cluster.to_next(messages * problem.state, messages)
-        return DirectionCost(seconds, 0.0, messages * problem.state, messages, 1)
+        inside = self.on_wire(problem, inside=True)
+        seconds = cluster.to_next(messages * problem.state, messages, messages * inside.state)
+        coding = max(each.coding_bytes(each.num_rows) for each in (problem, inside))
+        seconds += messages * cluster.coding(coding, at_once=True)
+        outermost = problem if cluster.num_nodes > 1 else inside
+        return DirectionCost(seconds, 0.0, messages * outermost.state, messages, 1)
 
 
 def only_neighbours_meet(pair: Pair, layout: SequenceLayout) -> bool:

@@ -11,7 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from longspan.errors import InputError
-from longspan.exchange.chain import Chain, chain_cost
+from longspan.exchange.chain import chain_cost
+from longspan.exchange.chained import chain_for
 from longspan.exchange.problem import problem_of, stated_cluster_of
 from longspan.exchange.topology import Carrier, Topology
 from longspan.layout import SequenceLayout
@@ -21,7 +22,7 @@ from longspan.state import Pair
 
 @dataclass(frozen=True)
 class Pipelined(Topology):
-    """ZeCO's exchange: for large states on few ranks. States are rounded to `state_dtype` at each hop.
+    """ZeCO's exchange: for large states on few ranks. States are rounded or coded at each hop.
 
     Args:
         num_blocks: into how many blocks a state is cut, at most V; None takes what the cost model says.
@@ -31,6 +32,7 @@ class Pipelined(Topology):
     """
 
     name = "pipelined"
+    tells_links_apart = True
     num_blocks: int | None = None
 
     def __post_init__(self) -> None:
@@ -40,25 +42,26 @@ class Pipelined(Topology):
             raise InputError(f"num_blocks must be None or an int of at least 1; got {blocks!r}")
 
     def settled(self, problem: Problem, cluster: Cluster) -> Pipelined:
-        return self if self.num_blocks else replace(self, num_blocks=best_num_blocks(problem, cluster))
+        if self.num_blocks:
+            return self
+        return replace(self, num_blocks=best_num_blocks(self.on_wire(problem), cluster))
 
-    def resolve(self, pair: Pair, layout: SequenceLayout) -> Carrier:
+    def carrier(self, pair: Pair, layout: SequenceLayout) -> Carrier:
         num_blocks = self.num_blocks
         if num_blocks is None:
-            problem, cluster = (
-                problem_of(pair, layout, self.state_dtype),
-                stated_cluster_of(layout, pair.state.device.type),
-            )
+            problem = self.on_wire(problem_of(pair, layout, self.state_dtype))
+            cluster = stated_cluster_of(layout, pair.state.device.type)
             key = ("num_blocks", problem, cluster)
             num_blocks = layout.cached(key, lambda: best_num_blocks(problem, cluster))
-        return Chain(self.name, self.state_dtype, num_blocks)
+        return chain_for(self, layout, num_blocks)
 
     def cost(self, problem: Problem, cluster: Cluster) -> Cost:
         return replace(super().cost(problem, cluster), num_blocks=self.settled(problem, cluster).num_blocks)
 
     def direction_cost(self, problem: Problem, cluster: Cluster, backward: bool) -> DirectionCost:
         """The ring in M blocks, which follow each other."""
-        return chain_cost(problem, cluster, self.num_blocks or best_num_blocks(problem, cluster))
+        num_blocks = self.num_blocks or best_num_blocks(problem, cluster)
+        return chain_cost(problem, cluster, num_blocks, self.on_wire(problem, inside=True).wire)
 
 
 def best_num_blocks(problem: Problem, cluster: Cluster) -> int:

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from longspan.exchange.chain import Chain, chain_cost
+from longspan.exchange.chain import chain_cost
+from longspan.exchange.chained import chain_for
 from longspan.exchange.topology import Carrier, Topology
 from longspan.layout import SequenceLayout
 from longspan.plan import Cluster, DirectionCost, Problem
@@ -23,13 +24,14 @@ from longspan.state import Pair
 
 @dataclass(frozen=True)
 class Ring(Topology):
-    """LASP's exchange: least bytes, one rank after another; the baseline. States are rounded to `state_dtype` at each hop."""
+    """LASP's exchange: least bytes, one rank after another; the baseline. States are rounded or coded at each hop."""
 
     name = "ring"
+    tells_links_apart = True
 
-    def resolve(self, pair: Pair, layout: SequenceLayout) -> Carrier:
-        return Chain(self.name, self.state_dtype)
+    def carrier(self, pair: Pair, layout: SequenceLayout) -> Carrier:
+        return chain_for(self, layout)
 
     def direction_cost(self, problem: Problem, cluster: Cluster, backward: bool) -> DirectionCost:
         """h hops, each a whole state, and a fold at each segment that the state passes; one rank works at a time."""
-        return chain_cost(problem, cluster, num_blocks=1)
+        return chain_cost(problem, cluster, 1, self.on_wire(problem, inside=True).wire)

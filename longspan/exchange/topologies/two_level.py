@@ -56,17 +56,19 @@ class TwoLevel(Topology, Carrier):
 
     The nodes are those of a layout's two-dimensional mesh or of its `ranks_per_node`; else hosts, told apart by their names.
 
-    States are rounded to `state_dtype` at both levels, each way.
+    States are rounded or coded at both levels, each way: inside nodes by `codec_inside`, between them by `codec`.
     """
 
     name = "two_level"
+    tells_links_apart = True
 
     def serves(self, pair: Pair, layout: SequenceLayout, cluster: Cluster) -> bool:
         """Whether there are several nodes of several ranks, and the layout's nodes are the cluster's."""
         if cluster.num_nodes == 1 or cluster.ranks_per_node == 1:
             return False
         try:
-            return _nodes(layout).ranks_per_node == cluster.ranks_per_node
+            nodes = _nodes(layout)
+            return nodes.ranks_per_node == cluster.ranks_per_node and _nodes_stay_together(layout, nodes)
         except LayoutError:
             return False
 
@@ -88,6 +90,16 @@ class TwoLevel(Topology, Carrier):
             run_beside(group_of(layout), grad_incoming.device, work, name=self.name, phase="backward")
         )
 
+    def carrier(self, pair: Pair, layout: SequenceLayout) -> Carrier:
+        nodes = _nodes(layout)
+        if not _nodes_stay_together(layout, nodes):
+            raise LayoutError(
+                "the topology 'two_level' needs the ranks of a node to hold parts of the sequence that follow one another; got "
+                f"nodes of {nodes.ranks_per_node} ranks and rank_order {list(layout.rank_order)}. Order whole nodes, as "
+                f"longspan.plan.chain_order(links, num_bytes, ranks_per_node={nodes.ranks_per_node}) does, or take 'all_to_all'"
+            )
+        return self
+
     def _levels(self, states: Tensor, layout: SequenceLayout, phase: str) -> _Levels:
         nodes = _nodes(layout)
         runs = _runs_of(layout, nodes)
@@ -102,8 +114,8 @@ class TwoLevel(Topology, Carrier):
         )
         return _Levels(
             runs,
-            RowExchange(in_node, runs.node_order, layout, self.state_dtype, phase),
-            RowExchange(on_rail, runs.rail_order, layout, self.state_dtype, phase),
+            RowExchange(in_node, runs.node_order, layout, self.wire(phase, inside=True)),
+            RowExchange(on_rail, runs.rail_order, layout, self.wire(phase)),
         )
 
     def direction_cost(self, problem: Problem, cluster: Cluster, backward: bool) -> DirectionCost:
@@ -117,23 +129,27 @@ class TwoLevel(Topology, Carrier):
                   + (m − 1) · (compose(n R / m) + fold(n R / m)) + (n N − 1) · fold(R / P)
         """
         nodes, members, stretches = cluster.num_nodes, cluster.ranks_per_node, problem.segments_per_rank
-        there, back = problem.row_state + (0 if backward else problem.row_transition), problem.row_state
+        inside = self.on_wire(problem, inside=True)
+        transition = 0 if backward else problem.row_transition
+        outer, inner = ((each.row_state + transition, each.row_state) for each in (problem, inside))
         in_node = -(-problem.num_rows // members)
         on_rail = -(-in_node // nodes)
         seconds = 0.0
-        for row in (there, back):
+        for row, row_inside in zip(outer, inner, strict=True):
             if members > 1:
-                seconds += cluster.intra.seconds(stretches * (members - 1) * in_node * row, True, members - 1)
+                seconds += cluster.intra.seconds(stretches * (members - 1) * in_node * row_inside, True, members - 1)
             if nodes > 1:
                 seconds += cluster.inter.seconds(stretches * (nodes - 1) * on_rail * row, True, nodes - 1)
+        coded = inside.coding_bytes(problem.num_rows) + problem.coding_bytes(in_node)
+        seconds += 2 * stretches * cluster.coding(coded, at_once=True)
         step, rows = problem.fold_size, stretches * in_node
         composed = step(rows) if backward else problem.compose_size(rows)
         seconds += (members - 1) * (cluster.fold(composed, at_once=True) + cluster.fold(step(rows), at_once=True))
         seconds += (stretches * nodes - 1) * cluster.fold(step(on_rail), at_once=True)
         shares = [(own, part) for own in shares_of(problem.num_rows, members) for part in shares_of(own, nodes)]
         sent = [
-            sent_by_rows(members, problem.num_rows, own, stretches, there, back)
-            + sent_by_rows(nodes, own, part, stretches, there, back)
+            sent_by_rows(members, problem.num_rows, own, stretches, *inner)
+            + sent_by_rows(nodes, own, part, stretches, *outer)
             for own, part in shares
         ]
         messages = [
@@ -142,6 +158,12 @@ class TwoLevel(Topology, Carrier):
         ]
         steps = 2 * (members > 1) + 2 * (nodes > 1)
         return DirectionCost(seconds, 0.0, max(sent), max(messages), steps)
+
+
+def _nodes_stay_together(layout: SequenceLayout, nodes: Nodes) -> bool:
+    """Whether the ranks of each node hold parts of the sequence that follow one another."""
+    order, size = layout.rank_order, nodes.ranks_per_node
+    return all(len({rank // size for rank in order[first : first + size]}) == 1 for first in range(0, len(order), size))
 
 
 def _nodes(layout: SequenceLayout) -> Nodes:
@@ -178,7 +200,7 @@ def _runs_of(layout: SequenceLayout, nodes: Nodes) -> _Runs:
 
 def _find_runs(layout: SequenceLayout, nodes: Nodes) -> _Runs:
     segments, size = layout.all_segments, nodes.ranks_per_node
-    # Ranks of a node are consecutive, and so are their segments of a slot: runs come in global order.
+    # Ranks of a node follow each other, and so do their segments of a slot: runs come in global order.
     runs: dict[tuple[int, int], list[int]] = {}
     for index, segment in enumerate(segments):
         runs.setdefault((segment.rank // size, segment.slot), []).append(index)

@@ -115,6 +115,12 @@ class ParallelOptions:
     exchange: str | Exchanger = "auto"
     softmax_method: SoftmaxMethod = "auto"
 
+    def for_another_layer(self) -> ParallelOptions:
+        """The same options for another layer: a codec that remembers a layer's errors remembers none yet."""
+        if isinstance(self.exchange, str) or not self.exchange.remembers_errors:
+            return self
+        return replace(self, exchange=self.exchange.for_another_layer())
+
 
 @dataclass(frozen=True)
 class SequenceParallel:
@@ -187,7 +193,7 @@ class SequenceMixer(nn.Module, ABC):
 
     def set_parallel(self, options: ParallelOptions, place: SequenceParallel | None) -> None:
         """Take the options of a parallel run, and the group whose layouts the mixer is called with from now on, or None."""
-        self.parallel, self.sequence_parallel = options, place
+        self.parallel, self.sequence_parallel = options.for_another_layer(), place
 
 
 def operations_of_matrices(module: nn.Module) -> float:
