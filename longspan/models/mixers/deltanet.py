@@ -7,29 +7,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from longspan.features import unit_length
-from longspan.models.gates import WriteStrength
-from longspan.models.initial import InitialWeights
-from longspan.models.mixers.convolution import ShortConvolution
-from longspan.models.mixers.layer import (
-    Footprint,
-    LayerMixer,
-    memory_of,
-    operations_of_state,
-    squares_of_delta_rule,
-    write_state,
-)
-from longspan.models.mixers.mixer import Context, LayerMemory, operations_of_matrices
+from longspan.models.mixers.delta_layer import DeltaLayer
+from longspan.models.mixers.layer import Footprint
 from longspan.models.norms import RMSNorm
 
 if TYPE_CHECKING:
     from longspan.models.config import LinearLlama3Config
 
 
-class DeltaNetMixer(LayerMixer):
+class DeltaNetMixer(DeltaLayer):
     """o = out(norm_per_head(read(q, write(k, v)))): a token replaces what its key reads by its value, to the share β = σ(x W).
 
     DeltaNet's layer (arXiv 2406.06484): q, k and v through a convolution of 4 taps and silu, q and k then of length 1.
@@ -38,35 +26,15 @@ class DeltaNetMixer(LayerMixer):
     It remembers ``{"state": [B, H, D, D], "taps": [B, 3, 3 H · D]}``.
     """
 
-    name = "deltanet"
+    name, operator = "deltanet", "delta_rule"
 
     def __init__(self, config: LinearLlama3Config, layer: int) -> None:
         super().__init__(config, layer)
-        self.num_heads, self.head_dim = config.num_heads, config.size_of_head
-        inner = self.num_heads * self.head_dim
-        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(config.dim, inner, bias=False) for _ in range(3))
-        self.convolution = ShortConvolution(3 * inner)
-        self.strength = WriteStrength(config.dim, self.num_heads)
-        self.norm = RMSNorm(self.head_dim, config.norm_eps)
-        self.out_proj = nn.Linear(inner, config.dim, bias=False)
+        self.add_convolution(config)
+        self.add_output(config, RMSNorm(self.value_size, config.norm_eps))
 
-    def mix(self, x: Tensor, context: Context) -> tuple[Tensor, LayerMemory | None]:
-        inputs = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], dim=-1)
-        inputs, taps = self.convolution(inputs, context)
-        q, k, v = inputs.unflatten(-1, (3 * self.num_heads, self.head_dim)).chunk(3, dim=2)
-        memory = write_state("delta_rule", unit_length(k), v, self.strength(x), context, self.parallel)
-        out: Tensor = self.out_proj(self.norm(memory.read(unit_length(q))).flatten(2))
-        return out, memory_of(memory, context, taps)
-
-    def init_weights(self, initial: InitialWeights) -> None:
-        initial.fill(self, residual=(self.out_proj,))
-
-    def flops_per_token(self, seq_len: int) -> float:
-        state = operations_of_state(self.num_heads, self.head_dim, self.head_dim, erases=True)
-        return operations_of_matrices(self) + self.convolution.flops_per_token + state
+    def gates(self, x: Tensor) -> dict[str, Tensor]:
+        return self.strength(x)
 
     def footprint(self) -> Footprint:
-        inner = self.num_heads * self.head_dim
-        wide = 8 * inner + 4 * self.num_heads + squares_of_delta_rule(self.num_heads)
-        state = inner * self.head_dim
-        return Footprint(5 * inner, wide, state, transition=state, halo=self.convolution.halo)
+        return self.footprint_of(narrow=5 * self.num_keys, wide=8 * self.num_keys + 4 * self.num_heads)
