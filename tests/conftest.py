@@ -8,8 +8,8 @@ import signal
 import pytest
 import torch
 
-from tests.left_to_test_all import leave
 from tests.ranks import stop_ranks
+from tests.slow_rows import mark_slow_rows
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -27,9 +27,9 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     # Before those marked slow are left out.
-    unused = leave(items)
+    unused = mark_slow_rows(items)
     if unused and config.args_source is pytest.Config.ArgsSource.TESTPATHS:
-        raise pytest.UsageError(f"tests/left_to_test_all.py has patterns that no test matches: {', '.join(unused)}")
+        raise pytest.UsageError(f"slow_rows names what no row of the test matches: {', '.join(unused)}")
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:

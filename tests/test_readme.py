@@ -93,6 +93,7 @@ def _marked(command: str) -> Any:
     return pytest.param(command, marks=pytest.mark.slow if "--parallel.sp 4" in command else ())
 
 
+@pytest.mark.slow_rows(r"^\.venv/bin/torchrun")
 @pytest.mark.parametrize("command", [_marked(command) for command in _commands()])
 def test_commands_run(command: str, tmp_path: Path) -> None:
     program, *arguments = shlex.split(command)

@@ -176,6 +176,7 @@ def on_ranks(name: str) -> float:
     return relative_error(got, layout.shard(want))
 
 
+@pytest.mark.slow_rows(r"^kda")
 @pytest.mark.parametrize(
     "name", ["kda", "linear_attention, both ways", "softmax after a past", "convolution", "mamba2", "selective_scan"]
 )

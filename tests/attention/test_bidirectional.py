@@ -52,6 +52,7 @@ def errors_on_rank(name: str, order: Any, seq_len: int, documents: list[int] | N
     return errors + [relative_error(g, layout.shard(e)) for g, e in zip(grads, expected_grads, strict=True)]
 
 
+@pytest.mark.slow_rows(r"^linear_attention-contiguous-3")
 @pytest.mark.parametrize(
     "num_ranks", [1, pytest.param(2, marks=pytest.mark.slow), 3, pytest.param(4, marks=pytest.mark.slow)]
 )

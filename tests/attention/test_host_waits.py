@@ -126,6 +126,7 @@ def test_what_makes_the_host_wait_is_seen(look: Any) -> None:
     assert found
 
 
+@pytest.mark.slow_rows(r"^(?!simple_gla-).*-documents1$")
 @pytest.mark.parametrize("documents", [None, DOCUMENTS])
 @pytest.mark.parametrize("name", CALLS)
 def test_no_operator_waits_in_a_second_call(
@@ -141,6 +142,7 @@ def test_no_operator_waits_in_a_second_call(
     assert not waits_of_a_second_call(function, layout, monkeypatch)
 
 
+@pytest.mark.slow_rows(r"^(?!simple_gla-).*-documents1$")
 @pytest.mark.parametrize(("order", "documents"), [("contiguous", None), ("zigzag", DOCUMENTS)])
 @pytest.mark.parametrize("name", VARIANTS)
 def test_no_form_waits_where_states_come_from_other_ranks(
@@ -175,6 +177,7 @@ def test_no_form_waits_where_states_come_from_other_ranks(
     assert not waits_of_a_second_call(function, layout, monkeypatch)
 
 
+@pytest.mark.slow_rows(r"^(?!simple_gla-).*-documents1$")
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @pytest.mark.parametrize("documents", [None, DOCUMENTS])

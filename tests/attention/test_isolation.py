@@ -134,6 +134,9 @@ SPLITS = [(3, "contiguous")]
 MORE = [(2, "zigzag"), (1, "contiguous"), (2, "contiguous"), (3, "zigzag")]
 
 
+@pytest.mark.slow_rows(
+    r"^(linear_attention|retention|kda|gated_delta_rule)-", r"^(gla_with_bonus|comba|gated_delta_product)-"
+)
 @pytest.mark.parametrize(
     ("num_ranks", "order"), [*SPLITS, *(pytest.param(*split, marks=pytest.mark.slow) for split in MORE)]
 )
@@ -211,6 +214,7 @@ OTHERS += [
 ]
 
 
+@pytest.mark.slow_rows(r"-2-")
 @pytest.mark.parametrize(("num_ranks", "order"), [*SPLITS, *MORE])
 @pytest.mark.parametrize(("kind", "option"), OTHERS)
 def test_nan_and_infinity_stay_in_their_document_in_other_layers(

@@ -72,6 +72,7 @@ CALLS: dict[str, Callable[[int], Tensor]] = {
 }
 
 
+@pytest.mark.slow_rows(r"^kernels of gla")
 @pytest.mark.parametrize("name", CALLS)
 def test_a_second_call_of_the_same_length_builds_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     builds: list[str] = []

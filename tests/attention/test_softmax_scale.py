@@ -77,6 +77,7 @@ def check(num_ranks: int, calls: list[Call]) -> None:
             assert error <= TOLERANCES[call.dtype], (rank, call, error)
 
 
+@pytest.mark.slow_rows(r"^(ring|all_gather)-3$")
 @pytest.mark.parametrize("num_ranks", [1, pytest.param(2, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_negative_or_zero_scale_equals_dense_attention(num_ranks: int, method: SoftmaxMethod) -> None:
@@ -190,6 +191,7 @@ def errors_with_hidden_keys(method: SoftmaxMethod) -> list[float]:
     return errors
 
 
+@pytest.mark.slow_rows(r"^(ring|all_gather)-3$")
 @pytest.mark.parametrize("num_ranks", [1, pytest.param(2, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize("method", METHODS)
 def test_keys_whose_score_is_minus_infinity_are_not_there(num_ranks: int, method: SoftmaxMethod) -> None:

@@ -30,6 +30,7 @@ def check(num_ranks: int, cases: list[Case], tolerance: float = 1e-11) -> None:
             assert worst(errors) <= tolerance, (rank, case, errors)
 
 
+@pytest.mark.slow_rows(r"-2$")
 @pytest.mark.parametrize("num_ranks", [1, 2, 3])
 @pytest.mark.parametrize("method", METHODS)
 def test_softcap_and_sinks_equal_dense_attention(num_ranks: int, method: SoftmaxMethod) -> None:

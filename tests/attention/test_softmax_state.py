@@ -160,6 +160,7 @@ def test_half_precision_stays_close_to_float64(method: SoftmaxMethod) -> None:
     check(2, [Case(21, 9, method, "zigzag", w, (6, 2), torch.bfloat16) for w in (None, 7)], 3e-2)
 
 
+@pytest.mark.slow_rows(r"^(ring|all_gather)")
 @pytest.mark.parametrize("method", METHODS)
 def test_ranks_may_use_either_output_and_freeze_any_input(method: SoftmaxMethod) -> None:
     """Every combination that lets a rank's loss take other outputs, or other inputs take gradients, than another rank's."""

@@ -109,6 +109,7 @@ def test_what_is_not_finite_reaches_what_it_reaches_in_the_recurrence(name: str,
                 assert not x[~finite].isfinite().any(), (backend, decay, key, token, item, "is finite")
 
 
+@pytest.mark.slow_rows(r"^(simple_gla|retention)-100-")
 @pytest.mark.parametrize("value", [-torch.inf, torch.finfo(torch.float32).min, -1e3])
 @pytest.mark.parametrize("seq_len", LENGTHS)
 @pytest.mark.parametrize("name", ["retention", "simple_gla", "gla"])

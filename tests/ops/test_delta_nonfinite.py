@@ -89,6 +89,7 @@ def extremes(name: str, inputs: Inputs) -> Iterator[tuple[str, dict[str, Tensor]
         yield f"g {value} everywhere", {"g": torch.full_like(g, value)}
 
 
+@pytest.mark.slow_rows(r"-(63|64|65)-(delta_rule|kda)$")
 @pytest.mark.parametrize("seq_len", LENGTHS)
 @pytest.mark.parametrize("packed", [False, True])
 def test_extreme_gates_and_keys_give_what_the_recurrence_gives(name: str, seq_len: int, packed: bool) -> None:
@@ -127,6 +128,7 @@ def planted(name: str, seq_len: int, dtype: torch.dtype) -> Iterator[tuple[str, 
             yield key, int(torch.randint(seq_len, (), generator=generator)), value
 
 
+@pytest.mark.slow_rows(r"-(63|64|65)-(delta_rule|kda)$")
 @pytest.mark.parametrize("seq_len", LENGTHS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_no_token_changes_an_earlier_output_by_what_is_not_finite(name: str, seq_len: int, dtype: torch.dtype) -> None:
@@ -149,6 +151,7 @@ def test_no_token_changes_an_earlier_output_by_what_is_not_finite(name: str, seq
         assert torch.equal(o[:-1], before[:-1]) or relative_error(o[:-1], before[:-1]) < 1e-2, (key, token, value)
 
 
+@pytest.mark.slow_rows(r"-(63|64|65)-(delta_rule|kda)$")
 @pytest.mark.parametrize("seq_len", LENGTHS)
 @pytest.mark.parametrize("decay", [0.3, 30.0])
 def test_no_upstream_gradient_that_is_not_finite_reaches_a_later_token(name: str, seq_len: int, decay: float) -> None:

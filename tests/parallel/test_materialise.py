@@ -61,6 +61,7 @@ def unequal(config: Config, degrees: MeshDegrees, dtype: torch.dtype | None = No
     return [name for name, weight in found.items() if not torch.equal(weight, alone[name])]
 
 
+@pytest.mark.slow_rows(r"(dp_shard=4, sp=1|dp_replicate=2|shard_over_sp=True)")
 @pytest.mark.parametrize(
     "degrees",
     [

@@ -33,6 +33,7 @@ def gradients(model: Any, called: Any, tokens: Tensor, layout: SequenceLayout | 
     return [loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))]
 
 
+@pytest.mark.slow_rows(r"^simple_gla-True")
 @pytest.mark.parametrize("packed", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("operator", ["simple_gla", pytest.param("kda", marks=pytest.mark.slow)])
 def test_one_graph_serves_all_lengths(operator: str, packed: bool) -> None:

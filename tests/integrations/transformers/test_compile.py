@@ -31,6 +31,7 @@ def compiled(name: str) -> dict[str, float]:
 
 
 # What the compiler itself warns of where a graph breaks.
+@pytest.mark.slow_rows(r"^llama")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
 @pytest.mark.parametrize(
     "name",

@@ -43,12 +43,14 @@ def test_the_decay_family_has_kernels() -> None:
     assert NAMES == ["linear_attention", "retention", "simple_gla", "gla"]
 
 
+@pytest.mark.slow_rows(r"^(31|16)-")
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("seq_len", [1, 16, 31, 70])
 def test_kernels_equal_the_recurrent_form_at_any_length(name: str, seq_len: int) -> None:
     assert_right(name, make_inputs(name, seq_len, dtype=torch.float32, heads=1, batch=2))
 
 
+@pytest.mark.slow_rows(r"(bfloat16-gla|float16-linear_attention|float16-gla)")
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_packed_documents_groups_and_sizes_that_are_no_power_of_two(name: str, dtype: torch.dtype) -> None:
@@ -133,6 +135,7 @@ def test_a_state_that_nobody_reads_still_has_its_gradient(name: str) -> None:
         assert relative_error(ours, theirs) < 1e-5
 
 
+@pytest.mark.slow_rows(r"^(simple_gla|retention)")
 @pytest.mark.parametrize("name", NAMES)
 def test_gradients_may_be_asked_for_one_by_one(name: str) -> None:
     inputs = make_inputs(name, 45, dtype=torch.float32)
@@ -197,6 +200,7 @@ def test_on_a_cpu_without_the_interpreter_the_error_says_what_to_do() -> None:
     assert "the tensors are on cpu. Use backend='torch' there" in done.stdout
 
 
+@pytest.mark.slow_rows(r"^gla-documents2")
 @pytest.mark.parametrize(("name", "documents"), [("retention", None), ("gla", None), ("gla", [0, 7, 40])])
 def test_torch_compile_keeps_one_graph(name: str, documents: list[int] | None) -> None:
     inputs = make_inputs(name, 40, dtype=torch.float32)

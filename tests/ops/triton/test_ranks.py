@@ -35,6 +35,7 @@ def errors_of_kernels(name: str, cases: list[tuple[Any, list[int] | None, str]])
 QUICK = {("linear_attention", 2), ("retention", 2), ("simple_gla", 3), ("gla", 2)}
 
 
+@pytest.mark.slow_rows(r"^(simple_gla-3|linear_attention-2|retention-2)")
 @pytest.mark.parametrize(
     ("name", "num_ranks"),
     [pytest.param(name, n, marks=pytest.mark.slow if (name, n) not in QUICK else ()) for name in NAMES for n in (2, 3)],
