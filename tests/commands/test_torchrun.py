@@ -56,6 +56,7 @@ def config(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_ranks", RANKS)
 def test_doctor_looks_at_the_ranks_of_torchrun_and_says_each_thing_once(num_ranks: int) -> None:
     done = torchrun(num_ranks, "doctor")
