@@ -101,6 +101,7 @@ def test_a_wrong_result_is_not_timed_and_every_rank_says_so(wrong: type[Topology
         assert f"ring does not compute the scan {direction}" in message and "no figure is reported" in message
 
 
+@pytest.mark.slow
 def test_the_command_starts_its_ranks_prints_the_table_and_writes_the_figures(tmp_path: Path) -> None:
     path = tmp_path / "figures.json"
     arguments = "--ranks 2 --operator gated_delta_rule --heads 2 --key-size 4 --value-size 6 --repeats 2 --order zigzag"
