@@ -25,6 +25,7 @@ from benchmarks import (
     selective_scan,
     softmax,
     start,
+    stream,
     training,
     uneven,
     uneven_links,
@@ -56,6 +57,7 @@ def main() -> None:
         **loss.TABLES,
         **training.TABLES,
         **start.TABLES,
+        **stream.TABLES,
         **uneven.TABLES,
         **uneven_links.TABLES,
     }

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 import longspan
-from benchmarks import curves, exposed, finetune, methods, modelled
+from benchmarks import curves, exposed, finetune, methods, modelled, stream
 from benchmarks.figures.__main__ import FIGURES
 from benchmarks.figures.common import with_origin, write
 from benchmarks.figures.timeline import _spans
@@ -82,6 +82,24 @@ DATA: dict[str, dict[str, Any]] = {
             side: {"mesh": mesh, "losses": [3.0, 2.0, 1.0], "relative_differences": [0.0, 1e-7, 2e-7]}
             for side, mesh in curves.MESHES.items()
         },
+    },
+    "stream": {
+        "shape": "4 layers",
+        "sides": [
+            {"side": side, "ranks": ranks, "tokens": tokens, "bytes": 2**28, "seconds": 1.5}
+            for side, ranks in stream.LENGTHS
+            for tokens in (1024, 2048)
+        ],
+        "ratios": {"1024": "1.30 (1.20-1.40)"},
+    },
+    "million": {
+        "tokens": 4096,
+        "segment_tokens": 1024,
+        "shape": "4 layers",
+        "losses": [7.0, 6.0],
+        "seconds": [3.0, 3.5],
+        "peak_bytes": 2**29,
+        "by_position": [{"first": 0, "stop": 32, "nats": 6.5}, {"first": 32, "stop": 4096, "nats": 6.0}],
     },
 }
 

@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from benchmarks.figures import curves, finetune, throughput, timeline, traffic, waiting
+from benchmarks.figures import curves, finetune, million, stream, throughput, timeline, traffic, waiting
 from benchmarks.figures.common import pyplot, with_origin, write
 from benchmarks.harness import reexecute_with_memory_settings
 from benchmarks.network import NetworkError
@@ -18,6 +18,8 @@ FIGURES = {
     "timeline": timeline.FIGURE,
     "finetune": finetune.FIGURE,
     "curves": curves.FIGURE,
+    "stream": stream.FIGURE,
+    "million": million.FIGURE,
 }
 
 

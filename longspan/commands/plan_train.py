@@ -261,6 +261,7 @@ def step_of(config: Config, mesh: MeshDegrees) -> Step:
         largest_share=None if weights is None else max(weights) / sum(weights),
         segment_tokens=config.train.segment_tokens,
         memory_every=config.train.segment_memory_every,
+        offload=config.train.segment_offload and isinstance(config, PlanConfig) and config.cluster.device != "cpu",
     )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, cast, overload
 
 import torch
@@ -52,17 +52,27 @@ class ModelMemory:
     @property
     def tensors(self) -> dict[str, Tensor]:
         """Those of all layers, by the layer's number and their name."""
-        return {
-            f"{number}.{name}": x for number, layer in enumerate(self.layers) for name, x in layer.all_tensors.items()
-        }
+        return {f"{number}.{name}": x for number, layer in enumerate(self.layers) for name, x in layer.tensors.items()}
 
     def with_tensors(self, tensors: Mapping[str, Tensor]) -> ModelMemory:
-        """The same with other tensors by the same names."""
-        layers = (
-            layer.with_tensors({name: tensors[f"{number}.{name}"] for name in layer.all_tensors})
-            for number, layer in enumerate(self.layers)
-        )
+        """The same with these tensors, named so, in the place of its own."""
+        own: list[dict[str, Tensor]] = [{} for _ in self.layers]
+        for name, x in tensors.items():
+            number, _, of_layer = name.partition(".")
+            own[int(number)][of_layer] = x
+        layers = (replace(layer, tensors=named) for layer, named in zip(self.layers, own, strict=True))
         return ModelMemory(self.num_tokens, tuple(layers))
+
+    def sent_back(self, kept: ModelMemory) -> Iterator[tuple[Tensor, Tensor]]:
+        """Keys and values that this call has made, each with the gradient that later segments of time have sent to `kept`.
+
+        kept: the same memory, as an earlier call left it, which later segments were given; its gradients are taken from it.
+        """
+        for layer, of_kept in zip(self.layers, kept.layers, strict=True):
+            made = None if layer.earlier is None else layer.earlier.last
+            held = None if of_kept.earlier is None else of_kept.earlier.last
+            if made is not None and held is not None:
+                yield from zip((made.k, made.v), held.take_grads(), strict=True)
 
     @property
     def num_bytes(self) -> int:
@@ -230,8 +240,8 @@ class LinearLlama3(nn.Module):
             output_memory: also return what it remembers afterwards, on every rank: `memory` of the tokens that follow. A prompt
                 over ranks, and then token by token on one of them (``SequenceLayout.local(1)``, if the model is parallelized),
                 is the same call. Of packed documents it is that of the last one.
-            in_segments: these are a segment of time of a longer sequence, as `longspan.stream` calls the model: softmax layers
-                remember the keys and values of each segment by themselves.
+            in_segments: these are a segment of time of a longer sequence, as `longspan.stream` calls the model, beginning with
+                `empty_memory`.
 
         Returns:
             Logits ``[B, T, vocab_size]``, or of the `logits_to_keep` last tokens, float32 (float64 for float64 weights), or with
@@ -320,6 +330,13 @@ class LinearLlama3(nn.Module):
         initial.fill(self.shared)
         if not self.config.tie_embeddings:
             initial.fill(self.head)
+
+    def empty_memory(self, offload: bool = False) -> ModelMemory:
+        """What the model remembers where a sequence of segments of time begins: ``memory`` of the first one's call.
+
+        offload: keep keys and values of earlier segments, and their gradients, in host memory.
+        """
+        return ModelMemory(0, tuple(block.mixer.empty_memory(offload) for block in self._blocks()))
 
     def num_parameters(self) -> int:
         """Number of trained numbers; a tied matrix counts once."""

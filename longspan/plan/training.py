@@ -62,7 +62,8 @@ class Step:
     seq_len: N, of a whole sequence. rows: sequences of a micro batch. num_micro_batches: of a step. number_bytes: of what layers
     compute in, 2 or 4. recompute: whether layers keep their input alone. segments_per_rank: 2 in zigzag order over several ranks.
     largest_share: of a sequence, that of the rank that holds most; None where shares are equal. segment_tokens: of a segment of
-    time, where sequences are computed in such; memory_every: of how many of them the memory that enters one is kept.
+    time, where sequences are computed in such; memory_every: of how many of them the memory that enters one is kept; offload:
+    whether keys and values of earlier ones are in other memory than the device's.
     """
 
     seq_len: int
@@ -74,6 +75,7 @@ class Step:
     largest_share: float | None = None
     segment_tokens: int | None = None
     memory_every: int = 1
+    offload: bool = False
 
     def tokens_of_rank(self, num_ranks: int) -> int:
         """Of the sequences of a micro batch, those of the rank that holds most; num_ranks: that share a sequence."""
@@ -147,7 +149,7 @@ def plan_memory(sizes: ModelSizes, mesh: MeshDegrees, step: Step, device: Device
         exchanged = max(exchanged, (mesh.sp * step.segments_per_rank + 1) * step.rows * largest_state * _FLOAT32)
     loss = loss_bytes(sizes, tokens, step.number_bytes)
     accumulated = own * _FLOAT32 if step.num_micro_batches * step.num_segments > 1 else 0
-    between = kept_between_segments(sizes, step) if step.num_segments > 1 else 0
+    between = kept_between_segments(sizes, step, mesh.sp) if step.num_segments > 1 else 0
 
     def slack(num_bytes: int) -> int:
         return int(num_bytes * device.slack)
@@ -183,17 +185,25 @@ def plan_memory(sizes: ModelSizes, mesh: MeshDegrees, step: Step, device: Device
     return max(MemoryPlan(backward), MemoryPlan(update), key=lambda plan: plan.total)
 
 
-def kept_between_segments(sizes: ModelSizes, step: Step) -> int:
-    """Bytes of what enters segments of time: states and taps of those that are kept; keys and values of all, and their gradients.
+def kept_between_segments(sizes: ModelSizes, step: Step, num_ranks: int = 1) -> int:
+    """Bytes of what enters segments of time, on a rank, as the last one ends.
 
-    Of one rank: each has the states, taps, keys and values of all tokens so far.
+    States and taps of the segments that are kept, which every rank has; keys and values of its own tokens of all but the last
+    segment, with a window of those that it lets later ones see, and their gradients in float32, of the parts that are within reach.
+    In host memory (`offload`) they are not counted but for two parts on their way.
     """
     mixers = [sizes.mixers[operator] for operator in sizes.operators]
     states = step.num_memories * sum(mixer.state * _FLOAT32 + mixer.halo * step.number_bytes for mixer in mixers)
-    earlier = step.seq_len if sizes.window is None else min(step.seq_len, sizes.window - 1 + (step.segment_tokens or 0))
-    keys = 2 * sizes.kv_heads * sizes.head_dim * earlier * sizes.operators.count("softmax")
-    # Gradients are summed in float32.
-    return step.rows * (states + keys * (step.number_bytes + _FLOAT32))
+    segment = step.seq_len if step.segment_tokens is None else step.segment_tokens
+    part = ceil(segment / num_ranks if step.largest_share is None else segment * step.largest_share)
+    num_parts = num_reached = step.num_segments - 1
+    if sizes.window is not None:
+        part, num_reached = min(part, sizes.window - 1), min(num_parts, ceil((sizes.window - 1) / segment))
+    numbers = 2 * sizes.kv_heads * sizes.head_dim * part
+    layers = sizes.operators.count("softmax")
+    if step.offload:
+        layers, num_parts, num_reached = min(layers, 1), 2, 2
+    return step.rows * (states + layers * numbers * (num_parts * step.number_bytes + num_reached * _FLOAT32))
 
 
 @dataclass(frozen=True)

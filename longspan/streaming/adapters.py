@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol, TypeVar
 
 from torch import Tensor, nn
@@ -15,15 +15,22 @@ from longspan.ops.chunked.scores import TokenScores
 class Memory(Protocol):
     """What a model remembers behind a segment: tensors by name, and whatever else belongs to them.
 
-    A tensor of what leaves a segment that *is* one of those that entered it is passed on: the gradients of all later segments are
-    summed in it, for the segment that made it. Every other one is new, whatever its name.
+    tensors: what the next segment alone is given, such as states, whose gradients the engine hands on. The rest, such as keys and
+    values that all later segments read, is passed on as it is and gathers gradients by itself.
     """
 
     @property
     def tensors(self) -> Mapping[str, Tensor]: ...
 
     def with_tensors(self, tensors: Mapping[str, Tensor]) -> Any:
-        """The same with other tensors by the same names."""
+        """The same with these tensors in the place of its own; none is what is kept of each segment in any case."""
+        ...
+
+    def sent_back(self, kept: Any) -> Iterable[tuple[Tensor, Tensor]]:
+        """Of the rest: what the segment has made in this pass, each with the gradient that later segments have sent to `kept`.
+
+        kept: what the segment left in the first pass, which later ones were given.
+        """
         ...
 
 
@@ -35,6 +42,10 @@ class StreamedSequence(Protocol):
     """
 
     counts_first: bool
+
+    def start(self) -> Any:
+        """What is remembered where a document begins."""
+        ...
 
     def remember(self, tokens: Tensor, layout: SequenceLayout | None, memory: Any) -> Any:
         """What is remembered behind the tokens; called without gradients."""
@@ -64,8 +75,11 @@ class StreamedSequence(Protocol):
 class StreamedModel(Protocol):
     """A model that can be given what it remembers of earlier tokens, with gradients."""
 
-    def sequence(self, num_valid: int, routing: Any) -> StreamedSequence:
-        """Begin a sequence whose losses are divided by `num_valid`; routing: what the caller says of routers, or None."""
+    def sequence(self, num_valid: int, routing: Any, offload: bool) -> StreamedSequence:
+        """Begin a sequence whose losses are divided by `num_valid`.
+
+        routing: what the caller says of routers, or None. offload: whether what all later segments read is kept in host memory.
+        """
         ...
 
 

@@ -5,13 +5,13 @@ With M_s what enters segment s, f the model, and λ_s = ∂L/∂M_s:
     forward, without a graph       M_{s+1} = f(M_s, tokens of s)                        for s = 0, 1, ...
     backward, from the last one    l_s, M_{s+1} = f(M_s, tokens of s)   with its graph;  (1, λ_{s+1}) -> λ_s and the parameters'
 
-The last segment needs no first pass. A memory that is passed on, such as keys of earlier segments, is an input of all later ones:
-its gradient is the sum of what each of them sends, and enters backward where it was made.
+The last segment needs no first pass. What all later segments read, such as keys, gathers the gradients that they send, and their
+sum enters backward in the segment that made it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -19,7 +19,6 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from longspan.dtypes import at_least_float32
 from longspan.streaming.adapters import Memory
 from longspan.streaming.kept import KeptMemory, check_same_tensors
 from longspan.streaming.random_states import RandomStates
@@ -39,6 +38,8 @@ class SequenceInSegments(Protocol):
     def goes_on(self, segment: int) -> bool:
         """Whether a segment begins with what the one before it left."""
         ...
+
+    def start(self) -> Any: ...
 
     def remember(self, segment: int, memory: Any) -> Any: ...
 
@@ -90,12 +91,12 @@ def forward_backward(
         between(SegmentDone("again", segment, sequence.num_segments))
         return left
 
-    kept, sums = KeptMemory(keep_every, sequence.goes_on, again), GradientSums()
+    kept = KeptMemory(keep_every, sequence.goes_on, again)
     _forward(sequence, kept, remember, between)
     total, behind = torch.zeros((), dtype=torch.float64, device=device), None
     for segment in reversed(range(sequence.num_segments)):
         before = kept.entering(segment)
-        loss = _backward(sequence, segment, before, behind, sums, random, around_backward)
+        loss = _backward(sequence, segment, before, behind, random, around_backward)
         total += loss
         kept.drop(segment + 1)
         behind = before if sequence.goes_on(segment) else None
@@ -108,14 +109,13 @@ def _forward(
     sequence: SequenceInSegments, kept: KeptMemory, remember: Callable[[int, Any], Any], between: Between
 ) -> None:
     """What enters each segment, in order; the same passes on every rank, whatever its documents."""
-    memory = None
+    memory = sequence.start()
     last = sequence.num_segments - 1
     for segment in range(sequence.num_segments):
         kept.enter(segment, memory)
         if segment < last or sequence.counts_first:
             left = remember(segment, memory)
-            goes_on = segment < last and sequence.goes_on(segment + 1)
-            memory = kept.left(segment, memory, left) if goes_on else None
+            memory = left if segment < last and sequence.goes_on(segment + 1) else sequence.start()
             between(SegmentDone("forward", segment, sequence.num_segments))
     if sequence.counts_first:
         sequence.all_remembered()
@@ -124,18 +124,16 @@ def _forward(
 def _backward(
     sequence: SequenceInSegments,
     segment: int,
-    before: Memory | None,
+    before: Memory,
     behind: Memory | None,
-    sums: GradientSums,
     random: RandomStates,
     around_backward: Callable[[bool], AbstractContextManager[None]],
 ) -> Tensor:
     """Compute a segment with its graph, and backward through it; return its share of the loss.
 
-    before: what enters it, for which gradients are added to the sums. behind: what entered the next one, for which they are taken.
+    before: what enters it, whose tensors then have gradients. behind: what entered the next one, with gradients, which are taken.
     """
-    entered = {} if before is None else before.tensors
-    for x in entered.values():
+    for x in before.tensors.values():
         if x.is_floating_point():
             x.requires_grad_()
     # Casts that were made without a graph have none.
@@ -145,39 +143,18 @@ def _backward(
     outputs, gradients = [loss], [torch.ones_like(loss)]
     if behind is not None:
         check_same_tensors(segment, left, behind)
-        for name, x in left.tensors.items():
-            if x is not entered.get(name) and x.requires_grad:
+        sent = [(x, taken_gradient(behind.tensors[name])) for name, x in left.tensors.items()]
+        for x, gradient in (*sent, *left.sent_back(behind)):
+            if x.requires_grad:
                 outputs.append(x)
-                gradients.append(sums.take(behind.tensors[name]))
+                gradients.append(gradient)
     del left
     with around_backward(segment == 0):
         torch.autograd.backward(outputs, gradients)
-    sums.add(entered.values())
     return loss.detach().double()
 
 
-class GradientSums:
-    """The gradients that segments send to what entered them, summed in float32 at least.
-
-    Of a float32 or float64 tensor the sum is its ``grad``; in bfloat16 it would lose what the last segments add.
-    """
-
-    def __init__(self) -> None:
-        self._wide: dict[int, Tensor] = {}
-
-    def add(self, tensors: Iterable[Tensor]) -> None:
-        """Take over the gradients of narrow tensors, which live until `take` is called."""
-        for x in tensors:
-            if x.grad is None or at_least_float32(x.grad).dtype == x.dtype:
-                continue
-            if id(x) in self._wide:
-                self._wide[id(x)] += x.grad
-            else:
-                self._wide[id(x)] = at_least_float32(x.grad)
-            x.grad = None
-
-    def take(self, x: Tensor) -> Tensor:
-        """The sum for x, in its dtype; zeros where no segment has sent anything."""
-        found = self._wide.pop(id(x), x.grad)
-        x.grad = None
-        return torch.zeros_like(x) if found is None else found.to(x.dtype)
+def taken_gradient(x: Tensor) -> Tensor:
+    """The gradient that the next segment has sent to x, which keeps none; zeros where it has sent nothing."""
+    found, x.grad = x.grad, None
+    return torch.zeros_like(x) if found is None else found

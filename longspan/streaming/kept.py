@@ -1,7 +1,7 @@
 """What enters segments, kept between the passes: for each of them, or for every n-th, and found again from there.
 
-With S segments, n the distance of those whose memory is kept, and M the bytes of a memory without blocks that are passed on, at
-most ``(ceil(S / n) + n) · M`` are held; blocks (keys and values) are held once, whatever n.
+With S segments, n the distance of those whose memory is kept, and M the bytes of the tensors of a memory, at most
+``(ceil(S / n) + n) · M`` are held. What all later segments read (keys and values) is held once, whatever n.
 """
 
 from __future__ import annotations
@@ -26,47 +26,33 @@ class KeptMemory:
         self._every = every
         self._goes_on = goes_on
         self._again = again
-        self._entering: dict[int, Memory | None] = {}
-        self._passed_on: dict[tuple[int, str], Tensor] = {}
+        self._entering: dict[int, Memory] = {}
+        self._without_tensors: dict[int, Memory] = {}
 
-    def enter(self, segment: int, memory: Memory | None) -> None:
-        """`memory` enters `segment`: called in order. The memories between those that are kept last as long as no other is kept."""
+    def enter(self, segment: int, memory: Memory) -> None:
+        """`memory` enters `segment`: called in order. The tensors between those that are kept last as long as no other is kept."""
         if segment % self._every == 0:
             self._entering = {number: kept for number, kept in self._entering.items() if number % self._every == 0}
-        self._entering[segment] = memory
+        made = {name: _of_its_own(x.detach()) for name, x in memory.tensors.items()}
+        self._entering[segment] = memory.with_tensors(made)
+        self._without_tensors[segment] = memory.with_tensors({})
 
-    def left(self, segment: int, before: Memory | None, behind: Memory | None) -> Memory | None:
-        """What a segment has left, in tensors of their own; what is passed on is noted, as the segment before it made it."""
-        if behind is None:
-            return None
-        entered = {} if before is None else before.tensors
-        tensors = {}
-        for name, x in behind.tensors.items():
-            if x is entered.get(name):
-                tensors[name] = x
-                self._passed_on.setdefault((segment - 1, name), x)
-            else:
-                # Computed once more, it is the one that later segments were given.
-                tensors[name] = self._passed_on.get((segment, name), _of_its_own(x.detach()))
-        made: Memory = behind.with_tensors(tensors)
-        return made
-
-    def entering(self, segment: int) -> Memory | None:
+    def entering(self, segment: int) -> Memory:
         """What enters a segment; computed from the nearest that is kept before it, where it is not kept itself."""
         # The same passes on every rank, whatever its documents: where weights are divided, each is a collective.
         first = segment if segment in self._entering else segment - segment % self._every
-        memory = self._entering[first]
         for number in range(first, segment):
-            left = self._again(number, memory)
-            memory = self.left(number, memory, left) if self._goes_on(number + 1) else None
-            self._entering[number + 1] = memory
-        return memory
+            left = self._again(number, self._entering[number])
+            behind = self._without_tensors[number + 1]
+            if self._goes_on(number + 1):
+                behind = behind.with_tensors({name: _of_its_own(x.detach()) for name, x in left.tensors.items()})
+            self._entering[number + 1] = behind
+        return self._entering[segment]
 
     def drop(self, segment: int) -> None:
         """Nothing needs what enters `segment` any more."""
         self._entering.pop(segment, None)
-        for key in [key for key in self._passed_on if key[0] == segment - 1]:
-            del self._passed_on[key]
+        self._without_tensors.pop(segment, None)
 
 
 def _of_its_own(x: Tensor) -> Tensor:

@@ -32,22 +32,25 @@ class StreamedLlama:
                     "have. Train the model on whole sequences, over ranks where they are too long for one"
                 )
 
-    def sequence(self, num_valid: int, routing: Routing | None) -> StreamedLlamaSequence:
-        return StreamedLlamaSequence(self._model, num_valid, routing)
+    def sequence(self, num_valid: int, routing: Routing | None, offload: bool) -> StreamedLlamaSequence:
+        return StreamedLlamaSequence(self._model, num_valid, routing, offload)
 
 
 class StreamedLlamaSequence:
     """A sequence on its way through a `LinearLlama3`; choices of experts are counted first: balance is no sum over tokens."""
 
-    def __init__(self, model: LinearLlama3, num_valid: int, routing: Routing | None) -> None:
-        self._model, self._num_valid = model, num_valid
+    def __init__(self, model: LinearLlama3, num_valid: int, routing: Routing | None, offload: bool) -> None:
+        self._model, self._num_valid, self._offload = model, num_valid, offload
         weights = model.config.balance_loss_weight, model.config.z_loss_weight
         self.counts_first = bool(model.config.num_experts) and model.training and (routing is not None or any(weights))
         self._routing = Routing() if self.counts_first and routing is None else routing
         self.end()
         self._layout: SequenceLayout | None = None
 
-    def remember(self, tokens: Tensor, layout: SequenceLayout | None, memory: ModelMemory | None) -> ModelMemory:
+    def start(self) -> ModelMemory:
+        return self._model.empty_memory(self._offload)
+
+    def remember(self, tokens: Tensor, layout: SequenceLayout | None, memory: ModelMemory) -> ModelMemory:
         self._layout = layout
         routing = self._routing if self.counts_first else None
         _, behind = self._model(
@@ -66,7 +69,7 @@ class StreamedLlamaSequence:
         self._routing.counted(ranks_of_losses(self._layout, self._model.loss_ranks))
 
     def loss(
-        self, tokens: Tensor, labels: Tensor, layout: SequenceLayout | None, memory: ModelMemory | None, keeps: bool
+        self, tokens: Tensor, labels: Tensor, layout: SequenceLayout | None, memory: ModelMemory, keeps: bool
     ) -> tuple[Tensor, ModelMemory | None]:
         found = self._model(
             tokens,
@@ -81,7 +84,7 @@ class StreamedLlamaSequence:
         return found if keeps else (found, None)
 
     def scores(
-        self, tokens: Tensor, labels: Tensor, layout: SequenceLayout | None, memory: ModelMemory | None, keeps: bool
+        self, tokens: Tensor, labels: Tensor, layout: SequenceLayout | None, memory: ModelMemory, keeps: bool
     ) -> tuple[TokenScores, ModelMemory | None]:
         found = self._model(
             tokens, layout, memory=memory, labels=labels, token_scores=True, output_memory=keeps, in_segments=True

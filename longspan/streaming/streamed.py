@@ -25,7 +25,7 @@ from longspan.streaming.engine import Between, SegmentDone, forward_backward
 from longspan.streaming.segments import Segment, check_segment_tokens, cut_in_time
 
 
-def stream(model: nn.Module, segment_tokens: int, *, keep_every: int = 1) -> Stream:
+def stream(model: nn.Module, segment_tokens: int, *, keep_every: int = 1, offload: bool = False) -> Stream:
     """Let `model` be trained on sequences of any length in segments of time; the model itself is not changed.
 
     The gradients are those of the whole sequence in one piece, not truncated: what a segment leaves to the next (memory states,
@@ -40,22 +40,25 @@ def stream(model: nn.Module, segment_tokens: int, *, keep_every: int = 1) -> Str
         keep_every: keep what enters every n-th segment between the passes, and compute the others once more from there. The states
             of linear layers then take ``ceil(S / n) + n`` times those of one segment, S the number of segments, instead of S times;
             keys and values are kept once in any case. 1 keeps all of them, and computes nothing twice.
+        offload: keep keys and values of earlier segments, and their gradients, in host memory, and copy them to the device for each
+            use, one segment's ahead. Where the model is on the CPU that is where they are, and copies are made all the same.
 
     Raises:
         InputError: for a model that no adapter knows, a layer that reads later tokens, or numbers that do not fit.
     """
-    return Stream(model, segment_tokens, keep_every)
+    return Stream(model, segment_tokens, keep_every, offload)
 
 
 class Stream:
     """A model that is given sequences in segments of time: see `stream`."""
 
-    def __init__(self, model: nn.Module, segment_tokens: int, keep_every: int = 1) -> None:
+    def __init__(self, model: nn.Module, segment_tokens: int, keep_every: int = 1, offload: bool = False) -> None:
         if not isinstance(model, nn.Module):
             raise InputError(f"stream() takes a torch.nn.Module; got {described(model)}. Pass the model itself")
         self.segment_tokens = check_segment_tokens(segment_tokens)
         check_count("stream()", "keep_every", keep_every, "the distance of the segments whose memory is kept")
         self._keep_every = keep_every
+        self._offload = check_flag("stream()", "offload", offload)
         self._model = model
         self._streamed = adapted(model)
 
@@ -118,18 +121,23 @@ class Stream:
     ) -> Tensor:
         """This rank's share of the loss, without gradients: arguments and errors as of `forward_backward`."""
         sequence = self._begin(tokens, labels, layout, num_valid, None)
-        total, memory = torch.zeros((), dtype=torch.float64, device=tokens.device), None
+        total, memory = torch.zeros((), dtype=torch.float64, device=tokens.device), sequence.start()
         for segment in range(sequence.num_segments):
-            share, memory = sequence.loss(segment, memory, sequence.is_gone_on_with(segment))
+            goes_on = sequence.is_gone_on_with(segment)
+            share, left = sequence.loss(segment, memory, goes_on)
+            memory = left if goes_on else sequence.start()
             total += share.double()
         return total.to(share.dtype)
 
     @torch.no_grad()
     def scores(self, tokens: Tensor, labels: Tensor, layout: SequenceLayout | None = None) -> Iterator[TokenScores]:
         """Of each segment in order, for this rank's tokens: the loss of each by itself, and whether its label is the likeliest."""
-        sequence, memory = self._begin(tokens, labels, layout, None, None), None
+        sequence = self._begin(tokens, labels, layout, None, None)
+        memory = sequence.start()
         for segment in range(sequence.num_segments):
-            found, memory = sequence.scores(segment, memory, sequence.is_gone_on_with(segment))
+            goes_on = sequence.is_gone_on_with(segment)
+            found, left = sequence.scores(segment, memory, goes_on)
+            memory = left if goes_on else sequence.start()
             yield found
 
     def _begin(
@@ -139,7 +147,7 @@ class Stream:
         if num_valid is None:
             num_valid = int((labels != IGNORED).sum())
         segments = cut_in_time(tokens.shape[1], self.segment_tokens, layout)
-        return _Sequence(self._streamed.sequence(num_valid, routing), tokens, labels, segments)
+        return _Sequence(self._streamed.sequence(num_valid, routing, self._offload), tokens, labels, segments)
 
 
 class _Sequence:
@@ -161,6 +169,9 @@ class _Sequence:
     def is_gone_on_with(self, segment: int) -> bool:
         """Whether the next segment begins with what this one leaves."""
         return segment + 1 < self.num_segments and self.goes_on(segment + 1)
+
+    def start(self) -> Any:
+        return self._streamed.start()
 
     def remember(self, segment: int, memory: Any) -> Any:
         return self._streamed.remember(self._own(self._tokens, segment), self._segments[segment].layout, memory)

@@ -299,6 +299,8 @@ class TrainConfig:
     """Compute sequences in segments of so many tokens, with the activations of one and the whole's gradients; None does not."""
     segment_memory_every: int = 1
     """Keep what enters every n-th segment, and compute it once more for the others: less memory, at most one more forward pass."""
+    segment_offload: bool = False
+    """Keep keys and values of earlier segments, and their gradients, in host memory, and copy them to the device for each use."""
     recompute: Literal["none", "layer", "selective"] = "none"
     """Keep no activations of a layer, and compute them again in backward: all, or but for what exchanges brought (selective)."""
     compile: bool = False

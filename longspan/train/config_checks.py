@@ -87,11 +87,12 @@ def check(config: Config) -> None:
 def _check_segments(config: Config) -> None:
     train, sp = config.train, config.parallel.sp
     if train.segment_tokens is None:
-        if train.segment_memory_every != 1:
-            raise ConfigError(
-                f"train.segment_memory_every is {train.segment_memory_every}, and train.segment_tokens is not given: sequences are "
-                "computed whole. Give train.segment_tokens, or leave it out"
-            )
+        for name, default in (("segment_memory_every", 1), ("segment_offload", False)):
+            if getattr(train, name) != default:
+                raise ConfigError(
+                    f"train.{name} is {getattr(train, name)}, and train.segment_tokens is not given: sequences are computed whole. "
+                    "Give train.segment_tokens, or leave it out"
+                )
     elif train.segment_tokens < sp:
         raise ConfigError(
             f"train.segment_tokens {train.segment_tokens} is less than parallel.sp {sp}: each rank needs a token of a segment. The "

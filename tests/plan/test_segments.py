@@ -39,17 +39,41 @@ def test_what_is_kept_between_segments_is_what_the_model_remembers(layers: list[
     model: Any = LinearLlama3(config.model.build(300))
     if dtype == "bfloat16":
         compute_in(model, torch.bfloat16)
+    memory, segment = model.empty_memory(), TOKENS // 4
+    states = numbers = reached = 0
     with torch.no_grad():
-        _, memory = model(torch.zeros(1, TOKENS, dtype=torch.int64), output_memory=True)
-    keys = [x for layer in memory.layers for name, x in layer.tensors.items() if name in ("keys", "values")]
-    states_and_taps = memory.num_bytes - sum(x.nbytes for x in keys)
-    step = dataclasses.replace(step_of(config, ALONE), seq_len=TOKENS, segment_tokens=TOKENS // 4)
-    # With a window the last segment's keys and values are there whole, beside those before it that are seen.
-    seen = TOKENS if config.model.window is None else config.model.window - 1 + TOKENS // 4
-    numbers = sum(x.numel() // x.shape[1] * seen for x in keys)
-    gradients = 4 * numbers
-    want = 4 * states_and_taps + numbers * step.number_bytes + gradients
+        for _ in range(3):
+            tokens = torch.zeros(1, segment, dtype=torch.int64)
+            _, memory = model(tokens, memory=memory, logits_to_keep=0, output_memory=True, in_segments=True)
+            states = 4 * sum(x.nbytes for x in memory.tensors.values())
+            made = [layer.earlier.last for layer in memory.layers if layer.earlier is not None]
+            numbers += sum(part.k.numel() + part.v.numel() for part in made)
+            # What the last segment sees, and sends gradients to.
+            seen = [part for layer in memory.layers if layer.earlier is not None for part in layer.earlier.parts]
+            reached = sum(part.k.numel() + part.v.numel() for part in seen)
+    step = dataclasses.replace(step_of(config, ALONE), seq_len=TOKENS, segment_tokens=segment)
+    want = states + numbers * step.number_bytes + 4 * reached
     assert kept_between_segments(sizes_of(config), step) == want > 0
+
+
+def test_over_ranks_keys_and_values_are_divided_and_states_are_not() -> None:
+    linear, softmax = (sizes_of(parse([*MODEL, "--model.pattern", kind])) for kind in ("L", "N"))
+    step = Step(seq_len=4096, segment_tokens=1024)
+    assert kept_between_segments(linear, step, 4) == kept_between_segments(linear, step)
+    assert 4 * kept_between_segments(softmax, step, 4) == kept_between_segments(softmax, step)
+
+
+def test_in_host_memory_keys_and_values_do_not_grow() -> None:
+    sizes = sizes_of(parse([*MODEL, "--model.pattern", "N", "--model.num_kv_heads", "2"]))
+    for length in (2**15, 2**20):
+        # Two parts of 1,024 tokens, keys and values of 2 heads of 32, and their gradients.
+        assert kept_between_segments(sizes, Step(length, segment_tokens=1024, offload=True)) == 4 * 1024 * 2 * 64 * 4
+
+
+def test_host_memory_counts_where_the_device_has_its_own() -> None:
+    options = [*MODEL, "--train.segment_tokens", "64", "--train.segment_offload", "True"]
+    assert not step_of(parse(options), ALONE).offload
+    assert step_of(parse([*options, "--cluster.device", "NVIDIA H200"]), ALONE).offload
 
 
 def test_memory_of_linear_layers_grows_by_states_alone() -> None:

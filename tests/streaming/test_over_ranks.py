@@ -43,7 +43,7 @@ def test_segments_over_ranks_are_one_piece(mixer: str, num_ranks: int) -> None:
     assert_equal(num_ranks, changes, "contiguous", None, 7, 2)
 
 
-@pytest.mark.parametrize("mixer", each_linear_mixer(("mamba2",)))
+@pytest.mark.parametrize("mixer", [*each_linear_mixer(("mamba2",)), "softmax"])
 @pytest.mark.parametrize("num_ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_documents_over_segments_and_ranks_are_one_piece(mixer: str, num_ranks: int) -> None:
     changes = {"pattern": (mixer,), "num_layers": 2}

@@ -54,6 +54,16 @@ def test_segments_shorter_than_the_taps_of_a_convolution_are_one_piece(mixer: st
         assert worst(errors) < TOLERANCE, (segment_tokens, errors)
 
 
+@pytest.mark.parametrize("window", [None, 5, 11])
+def test_keys_in_host_memory_and_documents_under_a_window_are_one_piece(window: int | None) -> None:
+    model, tokens = model_of("softmax", window=window), random_tokens(1, 61)
+    for bounds in (None, DOCUMENTS["spanning segments"]):
+        want = in_one_piece(model, tokens, bounds)
+        for offload in (False, True):
+            errors = differences(in_segments(model, tokens, 8, bounds, offload=offload, keep_every=2), want)
+            assert worst(errors) < TOLERANCE, (bounds, offload, errors)
+
+
 @pytest.mark.parametrize("keep_every", [2, pytest.param(3, marks=pytest.mark.slow), 100])
 def test_what_is_not_kept_is_found_again(keep_every: int) -> None:
     model, tokens = tiny_model(**PATTERNS["hybrid"]), random_tokens(1, 61)
@@ -70,7 +80,7 @@ DOCUMENTS = {
 }
 
 
-@pytest.mark.parametrize("mixer", each_linear_mixer(("mamba2",)))
+@pytest.mark.parametrize("mixer", [*each_linear_mixer(("mamba2",)), "softmax"])
 def test_packed_documents_go_on_from_segment_to_segment(mixer: str) -> None:
     model, tokens = model_of(mixer), random_tokens(1, 61)
     for name, bounds in DOCUMENTS.items():

@@ -20,14 +20,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from longspan.attention.softmax import SoftmaxMethod
+from longspan.attention.softmax import EarlierKeys, SoftmaxMethod
 from longspan.checks import described
 from longspan.errors import InputError, LayoutError
 from longspan.exchange import Exchanger
 from longspan.layout import SequenceLayout
 from longspan.models.initial import InitialWeights
 from longspan.models.mixers.growing import Grown
-from longspan.models.mixers.key_blocks import KeyBlocks
 from longspan.models.rotary import Rotation
 
 
@@ -39,32 +38,24 @@ class LayerMemory:
     ``{"taps": [B, W-1, C]}``, keys and values, ``{"keys": [B, L, H_kv, D], "values": ...}``, or several of them. The same on
     every rank. They carry gradients: to what they were computed from, and from what is computed of them.
 
-    blocks: keys and values in segments of time, those of each segment by themselves. grown: of tensors that lie in memory with room
-    for more tokens, where they end.
+    earlier: in segments of time, keys and values of earlier segments, each on the rank that holds them, which gather the gradients
+    that later segments send by themselves. grown: of tensors that lie in memory with room for more tokens, where they end.
     """
 
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
-    blocks: KeyBlocks | None = None
+    earlier: EarlierKeys | None = None
     grown: Mapping[str, Grown] = field(default_factory=dict)
-
-    @property
-    def all_tensors(self) -> Mapping[str, Tensor]:
-        """Those of blocks, too."""
-        return self.tensors if self.blocks is None else {**self.tensors, **self.blocks.tensors}
-
-    def with_tensors(self, tensors: Mapping[str, Tensor]) -> LayerMemory:
-        """The same with other tensors by the same names, those of blocks among them."""
-        blocks = None if self.blocks is None else KeyBlocks({name: tensors[name] for name in self.blocks.tensors})
-        return LayerMemory({name: tensors[name] for name in self.tensors}, blocks)
 
     def detach(self) -> LayerMemory:
         """The same numbers without their graph: where a segment's gradients end."""
-        return self.with_tensors({name: x.detach() for name, x in self.all_tensors.items()})
+        earlier = None if self.earlier is None else self.earlier.detach()
+        return LayerMemory({name: x.detach() for name, x in self.tensors.items()}, earlier)
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(x.numel() * x.element_size() for x in self.all_tensors.values())
+        """Bytes of all tensors here."""
+        earlier = 0 if self.earlier is None else self.earlier.num_bytes
+        return sum(x.numel() * x.element_size() for x in self.tensors.values()) + earlier
 
 
 @dataclass(frozen=True)
@@ -74,8 +65,7 @@ class Context:
     layout: which tokens of the sequence these are; None is whole sequences. positions: int64 ``[T]``, of each token in its
     document, earlier tokens counted. rotation: of these positions, where a mixer of the model `rotates`. memory: what this layer
     remembers of earlier tokens; None is nothing. outputs_memory: whether to return what it remembers afterwards. shared: what
-    layers of a kind have together, by the name of their mixer. in_segments: whether this is a segment of time of a longer sequence:
-    keys and values are then remembered as blocks, one of each segment, and none is copied.
+    layers of a kind have together, by the name of their mixer. in_segments: whether this is a segment of time of a longer sequence.
 
     With packed documents the memory is of the first of them, which goes on, and what is returned is of the last: the layout
     `continues`.
@@ -174,6 +164,10 @@ class SequenceMixer(nn.Module, ABC):
         """
         check_layout_of_model(context.layout, self.sequence_parallel)
         return self.mix(x, context)
+
+    def empty_memory(self, offload: bool) -> LayerMemory:
+        """What the layer remembers where a sequence of segments of time begins; offload: keep keys and values in host memory."""
+        return LayerMemory()
 
     @abstractmethod
     def mix(self, x: Tensor, context: Context) -> tuple[Tensor, LayerMemory | None]:

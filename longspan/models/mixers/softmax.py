@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from longspan.attention.softmax import write_softmax
+from longspan.attention.softmax import EarlierKeys, write_softmax
 from longspan.attention.softmax.final_state import KeysAndValues
 from longspan.autocast import as_in_product
 from longspan.errors import ConfigError
 from longspan.models.initial import InitialWeights
 from longspan.models.mixers.growing import Grown, append
-from longspan.models.mixers.key_blocks import KeyBlocks
 from longspan.models.mixers.layer import Footprint, LayerMixer
 from longspan.models.mixers.mixer import Context, LayerMemory, operations_of_matrices
 from longspan.models.rotary import rotate
@@ -31,7 +30,7 @@ class SoftmaxMixer(LayerMixer):
     """Llama 3's attention (arXiv 2407.21783): rotary embedding and grouped queries.
 
     It remembers ``{"keys": [B, L, H_kv, D], "values": [B, L, H_kv, D]}``; with a window the last ``window - 1`` tokens. In segments
-    of time (`Context.in_segments`) those of segment i by themselves, as ``"keys.i"`` and ``"values.i"``.
+    of time (`empty_memory`) each rank remembers those of its own tokens, as `longspan.EarlierKeys`.
     """
 
     name = "softmax"
@@ -58,12 +57,14 @@ class SoftmaxMixer(LayerMixer):
         assert context.rotation is not None
         k, v = rotate(self._heads(self.k_proj(x)), context.rotation), self._heads(self.v_proj(x))
         k, v = as_in_product(k), as_in_product(v)
+        earlier = None if context.memory is None else context.memory.earlier
         before, grows = _keys_before(context), _grows(k, context)
         memory = write_softmax(
             k,
             v,
             initial_state=before,
-            output_final_state=context.outputs_memory and not grows,
+            earlier=earlier,
+            output_final_state=context.outputs_memory and not grows and earlier is None,
             layout=context.layout,
             method=self.parallel.softmax_method,
             window=self.window,
@@ -73,9 +74,15 @@ class SoftmaxMixer(LayerMixer):
         out: Tensor = self.out_proj(memory.read(q).flatten(2))
         if not context.outputs_memory:
             return out, None
+        if earlier is not None:
+            return out, LayerMemory(earlier=earlier.followed_by(k, v, context.layout, window=self.window))
         if grows:
             return out, self._grown(k, v, before, context.memory)
-        return out, _keys_behind(*memory.final_state(), context)
+        keys, values = memory.final_state()
+        return out, LayerMemory({"keys": keys, "values": values})
+
+    def empty_memory(self, offload: bool) -> LayerMemory:
+        return LayerMemory(earlier=EarlierKeys(offload=offload, requires_grad=True))
 
     def _grown(self, k: Tensor, v: Tensor, before: KeysAndValues | None, memory: LayerMemory | None) -> LayerMemory:
         """What is remembered behind `before`, to the bit as `final_state` has it, written where there is room."""
@@ -106,28 +113,9 @@ class SoftmaxMixer(LayerMixer):
 
 
 def _keys_before(context: Context) -> KeysAndValues | None:
-    """Keys and values of all earlier tokens, ``[B, L, H_kv, D]`` each; None before the first token."""
-    if context.memory is None:
-        return None
-    if context.memory.blocks is not None:
-        return context.memory.blocks.joined()
-    return context.memory.tensors["keys"], context.memory.tensors["values"]
-
-
-def _keys_behind(keys: Tensor, values: Tensor, context: Context) -> LayerMemory:
-    """What is remembered after this call's tokens.
-
-    Args:
-        keys, values: of all tokens so far, or with a window of the last ``window - 1``, ``[B, L, H_kv, D]``.
-    """
-    if not context.in_segments:
-        return LayerMemory({"keys": keys, "values": values})
-    before = None if context.memory is None else context.memory.blocks
-    num_tokens = len(context.positions) if context.layout is None else context.layout.seq_len
-    num_earlier = max(0, keys.shape[1] - num_tokens)
-    # In memory of their own: they are kept longer than what they were taken from.
-    new = keys[:, num_earlier:].clone(), values[:, num_earlier:].clone()
-    return LayerMemory(blocks=(before or KeyBlocks({})).followed_by(*new, num_earlier))
+    """Keys and values of all earlier tokens, ``[B, L, H_kv, D]`` each; None before the first token, and in segments of time."""
+    keys, values = context.remembered("keys"), context.remembered("values")
+    return None if keys is None or values is None else (keys, values)
 
 
 def _grows(k: Tensor, context: Context) -> bool:
