@@ -181,10 +181,11 @@ def kept_bytes(length: int, segment: int, offload: bool) -> tuple[int, int, floa
             parts = held[-1].parts
             largest[0] = sum(part.num_bytes + sum(x.nbytes for x in part.grads()) for part in parts)
 
-    model.blocks[3].mixer.register_forward_hook(note)  # type: ignore[operator, union-attr]
+    model.blocks[3].mixer.register_forward_hook(note)  # type: ignore[union-attr]
     step = step_of(model, tokens_of(length), SequenceLayout.local(length), segment, offload=offload, between=count)
     step_of(model, tokens_of(512), SequenceLayout.local(512), 256, offload=offload)()
-    return largest[0], _formula(length, segment), float(peak_bytes(step))
+    peak = peak_bytes(step)
+    return largest[0], _formula(length, segment), float(peak)
 
 
 def _formula(length: int, segment: int) -> int:
