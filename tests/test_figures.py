@@ -236,7 +236,7 @@ def test_the_documentation_has_the_modelled_table_as_the_command_prints_it() -> 
     assert all(row in page for row in rows)
 
 
-_PAGES = ("exchange.md", "performance.md", "transformers_training.md")
+_PAGES = ("exchange.md", "performance.md", "stream.md", "transformers_training.md")
 
 
 def test_the_documentation_names_every_figure_and_table() -> None:
