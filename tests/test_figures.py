@@ -17,7 +17,7 @@ import torch.distributed as dist
 import longspan
 from benchmarks import curves, exposed, finetune, methods, modelled, stream
 from benchmarks.figures.__main__ import FIGURES
-from benchmarks.figures.common import with_origin, write
+from benchmarks.figures.common import pyplot, with_origin, write
 from benchmarks.figures.timeline import _spans
 from benchmarks.harness import run_ranks
 from tests.compare import relative_error
@@ -125,6 +125,7 @@ def test_a_figure_is_drawn_from_its_raw_data_and_again_the_same(name: str, tmp_p
         assert [path.name for path in paths] == [f"{name}.json", f"{name}.svg", f"{name}.png"]
         record = json.loads(paths[0].read_text())
         drawn.append(paths[1].read_bytes())
+        pyplot().close(figure)
     assert drawn[0] == drawn[1]
     assert record["command"] == "a command" and {"date", "commit", "processor", "cores"} <= record["machine"].keys()
 
@@ -133,7 +134,7 @@ def test_a_figure_is_drawn_from_its_raw_data_and_again_the_same(name: str, tmp_p
 def test_published_figures_name_their_origin_and_were_not_measured_quickly(path: Path) -> None:
     record = json.loads(path.read_text())
     assert record["command"] == f"python -m benchmarks.figures {path.stem}"
-    FIGURES[path.stem].draw(record["data"])
+    pyplot().close(FIGURES[path.stem].draw(record["data"]))
     assert path.with_suffix(".svg").exists() and path.with_suffix(".png").exists()
 
 
