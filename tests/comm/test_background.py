@@ -227,6 +227,8 @@ def groups_of_unequal_ranks() -> list[int]:
     for group in made:
         dist.all_reduce(total, group=group)
     if more is not None:
+        # Else it could be closed while the other rank still connects to it.
+        dist.barrier(more)
         dist.destroy_process_group(more)
     return [int(total), len({group.group_name for group in made})]
 
