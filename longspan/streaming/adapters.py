@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol, TypeVar
 
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from longspan.errors import InputError
 from longspan.layout import SequenceLayout
+from longspan.models.mixers import SequenceMixer
 from longspan.ops.chunked.scores import TokenScores
 
 
@@ -98,6 +100,17 @@ def register_stream(model_class: type[Model], adapter: StreamAdapter[Model]) -> 
     _ADAPTERS[model_class] = adapter
 
 
+def is_others_pretrained(model: object) -> bool:
+    """Whether a model is Transformers' or PEFT's around one, of layers that are not this library's."""
+    if "transformers" not in sys.modules or not isinstance(model, nn.Module):
+        return False
+    if any(isinstance(module, SequenceMixer) for module in model.modules()):
+        return False
+    from longspan.integrations.transformers.structure import is_transformers_model
+
+    return is_transformers_model(model)
+
+
 def adapted(model: nn.Module) -> StreamedModel:
     """The model as the engine takes it.
 
@@ -105,10 +118,15 @@ def adapted(model: nn.Module) -> StreamedModel:
         InputError: for a class that has no adapter, or a model that its adapter refuses.
     """
     adapter = next((_ADAPTERS[base] for base in type(model).__mro__ if base in _ADAPTERS), None)
+    if adapter is None and is_others_pretrained(model):
+        from longspan.streaming.pretrained import StreamedPretrained
+
+        return StreamedPretrained(model)
     if adapter is None:
         known = ", ".join(sorted(base.__name__ for base in _ADAPTERS))
         raise InputError(
-            f"stream() takes a model that can be given what it remembers of earlier tokens: {known}; got {type(model).__name__}. "
-            "Say how its class does it with longspan.streaming.register_stream()"
+            f"stream() takes a model that can be given what it remembers of earlier tokens: {known}, and those of Hugging Face "
+            f"Transformers that longspan.parallelize takes; got {type(model).__name__}. Say how its class does it with "
+            "longspan.streaming.register_stream()"
         )
     return adapter(model)

@@ -20,7 +20,7 @@ from longspan.ops.chunked.cross_entropy import IGNORED
 from longspan.ops.chunked.scores import TokenScores
 from longspan.parallel.sharded import accumulating
 from longspan.streaming import llama  # noqa: F401  registers its adapter
-from longspan.streaming.adapters import StreamedSequence, adapted
+from longspan.streaming.adapters import StreamedSequence, adapted, is_others_pretrained
 from longspan.streaming.engine import Between, SegmentDone, forward_backward
 from longspan.streaming.segments import Segment, check_segment_tokens, cut_in_time
 
@@ -32,9 +32,9 @@ def stream(model: nn.Module, segment_tokens: int, *, keep_every: int = 1, offloa
     last taps of convolutions, keys and values) goes forward, and its gradient back. The price is one more forward pass.
 
     Args:
-        model: a `longspan.models.LinearLlama3`, or one whose class has an adapter (`longspan.streaming.register_stream`). It may be
-            parallelized (each segment is then split over the ranks), have divided weights, recompute its layers, compute in
-            bfloat16.
+        model: a `longspan.models.LinearLlama3`, a model of Transformers that was given to `longspan.parallelize` (docs/stream.md),
+            or one whose class has an adapter (`longspan.streaming.register_stream`). It may be parallelized (each segment is then
+            split over the ranks), have divided weights, recompute its layers, compute in bfloat16.
         segment_tokens: tokens of a segment, of all ranks together; any number that gives each rank one at least. The activations
             of so many are held at once.
         keep_every: keep what enters every n-th segment between the passes, and compute the others once more from there. The states
@@ -46,6 +46,10 @@ def stream(model: nn.Module, segment_tokens: int, *, keep_every: int = 1, offloa
     Raises:
         InputError: for a model that no adapter knows, a layer that reads later tokens, or numbers that do not fit.
     """
+    if is_others_pretrained(model):
+        from longspan.streaming.pretrained import PretrainedStream
+
+        return PretrainedStream(model, segment_tokens, keep_every, offload)
     return Stream(model, segment_tokens, keep_every, offload)
 
 
@@ -121,6 +125,7 @@ class Stream:
     ) -> Tensor:
         """This rank's share of the loss, without gradients: arguments and errors as of `forward_backward`."""
         sequence = self._begin(tokens, labels, layout, num_valid, None)
+        sequence.count_first()
         total, memory = torch.zeros((), dtype=torch.float64, device=tokens.device), sequence.start()
         for segment in range(sequence.num_segments):
             goes_on = sequence.is_gone_on_with(segment)
@@ -169,6 +174,16 @@ class _Sequence:
     def is_gone_on_with(self, segment: int) -> bool:
         """Whether the next segment begins with what this one leaves."""
         return segment + 1 < self.num_segments and self.goes_on(segment + 1)
+
+    def count_first(self) -> None:
+        """Remember every segment once, where that is to be done before any loss."""
+        if not self.counts_first:
+            return
+        memory = self.start()
+        for segment in range(self.num_segments):
+            left = self.remember(segment, memory)
+            memory = left if self.is_gone_on_with(segment) else self.start()
+        self.all_remembered()
 
     def start(self) -> Any:
         return self._streamed.start()

@@ -28,7 +28,7 @@ def test_a_number_of_tokens_that_is_none_is_refused(segment_tokens: Any) -> None
 
 
 def test_a_model_that_no_adapter_knows_is_refused_by_its_class() -> None:
-    with pytest.raises(InputError, match=r"LinearLlama3; got TransformerEncoderLayer.*register_stream"):
+    with pytest.raises(InputError, match=r"LinearLlama3, and .*; got TransformerEncoderLayer.*register_stream"):
         stream(nn.TransformerEncoderLayer(8, 2), 16)
     with pytest.raises(InputError, match=r"takes a torch\.nn\.Module"):
         stream("model", 16)  # type: ignore[arg-type]

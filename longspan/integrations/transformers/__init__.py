@@ -6,13 +6,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from longspan.integrations.transformers.inputs import shard_batch
-from longspan.integrations.transformers.model import layout_of
+from longspan.integrations.transformers.model import layout_of, stream_batch
 
 if TYPE_CHECKING:
     from longspan.integrations.transformers.accelerate import SequenceParallelConfig
     from longspan.integrations.transformers.trainer import prepare_trainer
 
-__all__ = ["SequenceParallelConfig", "layout_of", "prepare_trainer", "shard_batch"]
+__all__ = ["SequenceParallelConfig", "layout_of", "prepare_trainer", "shard_batch", "stream_batch"]
 
 _NEED_ACCELERATE = {"SequenceParallelConfig": "accelerate", "prepare_trainer": "trainer"}
 """Names whose modules load Accelerate, by module: loaded when they are asked for."""

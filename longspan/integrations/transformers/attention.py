@@ -73,6 +73,8 @@ def attention(
             )
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     q, k, v = (t.transpose(1, 2) for t in (query, key, value))
+    layout = _layout_of(module, call.layout)
+    earlier = None if call.segment is None else call.segment.earlier
     out = softmax_attention(
         q,
         k,
@@ -82,10 +84,16 @@ def attention(
         scale=q.shape[-1] ** -0.5 if scaling is None else scaling,
         softcap=softcap,
         sinks=s_aux if sinks is None else sinks,
-        layout=_layout_of(module, call.layout),
+        earlier=earlier,
+        layout=layout,
         method=call.options.softmax_method,
     )
     call.take(ATTENTION, module)
+    if call.segment is not None and earlier is not None and call.segment.keeps:
+        # Chunks start anew, so that what is seen of earlier tokens is less than a chunk.
+        config: Any = module.config
+        seen = sliding_window if layout is call.layout else config.attention_chunk_size
+        call.segment.keep_keys(earlier.followed_by(k, v, call.layout, window=seen))
     return out, None
 
 

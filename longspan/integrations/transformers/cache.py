@@ -63,6 +63,33 @@ class Tail:
         return received.index_select(0, _order_from(self.first, layout).to(received.device)).movedim(0, self.dim)
 
 
+class Tails:
+    """The last `num_tokens` tokens of a prompt that a layer needs (None: all), which comes in one call or segment by segment."""
+
+    def __init__(self, num_tokens: int | None) -> None:
+        self.num_tokens = num_tokens
+        self._of_segments: list[tuple[SequenceLayout, Tail]] = []
+
+    def add(self, x: Tensor, dim: int, layout: SequenceLayout) -> None:
+        """This rank's tokens ``[..., T, ...]`` of a segment; what nobody needs any more is let go."""
+        kept = layout.seq_len if self.num_tokens is None else self.num_tokens
+        self._of_segments.append((layout, Tail.of(x, dim, kept, layout)))
+        while self.num_tokens is not None and sum(of.seq_len for of, _ in self._of_segments[1:]) >= self.num_tokens:
+            self._of_segments.pop(0)
+
+    def whole(self, targets: range) -> Tensor | None:
+        """All ranks' tokens, in order, on the ranks `targets`, and None elsewhere. Every rank calls it."""
+        found = [tail.whole(layout, targets) for layout, tail in self._of_segments]
+        parts = [x for x in found if x is not None]
+        if not parts:
+            return None
+        dim = self._of_segments[0][1].dim
+        joined = parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+        if self.num_tokens is None or joined.shape[dim] <= self.num_tokens:
+            return joined
+        return joined.narrow(dim, joined.shape[dim] - self.num_tokens, self.num_tokens).contiguous()
+
+
 class Recorder:
     """Stands where a cache does in a parallel forward; combined with the class of the fresh cache by `recording`.
 
@@ -74,12 +101,17 @@ class Recorder:
     fresh: Any
     """The cache to fill."""
     prompt_layout: SequenceLayout
+    """Of the prompt, or of the segment of it that runs now."""
     targets: range
     """The ranks that fill one."""
 
     def start(self) -> None:
         """Nothing is kept yet."""
         raise NotImplementedError
+
+    def begin_segment(self, layout: SequenceLayout) -> None:
+        """Layers hand over what belongs to the tokens of `layout`, which follow those so far; called before each forward."""
+        self.prompt_layout = layout
 
     def check(self) -> None:
         """Every layer has handed something over; the same on every rank."""
@@ -95,18 +127,24 @@ class RecordingCache(Recorder):
 
     def start(self) -> None:
         """Nothing is kept yet."""
-        self.keys: dict[int, tuple[Tail, Tail]] = {}
-        self.taps: dict[tuple[int, int], tuple[Tail, int]] = {}
+        self.keys: dict[int, tuple[Tails, Tails]] = {}
+        self.taps: dict[tuple[int, int], tuple[Tails, int]] = {}
         self.states: dict[tuple[int, int], Tensor] = {}
         self.lightning: dict[int, Tensor] = {}
-        self.taps_of_modules: dict[nn.Module, tuple[Tail, int]] = {}
+        self.taps_of_modules: dict[nn.Module, tuple[Tails, int]] = {}
+        self.num_tokens = 0
+
+    def begin_segment(self, layout: SequenceLayout) -> None:
+        super().begin_segment(layout)
+        self.num_tokens += layout.seq_len
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> Any:
         """Keys and values ``[B, H, T, D]`` of this rank's tokens, or latents; a window's layer keeps what decoding will see."""
         window = _window_of(self.fresh, layer_idx)
-        kept = self.prompt_layout.seq_len if window is None else window - 1
-        keys, values = (Tail.of(x, -2, kept, self.prompt_layout) for x in (key_states, value_states))
-        self.keys[layer_idx] = keys, values
+        kept = None if window is None else window - 1
+        of_layer = self.keys.setdefault(layer_idx, (Tails(kept), Tails(kept)))
+        for tails, x in zip(of_layer, (key_states, value_states), strict=True):
+            tails.add(x, -2, self.prompt_layout)
         return key_states, value_states
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> None:
@@ -132,8 +170,8 @@ class RecordingCache(Recorder):
                 f"the convolution of layer {layer_idx} does not say how many inputs its cache holds (conv_kernel_size), so that "
                 "the last of the prompt cannot be handed over. This release of Transformers is not one that longspan knows"
             )
-        tail = Tail.of(conv_states, -1, conv_kernel_size, self.prompt_layout)
-        self.taps[layer_idx, state_idx] = tail, conv_kernel_size
+        of_layer = self.taps.setdefault((layer_idx, state_idx), (Tails(conv_kernel_size), conv_kernel_size))
+        of_layer[0].add(conv_states, -1, self.prompt_layout)
         return conv_states
 
     def update_recurrent_state(self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0, **_: Any) -> Tensor:
@@ -147,7 +185,8 @@ class RecordingCache(Recorder):
 
     def keep_on_module(self, module: nn.Module, x: Tensor, num_taps: int) -> None:
         """For a layer that keeps the inputs ``[B, C, T]`` of its convolution on itself, as ``conv1d_state``."""
-        self.taps_of_modules[module] = Tail.of(x, -1, num_taps, self.prompt_layout), num_taps
+        of_module = self.taps_of_modules.setdefault(module, (Tails(num_taps), num_taps))
+        of_module[0].add(x, -1, self.prompt_layout)
 
     def check(self) -> None:
         """Every layer that the fresh cache has room for has handed something over."""
@@ -172,20 +211,20 @@ class RecordingCache(Recorder):
 
     def hand_over(self) -> Any:
         """Keys, values, latents and convolution inputs brought together; states as every rank has them."""
-        layout, targets = self.prompt_layout, self.targets
-        keeps = layout.rank in targets
+        targets = self.targets
+        keeps = self.prompt_layout.rank in targets
         for index in sorted(self.keys):
-            keys, values = (tail.whole(layout, targets) for tail in self.keys.pop(index))
+            keys, values = (tails.whole(targets) for tails in self.keys.pop(index))
             if keeps:
                 self.fresh.update(keys, values, index)
                 if _window_of(self.fresh, index) is not None:
-                    self.fresh.layers[index].cumulative_length = layout.seq_len
-        for (index, state), (tail, num_taps) in sorted(self.taps.items(), key=lambda item: item[0]):
-            taps = tail.whole(layout, targets)
+                    self.fresh.layers[index].cumulative_length = self.num_tokens
+        for (index, state), (tails, num_taps) in sorted(self.taps.items(), key=lambda item: item[0]):
+            taps = tails.whole(targets)
             if keeps:
                 self.fresh.update_conv_state(taps, index, state, conv_kernel_size=num_taps)
-        for module, (tail, num_taps) in self.taps_of_modules.items():
-            taps = tail.whole(layout, targets)
+        for module, (tails, num_taps) in self.taps_of_modules.items():
+            taps = tails.whole(targets)
             block: Any = module
             block.conv1d_state = None if taps is None else F.pad(taps, (num_taps - taps.shape[-1], 0))
             if not keeps:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from torch import nn
 
+from longspan.integrations.transformers.segment import EMPTY, Segment, Slot
 from longspan.layout import SequenceLayout
 from longspan.models.mixers import ParallelOptions
 
@@ -28,7 +30,8 @@ class ParallelCall:
 
     layout: of this rank's tokens. options: how layers exchange. split_already: whether the caller split the sequences. mixer: the
     one that runs now, or None. taken: names of functions that mixers called with the layout, by the mixer. recorder: takes what
-    layers remember of a prompt, or None where nothing is decoded afterwards.
+    layers remember of a prompt, or None where nothing is decoded afterwards. segment: the segment of time that this is; None for
+    whole sequences.
     """
 
     layout: SequenceLayout
@@ -37,12 +40,24 @@ class ParallelCall:
     mixer: nn.Module | None = None
     taken: dict[int, set[str]] = field(default_factory=dict)
     recorder: Recorder | None = None
+    segment: Segment | None = None
 
     def take(self, function: str, mixer: nn.Module | None = None) -> None:
         """Note that a mixer, the one that runs if not said, has called `function` with the layout."""
         mixer = self.mixer if mixer is None else mixer
         if mixer is not None:
             self.taken.setdefault(id(mixer), set()).add(function)
+
+    def slot(self, function: str) -> Slot:
+        """The state that `function` of the mixer that runs now begins with, and that takes the one that it ends with."""
+        return EMPTY if self.segment is None else self.segment.slot(function)
+
+    @property
+    def longest_document(self) -> int:
+        """Tokens of the longest document, of the whole sequence."""
+        if self.segment is not None:
+            return self.segment.longest
+        return max(stop - start for start, stop in pairwise(self.layout.document_bounds))
 
 
 RUNNING: ContextVar[ParallelCall | None] = ContextVar("longspan_running_call", default=None)

@@ -35,23 +35,28 @@ def convolution(
     x = hidden_states.transpose(1, 2)
     weight = weight.to(x.dtype)
     bias = None if bias is None else bias.to(x.dtype)
-    return causal_conv1d(x, weight, bias, activation, call.layout).transpose(1, 2)
+    slot = call.slot(CONVOLUTION)
+    found = causal_conv1d(
+        x, weight, bias, activation, call.layout, initial_state=slot.before, output_final_state=slot.keeps
+    )
+    return slot.split(found)[0].transpose(1, 2)
 
 
 def gated_delta_rule(call: ParallelCall, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
     """Gated delta rule: q, k ``[B, T, H_k, K]``, v ``[B, T, H, V]``, g and beta ``[B, T, H]``."""
     call.take(GATED_DELTA)
-    return _delta_rule(call, operators.gated_delta_rule, *args, **kwargs)
+    return _delta_rule(call, GATED_DELTA, operators.gated_delta_rule, *args, **kwargs)
 
 
 def kimi_delta_attention(call: ParallelCall, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
     """Kimi delta attention: as the gated delta rule, g ``[B, T, H, K]``."""
     call.take(KIMI_DELTA)
-    return _delta_rule(call, operators.kda, *args, **kwargs)
+    return _delta_rule(call, KIMI_DELTA, operators.kda, *args, **kwargs)
 
 
 def _delta_rule(
     call: ParallelCall,
+    name: str,
     operator: Callable[..., Any],
     query: Tensor,
     key: Tensor,
@@ -64,6 +69,7 @@ def _delta_rule(
     use_qk_l2norm_in_kernel: bool = False,
     **_: Any,
 ) -> tuple[Tensor, Tensor | None]:
+    slot = call.slot(name)
     out = operator(
         query,
         key,
@@ -71,12 +77,12 @@ def _delta_rule(
         g,
         beta.to(query.dtype),
         qk_l2norm=use_qk_l2norm_in_kernel,
-        initial_state=initial_state,
-        output_final_state=output_final_state,
+        initial_state=initial_state if slot.before is None else slot.before,
+        output_final_state=output_final_state or slot.keeps,
         layout=call.layout,
         exchange=call.options.exchange,
     )
-    return out if output_final_state else (out, None)
+    return slot.split(out)
 
 
 def mamba2_scan(
@@ -98,6 +104,10 @@ def mamba2_scan(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Mamba-2's scan: x ``[B, T, H, P]``, dt ``[B, T, H]``, B and C ``[B, T, G, N]``; states ``[B, H, P, N]``, not as ours."""
     call.take(MAMBA2)
+    slot = call.slot(MAMBA2)
+    before = slot.before
+    if before is None and initial_states is not None:
+        before = initial_states.transpose(-1, -2)
     out = operators.mamba2(
         hidden_states,
         dt,
@@ -109,12 +119,13 @@ def mamba2_scan(
         dt_bias=dt_bias,
         dt_softplus=dt_softplus,
         dt_limit=dt_limit,
-        initial_state=None if initial_states is None else initial_states.transpose(-1, -2),
-        output_final_state=return_final_states,
+        initial_state=before,
+        output_final_state=return_final_states or slot.keeps,
         layout=call.layout,
         exchange=call.options.exchange,
     )
-    return (out[0], out[1].transpose(-1, -2)) if return_final_states else out
+    y, state = slot.split(out)
+    return (y, state.transpose(-1, -2)) if return_final_states and state is not None else y
 
 
 def selective_scan(
@@ -133,6 +144,7 @@ def selective_scan(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Mamba's selective scan: x, dt, z ``[B, C, T]``, A ``[C, N]``, B and C ``[B, N, T]``; states ``[B, C, N]``."""
     call.take(SELECTIVE_SCAN)
+    slot = call.slot(SELECTIVE_SCAN)
     x = hidden_states.transpose(1, 2)
     # There is no matrix product in the recurrence for autocast to round.
     with without_autocast(x):
@@ -146,13 +158,14 @@ def selective_scan(
             None if z is None else z.transpose(1, 2),
             delta_bias,
             delta_softplus,
-            output_final_state=return_last_state,
+            initial_state=slot.before,
+            output_final_state=return_last_state or slot.keeps,
             layout=call.layout,
             exchange=call.options.exchange,
         )
-    y, state = with_state(out)
+    y, state = slot.split(out)
     y = y.transpose(1, 2)
-    return y if state is None else (y, state)
+    return (y, state) if return_last_state and state is not None else y
 
 
 def rwkv_linear_attention(
@@ -167,8 +180,8 @@ def rwkv_linear_attention(
     """RWKV-4's attention: key and value ``[B, T, C]``, time_decay and time_first ``[C]``; a mean of values with weights e^key.
 
     Weighted values and weights are two columns of one state, which decays by e^-e^time_decay in each token and is read before the
-    token itself, whose weight is e^(key + time_first). All weights are divided by the largest of their channel, on all ranks:
-    the mean is the same. In float64, which holds keys 700 apart.
+    token itself, whose weight is e^(key + time_first). All weights are divided by the largest of their channel, on all ranks and
+    in all segments of time so far: the mean is the same. In float64, which holds keys 700 apart.
 
     Raises:
         InputError: for a state: it would be of a cache.
@@ -178,19 +191,31 @@ def rwkv_linear_attention(
     call.take(RWKV)
     with without_autocast(key):
         weights, values, first, decay = (t.double() for t in (key, value, time_first, time_decay))
+        of_sums, of_largest = call.slot(RWKV), call.slot(RWKV)
         largest = max_over_ranks(weights.detach().amax((0, 1)), call.layout)
+        before_first = of_sums.before
+        if of_sums.before is not None and of_largest.before is not None:
+            so_far = of_largest.before.detach()
+            largest = torch.maximum(largest, so_far)
+            before_first = of_sums.before * torch.exp(so_far - largest)[:, None, None]
+        if of_largest.keep is not None:
+            of_largest.keep(largest)
         e = torch.exp(weights - largest)
         ones = e.new_ones(*e.shape[:2], 1, 1)
-        summed = operators.simple_gla(
+        out = operators.simple_gla(
             ones,
             ones,
             torch.stack([e * values, e], dim=-1),
             (-torch.exp(decay)).expand_as(e),
             scale=1.0,
+            initial_state=before_first,
+            output_final_state=of_sums.keeps,
             layout=call.layout,
             exchange=call.options.exchange,
         )
-        before = token_shift(summed.flatten(2), layout=call.layout).view_as(summed)
+        summed, _ = of_sums.split(out)
+        first_shifted = None if before_first is None else before_first.flatten(1)
+        before = token_shift(summed.flatten(2), initial_state=first_shifted, layout=call.layout).view_as(summed)
         own = e * torch.exp(first)
         mean = (before[..., 0] + own * values) / (before[..., 1] + own)
     return mean.to(key.dtype), None

@@ -7,7 +7,6 @@ Shapes: B rows, N tokens of a whole sequence, T tokens of this rank. Packed rows
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -20,6 +19,8 @@ from longspan.layout import SequenceLayout
 
 LAYOUT = "longspan_layout"
 """The keyword of a call whose sequences are split already: its layout. `shard_batch` makes such a call."""
+SEGMENT = "longspan_segment"
+"""The keyword of such a call that is a segment of time."""
 
 _BOUNDS = ("cu_seq_lens_q", "cu_seqlens")
 """What Transformers' collators, and flash-linear-attention's models, call the bounds of documents."""
@@ -27,6 +28,8 @@ _PACKING = (*_BOUNDS, "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"
 """How documents are described to kernels; the layout says it instead."""
 
 _SPLIT = ("input_ids", "inputs_embeds", "position_ids", "labels", "shift_labels")
+STREAMED = frozenset({"input_ids", "labels", "position_ids", "attention_mask", "num_items_in_batch", *_PACKING})
+"""What `stream_batch` takes."""
 _UNDERSTOOD = frozenset({*_SPLIT, *_PACKING, "attention_mask", "num_items_in_batch", "past_key_values", "cache_params"})
 
 
@@ -222,6 +225,23 @@ def shard_batch(batch: Mapping[str, Any], layout: SequenceLayout) -> dict[str, A
     return {**sharded, LAYOUT: layout}
 
 
+def check_positions(given: Mapping[str, Any], layout: SequenceLayout) -> None:
+    """Refuse positions other than those that segments of time are given: of each token in its document.
+
+    Raises:
+        InputError: for others, such as those of a sequence that goes on with another.
+    """
+    positions = given.get("position_ids")
+    if positions is None:
+        return
+    own = SequenceLayout.local(layout.seq_len, layout.documents).document_positions_on(positions.device)
+    if not bool((positions == own).all()):
+        raise InputError(
+            "position_ids do not count from 0 in each document, as segments of time do. Leave them out, or let them restart at 0 "
+            "where a document starts"
+        )
+
+
 def check_given_layout(layout: object, given: Mapping[str, Any]) -> None:
     """Raise unless a call's layout is one, and its tokens are this rank's tokens of it."""
     if not isinstance(layout, SequenceLayout):
@@ -232,8 +252,3 @@ def check_given_layout(layout: object, given: Mapping[str, Any]) -> None:
             f"labels of sequences that are split must have been shifted before the split: got labels and {LAYOUT}, but no "
             "shift_labels. Make the arguments with longspan.integrations.transformers.shard_batch"
         )
-
-
-def longest_document(layout: SequenceLayout) -> int:
-    """Tokens of the longest document."""
-    return max(stop - start for start, stop in pairwise(layout.document_bounds))

@@ -41,11 +41,14 @@ FUSED_HEAD = "fused_lm_head"
 class LossCall:
     """The call of the head that runs now: its layout, and whether the balance loss is a rank's share or the whole.
 
+    in_segments: where the call is a segment of time, what finds its share of the balance loss.
+
     TRL's loss is this rank's share times the number of ranks, and then the balance loss is added: that one must be whole.
     """
 
     layout: SequenceLayout
     balance_is_share: bool = True
+    in_segments: BalanceInSegments | None = None
 
 
 LOSS_CALL: ContextVar[LossCall | None] = ContextVar("longspan_loss_call", default=None)
@@ -78,6 +81,8 @@ def balance_loss(original: Callable[..., Any]) -> Callable[..., Any]:
         gate_logits: Any, num_experts: int | None = None, top_k: int = 2, attention_mask: Tensor | None = None
     ) -> Any:
         call = LOSS_CALL.get()
+        if call is not None and call.in_segments is not None and isinstance(gate_logits, tuple) and num_experts:
+            return call.in_segments.share(gate_logits, num_experts, top_k)
         if call is None or call.layout.num_ranks == 1 or not isinstance(gate_logits, tuple) or num_experts is None:
             return original(gate_logits, num_experts, top_k, attention_mask)
         whole = _balance(gate_logits, num_experts, top_k, _local_mask(attention_mask, call.layout), call.layout)
@@ -100,6 +105,14 @@ def _balance(
 
     gate_logits: ``[B · T, num_experts]`` of each layer. mask: ``[B · T]``, of the tokens that count.
     """
+    summed = sum_over_ranks(_counted(gate_logits, num_experts, top_k, mask), layout)
+    chosen, probabilities, rows = summed.split([num_experts, num_experts, 1])
+    rows = rows.detach()
+    return (chosen.detach() / rows * (probabilities / rows)).sum() * num_experts
+
+
+def _counted(gate_logits: tuple[Tensor, ...], num_experts: int, top_k: int, mask: Tensor | None) -> Tensor:
+    """Of this rank's tokens: how many chose each expert, the sum of each expert's probability, and how many tokens there are."""
     dtype, device = torch.promote_types(gate_logits[0].dtype, torch.float32), gate_logits[0].device
     chosen = torch.zeros(num_experts, dtype=dtype, device=device)
     probabilities = torch.zeros(num_experts, dtype=dtype, device=device)
@@ -111,7 +124,34 @@ def _balance(
         chosen = chosen.scatter_add(0, experts.flatten(), counts[:, None].expand_as(experts).flatten())
         probabilities = probabilities + counts @ weights
         rows = rows + counts.sum()
-    summed = sum_over_ranks(torch.cat([chosen, probabilities, rows]), layout)
-    chosen, probabilities, rows = summed.split([num_experts, num_experts, 1])
-    rows = rows.detach()
-    return (chosen.detach() / rows * (probabilities / rows)).sum() * num_experts
+    return torch.cat([chosen, probabilities, rows])
+
+
+class BalanceInSegments:
+    """The balance loss of a sequence in segments of time: choices are counted in all of them first.
+
+    With the shares of choices f_e and the number of tokens of the whole sequence, a segment's share of the loss is
+    experts · Σ_e f_e · (sum of e's probabilities in the segment) / tokens.
+    """
+
+    def __init__(self) -> None:
+        self._counts: Tensor | None = None
+        self._is_counted = False
+
+    def share(self, gate_logits: tuple[Tensor, ...], num_experts: int, top_k: int) -> Tensor:
+        """This rank's share in the segment that runs now; while choices are counted, zero."""
+        counts = _counted(gate_logits, num_experts, top_k, None)
+        if not self._is_counted:
+            detached = counts.detach()
+            self._counts = detached if self._counts is None else self._counts + detached
+            return counts.new_zeros(())
+        assert self._counts is not None
+        chosen, _, rows = self._counts.split([num_experts, num_experts, 1])
+        probabilities = counts[num_experts:-1]
+        return (chosen / rows * (probabilities / rows)).sum() * num_experts
+
+    def all_counted(self, layout: SequenceLayout) -> None:
+        """Every segment has been seen once: sum over the ranks of a segment's layout."""
+        if self._counts is not None:
+            self._counts = sum_over_ranks(self._counts, layout)
+        self._is_counted = True

@@ -17,7 +17,7 @@ from longspan.autocast import without_autocast
 from longspan.integrations.transformers.cache import RecordingCache
 from longspan.integrations.transformers.call import CALL, ParallelCall, running_call
 from longspan.integrations.transformers.fla_methods import FLA_METHODS
-from longspan.integrations.transformers.functions import convolution, with_state
+from longspan.integrations.transformers.functions import convolution
 from longspan.integrations.transformers.mixers import LIGHTNING, RECURRENT_UNIT, TOKEN_SHIFT
 
 
@@ -36,22 +36,24 @@ def lightning_attention(
     qkv = self.act_fn(self.qkv_proj(hidden_states)).reshape(rows, tokens, self.num_attention_heads, 3 * self.head_dim)
     query, key, value = torch.split(qkv, self.head_dim, dim=3)
     remembers = past_key_values is not None
+    slot = call.slot(LIGHTNING)
     out = operators.retention(
         query,
         key,
         value,
         -self.slope_rate.detach().flatten(),
         scale=1.0,
-        output_final_state=remembers,
+        initial_state=slot.before,
+        output_final_state=remembers or slot.keeps,
         layout=call.layout,
         exchange=call.options.exchange,
     )
-    mixed, state = with_state(out)
-    if state is not None:
+    mixed, state = slot.split(out)
+    if state is not None and remembers:
         state = state.to(value.dtype)
         past_key_values.set_linear_cache(self.layer_idx, state)
     normed = self.norm(mixed.reshape(rows, tokens, -1))
-    return self.out_proj(torch.sigmoid(self.output_gate(hidden_states)) * normed), state
+    return self.out_proj(torch.sigmoid(self.output_gate(hidden_states)) * normed), state if remembers else None
 
 
 def recurrent_unit(
@@ -72,6 +74,7 @@ def recurrent_unit(
     x = hidden_states.unsqueeze(-1)
     ones = x.new_ones(*x.shape[:2], 1, 1)
     gate = recurrent_gate.clamp(min=torch.finfo(recurrent_gate.dtype).tiny)
+    slot = call.slot(RECURRENT_UNIT)
     # There is no matrix product in the recurrence for autocast to round.
     with without_autocast(x):
         out = operators.simple_gla(
@@ -80,12 +83,14 @@ def recurrent_unit(
             x,
             gate.log(),
             scale=1.0,
-            output_final_state=call.recorder is not None,
+            initial_state=slot.before,
+            output_final_state=call.recorder is not None or slot.keeps,
             layout=call.layout,
             exchange=call.options.exchange,
         )
-    scanned, state = with_state(out)
-    return scanned.squeeze(-1), None if state is None else state.flatten(1).to(acc_dtype)
+    scanned, state = slot.split(out)
+    kept = None if state is None or call.recorder is None else state.flatten(1).to(acc_dtype)
+    return scanned.squeeze(-1), kept
 
 
 def convolution_of_module(self: Any, x: Tensor) -> Tensor:
@@ -100,7 +105,8 @@ def shift_of_module(self: Any, x: Tensor) -> Tensor:
     """``nn.ZeroPad2d.forward`` as RWKV uses it: the token before each, zero before the first."""
     call = running_call(self)
     call.take(TOKEN_SHIFT)
-    return token_shift(x, layout=call.layout)
+    slot = call.slot(TOKEN_SHIFT)
+    return slot.split(token_shift(x, initial_state=slot.before, output_final_state=slot.keeps, layout=call.layout))[0]
 
 
 METHODS: Mapping[str, Callable[..., Any]] = {

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextvars import Token
 from copy import deepcopy
 from types import MethodType
@@ -57,7 +57,8 @@ _STATE = "longspan_parallel"
 class ParallelModel:
     """What longspan keeps for a model it has parallelized.
 
-    head: the model with the loss, or the backbone alone. backbone: the module that turns tokens into hidden states. call: the
+    head: the model with the loss, or the backbone alone. backbone: the module that turns tokens into hidden states. numbers: of its
+    mixers, in order. call: the
     forward that runs now. last_layout: of the last forward. gathers_logits: whether calls without gradients return the logits of
     whole sequences.
     """
@@ -74,6 +75,7 @@ class ParallelModel:
         self.backbone = backbone_of(head)
         self.options, self.place, self.loss = options, place, loss
         self.mixers = mixers.mixers_of(self.backbone)
+        self.numbers = {mixer: number for number, mixer in enumerate(self.mixers)}
         balances = any(mixers.ATTENTION in kind.calls for kind in self.mixers.values())
         self.order: Order = order or ("zigzag" if balances else "contiguous")
         self.modeling_files = modeling_files_of(head)
@@ -95,7 +97,7 @@ class ParallelModel:
         memo[id(self)] = other
         vars(other).update(vars(self))
         other.decoding = Decoding(other)
-        for name in ("head", "backbone", "mixers", "_handles"):
+        for name in ("head", "backbone", "mixers", "numbers", "_handles"):
             setattr(other, name, deepcopy(getattr(self, name), memo))
         other.call, other._tokens, other._layouts = None, [], OrderedDict()
         dispatch.install(other, other.modeling_files)
@@ -215,8 +217,9 @@ class ParallelModel:
             if not self._counted_by_trainer:
                 given["num_items_in_batch"] = num_valid
             given["labels"] = given["shift_labels"] = local
-        self._scale_z_loss(call.layout)
-        self._set(losses.LOSS_CALL, losses.LossCall(call.layout, not given.get(losses.FUSED_HEAD)))
+        self._scale_z_loss(call)
+        balance = None if call.segment is None else call.segment.balance
+        self._set(losses.LOSS_CALL, losses.LossCall(call.layout, not given.get(losses.FUSED_HEAD), balance))
         given[CALL] = self.call = call
         return (), given
 
@@ -232,6 +235,9 @@ class ParallelModel:
         if output is None:
             return output
         layout = kwargs[CALL].layout
+        if kwargs[CALL].segment is not None:
+            # Shares of a sequence's loss: of all its segments together they are combined.
+            return output
         if not torch.is_grad_enabled():
             self._gather_outputs(output, layout, bool(kwargs.get(losses.FUSED_HEAD)))
         if kwargs.get("labels") is None:
@@ -303,6 +309,8 @@ class ParallelModel:
                 f"{_REPORT}"
             )
         call.mixer = module
+        if call.segment is not None:
+            call.segment.enter(module, kwargs)
         if not kind.hands_on:
             self._set(RUNNING, call)
 
@@ -329,7 +337,7 @@ class ParallelModel:
         if self.call is None:
             return args, kwargs
         given = arguments_by_name(module, args, kwargs)
-        given["position_ids"] = rotary.with_last_position(given["position_ids"], self.call.layout)
+        given["position_ids"] = rotary.with_last_position(given["position_ids"], self.call.longest_document)
         return (), given
 
     def after_rotary(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
@@ -344,7 +352,7 @@ class ParallelModel:
         if layout is not None:
             inputs.check_given_layout(layout, given)
             self._check_group(layout)
-            call = ParallelCall(layout, self.options, split_already=True)
+            call = ParallelCall(layout, self.options, split_already=True, segment=given.pop(inputs.SEGMENT, None))
         else:
             inputs.check_arguments(given)
             self.compare_over_ranks(given)
@@ -400,12 +408,13 @@ class ParallelModel:
                 whole = layout.gather(local)
                 setattr(output, name, whole.reshape(self._num_rows, -1, *whole.shape[2:]))
 
-    def _scale_z_loss(self, layout: SequenceLayout) -> None:
+    def _scale_z_loss(self, call: ParallelCall) -> None:
         """A loss that is a mean over the tokens of a call: this rank's part of the mean over all of them."""
-        coefficient = getattr(self.head, "z_loss_coefficient", None)
-        if coefficient and layout.num_ranks > 1:
+        coefficient, num_tokens = getattr(self.head, "z_loss_coefficient", None), call.layout.num_local_tokens
+        whole = call.layout.seq_len if call.segment is None else call.segment.num_tokens
+        if coefficient and num_tokens < whole:
             self._z_loss_coefficient = coefficient
-            self.head.z_loss_coefficient = coefficient * layout.num_local_tokens / layout.seq_len
+            self.head.z_loss_coefficient = coefficient * num_tokens / whole
 
     def compare_over_ranks(self, given: dict[str, Any]) -> None:
         """The same batch on every rank of the group, or an error on all of them."""
@@ -533,6 +542,53 @@ def layout_of(model: nn.Module) -> SequenceLayout:
             f"{'Call it' if state else 'Call longspan.parallelize(model, group)'} first"
         )
     return state.last_layout
+
+
+def stream_batch(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """A batch as a call of the model takes it, as what `longspan.stream` takes: ``streamed.forward_backward(**stream_batch(...))``.
+
+    Args:
+        model: given to `longspan.parallelize` before.
+        batch: whole sequences, the same on every rank of the group: ``input_ids`` and ``labels`` (not shifted), and any of
+            ``position_ids``, ``cu_seq_lens_q`` or ``seq_idx``, which tell packed documents, ``attention_mask`` (of right padding),
+            and ``num_items_in_batch``.
+
+    Returns:
+        ``tokens``, ``labels`` (shifted, and not across documents), ``layout`` of the whole sequence, and ``num_valid``, None
+        without num_items_in_batch. Packed rows are one after another.
+
+    Raises:
+        InputError: for a model that is not parallelized, a batch without ids or labels, what a call refuses, and positions that do
+            not count from 0 in each document.
+    """
+    state = state_of(model)
+    if state is None:
+        raise InputError(
+            f"stream_batch(): {type(head_of(model)).__name__} is not parallelized, so that it has no layout. Call "
+            "longspan.parallelize(model, group) first"
+        )
+    given = {name: value for name, value in batch.items() if value is not None}
+    unknown = sorted(given.keys() - inputs.STREAMED)
+    missing = sorted({"input_ids", "labels"} - given.keys())
+    if unknown or missing:
+        wrong = f"got {', '.join(unknown)}, too" if unknown else f"there is no {' and no '.join(missing)}"
+        raise InputError(
+            f"stream_batch() takes input_ids, labels, and what tells documents; {wrong}. What it knows is "
+            f"{', '.join(sorted(inputs.STREAMED))}"
+        )
+    inputs.check_arguments(given)
+    bounds = inputs.document_bounds(given)
+    layout = state.layout_of(given, bounds)
+    if bounds is not None:
+        given = inputs.in_one_row(given)
+    inputs.check_positions(given, layout)
+    num_valid = given.get("num_items_in_batch")
+    return {
+        "tokens": given["input_ids"],
+        "labels": losses.shifted_labels(given["labels"], layout),
+        "layout": layout,
+        "num_valid": None if num_valid is None else int(num_valid),
+    }
 
 
 def _check_cache(given: dict[str, Any]) -> None:

@@ -6,12 +6,13 @@ docs/transformers_generation.md is for users.
 from __future__ import annotations
 
 import inspect
+from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from longspan.checks import described
+from longspan.checks import described, is_int
 from longspan.errors import InputError
 from longspan.integrations.transformers import inputs, mixers
 from longspan.integrations.transformers.cache import (
@@ -24,6 +25,7 @@ from longspan.integrations.transformers.cache import (
 from longspan.integrations.transformers.decoding import CACHE_ARGUMENTS, mark_prefilled
 from longspan.integrations.transformers.fla_cache import recording_fla_cache
 from longspan.integrations.transformers.model import ParallelModel, state_of
+from longspan.integrations.transformers.segment import Segment, SegmentMemory
 from longspan.integrations.transformers.structure import head_of
 from longspan.layout import SequenceLayout
 from longspan.models.mixers import SequenceMixer
@@ -54,6 +56,7 @@ def prefill(
     attention_mask: Tensor | None = None,
     position_ids: Tensor | None = None,
     to: Target = "last",
+    segment_tokens: int | None = None,
 ) -> Prefilled:
     """Run a prompt through a parallelized model of Transformers, split over its ranks, and bring its cache together.
 
@@ -75,33 +78,63 @@ def prefill(
         position_ids: ``[1, N]`` or ``[B, N]`` (or as multimodal models take them), each one more than the last; from 0 if None.
         to: ``"last"`` fills the cache on the rank that has the last token; ``"all"`` on every rank, each of which then holds all
             keys and values.
+        segment_tokens: read the prompt in segments of so many tokens, each split over the ranks: the activations of one segment are
+            held, and the cache is the same. A number of at least the ranks'. None reads it at once.
 
     Raises:
         InputError: for a model that is not parallelized or has no head, in training mode, or whose parameters are split over ranks
-            where `to` is ``"last"``; for layers of flash-linear-attention beside others; for padding, packed documents, a prompt
+            where `to` is ``"last"``; for layers of flash-linear-attention beside others, or in segments; for padding, packed
+            documents, a prompt
             shorter than the number of ranks, or one that differs between ranks.
     """
     state = _checked_state(model, to)
+    num_ranks = state.place.num_ranks
+    if segment_tokens is not None:
+        _check_segments(state, segment_tokens)
     named = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
     given = {name: value for name, value in named.items() if value is not None}
     _check_prompt(state, given)
     state.compare_over_ranks(given)
-    layout = state.layout_of(given, None)
-    owner = rank_of_last_token(layout)
-    targets = range(layout.num_ranks) if to == "all" else range(owner, owner + 1)
-    recorder = _recorder(state, layout, targets)
-    logits = _forward(state, given, layout, recorder)
+    whole = state.layout_of(given, None)
+    layouts = _cut(whole, segment_tokens)
+    owner = rank_of_last_token(layouts[-1])
+    targets = range(num_ranks) if to == "all" else range(owner, owner + 1)
+    recorder = _recorder(state, layouts[0], targets)
+    memory, start = SegmentMemory(gathers=False), 0
+    for layout in layouts:
+        recorder.begin_segment(layout)
+        segment = None
+        if segment_tokens is not None:
+            keeps = start + layout.seq_len < whole.seq_len
+            segment = Segment(memory, state.numbers, keeps, whole.seq_len, whole.seq_len)
+        tokens = {name: x[..., start : start + layout.seq_len] for name, x in given.items()}
+        logits = _forward(state, tokens, layout, recorder, segment)
+        if segment is not None:
+            memory = segment.take()
+        start += layout.seq_len
     recorder.check()
     cache = recorder.hand_over()
     if cache is not None:
-        mark_prefilled(cache, layout.seq_len)
+        mark_prefilled(cache, whole.seq_len)
     if to == "all":
-        logits = of_last_token(logits, layout)
+        logits = of_last_token(logits, layouts[-1])
     return Prefilled(cache, None if cache is None else logits, owner)
 
 
-def _forward(state: ParallelModel, given: dict[str, Tensor], layout: SequenceLayout, recorder: Any) -> Tensor:
-    """The logits ``[B, V]`` of this rank's last token; what layers remember goes to `recorder`."""
+def _cut(whole: SequenceLayout, segment_tokens: int | None) -> list[SequenceLayout]:
+    """The layouts of a prompt's segments, in order; the prompt's own, where it is not cut. Every rank has a token of each."""
+    if segment_tokens is None:
+        return [whole]
+    starts = list(range(0, whole.seq_len, segment_tokens))
+    if len(starts) > 1 and whole.seq_len - starts[-1] < whole.num_ranks:
+        starts.pop()
+    return [whole.stretch(start, stop) for start, stop in pairwise([*starts, whole.seq_len])]
+
+
+def _forward(
+    state: ParallelModel, given: dict[str, Tensor], layout: SequenceLayout, recorder: Any, segment: Segment | None
+) -> Tensor:
+    """The logits ``[B, V]`` of this rank's last token; what layers remember goes to `recorder` and, of a segment, to that."""
     head: Any = state.head
     of_head, of_backbone = (
         inspect.signature(type(module).forward).parameters for module in (state.head, state.backbone)
@@ -116,6 +149,8 @@ def _forward(state: ParallelModel, given: dict[str, Tensor], layout: SequenceLay
     # Transformers' layers fill the cache that is given all the same; with use_cache RecurrentGemma takes a rank's only token for
     # a step of decoding.
     local |= {name: recorder, "use_cache": recorder.is_used_by_layers, inputs.LAYOUT: layout}
+    if segment is not None:
+        local[inputs.SEGMENT] = segment
     if "logits_to_keep" in of_head:
         local["logits_to_keep"] = 1
     logits: Tensor = head(**local).logits
@@ -161,6 +196,22 @@ def _checked_state(model: nn.Module, to: str) -> ParallelModel:
             "them. Pass to='all', and generate on every rank"
         )
     return state
+
+
+def _check_segments(state: ParallelModel, segment_tokens: object) -> None:
+    """Refuse segments without a token for each rank, and layers that do not hand on what they remember."""
+    num_ranks = state.place.num_ranks
+    if not is_int(segment_tokens) or segment_tokens < num_ranks:  # type: ignore[operator]
+        raise InputError(
+            f"prefill(): segment_tokens must be None or an int of at least {num_ranks}, a token for each rank; got "
+            f"{described(segment_tokens)}. A few thousand keep a device busy"
+        )
+    of_fla = sorted({type(mixer).__name__ for mixer in state.mixers if mixers.is_of_fla(mixer)})
+    if of_fla:
+        raise InputError(
+            f"prefill(): {', '.join(of_fla)} of flash-linear-attention cannot begin with what a segment before it left. Leave "
+            "segment_tokens out"
+        )
 
 
 def _check_layers(state: ParallelModel, name: str) -> None:

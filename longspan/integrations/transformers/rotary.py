@@ -11,9 +11,6 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longspan.integrations.transformers.inputs import longest_document
-from longspan.layout import SequenceLayout
-
 _LOOKS_AT_LARGEST = {"dynamic", "longrope"}
 
 
@@ -24,9 +21,9 @@ def looks_at_largest_position(module: nn.Module) -> bool:
     return bool(kinds & _LOOKS_AT_LARGEST)
 
 
-def with_last_position(position_ids: Tensor, layout: SequenceLayout) -> Tensor:
-    """Positions ``[..., T]`` and that of the last token of the longest document: ``[..., T + 1]``."""
-    return F.pad(position_ids, (0, 1), value=longest_document(layout) - 1)
+def with_last_position(position_ids: Tensor, longest_document: int) -> Tensor:
+    """Positions ``[..., T]`` and that of the last token of the longest document, of so many: ``[..., T + 1]``."""
+    return F.pad(position_ids, (0, 1), value=longest_document - 1)
 
 
 def without_last_position(output: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -145,18 +145,20 @@ def expected(name: str, rope: str | None = None) -> Memory:
         return Memory(logits, tensors, continued(model, cache, ids))
 
 
-def of_ranks(name: str, order: Order, to: Any, rope: str | None) -> tuple[int, Memory | None]:
+def of_ranks(
+    name: str, order: Order, to: Any, rope: str | None, segment_tokens: int | None = None
+) -> tuple[int, Memory | None]:
     """The rank that has the last token, and what this rank has of a prompt's memory."""
     model: Any = longspan.parallelize(built(name, rope), None, order=order)
     ids = prompt()
     with Wide():
-        cache, logits, rank = longspan.prefill(model, ids, to=to)
+        cache, logits, rank = longspan.prefill(model, ids, to=to, segment_tokens=segment_tokens)
         assert (cache is None) == (logits is None)
         found = None
         if cache is not None:
             assert type(cache) is type(empty_cache(model))
             found = tensors_of(cache, model)
-        cache = longspan.prefill(model, ids[:, :-1], to=to).cache
+        cache = longspan.prefill(model, ids[:, :-1], to=to, segment_tokens=segment_tokens).cache
         if cache is None:
             assert not tensors_on_modules(model)
             return rank, None
@@ -165,8 +167,11 @@ def of_ranks(name: str, order: Order, to: Any, rope: str | None) -> tuple[int, M
         return rank, Memory(logits, found, continued(model, cache, ids))
 
 
-def check(name: str, num_ranks: int, order: Order, to: str, rope: str | None = None) -> None:
-    compare(expected(name, rope), run_on_ranks(num_ranks, of_ranks, name, order, to, rope), name, order, to)
+def check(
+    name: str, num_ranks: int, order: Order, to: str, rope: str | None = None, segment_tokens: int | None = None
+) -> None:
+    found = run_on_ranks(num_ranks, of_ranks, name, order, to, rope, segment_tokens)
+    compare(expected(name, rope), found, name, order, to)
 
 
 def compare(want: Memory, found: list[tuple[int, Memory | None]], name: str, order: Order, to: str) -> None:
@@ -205,6 +210,24 @@ def test_other_orders_and_targets(order: Order, to: str) -> None:
 @pytest.mark.parametrize("rope", KINDS)
 def test_frequencies_that_look_at_the_longest_position(rope: str) -> None:
     check("llama", 2, "zigzag", "last", rope)
+
+
+@pytest.mark.parametrize("name", ["qwen3_next", "recurrent_gemma"])
+def test_segments_leave_the_same_cache(name: str) -> None:
+    """Segments shorter than windows; the last one shorter than the others."""
+    check(name, 2, "zigzag", "last", segment_tokens=8)
+
+
+def test_segments_with_frequencies_that_look_at_the_longest_position() -> None:
+    check("llama", 2, "contiguous", "all", "dynamic", segment_tokens=8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", WITH_CACHE)
+def test_segments_in_every_family(name: str) -> None:
+    check(name, 2, "zigzag", "last", segment_tokens=8)
+    check(name, 2, "contiguous", "all", segment_tokens=3)
+    check(name, 1, "contiguous", "last", segment_tokens=1)
 
 
 @pytest.mark.slow

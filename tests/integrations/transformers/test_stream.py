@@ -1,0 +1,216 @@
+"""Models of Transformers in segments of time: loss and every gradient are those of the unmodified model in one piece."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+import longspan
+from longspan.integrations.transformers import stream_batch
+from longspan.integrations.transformers.losses import LossKind
+from longspan.layout import Order
+from tests.compare import relative_error, worst_of
+from tests.integrations.transformers.families import FAMILIES, build
+from tests.integrations.transformers.reference import PACKED, PLAIN, Batch, Expected, Wide, expected, gradients_of
+from tests.integrations.transformers.test_losses import BALANCED, averaged, num_items
+from tests.ranks import raised, run_on_ranks
+
+TOLERANCE = 1e-10
+KINDS: dict[str, Batch] = {"plain": PLAIN, "packed": PACKED}
+QUICK = ("llama", "qwen3_next", "bamba", "minimax", "mamba", "recurrent_gemma", "rwkv")
+"""A family for each of the operators; the others are slow."""
+
+
+@functools.lru_cache(maxsize=4)
+def expected_of(name: str, kind: str) -> Expected:
+    return expected(build(name), KINDS[kind])
+
+
+def errors_over_ranks(
+    name: str, kind: str, order: Order, segment_tokens: int, options: dict[str, Any], want: Expected
+) -> dict[str, float]:
+    """Errors on this rank, of the loss with and without gradients, and of each gradient."""
+    model = build(name)
+    longspan.parallelize(model, None, order=order, loss="sum")
+    streamed = longspan.stream(model, segment_tokens, **options)
+    batch = stream_batch(model, KINDS[kind].arguments())
+    with Wide():
+        loss = streamed.forward_backward(**batch)
+        whole = streamed.loss(**batch)
+    longspan.sum_gradients(model)
+    dist.all_reduce(loss)
+    got = gradients_of(model)
+    if got.keys() != want.gradients.keys():
+        raise AssertionError(f"gradients of other parameters: {sorted(got.keys() ^ want.gradients.keys())}")
+    errors = {f"gradient of {key}": relative_error(got[key], want.gradients[key]) for key in got}
+    errors["loss"] = relative_error(loss, want.loss)
+    errors["loss without gradients"] = relative_error(whole, want.loss)
+    return errors
+
+
+def check(name: str, kind: str, num_ranks: int, order: Order, segment_tokens: int = 10, **options: Any) -> None:
+    want = expected_of(name, kind)
+    found = run_on_ranks(num_ranks, errors_over_ranks, name, kind, order, segment_tokens, options, want)
+    for rank, errors in enumerate(found):
+        error, what = worst_of(errors)
+        assert error < TOLERANCE, f"{name} on rank {rank} of {num_ranks}: {what} is off by {error:.1e}"
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in FAMILIES]
+)
+def test_segments_over_two_ranks_are_one_piece(name: str) -> None:
+    check(name, "packed", 2, "zigzag")
+
+
+def test_segments_shorter_than_taps_and_windows() -> None:
+    """And memory that is computed a third time."""
+    check("lfm2", "packed", 2, "contiguous", segment_tokens=2, keep_every=5)
+    check("gemma3", "packed", 2, "zigzag", segment_tokens=4, offload=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "kind, num_ranks, order", [("plain", 1, "contiguous"), ("plain", 2, "contiguous"), ("packed", 1, "zigzag")]
+)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_other_layouts(name: str, kind: str, num_ranks: int, order: Order) -> None:
+    check(name, kind, num_ranks, order)
+
+
+def loss_and_gradients(
+    name: str, options: dict[str, Any], kind: LossKind, given: dict[str, Any], divide: bool
+) -> dict[str, Tensor]:
+    """What all ranks' losses and gradients are together; "without gradients" is what this rank's loss is then."""
+    model: Any = longspan.parallelize(build(name, **options), None, loss=kind)
+    batch = stream_batch(model, {**PLAIN.arguments(), **given})
+    streamed = longspan.stream(model, 10)
+    with Wide():
+        loss = streamed.forward_backward(**batch)
+        alone = streamed.loss(**batch)
+    return {**averaged({"loss": loss, **gradients_of(model)}, divide), "without gradients": alone}
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "divide", "given", "alone", "options"),
+    [
+        ("qwen3_next", "mean", True, {}, 1.0, {**BALANCED, "mlp_only_layers": []}),
+        ("bamba", "sum", False, {}, 1.0, {"z_loss_coefficient": 0.1}),
+        ("llama", "mean", False, {"num_items_in_batch": num_items()}, 0.5, {}),
+    ],
+    ids=["averaged, with balance", "summed, with a mean", "counted by a trainer"],
+)
+def test_losses_are_those_of_a_call(
+    name: str, kind: LossKind, divide: bool, given: dict[str, Any], alone: float, options: dict[str, Any]
+) -> None:
+    want = expected(build(name, **options), PLAIN)
+    for values in run_on_ranks(2, loss_and_gradients, name, options, kind, given, divide):
+        errors = {key: relative_error(values[key], gradient) for key, gradient in want.gradients.items()}
+        errors["loss"] = relative_error(values["loss"], want.loss)
+        errors["loss without gradients"] = relative_error(values["without gradients"], want.loss * alone)
+        error, what = worst_of(errors)
+        assert error < TOLERANCE, f"{what} is off by {error:.1e}"
+
+
+def gradients(recomputes: bool) -> dict[str, Tensor]:
+    model: Any = longspan.parallelize(build("bamba").float().train(), None)
+    if recomputes:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    longspan.stream(model, 10).forward_backward(**stream_batch(model, PACKED.arguments()))
+    return gradients_of(model)
+
+
+def test_layers_that_are_recomputed_leave_the_same_bits() -> None:
+    want, got = gradients(False), gradients(True)
+    different = [key for key in want if not torch.equal(got[key], want[key])]
+    assert got.keys() == want.keys() and not different, different
+
+
+def scores_on_rank() -> tuple[float, bool]:
+    """The error of each token's loss, and whether the same labels are the likeliest, beside a call's logits."""
+    model: Any = longspan.parallelize(build("bamba"), None, order="contiguous")
+    batch = stream_batch(model, PLAIN.arguments())
+    del batch["num_valid"]
+    with Wide(), torch.no_grad():
+        found = list(longspan.stream(model, 10).scores(**batch))
+        logits = batch["layout"].gather(model(PLAIN.ids).logits)
+    labels = batch["labels"]
+    want = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape)
+    starts = range(0, labels.shape[1], 10)
+    parts = [batch["layout"].stretch(start, min(start + 10, labels.shape[1])) for start in starts]
+    nats = torch.cat([layout.gather(scores.nats) for layout, scores in zip(parts, found, strict=True)], 1)
+    likeliest = torch.cat(
+        [layout.gather(scores.is_likeliest.double()) for layout, scores in zip(parts, found, strict=True)], 1
+    )
+    is_same = bool((likeliest.bool() == ((logits.argmax(-1) == labels) & (labels != -100))).all())
+    return relative_error(nats, want), is_same
+
+
+def test_scores_are_those_of_a_calls_logits() -> None:
+    for error, is_same in run_on_ranks(2, scores_on_rank):
+        assert error < TOLERANCE and is_same
+
+
+def refused(what: str) -> tuple[str, str]:
+    model: Any = build("llama")
+    if what == "not parallelized":
+        return raised(longspan.stream, model, 8)
+    if what == "backbone":
+        return raised(longspan.stream, longspan.parallelize(model.model, None), 8)
+    longspan.parallelize(model, None)
+    batch: dict[str, Any] = PLAIN.arguments()
+    match what:
+        case "positions":
+            batch["position_ids"] = torch.arange(5, 5 + PLAIN.ids.shape[1])[None]
+        case "no labels":
+            del batch["labels"]
+        case "other arguments":
+            batch["output_attentions"] = True
+        case "reentrant":
+            model.train().activation_checkpointing_enable({"use_reentrant": True})
+        case "short":
+            return raised(lambda: longspan.stream(model, 1).forward_backward(**stream_batch(model, batch)))
+        case "routing":
+            streamed = longspan.stream(model, 8)
+            return raised(lambda: streamed.forward_backward(**stream_batch(model, batch), routing=object()))
+    return raised(lambda: longspan.stream(model, 8).forward_backward(**stream_batch(model, batch)))
+
+
+@pytest.mark.parametrize(
+    ("what", "says"),
+    [
+        ("not parallelized", "LlamaForCausalLM, which was not"),
+        ("backbone", "LlamaModel has no head"),
+        ("positions", "restart at 0"),
+        ("no labels", "there is no labels"),
+        ("other arguments", "got output_attentions, too"),
+        ("reentrant", "'use_reentrant': False"),
+        ("short", "fewer than the 2 ranks"),
+        ("routing", "config.output_router_logits"),
+    ],
+)
+def test_refusals(what: str, says: str) -> None:
+    for kind, message in run_on_ranks(2, refused, what):
+        assert kind == "InputError" and says in message, f"{kind}: {message}"
+
+
+def test_what_segments_do_not_know_is_refused_by_its_class() -> None:
+    model: Any = longspan.parallelize(build("llama"), None)
+    model.model.layers[1].self_attn.is_causal = False
+    with pytest.raises(longspan.InputError, match="LlamaAttention reads later tokens"):
+        longspan.stream(model, 8)
+
+
+def test_what_sums_gradients_in_one_backward_is_refused() -> None:
+    model = longspan.parallelize(build("llama"), None)
+    wrapped = torch.nn.parallel.DistributedDataParallel.__new__(torch.nn.parallel.DistributedDataParallel)
+    torch.nn.Module.__init__(wrapped)
+    wrapped.module = model
+    with pytest.raises(longspan.InputError, match=r"model\.module"):
+        longspan.stream(wrapped, 8)
