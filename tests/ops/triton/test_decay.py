@@ -40,7 +40,7 @@ def assert_right(name: str, inputs: Inputs, tolerance: float = 5e-6, **options: 
 
 
 def test_the_decay_family_has_kernels() -> None:
-    assert NAMES == ["linear_attention", "retention", "simple_gla", "gla"]
+    assert NAMES == ["linear_attention", "retention", "simple_gla", "gla", "gla_with_bonus"]
 
 
 @pytest.mark.slow_rows(r"^(31|16)-")
@@ -123,7 +123,9 @@ def test_a_memory_may_be_read_twice(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_state_that_nobody_reads_still_has_its_gradient(name: str) -> None:
     inputs = make_inputs(name, 45, dtype=torch.float32)
-    leaves = [inputs.k, inputs.v, inputs.initial_state, *(inputs.gates[key] for key in inputs.differentiable)]
+    # A bonus weighs what is read, and is in no state.
+    gates = [inputs.gates[key] for key in inputs.differentiable if key != "u"]
+    leaves = [inputs.k, inputs.v, inputs.initial_state, *gates]
     grads = []
     for backend in ("triton", "torch"):
         memory = longspan.write(
