@@ -23,7 +23,7 @@ from tests.ranks import raised, run_on_ranks
 
 TOLERANCE = 1e-10
 KINDS: dict[str, Batch] = {"plain": PLAIN, "packed": PACKED}
-QUICK = ("llama", "qwen3_next", "bamba", "minimax", "mamba", "recurrent_gemma", "rwkv")
+QUICK = ("llama", "qwen3_next", "bamba", "minimax", "lfm2", "mamba", "recurrent_gemma", "rwkv")
 """A family for each of the operators; the others are slow."""
 
 
@@ -69,6 +69,7 @@ def test_segments_over_two_ranks_are_one_piece(name: str) -> None:
     check(name, "packed", 2, "zigzag")
 
 
+@pytest.mark.slow
 def test_segments_shorter_than_taps_and_windows() -> None:
     """And memory that is computed a third time."""
     check("lfm2", "packed", 2, "contiguous", segment_tokens=2, keep_every=5)
