@@ -21,6 +21,8 @@ from tests.variants import Inputs, make_inputs, reference
 __all__ = ["unwritten_memory_is_nan"]
 
 NAMES = [name for name, variant in VARIANTS.items() if "triton" in variant.backends]
+# Its kernels are gla's, of which all rows run in `make test`.
+ROWS = [pytest.param(name, marks=pytest.mark.slow) if name == "gla_with_bonus" else name for name in NAMES]
 TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 
 
@@ -44,14 +46,14 @@ def test_the_decay_family_has_kernels() -> None:
 
 
 @pytest.mark.slow_rows(r"^(31|16)-")
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ROWS)
 @pytest.mark.parametrize("seq_len", [1, 16, 31, 70])
 def test_kernels_equal_the_recurrent_form_at_any_length(name: str, seq_len: int) -> None:
     assert_right(name, make_inputs(name, seq_len, dtype=torch.float32, heads=1, batch=2))
 
 
 @pytest.mark.slow_rows(r"(bfloat16-gla|float16-linear_attention|float16-gla)")
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ROWS)
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_packed_documents_groups_and_sizes_that_are_no_power_of_two(name: str, dtype: torch.dtype) -> None:
     inputs = make_inputs(
@@ -60,7 +62,7 @@ def test_packed_documents_groups_and_sizes_that_are_no_power_of_two(name: str, d
     assert_right(name, inputs, TOLERANCE[dtype], form="fused" if dtype == torch.bfloat16 else "overlapped")
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ROWS)
 @pytest.mark.parametrize(
     "sizes",
     [
@@ -76,7 +78,7 @@ def test_heads_wider_than_a_tile(name: str, sizes: tuple[int, int]) -> None:
     assert_right(name, inputs, chunk_size=None)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ROWS)
 @pytest.mark.parametrize("decay", [0.0, 5.0, 60.0, 1000.0])
 def test_no_decay_is_too_strong_or_too_weak(name: str, decay: float) -> None:
     inputs = make_inputs(name, 40, decay=decay, heads=1, documents=[0, 3, 40], dtype=torch.float32)
@@ -138,7 +140,7 @@ def test_a_state_that_nobody_reads_still_has_its_gradient(name: str) -> None:
 
 
 @pytest.mark.slow_rows(r"^(simple_gla|retention)")
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ROWS)
 def test_gradients_may_be_asked_for_one_by_one(name: str) -> None:
     inputs = make_inputs(name, 45, dtype=torch.float32)
     leaves = [inputs.q, inputs.k, inputs.v, *(inputs.gates[key] for key in inputs.differentiable)]
