@@ -128,7 +128,10 @@ def _compare(case: Case, seed: int) -> dict[str, float]:
     assert all(got.dtype == case.dtype for got in (out, *grads))
     errors = {"o": relative_error(out, layout.shard(want), case.floor)}
     for name, got, whole in zip(names, grads, want_grads, strict=False):
-        errors[name] = relative_error(got, layout.shard(whole), case.floor)
+        # In a window of one token no query and no key has a gradient, so that rounding, whose order processors differ in, has no
+        # size to be compared with: it is bounded by itself.
+        has_no_size = case.window == 1 and sinks is None and name in ("dq", "dk")
+        errors[name] = relative_error(got, layout.shard(whole), 1.0 if has_no_size else case.floor)
     if sinks is not None:
         # A rank's is its share.
         total = grads[-1].double()
