@@ -84,14 +84,17 @@ class _Scaled(Codec):
         return (padded * scales[..., None]).flatten(-2)[..., :numbers]
 
     @property
+    @abstractmethod
     def _largest(self) -> float:
-        raise NotImplementedError
+        """The largest number of the format."""
 
+    @abstractmethod
     def _rounded(self, scaled: Tensor) -> Tensor:
-        raise NotImplementedError
+        """Numbers of the format for float32 ones of the same shape, at most `_largest`."""
 
+    @abstractmethod
     def _widened(self, rows: Tensor) -> Tensor:
-        raise NotImplementedError
+        """float32 numbers, before scaling, of bytes ``[n, H · m]`` as `_rounded` makes them."""
 
 
 @dataclass(frozen=True)
