@@ -1,4 +1,5 @@
-"""What every test shares: one thread per process, as on the ranks; Triton's interpreter; the ranks end with the session."""
+"""What every test shares: one thread per process, as on the ranks; Triton's interpreter; random numbers; the ranks
+end with the session."""
 
 from __future__ import annotations
 
@@ -30,6 +31,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     unused = mark_slow_rows(items)
     if unused and config.args_source is pytest.Config.ArgsSource.TESTPATHS:
         raise pytest.UsageError(f"slow_rows names what no row of the test matches: {', '.join(unused)}")
+
+
+@pytest.fixture(autouse=True)
+def same_random_numbers() -> None:
+    """What a test draws without a seed of its own does not depend on the tests that this worker ran before."""
+    torch.manual_seed(0)
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:

@@ -378,9 +378,12 @@ def _serve(rank: int, num_ranks: int, checked: bool, connection: Connection, fol
 
 def _answer(path: list[str], filters: list[tuple[Any, ...]], call: bytes) -> bytes:
     """The pickled pair of the call's value and the number of groups that the rank then is in, or the pickled `RankFailure`."""
+    import torch
     from torch.distributed import distributed_c10d
 
     try:
+        # What a call draws without a seed of its own does not depend on the calls before it.
+        torch.manual_seed(0)
         sys.path.extend(entry for entry in path if entry not in sys.path)
         function, args = pickle.loads(call)
         with warnings.catch_warnings():
