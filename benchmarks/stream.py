@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import statistics
+import sys
+import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -11,35 +14,46 @@ import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks.harness import Table, in_subprocess, peak_bytes, require_close, run_ranks, seconds, timed_pairs
-from longspan import EarlierKeys, SequenceLayout, parallelize, stream, sum_gradients
+from longspan import SequenceLayout, parallelize, stream, sum_gradients
+from longspan.attention.softmax.earlier import KeyPart
 from longspan.launch import num_cores
 from longspan.models import LinearLlama3, LinearLlama3Config
 from longspan.parallel import compute_in
 from longspan.streaming import SegmentDone
+from longspan.train.memory import release_freed_memory
 
-SEGMENT = 8192
+SEGMENT = 4096
 """Tokens of a segment of time."""
-VOCABULARY = 2048
-LINEAR = {"pattern": "L", "num_kv_heads": 1}
-HYBRID = {"pattern": "LLLN", "num_kv_heads": 2}
+VOCABULARY = 1024
+LINEAR = {"pattern": "L", "dim": 64, "num_heads": 2, "num_kv_heads": 1, "hidden_dim": 176}
+HYBRID = {"pattern": "LLLN", "dim": 128, "num_heads": 2, "num_kv_heads": 2, "hidden_dim": 352}
 LENGTHS = {
     ("in segments", 1): (2**14, 2**16, 2**18, 2**20),
     ("in one piece", 1): (2**13, 2**14, 2**15, 2**16),
-    ("in segments", 2): (2**14, 2**16, 2**18),
+    ("in segments", 2): (2**14, 2**16, 2**18, 2**20),
     ("in one piece", 2): (2**14, 2**15, 2**16),
 }
 """Tokens that each side is measured at, by its ranks."""
 SHAPE = (
-    f"4 layers of simple_gla, width 128, vocabulary {VOCABULARY:,}, float32, segments of {SEGMENT:,} tokens; one process has two "
+    f"4 layers of simple_gla, width 64, vocabulary {VOCABULARY:,}, float32, segments of {SEGMENT:,} tokens; one process has two "
     "threads, two ranks have one each"
 )
 _MEBIBYTE = 2**20
+_TIMED_TOKENS = 2**16
+"""Steps on shorter sequences are repeated until so many tokens are timed."""
+_PASSES_BETWEEN_RELEASES = 8
+"""Freed memory goes back to the system after so many passes over a segment, as in `longspan train` by default: without it a process
+holds more and more that it does not use (docs/performance.md, memory over a run)."""
+
+
+def say(text: str) -> None:
+    """How far a long measurement is, beside what it prints at its end."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def build(model: dict[str, Any]) -> LinearLlama3:
-    """The main job's model with other layers."""
-    config = LinearLlama3Config(vocab_size=VOCABULARY, dim=128, num_layers=4, num_heads=2, hidden_dim=352, **model)
-    return LinearLlama3(config)
+    """Four layers; the hybrid is the main job's model with two key heads."""
+    return LinearLlama3(LinearLlama3Config(vocab_size=VOCABULARY, num_layers=4, **model))
 
 
 def tokens_of(length: int) -> Tensor:
@@ -47,8 +61,22 @@ def tokens_of(length: int) -> Tensor:
     return torch.randint(VOCABULARY, (1, length + 1), generator=torch.Generator().manual_seed(0))
 
 
+class Releases:
+    """Gives freed memory back between passes over segments; then calls what else wants to know."""
+
+    def __init__(self, every: int, also: Callable[[SegmentDone], None] | None = None) -> None:
+        self._every, self._also, self._num_passes = every, also, 0
+
+    def __call__(self, done: SegmentDone) -> None:
+        self._num_passes += 1
+        if self._num_passes % self._every == 0:
+            release_freed_memory()
+        if self._also is not None:
+            self._also(done)
+
+
 def step_of(
-    model: Any, tokens: Tensor, layout: SequenceLayout, segment: int | None, **options: Any
+    model: Any, tokens: Tensor, layout: SequenceLayout, segment: int | None, *, between: Any = None, **options: Any
 ) -> Callable[[], Tensor]:
     """Forward and backward of the whole sequence, in one piece or in segments; it returns this rank's share of the loss."""
     inputs, labels, num_valid = tokens[:, :-1], tokens[:, 1:], tokens.shape[1] - 1
@@ -61,7 +89,7 @@ def step_of(
 
     if segment is None:
         return plain
-    between = options.pop("between", None)
+    between = Releases(_PASSES_BETWEEN_RELEASES) if between is None else between
     return partial(stream(model, segment, **options).forward_backward, inputs, labels, layout, between=between)
 
 
@@ -76,8 +104,11 @@ def check(model: dict[str, Any], **options: Any) -> None:
         require_close("a gradient in segments", ours.grad, theirs.grad, 1e-3)
 
 
-def measured(model: dict[str, Any], length: int, segment: int | None, options: dict[str, Any]) -> tuple[int, float]:
-    """Bytes above model, gradients and optimizer at most, and seconds, of a step on this rank."""
+def measured(model: dict[str, Any], length: int, segment: int | None) -> tuple[int, float]:
+    """Bytes above model, gradients and optimizer at most, and seconds, of a step on this rank.
+
+    A short step is made several times, the first one untimed, as memory is cold in it: the median.
+    """
     together = dist.is_initialized()
     if not together:
         torch.set_num_threads(num_cores())
@@ -86,11 +117,10 @@ def measured(model: dict[str, Any], length: int, segment: int | None, options: d
     if together:
         parallelize(made, None)
     optimizer = torch.optim.AdamW(made.parameters())
-    # Memory and threads are cold at first.
-    step_of(made, tokens_of(512), layout_of(512), None if segment is None else 256, **options)()
+    step_of(made, tokens_of(512), layout_of(512), None if segment is None else 256)()
     optimizer.step()
     optimizer.zero_grad(set_to_none=False)
-    step = step_of(made, tokens_of(length), layout_of(length), segment, **options)
+    step = step_of(made, tokens_of(length), layout_of(length), segment)
     elapsed: list[float] = []
 
     def whole() -> None:
@@ -98,16 +128,21 @@ def measured(model: dict[str, Any], length: int, segment: int | None, options: d
         if together:
             sum_gradients(made)
 
-    peak = peak_bytes(lambda: elapsed.append(seconds(whole)))
-    return peak, elapsed[0]
+    def several() -> None:
+        for _ in range(1 + _TIMED_TOKENS // length):
+            elapsed.append(seconds(whole))
+
+    release_freed_memory()
+    peak = peak_bytes(several)
+    return peak, statistics.median(elapsed[1:] or elapsed)
 
 
-def side(model: dict[str, Any], num_ranks: int, length: int, segment: int | None, **options: Any) -> tuple[int, float]:
+def side(model: dict[str, Any], num_ranks: int, length: int, segment: int | None) -> tuple[int, float]:
     """`measured` in fresh processes: of the rank that takes most."""
     if num_ranks == 1:
-        found: tuple[int, float] = in_subprocess(measured, model, length, segment, options)
+        found: tuple[int, float] = in_subprocess(measured, model, length, segment)
         return found
-    everyone = run_ranks(num_ranks, measured, model, length, segment, options)
+    everyone = run_ranks(num_ranks, measured, model, length, segment)
     return max(peak for peak, _ in everyone), max(elapsed for _, elapsed in everyone)
 
 
@@ -123,16 +158,16 @@ def measure(quick: bool) -> dict[str, Any]:
     """Memory and time of all sides at their lengths, and the ratios to the plain step."""
     check(LINEAR)
     lengths = dict.fromkeys(LENGTHS, (2**14,)) if quick else LENGTHS
-    sides = [
-        {"side": name, "ranks": ranks, "tokens": length, "bytes": peak, "seconds": elapsed}
-        for (name, ranks), of_side in lengths.items()
-        for length in of_side
-        for peak, elapsed in [side(LINEAR, ranks, length, SEGMENT if name == "in segments" else None)]
-    ]
-    ratios = {
-        str(length): in_subprocess(ratio_to_plain, length, 1 if quick else 3)
-        for length in ((2**14,) if quick else (2**14, 2**15, 2**16))
-    }
+    sides = []
+    for (name, ranks), of_side in lengths.items():
+        for length in of_side:
+            peak, elapsed = side(LINEAR, ranks, length, SEGMENT if name == "in segments" else None)
+            say(f"{name}, {ranks} ranks, {length:,} tokens: {peak / _MEBIBYTE:,.0f} MiB, {elapsed:.1f} s")
+            sides.append({"side": name, "ranks": ranks, "tokens": length, "bytes": peak, "seconds": elapsed})
+    ratios = {}
+    for length in (2**14,) if quick else (2**14, 2**15, 2**16):
+        ratios[str(length)] = in_subprocess(ratio_to_plain, length, 1 if quick else 3)
+        say(f"time of {length:,} tokens in segments / in one piece: {ratios[str(length)]}")
     return {"shape": SHAPE, "sides": sides, "ratios": ratios}
 
 
@@ -141,21 +176,36 @@ def table_of(data: dict[str, Any]) -> Table:
     table = Table(
         "stream",
         f"A step in segments of time and in one piece: {data['shape']}; MiB above model, gradients and optimizer of a rank",
-        "in segments memory flat within 10 %, and time a token within 10 %, from 16K to 1M tokens in one process; at most 1.45 "
+        "in segments, one process, from 16K to 1M tokens: memory flat within 10 %, and time a token within 10 %; at most 1.45 "
         "times the time of the plain step",
-        ["side", "ranks", "tokens", "MiB", "s", "ms for 1,000 tokens", "time / that of one piece, in pairs"],
+        [
+            "side",
+            "ranks",
+            "tokens",
+            "MiB",
+            "of the first row's",
+            "s",
+            "ms for 1,000 tokens",
+            "of the first row's",
+            "time / that of one piece, in pairs",
+        ],
     )
+    first: dict[tuple[str, int], dict[str, Any]] = {}
     for found in data["sides"]:
+        own = first.setdefault((found["side"], found["ranks"]), found)
         ratio = data["ratios"].get(str(found["tokens"]), "-")
-        shown = ratio if (found["side"], found["ranks"]) == ("in segments", 1) else "-"
-        each = found["seconds"] / found["tokens"] * 1e6
-        cells = (
+        each = found["seconds"] / found["tokens"]
+        table.add(
+            found["side"],
+            found["ranks"],
             f"{found['tokens']:,}",
             f"{found['bytes'] / _MEBIBYTE:,.0f}",
+            f"{found['bytes'] / own['bytes']:.2f}",
             f"{found['seconds']:.1f}",
-            f"{each:,.0f}",
+            f"{each * 1e6:,.1f}",
+            f"{each / (own['seconds'] / own['tokens']):.2f}",
+            ratio if (found["side"], found["ranks"]) == ("in segments", 1) else "-",
         )
-        table.add(found["side"], found["ranks"], *cells, shown)
     return table
 
 
@@ -163,75 +213,119 @@ def in_segments(quick: bool) -> Table:
     return table_of(measure(quick))
 
 
-def kept_bytes(length: int, segment: int, offload: bool) -> tuple[int, int, float]:
-    """Bytes of keys, values and their gradients that a step holds at most, of the formula's, and the growth of this process."""
+def kept_bytes(length: int, segment: int, window: int | None, offload: bool) -> tuple[int, int]:
+    """Bytes of keys, values and their gradients that a step holds at most, and the growth of this process."""
     torch.set_num_threads(num_cores())
-    model = build(HYBRID)
-    held: list[EarlierKeys] = []
+    model = build(HYBRID | {"window": window})
+    parts: weakref.WeakSet[KeyPart] = weakref.WeakSet()
     largest = [0]
 
     def note(module: Any, given: Any, found: Any) -> None:
         earlier = found[1] and found[1].earlier
-        if earlier is not None and not torch.is_grad_enabled():
-            held.append(earlier)
+        if earlier is not None and earlier.last is not None and not torch.is_grad_enabled():
+            parts.add(earlier.last)
 
     def count(done: SegmentDone) -> None:
-        # As the last segment has sent its gradients, all of them are there.
+        # As the last segment has sent its gradients, all of them are there: to the parts that it sees.
         if (done.kind, done.segment) == ("backward", done.num_segments - 1):
-            parts = held[-1].parts
-            largest[0] = sum(part.num_bytes + sum(x.nbytes for x in part.grads()) for part in parts)
+            largest[0] = sum(part.num_bytes + sum(x.nbytes for x in part.grads() if x.any()) for part in parts)
 
     model.blocks[3].mixer.register_forward_hook(note)  # type: ignore[union-attr]
-    step = step_of(model, tokens_of(length), SequenceLayout.local(length), segment, offload=offload, between=count)
-    step_of(model, tokens_of(512), SequenceLayout.local(512), 256, offload=offload)()
+    options = {"offload": offload, "between": Releases(1, count)}
+    step_of(model, tokens_of(512), SequenceLayout.local(512), 256, **options)()
+    step = step_of(model, tokens_of(length), SequenceLayout.local(length), segment, **options)
+    parts.clear()
+    release_freed_memory()
     peak = peak_bytes(step)
-    return largest[0], _formula(length, segment), float(peak)
+    return largest[0], peak
 
 
-def _formula(length: int, segment: int) -> int:
-    """Bytes of keys and values of all segments but the last, and of their gradients, float32."""
+def keys_formula(length: int, segment: int, window: int | None) -> int:
+    """Bytes of keys and values of all segments but the last, and of the gradients of those that the last one sees, float32.
+
+    With a window of a token more than a segment, that is the segment before.
+    """
     kv_heads, size, layers = 2, 64, 1
-    return (length - segment) * 2 * kv_heads * size * layers * (4 + 4)
+    kept, seen = length - segment, length - segment if window is None else segment
+    return (kept + seen) * 2 * kv_heads * size * layers * 4
+
+
+def states_formula(length: int, segment: int) -> int:
+    """Bytes of the states that enter segments, float32."""
+    heads, size, layers = 2, 64, 3
+    return length // segment * heads * size * size * layers * 4
 
 
 def keys(quick: bool) -> Table:
-    lengths, segment = ((1024, 2048), 512) if quick else ((2**13, 2**14, 2**15), 2048)
+    segment = 512 if quick else 2048
+    check(HYBRID)
+    check(HYBRID, offload=True)
+    # A window of a segment and a token keeps all keys of all segments, and lets attention grow with the length, not its square.
+    all_seen, in_window = ((1024, 2048), (2048,)) if quick else ((2**13, 2**14, 2**15), (2**15, 2**16, 2**17))
     table = Table(
         "stream_keys",
-        f"The hybrid LLLN with 2 key heads of 64 in segments of {segment:,} tokens, one process: what is held between segments",
-        "memory grows by keys, values and their gradients alone: the formula within 5 %",
+        f"The hybrid LLLN with 2 key heads of 64 in segments of {segment:,} tokens, one process: keys, values and their gradients, "
+        "and how much the process grows beside its first row",
+        "memory grows by keys and values alone, and by the states that are kept: the formula within 5 %",
         [
+            "a token sees",
             "keys and values",
             "tokens",
             "MiB of keys",
             "MiB, formula",
             "keys / formula",
             "MiB of the process above model and gradients",
+            "growth",
+            "growth, formula",
+            "growth / formula",
         ],
     )
-    for offload in (False, True):
-        for length in lengths:
-            counted, formula, peak = in_subprocess(kept_bytes, length, segment, offload)
-            cells = (f"{counted / _MEBIBYTE:.1f}", f"{formula / _MEBIBYTE:.1f}", f"{counted / formula:.3f}")
-            where = "in host memory" if offload else "on the device"
-            table.add(where, f"{length:,}", *cells, f"{peak / _MEBIBYTE:,.0f}")
+    for window, lengths in ((None, all_seen), (segment + 1, in_window)):
+        for offload in (False, True):
+            before: tuple[int, int] | None = None
+            for length in lengths:
+                counted, peak = in_subprocess(kept_bytes, length, segment, window, offload)
+                formula = keys_formula(length, segment, window)
+                whole = formula + states_formula(length, segment)
+                growth = ["-", "-", "-"]
+                if before is not None:
+                    grown, expected = peak - before[0], whole - before[1]
+                    growth = [f"{grown / _MEBIBYTE:.1f}", f"{expected / _MEBIBYTE:.1f}", f"{grown / expected:.3f}"]
+                before = before or (peak, whole)
+                table.add(
+                    "all before" if window is None else f"{window:,} tokens",
+                    "in host memory" if offload else "on the device",
+                    f"{length:,}",
+                    f"{counted / _MEBIBYTE:.1f}",
+                    f"{formula / _MEBIBYTE:.1f}",
+                    f"{counted / formula:.3f}",
+                    f"{peak / _MEBIBYTE:,.0f}",
+                    *growth,
+                )
+                say("stream_keys: " + " | ".join(table.rows[-1]))
     return table
 
 
-def error_of(dtype: torch.dtype, num_segments: int, length: int) -> float:
-    """Relative error of all gradients together, against one piece in float64."""
+def errors_of(dtype: torch.dtype, counts: tuple[int, ...], length: int) -> list[float]:
+    """Relative errors of all gradients together, in so many segments, against one piece in float64."""
+    torch.set_num_threads(num_cores())
     tokens, layout = tokens_of(length), SequenceLayout.local(length)
-    exact, model = build(HYBRID).double(), build(HYBRID)
+    exact = build(HYBRID).double()
     step_of(exact, tokens, layout, None)()
-    if dtype != torch.float32:
-        compute_in(model, dtype)
-    step_of(model, tokens, layout, None if num_segments == 1 else length // num_segments)()
-    squares = wanted = 0.0
-    for ours, theirs in zip(model.parameters(), exact.parameters(), strict=True):
-        assert ours.grad is not None and theirs.grad is not None
-        squares += float((ours.grad.double() - theirs.grad).square().sum())
-        wanted += float(theirs.grad.square().sum())
-    return float((squares / wanted) ** 0.5)
+    found = []
+    for num_segments in counts:
+        model = build(HYBRID)
+        if dtype != torch.float32:
+            compute_in(model, dtype)
+        step_of(model, tokens, layout, None if num_segments == 1 else length // num_segments)()
+        squares = wanted = 0.0
+        for ours, theirs in zip(model.parameters(), exact.parameters(), strict=True):
+            assert ours.grad is not None and theirs.grad is not None
+            squares += float((ours.grad.double() - theirs.grad).square().sum())
+            wanted += float(theirs.grad.square().sum())
+        found.append((squares / wanted) ** 0.5)
+        say(f"stream_accuracy: {dtype}, {num_segments} segments: {found[-1]:.2e}")
+    return found
 
 
 def accuracy(quick: bool) -> Table:
@@ -243,7 +337,7 @@ def accuracy(quick: bool) -> Table:
         ["computed in", *("one piece" if count == 1 else f"{count} segments" for count in counts)],
     )
     for dtype in (torch.float32, torch.bfloat16):
-        errors = [in_subprocess(error_of, dtype, count, length) for count in counts]
+        errors = in_subprocess(errors_of, dtype, counts, length)
         table.add(str(dtype).removeprefix("torch."), *(f"{error:.2e}" for error in errors))
     return table
 

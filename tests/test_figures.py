@@ -96,10 +96,15 @@ DATA: dict[str, dict[str, Any]] = {
         "tokens": 4096,
         "segment_tokens": 1024,
         "shape": "4 layers",
+        "tokens_before": 512,
+        "losses_before": [8.0, 7.5, 7.0],
         "losses": [7.0, 6.0],
         "seconds": [3.0, 3.5],
         "peak_bytes": 2**29,
-        "by_position": [{"first": 0, "stop": 32, "nats": 6.5}, {"first": 32, "stop": 4096, "nats": 6.0}],
+        "by_position": {
+            name: [{"first": 0, "stop": 32, "nats": 6.5}, {"first": 32, "stop": 4096, "nats": 6.0}]
+            for name in ("after 3 steps on 512 tokens", "and 2 on 4,096")
+        },
     },
 }
 
