@@ -15,6 +15,7 @@ from longspan.attention import linear
 from longspan.attention.bidirectional import write_bidirectional
 from longspan.attention.linear import LinearMemory, check_query
 from longspan.attention.memory import KeyMemory, StateMemory
+from longspan.attention.options import SCHEDULES, Schedule
 from longspan.autocast import as_in_product
 from longspan.checks import check_choice, check_flag, check_tensor
 from longspan.errors import InputError
@@ -30,38 +31,6 @@ if TYPE_CHECKING:
 _LINEAR_OPTIONS = ("causal", "initial_state", "output_final_state", "exchange", "backend", "chunk_size")
 _SOFTMAX_OPTIONS = ("causal", "window", "initial_state", "earlier", "output_final_state", "method", "num_heads")
 _GATE_NAMES = sorted({gate.name for variant in VARIANTS.values() for gate in variant.gates})
-
-
-Schedule = Literal["auto", "fused", "overlapped"]
-SCHEDULES: tuple[Schedule, ...] = ("auto", "fused", "overlapped")
-"""In which order one call computes: see `longspan.linear_attention`."""
-
-
-class LayerOptions(TypedDict, total=False):
-    """What every layer of linear attention takes beside its tensors: see `longspan.linear_attention`.
-
-    These classes are for overloads, which say what follows from `output_final_state`; each definition has them one by one, with
-    its defaults.
-    """
-
-    initial_state: Tensor | None
-    layout: SequenceLayout | None
-    exchange: str | Exchanger
-    schedule: Schedule
-    backend: str | None
-    chunk_size: int | None
-
-
-class OperatorOptions(LayerOptions, total=False):
-    """What every operator takes beside its tensors."""
-
-    scale: float | None
-
-
-class BidirectionalOptions(OperatorOptions, total=False):
-    """What an operator takes that has ``causal=False``."""
-
-    causal: bool
 
 
 class LinearOptions(TypedDict, total=False):
@@ -198,8 +167,9 @@ def apply_operator(
     k: Tensor,
     v: Tensor,
     gates: dict[str, Any],
-    scale: float | None,
     output_final_state: bool,
+    *,
+    scale: float | None,
     schedule: Schedule,
     **options: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:

@@ -53,46 +53,19 @@ ACTIVATIONS = ("silu", "swish")
 
 @overload
 def causal_conv1d(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = ...,
-    activation: str | None = ...,
-    layout: SequenceLayout | None = ...,
-    *,
-    initial_state: Tensor | None = ...,
-    output_final_state: Literal[False] = ...,
-    backend: str | None = ...,
-) -> Tensor: ...
-
-
+    x: Tensor, weight: Tensor, bias: Tensor | None = ..., activation: str | None = ..., layout: SequenceLayout | None = ...,
+    *, initial_state: Tensor | None = ..., output_final_state: Literal[False] = ..., backend: str | None = ...,
+) -> Tensor: ...  # fmt: skip
 @overload
 def causal_conv1d(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = ...,
-    activation: str | None = ...,
-    layout: SequenceLayout | None = ...,
-    *,
-    initial_state: Tensor | None = ...,
-    output_final_state: Literal[True],
-    backend: str | None = ...,
-) -> tuple[Tensor, Tensor]: ...
-
-
+    x: Tensor, weight: Tensor, bias: Tensor | None = ..., activation: str | None = ..., layout: SequenceLayout | None = ...,
+    *, initial_state: Tensor | None = ..., output_final_state: Literal[True], backend: str | None = ...,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 @overload
 def causal_conv1d(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = ...,
-    activation: str | None = ...,
-    layout: SequenceLayout | None = ...,
-    *,
-    initial_state: Tensor | None = ...,
-    output_final_state: bool,
-    backend: str | None = ...,
-) -> Tensor | tuple[Tensor, Tensor]: ...
-
-
+    x: Tensor, weight: Tensor, bias: Tensor | None = ..., activation: str | None = ..., layout: SequenceLayout | None = ...,
+    *, initial_state: Tensor | None = ..., output_final_state: bool, backend: str | None = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 def causal_conv1d(
     x: Tensor,
     weight: Tensor,

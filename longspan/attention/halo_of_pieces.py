@@ -22,37 +22,16 @@ from longspan.tracing import has_no_values, outside_graphs, unseen_by_checkpoint
 
 @overload
 def halo(
-    x: Tensor,
-    width: int,
-    layout: SequenceLayout,
-    *,
-    initial_state: Tensor | None = ...,
-    output_final_state: Literal[False] = ...,
-) -> Tensor: ...
-
-
+    x: Tensor, width: int, layout: SequenceLayout, *, initial_state: Tensor | None = ..., output_final_state: Literal[False] = ...,
+) -> Tensor: ...  # fmt: skip
 @overload
 def halo(
-    x: Tensor,
-    width: int,
-    layout: SequenceLayout,
-    *,
-    initial_state: Tensor | None = ...,
-    output_final_state: Literal[True],
-) -> tuple[Tensor, Tensor]: ...
-
-
+    x: Tensor, width: int, layout: SequenceLayout, *, initial_state: Tensor | None = ..., output_final_state: Literal[True],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 @overload
 def halo(
-    x: Tensor,
-    width: int,
-    layout: SequenceLayout,
-    *,
-    initial_state: Tensor | None = ...,
-    output_final_state: bool,
-) -> Tensor | tuple[Tensor, Tensor]: ...
-
-
+    x: Tensor, width: int, layout: SequenceLayout, *, initial_state: Tensor | None = ..., output_final_state: bool,
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 def halo(
     x: Tensor,
     width: int,

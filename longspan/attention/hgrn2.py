@@ -6,52 +6,33 @@ from typing import Literal, Unpack, overload
 
 from torch import Tensor
 
-from longspan.attention.by_name import LayerOptions, Schedule, apply_operator
+from longspan.attention.by_name import apply_operator
+from longspan.attention.options import LayerOptions, takes
 from longspan.autocast import as_in_product
 from longspan.checks import check_same_device, check_tensors
-from longspan.exchange import Exchanger
 from longspan.features import hgrn2_log_decay
-from longspan.layout import SequenceLayout
-
-
-class Hgrn2Options(LayerOptions, total=False):
-    """What `hgrn2` takes beside q, f and i."""
-
-    lower_bound: Tensor | float
 
 
 @overload
 def hgrn2(
-    q: Tensor, f: Tensor, i: Tensor, *, output_final_state: Literal[False] = ..., **options: Unpack[Hgrn2Options]
-) -> Tensor: ...
-
-
+    q: Tensor, f: Tensor, i: Tensor, *, lower_bound: Tensor | float = ...,
+    output_final_state: Literal[False] = ..., **options: Unpack[LayerOptions],
+) -> Tensor: ...  # fmt: skip
 @overload
 def hgrn2(
-    q: Tensor, f: Tensor, i: Tensor, *, output_final_state: Literal[True], **options: Unpack[Hgrn2Options]
-) -> tuple[Tensor, Tensor]: ...
-
-
+    q: Tensor, f: Tensor, i: Tensor, *, lower_bound: Tensor | float = ...,
+    output_final_state: Literal[True], **options: Unpack[LayerOptions],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 @overload
 def hgrn2(
-    q: Tensor, f: Tensor, i: Tensor, *, output_final_state: bool, **options: Unpack[Hgrn2Options]
-) -> Tensor | tuple[Tensor, Tensor]: ...
-
-
+    q: Tensor, f: Tensor, i: Tensor, *, lower_bound: Tensor | float = ...,
+    output_final_state: bool, **options: Unpack[LayerOptions],
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
+@takes(LayerOptions)
 def hgrn2(
-    q: Tensor,
-    f: Tensor,
-    i: Tensor,
-    *,
-    lower_bound: Tensor | float = 0.0,
-    initial_state: Tensor | None = None,
-    output_final_state: bool = False,
-    layout: SequenceLayout | None = None,
-    exchange: str | Exchanger = "auto",
-    schedule: Schedule = "auto",
-    backend: str | None = None,
-    chunk_size: int | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+    q: Tensor, f: Tensor, i: Tensor, *, lower_bound: Tensor | float = 0.0,
+    output_final_state: bool = False, **options: Unpack[LayerOptions],
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """HGRN2's recurrence ``S_t = Diag(f_t) S_{t-1} + (1 − f_t) i_tᵀ``, ``o_t = S_tᵀ q_t`` (arXiv 2404.07904).
 
     It is `longspan.gla` with k = 1 − f, v = i, g = log f and scale 1.
@@ -73,18 +54,4 @@ def hgrn2(
     check_same_device("hgrn2", q=q, f=f, i=i)
     q, i = as_in_product(q), as_in_product(i)
     g, k = hgrn2_log_decay(f, lower_bound)
-    return apply_operator(
-        "gla",
-        q,
-        k.to(q.dtype),
-        i,
-        {"g": g},
-        1.0,
-        output_final_state,
-        initial_state=initial_state,
-        layout=layout,
-        exchange=exchange,
-        schedule=schedule,
-        backend=backend,
-        chunk_size=chunk_size,
-    )
+    return apply_operator("gla", q, k.to(q.dtype), i, {"g": g}, output_final_state, scale=1.0, **options)

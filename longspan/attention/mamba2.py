@@ -8,13 +8,12 @@ from typing import Any, Literal, Unpack, overload
 import torch.nn.functional as F
 from torch import Tensor
 
-from longspan.attention.by_name import LayerOptions, Schedule, apply_operator
+from longspan.attention.by_name import apply_operator
+from longspan.attention.options import LayerOptions, takes
 from longspan.autocast import as_in_product
 from longspan.checks import check_count, check_flag, check_not_empty, check_same_device, check_tensors, described
 from longspan.dtypes import at_least_float32
 from longspan.errors import InputError
-from longspan.exchange import Exchanger
-from longspan.layout import SequenceLayout
 from longspan.tracing import has_no_values
 
 
@@ -31,43 +30,20 @@ class Mamba2Options(LayerOptions, total=False):
 
 @overload
 def mamba2(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    *,
-    output_final_state: Literal[False] = ...,
-    **options: Unpack[Mamba2Options],
-) -> Tensor: ...
-
-
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *,
+    output_final_state: Literal[False] = ..., **options: Unpack[Mamba2Options],
+) -> Tensor: ...  # fmt: skip
 @overload
 def mamba2(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    *,
-    output_final_state: Literal[True],
-    **options: Unpack[Mamba2Options],
-) -> tuple[Tensor, Tensor]: ...
-
-
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *,
+    output_final_state: Literal[True], **options: Unpack[Mamba2Options],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 @overload
 def mamba2(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    *,
-    output_final_state: bool,
-    **options: Unpack[Mamba2Options],
-) -> Tensor | tuple[Tensor, Tensor]: ...
-
-
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *,
+    output_final_state: bool, **options: Unpack[Mamba2Options],
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
+@takes(LayerOptions)
 def mamba2(
     x: Tensor,
     dt: Tensor,
@@ -81,13 +57,8 @@ def mamba2(
     dt_softplus: bool = False,
     dt_limit: tuple[float, float] = (0.0, math.inf),
     n_groups: int | None = None,
-    initial_state: Tensor | None = None,
     output_final_state: bool = False,
-    layout: SequenceLayout | None = None,
-    exchange: str | Exchanger = "auto",
-    schedule: Schedule = "auto",
-    backend: str | None = None,
-    chunk_size: int | None = None,
+    **options: Unpack[LayerOptions],
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Mamba-2's state-space layer, with the names of state-spaces/mamba (arXiv 2405.21060).
 
@@ -151,21 +122,8 @@ def mamba2(
     _check_signs(A, steps)
     if smallest > 0 or largest < math.inf:
         steps = steps.clamp(smallest, largest)
-    result = apply_operator(
-        "simple_gla",
-        C,
-        B,
-        (x * steps.unsqueeze(-1)).to(x.dtype),
-        {"g": steps * at_least_float32(A)},
-        1.0,
-        output_final_state,
-        initial_state=initial_state,
-        layout=layout,
-        exchange=exchange,
-        schedule=schedule,
-        backend=backend,
-        chunk_size=chunk_size,
-    )
+    v, g = (x * steps.unsqueeze(-1)).to(x.dtype), steps * at_least_float32(A)
+    result = apply_operator("simple_gla", C, B, v, {"g": g}, output_final_state, scale=1.0, **options)
     y, final_state = result if isinstance(result, tuple) else (result, None)
     if D is not None:
         y = y + x * at_least_float32(D if D.dim() == 2 else D.unsqueeze(-1))

@@ -7,20 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, TypedDict, Unpack, overload
+from typing import Literal, Unpack, overload
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from longspan.attention.by_name import Schedule, check_schedule, overlaps, write
+from longspan.attention.by_name import check_schedule, overlaps, write
 from longspan.attention.linear import check_query
 from longspan.attention.memory import StateMemory
+from longspan.attention.options import Schedule, StateOptions
 from longspan.autocast import as_in_product
 from longspan.checks import check_not_empty, check_number, check_tensors
 from longspan.dtypes import at_least_float32
 from longspan.errors import InputError
-from longspan.exchange import Exchanger
-from longspan.layout import SequenceLayout
 from longspan.ops.variants import VARIANTS
 from longspan.state import Dense
 
@@ -53,18 +52,13 @@ class NormalizedMemory:
         return self.memory.final_state()
 
 
-class DecayOptions(TypedDict, total=False):
+class DecayOptions(StateOptions, total=False):
     """What an operator takes whose transition is a decay: its gates, and options as in `longspan.write`."""
 
     g: Tensor
     u: Tensor
     log_decay: Tensor | Sequence[float]
-    layout: SequenceLayout | None
     causal: bool
-    initial_state: Tensor | None
-    exchange: str | Exchanger
-    backend: str | None
-    chunk_size: int | None
 
 
 def write_normalized(
@@ -106,46 +100,19 @@ def write_normalized(
 
 @overload
 def normalized_linear_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    operator: str = ...,
-    eps: float = ...,
-    schedule: Schedule = ...,
-    output_final_state: Literal[False] = ...,
-    **options: Unpack[DecayOptions],
-) -> Tensor: ...
-
-
+    q: Tensor, k: Tensor, v: Tensor, *, operator: str = ..., eps: float = ..., schedule: Schedule = ...,
+    output_final_state: Literal[False] = ..., **options: Unpack[DecayOptions],
+) -> Tensor: ...  # fmt: skip
 @overload
 def normalized_linear_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    operator: str = ...,
-    eps: float = ...,
-    schedule: Schedule = ...,
-    output_final_state: Literal[True],
-    **options: Unpack[DecayOptions],
-) -> tuple[Tensor, Tensor]: ...
-
-
+    q: Tensor, k: Tensor, v: Tensor, *, operator: str = ..., eps: float = ..., schedule: Schedule = ...,
+    output_final_state: Literal[True], **options: Unpack[DecayOptions],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 @overload
 def normalized_linear_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    operator: str = ...,
-    eps: float = ...,
-    schedule: Schedule = ...,
-    output_final_state: bool,
-    **options: Unpack[DecayOptions],
-) -> Tensor | tuple[Tensor, Tensor]: ...
-
-
+    q: Tensor, k: Tensor, v: Tensor, *, operator: str = ..., eps: float = ..., schedule: Schedule = ...,
+    output_final_state: bool, **options: Unpack[DecayOptions],
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 def normalized_linear_attention(
     q: Tensor,
     k: Tensor,

@@ -6,72 +6,32 @@ from typing import Literal, Unpack, overload
 
 from torch import Tensor
 
-from longspan.attention.by_name import OperatorOptions, Schedule, apply_operator
+from longspan.attention.by_name import apply_operator
+from longspan.attention.options import LayerOptions, OperatorOptions, takes
 from longspan.checks import check_same_device, check_tensors
 from longspan.errors import InputError
-from longspan.exchange import Exchanger
-from longspan.layout import SequenceLayout
 
 
 @overload
 def rwkv7(
-    r: Tensor,
-    w: Tensor,
-    k: Tensor,
-    v: Tensor,
-    kappa: Tensor,
-    a: Tensor,
-    *,
-    output_final_state: Literal[False] = ...,
-    **options: Unpack[OperatorOptions],
-) -> Tensor: ...
-
-
+    r: Tensor, w: Tensor, k: Tensor, v: Tensor, kappa: Tensor, a: Tensor, *,
+    output_final_state: Literal[False] = ..., **options: Unpack[OperatorOptions],
+) -> Tensor: ...  # fmt: skip
 @overload
 def rwkv7(
-    r: Tensor,
-    w: Tensor,
-    k: Tensor,
-    v: Tensor,
-    kappa: Tensor,
-    a: Tensor,
-    *,
-    output_final_state: Literal[True],
-    **options: Unpack[OperatorOptions],
-) -> tuple[Tensor, Tensor]: ...
-
-
+    r: Tensor, w: Tensor, k: Tensor, v: Tensor, kappa: Tensor, a: Tensor, *,
+    output_final_state: Literal[True], **options: Unpack[OperatorOptions],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 @overload
 def rwkv7(
-    r: Tensor,
-    w: Tensor,
-    k: Tensor,
-    v: Tensor,
-    kappa: Tensor,
-    a: Tensor,
-    *,
-    output_final_state: bool,
-    **options: Unpack[OperatorOptions],
-) -> Tensor | tuple[Tensor, Tensor]: ...
-
-
+    r: Tensor, w: Tensor, k: Tensor, v: Tensor, kappa: Tensor, a: Tensor, *,
+    output_final_state: bool, **options: Unpack[OperatorOptions],
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
+@takes(LayerOptions)
 def rwkv7(
-    r: Tensor,
-    w: Tensor,
-    k: Tensor,
-    v: Tensor,
-    kappa: Tensor,
-    a: Tensor,
-    *,
-    scale: float | None = 1.0,
-    initial_state: Tensor | None = None,
-    output_final_state: bool = False,
-    layout: SequenceLayout | None = None,
-    exchange: str | Exchanger = "auto",
-    schedule: Schedule = "auto",
-    backend: str | None = None,
-    chunk_size: int | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+    r: Tensor, w: Tensor, k: Tensor, v: Tensor, kappa: Tensor, a: Tensor, *,
+    scale: float | None = 1.0, output_final_state: bool = False, **options: Unpack[LayerOptions],
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """RWKV-7's recurrence ``S_t = (Diag(e^{w_t}) − (κ_t ⊙ a_t) κ_tᵀ) S_{t-1} + k_t v_tᵀ``, ``o_t = scale · S_tᵀ r_t``.
 
     arXiv 2503.14456, section 4; the paper's state is the transpose of ours. It is `longspan.dplr_delta_rule` with −κ for a and
@@ -101,7 +61,5 @@ def rwkv7(
             f"rwkv7: kappa and a must have one shape [B, T, H, K], for each channel a removal key and its rate; got "
             f"{tuple(kappa.shape)} and {tuple(a.shape)}. Expand what is the same for several channels"
         )
-    return apply_operator(
-        "dplr_delta_rule", r, k, v, {"a": -kappa, "b": kappa * a, "g": w}, scale, output_final_state,
-        initial_state=initial_state, layout=layout, exchange=exchange, schedule=schedule, backend=backend, chunk_size=chunk_size,
-    )  # fmt: skip
+    gates = {"a": -kappa, "b": kappa * a, "g": w}
+    return apply_operator("dplr_delta_rule", r, k, v, gates, output_final_state, scale=scale, **options)

@@ -5,7 +5,7 @@ Shapes: B batch rows, T this rank's tokens (all tokens without a layout), E chan
 
 from __future__ import annotations
 
-from typing import Literal, TypedDict, Unpack, overload
+from typing import Literal, Unpack, overload
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,6 +14,7 @@ from longspan.attention.by_name import apply_operator
 from longspan.attention.linear import EndRows, end_rows, gather_states, profiled, start_states_of
 from longspan.attention.one_state import state_of_last, states_of_documents
 from longspan.attention.opaque import SELECTIVE_SCAN, bounds_of
+from longspan.attention.options import StateOptions
 from longspan.attention.selective_scan_checks import (
     NAME,
     check_initial_state,
@@ -36,67 +37,24 @@ from longspan.state import Pair, RateDecay
 from longspan.tracing import has_no_values, outside_graphs, unseen_by_checkpointing
 
 
-class ScanOptions(TypedDict, total=False):
-    """What `selective_scan` takes beside its tensors."""
-
-    initial_state: Tensor | None
-    layout: SequenceLayout | None
-    exchange: str | Exchanger
-    backend: str | None
-    chunk_size: int | None
-
-
 @overload
 def selective_scan(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None = ...,
-    z: Tensor | None = ...,
-    delta_bias: Tensor | None = ...,
-    delta_softplus: bool = ...,
-    *,
-    output_final_state: Literal[False] = ...,
-    **options: Unpack[ScanOptions],
-) -> Tensor: ...
-
-
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = ..., z: Tensor | None = ...,
+    delta_bias: Tensor | None = ..., delta_softplus: bool = ..., *,
+    output_final_state: Literal[False] = ..., **options: Unpack[StateOptions],
+) -> Tensor: ...  # fmt: skip
 @overload
 def selective_scan(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None = ...,
-    z: Tensor | None = ...,
-    delta_bias: Tensor | None = ...,
-    delta_softplus: bool = ...,
-    *,
-    output_final_state: Literal[True],
-    **options: Unpack[ScanOptions],
-) -> tuple[Tensor, Tensor]: ...
-
-
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = ..., z: Tensor | None = ...,
+    delta_bias: Tensor | None = ..., delta_softplus: bool = ..., *,
+    output_final_state: Literal[True], **options: Unpack[StateOptions],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 @overload
 def selective_scan(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None = ...,
-    z: Tensor | None = ...,
-    delta_bias: Tensor | None = ...,
-    delta_softplus: bool = ...,
-    *,
-    output_final_state: bool,
-    **options: Unpack[ScanOptions],
-) -> Tensor | tuple[Tensor, Tensor]: ...
-
-
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = ..., z: Tensor | None = ...,
+    delta_bias: Tensor | None = ..., delta_softplus: bool = ..., *,
+    output_final_state: bool, **options: Unpack[StateOptions],
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 def selective_scan(
     u: Tensor,
     delta: Tensor,
@@ -254,9 +212,9 @@ def _by_kernels(
     steps = F.softplus(steps) if delta_softplus else steps
     with without_autocast(u):
         result = apply_operator(
-            "gla", C, B, (u * steps).to(u.dtype).unsqueeze(-1), {"g": steps.unsqueeze(-1) * A.to(steps.dtype)}, 1.0,
-            output_final_state, "auto", layout=layout, exchange=exchange, backend="triton", chunk_size=chunk_size,
-            initial_state=None if initial_state is None else initial_state.unsqueeze(-1),
+            "gla", C, B, (u * steps).to(u.dtype).unsqueeze(-1), {"g": steps.unsqueeze(-1) * A.to(steps.dtype)},
+            output_final_state, scale=1.0, schedule="auto", layout=layout, exchange=exchange, backend="triton",
+            chunk_size=chunk_size, initial_state=None if initial_state is None else initial_state.unsqueeze(-1),
         )  # fmt: skip
     read, state = result if isinstance(result, tuple) else (result, None)
     y = read.squeeze(-1)

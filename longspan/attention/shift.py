@@ -28,34 +28,16 @@ from longspan.tracing import has_no_values, outside_graphs, unseen_by_checkpoint
 
 @overload
 def token_shift(
-    x: Tensor,
-    *,
-    initial_state: Tensor | None = ...,
-    output_final_state: Literal[False] = ...,
-    layout: SequenceLayout | None = ...,
-) -> Tensor: ...
-
-
+    x: Tensor, *, initial_state: Tensor | None = ..., output_final_state: Literal[False] = ..., layout: SequenceLayout | None = ...,
+) -> Tensor: ...  # fmt: skip
 @overload
 def token_shift(
-    x: Tensor,
-    *,
-    initial_state: Tensor | None = ...,
-    output_final_state: Literal[True],
-    layout: SequenceLayout | None = ...,
-) -> tuple[Tensor, Tensor]: ...
-
-
+    x: Tensor, *, initial_state: Tensor | None = ..., output_final_state: Literal[True], layout: SequenceLayout | None = ...,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 @overload
 def token_shift(
-    x: Tensor,
-    *,
-    initial_state: Tensor | None = ...,
-    output_final_state: bool,
-    layout: SequenceLayout | None = ...,
-) -> Tensor | tuple[Tensor, Tensor]: ...
-
-
+    x: Tensor, *, initial_state: Tensor | None = ..., output_final_state: bool, layout: SequenceLayout | None = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 def token_shift(
     x: Tensor,
     *,

@@ -39,22 +39,16 @@ class LongConvOptions(TypedDict, total=False):
 
 @overload
 def long_conv1d(
-    x: Tensor, kernel: Kernel, *, output_final_state: Literal[False] = ..., **options: Unpack[LongConvOptions]
-) -> Tensor: ...
-
-
+    x: Tensor, kernel: Kernel, *, output_final_state: Literal[False] = ..., **options: Unpack[LongConvOptions],
+) -> Tensor: ...  # fmt: skip
 @overload
 def long_conv1d(
-    x: Tensor, kernel: Kernel, *, output_final_state: Literal[True], **options: Unpack[LongConvOptions]
-) -> tuple[Tensor, Tensor]: ...
-
-
+    x: Tensor, kernel: Kernel, *, output_final_state: Literal[True], **options: Unpack[LongConvOptions],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 @overload
 def long_conv1d(
-    x: Tensor, kernel: Kernel, *, output_final_state: bool, **options: Unpack[LongConvOptions]
-) -> Tensor | tuple[Tensor, Tensor]: ...
-
-
+    x: Tensor, kernel: Kernel, *, output_final_state: bool, **options: Unpack[LongConvOptions],
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 def long_conv1d(
     x: Tensor,
     kernel: Kernel,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, overload
+from typing import Literal, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor
@@ -39,63 +39,32 @@ SoftmaxMethod = Literal["auto", "all_gather", "ring", "ulysses"]
 SOFTMAX_METHODS: tuple[SoftmaxMethod, ...] = ("auto", "all_gather", "ring", "ulysses")
 
 
-@overload
-def softmax_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    causal: bool = ...,
-    window: int | None = ...,
-    scale: float | None = ...,
-    softcap: float | None = ...,
-    sinks: Tensor | None = ...,
-    initial_state: KeysAndValues | None = ...,
-    earlier: EarlierKeys | None = ...,
-    output_final_state: Literal[False] = ...,
-    layout: SequenceLayout | None = ...,
-    method: SoftmaxMethod = ...,
-) -> Tensor: ...
+class AttentionOptions(TypedDict, total=False):
+    """What `softmax_attention` takes beside q, k, v and `output_final_state`: for its overloads."""
+
+    causal: bool
+    window: int | None
+    scale: float | None
+    softcap: float | None
+    sinks: Tensor | None
+    initial_state: KeysAndValues | None
+    earlier: EarlierKeys | None
+    layout: SequenceLayout | None
+    method: SoftmaxMethod
 
 
 @overload
 def softmax_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    causal: bool = ...,
-    window: int | None = ...,
-    scale: float | None = ...,
-    softcap: float | None = ...,
-    sinks: Tensor | None = ...,
-    initial_state: KeysAndValues | None = ...,
-    earlier: EarlierKeys | None = ...,
-    output_final_state: Literal[True],
-    layout: SequenceLayout | None = ...,
-    method: SoftmaxMethod = ...,
-) -> tuple[Tensor, KeysAndValues]: ...
-
-
+    q: Tensor, k: Tensor, v: Tensor, *, output_final_state: Literal[False] = ..., **options: Unpack[AttentionOptions],
+) -> Tensor: ...  # fmt: skip
 @overload
 def softmax_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    causal: bool = ...,
-    window: int | None = ...,
-    scale: float | None = ...,
-    softcap: float | None = ...,
-    sinks: Tensor | None = ...,
-    initial_state: KeysAndValues | None = ...,
-    earlier: EarlierKeys | None = ...,
-    output_final_state: bool,
-    layout: SequenceLayout | None = ...,
-    method: SoftmaxMethod = ...,
-) -> Tensor | tuple[Tensor, KeysAndValues]: ...
-
-
+    q: Tensor, k: Tensor, v: Tensor, *, output_final_state: Literal[True], **options: Unpack[AttentionOptions],
+) -> tuple[Tensor, KeysAndValues]: ...  # fmt: skip
+@overload
+def softmax_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, output_final_state: bool, **options: Unpack[AttentionOptions],
+) -> Tensor | tuple[Tensor, KeysAndValues]: ...  # fmt: skip
 def softmax_attention(
     q: Tensor,
     k: Tensor,
