@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -76,6 +77,21 @@ def reference(values: Tensors, softplus: bool = True, documents: list[int] | Non
         outputs.append(o)
         finals.append(final)
     return torch.cat(outputs, dim=1), torch.cat(finals)
+
+
+@lru_cache(maxsize=128)
+def expected_of_scan(
+    seq_len: int, documents: tuple[int, ...] | None, weight: float, **options: Any
+) -> tuple[Tensors, Tensors, Tensor, Tensor, tuple[Tensor, ...]]:
+    """What `make_scan` makes of these options, o, the final states and all gradients, kept for other topologies and layouts.
+
+    The gradients are of ``Σ o · grads["o"] + weight Σ final · grads["final"]``. No test changes any of it.
+    """
+    listed = None if documents is None else list(documents)
+    values, grads = make_scan(seq_len, documents=listed, **options)
+    o, final = reference(values, "delta_bias" in values, listed)
+    loss = (o * grads["o"]).sum() + weight * (final * grads["final"]).sum()
+    return values, grads, o.detach(), final.detach(), torch.autograd.grad(loss, list(values.values()))
 
 
 def call(values: Tensors, softplus: bool = True, **options: Any) -> tuple[Tensor, Tensor]:

@@ -88,6 +88,7 @@ def test_the_weights_are_a_model(finished: tuple[Path, str]) -> None:
         assert torch.equal(parameter, newest[f"model/{name}"])
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_bit_for_bit(config: Path, finished: tuple[Path, str], tmp_path: Path) -> None:
     run = tmp_path / "run"
     with started("--config", config, "--run.dir", run, "--checkpoint.every", "3") as process:
@@ -152,6 +153,7 @@ def test_a_second_signal_ends_a_run_at_once(config: Path, tmp_path: Path) -> Non
     wait_for(lambda: not alive(process.ranks))
 
 
+@pytest.mark.slow
 def test_a_dead_rank_ends_the_run_and_is_named(config: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     with started("--config", config, "--run.dir", run, "--train.steps", "100000") as process:

@@ -137,6 +137,7 @@ def test_what_is_no_rate_is_refused(rate: str) -> None:
         Network(1, rate)
 
 
+@pytest.mark.slow
 @needs_network
 def test_two_hosts_may_have_a_slow_link_between_them() -> None:
     """What they send each other takes no less than it says; all else keeps the rate."""

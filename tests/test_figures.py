@@ -119,6 +119,7 @@ def test_curves_that_differ_from_one_process_are_not_reported() -> None:
             curves.measure(128, 2)
 
 
+@pytest.mark.slow_rows(r"^(traffic|throughput|waiting|timeline|curves)$")
 @pytest.mark.parametrize("name", FIGURES)
 def test_a_figure_is_drawn_from_its_raw_data_and_again_the_same(name: str, tmp_path: Path) -> None:
     record = with_origin(name, "a command", DATA[name])

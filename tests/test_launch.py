@@ -88,6 +88,7 @@ def test_what_the_user_can_mend_is_one_line(capfd: pytest.CaptureFixture[str]) -
     assert capfd.readouterr().err == "longspan: error: no text. Give more\n"
 
 
+@pytest.mark.slow_rows(r"^1$")
 @pytest.mark.parametrize("code", [1, 2])
 def test_ranks_that_find_something_wrong_end_with_their_own_code(code: int, capfd: pytest.CaptureFixture[str]) -> None:
     """They have said what it is, and none of them has died."""

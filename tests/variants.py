@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -113,6 +114,31 @@ def reference(name: str, inputs: Inputs) -> tuple[Tensor, Tensor]:
         outputs.append(o)
         finals.append(final)
     return torch.cat(outputs, dim=1), torch.cat(finals)
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What the recurrent form makes of a call. No test changes any of it: others are given the same tensors.
+
+    grads: of ``Σ o · grad_o + weight Σ final_state · grad_final``, as `Inputs.leaves` has them.
+    """
+
+    inputs: Inputs
+    o: Tensor
+    final_state: Tensor
+    grads: tuple[Tensor, ...]
+
+
+@lru_cache(maxsize=512)
+def expected_of(name: str, seq_len: int, documents: tuple[int, ...] | None, weight: float, **options: Any) -> Expected:
+    """The answer to `make_inputs` with these options, kept for the tests of other topologies, layouts and forms.
+
+    The recurrent form takes longer than all that it is compared with, and every rank needs it.
+    """
+    inputs = make_inputs(name, seq_len, documents=None if documents is None else list(documents), **options)
+    o, final_state = reference(name, inputs)
+    loss = (o * inputs.grad_o).sum() + weight * (final_state * inputs.grad_final).sum()
+    return Expected(inputs, o.detach(), final_state.detach(), torch.autograd.grad(loss, inputs.leaves()))
 
 
 def _rows(x: Tensor, gate: Gate, start: int, stop: int) -> Tensor:

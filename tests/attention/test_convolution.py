@@ -112,6 +112,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow_rows(r"^4-.*-(plain|bias and activation)$")
 @pytest.mark.slow_rows(r"^[23]-contiguous")
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("documents_number", [0, 1], ids=["one document", "packed"])
@@ -131,6 +132,7 @@ def test_rows_of_a_batch_are_independent(order: Order) -> None:
             assert error < 1e-12, what
 
 
+@pytest.mark.slow_rows(r"^contiguous")
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 @pytest.mark.parametrize("order", ORDERS)
 def test_single_and_half_precision_stay_close_to_float64(order: Order, dtype: torch.dtype, tolerance: float) -> None:

@@ -156,6 +156,7 @@ QUICK = [("simple_gla", 2, exchange) for exchange in EXCHANGES] + [("gated_delta
 EVERY = [(name, num_ranks, exchange) for name in VARIANTS for num_ranks in (2, 3) for exchange in EXCHANGES]
 
 
+@pytest.mark.slow_rows(r"-2-(two_level|all_to_all)")
 @pytest.mark.slow_rows(r"-(neighbour|ring|pipelined)$")
 @pytest.mark.parametrize(
     ("name", "num_ranks", "exchange"),
@@ -250,6 +251,7 @@ def errors_of_layers(cases: list[tuple[str, Any, str]]) -> dict[tuple[str, Any, 
     return {case: error_of_layer(*case) for case in cases}
 
 
+@pytest.mark.slow_rows(r"^2")
 @pytest.mark.parametrize("num_ranks", [2, 3])
 def test_every_rank_may_take_its_own_part_of_other_layers(num_ranks: int) -> None:
     cases: list[tuple[str, Any, str]] = []

@@ -53,6 +53,7 @@ def test_every_rank_equals_dense_attention(num_ranks: int, method: SoftmaxMethod
     )
 
 
+@pytest.mark.slow_rows(r"^ulysses$")
 @pytest.mark.parametrize("method", METHODS)
 def test_windows_of_one_token_to_all_but_one_are_right(method: SoftmaxMethod) -> None:
     check(

@@ -103,6 +103,7 @@ def test_a_llama_becomes_a_run_that_everything_goes_on_from(
         assert torch.allclose(one, other, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_attention_transfer_over_ranks_makes_the_same_run(
     llama: Path, text: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -67,6 +67,7 @@ def test_doctor_looks_at_the_ranks_of_torchrun_and_says_each_thing_once(num_rank
     assert "longspan" not in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_ranks", RANKS)
 def test_verify_compares_the_ranks_of_torchrun_with_one_process(config: Path, num_ranks: int) -> None:
     # Two ranks share a sequence; there are more copies of them where there are more ranks.

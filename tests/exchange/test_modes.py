@@ -67,6 +67,7 @@ def errors_after(first: str, exchange: str, order: Any, documents: list[int] | N
     return error
 
 
+@pytest.mark.slow_rows(r"(ring|pipelined|neighbour|all_to_all)-inference")
 @pytest.mark.slow_rows(r"(?<!all_gather)-autocast$")
 @pytest.mark.parametrize("first", ["inference mode", "autocast"])
 @pytest.mark.parametrize("exchange", [*TOPOLOGIES, "auto"])

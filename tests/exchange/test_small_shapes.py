@@ -45,6 +45,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow_rows(r"^two_level-contiguous-3")
 @pytest.mark.slow_rows(r"^(two_level-zigzag-4-2|all_to_all|pipelined)")
 @pytest.mark.parametrize(("name", "order", "num_ranks", "ranks_per_node"), CASES)
 def test_small_states_are_the_scan(name: str, order: str, num_ranks: int, ranks_per_node: int) -> None:

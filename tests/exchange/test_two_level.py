@@ -30,6 +30,7 @@ def errors_on_nodes(ranks_per_node: int, batch: int, num_heads: int, order: Any,
     return errors
 
 
+@pytest.mark.slow_rows(r"8-2-zigzag|4-[14]-zigzag")
 @pytest.mark.slow_rows(r"-contiguous$")
 @pytest.mark.parametrize("order", ["contiguous", "zigzag"])
 @pytest.mark.parametrize(("num_ranks", "ranks_per_node"), [(4, 1), (4, 2), (4, 4), (3, 1), (8, 2), (8, 4)])
@@ -44,6 +45,7 @@ def test_the_mirrored_layout_has_its_runs_in_the_other_order(order: str) -> None
         assert worst(errors) < 1e-12
 
 
+@pytest.mark.slow_rows(r"1-3-contiguous|1-1-zigzag")
 @pytest.mark.parametrize("order", ["contiguous", "zigzag"])
 @pytest.mark.parametrize(("batch", "num_heads"), [(1, 1), (1, 3)])
 def test_ranks_without_rows_take_part(batch: int, num_heads: int, order: str) -> None:

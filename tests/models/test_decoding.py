@@ -64,6 +64,7 @@ def differences_of_all(operator: str) -> dict[str, tuple[float, bool]]:
     return found
 
 
+@pytest.mark.slow_rows(r"^(lightning|retention|simple_gla|gla|rebased|hgrn2|deltanet|deltaproduct|mamba)$")
 @pytest.mark.parametrize("operator", LINEAR_MIXERS)
 def test_one_process_writes_what_the_whole_sequence_finds_likeliest(operator: str) -> None:
     """Also for prompts of one token, and those shorter than a window."""
@@ -89,6 +90,7 @@ def test_models_of_softmax_alone_and_of_several_mixers_do_so_too(layers: str) ->
         assert error < 1e-11 and same, (length, error)
 
 
+@pytest.mark.slow_rows(r"^(mamba2|hgrn2)-2")
 @pytest.mark.parametrize("num_ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("operator", each_linear_mixer())
 def test_a_prompt_over_ranks_is_gone_on_with_as_in_one_process(operator: str, num_ranks: int) -> None:

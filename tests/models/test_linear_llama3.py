@@ -39,6 +39,7 @@ def decoded(model: LinearLlama3, tokens: Tensor, lengths: list[int]) -> tuple[Te
     return torch.cat(logits, dim=1), memory
 
 
+@pytest.mark.slow_rows(r"'operator': '(lightning|retention|simple_gla|gla|rebased|deltanet|deltaproduct|hgrn2)'")
 @pytest.mark.parametrize("changes", HYBRIDS, ids=str)
 def test_a_prompt_and_then_token_by_token_gives_the_logits_of_one_call(changes: dict[str, Any]) -> None:
     model, tokens = tiny_model(**changes), random_tokens(2, 140)
@@ -204,6 +205,7 @@ def test_rotary_embedding_keeps_relative_positions_exact_a_million_tokens_on() -
     assert not torch.allclose(scores[0], (q * k).sum(), atol=1e-2)
 
 
+@pytest.mark.slow_rows(r"^(deltanet|deltaproduct|gated_deltanet|simple_gla|rebased|retention|gla|lightning)$")
 @pytest.mark.parametrize("operator", LINEAR_MIXERS)
 def test_the_loss_falls_on_a_text_that_repeats(operator: str) -> None:
     config = LinearLlama3Config(vocab_size=29, dim=32, num_layers=2, pattern="LN", hidden_dim=64, operator=operator)

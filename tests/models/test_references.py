@@ -180,6 +180,7 @@ def test_chelas_convolutions_start_with_rates_over_all_lengths_and_a_variance_of
     assert 0.8 < variance < 1.25
 
 
+@pytest.mark.slow_rows(r"^(deltaproduct|deltanet|gated_deltanet|rebased|gla|simple_gla|lightning)$")
 @pytest.mark.parametrize("name", MIXERS)
 def test_a_bfloat16_layer_is_finite_forward_and_backward(name: str) -> None:
     model = LinearLlama3(dataclasses.replace(of_mixer(name), dim=32)).bfloat16()

@@ -124,6 +124,7 @@ def results(name: str, inputs: Inputs, form: str, dtype: torch.dtype | None = No
     return {"o": o, "final": final, **dict(zip(inputs.leaf_names(), gradients, strict=True))}
 
 
+@pytest.mark.slow_rows(r"^(gated_delta_rule|kda)-.*beta up to 1")
 @pytest.mark.slow_rows(r"^(?!delta_rule-no decay-beta up to 1-).*-dtype1$")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("strengths", BETAS)
@@ -132,6 +133,7 @@ def test_chunks_keep_the_digits_of_the_recurrence(name: str, gates: str, strengt
     check_digits(name, gates, strengths, dtype)
 
 
+@pytest.mark.slow_rows(r"beta up to 1-")
 # A decay that is not applied to what is taken off makes a factor above 1 of a β above 1.
 @pytest.mark.slow_rows(r"^(comba|gated_delta_product)-(g in \[-1, 0|g in \[-20|one reset|17 resets of -inf)")
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])

@@ -144,6 +144,7 @@ def test_two_halves_through_the_state_equal_the_whole(name: str) -> None:
         assert relative_error(ours, theirs) < 1e-10
 
 
+@pytest.mark.slow_rows(r"^fused-(?!gla$|kda$)")
 @pytest.mark.parametrize("form", ["fused", "overlapped"])
 def test_gradcheck(name: str, form: str) -> None:
     # The checker compares whole Jacobians and needs no help with unwritten memory.

@@ -94,6 +94,7 @@ def test_every_mesh_of_two_ranks_trains_as_one_process() -> None:
 FOUR = [MeshDegrees(2, 1, 2), MeshDegrees(1, 2, 2, True)]
 
 
+@pytest.mark.slow
 def test_meshes_of_four_ranks_train_as_one_process() -> None:
     assert_equal(4, FOUR)
 

@@ -83,6 +83,7 @@ def operations_of_steps(degrees: MeshDegrees, method: Any) -> list[list[tuple[st
     return steps[1:]
 
 
+@pytest.mark.slow_rows(r"degrees1")
 @pytest.mark.parametrize("method", ["all_gather", pytest.param("ulysses", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "degrees",

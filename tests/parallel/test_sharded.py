@@ -130,6 +130,7 @@ def test_every_mesh_trains_as_one_process(num_ranks: int) -> None:
 FOUR = [MeshDegrees(1, 2, 2), MeshDegrees(2, 1, 2, True), MeshDegrees(1, 2, 2, True)]
 
 
+@pytest.mark.slow
 def test_meshes_of_four_ranks_train_as_one_process() -> None:
     assert_equal(4, FOUR, {})
 

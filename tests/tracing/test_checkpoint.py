@@ -100,6 +100,11 @@ def on_ranks(name: str, order: Any) -> float:
     return worst(errors)
 
 
+@pytest.mark.slow_rows(
+    r"^(comba|dplr_delta_rule|gla_with_bonus|gated_delta_rule|delta_rule|retention|simple_gla)$",
+    r"^(complex exponentials|long convolution of a function|selective scan of steps|hgrn2|normalized)$",
+    r"of both sides$",
+)
 @pytest.mark.parametrize("name", CALLS)
 def test_ranks_have_the_gradients_of_a_plain_call(name: str) -> None:
     assert worst(run_on_ranks(2, on_ranks, name, "contiguous", timeout=120.0)) < 1e-12

@@ -61,6 +61,7 @@ def check_one_device(name: str, backend: str, lengths: tuple[int, ...], with_doc
 QUICK = {"simple_gla", "gated_delta_rule", "softmax", "convolution", "mamba2"}
 
 
+@pytest.mark.slow_rows(r"mamba2-True")
 @pytest.mark.slow_rows(r"^(?!simple_gla-False).*-False$")
 @pytest.mark.parametrize(
     ("name", "with_documents"),
@@ -106,6 +107,7 @@ def compiled_on_ranks(name: str, backend: str, order: Any, documents: bool) -> t
     return worst(errors), graphs - after_two
 
 
+@pytest.mark.slow_rows(r"mamba2")
 @pytest.mark.parametrize(
     "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CALLS]
 )

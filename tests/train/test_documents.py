@@ -86,6 +86,7 @@ def packed_over_ranks(operator: str, order: Any, rows_at_once: int) -> list[Tens
     return [total, *gradients(model)]
 
 
+@pytest.mark.slow_rows(r"^1-|^4-simple")
 @pytest.mark.parametrize("operator", OPERATORS)
 @pytest.mark.parametrize("num_ranks", [1, 2, 4])
 def test_packed_documents_are_trained_on_as_if_each_were_alone(operator: str, num_ranks: int) -> None:

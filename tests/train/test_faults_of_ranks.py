@@ -261,6 +261,7 @@ def _one_weight_changed_on(rank: int, config: Config) -> int:
         return train_here(config)
 
 
+@pytest.mark.slow_rows(r"mesh0")
 @pytest.mark.parametrize(
     ("mesh", "parts"),
     [

@@ -54,6 +54,7 @@ def finished(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return Path(made_once(tmp_path_factory, "run-finished", make))
 
 
+@pytest.mark.slow_rows(r"4-values6")
 @pytest.mark.parametrize(
     ("num_ranks", "values"),
     [

@@ -107,6 +107,7 @@ def test_errors_and_gradients_are_those_of_each_layer_by_itself(folder: Path, op
     assert outside == [name for name in outside if name.startswith("shared.")]
 
 
+@pytest.mark.slow_rows(r"hgrn2")
 @pytest.mark.parametrize("operator", each_linear_mixer(quick=("gla", "hgrn2")))
 def test_errors_fall_and_nothing_else_changes(folder: Path, data: PreparedData, operator: str) -> None:
     found = converted(folder, operator)
@@ -256,6 +257,7 @@ def transferred(
     return said, made, dict(found.model.state_dict())
 
 
+@pytest.mark.slow_rows(r"simple_gla")
 @pytest.mark.parametrize(
     ("num_ranks", "operator", "documents", "order"),
     [
@@ -279,6 +281,7 @@ def test_ranks_learn_what_one_process_learns(
             assert relative_error(theirs[name], weight) < 1e-7, name
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_weights(folder: Path, data: PreparedData) -> None:
     transfer = Transfer(steps=2, seq_len=61, batch_tokens=122)
     made: list[LinearLlama3] = []

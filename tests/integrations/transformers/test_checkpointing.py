@@ -46,6 +46,7 @@ def compared(name: str, reentrant: bool, two_forwards: bool, before: bool) -> No
     assert got.keys() == want.keys() and not different, different
 
 
+@pytest.mark.slow_rows(r"jamba-True")
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("name", ["jamba", "qwen3_next"])
 def test_recomputed_gradients_are_the_same_bits(name: str, reentrant: bool) -> None:

@@ -52,6 +52,7 @@ def test_kernels_equal_the_recurrent_form_at_any_length(name: str, seq_len: int)
     assert_right(name, make_inputs(name, seq_len, dtype=torch.float32, heads=1, batch=2))
 
 
+@pytest.mark.slow_rows(r"bfloat16", r"float16-retention")
 @pytest.mark.slow_rows(r"(bfloat16-gla|float16-linear_attention|float16-gla)")
 @pytest.mark.parametrize("name", ROWS)
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -78,6 +79,7 @@ def test_heads_wider_than_a_tile(name: str, sizes: tuple[int, int]) -> None:
     assert_right(name, inputs, chunk_size=None)
 
 
+@pytest.mark.slow_rows(r"^(5\.0|60\.0)-")
 @pytest.mark.parametrize("name", ROWS)
 @pytest.mark.parametrize("decay", [0.0, 5.0, 60.0, 1000.0])
 def test_no_decay_is_too_strong_or_too_weak(name: str, decay: float) -> None:
@@ -106,6 +108,7 @@ def test_a_decay_to_nothing_cuts_the_sequence_without_nan(name: str) -> None:
     assert bool(got["g"].isfinite().all())
 
 
+@pytest.mark.slow_rows(r"^(simple_gla|linear_attention|retention|gla_with_bonus)$")
 @pytest.mark.parametrize("name", NAMES)
 def test_a_memory_may_be_read_twice(name: str) -> None:
     inputs = make_inputs(name, 45, heads=2, key_heads=1, dtype=torch.float32)
@@ -204,6 +207,7 @@ def test_on_a_cpu_without_the_interpreter_the_error_says_what_to_do() -> None:
     assert "the tensors are on cpu. Use backend='torch' there" in done.stdout
 
 
+@pytest.mark.slow_rows(r"^gla-None")
 @pytest.mark.slow_rows(r"^gla-documents2")
 @pytest.mark.parametrize(("name", "documents"), [("retention", None), ("gla", None), ("gla", [0, 7, 40])])
 def test_torch_compile_keeps_one_graph(name: str, documents: list[int] | None) -> None:
