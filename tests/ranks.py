@@ -8,7 +8,7 @@
     def test_sum():
         assert [t.item() for t in run_on_ranks(3, sum_of_ranks)] == [3.0, 3.0, 3.0]
 
-Starting a rank costs most of a second (importing torch), so ranks are forked from one process that has imported it, and
+Starting a rank costs some seconds (importing torch), so ranks are forked from one process that has imported it, and
 the ranks of each world size serve every test of the session. A call that fails or runs out of time leaves its ranks out
 of step with each other: they are killed, and the next call starts fresh ones. Use `raised` for errors that a test
 expects: it catches them on the rank, and the ranks stay.
@@ -54,6 +54,8 @@ LOG_TAIL_CHARACTERS = 6000
 # Groups of a rank, the default one included, beyond which the ranks meet anew after a call: more than exchanges make beside one
 # group, for making those anew takes ten times as long as a small call.
 MOST_GROUPS = 16
+# What ranks would each import, for a second or two, in their first call; the compiler comes with `use_deterministic_algorithms`.
+PRELOADED = ["torch.distributed", "torch._inductor", "longspan", "pytest"]
 # Linux kills ranks whose fork server has ended: prctl(2).
 _ENDS_WITH_PARENT = sys.platform == "linux"
 _PR_SET_PDEATHSIG = 1
@@ -167,7 +169,7 @@ class _Pool:
     def _start(self, rank: int) -> None:
         # A fork server and not a fork of this process, which may have threads and a process group of its own.
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch.distributed"])
+        context.set_forkserver_preload(PRELOADED)
         ours, theirs = context.Pipe()
         process = context.Process(
             target=_serve, args=(rank, self.num_ranks, self.checked, theirs, self.folder), daemon=True
