@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from longspan.commands.options import parse_options, refuse
-from longspan.errors import LongspanError
-from longspan.launch import EXIT_DONE
+from longspan.commands.options import parse_options, print_lines_of
 
 _DESCRIPTION = """Write the model of a run as Hugging Face Transformers reads it: config, weights in safetensors, tokenizer.
 
@@ -40,12 +37,7 @@ class Export:
 def run(arguments: Sequence[str]) -> int:
     """Export as the arguments ask, and return the exit code."""
     options = parse_options(Export, "export", _DESCRIPTION, arguments, use_underscores=True)
-    try:
-        lines = _export(options)
-    except LongspanError as error:
-        return refuse(error)
-    sys.stdout.write("".join(f"{line}\n" for line in lines))
-    return EXIT_DONE
+    return print_lines_of(lambda: _export(options))
 
 
 def _export(options: Export) -> list[str]:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +10,7 @@ from typing import Annotated
 
 import tyro
 
-from longspan.commands.options import parse_options, refuse
-from longspan.errors import LongspanError
-from longspan.launch import EXIT_DONE
+from longspan.commands.options import parse_options, print_lines_of
 
 _DESCRIPTION = """Make a run folder of a Linear-Llama3 that Hugging Face Transformers, or longspan export, has written.
 
@@ -39,12 +36,7 @@ class Import:
 def run(arguments: Sequence[str]) -> int:
     """Import as the arguments ask, and return the exit code."""
     options = parse_options(Import, "import", _DESCRIPTION, arguments, use_underscores=True)
-    try:
-        lines = _import(options)
-    except LongspanError as error:
-        return refuse(error)
-    sys.stdout.write("".join(f"{line}\n" for line in lines))
-    return EXIT_DONE
+    return print_lines_of(lambda: _import(options))
 
 
 def _import(options: Import) -> list[str]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from longspan.errors import LongspanError
-from longspan.launch import Place, end_with_first_rank, place_of_this_process, report_failure
+from longspan.launch import EXIT_DONE, Place, end_with_first_rank, place_of_this_process, report_failure
 
 Options = TypeVar("Options")
 
@@ -54,6 +55,16 @@ def _place() -> Place:
         return place_of_this_process() or Place()
     except LongspanError:
         return Place()
+
+
+def print_lines_of(work: Callable[[], Sequence[object]]) -> int:
+    """Print what a command's work in one process returns, a line each, or why it is refused; return the exit code."""
+    try:
+        lines = work()
+    except LongspanError as error:
+        return refuse(error)
+    sys.stdout.write("".join(f"{line}\n" for line in lines))
+    return EXIT_DONE
 
 
 def refuse(error: LongspanError) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -11,9 +10,8 @@ from typing import Annotated
 
 import tyro
 
-from longspan.commands.options import parse_options, refuse
-from longspan.errors import ConfigError, LongspanError
-from longspan.launch import EXIT_DONE
+from longspan.commands.options import parse_options, print_lines_of
+from longspan.errors import ConfigError
 
 _DESCRIPTION = """Draw the loss, tokens per second and memory of one run or several, over each other, as a PNG.
 
@@ -34,12 +32,7 @@ class Plot:
 def run(arguments: Sequence[str]) -> int:
     """Draw what the arguments ask for, and return the exit code."""
     options = parse_options(Plot, "plot", _DESCRIPTION, arguments)
-    try:
-        path = plot(options)
-    except LongspanError as error:
-        return refuse(error)
-    sys.stdout.write(f"{path}\n")
-    return EXIT_DONE
+    return print_lines_of(lambda: [plot(options)])
 
 
 def plot(options: Plot) -> Path:
