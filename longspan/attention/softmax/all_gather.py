@@ -23,13 +23,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from longspan.attention.softmax.packing import add_packed, pack_into, pack_keys, packed_width, take_runs, unpack
+from longspan.attention.softmax.gathering import gathered_runs, start_gather
+from longspan.attention.softmax.packing import add_packed, pack_keys, take_runs, unpack
 from longspan.attention.softmax.pair import Grads, KeyExchange, KeyGrads, KeyShapes, own_blocks
 from longspan.attention.softmax.shapes import Shapes, pairs_of_ranks
 from longspan.comm.all_to_all import Flight, start_all_to_all
-from longspan.comm.collectives import all_gather_single
-from longspan.comm.numbering import launch
-from longspan.comm.traffic import note_collective
 from longspan.layout import SequenceLayout, group_of
 from longspan.layout.visibility import (
     Run,
@@ -104,9 +102,7 @@ def _plan_gather(layout: SequenceLayout, visibility: Visibility) -> GatherPlan:
     gathers = 2 * max(map(length, needs)) > (layout.num_ranks - 1) * longest
     returns = [located(intersection(buffer, own), buffer) for own in held]
     if gathers:
-        # Shards arrive rank by rank, each padded to the longest; the padding is at no position.
-        arriving = [run for own in held for run in (*own, (length(own) - longest, 0))]
-        arrivals = located(buffer, arriving)
+        arrivals = located(buffer, gathered_runs(held, longest))
     else:
         arrivals = inverse_places([run for runs in returns for run in runs])
     return GatherPlan(
@@ -161,21 +157,7 @@ class AllGatherKeys(KeyExchange):
     def start(self, k: Tensor, v: Tensor) -> None:
         layout, plan = self._layout, self._plan
         if plan.gathers:
-            # gloo gathers equal lengths only: shards are padded to the longest. The padding is never read.
-            longest = max(layout.tokens_of)
-            mine = k.new_empty((longest, k.shape[0], packed_width(k, v)))
-            pack_into(mine, k, v, [(0, k.shape[1])])
-            everyone = mine.new_empty((layout.num_ranks * longest, *mine.shape[1:]))
-            others = layout.num_ranks - 1
-            note_collective("all_gather", "forward", others * mine.nbytes, others)
-            work = launch(
-                group_of(layout),
-                mine.device,
-                "keys and values",
-                "forward",
-                lambda group, _: all_gather_single(everyone, mine, group, async_op=True),
-            )
-            self._arriving = Flight(work, everyone, mine)
+            self._arriving = start_gather(k, v, max(layout.tokens_of), layout, "keys and values")
         else:
             mine = pack_keys(k, v, [run for runs in plan.departures for run in runs])
             self._arriving = start_all_to_all(mine, plan.num_departing, plan.num_arriving, group_of(layout), "forward")

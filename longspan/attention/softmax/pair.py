@@ -278,50 +278,23 @@ class Reader:
                 self._ticket = _Join.apply(
                     self._k.new_zeros(1, requires_grad=True), exchange, (self._k.shape, self._v.shape)
                 )
-        if not isinstance(exchange, MovingExchange):
-            out: Tensor = _Attend.apply(
-                q,
-                self._k,
-                self._v,
-                self._ticket,
-                *past,
-                sinks,
-                earlier_ticket,
-                self._past_blocks,
-                exchange,
-                reads,
-                scale,
-                softcap,
-                read,
-                self._kept,
-            )
-            return out
-        if sinks is not None:
-            sinks = exchange.query_heads_there(sinks)
-        if self._past is not None:
-            past_k, past_v = self._past.k, self._past.v
-            rank, num_ranks = self._layout.rank, self._layout.num_ranks
-            own = exchange.key_heads_of(rank, q.shape[2] // num_ranks, past_k.shape[2], past_k.device)
-            past = own.take(past_k), own.take(past_v)
-        q_there, ticket = _There.apply(q, self._ticket, exchange, read, self._kept)
-        moved: Tensor = _Attend.apply(
-            q_there,
-            self._k,
-            self._v,
-            ticket,
-            *past,
-            sinks,
-            earlier_ticket,
-            self._past_blocks,
-            exchange,
-            reads,
-            scale,
-            softcap,
-            read,
-            self._kept,
-        )
-        back: Tensor = _Back.apply(moved, exchange, read, self._kept)
-        return back
+        ticket = self._ticket
+        if isinstance(exchange, MovingExchange):
+            if sinks is not None:
+                sinks = exchange.query_heads_there(sinks)
+            if self._past is not None:
+                past_k, past_v = self._past.k, self._past.v
+                rank, num_ranks = self._layout.rank, self._layout.num_ranks
+                own = exchange.key_heads_of(rank, q.shape[2] // num_ranks, past_k.shape[2], past_k.device)
+                past = own.take(past_k), own.take(past_v)
+            q, ticket = _There.apply(q, ticket, exchange, read, self._kept)
+        out: Tensor = _Attend.apply(
+            q, self._k, self._v, ticket, *past, sinks, earlier_ticket, self._past_blocks, exchange, reads, scale, softcap,
+            read, self._kept,
+        )  # fmt: skip
+        if isinstance(exchange, MovingExchange):
+            out = _Back.apply(out, exchange, read, self._kept)
+        return out
 
 
 @dataclass(frozen=True)

@@ -14,14 +14,11 @@ from torch import Tensor
 from longspan.attention.softmax.checks import check_window
 from longspan.attention.softmax.earlier import NAME, EarlierKeys, KeyPart
 from longspan.attention.softmax.final_state import KeysAndValues
+from longspan.attention.softmax.gathering import gathered_runs, start_gather
 from longspan.attention.softmax.host_memory import one_ahead
-from longspan.attention.softmax.packing import pack_into, packed_width, take_runs, unpack
-from longspan.comm.all_to_all import Flight
-from longspan.comm.collectives import all_gather_single
-from longspan.comm.numbering import launch
-from longspan.comm.traffic import note_collective
+from longspan.attention.softmax.packing import take_runs, unpack
 from longspan.errors import InputError
-from longspan.layout import SequenceLayout, group_of
+from longspan.layout import SequenceLayout
 from longspan.layout.calls import check_layout
 from longspan.layout.visibility import length, located, union
 
@@ -54,18 +51,5 @@ def _gathered(part: KeyPart, k: Tensor, v: Tensor, layout: SequenceLayout) -> Se
     if layout.num_ranks == 1:
         return k, v
     longest = max(map(length, part.runs))
-    mine = k.new_zeros((longest, k.shape[0], packed_width(k, v)))
-    pack_into(mine, k, v, [(0, k.shape[1])])
-    everyone = mine.new_empty((layout.num_ranks * longest, *mine.shape[1:]))
-    others = layout.num_ranks - 1
-    note_collective("all_gather", "forward", others * mine.nbytes, others)
-    work = launch(
-        group_of(layout),
-        mine.device,
-        "earlier keys and values",
-        "forward",
-        lambda group, _: all_gather_single(everyone, mine, group, async_op=True),
-    )
-    # Padding is at no position.
-    arriving = [run for own in part.runs for run in (*own, (length(own) - longest, 0))]
-    return unpack(take_runs(Flight(work, everyone, mine).wait(), located(runs, arriving)), k, v)
+    arrived = start_gather(k, v, longest, layout, "earlier keys and values").wait()
+    return unpack(take_runs(arrived, located(runs, gathered_runs(part.runs, longest))), k, v)
