@@ -13,7 +13,7 @@ in backward: three products for each chunk, as many as with the logits of all to
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,20 @@ from longspan.ops.chunked.sums import add_product, chunks_of, times_number
 from longspan.tracing import OpaqueOperator, has_no_values, unseen_by_checkpointing
 
 Results = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+class Given(NamedTuple):
+    """What `sum_of_losses` was given; the dtype of products; and which gradients are wanted, of hidden, weight and bias."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    labels: Tensor
+    ignore_index: int
+    chunk_size: int
+    softcap: float | None
+    dtype: torch.dtype
+    needs: list[bool]
 
 
 def sum_of_losses(
@@ -59,7 +73,7 @@ def _apply(hidden: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """The sum of the losses; see the module for the equations.
+    """The sum of the losses; see the module for the equations. Behind the witness stand the arguments of `Given`.
 
     | | shape | dtype | gradient |
     |---|---|---|---|
@@ -72,24 +86,11 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        witness: Tensor,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        labels: Tensor,
-        ignore_index: int,
-        chunk_size: int,
-        softcap: float | None,
-        dtype: torch.dtype,
-        needs: list[bool],
-    ) -> Tensor:
-        total, *gradients = _sums_of_chunks(
-            hidden, weight, bias, labels, ignore_index, chunk_size, softcap, dtype, needs
-        )
-        ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
-        ctx.chunk_size, ctx.needs = chunk_size, needs
+    def forward(ctx: Any, witness: Tensor, *arguments: Any) -> Tensor:
+        total, *gradients = _sums_of_chunks(*arguments)
+        given = Given(*arguments)
+        ctx.dtypes = [None if x is None else x.dtype for x in given[:3]]
+        ctx.chunk_size, ctx.needs = given.chunk_size, given.needs
         ctx.save_for_backward(witness, *gradients)
         return total
 
@@ -104,21 +105,9 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         return (None, *found, None, None, None, None, None, None)
 
 
-def _sums_of_chunks(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    ignore_index: int,
-    chunk_size: int,
-    softcap: float | None,
-    dtype: torch.dtype,
-    needs: list[bool],
-) -> Results:
-    """The sum of the losses, and its gradients for hidden (in its dtype), weight and bias (float32 at least).
-
-    dtype: of products. needs: which of the three gradients are wanted; the others are empty.
-    """
+def _sums_of_chunks(*arguments: Any) -> Results:
+    """The sum of the losses, and its gradients for hidden (in its dtype), weight and bias (float32 at least); empty if unwanted."""
+    hidden, weight, bias, labels, ignore_index, chunk_size, softcap, dtype, needs = Given(*arguments)
     x, targets = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
     w, b = weight.to(dtype), None if bias is None else bias.to(dtype)
     wide = accumulation_dtype(dtype)
@@ -164,39 +153,22 @@ def _logits(h: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | Non
     return out if softcap is None else out.div_(softcap).tanh_().mul_(softcap)
 
 
-def _without_values(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    ignore_index: int,
-    chunk_size: int,
-    softcap: float | None,
-    dtype: torch.dtype,
-    needs: list[bool],
-) -> Results:
-    wide = accumulation_dtype(dtype)
+def _without_values(*arguments: Any) -> Results:
+    given = Given(*arguments)
+    hidden, weight, needs = given.hidden, given.weight, given.needs
+    wide = accumulation_dtype(given.dtype)
     grad_x = hidden.new_empty(hidden.shape if needs[0] else 0)
     grad_w = weight.new_empty(weight.shape if needs[1] else 0, dtype=wide if needs[1] else hidden.dtype)
     grad_b = weight.new_empty(len(weight) if needs[2] else 0, dtype=wide if needs[2] else hidden.dtype)
     return hidden.new_empty((), dtype=wide), grad_x, grad_w, grad_b
 
 
-def _scaled(
-    gradients: list[Tensor],
-    outputs: list[Tensor],
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    ignore_index: int,
-    chunk_size: int,
-    *rest: Any,
-) -> list[Tensor | None]:
+def _scaled(gradients: list[Tensor], outputs: list[Tensor], *arguments: Any) -> list[Tensor | None]:
     """The gradients of the tensors, from that of the sum."""
+    given = Given(*arguments)
     found: list[Tensor | None] = [
-        None if x is None or not grad.numel() else times_number(grad, gradients[0], chunk_size).to(x.dtype)
-        for x, grad in zip((hidden, weight, bias), outputs[1:], strict=True)
+        None if x is None or not grad.numel() else times_number(grad, gradients[0], given.chunk_size).to(x.dtype)
+        for x, grad in zip(given[:3], outputs[1:], strict=True)
     ]
     return [*found, None]
 

@@ -42,12 +42,6 @@ def chunked_swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, chunk_size
     return out
 
 
-@unseen_by_checkpointing
-def _apply(*arguments: Any) -> Tensor:
-    out: Tensor = ChunkedSwiGLU.apply(*arguments)
-    return out
-
-
 class ChunkedSwiGLU(torch.autograd.Function):
     """See the module for the equations.
 
@@ -72,6 +66,9 @@ class ChunkedSwiGLU(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         found = _backward(grad, ctx.needs_input_grad[:4], *ctx.saved_tensors, *ctx.options)
         return (*found, None, None)
+
+
+_apply = unseen_by_checkpointing(ChunkedSwiGLU.apply)
 
 
 def _forward(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, chunk_size: int, dtype: torch.dtype) -> tuple[Tensor]:

@@ -12,7 +12,7 @@ rows, and with chunks of tokens neither.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -55,14 +55,26 @@ def expert_swiglu(
     return out
 
 
-@unseen_by_checkpointing
-def _apply(*arguments: Any) -> Tensor:
-    out: Tensor = ExpertSwiGLU.apply(*arguments)
-    return out
+class Given(NamedTuple):
+    """What `expert_swiglu` was given, and the dtype of products."""
+
+    x: Tensor
+    chosen: Tensor
+    weights: Tensor
+    gate: Tensor
+    up: Tensor
+    down: Tensor
+    chunk_size: int
+    dtype: torch.dtype
+
+    @property
+    def matrices(self) -> list[Tensor]:
+        """gate, up and down, in the dtype of products."""
+        return [matrix.to(self.dtype) for matrix in (self.gate, self.up, self.down)]
 
 
 class ExpertSwiGLU(torch.autograd.Function):
-    """See the module for the equations.
+    """See the module for the equations; the arguments are those of `Given`.
 
     | | shape | gradient |
     |---|---|---|
@@ -75,30 +87,21 @@ class ExpertSwiGLU(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        chosen: Tensor,
-        weights: Tensor,
-        gate: Tensor,
-        up: Tensor,
-        down: Tensor,
-        chunk_size: int,
-        dtype: torch.dtype,
-    ) -> Tensor:
-        matrices = [matrix.to(dtype) for matrix in (gate, up, down)]
-        ctx.options = chunk_size, dtype
-        if chunk_size:
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        given = Given(*arguments)
+        x, chosen, weights, gate, up, down, *ctx.options = given
+        if given.chunk_size:
             ctx.save_for_backward(x, weights, gate, up, down, chosen)
-            return _forward_in_chunks(x, chosen, weights, matrices, chunk_size)
+            return _forward_in_chunks(given, given.chunk_size)
+        matrices = given.matrices
         with without_autocast(x):
-            given = x.to(dtype)
-            dispatch = _dispatch(given, chosen, matrices)
-            out, a, b = _forward(given, dispatch, weights, matrices)
+            narrow = x.to(given.dtype)
+            dispatch = _dispatch(narrow, chosen, matrices)
+            out, a, b = _forward(narrow, dispatch, weights, matrices)
         ctx.bounds = dispatch.groups.bounds
         kept = dispatch.choice, dispatch.row, dispatch.groups.ends, a, b
         ctx.save_for_backward(x, weights, gate, up, down, *kept)
-        return out.to(dtype)
+        return out.to(given.dtype)
 
     @staticmethod
     @first_order
@@ -140,14 +143,14 @@ def _forward(x: Tensor, dispatch: Dispatch, weights: Tensor, matrices: list[Tens
     return dispatch.sums_of_tokens(dispatch.groups.times(weighted, down.mT)), a, b
 
 
-def _forward_in_chunks(x: Tensor, chosen: Tensor, weights: Tensor, matrices: list[Tensor], chunk_size: int) -> Tensor:
-    dtype = matrices[0].dtype
-    out = x.new_empty(len(x), matrices[2].shape[1], dtype=dtype)
+def _forward_in_chunks(given: Given, chunk_size: int) -> Tensor:
+    x, matrices = given.x, given.matrices
+    out = x.new_empty(len(x), given.down.shape[1], dtype=given.dtype)
     with without_autocast(x):
         for tokens in chunks_of(len(x), chunk_size):
-            part = x[tokens].to(dtype)
-            dispatch = _dispatch(part, chosen[tokens], matrices)
-            out[tokens] = _forward(part, dispatch, weights[tokens], matrices)[0]
+            part = x[tokens].to(given.dtype)
+            dispatch = _dispatch(part, given.chosen[tokens], matrices)
+            out[tokens] = _forward(part, dispatch, given.weights[tokens], matrices)[0]
     return out
 
 
@@ -229,46 +232,21 @@ class _Totals:
         return found
 
 
-def _computed(
-    x: Tensor,
-    chosen: Tensor,
-    weights: Tensor,
-    gate: Tensor,
-    up: Tensor,
-    down: Tensor,
-    chunk_size: int,
-    dtype: torch.dtype,
-) -> tuple[Tensor]:
-    matrices = [matrix.to(dtype) for matrix in (gate, up, down)]
-    return (_forward_in_chunks(x, chosen, weights, matrices, chunk_size or max(1, len(x))),)
+_apply = unseen_by_checkpointing(ExpertSwiGLU.apply)
 
 
-def _without_values(
-    x: Tensor,
-    chosen: Tensor,
-    weights: Tensor,
-    gate: Tensor,
-    up: Tensor,
-    down: Tensor,
-    chunk_size: int,
-    dtype: torch.dtype,
-) -> tuple[Tensor]:
-    return (x.new_empty(x.shape[0], down.shape[1], dtype=dtype),)
+def _computed(*arguments: Any) -> tuple[Tensor]:
+    given = Given(*arguments)
+    return (_forward_in_chunks(given, given.chunk_size or max(1, len(given.x))),)
 
 
-def _gradient(
-    gradients: list[Tensor],
-    outputs: list[Tensor],
-    x: Tensor,
-    chosen: Tensor,
-    weights: Tensor,
-    gate: Tensor,
-    up: Tensor,
-    down: Tensor,
-    chunk_size: int,
-    dtype: torch.dtype,
-) -> list[Tensor | None]:
-    matrices = [gate, up, down]
+def _without_values(*arguments: Any) -> tuple[Tensor]:
+    given = Given(*arguments)
+    return (given.x.new_empty(given.x.shape[0], given.down.shape[1], dtype=given.dtype),)
+
+
+def _gradient(gradients: list[Tensor], outputs: list[Tensor], *arguments: Any) -> list[Tensor | None]:
+    x, chosen, weights, *matrices, chunk_size, dtype = Given(*arguments)
     found = _gradients(gradients[0], (True,) * 5, x, chosen, weights, matrices, chunk_size, dtype, None)
     return [found[0], None, *found[1:]]
 
