@@ -129,16 +129,7 @@ def gla(
     call.take(GLA)
     decays = g if gk is None else gk
     assert decays is not None
-    out = operators.gla(
-        q,
-        k,
-        v,
-        decays,
-        scale=scale,
-        output_final_state=bool(output_final_state),
-        layout=call.layout,
-        exchange=call.options.exchange,
-    )
+    out = operators.gla(q, k, v, decays, scale=scale, **_options(call, output_final_state))
     return _with_state_of_kernel(out, state_v_first)
 
 
@@ -161,16 +152,7 @@ def simple_gla(
     _check_left_out("simple_gla", g_gamma=g_gamma)
     call.take(SIMPLE_GLA)
     assert g is not None
-    out = operators.simple_gla(
-        q,
-        k,
-        v,
-        g,
-        scale=scale,
-        output_final_state=bool(output_final_state),
-        layout=call.layout,
-        exchange=call.options.exchange,
-    )
+    out = operators.simple_gla(q, k, v, g, scale=scale, **_options(call, output_final_state))
     return _with_state_of_kernel(out, state_v_first)
 
 
@@ -191,16 +173,7 @@ def retention(
     call.take(RETENTION)
     # On the CPU, so that choosing an exchange does not wait for the device; in the steps of the original.
     decays = (1 - 2.0 ** (-5.0 - torch.arange(v.shape[2], dtype=torch.float))).log()
-    out = operators.retention(
-        q,
-        k,
-        v,
-        decays,
-        scale=scale,
-        output_final_state=bool(output_final_state),
-        layout=call.layout,
-        exchange=call.options.exchange,
-    )
+    out = operators.retention(q, k, v, decays, scale=scale, **_options(call, output_final_state))
     return _with_state_of_kernel(out, state_v_first)
 
 
@@ -238,11 +211,7 @@ def linear_attention(
     _check_states(call, "linear_attn", initial_state, output_final_state)
     call.take(LINEAR_ATTENTION)
     scale = k.shape[-1] ** -0.5 if scale is None else scale
-    options: dict[str, Any] = {
-        "output_final_state": bool(output_final_state),
-        "layout": call.layout,
-        "exchange": call.options.exchange,
-    }
+    options = _options(call, output_final_state)
     if not normalize:
         return with_state(operators.linear_attention(q, k, v, scale=scale, **options))
     # The scale is in the numerator and in the denominator, but not in what is added to that.
@@ -268,19 +237,8 @@ def delta_rule(
     """`chunk_delta_rule` and `fused_recurrent_delta_rule`: q, k ``[B, T, H, K]``, v ``[B, T, H, V]``, beta ``[B, T, H]``."""
     _check_states(call, "delta_rule", initial_state, output_final_state)
     call.take(DELTA_RULE)
-    out = operators.delta_rule(
-        q,
-        k,
-        v,
-        beta,
-        scale=scale,
-        qk_l2norm=use_qk_l2norm_in_kernel,
-        output_final_state=bool(output_final_state),
-        layout=call.layout,
-        exchange=call.options.exchange,
-        backend=_own_kernels(q),
-    )
-    return with_state(out)
+    options = _options(call, output_final_state) | {"backend": _own_kernels(q), "qk_l2norm": use_qk_l2norm_in_kernel}
+    return with_state(operators.delta_rule(q, k, v, beta, scale=scale, **options))
 
 
 def gated_delta_rule(call: ParallelCall, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
@@ -327,20 +285,8 @@ def _gated_delta_rule(
         beta = torch.sigmoid(at_least_float32(beta))
         if allow_neg_eigval:
             beta = 2.0 * beta
-    out = operator(
-        q,
-        k,
-        v,
-        decays,
-        beta,
-        scale=scale,
-        qk_l2norm=use_qk_l2norm_in_kernel,
-        output_final_state=bool(output_final_state),
-        layout=call.layout,
-        exchange=call.options.exchange,
-        backend=_own_kernels(q),
-    )
-    return _with_state_of_kernel(out, state_v_first)
+    options = _options(call, output_final_state) | {"backend": _own_kernels(q), "qk_l2norm": use_qk_l2norm_in_kernel}
+    return _with_state_of_kernel(operator(q, k, v, decays, beta, scale=scale, **options), state_v_first)
 
 
 def _own_kernels(q: Tensor) -> str | None:
@@ -383,16 +329,7 @@ def hgrn(
     ones = x.new_ones(*x.shape[:2], 1, 1)
     # There is no matrix product in the recurrence for autocast to round.
     with without_autocast(x):
-        out = operators.simple_gla(
-            ones,
-            ones,
-            x.unsqueeze(-1),
-            g,
-            scale=1.0,
-            output_final_state=bool(output_final_state),
-            layout=call.layout,
-            exchange=call.options.exchange,
-        )
+        out = operators.simple_gla(ones, ones, x.unsqueeze(-1), g, scale=1.0, **_options(call, output_final_state))
     o, state = with_state(out)
     return o.squeeze(-1), None if state is None else state.flatten(1)
 
@@ -422,17 +359,9 @@ def rwkv6(
     pairs = shifted_by_one(torch.cat([k, v], dim=3).flatten(2), layout=call.layout).unflatten(2, (r.shape[2], -1))
     decays = shifted_by_one(w.flatten(2), layout=call.layout).view_as(w)
     keys, values = pairs.split(sizes, dim=3)
-    out = operators.gla(
-        r,
-        keys,
-        values,
-        decays,
-        scale=scale,
-        output_final_state=bool(output_final_state),
-        layout=call.layout,
-        exchange=call.options.exchange,
+    before, state = with_state(
+        operators.gla(r, keys, values, decays, scale=scale, **_options(call, output_final_state))
     )
-    before, state = with_state(out)
     with without_autocast(r):
         wide = at_least_float32(r)
         own = (wide * u.to(wide.dtype) * k).sum(3, keepdim=True) * (scale * v)
@@ -482,6 +411,15 @@ def flash_attention(
         layout=call.layout,
         method=call.options.softmax_method,
     )
+
+
+def _options(call: ParallelCall, output_final_state: bool | None) -> dict[str, Any]:
+    """What every operator of linear attention is told."""
+    return {
+        "output_final_state": bool(output_final_state),
+        "layout": call.layout,
+        "exchange": call.options.exchange,
+    }
 
 
 def _with_state_of_kernel(out: Tensor | tuple[Tensor, Tensor], v_first: bool) -> tuple[Tensor, Tensor | None]:
