@@ -6,6 +6,7 @@ Shapes: as in `longspan.attention.softmax.pair`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -27,40 +28,37 @@ def with_positive_scale(q: Tensor, scale: float) -> tuple[Tensor, float]:
     return (-q, -scale) if scale < 0 else (q * 0.0, 1.0)
 
 
-def _parts(
-    k: Tensor,
-    v: Tensor,
-    past_k: Tensor | None,
-    past_v: Tensor | None,
-    bounds: Tensor | None,
-    causal: bool,
-    window: int | None,
-) -> tuple[Local, tuple[VisibleBlock, ...]]:
-    """The exchange of one device, and the blocks on the keys of the past."""
-    layout = layout_of(k, bounds)
-    local = Local(layout, visibility_of(layout, causal, window))
-    if past_k is None or past_v is None:
-        return local, ()
-    return local, Past.of(past_k, past_v, layout, window).blocks(layout.segments)
+class Given(NamedTuple):
+    """What the operator is given."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    past_k: Tensor | None
+    past_v: Tensor | None
+    bounds: Tensor | None
+    sinks: Tensor | None
+    causal: bool
+    window: int | None
+    scale: float
+    softcap: float | None
+
+    def parts(self) -> tuple[Local, tuple[VisibleBlock, ...]]:
+        """The exchange of one device, and the blocks on the keys of the past."""
+        layout = layout_of(self.k, self.bounds)
+        local = Local(layout, visibility_of(layout, self.causal, self.window))
+        if self.past_k is None or self.past_v is None:
+            return local, ()
+        return local, Past.of(self.past_k, self.past_v, layout, self.window).blocks(layout.segments)
 
 
-def _attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    past_k: Tensor | None,
-    past_v: Tensor | None,
-    bounds: Tensor | None,
-    sinks: Tensor | None,
-    causal: bool,
-    window: int | None,
-    scale: float,
-    softcap: float | None,
-) -> tuple[Tensor, Tensor]:
+def _attend(*arguments: Any) -> tuple[Tensor, Tensor]:
     """o, and the log-sum-exp that backward needs."""
-    q, scale = with_positive_scale(q, scale)
-    local, past_blocks = _parts(k, v, past_k, past_v, bounds, causal, window)
-    found = attend(local, q, k, v, (past_k, past_v), past_blocks, sinks, scale, softcap)
+    given = Given(*arguments)
+    q, scale = with_positive_scale(given.q, given.scale)
+    local, past_blocks = given.parts()
+    past = given.past_k, given.past_v
+    found = attend(local, q, given.k, given.v, past, past_blocks, given.sinks, scale, given.softcap)
     return found.out, found.lse
 
 
@@ -70,28 +68,16 @@ def _attend_fake(q: Tensor, k: Tensor, v: Tensor, *rest: object) -> tuple[Tensor
     return q.new_empty(rows, num_tokens, heads, v.shape[3]), lse
 
 
-def _gradient(
-    gradients: Sequence[Tensor],
-    outputs: Sequence[Tensor],
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    past_k: Tensor | None,
-    past_v: Tensor | None,
-    bounds: Tensor | None,
-    sinks: Tensor | None,
-    causal: bool,
-    window: int | None,
-    scale: float,
-    softcap: float | None,
-) -> tuple[Tensor | None, ...]:
-    local, past_blocks = _parts(k, v, past_k, past_v, bounds, causal, window)
+def _gradient(gradients: Sequence[Tensor], outputs: Sequence[Tensor], *arguments: Any) -> tuple[Tensor | None, ...]:
+    given = Given(*arguments)
+    q, scale, sinks = given.q, given.scale, given.sinks
+    local, past_blocks = given.parts()
     signed, positive = with_positive_scale(q, scale)
-    queries = QueryTile(signed, outputs[0], outputs[1], gradients[0], positive, softcap)
-    key_grads = local.backward(queries, (k, v), 0, False)
+    queries = QueryTile(signed, outputs[0], outputs[1], gradients[0], positive, given.softcap)
+    key_grads = local.backward(queries, (given.k, given.v), 0, False)
     past_grads = None
-    if past_k is not None and past_v is not None:
-        past_grads = queries.backward(past_blocks, past_k, past_v)
+    if given.past_k is not None and given.past_v is not None:
+        past_grads = queries.backward(past_blocks, given.past_k, given.past_v)
     found = [x.to(q.dtype) for grads in (key_grads, past_grads) if grads is not None for x in grads]
     dq = queries.dq if scale > 0 else queries.dq * (scale / positive)
     sink_grads = None if sinks is None else queries.sink_grads(sinks)
