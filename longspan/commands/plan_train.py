@@ -21,8 +21,8 @@ from longspan.degrees import MeshDegrees
 from longspan.errors import ConfigError, LongspanError
 from longspan.launch import EXIT_DONE
 from longspan.models import LinearLlama3
+from longspan.models.block import HybridBlock
 from longspan.models.counts import on_meta
-from longspan.models.linear_llama3 import HybridBlock
 from longspan.ops.chunked.cross_entropy import chunk_size_of
 from longspan.plan import Cluster, Link
 from longspan.plan.activations import MixerSizes, ModelSizes, block_bytes, state_bytes

@@ -3,7 +3,8 @@
 from longspan.models.config import LinearLlama3Config
 from longspan.models.counts import flops_per_token, num_active_parameters, num_parameters
 from longspan.models.decoding import Decodable, Sampling, decode, generate, prefill
-from longspan.models.linear_llama3 import LinearLlama3, ModelMemory
+from longspan.models.linear_llama3 import LinearLlama3
+from longspan.models.memory import ModelMemory
 from longspan.models.mixers import MIXERS
 from longspan.models.presets import PRESETS, preset
 from longspan.models.routing import Routing

@@ -19,7 +19,7 @@ from torch import Tensor
 from longspan.checks import check_count, check_tensor, described, is_int
 from longspan.errors import InputError, NonFiniteError
 from longspan.layout import Order, SequenceLayout
-from longspan.models.linear_llama3 import ModelMemory
+from longspan.models.memory import ModelMemory
 from longspan.models.mixers import SequenceParallel
 
 

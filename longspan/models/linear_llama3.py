@@ -8,108 +8,51 @@ Shapes: B batch rows, T tokens (this rank's where a layout is given), C channels
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
-from typing import Literal, cast, overload
+from typing import Literal, TypedDict, Unpack, cast, overload
 
 import torch
 from torch import Tensor, nn
 
-from longspan.checks import check_flag, check_not_empty, check_tensor, described, is_int
+from longspan.checks import check_flag
 from longspan.dtypes import accumulation_dtype, at_least_float32
-from longspan.errors import InputError
 from longspan.layout import SequenceLayout
 from longspan.layout.calls import check_layout
+from longspan.models.block import HybridBlock
 from longspan.models.config import LinearLlama3Config
-from longspan.models.experts import build_feed_forward
-from longspan.models.feed_forward import FeedForward
 from longspan.models.initial import InitialWeights, Whole
-from longspan.models.mixers import MIXERS, Context, LayerMemory, LayerMixer, SequenceParallel, build_mixer
+from longspan.models.linear_llama3_checks import (
+    check_logits_to_keep,
+    check_loss,
+    check_memory,
+    check_token_scores,
+    check_tokens,
+)
+from longspan.models.memory import ModelMemory
+from longspan.models.mixers import MIXERS, Context, LayerMemory, SequenceParallel
 from longspan.models.mixers.mixer import check_layout_of_model, operations_of_matrices
 from longspan.models.norms import RMSNorm
 from longspan.models.rotary import Rotation, rotation
 from longspan.models.routing import Routed, Routing, auxiliary_loss, ranks_of_losses
-from longspan.ops.chunked.cross_entropy import IGNORED, check_labels, check_num_valid, chunked_cross_entropy
+from longspan.ops.chunked.cross_entropy import IGNORED, chunked_cross_entropy
 from longspan.ops.chunked.scores import TokenScores, score_tokens
 
 
-@dataclass(frozen=True)
-class ModelMemory:
-    """What a model remembers of the tokens so far, the same on every rank; it carries gradients.
+class CallOptions(TypedDict, total=False):
+    """What every call of a model takes beside tokens and a layout: for the overloads of `LinearLlama3.forward`."""
 
-    A linear layer takes constant memory, a softmax layer a key and a value for each token that is still seen. Of packed documents
-    it is what is remembered of the last one; num_tokens: of that document so far.
-    """
-
-    num_tokens: int
-    layers: tuple[LayerMemory, ...]
-
-    def detach(self) -> ModelMemory:
-        """The same numbers without their graph: where a segment's gradients end."""
-        return ModelMemory(self.num_tokens, tuple(layer.detach() for layer in self.layers))
-
-    @property
-    def tensors(self) -> dict[str, Tensor]:
-        """Those of all layers, by the layer's number and their name."""
-        return {f"{number}.{name}": x for number, layer in enumerate(self.layers) for name, x in layer.tensors.items()}
-
-    def with_tensors(self, tensors: Mapping[str, Tensor]) -> ModelMemory:
-        """The same with these tensors, named so, in the place of its own."""
-        own: list[dict[str, Tensor]] = [{} for _ in self.layers]
-        for name, x in tensors.items():
-            number, _, of_layer = name.partition(".")
-            own[int(number)][of_layer] = x
-        layers = (replace(layer, tensors=named) for layer, named in zip(self.layers, own, strict=True))
-        return ModelMemory(self.num_tokens, tuple(layers))
-
-    def sent_back(self, kept: ModelMemory) -> Iterator[tuple[Tensor, Tensor]]:
-        """Keys and values that this call has made, each with the gradient that later segments of time have sent to `kept`.
-
-        kept: the same memory, as an earlier call left it, which later segments were given; its gradients are taken from it.
-        """
-        for layer, of_kept in zip(self.layers, kept.layers, strict=True):
-            made = None if layer.earlier is None else layer.earlier.last
-            held = None if of_kept.earlier is None else of_kept.earlier.last
-            if made is not None and held is not None:
-                yield from zip((made.k, made.v), held.take_grads(), strict=True)
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of all layers."""
-        return sum(layer.num_bytes for layer in self.layers)
+    memory: ModelMemory | None
+    in_segments: bool
 
 
-class HybridBlock(nn.Module):
-    """x + mixer(norm(x)), then x + feed_forward(norm(x))."""
+class LossOptions(CallOptions, total=False):
+    """What a call for logits or a loss takes."""
 
-    def __init__(self, config: LinearLlama3Config, layer: int) -> None:
-        super().__init__()
-        self.mixer_norm = RMSNorm(config.dim, config.norm_eps)
-        self.mixer: LayerMixer = build_mixer(config, layer)
-        self.feed_forward_norm = RMSNorm(config.dim, config.norm_eps)
-        self.feed_forward: FeedForward = build_feed_forward(config)
-
-    def forward(self, x: Tensor, context: Context) -> tuple[Tensor, LayerMemory | None, *tuple[Tensor, ...]]:
-        """x and the result are [B, T, C]; also what the mixer remembers, if it is asked for, and with experts what `Routed` holds.
-
-        One by one: reentrant checkpointing finds no tensors inside of others.
-        """
-        mixed, memory = self.mixer(self.mixer_norm(x), context)
-        x = x + mixed
-        fed, routed = self.feed_forward(self.feed_forward_norm(x), context)
-        return x + fed, memory, *(() if routed is None else routed)
-
-    def init_weights(self, initial: InitialWeights) -> None:
-        """Set the initial weights."""
-        initial.fill(self.mixer_norm)
-        self.mixer.init_weights(initial)
-        initial.fill(self.feed_forward_norm)
-        self.feed_forward.init_weights(initial)
-
-    def flops_per_token(self, seq_len: int) -> float:
-        """Operations of forward and backward for one token of a sequence of `seq_len`."""
-        return self.mixer.flops_per_token(seq_len) + self.feed_forward.flops_per_token()
+    labels: Tensor | None
+    num_valid: int | Tensor | None
+    routing: Routing | None
+    logits_to_keep: int | None
 
 
 class LinearLlama3(nn.Module):
@@ -132,78 +75,29 @@ class LinearLlama3(nn.Module):
 
     @overload
     def forward(
-        self,
-        tokens: Tensor,
-        layout: SequenceLayout | None = ...,
-        *,
-        memory: ModelMemory | None = ...,
-        labels: Tensor | None = ...,
-        num_valid: int | Tensor | None = ...,
-        routing: Routing | None = ...,
-        logits_to_keep: int | None = ...,
-        token_scores: Literal[False] = ...,
-        output_memory: Literal[False] = ...,
-        in_segments: bool = ...,
-    ) -> Tensor: ...
-
+        self, tokens: Tensor, layout: SequenceLayout | None = ..., *, token_scores: Literal[False] = ...,
+        output_memory: Literal[False] = ..., **options: Unpack[LossOptions],
+    ) -> Tensor: ...  # fmt: skip
     @overload
     def forward(
-        self,
-        tokens: Tensor,
-        layout: SequenceLayout | None = ...,
-        *,
-        memory: ModelMemory | None = ...,
-        labels: Tensor | None = ...,
-        num_valid: int | Tensor | None = ...,
-        routing: Routing | None = ...,
-        logits_to_keep: int | None = ...,
-        token_scores: Literal[False] = ...,
-        output_memory: Literal[True],
-        in_segments: bool = ...,
-    ) -> tuple[Tensor, ModelMemory]: ...
-
+        self, tokens: Tensor, layout: SequenceLayout | None = ..., *, token_scores: Literal[False] = ...,
+        output_memory: Literal[True], **options: Unpack[LossOptions],
+    ) -> tuple[Tensor, ModelMemory]: ...  # fmt: skip
     @overload
     def forward(
-        self,
-        tokens: Tensor,
-        layout: SequenceLayout | None = ...,
-        *,
-        memory: ModelMemory | None = ...,
-        labels: Tensor | None = ...,
-        num_valid: int | Tensor | None = ...,
-        routing: Routing | None = ...,
-        logits_to_keep: int | None = ...,
-        token_scores: Literal[False] = ...,
-        output_memory: bool,
-        in_segments: bool = ...,
-    ) -> Tensor | tuple[Tensor, ModelMemory]: ...
-
+        self, tokens: Tensor, layout: SequenceLayout | None = ..., *, token_scores: Literal[False] = ...,
+        output_memory: bool, **options: Unpack[LossOptions],
+    ) -> Tensor | tuple[Tensor, ModelMemory]: ...  # fmt: skip
     @overload
     def forward(
-        self,
-        tokens: Tensor,
-        layout: SequenceLayout | None = ...,
-        *,
-        memory: ModelMemory | None = ...,
-        labels: Tensor,
-        token_scores: Literal[True],
-        output_memory: Literal[False] = ...,
-        in_segments: bool = ...,
-    ) -> TokenScores: ...
-
+        self, tokens: Tensor, layout: SequenceLayout | None = ..., *, labels: Tensor, token_scores: Literal[True],
+        output_memory: Literal[False] = ..., **options: Unpack[CallOptions],
+    ) -> TokenScores: ...  # fmt: skip
     @overload
     def forward(
-        self,
-        tokens: Tensor,
-        layout: SequenceLayout | None = ...,
-        *,
-        memory: ModelMemory | None = ...,
-        labels: Tensor,
-        token_scores: Literal[True],
-        output_memory: Literal[True],
-        in_segments: bool = ...,
-    ) -> tuple[TokenScores, ModelMemory]: ...
-
+        self, tokens: Tensor, layout: SequenceLayout | None = ..., *, labels: Tensor, token_scores: Literal[True],
+        output_memory: Literal[True], **options: Unpack[CallOptions],
+    ) -> tuple[TokenScores, ModelMemory]: ...  # fmt: skip
     def forward(
         self,
         tokens: Tensor,
@@ -258,19 +152,14 @@ class LinearLlama3(nn.Module):
         and with gradients, its share of the routers' losses is added (`longspan.models.routing`), by an all-reduce over the ranks
         that `longspan.parallelize` was told of; but not where no token is valid.
         """
-        check_tensor("the model", "tokens", tokens)
-        if tokens.dim() != 2 or tokens.dtype != torch.int64:
-            raise InputError(
-                f"tokens must be int64 [B, T]; got {tokens.dtype} of shape {tuple(tokens.shape)}. Pass token ids, rows.long()"
-            )
-        check_not_empty("the model", "tokens", tokens, "row and token")
+        check_tokens(tokens)
         check_layout_of_model(layout, self.sequence_parallel)
         check_flag("the model", "output_memory", output_memory)
         check_flag("the model", "in_segments", in_segments)
-        self._check_labels(labels, num_valid, routing, tokens, in_segments)
-        self._check_token_scores(token_scores, labels, num_valid=num_valid, routing=routing)
-        self._check_logits_to_keep(logits_to_keep, labels, tokens)
-        self._check_memory(memory, layout)
+        check_loss(self.config, self.head, labels, num_valid, routing, tokens, in_segments)
+        check_token_scores(token_scores, labels, num_valid=num_valid, routing=routing)
+        check_logits_to_keep(logits_to_keep, labels, tokens)
+        check_memory(memory, layout, len(self.blocks))
         if layout is not None and layout.has_document_states and (memory is not None or output_memory):
             layout = layout.continuing(0 if memory is None else memory.num_tokens)
         if layout is None:
@@ -365,71 +254,6 @@ class LinearLlama3(nn.Module):
             ranks=ranks_of_losses(layout, self.loss_ranks),
             routing=routing,
         )
-
-    def _check_memory(self, memory: object, layout: SequenceLayout | None) -> None:
-        if memory is None:
-            if layout is not None and layout.continues:
-                raise InputError(
-                    f"the model: the layout continues a document of {layout.continues} earlier tokens, and nothing is remembered "
-                    "of them; got memory=None. Pass what the call before returned with output_memory=True"
-                )
-            return
-        if not isinstance(memory, ModelMemory):
-            raise InputError(
-                f"the model: memory must be what a call with output_memory=True returned, or None; got {described(memory)}. Leave "
-                "it out where a sequence starts"
-            )
-        if len(memory.layers) != len(self.blocks):
-            raise InputError(
-                f"the model: memory must have one part for each of the {len(self.blocks)} layers; got {len(memory.layers)}. Pass "
-                "what this very model returned"
-            )
-
-    def _check_labels(
-        self, labels: Tensor | None, num_valid: object, routing: object, tokens: Tensor, in_segments: bool
-    ) -> None:
-        check_num_valid("the model", num_valid)
-        if labels is None:
-            for name, given in (("num_valid", num_valid), ("routing", None if in_segments else routing)):
-                if given is not None:
-                    raise InputError(
-                        f"the model: {name} is for a loss; got {described(given)} and no labels. Pass labels=, or leave it out"
-                    )
-        if routing is not None and (not isinstance(routing, Routing) or not self.config.num_experts):
-            raise InputError(
-                f"the model: routing must be a longspan.models.Routing, for a model with experts; got {described(routing)} and "
-                f"{self.config.num_experts} experts. Leave it out"
-            )
-        if labels is None:
-            return
-        check_labels("the model", labels, tokens.shape, self.config.vocab_size)
-        if not isinstance(self.head, nn.Linear):
-            raise InputError(
-                f"the model: a loss takes the matrix of a head that is a torch.nn.Linear; got {type(self.head).__name__}. Compute "
-                "it from logits: leave labels out"
-            )
-
-    def _check_token_scores(self, token_scores: object, labels: Tensor | None, **others: object) -> None:
-        check_flag("the model", "token_scores", token_scores)
-        given = [name for name, value in others.items() if value is not None]
-        if token_scores and (labels is None or given):
-            raise InputError(
-                "the model: token_scores=True scores each of the labels by itself, and returns nothing else; got "
-                f"{given[0] if given else 'no labels'}. Give labels alone, or leave token_scores out"
-            )
-
-    def _check_logits_to_keep(self, logits_to_keep: object, labels: Tensor | None, tokens: Tensor) -> None:
-        if logits_to_keep is None:
-            return
-        if labels is not None:
-            raise InputError(
-                f"the model: logits_to_keep is for logits; got {described(logits_to_keep)} and labels. Leave one of them out"
-            )
-        if not is_int(logits_to_keep) or not 0 <= cast(int, logits_to_keep) <= tokens.shape[1]:
-            raise InputError(
-                f"the model: logits_to_keep must be an int from 0 to the number of tokens here, {tokens.shape[1]}, or None; got "
-                f"{described(logits_to_keep)}. Leave it out for the logits of all"
-            )
 
     def _rotation(self, positions: Tensor) -> Rotation | None:
         if not any(block.mixer.rotates for block in self._blocks()):

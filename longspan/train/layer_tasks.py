@@ -18,7 +18,7 @@ from longspan.data.packing import PackedBatch
 from longspan.dtypes import accumulation_dtype
 from longspan.layout import SequenceLayout
 from longspan.models import LinearLlama3
-from longspan.models.linear_llama3 import HybridBlock
+from longspan.models.block import HybridBlock
 from longspan.models.mixers import Context
 from longspan.models.mixers.softmax import SoftmaxMixer
 from longspan.models.rotary import rotation

@@ -9,8 +9,8 @@ from itertools import pairwise
 import torch
 
 from longspan.models import LinearLlama3, LinearLlama3Config
+from longspan.models.block import HybridBlock
 from longspan.models.counts import on_meta
-from longspan.models.linear_llama3 import HybridBlock
 from longspan.models.mixers.mixer import operations_of_matrices
 from longspan.plan.devices import stated_peak_flops
 from longspan.plan.training import Operations

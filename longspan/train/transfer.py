@@ -24,7 +24,7 @@ from longspan.errors import ConfigError, LongspanError
 from longspan.launch import Place
 from longspan.layout import Order, SequenceLayout
 from longspan.models import LinearLlama3
-from longspan.models.linear_llama3 import HybridBlock
+from longspan.models.block import HybridBlock
 from longspan.models.mixers.softmax import SoftmaxMixer
 from longspan.parallel import parallelize, sum_gradients, unparallelize
 from longspan.train.calibration import calibrate

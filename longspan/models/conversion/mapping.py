@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from longspan.errors import ConfigError
+from longspan.models.block import HybridBlock
 from longspan.models.config import LinearLlama3Config
 from longspan.models.conversion.llama import Llama, llama_name
 from longspan.models.conversion.recipes import RECIPES, Attention
-from longspan.models.linear_llama3 import HybridBlock, LinearLlama3
+from longspan.models.linear_llama3 import LinearLlama3
 from longspan.models.mixers.softmax import SoftmaxMixer
 from longspan.models.weights import Weights, as_float32
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import Cache
 
 from longspan.errors import InputError
-from longspan.models.linear_llama3 import ModelMemory
+from longspan.models.memory import ModelMemory
 from longspan.models.mixers import LayerMemory
 
 
