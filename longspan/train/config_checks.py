@@ -7,8 +7,9 @@ import math
 from dataclasses import fields
 from typing import Any
 
+from longspan.attention.softmax.checks import check_heads_of_ulysses
 from longspan.data.recipe import ASKED_FOR
-from longspan.errors import ConfigError
+from longspan.errors import ConfigError, InputError
 from longspan.parallel import MeshDegrees
 from longspan.train.config import Config, DataConfig, flatten
 from longspan.train.data import recall_task
@@ -39,7 +40,12 @@ def check(config: Config) -> None:
             raise ConfigError(f"{key} is {value}; it must be greater than 0")
     _check_task(config)
     _check_data(config.data)
-    config.model.build(vocab_size=257)
+    model = config.model.build(vocab_size=257)
+    if config.parallel.softmax_method == "ulysses" and "softmax" in model.layer_operators:
+        try:
+            check_heads_of_ulysses(model.num_heads, config.parallel.sp)
+        except InputError as error:
+            raise ConfigError(f"parallel.softmax_method: {error} (parallel.sp, model.num_heads)") from error
     config.parallel.build_exchange()
     if config.parallel.exchange_error_feedback and config.train.recompute == "layer":
         raise ConfigError(

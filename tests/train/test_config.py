@@ -183,6 +183,10 @@ def test_a_bad_toml_file_is_refused(tmp_path: Path, toml: str, message: str) -> 
         ({"train__batch_tokens": 12_000}, r"batch_tokens 12000 is no multiple of train.seq_len 8192.*multiple is 8192"),
         ({"train__seq_len": 1, "train__batch_tokens": 1}, r"train.seq_len 1 is shorter than parallel.sp 2"),
         ({"parallel__exchange": "telepathy"}, r"parallel.exchange must be 'auto' or one of .*got 'telepathy'"),
+        (
+            {"parallel__softmax_method": "ulysses", "parallel__sp": 8, "model__num_heads": 4},
+            r"parallel.softmax_method: .*got 4 heads for 8 ranks. Use method 'ring' or 'all_gather', .*: 4 at most",
+        ),
     ],
 )
 def test_values_out_of_range_are_refused(values: dict[str, Any], message: str) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -16,6 +17,7 @@ import torch.distributed as dist
 from longspan.attention.linear import LinearMemory
 from longspan.data.batches import validation_sequences
 from longspan.data.packing import IGNORED, PackedBatch, Sequences
+from longspan.data.prepared import PreparedData
 from longspan.errors import CheckpointError, ConfigError, DataError
 from longspan.exchange import TOPOLOGIES
 from longspan.launch import EXIT_DONE, EXIT_STOPPED, Place, StopRequest
@@ -452,6 +454,25 @@ def test_a_run_whose_ranks_disagree_with_one_process_is_refused(corpus: Path, tm
         assert kind == "SelfCheckError"
         assert "the ranks together do not compute what one process computes" in text
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def _counting_on_rank_0_alone(config: Config) -> int:
+    count = PreparedData.token_counts
+
+    def counts(data: PreparedData, weights: tuple[float, ...] = ()) -> np.ndarray:
+        assert dist.get_rank() == 0, "the counts of all shards are read on every rank"
+        return count(data, weights)
+
+    with mock.patch.object(PreparedData, "token_counts", counts):
+        return train_here(config)
+
+
+def test_one_rank_counts_the_tokens_of_all_shards_for_all(corpus: Path, finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    values = {"train__steps": 1, "checkpoint__every": 0, "sample__tokens": 0}
+    assert run_on_ranks(2, _counting_on_rank_0_alone, tiny_config(corpus, run, **values)) == [EXIT_DONE] * 2
+    ours, theirs = (json.loads((path / "summary.json").read_text()) for path in (run, finished))
+    assert ours["unigram_loss"] == theirs["unigram_loss"] > 0
 
 
 def _with_a_bad_byte_for_rank_1(config: Config) -> int:
