@@ -169,7 +169,7 @@ def failure_of_job(folder: Path, code: int | None) -> tuple[str, str]:
     """Why a job that was started with this folder has ended with this exit code, and its traceback, "" if there is none."""
     path = _report(folder, 0)
     report = json.loads(path.read_text()) if path.exists() else {}
-    return report.get("message", f"it {_ending(code)}"), report.get("traceback", "")
+    return report.get("message", f"it {how_it_ended(code)}"), report.get("traceback", "")
 
 
 @contextlib.contextmanager
@@ -220,7 +220,7 @@ def _report_failure(ranks: list[subprocess.Popen[bytes]], folder: Path) -> int:
     for rank, code in enumerate(codes):
         if code not in (None, EXIT_DONE, EXIT_STOPPED) and rank not in reports:
             # It ended without a word: whatever the others report is a consequence.
-            _print_error(f"rank {rank} of {len(ranks)} {_ending(code)}; the other ranks were stopped")
+            _print_error(f"rank {rank} of {len(ranks)} {how_it_ended(code)}; the other ranks were stopped")
             return EXIT_FAILED
     failures = [report for report in reports.values() if "found" not in report]
     if not failures:
@@ -235,8 +235,8 @@ def _report_failure(ranks: list[subprocess.Popen[bytes]], folder: Path) -> int:
     return EXIT_FAILED
 
 
-def _ending(code: int | None) -> str:
-    """How a process with this exit code ended."""
+def how_it_ended(code: int | None) -> str:
+    """How a process with this exit code ended, as what follows its name."""
     if code is None or code >= 0:
         return f"ended with exit code {code}"
     name = signal.Signals(-code).name if -code in {known.value for known in signal.Signals} else f"signal {-code}"

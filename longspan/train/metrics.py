@@ -50,6 +50,13 @@ class Totals:
         self.tokens_by_document_length = np.trim_zeros(counts, "b").tolist()
 
     @property
+    def by_document_length(self) -> dict[str, int]:
+        """Tokens seen of documents of so many tokens, by ranges such as ``"1024-2047"``, from the shortest on, none left out."""
+        counts = self.tokens_by_document_length
+        shortest = next((power for power, count in enumerate(counts) if count), 0)
+        return {f"{2**power}-{2 ** (power + 1) - 1}": counts[power] for power in range(shortest, len(counts))}
+
+    @property
     def data_wait_share(self) -> float:
         return self.seconds_waiting_for_data / self.seconds if self.seconds else 0.0
 

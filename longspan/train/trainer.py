@@ -337,6 +337,7 @@ class Trainer:
             "memory_bytes": int(everyone[:, 7].max()),
             "peak_memory_bytes": peak_memory_bytes,
             "seconds": seconds,
+            **{f"tokens_seen/{length}": count for length, count in self.totals.by_document_length.items()},
             **routers,
         }
         if self.ranks.is_first:
