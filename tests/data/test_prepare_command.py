@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -68,6 +69,20 @@ def test_it_says_what_it_wrote_and_verifies_what_is_there(tmp_path: Path, capsys
     path.write_bytes(b"\x01\x02" + path.read_bytes()[2:])
     assert prepare(tmp_path, *arguments) == EXIT_REFUSED
     assert "train-01-00000.tokens: token 513 at offset 0 (byte 0) is outside the vocabulary" in capsys.readouterr().err
+
+
+def test_a_terminal_shows_a_bar_of_the_text_that_is_tokenized(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_text(tmp_path)
+    # What stands for a terminal to rich.
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    assert prepare(tmp_path, "--source", str(tmp_path / "files")) == EXIT_DONE
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().out)
+    # 20 files of 200 letters.
+    assert re.search(r"tokenizing ━{20} 4\.0/4\.0 kB ", shown), shown
 
 
 def test_it_speaks_of_its_own_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

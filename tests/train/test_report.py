@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import re
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -49,3 +51,23 @@ def test_a_pipe_that_nobody_reads_ends_nothing() -> None:
         process.stdout.close()
         assert process.stderr.read() == b""
         assert process.wait() == 7
+
+
+def test_a_terminal_shows_a_bar_with_the_time_that_is_left(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # What stands for a terminal to rich.
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    report = Report(1000, 1, silent=False)
+    with report:
+        for step in range(1, 5):
+            time.sleep(0.02)
+            report.step(RECORD | {"step": step})
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().out)
+    last = shown.replace("\r", "\n").strip().splitlines()[-1]
+    # Some twenty seconds, or minutes on a busy machine.
+    found = re.search(r"4/1000 loss 1\.000  1 tokens/s  waiting 0%  0\.00 GiB (\d+):(\d\d)$", last)
+    assert found, shown
+    assert int(found[1]) * 60 + int(found[2]) >= 15
