@@ -81,6 +81,28 @@ def test_the_same_run_on_any_ranks(
         assert ours == pytest.approx(theirs, rel=1e-4)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("over_sp", [False, True])
+def test_two_copies_of_two_shares_of_two_ranks_that_share_sequences_run_and_go_on_as_one_process(
+    corpus: Path, tmp_path: Path, over_sp: bool
+) -> None:
+    """HSDP with sequence parallelism, 2 x 2 x 2; its checkpoint is gone on with by one process, and by eight again."""
+    values: dict[str, Any] = {"train__batch_tokens": 488, "train__check_replicas_every": 1}
+    mesh = {"parallel__dp_replicate": 2, "parallel__dp_shard": 2, "parallel__sp": 2, "parallel__shard_over_sp": over_sp}
+    alone, run = tmp_path / "alone", tmp_path / "run"
+    assert run_on_ranks(1, train_here, tiny_config(corpus, alone, parallel__sp=1, **values)) == [EXIT_DONE]
+    assert run_on_ranks(8, train_here, tiny_config(corpus, run, **mesh, **values), timeout=300.0) == [EXIT_DONE] * 8
+    expected = metrics(alone, *COMPUTED)
+    for ours, theirs in zip(metrics(run, *COMPUTED), expected, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+    for num_ranks, of_ranks in ((1, {"parallel__sp": 1}), (8, mesh)):
+        going_on = interrupted(run, tmp_path / f"on-{num_ranks}", after=3)
+        config = tiny_config(corpus, going_on, **of_ranks, **values)
+        assert run_on_ranks(num_ranks, train_here, config, True, timeout=300.0) == [EXIT_DONE] * num_ranks
+        for ours, theirs in zip(metrics(going_on, *COMPUTED), expected, strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-4)
+
+
 def test_the_same_run_twice_is_the_same_bit_by_bit(corpus: Path, finished: Path, tmp_path: Path) -> None:
     run_on_ranks(2, train_here, tiny_config(corpus, tmp_path / "run", parallel__exchange="ring"))
     run_on_ranks(2, train_here, tiny_config(corpus, tmp_path / "again", parallel__exchange="ring"))
