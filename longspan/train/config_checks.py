@@ -15,6 +15,9 @@ from longspan.train.config import Config, DataConfig, flatten
 from longspan.train.data import recall_task
 
 
+_YEAR = 31_536_000
+
+
 def check(config: Config) -> None:
     """Check what can be checked before any rank starts.
 
@@ -38,6 +41,10 @@ def check(config: Config) -> None:
         value = flatten(config)[key]
         if not value > 0.0:
             raise ConfigError(f"{key} is {value}; it must be greater than 0")
+    if config.parallel.timeout_seconds > _YEAR:
+        raise ConfigError(
+            f"parallel.timeout_seconds is {config.parallel.timeout_seconds}; it must be at most {_YEAR}, a year"
+        )
     _check_task(config)
     _check_data(config.data)
     model = config.model.build(vocab_size=257)

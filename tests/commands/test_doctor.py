@@ -94,6 +94,9 @@ def test_the_command_looks_at_a_group_of_this_machine() -> None:
     assert "MB/s" in done.stdout and "0 errors" in done.stdout
 
 
-def test_a_group_of_no_ranks_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_group_of_no_ranks_and_no_time_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "--ranks", "0"]) == 2
     assert "ranks must be at least 1" in capsys.readouterr().err
+    for seconds in ("0", "-1", "nan", "inf"):
+        assert main(["doctor", "--timeout-seconds", seconds]) == 2
+        assert "timeout-seconds must be a finite number greater than 0; got" in capsys.readouterr().err

@@ -172,6 +172,10 @@ def test_a_bad_toml_file_is_refused(tmp_path: Path, toml: str, message: str) -> 
         ({"train__seed": -1}, r"train.seed is -1"),
         ({"optim__lr": 0.0}, r"optim.lr is 0.0; it must be greater than 0"),
         ({"optim__lr": float("nan")}, r"optim.lr is nan; it must be a finite number"),
+        (
+            {"parallel__timeout_seconds": 1e300},
+            r"parallel.timeout_seconds is 1e\+300; it must be at most 31536000, a year",
+        ),
         ({"optim__beta1": 1.0}, r"optim.beta1 is 1.0; it must lie between 0 and 1"),
         ({"data__validation_fraction": 0.0}, r"data.validation_fraction is 0.0; it must lie between"),
         ({"data__vocab_size": 100}, r"data.vocab_size is 100; it must be at least 257"),
