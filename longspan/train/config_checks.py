@@ -14,7 +14,6 @@ from longspan.parallel import MeshDegrees
 from longspan.train.config import Config, DataConfig, flatten
 from longspan.train.data import recall_task
 
-
 _YEAR = 31_536_000
 
 
