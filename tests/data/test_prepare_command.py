@@ -20,8 +20,10 @@ from pyarrow import parquet
 from longspan.cli import main
 from longspan.data import workers
 from longspan.data.files import with_checksum
+from longspan.data.prepared import open_prepared
 from longspan.launch import EXIT_DONE, EXIT_REFUSED, EXIT_STOPPED
 from longspan.train.config import Config, DataConfig
+from longspan.train.data import describe_data
 from tests.ranks import raised, run_on_ranks
 from tests.shared import made_once
 from tests.train.tiny import metrics, tiny_config, train_here
@@ -132,6 +134,17 @@ def test_a_run_trains_on_a_prepared_mixture_on_any_ranks(prepared: Path, tmp_pat
         assert seen.keys() == {"32-63", "64-127", "128-255"} and sum(seen.values()) == 2 * 1220
         assert 2 * 1220 * 0.6 < seen["32-63"] < 2 * 1220 * 0.95
     assert all(ours == pytest.approx(theirs, rel=1e-4) for ours, theirs in zip(*found, strict=True))
+
+
+def test_a_run_says_how_many_documents_are_longer_than_a_sequence(prepared: Path, tmp_path: Path) -> None:
+    data = open_prepared(prepared / "data")
+    # Files of 200 letters and an end; lines of 50.
+    num_files = data.train_by_source[0].num_documents
+    assert 10 < num_files < 20
+    said = describe_data(config_of(prepared, tmp_path / "run"), data)
+    assert said.endswith(f"and where the {num_files} that are longer than 61 tokens are cut")
+    config = config_of(prepared, tmp_path / "run", train__seq_len=201, train__batch_tokens=201)
+    assert describe_data(config, data).endswith("memory starts anew with each document")
 
 
 def damaged_tokens(change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
