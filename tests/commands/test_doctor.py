@@ -72,6 +72,18 @@ def test_ranks_that_agree_are_one_line_and_the_worst_decides() -> None:
     assert failed
 
 
+def test_of_what_is_measured_the_rank_with_least_is_shown() -> None:
+    ranks = [[Finding("ok", "device", f"{rate} GFLOP/s", amount=rate).to_json()] for rate in (90.0, 40.0, 88.0)]
+    assert lines(ranks)[0].splitlines()[0] == "ok       device         rank 1, which has least: 40.0 GFLOP/s"
+    assert lines([ranks[1], ranks[1]])[0].splitlines()[0] == "ok       device         40.0 GFLOP/s"
+    short = [Finding("warning", "disk", "1.0 GiB free", "Make room", 1.0).to_json()]
+    ranks = [[Finding("ok", "disk", "90.0 GiB free", amount=90.0).to_json()], short]
+    assert lines(ranks)[0].splitlines()[:2] == [
+        "ok       disk           rank 0: 90.0 GiB free",
+        "warning  disk           rank 1: 1.0 GiB free. Make room",
+    ]
+
+
 def test_the_command_looks_at_a_group_of_this_machine() -> None:
     done = subprocess.run([sys.executable, "-m", "longspan", "doctor"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
