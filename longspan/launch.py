@@ -328,10 +328,7 @@ def run_rank(place: Place, function: Callable[[Place, StopRequest], int]) -> int
         faulthandler.enable(sys.__stderr__ or sys.stderr)
     if place.rendezvous is not None:
         _end_with_starting_command()
-        faulthandler.register(signal.SIGUSR1, file=_stacks_path(place.rendezvous, place.rank).open("w"))
-    elif place.world_size > 1:
-        # Where torchrun collects what ranks say; another rank asks for it, see longspan.train.watch.
-        faulthandler.register(signal.SIGUSR1, file=sys.__stderr__ or sys.stderr)
+    show_stacks_when_asked(place)
     stop = StopRequest()
     with stop.listening():
         try:
@@ -368,6 +365,15 @@ def _install_faults(place: Place) -> None:
     if faults:
         attempt = os.environ.get(_ATTEMPT, "0")
         install_faults(parse_faults(faults), place.rank, int(attempt) if attempt.isdigit() else 0)
+
+
+def show_stacks_when_asked(place: Place) -> None:
+    """Let `wake_to_show_stacks` show the stacks of this rank's threads, if it is one of several."""
+    if place.rendezvous is not None:
+        faulthandler.register(signal.SIGUSR1, file=_stacks_path(place.rendezvous, place.rank).open("w"))
+    elif place.world_size > 1:
+        # Where torchrun collects what ranks say; another rank asks for it, see longspan.train.watch.
+        faulthandler.register(signal.SIGUSR1, file=sys.__stderr__ or sys.stderr)
 
 
 def wake_to_show_stacks(process_id: int) -> None:
