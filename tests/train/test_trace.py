@@ -117,4 +117,4 @@ def test_memory_is_recorded_in_the_step_that_is_asked_for_alone(tmp_path: Path) 
         asked.clear()
         with pytest.raises(RuntimeError, match="out of memory"), snapshot.of(2):
             raise RuntimeError("out of memory")
-        assert asked == [{"max_entries": 1_000_000}, {"enabled": None}]
+        assert asked == [{"max_entries": 1_000_000}, path, {"enabled": None}]
