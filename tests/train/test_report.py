@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -71,3 +72,17 @@ def test_a_terminal_shows_a_bar_with_the_time_that_is_left(
     found = re.search(r"4/1000 loss 1\.000  1 tokens/s  waiting 0%  0\.00 GiB (\d+):(\d\d)$", last)
     assert found, shown
     assert int(found[1]) * 60 + int(found[2]) >= 15
+
+
+def test_a_line_without_a_terminal_says_how_long_is_left(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a run that was gone on with at step 6: two steps in 20 s."""
+    seconds = iter([0.0, 0.0, 10.0, 10.0, 20.0, 20.0, 50.0, 50.0])
+    monkeypatch.setattr("longspan.train.report.time", SimpleNamespace(perf_counter=lambda: next(seconds)))
+    report = Report(10, 2, silent=False)
+    with report:
+        for step in (7, 8, 10):
+            report.step(RECORD | {"step": step})
+    shown = capsys.readouterr().out.splitlines()
+    assert [line.rpartition("GiB  ")[2] for line in shown] == ["20 s, 20 s left", "50 s"]
