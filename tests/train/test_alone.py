@@ -90,7 +90,7 @@ def test_a_process_that_cannot_take_what_the_ranks_share_is_said(tmp_path: Path,
         batches=batches,
         report=SimpleNamespace(heading=lambda *line: headings.append(line)),
     )
-    ended = {"side_effect": outcome} if isinstance(outcome, Exception) else {"return_value": outcome}
+    ended: dict[str, Any] = {"side_effect": outcome} if isinstance(outcome, Exception) else {"return_value": outcome}
     with mock.patch("longspan.train.alone.subprocess.run", **ended):
         assert measure_alone(trainer) is None
     ((name, text),) = headings
