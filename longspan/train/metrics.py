@@ -91,6 +91,20 @@ class MetricsFile:
         for tracker in self._trackers:
             tracker.write(finite)
 
+    def sync(self) -> None:
+        """Wait until what was appended is on the disk: a checkpoint of its steps must not outlive it.
+
+        Raises:
+            CheckpointError: if it cannot be written.
+        """
+        try:
+            with self.path.open("rb") as file:
+                os.fsync(file.fileno())
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise _unwritten(self.path, error) from error
+
     def close(self, failed: bool = False) -> None:
         """Let the trackers write what they have not written yet. failed: whether the run ends by an error."""
         for tracker in self._trackers:
@@ -140,7 +154,10 @@ class MetricsFile:
         kept = [record for record in self.read() if stays(record)]
         temporary = self.path.with_suffix(".tmp")
         try:
-            temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+            with temporary.open("w", encoding="utf-8") as file:
+                file.writelines(json.dumps(record) + "\n" for record in kept)
+                file.flush()
+                os.fsync(file.fileno())
             os.replace(temporary, self.path)
         except OSError as error:
             raise _unwritten(self.path, error) from error

@@ -377,6 +377,8 @@ class Trainer:
 
     def _save(self) -> None:
         self.phase.name = "saving a checkpoint"
+        if self.ranks.is_first:
+            self.metrics.sync()
         measured = figures_to_save(self.layout, self.ranks) if measures(self.config, self.ranks) else None
         tensors = {
             **{f"model/{name}": parameter for name, parameter in self.model.named_parameters()},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -218,6 +219,26 @@ def test_a_run_may_go_on_with_other_ranks(corpus: Path, finished: Path, tmp_path
     run_on_ranks(1, train_here, tiny_config(corpus, run, parallel__sp=1), True)
     for ours, theirs in zip(metrics(run, *COMPUTED), metrics(finished, *COMPUTED), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="Linux tells which file a descriptor is of")
+def test_metrics_are_on_the_disk_before_the_checkpoint_of_their_steps(corpus: Path, tmp_path: Path) -> None:
+    """Where the machine loses what is not, a run that goes on from the checkpoint has no gap in its log."""
+    synced: list[str] = []
+    sync = os.fsync
+
+    def noted(descriptor: int) -> None:
+        synced.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        sync(descriptor)
+
+    config = tiny_config(corpus, tmp_path / "run", parallel__sp=1, sample__tokens=0)
+    with mock.patch("os.fsync", noted):
+        assert train_on(Ranks(Place(), CPU), config, StopRequest()) == EXIT_DONE
+    # Checkpoints of steps 3 and 6.
+    assert [name for name in synced if name in ("metrics.jsonl", "manifest.json")] == [
+        "metrics.jsonl",
+        "manifest.json",
+    ] * 2
 
 
 def test_a_finished_run_can_be_made_longer(corpus: Path, finished: Path, tmp_path: Path) -> None:
