@@ -18,6 +18,9 @@ from longspan.launch import EXIT_DONE, EXIT_REFUSED
 from tests.data.hub import StandInHub
 from tests.data.test_prepare import contents, documents
 
+# Each starts a process that imports the package of data sets.
+pytestmark = pytest.mark.slow
+
 OLD, NEW = "a" * 40, "b" * 40
 NAME = "someone/verse"
 README = b"""---
@@ -93,7 +96,6 @@ def test_all_parts_are_of_the_commit_that_was_found_whatever_is_pushed_meanwhile
     assert "6 documents without text" in done.stdout
 
 
-@pytest.mark.slow
 def test_a_preparation_from_a_hub_that_was_killed_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
     folder = tmp_path / "data"
     source = f"hf:{NAME}?config=poems&split=train&revision=main"
@@ -122,7 +124,6 @@ def test_a_preparation_from_a_hub_that_was_killed_goes_on_to_the_same_bytes(tmp_
     assert texts_in(folder) == sorted(text for part in range(3) for text in texts(NEW, part) if text)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("source", "message"),
     [
@@ -141,7 +142,6 @@ def test_what_a_hub_does_not_have_is_refused_by_name(tmp_path: Path, source: str
     assert not (tmp_path / "data" / "data.json").exists()
 
 
-@pytest.mark.slow
 def test_a_hub_that_does_not_answer_is_refused_in_words(tmp_path: Path) -> None:
     with hub() as stand_in:
         pass
