@@ -112,8 +112,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.slow_rows(r"^4-.*-(plain|bias and activation)$")
-@pytest.mark.slow_rows(r"^[23]-contiguous")
+@pytest.mark.slow_rows(r"^4-.*-(plain|bias and activation)$", r"^[23]-contiguous")
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("documents_number", [0, 1], ids=["one document", "packed"])
 @pytest.mark.parametrize("order", ORDERS)

@@ -134,9 +134,10 @@ SPLITS = [(3, "contiguous")]
 MORE = [(2, "zigzag"), (1, "contiguous"), (2, "contiguous"), (3, "zigzag")]
 
 
-@pytest.mark.slow_rows(r"^(gla|delta_rule)-")
 @pytest.mark.slow_rows(
-    r"^(linear_attention|retention|kda|gated_delta_rule)-", r"^(gla_with_bonus|comba|gated_delta_product)-"
+    r"^(gla|delta_rule)-",
+    r"^(linear_attention|retention|kda|gated_delta_rule)-",
+    r"^(gla_with_bonus|comba|gated_delta_product)-",
 )
 @pytest.mark.parametrize(
     ("num_ranks", "order"), [*SPLITS, *(pytest.param(*split, marks=pytest.mark.slow) for split in MORE)]

@@ -30,8 +30,7 @@ def errors_on_nodes(ranks_per_node: int, batch: int, num_heads: int, order: Any,
     return errors
 
 
-@pytest.mark.slow_rows(r"8-2-zigzag|4-[14]-zigzag")
-@pytest.mark.slow_rows(r"-contiguous$")
+@pytest.mark.slow_rows(r"8-2-zigzag|4-[14]-zigzag", r"-contiguous$")
 @pytest.mark.parametrize("order", ["contiguous", "zigzag"])
 @pytest.mark.parametrize(("num_ranks", "ranks_per_node"), [(4, 1), (4, 2), (4, 4), (3, 1), (8, 2), (8, 4)])
 def test_any_shape_of_nodes_is_the_scan(num_ranks: int, ranks_per_node: int, order: str) -> None:

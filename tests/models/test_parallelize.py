@@ -63,8 +63,7 @@ def assert_equal(answers: list[dict[str, float]]) -> None:
         assert worst(answer) <= TOLERANCE, sorted(answer.items(), key=lambda item: -item[1])[:3]
 
 
-@pytest.mark.slow_rows(r"^2-zigzag", r"^2-contiguous-(kda|simple_gla|hgrn2)")
-@pytest.mark.slow_rows(r"^3-contiguous")
+@pytest.mark.slow_rows(r"^2-zigzag", r"^2-contiguous-(kda|simple_gla|hgrn2)", r"^3-contiguous")
 @pytest.mark.parametrize("operator", each_linear_mixer())
 @pytest.mark.parametrize("order", ["contiguous", "zigzag"])
 @pytest.mark.parametrize("num_ranks", [2, 3])

@@ -248,6 +248,7 @@ def test_a_finished_run_can_be_made_longer(corpus: Path, finished: Path, tmp_pat
     assert [record["step"] for record in metrics(run)] == [1, 2, 3, 3, 4, 5, 6, 6, 7, 8, 8]
 
 
+@pytest.mark.slow
 def test_what_a_resumed_run_says_of_its_speed_needs_no_file_that_may_be_gone(
     corpus: Path, finished: Path, tmp_path: Path
 ) -> None:
