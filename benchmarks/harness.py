@@ -44,6 +44,11 @@ class Paired:
     second: float
     ratio: Ratio
 
+    def cells(self, digits: int = 0, *, second_first: bool = False) -> tuple[str, str, Ratio]:
+        """Of a table's row: milliseconds of the sides, and the ratio."""
+        first, second = (f"{seconds * 1e3:.{digits}f}" for seconds in (self.first, self.second))
+        return (second, first, self.ratio) if second_first else (first, second, self.ratio)
+
 
 @dataclass
 class Table:
