@@ -23,6 +23,7 @@ from longspan.commands.examination import (
     open_files,
     room,
 )
+from tests.commands.test_torchrun import SUBJECTS
 
 
 def test_findings_are_judged() -> None:
@@ -90,19 +91,7 @@ def test_the_command_looks_at_a_group_of_this_machine() -> None:
     subjects = [
         line[9:23].strip() for line in done.stdout.splitlines() if line[:8].strip() in ("ok", "warning", "error")
     ]
-    assert subjects == [
-        "versions",
-        "cores",
-        "device",
-        "backends",
-        "kernels",
-        "open files",
-        "shared memory",
-        "disk",
-        "group",
-        "links",
-        "clocks",
-    ]
+    assert subjects == SUBJECTS
     assert "MB/s" in done.stdout and "0 errors" in done.stdout
 
 
