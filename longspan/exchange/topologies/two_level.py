@@ -226,13 +226,13 @@ class _Levels:
     node: RowExchange
     rail: RowExchange
 
-    def known(self, kind: Form, parameter: Tensor) -> tuple[list[Transition], Transition]:
+    def known(self, form: Form, parameter: Tensor) -> tuple[list[Transition], Transition]:
         """Transitions that every rank knows, given those of all segments with the rows as heads, ``[S]`` or ``[S, R]``.
 
-        For this rank's rows in its node: of this node's runs by step, and of every whole run.
+        For this rank's rows in its node: of this node's runs by step, and of every whole run. form: of all rows.
         """
         own = self.node.shares.of_known(parameter)
-        layout = self.node.layout
+        layout, kind = self.node.layout, form.of_heads(self.node.shares.own)
         steps = [kind(reorder_rows(own, step, layout)) for step in self.runs.own_steps]
         return steps, _composed([kind(reorder_rows(own, step, layout)) for step in self.runs.all_steps])
 
@@ -271,7 +271,7 @@ def _scan_two_levels(pair: Pair, levels: _Levels) -> Arrived:
     transitions: list[Transition]
     if kind.is_known:
         states = levels.node.deal(rows.state)
-        transitions, whole = levels.known(kind, rows.transition.parameter)
+        transitions, whole = levels.known(rows.transition.form, rows.transition.parameter)
     else:
         states, parameter = levels.node.deal_pair(rows)
         own = rows.transition.form.of_heads(levels.node.shares.own)
@@ -289,8 +289,10 @@ def _scan_two_levels_adjoint(kind: Form, context: tuple[Tensor, ...], grad_incom
     grads = levels.node.deal(as_rows(grad_incoming))
     transitions: list[Transition]
     if kind.is_known:
-        transitions, whole = levels.known(kind, known_rows(context[0], grad_incoming.shape[1]))
-        rail_transition = kind(levels.rail.shares.of_known(whole.parameter))
+        rows = grad_incoming.shape[1]
+        transitions, whole = levels.known(kind.repeated(rows), known_rows(context[0], rows))
+        rail = levels.rail.shares
+        rail_transition = whole.form.of_heads(rail.own)(rail.of_known(whole.parameter))
     else:
         parameter, rail_parameter = context
         own = kind.repeated(grad_incoming.shape[1]).of_heads(levels.node.shares.own)
