@@ -27,8 +27,8 @@ from longspan.models.counts import on_meta
 from longspan.ops.chunked.cross_entropy import chunk_size_of
 from longspan.plan import Cluster, Link
 from longspan.plan.activations import MixerSizes, ModelSizes, block_bytes, state_bytes
-from longspan.plan.cluster import gpu_cluster, stated_cluster
 from longspan.plan.devices import stated_peak_flops
+from longspan.plan.stated import gpu_cluster, stated_cluster
 from longspan.plan.training import (
     DeviceFigures,
     MemoryPlan,

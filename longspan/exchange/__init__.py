@@ -5,7 +5,7 @@ from longspan.errors import InputError
 from longspan.exchange.auto.calibration import measured_links
 from longspan.exchange.auto.choice import Auto
 from longspan.exchange.autograd import PendingExchange, start_exchange
-from longspan.exchange.codec import CODECS, Codec, ErrorFeedback, Float8, Int8, TopK
+from longspan.exchange.codec import CODECS, BFloat16, Codec, ErrorFeedback, Float8, Int8, TopK
 from longspan.exchange.recomputation import keeping_exchanges, keeping_states
 from longspan.exchange.topologies.all_gather import AllGather
 from longspan.exchange.topologies.all_to_all import AllToAll
@@ -44,6 +44,7 @@ __all__ = [
     "AllToAll",
     "Arrived",
     "Auto",
+    "BFloat16",
     "Carrier",
     "Codec",
     "ErrorFeedback",

@@ -143,6 +143,21 @@ class Float8(_Scaled):
         return rows.view(torch.float8_e4m3fn).float()
 
 
+@dataclass(frozen=True)
+class BFloat16(Codec):
+    """Numbers rounded to bfloat16, as a topology's ``state_dtype=torch.bfloat16`` does for all links at once: for some of them."""
+
+    @property
+    def format(self) -> WireFormat:
+        return WireFormat("bfloat16", 2, BFLOAT16_ERROR, passes=_PASSES["bfloat16"])
+
+    def encode(self, x: Tensor) -> list[Tensor]:
+        return [x.bfloat16()]
+
+    def decode(self, rows: Tensor, num_heads: int, numbers: int) -> Tensor:
+        return _as(rows, torch.bfloat16).float().unflatten(1, (num_heads, numbers))
+
+
 class ErrorFeedback:
     """What a layer's exchanges have left out so far, added to what it sends next (error feedback, arXiv 1809.07599).
 
@@ -222,7 +237,7 @@ class TopK(Codec):
 
 
 # Encoding and decoding states of 16 heads of 128 x 128 took one thread so many times as long as the stated figures give a fold.
-_PASSES = {"int8": 4.0, "float8": 6.0, "top_k": 7.0}
+_PASSES = {"bfloat16": 1.0, "int8": 4.0, "float8": 6.0, "top_k": 7.0}
 
 CODECS: dict[str, type[Codec]] = {"int8": Int8, "float8": Float8, "top_k": TopK}
 
@@ -244,8 +259,8 @@ def codec_named(codec: Codec | str | None) -> Codec | None:
     return CODECS[name]()
 
 
-def codecs_within(max_relative_error: object) -> list[Codec | torch.dtype]:
-    """What may carry states with at most so large an error of one passage: codecs, and bfloat16 as a dtype.
+def codecs_within(max_relative_error: object) -> list[Codec]:
+    """What may carry states with at most so large an error of one passage, bfloat16 first.
 
     Raises:
         InputError: for what is no number, and for an error that nothing keeps to; it says the least that is kept to.
@@ -261,7 +276,7 @@ def codecs_within(max_relative_error: object) -> list[Codec | torch.dtype]:
             f"max_relative_error is {bound:g}, and no codec keeps to it: the least that is kept to is {BFLOAT16_ERROR:.4g}, by "
             "bfloat16. Give at least as much, or leave it out to send states as they are"
         )
-    found: list[Codec | torch.dtype] = [torch.bfloat16]
+    found: list[Codec] = [BFloat16()]
     block = 128
     while block >= _SMALLEST_BLOCK and Int8(block).format.worst_error > bound:
         block //= 2

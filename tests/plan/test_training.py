@@ -18,7 +18,7 @@ from longspan.models import MIXERS, LinearLlama3
 from longspan.ops.chunked.cross_entropy import chunked_cross_entropy
 from longspan.parallel import compute_in
 from longspan.plan.activations import block_bytes, kept_loss_bytes, loss_bytes, mixer_bytes, outside_bytes, state_bytes
-from longspan.plan.cluster import stated_cluster
+from longspan.plan.stated import stated_cluster
 from longspan.plan.training import DeviceFigures, Step, layer_bytes, plan_memory, plan_time
 from longspan.train.config import Config
 

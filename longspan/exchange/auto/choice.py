@@ -15,6 +15,7 @@ from torch import Tensor
 from longspan.comm.groups import kept
 from longspan.errors import InputError
 from longspan.exchange.auto.figures import figures_of, sizes_of
+from longspan.exchange.auto.hops import cheapest_codecs
 from longspan.exchange.auto.trial import Candidate, try_out
 from longspan.exchange.codec import Codec, Int8, codec_named, codecs_within
 from longspan.exchange.problem import problem_of, stated_cluster_of
@@ -30,7 +31,7 @@ from longspan.exchange.topology import (
 )
 from longspan.layout import SequenceLayout, group_of
 from longspan.modes import built_for_every_mode
-from longspan.plan import Cluster, Cost
+from longspan.plan import Cluster, Cost, Problem
 from longspan.state import Pair
 
 _log = logging.getLogger("longspan")
@@ -50,7 +51,8 @@ class Auto(Exchanger):
 
         max_relative_error: the error that one passage between ranks may make of a head's state, ‖error‖ / ‖state‖; what keeps to it
             (bfloat16, the codecs of `longspan.exchange.codec`) is chosen with the topology where it costs less, for links inside
-            nodes and between them apart. None sends states as they are.
+            nodes and between them apart, and in a chain for each link by itself where the cluster has a matrix of them. None sends
+            states as they are.
         codec: as in `Topology`, for whichever topology is taken.
 
     Raises:
@@ -136,7 +138,7 @@ class Auto(Exchanger):
             topology
             for kind in TOPOLOGIES.values()
             if kind(self.state_dtype).serves(pair, layout, cluster)
-            for topology in self._ways(kind, cluster)
+            for topology in self._ways(kind, problem, cluster)
         ]
 
         def price() -> list[Priced]:
@@ -150,17 +152,19 @@ class Auto(Exchanger):
 
         return kept(group_of(layout), ("priced", cluster, problem, tuple(serving)), price)
 
-    def _ways(self, kind: type[Topology], cluster: Cluster) -> list[Topology]:
+    def _ways(self, kind: type[Topology], problem: Problem, cluster: Cluster) -> list[Topology]:
         """The topology with each way of states over the wire that may be chosen."""
         if self.max_relative_error is None:
             return [kind(self.state_dtype, codec=self.codec)]
-        within = codecs_within(self.max_relative_error)
-        codecs = [None, *(codec for codec in within if isinstance(codec, Codec))]
-        ways = [kind(dtype) for dtype in within if isinstance(dtype, torch.dtype)]
+        codecs = [None, *codecs_within(self.max_relative_error)]
         apart = kind.tells_links_apart and 1 < cluster.ranks_per_node < cluster.num_ranks
-        ways += [
+        ways: list[Topology] = [
             kind(codec=codec, codec_inside=inside) for codec in codecs for inside in (codecs if apart else [codec])
         ]
+        if kind.is_chain and cluster.links is not None:
+            hops = cheapest_codecs(problem, cluster, codecs)
+            if len(set(hops)) > 1:
+                ways.append(kind(codec_of_hops=hops))
         return ways
 
     def _cluster(self, layout: SequenceLayout, state: Tensor) -> Cluster:

@@ -137,9 +137,9 @@ class TwoLevel(Topology, Carrier):
         seconds = 0.0
         for row, row_inside in zip(outer, inner, strict=True):
             if members > 1:
-                seconds += cluster.intra.seconds(stretches * (members - 1) * in_node * row_inside, True, members - 1)
+                seconds += cluster.all_to_all_inside(stretches * (members - 1) * in_node * row_inside)
             if nodes > 1:
-                seconds += cluster.inter.seconds(stretches * (nodes - 1) * on_rail * row, True, nodes - 1)
+                seconds += cluster.all_to_all_of_rails(stretches * (nodes - 1) * on_rail * row)
         coded = inside.coding_bytes(problem.num_rows) + problem.coding_bytes(in_node)
         seconds += 2 * stretches * cluster.coding(coded, at_once=True)
         step, rows = problem.fold_size, stretches * in_node
