@@ -4,6 +4,7 @@ from longspan.comm.traffic import Traffic, record_traffic
 from longspan.errors import InputError
 from longspan.exchange.auto.calibration import measured_links
 from longspan.exchange.auto.choice import Auto
+from longspan.exchange.auto.order import measured_rank_order
 from longspan.exchange.autograd import PendingExchange, start_exchange
 from longspan.exchange.codec import CODECS, BFloat16, Codec, ErrorFeedback, Float8, Int8, TopK
 from longspan.exchange.recomputation import keeping_exchanges, keeping_states
@@ -67,6 +68,7 @@ __all__ = [
     "keeping_exchanges",
     "keeping_states",
     "measured_links",
+    "measured_rank_order",
     "record_traffic",
     "start_exchange",
 ]

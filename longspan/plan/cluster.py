@@ -150,7 +150,9 @@ class Cluster:
         """Seconds of a message between the rank at a place and the next, the slower way; `at_once`: while all ranks send."""
         if self.links is not None:
             ways = (place, place + 1), (place + 1, place)
-            return max(self.links.seconds(*way, num_bytes) for way in ways)
+            # What a rank takes to pass a message on was measured with a fold, over a link of the slowest kind.
+            passing = 0.0 if self.hop is None else max(0.0, self.hop - self.slowest.latency - self.fold_latency)
+            return passing + max(self.links.seconds(*way, num_bytes) for way in ways)
         if (place + 1) % self.ranks_per_node:
             return self.intra.seconds(num_bytes, at_once)
         # One rank of each node sends out of it.

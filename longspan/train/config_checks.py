@@ -63,6 +63,15 @@ def check(config: Config) -> None:
             f"train.deterministic is True and parallel.balance {config.parallel.balance[0]!r}: what is measured differs from run "
             "to run, and so would the sums. Give parallel.balance as numbers, such as those that a run reports, or leave it out"
         )
+    if (
+        config.parallel.given_rank_order is None
+        and config.parallel.rank_order != ("given",)
+        and config.train.deterministic
+    ):
+        raise ConfigError(
+            f"train.deterministic is True and parallel.rank_order {config.parallel.rank_order[0]!r}: what is measured differs from "
+            "run to run, and so would the sums. Give parallel.rank_order as numbers, such as those that a run reports, or leave it out"
+        )
     if config.train.deterministic and config.parallel.threads not in (None, 1):
         raise ConfigError(
             f"train.deterministic is True and parallel.threads {config.parallel.threads}: the order of sums depends on the "

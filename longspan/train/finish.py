@@ -105,7 +105,9 @@ def _summary(trainer: Trainer, seconds: float) -> dict[str, Any]:
         "seconds_in_steps": totals.seconds,
         "seconds_of_this_process": seconds,
         "tokens_by_document_length": totals.by_document_length,
-    } | ({"balance": trainer.balance.as_json()} if any(trainer.balance.groups) else {})
+        **({"balance": trainer.balance.as_json()} if any(trainer.balance.groups) else {}),
+        **({"rank_order": trainer.rank_order.as_json()} if any(trainer.rank_order.groups) else {}),
+    }
 
 
 def _finite(value: float) -> float | None:

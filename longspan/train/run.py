@@ -14,7 +14,7 @@ import torch
 import longspan
 from longspan.errors import CheckpointError
 from longspan.launch import EXIT_DONE, EXIT_STOPPED, Place, StopRequest, num_cores
-from longspan.train import balance, exchange
+from longspan.train import balance, exchange, order
 from longspan.train import config as configs
 from longspan.train.checkpoint import (
     all_checkpoints,
@@ -109,6 +109,10 @@ def _train_on(
     report.heading("model", _describe_model(trainer))
     phase.name = "measuring the device"
     report.heading("device", _find_peak(trainer))
+    if order.measures_links(config, ranks) and not trainer.has_saved_order:
+        trainer.measure_order()
+    if config.parallel.rank_order != ("given",) and ranks.sp > 1:
+        report.heading("order", order.describe(trainer.rank_order, ranks, trainer.has_saved_order))
     if balance.measures_speed(config, ranks) and not trainer.has_saved_balance:
         trainer.measure_balance()
     if config.parallel.balance != ("even",) and ranks.sp > 1:

@@ -53,6 +53,7 @@ from longspan.train.optimizer import (
     optimizer_tensors,
     set_learning_rate,
 )
+from longspan.train.order import RankOrder, measured_order, measures_links, order_of_checkpoint, stated_order
 from longspan.train.phase import RunPhase
 from longspan.train.ranks import Ranks
 from longspan.train.rate import ModelOperations
@@ -92,7 +93,8 @@ class Trainer:
         self.snapshot = MemorySnapshot(folder.traces, config.run.memory_snapshot_step, ranks.rank)
         self.memory = StepMemory(ranks.device, config.run.release_memory_every)
         self.batches = data.batches
-        self.take_balance(stated_balance(config, ranks))
+        self.balance, self.rank_order = stated_balance(config, ranks), stated_order(config, ranks)
+        self._lay_out()
         self.model = build_parallel(config, data.vocab_size, ranks, compute_dtype(config))
         self.segments = Segmentation.of(config.train)
         self.optimizer = build_optimizer(self.model, config.optim)
@@ -108,6 +110,7 @@ class Trainer:
         )
         self.has_saved_figures = False
         self.has_saved_balance = False
+        self.has_saved_order = False
         self.step = 0
         self.skipped_in_a_row = 0
         self.totals = Totals()
@@ -116,13 +119,28 @@ class Trainer:
     def take_balance(self, balance: Balance) -> None:
         """Let each rank hold such a share of the sequences from now on."""
         self.balance = balance
-        self._layout = layouts_over(self.ranks, self.config.parallel.order, balance.groups[self.ranks.dp_rank])
+        self._lay_out()
+
+    def take_order(self, order: RankOrder) -> None:
+        """Let the ranks hold the sequences in such an order from now on."""
+        self.rank_order = order
+        self._lay_out()
+
+    def _lay_out(self) -> None:
+        own = self.ranks.dp_rank
+        shares, rank_order = self.balance.groups[own], self.rank_order.groups[own]
+        self._layout = layouts_over(self.ranks, self.config.parallel.order, shares, rank_order)
         self.layout = self._layout(self.config.train.seq_len, None)
 
     def measure_balance(self) -> None:
-        """Measure how fast each rank computes, and take the shares that follow; every rank calls this."""
+        """Measure how fast each rank computes, and take the shares that follow; every rank calls this, once the order is known."""
         lengths = self.batches.tokens_by_document_length(self.step)
-        self.take_balance(measured_balance(self.config, self.data.vocab_size, self.ranks, lengths))
+        orders = self.rank_order.groups
+        self.take_balance(measured_balance(self.config, self.data.vocab_size, self.ranks, lengths, orders))
+
+    def measure_order(self) -> None:
+        """Measure the links between ranks, and take the order that follows; every rank calls this."""
+        self.take_order(measured_order(self.model, self.layout, self.ranks))
 
     def _build_model(self) -> LinearLlama3:
         return build_model(self.config, self.data.vocab_size, self.ranks.device)
@@ -387,6 +405,7 @@ class Trainer:
             "config": configs.to_mapping(self.config),
             "exchange": exchange,
             "balance": self.balance.as_json() if measures_speed(self.config, self.ranks) else None,
+            "rank_order": self.rank_order.as_json() if measures_links(self.config, self.ranks) else None,
         }
 
     def restore(self, saved: SavedCheckpoint) -> None:
@@ -405,6 +424,11 @@ class Trainer:
             )
         if measures(self.config, self.ranks):
             self.has_saved_figures = take_saved_figures(saved, self.layout, self.ranks)
+        if measures_links(self.config, self.ranks) and self.config.parallel.rank_order == ("measured",):
+            order = order_of_checkpoint(saved, self.layout, self.ranks)
+            if order is not None:
+                self.take_order(order)
+            self.has_saved_order = order is not None
         if measures_speed(self.config, self.ranks) and self.config.parallel.balance == ("measured",):
             balance = balance_of_checkpoint(saved, self.ranks)
             if balance is not None:

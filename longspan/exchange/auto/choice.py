@@ -14,6 +14,7 @@ from torch import Tensor
 
 from longspan.comm.groups import kept
 from longspan.errors import InputError
+from longspan.exchange.auto.calibration import known_links
 from longspan.exchange.auto.figures import figures_of, sizes_of
 from longspan.exchange.auto.hops import cheapest_codecs
 from longspan.exchange.auto.trial import Candidate, try_out
@@ -47,7 +48,7 @@ class Auto(Exchanger):
             no nodes (`ranks_per_node`, or a mesh of nodes and ranks) is taken to be on one.
         measure: measure the figures at the first exchange of a process group, in a fraction of a second, and try the topologies
             that are close, once for each size of states. Another run may then choose otherwise, and its sums differ in their last
-            digits.
+            digits. Links that were measured pair by pair before (`measured_links`) are counted one by one.
 
         max_relative_error: the error that one passage between ranks may make of a head's state, ‖error‖ / ‖state‖; what keeps to it
             (bfloat16, the codecs of `longspan.exchange.codec`) is chosen with the topology where it costs less, for links inside
@@ -168,10 +169,11 @@ class Auto(Exchanger):
         return ways
 
     def _cluster(self, layout: SequenceLayout, state: Tensor) -> Cluster:
-        if self.measure:
-            return figures_of(layout, state.device).cluster
-        cluster = self.cluster or stated_cluster_of(layout, state.device.type)
-        return cluster.in_order(layout.rank_order)
+        if not self.measure:
+            cluster = self.cluster or stated_cluster_of(layout, state.device.type)
+            return cluster.in_order(layout.rank_order)
+        measured, links = figures_of(layout, state.device).cluster, known_links(layout, state.device)
+        return measured if links is None else replace(measured, links=links.in_order(layout.rank_order))
 
 
 def _errors(priced: list[Priced], pair: Pair, layout: SequenceLayout) -> dict[str, float]:
