@@ -70,7 +70,7 @@ def check(config: Config) -> None:
     ):
         raise ConfigError(
             f"train.deterministic is True and parallel.rank_order {config.parallel.rank_order[0]!r}: what is measured differs from "
-            "run to run, and so would the sums. Give parallel.rank_order as numbers, such as those that a run reports, or leave it out"
+            "run to run, and so would the sums. Give parallel.rank_order as numbers, as those that a run reports, or leave it out"
         )
     if config.train.deterministic and config.parallel.threads not in (None, 1):
         raise ConfigError(

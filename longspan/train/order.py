@@ -13,7 +13,7 @@ from longspan.exchange.auto.calibration import known_links, take_links
 from longspan.exchange.auto.order import STATE_BYTES, measured_rank_order
 from longspan.layout import SequenceLayout
 from longspan.models import LinearLlama3
-from longspan.models.mixers import SequenceMixer
+from longspan.models.mixers import LayerMixer
 from longspan.plan import LinkMatrix
 from longspan.train.config import Config
 from longspan.train.loading import SavedCheckpoint
@@ -70,7 +70,7 @@ def measured_order(model: LinearLlama3, layout: SequenceLayout, ranks: Ranks) ->
 
 def bytes_of_states(model: LinearLlama3) -> int:
     """Bytes of the largest states that a layer exchanges for a row, as far as its mixers say."""
-    footprints = [module.footprint() for module in model.modules() if isinstance(module, SequenceMixer)]
+    footprints = [module.footprint() for module in model.modules() if isinstance(module, LayerMixer)]
     largest = max((found.state for found in footprints if found is not None), default=0)
     return _FLOAT32 * largest or STATE_BYTES
 

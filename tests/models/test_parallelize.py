@@ -248,7 +248,7 @@ def test_nothing_to_undo_is_said() -> None:
         unparallelize("model")  # type: ignore[type-var]
 
 
-@pytest.mark.parametrize("option", [{"order": "zigzag"}, {"loss": "sum"}, {"verify": True}])
+@pytest.mark.parametrize("option", [{"order": "zigzag"}, {"rank_order": [0]}, {"loss": "sum"}, {"verify": True}])
 def test_an_option_that_does_not_concern_the_model_is_refused(option: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=f"{next(iter(option))}=.* concerns models of Hugging Face"):
         parallelize(tiny_model(), None, **option)

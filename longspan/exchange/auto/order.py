@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
+from typing import Literal
 
 import torch
 
@@ -11,6 +13,9 @@ from longspan.layout import SequenceLayout
 from longspan.plan import LinkMatrix, chain_order
 
 _log = logging.getLogger("longspan")
+
+RankOrderOption = Sequence[int] | Literal["measured"]
+"""What a user says of the order of ranks: each of them once, or that their links are measured."""
 
 STATE_BYTES = 2**20
 """Of a layer's states where nobody says: 16 heads of 128 x 128 in float32."""
