@@ -70,6 +70,11 @@ class Table:
         return "\n".join(lines) + "\n"
 
 
+def say(text: str) -> None:
+    """How far a long measurement is, on standard error, beside what it prints at its end."""
+    print(text, file=sys.stderr, flush=True)
+
+
 def seconds(function: Callable[[], Any]) -> float:
     """Wall time of one call."""
     begun = time.perf_counter()
