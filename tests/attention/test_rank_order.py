@@ -45,6 +45,8 @@ def test_the_suites_below_see_another_order() -> None:
     assert on_ranks(3, segments, "zigzag") == [((2, 4), (8, 10)), ((4, 6), (6, 8)), ((0, 2), (10, 12))]
 
 
+# A chain, and what finds segments in the order of ranks by itself.
+@pytest.mark.slow_rows(r"^3-simple_gla-(pipelined|neighbour|auto)$", r"^3-gated_delta_rule-(?!all_to_all$)")
 @pytest.mark.parametrize("exchange", [*TOPOLOGIES, "auto"])
 @pytest.mark.parametrize("name", ["simple_gla", "gated_delta_rule"])
 @pytest.mark.parametrize("num_ranks", [3, pytest.param(4, marks=pytest.mark.slow)])

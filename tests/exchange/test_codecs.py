@@ -248,6 +248,20 @@ def test_float64_states_are_refused_on_every_rank_alike() -> None:
             assert "Leave the codec out, or compute in float32" in message
 
 
+def with_bound(bound: float) -> None:
+    layout = SequenceLayout(16)
+    x = torch.randn(1, layout.num_local_tokens, 1, 4)
+    longspan.linear_attention(x, x, x, layout=layout, exchange=Auto(max_relative_error=bound))
+
+
+def test_a_bound_that_nothing_keeps_to_is_refused_on_every_rank_with_the_least_that_is_met() -> None:
+    for bound in (0.0, 1e-3, 2**-8 - 1e-6):
+        for kind, message in run_on_ranks(2, raised, with_bound, bound):
+            assert kind == "InputError"
+            assert f"max_relative_error is {bound:g}, and no codec keeps to it: the least that is kept to is 0.003906" in message
+            assert "Give at least as much" in message
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
