@@ -131,7 +131,7 @@ def uneven(quick: bool) -> Table:
             "measured share of the slow rank",
         ],
     )
-    seq_len, rounds = (1024, 2) if quick else (16_384, 5)
+    seq_len, rounds = (1024, 2) if quick else (8192, 5)
     for pattern in _MODELS:
         for order in _ORDERS:
             found = run_ranks(2, _on_rank, pattern, order, seq_len, rounds)[0]
