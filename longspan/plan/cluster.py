@@ -194,9 +194,8 @@ class Cluster:
         it has others than `num_bytes`.
         """
         if self.links is not None:
-            return self.along(self._hops(num_bytes, bytes_inside), num_messages) + folds * self.fold(
-                size, at_once=False
-            )
+            hops = self._hops(num_bytes, bytes_inside)
+            return self.along(hops, num_messages) + folds * self.fold(size, at_once=False)
         inside = num_messages - between_nodes
         own = num_bytes if bytes_inside is None else bytes_inside
         seconds = inside * self.intra.seconds(own) + between_nodes * self.inter.seconds(num_bytes)

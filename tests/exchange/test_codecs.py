@@ -258,7 +258,10 @@ def test_a_bound_that_nothing_keeps_to_is_refused_on_every_rank_with_the_least_t
     for bound in (0.0, 1e-3, 2**-8 - 1e-6):
         for kind, message in run_on_ranks(2, raised, with_bound, bound):
             assert kind == "InputError"
-            assert f"max_relative_error is {bound:g}, and no codec keeps to it: the least that is kept to is 0.003906" in message
+            assert (
+                f"max_relative_error is {bound:g}, and no codec keeps to it: the least that is kept to is 0.003906"
+                in message
+            )
             assert "Give at least as much" in message
 
 
