@@ -142,7 +142,7 @@ def test_an_order_is_an_option(tmp_path: Path) -> None:
     [
         (
             {"rank_order": [0, 0]},
-            r"parallel.rank_order: rank_order must hold each of the ranks 0 to 1 once.* got \[0, 0\]",
+            r"parallel.rank_order: rank_order must hold each of the ranks 0 to 1 once.* got \(0, 0\)",
         ),
         ({"rank_order": [0, 1, 2]}, r"parallel.rank_order: rank_order must hold each of the ranks 0 to 1 once"),
         (
