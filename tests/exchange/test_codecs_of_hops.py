@@ -166,9 +166,9 @@ def test_layers_do_not_share_what_a_hop_has_left_out() -> None:
         ),
         (lambda: TwoLevel(codec_of_hops=(None,)), r"TwoLevel takes no codec_of_hops"),
         (
-            lambda: Ring(codec_of_hops="int8"),
+            lambda: Ring(codec_of_hops="int8"),  # type: ignore[arg-type]
             r"codec_of_hops must hold a codec, its name or None for each hop.* got 'int8'",
-        ),  # type: ignore[arg-type]
+        ),
         (lambda: Ring(codec_of_hops=("zip",)), r"codec must be None, one of .* got 'zip'"),
         (
             lambda: Ring(codec="int8", codec_of_hops=(None,)),
