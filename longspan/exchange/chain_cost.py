@@ -72,7 +72,7 @@ class _Message:
 
 def _message(problem: Problem, columns: int, cluster: Cluster) -> _Message:
     share = columns / problem.value_size
-    coding = cluster.coding(problem.coding_bytes(problem.num_rows * share), at_once=False)
+    coding = cluster.coding(problem.coding_size(problem.num_rows * share), at_once=False)
     return _Message(problem.num_rows * problem.row_bytes(columns), coding)
 
 

@@ -107,7 +107,14 @@ class Int8(_Scaled):
 
     @property
     def format(self) -> WireFormat:
-        return WireFormat("int8", 1, sqrt(self.block) / (2 * _LARGEST_INT8), self.block, passes=_PASSES["int8"])
+        return WireFormat(
+            "int8",
+            1,
+            sqrt(self.block) / (2 * _LARGEST_INT8),
+            self.block,
+            passes=_PASSES["int8"],
+            starts=_STARTS["int8"],
+        )
 
     @property
     def _largest(self) -> float:
@@ -130,7 +137,9 @@ class Float8(_Scaled):
     @property
     def format(self) -> WireFormat:
         smallest = sqrt(self.block) * 2.0**-10 / _LARGEST_FLOAT8
-        return WireFormat("float8", 1, _FLOAT8_ERROR + smallest, self.block, passes=_PASSES["float8"])
+        return WireFormat(
+            "float8", 1, _FLOAT8_ERROR + smallest, self.block, passes=_PASSES["float8"], starts=_STARTS["float8"]
+        )
 
     @property
     def _largest(self) -> float:
@@ -149,7 +158,7 @@ class BFloat16(Codec):
 
     @property
     def format(self) -> WireFormat:
-        return WireFormat("bfloat16", 2, BFLOAT16_ERROR, passes=_PASSES["bfloat16"])
+        return WireFormat("bfloat16", 2, BFLOAT16_ERROR, passes=_PASSES["bfloat16"], starts=_STARTS["bfloat16"])
 
     def encode(self, x: Tensor) -> list[Tensor]:
         return [x.bfloat16()]
@@ -212,7 +221,7 @@ class TopK(Codec):
         worst = sqrt(1.0 - self.fraction) + BFLOAT16_ERROR
         # A fraction of one sends all numbers with their places.
         kept = min(self.fraction, 1.0 - 2.0**-40)
-        return WireFormat("top_k", 2, worst, kept=kept, passes=_PASSES["top_k"])
+        return WireFormat("top_k", 2, worst, kept=kept, passes=_PASSES["top_k"], starts=_STARTS["top_k"])
 
     def encode(self, x: Tensor) -> list[Tensor]:
         numbers = x.shape[-1]
@@ -236,8 +245,10 @@ class TopK(Codec):
         return replace(self, feedback=self.remembers_errors)
 
 
-# Encoding and decoding states of 16 heads of 128 x 128 took one thread so many times as long as the stated figures give a fold.
+# Encoding and decoding states of 16 heads of 128 x 128 took one thread so many times as long as the stated figures give a fold of
+# them, and states of a few numbers so many times as long as those give the smallest fold.
 _PASSES = {"bfloat16": 1.0, "int8": 4.0, "float8": 6.0, "top_k": 7.0}
+_STARTS = {"bfloat16": 1.5, "int8": 6.0, "float8": 6.0, "top_k": 5.0}
 
 CODECS: dict[str, type[Codec]] = {"int8": Int8, "float8": Float8, "top_k": TopK}
 

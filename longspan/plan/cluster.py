@@ -270,9 +270,11 @@ class Cluster:
         part = num_bytes * self.inter.sharing / (nodes - 1)
         return max(self._each_to_all(range(place, self.num_ranks, size), part) for place in range(size))
 
-    def coding(self, num_bytes: float, at_once: bool) -> float:
-        """Seconds to encode and decode states, as `Problem.coding_bytes` counts them; `at_once`: all ranks do."""
-        return num_bytes / self.fold_bandwidth * (self.fold_sharing if at_once else 1.0)
+    def coding(self, size: tuple[float, float], at_once: bool) -> float:
+        """Seconds to encode and decode states of `Problem.coding_size`; `at_once`: all ranks do."""
+        starts, num_bytes = size
+        alone = starts * self.fold_latency + num_bytes / self.fold_bandwidth
+        return alone * (self.fold_sharing if at_once else 1.0)
 
     def fold(self, size: tuple[float, float], at_once: bool) -> float:
         """Seconds for one fold of (bytes of states, operations of matrix products); `at_once`: all ranks fold."""

@@ -18,7 +18,7 @@ def cheapest_codecs(problem: Problem, cluster: Cluster, codecs: Sequence[Codec |
 
     def seconds(place: int, codec: Codec | None) -> float:
         on_wire = replace(problem, wire=None if codec is None else codec.format)
-        coding = cluster.coding(on_wire.coding_bytes(on_wire.num_rows), at_once=False)
+        coding = cluster.coding(on_wire.coding_size(on_wire.num_rows), at_once=False)
         return cluster.hop_seconds(place, on_wire.state) + coding
 
     def cheapest(place: int) -> Codec | None:

@@ -64,13 +64,13 @@ class Neighbour(Topology):
             hops = [replace(problem, wire=wire) for wire in wires]
             seconds = (messages - 1) * cluster.slowest.gap + max(
                 cluster.hop_seconds(place, messages * hop.state, at_once=True)
-                + messages * cluster.coding(hop.coding_bytes(hop.num_rows), at_once=True)
+                + cluster.coding(hop.coding_size(hop.num_rows, messages, messages), at_once=True)
                 for place, hop in enumerate(hops)
             )
             return DirectionCost(seconds, 0.0, bytes_by_hop(problem, 1, wires), messages, 1)
         seconds = cluster.to_next(messages * problem.state, messages, messages * inside.state)
-        coding = max(each.coding_bytes(each.num_rows) for each in (problem, inside))
-        seconds += messages * cluster.coding(coding, at_once=True)
+        sizes = [each.coding_size(each.num_rows, messages, messages) for each in (problem, inside)]
+        seconds += max(cluster.coding(size, at_once=True) for size in sizes)
         outermost = problem if cluster.num_nodes > 1 else inside
         return DirectionCost(seconds, 0.0, messages * outermost.state, messages, 1)
 

@@ -140,8 +140,8 @@ class TwoLevel(Topology, Carrier):
                 seconds += cluster.all_to_all_inside(stretches * (members - 1) * in_node * row_inside)
             if nodes > 1:
                 seconds += cluster.all_to_all_of_rails(stretches * (nodes - 1) * on_rail * row)
-        coded = inside.coding_bytes(problem.num_rows) + problem.coding_bytes(in_node)
-        seconds += 2 * stretches * cluster.coding(coded, at_once=True)
+        for coded, coded_rows in ((inside, problem.num_rows), (problem, in_node)):
+            seconds += cluster.coding(coded.coding_size(coded_rows, times=2 * stretches, messages=2), at_once=True)
         step, rows = problem.fold_size, stretches * in_node
         composed = step(rows) if backward else problem.compose_size(rows)
         seconds += (members - 1) * (cluster.fold(composed, at_once=True) + cluster.fold(step(rows), at_once=True))
