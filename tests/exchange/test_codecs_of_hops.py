@@ -145,6 +145,10 @@ def test_the_cheapest_of_each_hop_is_that_of_its_link() -> None:
     assert same.bytes_sent == Ring(codec="int8").cost(problem, cluster).bytes_sent
     blocks = Pipelined(codec_of_hops=("int8",) * 3).cost(problem, cluster)
     assert blocks.seconds == pytest.approx(Pipelined(codec="int8").cost(problem, cluster).seconds)
+    # Coding takes its time however small a block is.
+    slow = Cluster(4, 1, Link(1e-5, 1e7), Link(1e-5, 1e7), 1e-5, 2.5e9, 40e9)
+    coded, plain = (Pipelined(codec=codec).settled(problem, slow).num_blocks or 0 for codec in ("int8", None))
+    assert 1 < coded < plain
     alike = Neighbour(codec_of_hops=("int8",) * 3).cost(problem, cluster)
     assert alike.seconds == pytest.approx(Neighbour(codec="int8").cost(problem, cluster).seconds)
 
