@@ -34,8 +34,8 @@ def rwkv7(
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """RWKV-7's recurrence ``S_t = (Diag(e^{w_t}) − (κ_t ⊙ a_t) κ_tᵀ) S_{t-1} + k_t v_tᵀ``, ``o_t = scale · S_tᵀ r_t``.
 
-    arXiv 2503.14456, section 4; the paper's state is the transpose of ours. It is `longspan.dplr_delta_rule` with −κ for a and
-    κ ⊙ a for b.
+    The state evolution of arXiv 2503.14456; the paper's state is the transpose of ours. It is `longspan.dplr_delta_rule` with −κ
+    for a and κ ⊙ a for b.
 
     Args:
         r: receptance ``[B, T, H, K]``; float64, float32 or bfloat16.

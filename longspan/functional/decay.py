@@ -119,7 +119,7 @@ def gla(
 
     Args:
         g: log decays ``[B, T, H, K]``, at most 0; float32 or float64 (bfloat16 is accepted, at the price of its own rounding).
-        u: RWKV-6's bonus (arXiv 2404.05892, section 4), ``[H, K]``, a parameter that all ranks hold alike; its gradient on a rank
+        u: RWKV-6's bonus (arXiv 2404.05892), ``[H, K]``, a parameter that all ranks hold alike; its gradient on a rank
             is that rank's share. A token then reads what was before it, which its own decay has not reached, and itself with this
             weight: ``o_t = scale · (S_{t-1} + Diag(u) k_t v_tᵀ)ᵀ q_t``. In two phases: ``write("gla_with_bonus", ...)``.
         q, k, v and the rest: as in `linear_attention`.

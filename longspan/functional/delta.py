@@ -173,7 +173,7 @@ def gated_delta_product(
     """The gated delta rule with N steps per token: a decay times a product of N generalized Householder matrices.
 
     ``S_{t,0} = e^{g_t} S_{t-1}``, ``S_{t,n} = (I − β_{t,n} k_{t,n} k_{t,n}ᵀ) S_{t,n-1} + β_{t,n} k_{t,n} v_{t,n}ᵀ``, and after the
-    last step ``o_t = scale · S_{t,N}ᵀ q_t``. Gated DeltaProduct (arXiv 2502.10297, section 3); DeltaProduct is g = 0, and N = 1 is
+    last step ``o_t = scale · S_{t,N}ᵀ q_t``. Gated DeltaProduct (arXiv 2502.10297); DeltaProduct is g = 0, and N = 1 is
     `gated_delta_rule`. Keys should have length 1, or the recurrence may grow; with N of at least 2 and β near 2 a token may rotate
     the state.
 

@@ -82,7 +82,7 @@ def comba(
     Precision as of `dplr_delta_rule`.
 
     Args:
-        p: what reads that which a token takes off, ``[B, T, H, K]``, in any of the dtypes; Comba's is b ⊙ k with b learned.
+        p: what reads that which a token takes off, ``[B, T, H, K]``, in any of the dtypes; Comba's is b k, b learned per head.
         g: log decays ``[B, T, H]``, at most 0; float32 or float64 (bfloat16 is accepted, at the price of its own rounding).
         beta: how strongly a token writes, ``[B, T, H]``.
         q, k, v and the rest: as in `linear_attention`; Comba reads with q − d k, d learned.

@@ -1,9 +1,9 @@
-"""The delta rule with a feedback of its own: what is taken off is read by another key (Comba, arXiv 2506.02475, section 3).
+"""The delta rule with a feedback of its own: what is taken off is read by another key (Comba, arXiv 2506.02475).
 
     S_t = e^{g_t} S_{t-1} + β_t k_t (v_t − S_{t-1}ᵀ p_t)ᵀ,      o_t = scale · S_tᵀ q_t
 
-p_t reads the state before the token, which its decay has not reached. Comba's layer has p = b ⊙ k with b learned, and reads with
-q − d k.
+p_t reads the state before the token, which its decay has not reached: the state feedback of Comba's scalar plus low-rank
+transition, with p = b k and a learned b per head in its layer. The layer's output feedback, q − d k for q, is the caller's to make.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The delta rule with a diagonal plus low-rank transition (RWKV-7, arXiv 2503.14456, section 3, the generalized delta rule).
+"""The delta rule with a diagonal plus low-rank transition (RWKV-7, arXiv 2503.14456, its generalized delta rule).
 
     S_t = (Diag(e^{g_t}) + b_t a_tᵀ) S_{t-1} + k_t v_tᵀ,      o_t = scale · S_tᵀ q_t
 

@@ -1,4 +1,4 @@
-"""The gated delta rule with several steps per token (Gated DeltaProduct, arXiv 2502.10297, section 3).
+"""The gated delta rule with several steps per token (Gated DeltaProduct, arXiv 2502.10297).
 
     S_{t,0} = e^{g_t} S_{t-1}        S_{t,n} = (I − β_{t,n} k_{t,n} k_{t,n}ᵀ) S_{t,n-1} + β_{t,n} k_{t,n} v_{t,n}ᵀ
     S_t = S_{t,N}                    o_t = scale · S_tᵀ q_t

@@ -1,4 +1,4 @@
-"""Gated linear attention that reads before it decays, and the token itself with a weight (RWKV-6, arXiv 2404.05892, section 4).
+"""Gated linear attention that reads before it decays, and the token itself with a weight (RWKV-6, arXiv 2404.05892).
 
     o_t = scale · (S_{t-1} + Diag(u) k_t v_tᵀ)ᵀ q_t,      S_t = Diag(e^{g_t}) S_{t-1} + k_t v_tᵀ
 
