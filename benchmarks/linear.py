@@ -36,7 +36,8 @@ DTYPES = product_dtypes()
 def make_tensors(seq_len: int, size: int, dtype: torch.dtype, operator: str = "simple_gla") -> dict[str, Tensor]:
     """q, k, v, the operator's gates and a gradient of o: B1, `HEADS` heads, K = V = `size`, keys of length 1.
 
-    Where tokens have several steps, two. Vectors of a low-rank transition have the length 1, and ½ for what writes.
+    Where tokens have several steps, two, and where states have slots, 64. Vectors of a low-rank transition have the length 1, and ½
+    for what writes.
     """
     generator = torch.Generator().manual_seed(0)
     steps = (2,) if VARIANTS[operator].has_steps else ()
@@ -50,7 +51,7 @@ def make_tensors(seq_len: int, size: int, dtype: torch.dtype, operator: str = "s
         "v": normal(*steps).to(dtype).requires_grad_(),
         "grad": normal().to(dtype),
     }
-    sizes = {"B": 1, "T": seq_len, "N": 2, "H": HEADS, "K": size}
+    sizes = {"B": 1, "T": seq_len, "N": 2, "H": HEADS, "K": size, "M": 64}
     for gate in VARIANTS[operator].gates:
         if gate.name in ("a", "b", "p"):
             values = F.normalize(normal(), dim=-1) * (1.0 if gate.name == "a" else 0.5)
@@ -187,8 +188,7 @@ def _two_rank_times(operator: str, dtype: torch.dtype, seq_len: int, pairs: int)
     whole = make_tensors(seq_len, 64, dtype, operator)
     split = longspan.SequenceLayout(seq_len)
     local = {
-        key: x if key == "log_decay" else split.shard(x.detach()).requires_grad_(x.requires_grad)
-        for key, x in whole.items()
+        key: split.shard(x.detach()).requires_grad_(x.requires_grad) if x.dim() > 2 else x for key, x in whole.items()
     }
     alone, together = step(operator, whole), step(operator, local, layout=split)
     # Rank 0's shard shows only what needs no other rank; gather, so that the rest is looked at as well.
@@ -210,7 +210,7 @@ def ranks(quick: bool) -> Table:
         for name, dtype in DTYPES.items():
             alone, together = run_ranks(2, _two_rank_times, operator, dtype, seq_len, 3 if quick else 5)[0]
             result = paired(alone, together)
-            table.add(operator, name, *result.cells())
+            table.add(operator, name, f"{result.first * 1e3:.0f}", f"{result.second * 1e3:.0f}", result.ratio)
     return table
 
 
@@ -250,7 +250,7 @@ def schedule(quick: bool) -> Table:
         for name, dtype in DTYPES.items():
             own, fused = run_ranks(2, _schedule_times, operator, dtype, seq_len, 3 if quick else 7)[0]
             result = paired(own, fused)
-            table.add(operator, name, *result.cells())
+            table.add(operator, name, f"{result.first * 1e3:.0f}", f"{result.second * 1e3:.0f}", result.ratio)
     return table
 
 
@@ -326,7 +326,7 @@ def variants(quick: bool) -> Table:
             check_against_float64(operator)
             ours = step(operator, make_tensors(seq_len, size, torch.float32, operator))
             result = timed_pairs(ours, reference, 3 if quick else 7)
-            table.add(operator, size, *result.cells())
+            table.add(operator, size, f"{result.first * 1e3:.0f}", f"{result.second * 1e3:.0f}", result.ratio)
     return table
 
 
@@ -347,7 +347,7 @@ def softmax(quick: bool) -> Table:
                 result = paired([seconds(theirs)], [seconds(ours)])
             else:
                 result = timed_pairs(theirs, ours, 9 if seq_len <= 4096 else 3)
-            table.add(f"{seq_len:,}", name, *result.cells(1, second_first=True))
+            table.add(f"{seq_len:,}", name, f"{result.second * 1e3:.1f}", f"{result.first * 1e3:.1f}", result.ratio)
     return table
 
 

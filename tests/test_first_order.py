@@ -132,6 +132,7 @@ def inputs_of(name: str, layout: SequenceLayout) -> tuple[list[Tensor], Callable
         ),
         "dplr_delta_rule": ([q, k, v, q, k, channels], lambda *t: ops.dplr_delta_rule(*t, layout=layout)),
         "comba": ([q, k, v, q, g, beta], lambda *t: ops.comba(*t, layout=layout)),
+        "gated_slot_attention": ([q, k, v, k, channels], lambda *t: ops.gated_slot_attention(*t, layout=layout)),
         "gla with a bonus": ([q, k, v, channels], lambda *t: ops.gla(*t, u=torch.ones(2, 4).double(), layout=layout)),
         **{
             f"softmax by {method}": (
@@ -183,7 +184,7 @@ def final_state(k: Tensor, v: Tensor, g: Tensor, layout: SequenceLayout) -> Tens
 
 OPERATORS = [
     *("linear_attention", "two-sided", "retention", "two-sided retention", "simple_gla", "final state", "gla"),
-    *("gated_delta_product", "dplr_delta_rule", "comba", "gla with a bonus"),
+    *("gated_delta_product", "dplr_delta_rule", "comba", "gla with a bonus", "gated_slot_attention"),
     *("delta_rule", "gated_delta_rule", "kda", "softmax by all_gather", "softmax by ring", "softmax by ulysses"),
     *("long convolution", "long convolution by transforms", "exponentials"),
     *("causal_conv1d", "silu convolution", "token_shift", "hgrn2", "normalized"),

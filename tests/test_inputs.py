@@ -119,6 +119,9 @@ def operators(num_tokens: int) -> dict[str, Operator]:
             LINEAR_BAD,
         ),
         "comba": Operator(longspan.comba, {**attention, "p": make(2, 4), **g, **beta}, LINEAR_BAD),
+        "gated_slot_attention": Operator(
+            longspan.gated_slot_attention, {**attention, "s": make(2, 3), "g": make(2, 3)}, LINEAR_BAD
+        ),
         "softmax_attention": Operator(longspan.softmax_attention, attention, SOFTMAX_BAD),
         "causal_conv1d": Operator(longspan.causal_conv1d, conv, conv_bad),
         "long_conv1d": Operator(

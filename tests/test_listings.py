@@ -21,6 +21,7 @@ from longspan.ops.decay.listing import decay_by_chunks
 from longspan.ops.delta.listing import delta_rule_by_chunks
 from longspan.ops.dplr.listing import low_rank_by_chunks
 from longspan.ops.gates import DecayKind
+from longspan.ops.slots.listing import slots_by_chunks
 from longspan.ops.softmax.listing import softmax_by_blocks
 from longspan.ops.variants import VARIANTS
 from longspan.state import Dense, Pair
@@ -43,7 +44,7 @@ def by_listing(name: str, inputs: Inputs, chunk_size: int) -> dict[str, Tensor]:
     g: Tensor = torch.zeros_like(q)
     if decays.constant is not None:
         g = decays.constant[:, None, None].expand_as(q)
-    elif decays.in_time is not None:
+    elif decays.in_time is not None and not variant.has_slots:
         g = (
             (decays.in_time if decays.kind is DecayKind.CHANNEL else decays.in_time.unsqueeze(-1))[0]
             .transpose(0, 1)
@@ -64,7 +65,9 @@ def by_listing(name: str, inputs: Inputs, chunk_size: int) -> dict[str, Tensor]:
             o, state = delta_rule_by_chunks(*arguments)
             found.append((o[1::2], state))
             continue
-        if name == "dplr_delta_rule":
+        if name == "gated_slot_attention":
+            listing, arguments = slots_by_chunks, (q[head], k[head], v[head], gates["s"][head], gates["g"][head])
+        elif name == "dplr_delta_rule":
             listing, arguments = low_rank_by_chunks, (*arguments, gates["a"][head], gates["b"][head])
         elif name == "comba":
             listing, b = low_rank_by_chunks, gates["beta"][head][:, None] * k[head]
@@ -156,4 +159,4 @@ def test_listings_are_short_and_the_design_refers_to_them(path: Path) -> None:
     functions = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)]
     assert sum((node.end_lineno or 0) - node.lineno + 1 for node in functions) <= 45
     assert str(path.relative_to(PROJECT_ROOT)) in (PROJECT_ROOT / "docs" / "design.md").read_text(encoding="utf-8")
-    assert len(LISTINGS) == 5
+    assert len(LISTINGS) == 6

@@ -47,6 +47,8 @@ def test_an_output_is_a_tensor_unless_the_final_state_is_asked_for() -> None:
     assert_type(longspan.dplr_delta_rule(q, k, v, q, k, channels, output_final_state=True), Pair)
     assert_type(longspan.rwkv7(q, channels, k, v, k, k.abs()), Tensor)
     assert_type(longspan.rwkv7(q, channels, k, v, k, k.abs(), output_final_state=True), Pair)
+    assert_type(longspan.gated_slot_attention(q, k, v, channels, channels), Tensor)
+    assert_type(longspan.gated_slot_attention(q, k, v, channels, channels, output_final_state=True), Pair)
     assert_type(longspan.comba(q, k, v, q, g, beta), Tensor)
     assert_type(longspan.comba(q, k, v, q, g, beta, output_final_state=True), Pair)
     assert_type(longspan.softmax_attention(q, k, v), Tensor)

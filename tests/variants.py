@@ -20,6 +20,9 @@ from longspan.ops.variants import VARIANTS
 LOW_RANK = {"a": 1.0, "b": 0.5, "p": 0.5}
 """Lengths of the vectors of a low-rank transition."""
 
+NUM_SLOTS = 4
+"""M of the operators that have slots."""
+
 
 @dataclass
 class Inputs:
@@ -55,6 +58,7 @@ def make_inputs(
     key_size: int = 3,
     value_size: int = 5,
     num_steps: int = 2,
+    num_slots: int = NUM_SLOTS,
     dtype: torch.dtype = torch.float64,
     decay: float = 0.3,
     seed: int = 0,
@@ -63,7 +67,7 @@ def make_inputs(
 
     Vectors that transitions are made of have random directions and the lengths of `LOW_RANK`.
 
-    num_steps: of a token, for variants that have steps.
+    num_steps, num_slots: of a token, and of a state, for variants that have them.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -71,7 +75,8 @@ def make_inputs(
         return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
 
     key_heads = heads if key_heads is None else key_heads
-    sizes = {"B": batch, "T": seq_len, "N": num_steps, "H": heads, "K": key_size}
+    sizes = {"B": batch, "T": seq_len, "N": num_steps, "H": heads, "K": key_size, "M": num_slots}
+    state_size = VARIANTS[name].state_size(key_size, value_size, num_slots)
     steps = (num_steps,) if VARIANTS[name].has_steps else ()
 
     def gate_values(gate: Gate) -> Tensor:
@@ -91,9 +96,9 @@ def make_inputs(
         k=(keys / keys.norm(dim=-1, keepdim=True)).requires_grad_(),
         v=normal(batch, seq_len, *steps, heads, value_size),
         gates={gate.name: gate_values(gate) for gate in VARIANTS[name].gates},
-        initial_state=normal(num_states, heads, key_size, value_size, dtype=accumulation_dtype(dtype)),
+        initial_state=normal(num_states, heads, *state_size, dtype=accumulation_dtype(dtype)),
         grad_o=normal(batch, seq_len, heads, value_size).detach(),
-        grad_final=normal(num_states, heads, key_size, value_size, dtype=accumulation_dtype(dtype)).detach(),
+        grad_final=normal(num_states, heads, *state_size, dtype=accumulation_dtype(dtype)).detach(),
         documents=documents,
         differentiable=[gate.name for gate in VARIANTS[name].gates if gate.differentiable],
     )

@@ -41,6 +41,7 @@ class LinearOptions(TypedDict, total=False):
     a: Tensor
     b: Tensor
     p: Tensor
+    s: Tensor
     u: Tensor
     log_decay: Tensor | Sequence[float]
     causal: bool
@@ -98,8 +99,8 @@ def write(
 
     Args:
         operator: the name of an operator (``"linear_attention"``, ``"retention"``, ``"simple_gla"``, ``"gla"``,
-            ``"gla_with_bonus"``, ``"delta_rule"``, ``"gated_delta_rule"``, ``"kda"``, ``"gated_delta_product"``,
-            ``"dplr_delta_rule"``, ``"comba"``), or ``"softmax"``.
+            ``"gla_with_bonus"``, ``"gated_slot_attention"``, ``"delta_rule"``, ``"gated_delta_rule"``, ``"kda"``,
+            ``"gated_delta_product"``, ``"dplr_delta_rule"``, ``"comba"``), or ``"softmax"``.
         k: ``[B, T, H_k, K]``; for `gated_delta_product` ``[B, T, N, H_k, K]``.
         v: ``[B, T, H, V]``, or ``[B, T, N, H, V]``, the dtype of k.
         layout: which tokens this rank holds; None is one device.

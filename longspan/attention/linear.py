@@ -434,16 +434,20 @@ def check_inputs(
         )
     check_packed(name, k, layout)
     sizes = {"B": batch, "T": num_tokens, "N": k.shape[2], "H": num_heads, "K": key_size}
+    if variant.has_slots:
+        check_tensors(name, **gates)
+        sizes["M"] = variant.num_slots(gates)
     _check_gates(variant, gates, sizes, layout, k, has_safe_gates)
     if initial_state is not None:
         check_tensor(name, "initial_state", initial_state)
         rows = layout.num_documents if layout.has_document_states else batch
-        expected = (rows, num_heads, key_size, value_size)
+        expected = (rows, num_heads, *variant.state_size(key_size, value_size, sizes.get("M", 0)))
         dtype = accumulation_dtype(k.dtype)
         if tuple(initial_state.shape) != expected or initial_state.dtype != dtype:
             first = "num_documents" if layout.has_document_states else "B"
+            last = "M, K + V" if variant.has_slots else "K, V"
             raise InputError(
-                f"{name}: initial_state must be [{first}, H, K, V] = {expected} in {dtype}; got "
+                f"{name}: initial_state must be [{first}, H, {last}] = {expected} in {dtype}; got "
                 f"{tuple(initial_state.shape)} in {initial_state.dtype}. Convert it with initial_state.to({dtype})"
             )
         check_same_device(name, k=k, initial_state=initial_state)
@@ -494,6 +498,7 @@ def _check_gate(
             f"{variant.name}: {gate.name} must be a floating-point tensor [{', '.join(gate.dims)}] = {expected}; got "
             f"{x.dtype} of shape {tuple(x.shape)}. Expand what is the same for several, as with {gate.name}.expand{expected}"
         )
+    check_not_empty(variant.name, gate.name, x)
     if gate.differentiable or x.device.type != "cpu":
         check_same_device(variant.name, **{"k": k, gate.name: x})
     if not gate.differentiable and x.requires_grad:

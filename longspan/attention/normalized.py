@@ -87,11 +87,11 @@ def write_normalized(
     check_number("write_normalized", "eps", eps, at_least=0.0)
     # One column of values more would hide that there was none.
     check_not_empty(str(operator), "v", v)
-    decays = [name for name, variant in VARIANTS.items() if variant.transition is not Dense]
+    decays = [name for name, variant in VARIANTS.items() if variant.transition is not Dense and not variant.has_slots]
     if operator not in decays:
         raise InputError(
             "normalized linear attention divides by a sum of weights, which an operator has whose transition is a decay: one of "
-            f"{', '.join(map(repr, decays))}; got {operator!r}. The delta rules have no such sum"
+            f"{', '.join(map(repr, decays))}; got {operator!r}. The delta rules have no such sum, and slots have a softmax"
         )
     # The denominator q·z is what a value of 1 would read: one column more, and z travels with S in the same exchange.
     with_ones = F.pad(v, (0, 1), value=1.0)

@@ -86,12 +86,17 @@ def _linear(
 
 
 def _linear_fake(q, k, v, gate_0, gate_1, gate_2, initial_state, bounds, operator, causal, output_final_state, *rest):  # type: ignore[no-untyped-def]
+    from longspan.ops.variants import VARIANTS
+
     o, final_state = k.new_empty(0), k.new_empty(0)
     if q is not None:
         o = v.new_empty(*v.shape[:2], *v.shape[-2:])
     if output_final_state:
         rows = k.shape[0] if bounds is None else bounds.shape[0] - 1
-        final_state = k.new_empty(rows, v.shape[-2], k.shape[-1], v.shape[-1], dtype=accumulation_dtype(k.dtype))
+        # Gates of slots are the first that there are.
+        num_slots = 0 if gate_0 is None else gate_0.shape[-1]
+        size = VARIANTS[operator].state_size(k.shape[-1], v.shape[-1], num_slots)
+        final_state = k.new_empty(rows, v.shape[-2], *size, dtype=accumulation_dtype(k.dtype))
     return o, final_state
 
 

@@ -14,6 +14,7 @@ from longspan.functional.decay import gla, retention, simple_gla
 from longspan.functional.delta import delta_rule, gated_delta_product, gated_delta_rule, kda
 from longspan.functional.linear import linear_attention
 from longspan.functional.low_rank import comba, dplr_delta_rule
+from longspan.functional.slots import gated_slot_attention
 
 __all__ = [
     "comba",
@@ -21,6 +22,7 @@ __all__ = [
     "dplr_delta_rule",
     "gated_delta_product",
     "gated_delta_rule",
+    "gated_slot_attention",
     "gla",
     "hgrn2",
     "kda",

@@ -25,15 +25,19 @@ class HybridBlock(nn.Module):
         self.feed_forward_norm = RMSNorm(config.dim, config.norm_eps)
         self.feed_forward: FeedForward = build_feed_forward(config)
 
-    def forward(self, x: Tensor, context: Context) -> tuple[Tensor, LayerMemory | None, *tuple[Tensor, ...]]:
-        """x and the result are [B, T, C]; also what the mixer remembers, if it is asked for, and with experts what `Routed` holds.
+    def forward(
+        self, x: Tensor, context: Context, handed: Tensor | None = None
+    ) -> tuple[Tensor, LayerMemory | None, *tuple[Tensor, ...]]:
+        """x and the result are [B, T, C]; also what the mixer remembers, if it is asked for, what it hands on, and with experts
+        what `Routed` holds.
 
-        One by one: reentrant checkpointing finds no tensors inside of others.
+        handed: what the first layer of its kind has handed on, if the mixer takes it. One by one: reentrant checkpointing finds no
+        tensors inside of others.
         """
-        mixed, memory = self.mixer(self.mixer_norm(x), context)
+        mixed, memory, *for_others = self.mixer(self.mixer_norm(x), context, *(() if handed is None else (handed,)))
         x = x + mixed
         fed, routed = self.feed_forward(self.feed_forward_norm(x), context)
-        return x + fed, memory, *(() if routed is None else routed)
+        return x + fed, memory, *for_others, *(() if routed is None else routed)
 
     def init_weights(self, initial: InitialWeights) -> None:
         """Set the initial weights."""

@@ -181,8 +181,13 @@ class LinearLlama3(nn.Module):
         x = self.embedding(tokens)
         found: list[LayerMemory] = []
         routed: list[Routed] = []
+        handed: dict[str, Tensor] = {}
         for index, block in enumerate(self._blocks()):
-            x, of_layer, *of_router = block(x, context if memory is None else context.after(memory.layers[index]))
+            given = [handed[block.mixer.name]] if block.mixer.takes_on else []
+            of_block = block(x, context if memory is None else context.after(memory.layers[index]), *given)
+            x, of_layer, *of_router = of_block
+            if block.mixer.hands_on:
+                handed[block.mixer.name] = of_router.pop(0)
             found += [] if of_layer is None else [of_layer]
             routed += [Routed(*of_router)] if of_router else []
         if logits_to_keep is not None:

@@ -20,8 +20,8 @@ Gates = Mapping[str, Tensor]
 class Gate:
     """An argument of a variant beside q, k and v.
 
-    dims: its dimensions among B, T, N, H, K, as in ``"BTH"``. is_log_decay: it must not exceed zero. differentiable: it may require
-    a gradient.
+    dims: its dimensions among B, T, N, H, K and M, as in ``"BTH"``. is_log_decay: it must not exceed zero. differentiable: it may
+    require a gradient.
     """
 
     name: str

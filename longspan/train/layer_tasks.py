@@ -26,13 +26,17 @@ from longspan.models.rotary import rotation
 
 @dataclass(frozen=True)
 class LayerTask:
-    """An L layer by its number in the model, and what it is to give for what: `given` and `wanted` are ``[B, T, C]``."""
+    """An L layer by its number in the model, and what it is to give for what: `given` and `wanted` are ``[B, T, C]``.
+
+    handed: what the first layer of its kind hands on, if its mixer takes that.
+    """
 
     model: LinearLlama3
     number: int
     given: Tensor
     wanted: Tensor
     context: Context
+    handed: Tensor | None = None
 
     @property
     def block(self) -> HybridBlock:
@@ -43,7 +47,8 @@ class LayerTask:
         """What it gives, ``[B, T, C]``."""
         # What layers share is made once for each, whose graph the next one then does not need.
         shared = {name: module() for name, module in self.model.shared.items()}
-        found, _ = self.block.mixer(self.given, dataclasses.replace(self.context, shared=shared))
+        context = dataclasses.replace(self.context, shared=shared)
+        found, *_ = self.block.mixer(self.given, context, self.handed)
         return found
 
 
@@ -62,14 +67,19 @@ def layer_tasks(
     context = Context(layout, positions, angles)
     with torch.no_grad():
         x = model.embedding(layout.shard(batch.inputs))
+    handed: dict[str, Tensor] = {}
     for number, entry in enumerate(model.blocks):
         block = cast(HybridBlock, entry)
         teacher = teachers.get(number)
         with torch.no_grad():
             given = block.mixer_norm(x)
-            wanted, _ = (block.mixer if teacher is None else teacher)(given, context)
+            if block.mixer.hands_on:
+                # As its first layer has it now: what later ones take of it does not teach it.
+                *_, handed[block.mixer.name] = block.mixer(given, context)
+            wanted, *_ = (block.mixer if teacher is None else teacher)(given, context)
         if teacher is not None:
-            yield LayerTask(model, number, given, wanted, context)
+            own = handed[block.mixer.name] if block.mixer.takes_on else None
+            yield LayerTask(model, number, given, wanted, context, own)
         with torch.no_grad():
             x = x + wanted
             fed, _ = block.feed_forward(block.feed_forward_norm(x), context)

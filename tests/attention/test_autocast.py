@@ -20,7 +20,7 @@ from tests.variants import LOW_RANK, operator_of
 TOKENS = 21
 PRODUCTS = {"q", "k", "v", "x", "u", "B", "C", "weight", "bias", "past_k", "past_v"}
 """What autocast casts; gates, steps and states stay in float32."""
-PER_TOKEN = {"q", "k", "v", "x", "u", "B", "C", "g", "beta", "dt", "delta", "f", *LOW_RANK}
+PER_TOKEN = {"q", "k", "v", "x", "u", "B", "C", "s", "g", "beta", "dt", "delta", "f", *LOW_RANK}
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def normalized(q: Tensor, k: Tensor, v: Tensor, layout: Any) -> Any:
 
 def operators() -> dict[str, Call]:
     heads = dict.fromkeys(("q", "k", "v"), (4, 8))
-    sizes = {"N": 2, "H": 4, "K": 8}
+    sizes = {"N": 2, "H": 4, "K": 8, "M": 3}
     found = {}
     for name, variant in VARIANTS.items():
         gates = {gate.name: tuple(sizes[dim] for dim in gate.dims if dim in sizes) for gate in variant.gates}

@@ -131,10 +131,9 @@ FULL = [
 
 @pytest.mark.slow_rows(
     r"^(?!linear_attention|kda).*-1$",
-    r"^(retention|gla|delta_rule|gated_delta_rule|dplr_delta_rule)-contiguous-",
-    r"-all_gather-4$",
-    r"^(gla_with_bonus|comba)-",
+    r"^(retention|gla|delta_rule|gated_delta_rule|dplr_delta_rule|gated_slot_attention)-contiguous-",
 )
+@pytest.mark.slow_rows(r"-all_gather-4$", r"^(gla_with_bonus|comba)-")
 @pytest.mark.parametrize(("exchange", "num_ranks"), FULL)
 @pytest.mark.parametrize("order", ["contiguous", "zigzag"])
 @pytest.mark.parametrize("name", VARIANTS)
@@ -156,13 +155,11 @@ EVERY = [
 ]
 
 
+@pytest.mark.slow_rows(r"-(gla|kda|dplr_delta_rule)-3$", r"-gla-4$")
 @pytest.mark.slow_rows(
-    r"-dplr_delta_rule-4$",
-    r"-(gla|kda|dplr_delta_rule)-3$",
-    r"-gla-4$",
     r"-(linear_attention|retention|gated_delta_rule)-",
     r"-8$",
-    r"(^|[-[])(gla_with_bonus|comba|gated_delta_product)(-|$)",
+    r"(^|[-[])(gla_with_bonus|comba|gated_delta_product|gated_slot_attention)(-|$)",
 )
 @pytest.mark.parametrize(("name", "num_ranks"), EVERY)
 @pytest.mark.parametrize("exchange", [*(name for name in TOPOLOGIES if name != "all_gather"), "auto"])
@@ -176,7 +173,7 @@ def test_every_topology_serves_every_variant(name: str, exchange: str, num_ranks
     check(name, exchange, num_ranks, cases)
 
 
-@pytest.mark.slow_rows(r"(^|[-[])(gla_with_bonus|comba|gated_delta_product)(-|$)")
+@pytest.mark.slow_rows(r"(^|[-[])(gla_with_bonus|comba|gated_delta_product|gated_slot_attention)(-|$)")
 @pytest.mark.parametrize("name", VARIANTS)
 def test_random_packings_and_strong_decays(name: str) -> None:
     """Random document lengths that cross 0, 1 and 2 cuts, with decays from none to beyond what a float32 holds."""

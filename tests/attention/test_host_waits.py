@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from longspan import SequenceLayout, tracing
 from longspan.ops.variants import VARIANTS
 from tests.tracing.calls import CALLS, inputs_of
-from tests.variants import make_inputs
+from tests.variants import NUM_SLOTS, make_inputs
 
 DOCUMENTS = [0, 3, 14, 90, 104, 130]
 aten = torch.ops.aten
@@ -153,7 +153,7 @@ def test_no_form_waits_where_states_come_from_other_ranks(
     pieces = layout.pieces
     q, k, v, *given = on_device([inputs.q, inputs.k, inputs.v, *inputs.gates.values()], "meta", torch.float32)
     gates = dict(zip(inputs.gates, given, strict=True))
-    shape = (1, 2, k.shape[-1], v.shape[-1])
+    shape = (1, 2, *VARIANTS[name].state_size(k.shape[-1], v.shape[-1], NUM_SLOTS))
     starts = sum(piece.starts_document for piece in pieces)
     start_states = torch.empty(starts, *shape, device="meta", requires_grad=True)
     incoming = torch.empty(layout.num_segments, *shape, device="meta", requires_grad=True)

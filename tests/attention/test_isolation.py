@@ -16,7 +16,7 @@ from longspan.layout import SequenceLayout
 from longspan.ops.gates import DecayKind
 from longspan.ops.variants import VARIANTS
 from tests.ranks import run_on_ranks
-from tests.variants import make_inputs
+from tests.variants import NUM_SLOTS, make_inputs
 
 SEQ_LEN = 30
 # The second and the third meet inside a segment that both cross the edge of; short ones reach no further than the next segment.
@@ -109,7 +109,8 @@ def changed_by_linear(name: str, order: Any, exchanges: list[str], documents_of_
     inputs = linear_inputs(name, documents_of_layout)
     by_document = {"initial_state", "final_state", "grad_final"}
     if any(gate.name == "g" for gate in VARIANTS[name].gates):
-        shape = [1, SEQ_LEN, 2] + ([3] if VARIANTS[name].decay is DecayKind.CHANNEL else [])
+        channels = [NUM_SLOTS if VARIANTS[name].has_slots else 3]
+        shape = [1, SEQ_LEN, 2] + (channels if VARIANTS[name].decay is DecayKind.CHANNEL else [])
         constant = -torch.rand(shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     for exchange in exchanges:
         plain = linear_call(name, exchange, 4)
@@ -134,10 +135,10 @@ SPLITS = [(3, "contiguous")]
 MORE = [(2, "zigzag"), (1, "contiguous"), (2, "contiguous"), (3, "zigzag")]
 
 
+@pytest.mark.slow_rows(r"^(gla|delta_rule)-")
 @pytest.mark.slow_rows(
-    r"^(gla|delta_rule)-",
     r"^(linear_attention|retention|kda|gated_delta_rule)-",
-    r"^(gla_with_bonus|comba|gated_delta_product)-",
+    r"^(gla_with_bonus|comba|gated_delta_product|gated_slot_attention)-",
 )
 @pytest.mark.parametrize(
     ("num_ranks", "order"), [*SPLITS, *(pytest.param(*split, marks=pytest.mark.slow) for split in MORE)]

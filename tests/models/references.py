@@ -17,7 +17,10 @@ Parameters = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Sizes:
-    """Heads and their size, as the config says; the layer's number and how many there are; eps of the norms; bounds: HGRN2's."""
+    """Heads and their size, as the config says; the layer's number and how many there are; eps of the norms; bounds: HGRN2's.
+
+    values: RWKV-7's of its first layer, ``[B, T, H · D]``; None in that layer itself.
+    """
 
     num_heads: int
     head_dim: int
@@ -25,6 +28,7 @@ class Sizes:
     num_layers: int
     eps: float
     bounds: Tensor | None = None
+    values: Tensor | None = None
 
 
 def silu(x: Tensor) -> Tensor:
@@ -147,6 +151,23 @@ def gla(x: Tensor, p: Parameters, s: Sizes) -> Tensor:
     o = recurrence(q, k, v, lambda state, k, v, t: a[:, t, ..., None] * state + outer(k, v), (s.head_dim // 2) ** -0.5)
     gate = heads(silu(project(x, p, "gate_proj")), s.num_heads)
     return project((rms_norm(o, p["norm.weight"], s.eps) * gate).flatten(2), p, "out_proj")
+
+
+def gsa(x: Tensor, p: Parameters, s: Sizes) -> Tensor:
+    """64 slots of a key and a value, one state of each."""
+    q, k, v = (heads(silu(project(x, p, f"{name}_proj")), s.num_heads) for name in "qkv")
+    a = heads(torch.sigmoid(project(x, p, "forget_proj")) ** (1 / 8), s.num_heads)
+    assert a.shape[-1] == 64
+    keys, values = torch.zeros(2, x.shape[0], s.num_heads, 64, s.head_dim, dtype=x.dtype)
+    rows = []
+    for t in range(x.shape[1]):
+        kept = a[:, t].unsqueeze(-1)
+        keys = kept * keys + outer(1 - a[:, t], k[:, t])
+        values = kept * values + outer(1 - a[:, t], v[:, t])
+        weights = torch.einsum("bhmd,bhd->bhm", keys, q[:, t]).softmax(-1)
+        rows.append(torch.einsum("bhm,bhmd->bhd", weights, values))
+    o = silu(torch.stack(rows, dim=1).flatten(2))
+    return project(rms_norm(o, p["norm.weight"], s.eps), p, "out_proj")
 
 
 def _weighted(x: Tensor, p: Parameters, s: Sizes, kernel: Callable[[Tensor, Tensor], Tensor], eps: float) -> Tensor:
@@ -283,7 +304,7 @@ def deltaproduct(x: Tensor, p: Parameters, s: Sizes) -> Tensor:
 
 
 def rwkv7(x: Tensor, p: Parameters, s: Sizes) -> Tensor:
-    """Row vectors as in the paper: the state is values × keys; without the values of the first layer."""
+    """Row vectors as in the paper: the state is values × keys."""
     shifted = torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], dim=1)
     at = dict(zip("rwkvag", (x + (shifted - x) * mu for mu in p["token_mix.mu"]), strict=True))
 
@@ -291,6 +312,9 @@ def rwkv7(x: Tensor, p: Parameters, s: Sizes) -> Tensor:
         return project(function(project(y, p, f"{name}_proj.to_rank_proj")), p, f"{name}_proj.from_rank_proj")
 
     r, v = heads(project(at["r"], p, "r_proj"), s.num_heads), heads(project(at["v"], p, "v_proj"), s.num_heads)
+    if s.values is not None:
+        share = heads(torch.sigmoid(low_rank("value", at["v"], lambda y: y) + p["channels.value"]), s.num_heads)
+        v = (1 - share) * v + share * heads(s.values, s.num_heads)
     k = project(at["k"], p, "k_proj")
     a = torch.sigmoid(low_rank("rate", at["a"], lambda y: y) + p["channels.rate"])
     d = low_rank("decay", at["w"], torch.tanh) + p["channels.decay"]
@@ -325,14 +349,14 @@ def kda(x: Tensor, p: Parameters, s: Sizes) -> Tensor:
 
 
 def chela(x: Tensor, p: Parameters, s: Sizes) -> Tensor:
-    """The two kernels as one, tap by tap."""
-    taps, rates = p["convolution.weight"], p["convolution.log_rates"].exp()
+    """The long kernel tap by tap, on what the short one gives."""
+    short, rates = convolved(x, p), p["convolution.log_rates"].exp()
     rows = []
     for t in range(x.shape[1]):
         total = torch.zeros_like(x[:, 0])
         for lag in range(t + 1):
             tap = (p["convolution.coefficients"] * (-lag * rates).exp()).sum(-1)
-            total = total + (tap + taps[:, 3 - lag] if lag < 4 else tap) * x[:, t - lag]
+            total = total + tap * short[:, t - lag]
         rows.append(total)
     z = torch.stack(rows, dim=1)
     q, k = (heads(silu(project(z, p, f"{name}_proj")), s.num_heads) for name in "qk")
@@ -371,6 +395,7 @@ REFERENCES: Mapping[str, Callable[[Tensor, Parameters, Sizes], Tensor]] = {
         retention,
         simple_gla,
         gla,
+        gsa,
         based,
         rebased,
         hgrn2,

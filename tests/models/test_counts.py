@@ -59,7 +59,6 @@ def test_linear_maps_are_counted_exactly(name: str) -> None:
     assert counted(model, torch.zeros(1, LENGTH, dtype=torch.int64, device="meta")) == operations_of_matrices(model)
 
 
-@pytest.mark.slow_rows(r"^(gated_deltanet|deltanet|kda|gla|rebased|simple_gla)$")
 @pytest.mark.parametrize("name", LINEAR_MIXERS)
 def test_states_are_counted_as_the_recurrent_form_has_them(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokens = LinearLlama3(config_of(name)), torch.zeros(1, LENGTH, dtype=torch.int64)
@@ -76,6 +75,9 @@ def test_states_are_counted_as_the_recurrent_form_has_them(name: str, monkeypatc
     if name == "rwkv7":
         # Of its two rows a token, the one that takes nothing off is multiplied, too: 28 products of states for 24.
         assert 28 / 24 < of_recurrence / states < 1.08 * 28 / 24
+    elif name == "gsa":
+        # Backward reads the keys of the slots once more, for the gradient of their gates.
+        assert 1 < of_recurrence / states < 1.08 * 13 / 12
     elif name in LEARNED_DECAYS:
         assert 1 < of_recurrence / states < 1.08
     elif name == "mamba":

@@ -36,37 +36,74 @@ def random_weights(module: nn.Module) -> None:
             parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.4)
 
 
+def values_of_the_first_layer() -> Tensor:
+    generator = torch.Generator().manual_seed(4)
+    shape = (2, LENGTH, CONFIG.num_heads * CONFIG.size_of_head)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_()
+
+
 def inputs_and_upstream() -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
     x, upstream = torch.randn(2, 2, LENGTH, CONFIG.dim, generator=generator, dtype=torch.float64)
     return x, upstream
 
 
-@pytest.mark.parametrize("name", MIXERS)
-def test_a_mixer_is_the_layer_of_its_paper(name: str) -> None:
+@pytest.mark.parametrize(("name", "layer"), [*((name, LAYER) for name in MIXERS), ("rwkv7", 0)])
+def test_a_mixer_is_the_layer_of_its_paper(name: str, layer: int) -> None:
     model = LinearLlama3(of_mixer(name)).double()
     random_weights(model)
-    mixer: Any = model.blocks[LAYER].mixer
+    mixer: Any = model.blocks[layer].mixer
     logits = [p for key, p in model.named_parameters() if key.startswith("shared")]
     leaves = {**dict(mixer.named_parameters()), **dict(enumerate(logits))}
+    values = None
+    if mixer.takes_on:
+        values = leaves["first values"] = values_of_the_first_layer()
     x, upstream = inputs_and_upstream()
     x.requires_grad_()
     positions = torch.arange(LENGTH)
     turned = rotation(positions, CONFIG.size_of_head, CONFIG.rope_theta, torch.float64)
 
     shared = {kind: module() for kind, module in model.shared.items()}
-    got, _ = mixer(x, Context(None, positions, turned, shared=shared))
+    got, _, *more = mixer(x, Context(None, positions, turned, shared=shared), values)
     # The definition of the bounds has a test of its own.
     bounds = hgrn2_lower_bounds(logits[0]) if logits else None
-    sizes = Sizes(CONFIG.num_heads, CONFIG.size_of_head, LAYER, CONFIG.num_layers, CONFIG.norm_eps, bounds)
+    sizes = Sizes(CONFIG.num_heads, CONFIG.size_of_head, layer, CONFIG.num_layers, CONFIG.norm_eps, bounds, values)
     want = REFERENCES[name](x, dict(mixer.named_parameters()), sizes)
 
     assert want.abs().max() > 0.1
     assert relative_error(got, want) < 1e-11
+    assert len(more) == mixer.hands_on
     wanted = torch.autograd.grad(want, [x, *leaves.values()], upstream)
     found = torch.autograd.grad(got, [x, *leaves.values()], upstream)
     assert all(bool(gradient.abs().max() > 0) for gradient in wanted)
     assert worst([relative_error(one, other) for one, other in zip(found, wanted, strict=True)]) < 1e-9
+
+
+def test_the_first_layer_of_rwkv7_hands_its_values_to_all_others() -> None:
+    """Whatever other layers are between them."""
+    config = dataclasses.replace(CONFIG, num_layers=5, pattern=("softmax", "rwkv7", "gla", "rwkv7", "rwkv7"))
+    model = LinearLlama3(config).double()
+    random_weights(model)
+    kinds: list[Any] = [block.mixer for block in model.blocks]
+    assert [(mixer.hands_on, mixer.takes_on) for mixer in kinds if mixer.name == "rwkv7"] == [
+        (True, False),
+        (False, True),
+        (False, True),
+    ]
+    given: list[tuple[Tensor, ...]] = []
+    for mixer in kinds:
+        mixer.register_forward_pre_hook(lambda module, arguments: given.append(arguments[2:]))
+    made: list[Tensor] = []
+    kinds[1].register_forward_hook(lambda module, arguments, output: made.append(output[2]))
+    model(torch.arange(5)[None])
+    assert [len(each) for each in given] == [0, 0, 0, 1, 1]
+    assert all(each[0] is made[0] for each in given[3:])
+
+
+def test_one_layer_of_rwkv7_hands_nothing_on() -> None:
+    mixer: Any = LinearLlama3(dataclasses.replace(of_mixer("rwkv7"), num_layers=1)).blocks[0].mixer
+    assert not mixer.hands_on and not mixer.takes_on
+    assert not [name for name, _ in mixer.named_parameters() if "value" in name]
 
 
 def test_every_mixer_has_a_reference() -> None:
@@ -86,6 +123,8 @@ PAPERS = {
     "lightning": 5 * C * C + C,
     "retention": 8 * C * C,
     "gla": 4 * C * C + (16 * C + 16 * C // 2 + C // 2) + C // H,
+    # 64 slots of a head.
+    "gsa": 4 * C * C + 64 * H * C + C,
     "based": 2 * C * C + 2 * C * 16 * H,
     "rebased": 2 * C * C + 2 * C * 16 * H + 2 * 16,
     "hgrn2": 4 * C * C + C,

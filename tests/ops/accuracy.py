@@ -12,6 +12,7 @@ import longspan
 from longspan.dtypes import accumulation_dtype
 from longspan.ops.variants import VARIANTS
 from tests.compare import relative_error
+from tests.variants import NUM_SLOTS
 
 GATES: Mapping[str, Callable[[Tensor], Tensor]] = {
     "0 to -0.1": lambda x: -0.1 * x,
@@ -41,17 +42,18 @@ def make(name: str, gates: str, dtype: torch.dtype, seq_len: int = 100) -> tuple
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
 
-    sizes = {"B": 1, "T": seq_len, "H": heads, "K": size}
+    sizes = {"B": 1, "T": seq_len, "H": heads, "K": size, "M": NUM_SLOTS}
+    state_size = VARIANTS[name].state_size(size, size, NUM_SLOTS)
     keys = normal(1, seq_len, heads, size)
     inputs = {"q": normal(1, seq_len, heads, size), "k": keys / keys.norm(dim=-1, keepdim=True)}
-    inputs |= {"v": normal(1, seq_len, heads, size), "initial_state": normal(1, heads, size, size)}
+    inputs |= {"v": normal(1, seq_len, heads, size), "initial_state": normal(1, heads, *state_size)}
     for gate in VARIANTS[name].gates:
         uniform = torch.rand([sizes[dim] for dim in gate.dims], generator=generator, dtype=torch.float64)
         if gate.is_log_decay:
             in_time = uniform if "T" in gate.dims else uniform[None]
             uniform = GATES[gates](in_time) if "T" in gate.dims else GATES[gates](in_time)[0]
         inputs[gate.name] = uniform.to(dtype)
-    upstream = {"o": normal(1, seq_len, heads, size), "final": normal(1, heads, size, size)}
+    upstream = {"o": normal(1, seq_len, heads, size), "final": normal(1, heads, *state_size)}
     return inputs, upstream
 
 

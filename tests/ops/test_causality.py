@@ -14,8 +14,9 @@ from longspan.dtypes import accumulation_dtype
 from longspan.ops.variants import VARIANTS
 from tests.compare import relative_error, worst
 from tests.ops.accuracy import by_recurrence
+from tests.variants import NUM_SLOTS
 
-DECAYS = ["linear_attention", "retention", "simple_gla", "gla", "gla_with_bonus"]
+DECAYS = ["linear_attention", "retention", "simple_gla", "gla", "gla_with_bonus", "gated_slot_attention"]
 # Kernels have tests of their own, with fewer cases: the interpreter is slow.
 BACKENDS = ["torch"]
 LENGTHS = [1, *(pytest.param(length, marks=pytest.mark.slow) for length in (63, 64, 65)), 100, 257]
@@ -23,9 +24,10 @@ LENGTHS = [1, *(pytest.param(length, marks=pytest.mark.slow) for length in (63, 
 
 def inputs_of(name: str, seq_len: int, dtype: torch.dtype, decay: float, seed: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    sizes = {"B": 1, "T": seq_len, "H": 2, "K": 16}
+    sizes = {"B": 1, "T": seq_len, "H": 2, "K": 16, "M": NUM_SLOTS}
+    state_size = VARIANTS[name].state_size(16, 16, NUM_SLOTS)
     inputs = {key: torch.randn(1, seq_len, 2, 16, generator=generator).to(dtype) for key in ("q", "k", "v")}
-    inputs["initial_state"] = torch.randn(1, 2, 16, 16, generator=generator).to(accumulation_dtype(dtype))
+    inputs["initial_state"] = torch.randn(1, 2, *state_size, generator=generator).to(accumulation_dtype(dtype))
     for gate in VARIANTS[name].gates:
         shape = [sizes[dim] for dim in gate.dims]
         inputs[gate.name] = (-decay * torch.rand(shape, generator=generator)).to(accumulation_dtype(dtype))

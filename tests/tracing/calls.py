@@ -40,11 +40,11 @@ def _outputs(found: Any) -> Outputs:
 HEADS_OF_KEYS = ("B", "T", 2, SIZE)
 HEADS_OF_VALUES = ("B", "T", HEADS, SIZE)
 TOKENS = {"q": HEADS_OF_KEYS, "k": HEADS_OF_KEYS, "v": HEADS_OF_VALUES}
-STATE = ("D", HEADS, SIZE, SIZE)
+NUM_SLOTS = 3
 
 
 def _gate_shapes(operator: str) -> dict[str, tuple[int | str, ...]]:
-    sizes: dict[str, int | str] = {"B": "B", "T": "T", "N": 2, "H": HEADS, "K": SIZE}
+    sizes: dict[str, int | str] = {"B": "B", "T": "T", "N": 2, "H": HEADS, "K": SIZE, "M": NUM_SLOTS}
     return {gate.name: tuple(sizes[dim] for dim in gate.dims) for gate in VARIANTS[operator].gates}
 
 
@@ -60,7 +60,8 @@ def _one_call(operator: str) -> Call:
     shapes: dict[str, tuple[int | str, ...]] = dict(TOKENS)
     if VARIANTS[operator].has_steps:
         shapes |= {name: (*shapes[name][:2], 2, *shapes[name][2:]) for name in ("k", "v")}
-    return Call(function, {**shapes, "state": STATE, **_gate_shapes(operator)}, constants)
+    state = ("D", HEADS, *VARIANTS[operator].state_size(SIZE, SIZE, NUM_SLOTS))
+    return Call(function, {**shapes, "state": state, **_gate_shapes(operator)}, constants)
 
 
 def _linear_attention_of_both_sides(layout: Any, q: Tensor, k: Tensor, v: Tensor) -> Outputs:

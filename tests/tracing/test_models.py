@@ -35,7 +35,9 @@ def gradients(model: Any, called: Any, tokens: Tensor, layout: SequenceLayout | 
 
 @pytest.mark.slow_rows(r"^simple_gla-True")
 @pytest.mark.parametrize("packed", [pytest.param(False, marks=pytest.mark.slow), True])
-@pytest.mark.parametrize("operator", ["simple_gla", pytest.param("kda", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "operator", ["simple_gla", *(pytest.param(x, marks=pytest.mark.slow) for x in ("kda", "rwkv7"))]
+)
 def test_one_graph_serves_all_lengths(operator: str, packed: bool) -> None:
     torch._dynamo.utils.counters.clear()
     model = tiny_model(operator=operator, feed_forward_chunk=16 if packed else 0)

@@ -68,6 +68,9 @@ Make = Callable[[Attention, Tensor], Made]
 _SLOWEST, _FASTEST = 4096.0, 32.0
 """Tokens of the time constants that decays begin with, spread over heads."""
 
+_LEAST_SHARE = -4.0
+"""Bias of RWKV-7's shares of the first layer's values: 2 % of them."""
+
 
 def _taken(tensor: Tensor, how: str, *sources: str) -> Made:
     return Made(tensor, how, sources, tensor.numel())
@@ -212,6 +215,11 @@ def _time_constants(num_heads: int) -> Tensor:
 _SLOW = f"new: heads forget in {_FASTEST:.0f} to {_SLOWEST:.0f} tokens"
 
 
+def _own_values(attention: Attention, drawn: Tensor) -> Made:
+    """ν = σ(bias) near zero: the values of a Llama's layer are its own."""
+    return Made(torch.full_like(drawn, _LEAST_SHARE), "new: next to nothing of the first layer's values")
+
+
 def _unit_rates(attention: Attention, drawn: Tensor) -> Made:
     return Made(torch.zeros_like(drawn), "new: a rate of 1")
 
@@ -248,6 +256,7 @@ RECIPES: Mapping[str, Mapping[str, Make]] = {
     "retention": _WIDE,
     "simple_gla": _SHARED | _STEPS | _NORM,
     "gla": _REDUCED | {"decay.bias": _slow_logits} | _NORM,
+    "gsa": _SHARED | _NORM,
     "based": _REDUCED,
     "rebased": _REDUCED,
     "hgrn2": {
@@ -269,7 +278,13 @@ RECIPES: Mapping[str, Mapping[str, Make]] = {
     | _TAPS
     | _STEPS
     | _NORM,
-    "rwkv7": {"r_proj.weight": _query, "k_proj.weight": _key, "v_proj.weight": _value, "out_proj.weight": _out},
+    "rwkv7": {
+        "r_proj.weight": _query,
+        "k_proj.weight": _key,
+        "v_proj.weight": _value,
+        "out_proj.weight": _out,
+        "channels.value": _own_values,
+    },
     "kda": _SHARED | _TAPS | _STEPS | {"gate_proj.1.weight": _zero} | _OPEN_NORM,
 }
 """Weights of each linear mixer, by their names in it, and what makes them; a weight that is not named keeps its initial value.

@@ -10,6 +10,7 @@ from longspan.models.mixers.deltanet import DeltaNetMixer
 from longspan.models.mixers.deltaproduct import DeltaProductMixer
 from longspan.models.mixers.gated_deltanet import GatedDeltaNetMixer
 from longspan.models.mixers.gla import GLAMixer
+from longspan.models.mixers.gsa import GSAMixer
 from longspan.models.mixers.hgrn2 import HGRN2Mixer
 from longspan.models.mixers.kda import KDAMixer
 from longspan.models.mixers.layer import LayerMixer
@@ -35,6 +36,7 @@ MIXERS: dict[str, type[LayerMixer]] = {
         RetentionMixer,
         SimpleGLAMixer,
         GLAMixer,
+        GSAMixer,
         BasedMixer,
         RebasedMixer,
         HGRN2Mixer,

@@ -34,10 +34,10 @@ SLOWEST = 4096.0
 
 
 class ShortLongConvolution(DrawnModule):
-    """The sum of a depthwise causal convolution of W = 4 taps and one with a sum of N = 16 exponentials, over ``[B, T, C]``.
+    """A depthwise causal convolution of W = 4 taps, silu, and then one with a sum of N = 16 exponentials, over ``[B, T, C]``.
 
-    Both are linear, and so are one convolution with one kernel. It remembers the last inputs ``[B, W-1, C]`` and the state of the
-    exponentials ``[B, C, N]``, float32 or wider, whatever the number of tokens.
+    It remembers the last inputs ``[B, W-1, C]`` and the state of the exponentials ``[B, C, N]``, float32 or wider, whatever the
+    number of tokens.
     """
 
     def __init__(self, num_channels: int) -> None:
@@ -67,12 +67,13 @@ class ShortLongConvolution(DrawnModule):
         short = causal_conv1d(
             x,
             self.weight,
+            activation="silu",
             layout=context.layout,
             initial_state=context.remembered("taps"),
             output_final_state=asked,
         )
         long = long_conv1d(
-            x,
+            short if isinstance(short, Tensor) else short[0],
             kernel,
             layout=context.layout,
             initial_state=context.remembered("exponentials"),
@@ -80,9 +81,9 @@ class ShortLongConvolution(DrawnModule):
             exchange=exchange,
         )
         if isinstance(short, Tensor) or isinstance(long, Tensor):
-            assert isinstance(short, Tensor) and isinstance(long, Tensor)
-            return short + long, {}
-        return short[0] + long[0], {"taps": short[1], "exponentials": long[1]}
+            assert isinstance(long, Tensor)
+            return long, {}
+        return long[0], {"taps": short[1], "exponentials": long[1]}
 
     @property
     def flops_per_token(self) -> float:
@@ -93,13 +94,14 @@ class ShortLongConvolution(DrawnModule):
 class CHELAMixer(LayerMixer):
     """o = out(norm_per_head(read(silu(q z), write(silu(k z), v x))) ⊙ silu(gate z)), z the short-long convolution of x.
 
-    CHELA's layer (arXiv 2406.08128): a short convolution for what changes fast and a long one for what lasts, merged into one
-    kernel, instead of a state-space model; linear attention, without decay, whose queries and keys are of what was convolved and
-    whose values are of the layer's input; and a gate of what was convolved on its output. 5 C² numbers where H · D = C, and 36 C
-    of the convolutions.
+    CHELA's layer (arXiv 2406.08128): a short convolution for what changes fast, silu, and on that a long one for what lasts, in the
+    place of a state-space model; linear attention, without decay, whose queries and keys are of what was convolved and whose values
+    are of the layer's input; and a gate of what was convolved on its output. 5 C² numbers where H · D = C, and 36 C of the
+    convolutions.
 
-    What is chosen here beside that is in docs/models.md: the long kernel is a sum of exponentials, for which
-    decoding has a state of constant size.
+    The order of the parts is that of published summaries, which leave open, as its abstract does: activations and norms of the
+    attention, sizes of kernels and heads, how the long kernel is made, and the merging of branches for inference. What is chosen is
+    in docs/models.md: the long kernel is a sum of exponentials, for which decoding has a state of constant size.
 
     It remembers ``{"state": [B, H, D, D], "taps": [B, 3, C], "exponentials": [B, C, 16]}``.
     """
@@ -138,10 +140,10 @@ class CHELAMixer(LayerMixer):
     def footprint(self) -> Footprint:
         inner = self.num_heads * self.head_dim
         exponentials = self.dim * NUM_EXPONENTIALS
-        # Of the exponentials the tokens chunk by chunk, and a state at every chunk; with a halo travels their state.
+        # Of the exponentials the tokens chunk by chunk, and a state at every chunk; with a halo travels their state, and its decay.
         wide = 2 * inner + self.num_heads + self.dim + exponentials // MOST_TOKENS
         narrow = self.dim + 9 * inner
-        halo = (NUM_TAPS - 1) * self.dim + exponentials
+        halo = (NUM_TAPS - 1) * self.dim + 2 * exponentials
         return Footprint(narrow, wide, state=inner * self.head_dim, halo=halo)
 
     def _heads(self, x: Tensor) -> Tensor:

@@ -133,6 +133,10 @@ class SequenceParallel:
         return type(None), ()
 
 
+Mixed = tuple[Tensor, LayerMemory | None, *tuple[Tensor, ...]]
+"""What a mixer returns: the mixed tokens, what it remembers, and of one that `hands_on` a tensor more."""
+
+
 class SequenceMixer(nn.Module, ABC):
     """The interface between a model and a layer that mixes tokens: attention of any kind, a convolution, a recurrence.
 
@@ -143,35 +147,45 @@ class SequenceMixer(nn.Module, ABC):
     """Whether it turns queries and keys by `Context.rotation`."""
     reads_future: bool = False
     """Whether a token reads later ones, as in bidirectional attention: such a layer cannot run in segments of time."""
+    hands_on: bool = False
+    """Whether it returns a tensor of its tokens for the later layers of its kind, as the first of them."""
+    takes_on: bool = False
+    """Whether it is called with that tensor of the first layer of its kind."""
 
     def __init__(self) -> None:
         super().__init__()
         self.parallel = ParallelOptions()
         self.sequence_parallel: SequenceParallel | None = None
 
-    def forward(self, x: Tensor, context: Context) -> tuple[Tensor, LayerMemory | None]:
+    def forward(self, x: Tensor, context: Context, handed: Tensor | None = None) -> Mixed:
         """Mix the tokens.
 
         Args:
             x: ``[B, T, C]``.
             context: which tokens these are, and what is remembered of earlier ones.
+            handed: what the first layer of this kind has handed on of these tokens, if the mixer `takes_on`.
 
         Returns:
-            ``[B, T, C]``, and what the layer remembers afterwards, on every rank: None unless ``context.outputs_memory``.
+            ``[B, T, C]``, and what the layer remembers afterwards, on every rank: None unless ``context.outputs_memory``; and what
+            it hands on, if it does.
 
         Raises:
             LayoutError: where the mixer was parallelized and the layout is none of that group's.
         """
         check_layout_of_model(context.layout, self.sequence_parallel)
-        return self.mix(x, context)
+        return self.mix(x, context) if handed is None else self.mix_with(x, context, handed)
 
     def empty_memory(self, offload: bool) -> LayerMemory:
         """What the layer remembers where a sequence of segments of time begins; offload: keep keys and values in host memory."""
         return LayerMemory()
 
     @abstractmethod
-    def mix(self, x: Tensor, context: Context) -> tuple[Tensor, LayerMemory | None]:
+    def mix(self, x: Tensor, context: Context) -> Mixed:
         """`forward`, of a context that has been checked."""
+
+    def mix_with(self, x: Tensor, context: Context, handed: Tensor) -> Mixed:
+        """`mix`, with what the first layer of this kind has handed on."""
+        raise AssertionError(f"{type(self).__name__} takes nothing on")
 
     @abstractmethod
     def init_weights(self, initial: InitialWeights) -> None:

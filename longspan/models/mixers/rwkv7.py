@@ -17,7 +17,7 @@ from longspan.dtypes import at_least_float32
 from longspan.features import unit_length
 from longspan.models.initial import InitialWeights
 from longspan.models.mixers.layer import Footprint, LayerMixer, memory_of, write_state
-from longspan.models.mixers.mixer import Context, LayerMemory, operations_of_matrices
+from longspan.models.mixers.mixer import Context, Mixed, operations_of_matrices
 from longspan.models.norms import group_norm
 from longspan.ops.delta.form import DEFAULT_CHUNK_SIZE
 
@@ -71,15 +71,16 @@ class ChannelNumbers(nn.Module):
     """What a layer learns of each channel of its heads, ``[H · D]`` each; they start as in the authors' code (arXiv 2503.14456).
 
     decay, rate: biases of d and a. removal, replacement: ξ and α, which make the key that is removed and the one that is written.
-    bonus: ρ. scale, shift: of the norm of each head.
+    bonus: ρ. scale, shift: of the norm of each head. value: bias of ν, the share of the first layer's values; not in the first.
     """
 
-    def __init__(self, num_heads: int, head_dim: int, depth: float, progress: float) -> None:
+    def __init__(self, num_heads: int, head_dim: int, depth: float, progress: float, takes_values: bool) -> None:
         """depth: of the layer, from 0 to 1, both included. progress: (layer + 1) / layers."""
         super().__init__()
         self._head_dim, self._depth, self._progress = head_dim, depth, progress
         made = (nn.Parameter(torch.empty(num_heads * head_dim)) for _ in range(7))
         self.decay, self.rate, self.removal, self.replacement, self.bonus, self.scale, self.shift = made
+        self.value = nn.Parameter(torch.empty(num_heads * head_dim)) if takes_values else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -95,6 +96,8 @@ class ChannelNumbers(nn.Module):
             self.removal.copy_(0.71 - 0.1 * (share - 0.5))
             self.replacement.fill_(1.02)
             self.bonus.fill_(-0.04)
+            if self.value is not None:
+                self.value.copy_(0.73 - 0.4 * (share - 0.5))
             self.scale.fill_(self._progress**0.7)
             self.shift.zero_()
 
@@ -102,12 +105,13 @@ class ChannelNumbers(nn.Module):
 class RWKV7Mixer(LayerMixer):
     """o = out((norm_per_head(read(r, write(k, v))) + (r·ρ·k) v) ⊙ gate): RWKV-7's recurrence between a shift of tokens and a gate.
 
-    RWKV-7's time mixing (arXiv 2503.14456, section 4): six inputs, each between a token and the one before it; keys that are
-    removed, of length 1, and keys that are written, made of the same key; in-context learning rates σ(·), and decays
-    exp(−e^{−1/2} σ(·)), one per token and key channel, and the gate, through small ranks. 4 C² + 2 (R_w + R_a + R_g) C numbers and
-    those of channels, where H · D = C.
+    RWKV-7's time mixing (arXiv 2503.14456): six inputs, each between a token and the one before it; keys that are removed, of
+    length 1, and keys that are written, made of the same key; in-context learning rates σ(·), and decays exp(−e^{−1/2} σ(·)), one
+    per token and key channel, and the gate, through small ranks. 4 C² + 2 (R_w + R_a + R_g) C numbers and those of channels, where
+    H · D = C.
 
-    The paper's layers but the first also mix their values with the first layer's: left out, as a mixer sees its own layer alone.
+    The first such layer of a model hands its values on, and the others take a share ν = σ(·) of them, per token and channel and
+    through a rank R_v: v + ν (v_first − v). 2 R_v C numbers and those of ν's bias more.
 
     It remembers ``{"state": [B, H, D, D], "taps": [B, 1, C]}``.
     """
@@ -124,16 +128,29 @@ class RWKV7Mixer(LayerMixer):
         self.decay_proj = LowRank(config.dim, _rank(config.dim, of_head), inner, torch.tanh)
         self.rate_proj = LowRank(config.dim, _rank(config.dim, of_head), inner)
         self.gate_proj = LowRank(config.dim, _rank(config.dim, 5.0), inner, torch.sigmoid)
+        number = config.layer_operators[:layer].count(self.name)
+        self.takes_on, self.hands_on = number > 0, number == 0 and config.layer_operators.count(self.name) > 1
+        self.value_proj: LowRank | None = None
+        if self.takes_on:
+            self.value_proj = LowRank(config.dim, _rank(config.dim, 1.7 * self.head_dim / 64), inner)
         depth, progress = layer / max(config.num_layers - 1, 1), (layer + 1) / config.num_layers
-        self.channels = ChannelNumbers(self.num_heads, self.head_dim, depth, progress)
+        self.channels = ChannelNumbers(self.num_heads, self.head_dim, depth, progress, self.takes_on)
         self.eps = self.head_dim * config.norm_eps
         self.out_proj = nn.Linear(inner, config.dim, bias=False)
 
-    def mix(self, x: Tensor, context: Context) -> tuple[Tensor, LayerMemory | None]:
+    def mix(self, x: Tensor, context: Context) -> Mixed:
+        return self._mix(x, context, None)
+
+    def mix_with(self, x: Tensor, context: Context, handed: Tensor) -> Mixed:
+        return self._mix(x, context, handed)
+
+    def _mix(self, x: Tensor, context: Context, first: Tensor | None) -> Mixed:
+        """first: the values of the first such layer, ``[B, T, H · D]``, in the others."""
         before, last = self._token_before(x, context)
         of_r, of_w, of_k, of_v, of_a, of_g = self.token_mix(x, before)
         own = self.channels
-        key, v = self.k_proj(of_k), self._heads(self.v_proj(of_v))
+        key, values = self.k_proj(of_k), self._values(of_v, first)
+        v = self._heads(values)
         w = -_MOST_DECAY * (at_least_float32(self.decay_proj(of_w)) + at_least_float32(own.decay)).sigmoid()
         rate = (at_least_float32(self.rate_proj(of_a)) + at_least_float32(own.rate)).sigmoid()
         removed = unit_length(self._heads(key * own.removal))
@@ -146,7 +163,16 @@ class RWKV7Mixer(LayerMixer):
         normed = group_norm(memory.read(r, scale=1.0), self.eps)
         read = normed * self._of_heads(own.scale) + self._of_heads(own.shift) + bonus
         out: Tensor = self.out_proj(read.flatten(2) * gate)
-        return out, memory_of(memory, context, last)
+        return out, memory_of(memory, context, last), *((values,) if self.hands_on else ())
+
+    def _values(self, x: Tensor, first: Tensor | None) -> Tensor:
+        """The layer's own values, mixed with those of the first layer, ``[B, T, H · D]``."""
+        v: Tensor = self.v_proj(x)
+        if self.value_proj is None:
+            return v
+        assert first is not None and self.channels.value is not None
+        share = (at_least_float32(self.value_proj(x)) + at_least_float32(self.channels.value)).sigmoid()
+        return torch.lerp(v, first, share.to(v.dtype))
 
     def init_weights(self, initial: InitialWeights) -> None:
         initial.fill(self, residual=(self.out_proj,))
@@ -163,6 +189,8 @@ class RWKV7Mixer(LayerMixer):
         # Chunks have two rows a token, and so half the tokens: twice the states, counted as numbers of tokens.
         squares = DEFAULT_CHUNK_SIZE * self.num_heads * 3 // 2
         wide = 16 * inner + 3 * self.num_heads + squares + state // DEFAULT_CHUNK_SIZE
+        if self.value_proj is not None:
+            ranks, wide = ranks + self.value_proj.to_rank_proj.out_features, wide + 2 * inner
         # The tokens before each, six inputs, but not x itself, which the norm keeps.
         return Footprint(6 * dim + ranks + 11 * inner + self.num_heads, wide, state, transition=state, halo=dim)
 

@@ -330,7 +330,7 @@ class ChannelFactors(Factors):
         key, leave = query.reciprocal(), query[:, :, :, -1].clone()
         if self.is_wide(block):
             wide = self._is_wide_channel[block.chunks]
-            key = torch.where(wide.unsqueeze(3), _to_the_end(decays), key)
+            key = torch.where(wide.unsqueeze(3), to_the_end(decays), key)
             leave = leave.masked_fill_(wide, 1.0)
         return self._factors(block, block.without_padding(query), block.without_padding(key), leave)
 
@@ -355,6 +355,10 @@ class ChannelFactors(Factors):
     def enter(self, block: ChunkBlock) -> Tensor:
         return self._enter[block.chunks]
 
+    def prefix(self, block: ChunkBlock) -> Tensor:
+        """`BlockFactors.prefix` of one block, alone."""
+        return self._prefix[block.chunks]
+
     def is_wide(self, block: ChunkBlock) -> bool:
         return any_chunk(self._wide, block)
 
@@ -372,7 +376,7 @@ class ChannelFactors(Factors):
         return torch.where(is_narrow, narrow, halved.forward()), halved
 
 
-def _to_the_end(decays: Tensor) -> Tensor:
+def to_the_end(decays: Tensor) -> Tensor:
     """For each token the product of the decays of all tokens behind it, ``[..., c, K]`` like `decays`."""
     product = torch.ones_like(decays)
     product[..., :-1, :] = decays[..., 1:, :].flip(-2).cumprod(-2).flip(-2)
@@ -392,7 +396,7 @@ class HalvedScores(WideScores):
     def _halves(self, half: int) -> tuple[Tensor, Tensor]:
         """Decay from the cut to each later token and from each earlier token to the cut, ``[n, B, H, cuts, half, K]``."""
         decays = self.decays.unflatten(3, (-1, 2, half))
-        later, earlier = decays[:, :, :, :, 1].cumprod(-2), _to_the_end(decays[:, :, :, :, 0])
+        later, earlier = decays[:, :, :, :, 1].cumprod(-2), to_the_end(decays[:, :, :, :, 0])
         return later.to(self.q.dtype), earlier.to(self.q.dtype)
 
     def _sizes(self) -> list[int]:

@@ -66,6 +66,12 @@ class DecayChunkForm(ChunkForm):
     def _g(self) -> Tensor | None:
         return self.decays.in_time
 
+    @property
+    def written(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What `write` was given, k and v, and the states between chunks, for what reads them."""
+        assert self._inputs is not None and self._states is not None
+        return *self._inputs, self._states
+
     def write(
         self, k: Tensor, v: Tensor, start_states: Tensor | None, end_pieces: Sequence[int], sent_pieces: Sequence[int]
     ) -> Tensor:

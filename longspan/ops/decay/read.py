@@ -115,7 +115,7 @@ class DecayRead(torch.autograd.Function):
                 put_states(grad_states, block.slots, grad_state, factors.enter)
                 grad_state = grad_states[block.slots]
                 if incoming is not None and grad_incoming is not None:
-                    _incoming_gradient(block, factors, grad_state, incoming, grad_incoming, gate)
+                    incoming_gradient(block, factors, grad_state, incoming, grad_incoming, gate)
             if inside is not None:
                 inside.put(block, factors, query, grad_out, grad_query, is_finite)
             else:
@@ -278,7 +278,7 @@ class _InsideBackward:
             self.gate.add(x, grad.view_as(x), sign)
 
 
-def _incoming_gradient(
+def incoming_gradient(
     block: ChunkBlock,
     factors: BlockFactors,
     grad_state: Tensor,

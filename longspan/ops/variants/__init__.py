@@ -5,6 +5,7 @@ from longspan.ops.variants.delta_rule import DELTA_RULE
 from longspan.ops.variants.dplr_delta_rule import DPLR_DELTA_RULE
 from longspan.ops.variants.gated_delta_product import GATED_DELTA_PRODUCT
 from longspan.ops.variants.gated_delta_rule import GATED_DELTA_RULE
+from longspan.ops.variants.gated_slot_attention import GATED_SLOT_ATTENTION
 from longspan.ops.variants.gla import GLA
 from longspan.ops.variants.gla_with_bonus import GLA_WITH_BONUS
 from longspan.ops.variants.kda import KDA
@@ -21,6 +22,7 @@ VARIANTS: dict[str, Variant] = {
         SIMPLE_GLA,
         GLA,
         GLA_WITH_BONUS,
+        GATED_SLOT_ATTENTION,
         DELTA_RULE,
         GATED_DELTA_RULE,
         KDA,

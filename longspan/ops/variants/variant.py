@@ -90,6 +90,10 @@ class Variant(ABC):
     has_steps: bool = False
     """Whether a token writes N times before it is read, in order: k and v are ``[B, T, N, H, ·]``, and gates may have N."""
 
+    has_slots: bool = False
+    """Whether the state is M slots of a key and a value, ``[M, K + V]``, of which gates have one number each, and a query reads
+    them by a softmax."""
+
     @property
     def gates(self) -> tuple[Gate, ...]:
         """The arguments beside q, k and v."""
@@ -99,6 +103,15 @@ class Variant(ABC):
     def transition(self) -> type[Transition]:
         """The form of A: what ranks send."""
         return self.decay.transition
+
+    def state_size(self, key_size: int, value_size: int, num_slots: int) -> tuple[int, int]:
+        """The numbers of a head's state: K and V, unless it holds slots."""
+        return (num_slots, key_size + value_size) if self.has_slots else (key_size, value_size)
+
+    def num_slots(self, gates: Gates) -> int:
+        """M, as the first gate of slots has it; 0 where there is none."""
+        slots = (gates[gate.name].shape[-1:] for gate in self.gates if "M" in gate.dims and gate.name in gates)
+        return next((size[0] for size in slots if size), 0)
 
     backends: tuple[str, ...] = ("torch",)
     """Which of `longspan.ops.backends.BACKENDS` it has; ``"torch"`` always."""
