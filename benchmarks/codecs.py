@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import statistics
-import subprocess
-import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,17 +16,21 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.cluster import Cluster
-from benchmarks.harness import Table, run_ranks
+from benchmarks.harness import Table, run_ranks, say
 from benchmarks.rounding import NUM_HEADS, OPERATORS, SEQ_LEN, SIZE, inputs, run
 from longspan import SequenceLayout
 from longspan.comm.background import run_beside
 from longspan.exchange import AllGather, Auto, Exchanger, Float8, Int8, Ring, TopK, record_traffic
 from longspan.exchange.auto.timing import RankClock
 from longspan.exchange.auto.trial import exchange_seconds
+from longspan.launch import Place, StopRequest
 from longspan.layout import group_of
 from longspan.plan import Cluster as Machines
 from longspan.plan import Link
 from longspan.state import Pair, ScalarDecay
+from longspan.train.config import Config, from_mapping
+from longspan.train.ranks import Ranks
+from longspan.train.run import train_on
 
 Made = Callable[..., Exchanger]
 
@@ -42,6 +47,8 @@ TOPOLOGIES: dict[str, Made] = {"all_gather": AllGather, "ring": Ring}
 _NUM_RANKS = 4
 RATES = ("1gbit", "100mbit", "10mbit")
 _BITS = {"1gbit": 1e9, "100mbit": 1e8, "10mbit": 1e7}
+# Of the fastest network five rounds, of the others two; none begins after so long.
+_MOST_SECONDS = 60.0
 _BOUNDS = (0.005, 0.05, 0.1)
 _STATES = (1, 1, 16, 128, 128)
 
@@ -136,11 +143,19 @@ def _seconds_on_rank(rate: str, rounds: int) -> dict[str, list[float]]:
         sides[f"auto {bound}"] = Auto(cluster=machines, max_relative_error=bound)
     carriers = {name: exchange.resolve(pair, layout) for name, exchange in sides.items()}
     times: dict[str, list[float]] = {name: [] for name in sides}
-    for number in range(rounds + 1):
+    # A topology's first exchange makes groups and connections; one value column is enough for that.
+    narrow = Pair(pair.transition, pair.state[..., :1].contiguous())
+    for carrier in carriers.values():
+        exchange_seconds(carrier, narrow, narrow.state, ranks)
+    begun = time.perf_counter()
+    for number in range(rounds):
         for name, carrier in carriers.items():
-            seconds = sum(exchange_seconds(carrier, pair, pair.state, ranks))
-            if number:
-                times[name].append(seconds)
+            times[name].append(sum(exchange_seconds(carrier, pair, pair.state, ranks)))
+            if dist.get_rank() == 0:
+                say(f"codec_links: {rate}, round {number + 1} of {rounds}: {name} {times[name][-1] * 1e3:,.1f} ms")
+        # All ranks stop alike.
+        if ranks.largest([time.perf_counter() - begun])[0] > _MOST_SECONDS:
+            break
     for bound in _BOUNDS:
         taken = Auto(cluster=machines, max_relative_error=bound).choose(pair, layout).topology.label
         times[f"auto {bound}: {taken}"] = times.pop(f"auto {bound}")
@@ -163,7 +178,7 @@ def codec_links(quick: bool) -> Table:
     )
     for rate in RATES[1:2] if quick else RATES:
         with Cluster(_NUM_RANKS, rate) as cluster:
-            times = cluster.call(_seconds_on_rank, rate, 1 if quick else {"10mbit": 2}.get(rate, 5))[0]
+            times = cluster.call(_seconds_on_rank, rate, 1 if quick else {"1gbit": 5}.get(rate, 2))[0]
         medians = {name: statistics.median(values) for name, values in times.items()}
         for topology in TOPOLOGIES:
             table.add(rate, topology, *(f"{medians[f'{topology} {name}'] * 1e3:,.1f}" for name in WAYS))
@@ -189,57 +204,59 @@ TRAINED: dict[str, dict[str, Any]] = {
 }
 
 
-def _train(folder: Path, seed: int, number: int, parallel: dict[str, Any], steps: int) -> float:
-    """The loss on held-out text of a run of the trainer's own hybrid on two ranks."""
-    values: dict[str, Any] = {
-        "data.folder": folder / f"data-{seed}",
-        "data.max_bytes": 1_000_000,
-        "train.seed": seed,
-        "train.steps": steps,
-        "train.seq_len": 2048,
-        "train.batch_tokens": 4096,
+def _config(folder: Path, seed: int, name: str, steps: int) -> Config:
+    """A run of the trainer's own hybrid on two ranks."""
+    values: dict[str, dict[str, Any]] = {
+        "data": {"folder": str(folder / f"data-{seed}"), "max_bytes": 1_000_000},
         # The check compares with one process to the last digits, which is what a codec gives up.
-        "train.check_tokens": 0,
-        "parallel.sp": 2,
-        "parallel.threads": 1,
-        "parallel.exchange": "all_gather",
-        "validation.every": 0,
-        "checkpoint.every": 0,
-        "sample.tokens": 0,
-        "run.measure_alone": False,
-        "run.dir": folder / f"run-{seed}-{number}",
-        **{f"parallel.{name}": value for name, value in parallel.items()},
+        "train": {"seed": seed, "steps": steps, "seq_len": 1024, "batch_tokens": 2048, "check_tokens": 0},
+        "parallel": {"sp": 2, "exchange": "all_gather", **TRAINED[name]},
+        "validation": {"every": 0},
+        "checkpoint": {"every": 0},
+        "sample": {"tokens": 0},
+        "run": {"measure_alone": False, "dir": str(folder / f"run-{seed}-{list(TRAINED).index(name)}")},
     }
-    command = [sys.executable, "-m", "longspan", "train"]
-    command += [part for key, value in values.items() for part in (f"--{key}", str(value))]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"a run ended with {done.returncode}: {done.stderr[-2000:]}")
-    summary = json.loads((folder / f"run-{seed}-{number}" / "summary.json").read_text())
-    return float(summary["validation_loss"])
+    return from_mapping(values)
+
+
+def _losses_on_rank(folder: str, seeds: int, steps: int) -> dict[str, list[float]]:
+    """The loss on held-out text after each run, by what states travel in, and seed; on rank 0."""
+    losses: dict[str, list[float]] = {name: [] for name in TRAINED}
+    ranks = Ranks(Place(dist.get_rank(), dist.get_world_size()), torch.device("cpu"))
+    for seed in range(seeds):
+        for name in TRAINED:
+            config = _config(Path(folder), seed, name, steps)
+            with contextlib.redirect_stdout(io.StringIO()):
+                code = train_on(ranks, config, StopRequest())
+            if code:
+                raise SystemExit(f"a run with {name} ended with {code}")
+            if ranks.is_first:
+                summary = json.loads((Path(str(config.run.dir)) / "summary.json").read_text())
+                losses[name].append(float(summary["validation_loss"]))
+                say(f"codec_training: seed {seed}, {name}: {losses[name][-1]:.4f}")
+    return losses
 
 
 def codec_training(quick: bool) -> Table:
-    seeds, steps = (1, 4) if quick else (3, 150)
+    seeds, steps = (1, 4) if quick else (3, 100)
     table = Table(
         "codec_training",
-        f"Held-out loss of the trainer's hybrid (LLLN, simple_gla) after {steps} steps of 4,096 tokens on two ranks, by what "
+        f"Held-out loss of the trainer's hybrid (LLLN, simple_gla) after {steps} steps of 2,048 tokens on two ranks, by what "
         f"states travel in, {seeds} seeds",
         "no worse than float32 by more than seeds differ",
         ["on the wire", *(f"seed {seed}" for seed in range(seeds)), "mean", "mean less float32's, seed by seed"],
     )
-    losses: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for number, (name, parallel) in enumerate(TRAINED.items()):
-            losses[name] = [_train(Path(folder), seed, number, parallel, steps) for seed in range(seeds)]
-            differences = [loss - plain for loss, plain in zip(losses[name], losses["float32"], strict=True)]
-            spread = f"{min(differences):+.4f} to {max(differences):+.4f}"
-            table.add(
-                name,
-                *(f"{loss:.4f}" for loss in losses[name]),
-                f"{statistics.mean(losses[name]):.4f}",
-                f"{statistics.mean(differences):+.4f} ({spread})",
-            )
+        losses = run_ranks(2, _losses_on_rank, folder, seeds, steps)[0]
+    for name, found in losses.items():
+        differences = [loss - plain for loss, plain in zip(found, losses["float32"], strict=True)]
+        spread = f"{min(differences):+.4f} to {max(differences):+.4f}"
+        table.add(
+            name,
+            *(f"{loss:.4f}" for loss in found),
+            f"{statistics.mean(found):.4f}",
+            f"{statistics.mean(differences):+.4f} ({spread})",
+        )
     return table
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -94,9 +95,7 @@ def convolution(quick: bool) -> Table:
             table.add(
                 name,
                 channels,
-                f"{result.second * 1e3:.1f}",
-                f"{result.first * 1e3:.1f}",
-                result.ratio,
+                *result.cells(1, second_first=True),
                 *(f"{peak:.2f}" for peak in peaks),
             )
     return table
@@ -119,22 +118,38 @@ def convolution_documents(quick: bool) -> Table:
             layout = longspan.SequenceLayout.local(seq_len, documents)
             tensors = make_tensors(seq_len, channels, dtype)
             result = timed_pairs(step(ours, tensors, layout), step(ours, tensors), 3 if quick else 9)
-            table.add(name, mean, f"{result.second * 1e3:.1f}", f"{result.first * 1e3:.1f}", result.ratio)
+            table.add(name, mean, *result.cells(1, second_first=True))
     return table
 
 
-def _two_rank_times(seq_len: int, channels: int, dtype: torch.dtype, pairs: int) -> list[list[float]]:
-    """Times of rank 0 alone on all tokens, and of all ranks on their shares, in turn."""
-    whole = make_tensors(seq_len, channels, dtype)
-    layout = longspan.SequenceLayout(seq_len)
+def times_over_ranks(
+    name: str,
+    step_of: Callable[..., Callable[[], tuple[Tensor, ...]]],
+    whole: dict[str, Tensor],
+    tolerance: float,
+    rounds: int,
+    *options: Any,
+) -> list[list[float]]:
+    """Times of rank 0 alone on all tokens, and of all ranks on their shares, in turn.
+
+    step_of: makes a step of tensors like `whole`, whose ``[1, T, C]`` are split, and over ranks of a layout and `options`.
+    """
+    layout = longspan.SequenceLayout(whole["x"].shape[1])
     local = {
         key: layout.shard(x.detach()).requires_grad_(x.requires_grad) if x.dim() == 3 else x for key, x in whole.items()
     }
-    alone, together = step(ours, whole), step(ours, local, layout)
+    alone, together = step_of(whole), step_of(local, layout, *options)
     y = layout.gather(together()[0])
     if dist.get_rank() == 0:
-        require_close("causal_conv1d over ranks", y, alone()[0], 1e-2 if dtype == torch.bfloat16 else 1e-6)
-    return timed_alone_and_together(alone, together, rounds=pairs)
+        require_close(f"{name} over ranks", y, alone()[0], tolerance)
+    return timed_alone_and_together(alone, together, rounds=rounds)
+
+
+def _two_rank_times(seq_len: int, channels: int, dtype: torch.dtype, pairs: int) -> list[list[float]]:
+    tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-6
+    return times_over_ranks(
+        "causal_conv1d", partial(step, ours), make_tensors(seq_len, channels, dtype), tolerance, pairs
+    )
 
 
 def convolution_ranks(quick: bool) -> Table:
@@ -148,7 +163,7 @@ def convolution_ranks(quick: bool) -> Table:
     for name, dtype in DTYPES.items():
         alone, together = run_ranks(2, _two_rank_times, seq_len, channels, dtype, 3 if quick else 9)[0]
         result = paired(alone, together)
-        table.add(name, f"{result.first * 1e3:.0f}", f"{result.second * 1e3:.0f}", result.ratio)
+        table.add(name, *result.cells())
     return table
 
 

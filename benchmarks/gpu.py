@@ -276,7 +276,7 @@ def softmax(gpu: Gpu, quick: bool) -> Table:
         plain = replace(inputs, gates={})
         times = gpu.in_turn([partial(step, ours, inputs), partial(step, flash_attention, plain)])
         result = paired(times[1], times[0])
-        table.add(f"{seq_len:,}", f"{result.second * 1e3:.3f}", f"{result.first * 1e3:.3f}", result.ratio)
+        table.add(f"{seq_len:,}", *result.cells(3, second_first=True))
     return table
 
 

@@ -44,6 +44,11 @@ class Paired:
     second: float
     ratio: Ratio
 
+    def cells(self, digits: int = 0, *, second_first: bool = False) -> tuple[str, str, Ratio]:
+        """Of a table's row: milliseconds of the sides, and the ratio."""
+        first, second = (f"{seconds * 1e3:.{digits}f}" for seconds in (self.first, self.second))
+        return (second, first, self.ratio) if second_first else (first, second, self.ratio)
+
 
 @dataclass
 class Table:
@@ -63,6 +68,11 @@ class Table:
         lines += ["| " + " | ".join(self.columns) + " |", "|" + "---|" * len(self.columns)]
         lines += ["| " + " | ".join(row) + " |" for row in self.rows]
         return "\n".join(lines) + "\n"
+
+
+def say(text: str) -> None:
+    """How far a long measurement is, on standard error, beside what it prints at its end."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def seconds(function: Callable[[], Any]) -> float:

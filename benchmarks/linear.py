@@ -210,7 +210,7 @@ def ranks(quick: bool) -> Table:
         for name, dtype in DTYPES.items():
             alone, together = run_ranks(2, _two_rank_times, operator, dtype, seq_len, 3 if quick else 5)[0]
             result = paired(alone, together)
-            table.add(operator, name, f"{result.first * 1e3:.0f}", f"{result.second * 1e3:.0f}", result.ratio)
+            table.add(operator, name, *result.cells())
     return table
 
 
@@ -250,7 +250,7 @@ def schedule(quick: bool) -> Table:
         for name, dtype in DTYPES.items():
             own, fused = run_ranks(2, _schedule_times, operator, dtype, seq_len, 3 if quick else 7)[0]
             result = paired(own, fused)
-            table.add(operator, name, f"{result.first * 1e3:.0f}", f"{result.second * 1e3:.0f}", result.ratio)
+            table.add(operator, name, *result.cells())
     return table
 
 
@@ -326,7 +326,7 @@ def variants(quick: bool) -> Table:
             check_against_float64(operator)
             ours = step(operator, make_tensors(seq_len, size, torch.float32, operator))
             result = timed_pairs(ours, reference, 3 if quick else 7)
-            table.add(operator, size, f"{result.first * 1e3:.0f}", f"{result.second * 1e3:.0f}", result.ratio)
+            table.add(operator, size, *result.cells())
     return table
 
 
@@ -347,7 +347,7 @@ def softmax(quick: bool) -> Table:
                 result = paired([seconds(theirs)], [seconds(ours)])
             else:
                 result = timed_pairs(theirs, ours, 9 if seq_len <= 4096 else 3)
-            table.add(f"{seq_len:,}", name, f"{result.second * 1e3:.1f}", f"{result.first * 1e3:.1f}", result.ratio)
+            table.add(f"{seq_len:,}", name, *result.cells(1, second_first=True))
     return table
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 import longspan
+from benchmarks.convolution import times_over_ranks
 from benchmarks.harness import (
     Table,
     in_subprocess,
@@ -17,7 +18,7 @@ from benchmarks.harness import (
     peak_bytes,
     require_close,
     run_ranks,
-    timed_alone_and_together,
+    say,
     timed_pairs,
 )
 from longspan.attention.convolution import causal_conv1d
@@ -101,8 +102,8 @@ def long_conv(quick: bool) -> Table:
             require_close(f"long_conv1d with {num_taps} taps", got, want, 1e-5)
         result = timed_pairs(step(directly, tensors), step(by_taps, tensors), pairs)
         peaks = [in_subprocess(_peak, side, seq_len, channels, num_taps) for side in (by_taps, directly)]
-        times = f"{result.second * 1e3:.0f}", f"{result.first * 1e3:.0f}", result.ratio
-        table.add(f"{num_taps} taps", *times, *(f"{peak:.2f}" for peak in peaks))
+        table.add(f"{num_taps} taps", *result.cells(second_first=True), *(f"{peak:.2f}" for peak in peaks))
+        say(f"long_conv: {table.rows[-1]}")
     tensors = make_tensors(seq_len, channels, seq_len)
     with torch.no_grad():
         kernel = longspan.ExponentialKernel(tensors["log_decay"].double(), tensors["coefficients"].double())
@@ -110,8 +111,8 @@ def long_conv(quick: bool) -> Table:
     require_close("long_conv1d with exponentials", by_state(tensors), want, 1e-4)
     result = timed_pairs(step(by_taps, tensors), step(by_state, tensors), pairs)
     peaks = [in_subprocess(_peak, side, seq_len, channels, seq_len) for side in (by_state, by_taps)]
-    times = f"{result.second * 1e3:.0f}", f"{result.first * 1e3:.0f}", result.ratio
-    table.add("exponentials; taps of the whole length", *times, *(f"{peak:.2f}" for peak in peaks))
+    cells = result.cells(second_first=True)
+    table.add("exponentials; taps of the whole length", *cells, *(f"{peak:.2f}" for peak in peaks))
     return table
 
 
@@ -123,19 +124,10 @@ SIDES: dict[str, tuple[Side, Any]] = {
 
 
 def _two_rank_times(name: str, seq_len: int, channels: int, num_taps: int, pairs: int) -> list[list[float]]:
-    """Times of rank 0 alone on all tokens, and of all ranks on their shares, in turn."""
     side, method = SIDES[name]
-    options = () if method is None else (method,)
     whole = make_tensors(seq_len, channels, num_taps)
-    layout = longspan.SequenceLayout(seq_len)
-    local = {
-        key: layout.shard(x.detach()).requires_grad_(x.requires_grad) if x.dim() == 3 else x for key, x in whole.items()
-    }
-    alone, together = step(side, whole), step(side, local, layout, *options)
-    y = layout.gather(together()[0])
-    if dist.get_rank() == 0:
-        require_close(f"long_conv1d over ranks, {name}", y, alone()[0], 1e-5)
-    return timed_alone_and_together(alone, together, rounds=pairs)
+    options = () if method is None else (method,)
+    return times_over_ranks(f"long_conv1d, {name},", partial(step, side), whole, 1e-5, pairs, *options)
 
 
 def long_conv_ranks(quick: bool) -> Table:
@@ -156,7 +148,8 @@ def long_conv_ranks(quick: bool) -> Table:
         alone, together = run_ranks(2, _two_rank_times, name, seq_len, channels, num_taps, 3 if quick else 7)[0]
         result = paired(alone, together)
         taps = "any" if name == "exponentials" else f"{num_taps:,}"
-        table.add(name, taps, f"{result.first * 1e3:.0f}", f"{result.second * 1e3:.0f}", result.ratio)
+        table.add(name, taps, *result.cells())
+        say(f"long_conv_ranks: {table.rows[-1]}")
     return table
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.stream import say
+from benchmarks.harness import say
 from longspan import stream
 from longspan.data.batches import read_sequences
 from longspan.data.prepared import open_prepared

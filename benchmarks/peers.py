@@ -102,9 +102,7 @@ def peers(quick: bool) -> Table:
                 operator,
                 peer_name,
                 size,
-                f"{result.second * 1e3:.0f}",
-                f"{result.first * 1e3:.0f}",
-                result.ratio,
+                *result.cells(second_first=True),
                 *(f"{peak / 2**20:.0f}" for peak in peaks),
                 f"{peaks[0] / peaks[1]:.2f}",
             )

@@ -93,7 +93,7 @@ def softmax_zigzag(quick: bool) -> Table:
     for method in METHODS:
         result = paired(*(measured[method, order].times for order in ORDERS))
         busiest = paired(*(measured[method, order].busiest for order in ORDERS))
-        table.add(method, f"{result.first * 1e3:.0f}", f"{result.second * 1e3:.0f}", result.ratio, busiest.ratio)
+        table.add(method, *result.cells(), busiest.ratio)
     return table
 
 
@@ -110,7 +110,7 @@ def softmax_methods(quick: bool) -> Table:
         measured = _right(sides, measure(setting, sides, rounds))
         for method in METHODS:
             result = paired(measured["one process, one thread", "whole"].times, measured[method, order].times)
-            table.add(name, order, method, f"{result.second * 1e3:.0f}", f"{result.first * 1e3:.0f}", result.ratio)
+            table.add(name, order, method, *result.cells(second_first=True))
     return table
 
 
@@ -258,9 +258,7 @@ def hybrid_zigzag(quick: bool) -> Table:
         predicted = step.first / (step.first - (attention[0] - attention[1]))
         table.add(
             clock,
-            f"{step.first * 1e3:.0f}",
-            f"{step.second * 1e3:.0f}",
-            step.ratio,
+            *step.cells(),
             f"{predicted:.2f}",
             *(f"{x * 1e3:.0f}" for x in attention),
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import sys
 import weakref
 from collections.abc import Callable
 from functools import partial
@@ -13,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from benchmarks.harness import Table, in_subprocess, peak_bytes, require_close, run_ranks, seconds, timed_pairs
+from benchmarks.harness import Table, in_subprocess, peak_bytes, require_close, run_ranks, say, seconds, timed_pairs
 from longspan import SequenceLayout, parallelize, stream, sum_gradients
 from longspan.attention.softmax.earlier import KeyPart
 from longspan.launch import num_cores
@@ -44,11 +43,6 @@ _TIMED_TOKENS = 2**16
 _PASSES_BETWEEN_RELEASES = 8
 """Freed memory goes back to the system after so many passes over a segment, as in `longspan train` by default: without it a process
 holds more and more that it does not use (docs/performance.md, memory over a run)."""
-
-
-def say(text: str) -> None:
-    """How far a long measurement is, beside what it prints at its end."""
-    print(text, file=sys.stderr, flush=True)
 
 
 def build(model: dict[str, Any]) -> LinearLlama3:

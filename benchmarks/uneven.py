@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from benchmarks.harness import Table, require_close, run_ranks, seconds_of_slowest
+from benchmarks.harness import Table, require_close, run_ranks, say, seconds_of_slowest
 from longspan import SequenceLayout, sum_gradients
 from longspan.launch import Place
 from longspan.parallel import MeshDegrees
@@ -99,7 +99,9 @@ def _on_rank(pattern: str, order: str, seq_len: int, rounds: int) -> dict[str, A
         for name, weights in ways.items():
             require_close(f"the loss of {name} shares", step(weights), expected, 1e-5)
         times: dict[str, list[float]] = {name: [] for name in ("full", *ways)}
-        for _ in range(rounds):
+        for number in range(rounds):
+            if rank == 0:
+                say(f"uneven: {pattern}, {order}, round {number + 1} of {rounds}")
             times["full"].append(seconds_of_slowest(lambda: step(None)))
             with _slow(busy):
                 for name, weights in ways.items():
@@ -129,7 +131,7 @@ def uneven(quick: bool) -> Table:
             "measured share of the slow rank",
         ],
     )
-    seq_len, rounds = (1024, 2) if quick else (16_384, 7)
+    seq_len, rounds = (1024, 2) if quick else (8192, 5)
     for pattern in _MODELS:
         for order in _ORDERS:
             found = run_ranks(2, _on_rank, pattern, order, seq_len, rounds)[0]

@@ -169,7 +169,7 @@ def failure_of_job(folder: Path, code: int | None) -> tuple[str, str]:
     """Why a job that was started with this folder has ended with this exit code, and its traceback, "" if there is none."""
     path = _report(folder, 0)
     report = json.loads(path.read_text()) if path.exists() else {}
-    return report.get("message", f"it {_ending(code)}"), report.get("traceback", "")
+    return report.get("message", f"it {how_it_ended(code)}"), report.get("traceback", "")
 
 
 @contextlib.contextmanager
@@ -220,7 +220,7 @@ def _report_failure(ranks: list[subprocess.Popen[bytes]], folder: Path) -> int:
     for rank, code in enumerate(codes):
         if code not in (None, EXIT_DONE, EXIT_STOPPED) and rank not in reports:
             # It ended without a word: whatever the others report is a consequence.
-            _print_error(f"rank {rank} of {len(ranks)} {_ending(code)}; the other ranks were stopped")
+            _print_error(f"rank {rank} of {len(ranks)} {how_it_ended(code)}; the other ranks were stopped")
             return EXIT_FAILED
     failures = [report for report in reports.values() if "found" not in report]
     if not failures:
@@ -235,8 +235,8 @@ def _report_failure(ranks: list[subprocess.Popen[bytes]], folder: Path) -> int:
     return EXIT_FAILED
 
 
-def _ending(code: int | None) -> str:
-    """How a process with this exit code ended."""
+def how_it_ended(code: int | None) -> str:
+    """How a process with this exit code ended, as what follows its name."""
     if code is None or code >= 0:
         return f"ended with exit code {code}"
     name = signal.Signals(-code).name if -code in {known.value for known in signal.Signals} else f"signal {-code}"
@@ -328,10 +328,7 @@ def run_rank(place: Place, function: Callable[[Place, StopRequest], int]) -> int
         faulthandler.enable(sys.__stderr__ or sys.stderr)
     if place.rendezvous is not None:
         _end_with_starting_command()
-        faulthandler.register(signal.SIGUSR1, file=_stacks_path(place.rendezvous, place.rank).open("w"))
-    elif place.world_size > 1:
-        # Where torchrun collects what ranks say; another rank asks for it, see longspan.train.watch.
-        faulthandler.register(signal.SIGUSR1, file=sys.__stderr__ or sys.stderr)
+    show_stacks_when_asked(place)
     stop = StopRequest()
     with stop.listening():
         try:
@@ -368,6 +365,15 @@ def _install_faults(place: Place) -> None:
     if faults:
         attempt = os.environ.get(_ATTEMPT, "0")
         install_faults(parse_faults(faults), place.rank, int(attempt) if attempt.isdigit() else 0)
+
+
+def show_stacks_when_asked(place: Place) -> None:
+    """Let `wake_to_show_stacks` show the stacks of this rank's threads, if it is one of several."""
+    if place.rendezvous is not None:
+        faulthandler.register(signal.SIGUSR1, file=_stacks_path(place.rendezvous, place.rank).open("w"))
+    elif place.world_size > 1:
+        # Where torchrun collects what ranks say; another rank asks for it, see longspan.train.watch.
+        faulthandler.register(signal.SIGUSR1, file=sys.__stderr__ or sys.stderr)
 
 
 def wake_to_show_stacks(process_id: int) -> None:

@@ -17,14 +17,16 @@ the transitions of n stretches in one parameter tensor:
 | ScalarDecay  | log A, [n, B, H]    | one number per head        | B·H                      |
 | ChannelDecay | log A, [n, B, H, K] | one number per key channel | B·H·K                    |
 | RateDecay    | Σ steps, [n, B, H]  | one number per key channel | B·H                      |
+| LengthDecay  | Σ tokens, [n]       | one number per key channel | 0                        |
 | Dense        | A, [n, B, H, K, K]  | a matrix                   | B·H·K·K                  |
 
-RateDecay's log A is Σ steps times rates [H, K] that every rank knows. They belong to its *form*: what makes a transition of a
+RateDecay's log A is Σ steps times rates [H, K] that every rank knows, LengthDecay's the number of tokens times such rates, which
+may be complex: two rows of a state are then one complex number. Rates belong to the *form* of a transition: what makes one of a
 parameter, a class for all others (`Transition.form`).
 
-A stretch in which a packed document starts has a zero transition: log A = −inf (RateDecay: infinitely many steps; Dense: a zero
-matrix), and needs no special case anywhere. Nothing crosses a zero transition, NaN and infinity included: it selects zero, where a
-product would be NaN.
+A stretch in which a packed document starts has a zero transition: log A = −inf (RateDecay, LengthDecay: infinitely many steps;
+Dense: a zero matrix), and needs no special case anywhere. Nothing crosses a zero transition, NaN and infinity included: it selects
+zero, where a product would be NaN.
 Decays are kept as logarithms in the dtype of the states: float32, or float64 for float64 inputs.
 """
 
@@ -247,7 +249,92 @@ class Rates:
         return Rates(self.rates[heads])
 
 
-Form = type[Transition] | Rates
+@dataclass(frozen=True)
+class LengthDecay(Transition):
+    """A = e^(rate · tokens) for each key channel (sums of exponentials). parameter: ``[n]`` float64, tokens of stretches, or +inf.
+
+    rates: the same on every rank, and so never sent; they take no gradient from here. Real, float64 ``[H, K]``, at most 0. Or
+    complex, complex128 ``[H, K / 2]`` with real parts of at most 0: the first half of a state's rows are the real parts of complex
+    numbers, the second half their imaginary parts, and A multiplies these. Powers are made in float64: a phase keeps its digits.
+    """
+
+    rates: Tensor
+
+    is_known = True
+
+    @property
+    def form(self) -> Form:
+        return LengthRates(self.rates)
+
+    @classmethod
+    def parameter_shape(cls, state_shape: Sequence[int]) -> tuple[int, ...]:
+        return tuple(state_shape[:1])
+
+    def factor(self) -> Tensor:
+        """e^(rate · tokens), ``[n, H, K]`` float64, or ``[n, H, K / 2]`` complex128; exactly zero for zero transitions."""
+        lengths = self.parameter.view(-1, 1, 1)
+        return (lengths * self.rates).exp().masked_fill(lengths == torch.inf, 0.0)
+
+    def apply(self, state: Tensor) -> Tensor:
+        factor = self.factor()[:, None, :, :, None]
+        if not factor.is_complex():
+            factor = factor.to(state.dtype)
+            return _without(state, factor == 0) * factor
+        real, imaginary = factor.real.to(state.dtype), factor.imag.to(state.dtype)
+        zero = (real == 0) & (imaginary == 0)
+        upper, lower = _without(state, torch.cat([zero, zero], dim=3)).chunk(2, dim=3)
+        return torch.cat([real * upper - imaginary * lower, real * lower + imaginary * upper], dim=3)
+
+    def adjoint(self) -> Self:
+        return replace(self, rates=self.rates.conj()) if self.rates.is_complex() else self
+
+    def after(self, earlier: Self) -> Self:
+        return replace(self, parameter=self.parameter + earlier.parameter)
+
+    def cut(self, stretches: Sequence[bool]) -> Self:
+        if not any(stretches):
+            return self
+        return replace(self, parameter=_replace_rows(self.parameter, stretches, torch.inf))
+
+    def outer(self, grad_out: Tensor, state_in: Tensor) -> Tensor:
+        factor = self.factor()
+        return (self.of_numbers(grad_out, state_in).sum(1) * factor.conj() * self.rates.conj()).real.sum((1, 2))
+
+    def of_numbers(self, grad_out: Tensor, state_in: Tensor) -> Tensor:
+        """``Σ_V conj(S_in) ⊙ λ`` of the numbers that A multiplies, ``[n, B, H, K]`` or complex ``[n, B, H, K / 2]``."""
+        if self.rates.is_complex():
+            grad, state = (torch.complex(*x.chunk(2, dim=3)) for x in (grad_out, state_in))
+            found = (grad * state.conj()).sum(-1)
+        else:
+            found = (grad_out * state_in).sum(-1)
+        return _without(found, (self.factor() == 0).unsqueeze(1))
+
+
+@dataclass(frozen=True, eq=False)
+class LengthRates:
+    """The form of `LengthDecay` for some rates ``[H, K]``, or complex ``[H, K / 2]``."""
+
+    rates: Tensor
+
+    is_known: ClassVar[bool] = True
+
+    def __call__(self, parameter: Tensor) -> LengthDecay:
+        return LengthDecay(parameter, self.rates)
+
+    def parameter_shape(self, state_shape: Sequence[int]) -> tuple[int, ...]:
+        """As of `Transition`."""
+        return LengthDecay.parameter_shape(state_shape)
+
+    def repeated(self, times: int) -> LengthRates:
+        """As of `Transition`."""
+        return LengthRates(self.rates.repeat(times, 1))
+
+    def of_heads(self, heads: slice) -> LengthRates:
+        """As of `Transition`."""
+        return LengthRates(self.rates[heads])
+
+
+Form = type[Transition] | Rates | LengthRates
 """What makes a transition of its parameter, and says what it is of states of some shape."""
 
 

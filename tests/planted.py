@@ -87,6 +87,24 @@ FAULTS: dict[str, Fault] = {
         "behind.append((len(bounds), continuing[number], start - piece.start + 1))",
         (f"{LONG}[2-zigzag-0-exponentials]",),
     ),
+    "exponents without their gradient through what enters a segment": Fault(
+        "longspan/attention/long_convolution/recurrence.py",
+        "(lengths * transition.factor().conj() * found).sum(0)",
+        "(0.0 * lengths * transition.factor().conj() * found).sum(0)",
+        (f"{LONG}[2-zigzag-0-exponentials]",),
+    ),
+    "turns that go the same way in the reverse exchange": Fault(
+        "longspan/state.py",
+        "replace(self, rates=self.rates.conj()) if",
+        "replace(self, rates=self.rates) if",
+        (f"{LONG}[2-zigzag-0-complex exponentials]",),
+    ),
+    "a run that goes on with ranks in the order of their numbers": Fault(
+        "longspan/train/trainer.py",
+        "                self.take_order(order)",
+        "                pass",
+        ("tests/train/test_rank_order.py::test_a_run_takes_the_order_of_its_links_and_goes_on_in_it",),
+    ),
     "a prefix of one stretch too few in the scan": Fault(
         "longspan/state.py",
         "pair.transition[index].apply(state)",

@@ -104,8 +104,15 @@ def test_a_killed_run_goes_on_bit_for_bit(config: Path, finished: tuple[Path, st
     assert all(torch.equal(tensor, expected[name]) for name, tensor in newest_tensors(run).items())
 
 
-# The hang-up is what a terminal sends that goes.
-@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGHUP])
+# The hang-up is what a terminal sends that goes, the interrupt is its Ctrl-C.
+@pytest.mark.parametrize(
+    "number",
+    [
+        pytest.param(signal.SIGTERM, marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, marks=pytest.mark.slow),
+        signal.SIGHUP,
+    ],
+)
 def test_a_signal_ends_a_run_with_a_checkpoint_and_only_loopback_listens(
     config: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
@@ -116,6 +123,7 @@ def test_a_signal_ends_a_run_with_a_checkpoint_and_only_loopback_listens(
         process.send_signal(number)
         printed, errors = process.communicate(timeout=TIMEOUT)
     assert process.returncode == 75, errors
+    assert errors == ""
     assert f"longspan train --resume {run}" in printed
     stopped_after = metrics(run)[-1]["step"]
     assert (run / "checkpoints" / f"step-{stopped_after:08d}" / "manifest.json").exists()

@@ -157,6 +157,7 @@ def test_a_rank_that_dies_without_a_word_is_named(
     assert message in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_ranks_that_a_signal_stops_say_no_more_than_that(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """What a training run adds, that nothing was saved, would be odd for another command."""
     body = """
@@ -260,6 +261,7 @@ sys.exit(run_rank(Place(), function))
 """
 
 
+@pytest.mark.slow_rows(r"^True-2")
 @pytest.mark.parametrize(("makes_steps", "num_signals"), [(False, 1), (True, 2)])
 def test_a_signal_reaches_a_process_that_waits_for_other_ranks(makes_steps: bool, num_signals: int) -> None:
     script = BLOCKED.format(makes_steps=makes_steps)

@@ -12,6 +12,7 @@ from longspan.state import (
     Form,
     HeadDecay,
     Identity,
+    LengthRates,
     Pair,
     Rates,
     ScalarDecay,
@@ -22,7 +23,10 @@ from longspan.state import (
 
 STATE_SHAPE = (5, 2, 3, 4, 6)
 RATES = Rates(-torch.rand(3, 4, generator=torch.Generator().manual_seed(6), dtype=torch.float64))
-KINDS: list[Form] = [Identity, HeadDecay, ScalarDecay, ChannelDecay, RATES, Dense]
+# Of channels, and of complex numbers of two channels each.
+LENGTHS = LengthRates(RATES.rates)
+TURNS = LengthRates(torch.complex(RATES.rates[:, :2], 3 * RATES.rates[:, 2:]))
+KINDS: list[Form] = [Identity, HeadDecay, ScalarDecay, ChannelDecay, RATES, LENGTHS, TURNS, Dense]
 
 
 def random_transition(kind: Form, seed: int = 0, documents_at: tuple[int, ...] = ()) -> Transition:
@@ -31,7 +35,7 @@ def random_transition(kind: Form, seed: int = 0, documents_at: tuple[int, ...] =
     parameter = torch.randn(shape, generator=generator, dtype=torch.float64)
     if kind is Identity:
         parameter = torch.zeros_like(parameter)
-    elif kind is RATES:
+    elif isinstance(kind, Rates | LengthRates):
         parameter = parameter.abs()
     elif kind is not Dense:
         parameter = -parameter.abs()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -39,6 +40,8 @@ def run(arguments: Sequence[str]) -> int:
         place = place_of_this_process()
         if options.ranks < 1:
             raise ConfigError(f"ranks must be at least 1; got {options.ranks}")
+        if not 0.0 < options.timeout_seconds < math.inf:
+            raise ConfigError(f"timeout-seconds must be a finite number greater than 0; got {options.timeout_seconds}")
     except LongspanError as error:
         return refuse(error)
     if place is None and options.ranks > 1:

@@ -32,14 +32,18 @@ _BANDWIDTH_BYTES = 16 * 2**20
 
 @dataclass(frozen=True)
 class Finding:
-    """A line: verdict, what was looked at, what was found, and what to do about it (empty where nothing is to be done)."""
+    """A line: verdict, what was looked at, what was found, and what to do about it (empty where nothing is to be done).
+
+    amount: of what is measured, of which the rank that has least is the one to know of.
+    """
 
     verdict: Verdict
     subject: str
     found: str
     remedy: str = ""
+    amount: float | None = None
 
-    def to_json(self) -> dict[str, str]:
+    def to_json(self) -> dict[str, Any]:
         """What travels between ranks."""
         return asdict(self)
 
@@ -101,17 +105,16 @@ def compute(device: torch.device) -> Finding:
     """What the rank computes on, and whether bfloat16 pays there."""
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        found = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
+        found, amount = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB", float(properties.total_memory)
         if not torch.cuda.is_bf16_supported(including_emulation=False):
-            return Finding("warning", "device", f"{found}, no bfloat16", "Use train.dtype 'float32'")
-        return Finding("ok", "device", f"{found}, bfloat16")
+            return Finding("warning", "device", f"{found}, no bfloat16", "Use train.dtype 'float32'", amount)
+        return Finding("ok", "device", f"{found}, bfloat16", amount=amount)
     from longspan.train.rate import measure_flops
 
     float32, bfloat16 = (measure_flops(dtype) for dtype in (torch.float32, torch.bfloat16))
     found = f"CPU, one rank: {float32 / 1e9:,.0f} GFLOP/s in float32, {bfloat16 / 1e9:,.0f} in bfloat16"
-    if bfloat16 < float32:
-        return Finding("ok", "device", f"{found} (train.dtype 'bfloat16' would be slower here)")
-    return Finding("ok", "device", found)
+    slower = " (train.dtype 'bfloat16' would be slower here)" if bfloat16 < float32 else ""
+    return Finding("ok", "device", found + slower, amount=float32)
 
 
 def backends(device: torch.device) -> Finding:
@@ -161,7 +164,9 @@ def room(subject: str, folder: Path, least: int, remedy: str) -> Finding:
     found = f"{free / 2**30:.1f} GiB free in {folder}"
     if not os.access(folder, os.W_OK):
         return Finding("error", subject, f"{folder} cannot be written to", remedy)
-    return Finding("ok", subject, found) if free >= least else Finding("warning", subject, found, remedy)
+    if free < least:
+        return Finding("warning", subject, found, remedy, float(free))
+    return Finding("ok", subject, found, amount=float(free))
 
 
 def examine_group(ranks: Ranks) -> Iterator[Finding]:
@@ -248,13 +253,16 @@ def lines(everyone: list[list[dict[str, Any]]]) -> tuple[str, bool]:
         groups: dict[str, list[int]] = {}
         for rank, finding in enumerate(findings):
             groups.setdefault(finding["verdict"] + finding["found"], []).append(rank)
-        # Measurements differ from rank to rank: one line of the worst is enough.
-        if findings[0]["subject"] in ("device", "disk", "shared memory") and len({f["verdict"] for f in findings}) == 1:
-            groups = {"": [0]}
+        # What is measured differs from rank to rank: the one that has least is enough.
+        amounts = [finding["amount"] for finding in findings]
+        least = None
+        if len(groups) > 1 and None not in amounts and len({finding["verdict"] for finding in findings}) == 1:
+            least = amounts.index(min(amounts))
+            groups = {"": [least]}
         for members in groups.values():
             finding = Finding(**findings[members[0]])
             who = "" if len(groups) == 1 else f"rank{'s' * (len(members) > 1)} {', '.join(map(str, members))}: "
-            text += finding.line(who) + "\n"
+            text += finding.line(who if least is None else f"rank {least}, which has least: ") + "\n"
             failed |= finding.verdict == "error"
             if finding.verdict != "ok":
                 counts[finding.verdict] += 1

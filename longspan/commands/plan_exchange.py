@@ -14,8 +14,9 @@ from longspan.errors import ConfigError, LongspanError
 from longspan.exchange import TOPOLOGIES, by_cost
 from longspan.launch import EXIT_DONE
 from longspan.ops.variants import VARIANTS
-from longspan.plan.cluster import Cluster, Link, gpu_cluster
+from longspan.plan.cluster import Cluster, Link
 from longspan.plan.problem import Problem
+from longspan.plan.stated import gpu_cluster
 from longspan.state import Transition
 
 _DESCRIPTION = """What each topology's exchange of states would cost on a cluster given by numbers: nothing is measured.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import statistics
 import sys
 import time
@@ -26,8 +27,8 @@ from longspan.models.counts import on_meta
 from longspan.ops.chunked.cross_entropy import chunk_size_of
 from longspan.plan import Cluster, Link
 from longspan.plan.activations import MixerSizes, ModelSizes, block_bytes, state_bytes
-from longspan.plan.cluster import gpu_cluster, stated_cluster
 from longspan.plan.devices import stated_peak_flops
+from longspan.plan.stated import gpu_cluster, stated_cluster
 from longspan.plan.training import (
     DeviceFigures,
     MemoryPlan,
@@ -152,6 +153,14 @@ def _planned_time(config: PlanConfig, mesh: MeshDegrees, device: DeviceFigures) 
 
 def _mesh_of(config: PlanConfig) -> MeshDegrees:
     check(config)
+    cluster = config.cluster
+    if cluster.ranks_per_node < 1:
+        raise ConfigError(f"cluster.ranks_per_node is {cluster.ranks_per_node}; it must be at least 1")
+    for name, value in (("flops", cluster.flops), ("share", cluster.share)):
+        if value is not None and not 0.0 < value < math.inf:
+            raise ConfigError(f"cluster.{name} is {value}; it must be a finite number greater than 0")
+    if cluster.share > 1.0:
+        raise ConfigError(f"cluster.share is {cluster.share}; it must be at most 1, the whole of a GPU's peak")
     return check_degrees(config, num_ranks_asked_for(config))
 
 
@@ -286,8 +295,6 @@ def device_figures(config: PlanConfig) -> tuple[DeviceFigures, str]:
         with_holes = _CPU_SLACK_WITH_HOLES if _mesh_of(config).world_size == 1 else _CPU_SLACK_WITH_HOLES_OF_RANKS
         slack = _CPU_SLACK if config.run.release_memory_every == 1 else with_holes
     if cluster.flops is not None:
-        if not cluster.flops > 0:
-            raise ConfigError(f"cluster.flops is {cluster.flops}; it must be greater than 0")
         return DeviceFigures(base, slack, cluster.flops, cluster.flops), "cluster.flops"
     if on_cpu:
         return DeviceFigures(base, slack, *measure_flops(config)), "this CPU, measured on short sequences"
@@ -374,7 +381,11 @@ def cluster_of(config: PlanConfig, num_ranks: int) -> Cluster:
     given = config.cluster
     per_node = min(given.ranks_per_node, num_ranks)
     if num_ranks % per_node:
-        raise ConfigError(f"{num_ranks} ranks do not make machines of cluster.ranks_per_node {per_node} ranks each")
+        most = next(size for size in range(per_node, 0, -1) if num_ranks % size == 0)
+        raise ConfigError(
+            f"{num_ranks} ranks do not make machines of cluster.ranks_per_node {per_node} ranks each. The most up to there that "
+            f"do are {most}"
+        )
     kind: Literal["cpu", "cuda"] = "cpu" if given.device == "cpu" else "cuda"
     cluster = stated_cluster(kind, num_ranks, per_node) if kind == "cpu" else gpu_cluster(num_ranks, per_node)
 

@@ -150,6 +150,11 @@ def _read_config(file: str) -> Config:
 
     config = read_toml(Path(file))
     check(config)
+    if not config.train.check_tokens:
+        raise ConfigError(
+            f"{file}: train.check_tokens is 0, the tokens to compare with one process. Give as many as one process can hold, such "
+            "as 8192, or leave it out for 65536"
+        )
     return config
 
 

@@ -32,7 +32,7 @@ class Item:
     path: of the file; of a Hugging Face data set, its address. name: of the file inside its source, by which its documents are
     named. size, changed: of the file, in bytes and nanoseconds. start, stop: which bytes of a ``.jsonl`` file (lines that begin in
     them), which row groups of a Parquet file; which of how many parts of a Hugging Face data set. max_text_bytes: stop after
-    about so much text.
+    about so much text. version: of a Hugging Face data set, as it was listed.
     """
 
     kind: Kind
@@ -43,6 +43,7 @@ class Item:
     start: int = 0
     stop: int = 0
     max_text_bytes: int | None = None
+    version: str = ""
 
 
 @dataclass(frozen=True)
@@ -291,7 +292,7 @@ def _read_parquet(item: Item, text_key: str) -> Iterator[Document]:
 
 
 def _read_rows(item: Item, text_key: str) -> Iterator[Document]:
-    for row, text in enumerate(open_rows(item.path, text_key, item.start, item.stop)):
+    for row, text in enumerate(open_rows(item.path, text_key, item.start, item.stop, item.version)):
         yield _document_of(f"{item.name}:{item.start}:{row}", text, item.path)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from longspan.data.hub import PREFIX, num_parts
+from longspan.data.hub import PREFIX, find_parts
 from longspan.data.reading import KIND_OF_SUFFIX, Item, check_text_column, parquet_file
 from longspan.data.split import hash_of
 from longspan.errors import DataError
@@ -66,9 +66,12 @@ def list_source(
         DataError: if there is no such source, or it cannot be read.
     """
     if source.startswith(PREFIX):
-        parts = num_parts(source)
+        parts, version = find_parts(source)
         most = None if max_bytes is None else -(-max_bytes // parts)
-        items = [Item("huggingface", source, source, start=i, stop=parts, max_text_bytes=most) for i in range(parts)]
+        items = [
+            Item("huggingface", source, source, start=part, stop=parts, max_text_bytes=most, version=version)
+            for part in range(parts)
+        ]
         return ListedSource(source, tuple(Portion((item,), 0) for item in items))
     root, paths = _files(source, suffixes)
     named = {path.relative_to(root).as_posix(): path for path in paths}

@@ -4,8 +4,9 @@ from longspan.comm.traffic import Traffic, record_traffic
 from longspan.errors import InputError
 from longspan.exchange.auto.calibration import measured_links
 from longspan.exchange.auto.choice import Auto
+from longspan.exchange.auto.order import measured_rank_order
 from longspan.exchange.autograd import PendingExchange, start_exchange
-from longspan.exchange.codec import CODECS, Codec, ErrorFeedback, Float8, Int8, TopK
+from longspan.exchange.codec import CODECS, BFloat16, Codec, ErrorFeedback, Float8, Int8, TopK
 from longspan.exchange.recomputation import keeping_exchanges, keeping_states
 from longspan.exchange.topologies.all_gather import AllGather
 from longspan.exchange.topologies.all_to_all import AllToAll
@@ -44,6 +45,7 @@ __all__ = [
     "AllToAll",
     "Arrived",
     "Auto",
+    "BFloat16",
     "Carrier",
     "Codec",
     "ErrorFeedback",
@@ -66,6 +68,7 @@ __all__ = [
     "keeping_exchanges",
     "keeping_states",
     "measured_links",
+    "measured_rank_order",
     "record_traffic",
     "start_exchange",
 ]

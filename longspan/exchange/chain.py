@@ -34,7 +34,6 @@ from longspan.exchange.segments import reorder_rows
 from longspan.exchange.topology import Arrived, Carrier, Handle, ReverseHandle
 from longspan.exchange.wire import Wire
 from longspan.layout import SequenceLayout, group_of
-from longspan.plan import Cluster, DirectionCost, Problem, WireFormat
 from longspan.state import Form, Pair, Transition
 
 
@@ -95,7 +94,8 @@ class Chain(Carrier):
 
     name: of the topology, for the count of messages. num_blocks: of value columns. state_dtype: states are rounded to it for the
     wire; None sends them as they are. cuts: as `chain_of` takes them. codec: what states are coded by, in place of state_dtype, and
-    codec_inside between ranks of a node of `ranks_per_node`; None is none.
+    codec_inside between ranks of a node of `ranks_per_node`; None is none. codec_to: what they are coded by from and to the ranks
+    before and after this one, in place of both.
     """
 
     name: str
@@ -105,6 +105,7 @@ class Chain(Carrier):
     codec: Codec | None = None
     codec_inside: Codec | None = None
     ranks_per_node: int = 1
+    codec_to: tuple[tuple[int, Codec | None], ...] = ()
 
     def start(self, pair: Pair, layout: SequenceLayout) -> Handle:
         parameter = pair.transition.parameter
@@ -207,6 +208,7 @@ class Passage:
         self._rank, self._ranks_per_node = rank, chain.ranks_per_node
         self._between = Wire(chain.state_dtype, chain.codec, phase, "between nodes")
         self._inside = Wire(chain.state_dtype, chain.codec_inside, phase, "inside a node")
+        self._to = {other: Wire(None, codec, phase, f"to rank {other}") for other, codec in chain.codec_to}
         self._states, self._transition, self._mailbox = states, transition, mailbox
         self._incoming = states.new_zeros(states.shape)
         size = states.shape[-1]
@@ -260,6 +262,8 @@ class Passage:
 
     def _wire_to(self, other: int) -> Wire:
         """How states travel from or to another rank, the same on both sides."""
+        if self._to:
+            return self._to[other]
         size = self._ranks_per_node
         return self._inside if self._rank // size == other // size else self._between
 
@@ -282,70 +286,3 @@ class Passage:
             else:
                 state = self._transition[row].apply(state) + written
         return state
-
-
-def chain_cost(
-    problem: Problem, cluster: Cluster, num_blocks: int, wire_inside: WireFormat | None = None
-) -> DirectionCost:
-    """The cost of one direction of a chain in M blocks of value columns; both directions cost the same.
-
-    Each segment's owner sends n or fewer states and no transition. A chain of h messages crosses every boundary between segments
-    of different ranks: h = P − 1 contiguous, 2P − 2 zigzag, which turns at the last rank; h is shorter where documents cut it. The
-    first block takes h hops of |U| / M, and folds at each segment that it passes: f = h + n − 2 of them (n P − 2 for one document),
-    as the first segment has nothing to fold and the last one nothing to send. The other M − 1 blocks follow. Each comes later
-    than the one before it by the time that the busiest rank takes for a block, while all ranks are at work.
-
-        seconds = Σ_hops (latency + |U| / M bandwidth) + f · fold(R / M) + (M − 1) · n · (gap + |U| / M bandwidth + fold(R / M))
-
-    steps = h − 1 + M. Blocks are as large as the largest: ⌈V / M⌉ of V columns. A codec's time comes on top of each fold's.
-
-    problem: with states as they travel between nodes. wire_inside: how they travel inside a node.
-    """
-    num_blocks = min(num_blocks, problem.value_size)
-    columns = -(-problem.value_size // num_blocks)
-    share = columns / problem.value_size
-    between, inside = (_message(each, columns, cluster) for each in (problem, replace(problem, wire=wire_inside)))
-    size = problem.fold_size(problem.num_rows * share)
-    folds = max(0, problem.chain + problem.segments_per_rank - 2)
-    leaving = _between_nodes(problem, cluster)
-    seconds = cluster.hops(problem.chain, leaving, between.num_bytes, folds, size, inside.num_bytes)
-    seconds += leaving * between.coding + (problem.chain - leaving) * inside.coding
-    following = cluster.follow(between.num_bytes, size, inside.num_bytes) + max(between.coding, inside.coding)
-    seconds += (num_blocks - 1) * problem.segments_per_rank * following
-    messages = messages_of_chain(problem)
-    # Of the rank that sends most, between nodes if there are several.
-    outermost = problem if cluster.num_nodes > 1 else replace(problem, wire=wire_inside)
-    sent = messages * problem.num_rows * _bytes_of_blocks(outermost, num_blocks)
-    return DirectionCost(seconds, 0.0, sent, messages * num_blocks, problem.chain - 1 + num_blocks)
-
-
-@dataclass(frozen=True)
-class _Message:
-    """One block of a state on the wire: its bytes, and seconds to encode and decode it."""
-
-    num_bytes: int
-    coding: float
-
-
-def _message(problem: Problem, columns: int, cluster: Cluster) -> _Message:
-    share = columns / problem.value_size
-    coding = cluster.coding(problem.coding_bytes(problem.num_rows * share), at_once=False)
-    return _Message(problem.num_rows * problem.row_bytes(columns), coding)
-
-
-def _bytes_of_blocks(problem: Problem, num_blocks: int) -> int:
-    """Of one row of a state in blocks of value columns as even as may be."""
-    size = problem.value_size
-    edges = [size * block // num_blocks for block in range(num_blocks + 1)]
-    return sum(problem.row_bytes(stop - start) for start, stop in pairwise(edges))
-
-
-def messages_of_chain(problem: Problem) -> int:
-    """Messages of the rank that sends most: one per segment. Of two ranks in zigzag order, each has one segment that sends none."""
-    return problem.segments_per_rank if problem.num_ranks > 2 else 1
-
-
-def _between_nodes(problem: Problem, cluster: Cluster) -> int:
-    """How many messages of the longest chain leave their node."""
-    whole = problem.segments_per_rank * (cluster.num_nodes - 1)
-    return min(whole, -(-problem.chain // cluster.ranks_per_node))

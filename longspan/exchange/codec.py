@@ -107,7 +107,14 @@ class Int8(_Scaled):
 
     @property
     def format(self) -> WireFormat:
-        return WireFormat("int8", 1, sqrt(self.block) / (2 * _LARGEST_INT8), self.block, passes=_PASSES["int8"])
+        return WireFormat(
+            "int8",
+            1,
+            sqrt(self.block) / (2 * _LARGEST_INT8),
+            self.block,
+            passes=_PASSES["int8"],
+            starts=_STARTS["int8"],
+        )
 
     @property
     def _largest(self) -> float:
@@ -130,7 +137,9 @@ class Float8(_Scaled):
     @property
     def format(self) -> WireFormat:
         smallest = sqrt(self.block) * 2.0**-10 / _LARGEST_FLOAT8
-        return WireFormat("float8", 1, _FLOAT8_ERROR + smallest, self.block, passes=_PASSES["float8"])
+        return WireFormat(
+            "float8", 1, _FLOAT8_ERROR + smallest, self.block, passes=_PASSES["float8"], starts=_STARTS["float8"]
+        )
 
     @property
     def _largest(self) -> float:
@@ -141,6 +150,21 @@ class Float8(_Scaled):
 
     def _widened(self, rows: Tensor) -> Tensor:
         return rows.view(torch.float8_e4m3fn).float()
+
+
+@dataclass(frozen=True)
+class BFloat16(Codec):
+    """Numbers rounded to bfloat16, as a topology's ``state_dtype=torch.bfloat16`` does for all links at once: for some of them."""
+
+    @property
+    def format(self) -> WireFormat:
+        return WireFormat("bfloat16", 2, BFLOAT16_ERROR, passes=_PASSES["bfloat16"], starts=_STARTS["bfloat16"])
+
+    def encode(self, x: Tensor) -> list[Tensor]:
+        return [x.bfloat16()]
+
+    def decode(self, rows: Tensor, num_heads: int, numbers: int) -> Tensor:
+        return _as(rows, torch.bfloat16).float().unflatten(1, (num_heads, numbers))
 
 
 class ErrorFeedback:
@@ -197,7 +221,7 @@ class TopK(Codec):
         worst = sqrt(1.0 - self.fraction) + BFLOAT16_ERROR
         # A fraction of one sends all numbers with their places.
         kept = min(self.fraction, 1.0 - 2.0**-40)
-        return WireFormat("top_k", 2, worst, kept=kept, passes=_PASSES["top_k"])
+        return WireFormat("top_k", 2, worst, kept=kept, passes=_PASSES["top_k"], starts=_STARTS["top_k"])
 
     def encode(self, x: Tensor) -> list[Tensor]:
         numbers = x.shape[-1]
@@ -221,8 +245,10 @@ class TopK(Codec):
         return replace(self, feedback=self.remembers_errors)
 
 
-# Encoding and decoding states of 16 heads of 128 x 128 took one thread so many times as long as the stated figures give a fold.
-_PASSES = {"int8": 4.0, "float8": 6.0, "top_k": 7.0}
+# Encoding and decoding states of 16 heads of 128 x 128 took one thread so many times as long as the stated figures give a fold of
+# them, and states of a few numbers so many times as long as those give the smallest fold.
+_PASSES = {"bfloat16": 1.0, "int8": 4.0, "float8": 6.0, "top_k": 7.0}
+_STARTS = {"bfloat16": 1.5, "int8": 6.0, "float8": 6.0, "top_k": 5.0}
 
 CODECS: dict[str, type[Codec]] = {"int8": Int8, "float8": Float8, "top_k": TopK}
 
@@ -244,8 +270,8 @@ def codec_named(codec: Codec | str | None) -> Codec | None:
     return CODECS[name]()
 
 
-def codecs_within(max_relative_error: object) -> list[Codec | torch.dtype]:
-    """What may carry states with at most so large an error of one passage: codecs, and bfloat16 as a dtype.
+def codecs_within(max_relative_error: object) -> list[Codec]:
+    """What may carry states with at most so large an error of one passage, bfloat16 first.
 
     Raises:
         InputError: for what is no number, and for an error that nothing keeps to; it says the least that is kept to.
@@ -261,7 +287,7 @@ def codecs_within(max_relative_error: object) -> list[Codec | torch.dtype]:
             f"max_relative_error is {bound:g}, and no codec keeps to it: the least that is kept to is {BFLOAT16_ERROR:.4g}, by "
             "bfloat16. Give at least as much, or leave it out to send states as they are"
         )
-    found: list[Codec | torch.dtype] = [torch.bfloat16]
+    found: list[Codec] = [BFloat16()]
     block = 128
     while block >= _SMALLEST_BLOCK and Int8(block).format.worst_error > bound:
         block //= 2

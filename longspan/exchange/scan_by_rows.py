@@ -40,9 +40,9 @@ def known_rows(parameter: Tensor, num_batch_rows: int) -> Tensor:
 def pair_of_rows(pair: Pair) -> Pair:
     """A pair with states ``[n, B, H, K, V]`` as one with states ``[n, 1, B · H, K, V]``."""
     states, transition = as_rows(pair.state), pair.transition
-    if transition.is_known:
-        return Pair(type(transition)(known_rows(transition.parameter, pair.state.shape[1])), states)
     form = transition.form.repeated(pair.state.shape[1])
+    if transition.is_known:
+        return Pair(form(known_rows(transition.parameter, pair.state.shape[1])), states)
     return Pair(form(transition.parameter.reshape(transition.parameter_shape(states.shape))), states)
 
 

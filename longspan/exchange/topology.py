@@ -14,12 +14,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from longspan.checks import described
 from longspan.errors import InputError
 from longspan.exchange.codec import Codec, codec_named
 from longspan.exchange.problem import problem_of, stated_cluster_of
 from longspan.exchange.wire import Wire
 from longspan.layout import SequenceLayout
-from longspan.plan import Cluster, Cost, DirectionCost, Problem
+from longspan.plan import Cluster, Cost, DirectionCost, Problem, WireFormat
 from longspan.state import Form, Pair
 
 
@@ -111,30 +112,73 @@ class Topology(Exchanger):
             or its name (``"int8"``, ``"float8"``, ``"top_k"``). Sums stay float32, and transitions travel in float32. None is none.
         codec_inside: the same between ranks of a node, where an exchange tells these links from others (`Ring`, `Pipelined`,
             `Neighbour`, `TwoLevel`); ``"same"`` is `codec`.
+        codec_of_hops: of a chain (`Ring`, `Pipelined`, `Neighbour`), in place of all of these, a codec, its name or None for each
+            hop: P − 1 of them, the i-th between the i-th and the next of the layout's `rank_order`, both ways. None is one for all.
 
     Raises:
-        InputError: for a value out of range, or both a dtype and a codec; at the exchange, for a codec with float64 states.
+        InputError: for a value out of range, more than one of a dtype, a codec and codecs of hops, and codecs of hops for what is
+            no chain; at the exchange, for a codec with float64 states, and for another number of hops than the ranks have.
     """
 
     state_dtype: torch.dtype | None = None
     codec: Codec | str | None = field(default=None, kw_only=True)
     codec_inside: Codec | str | None = field(default=SAME, kw_only=True)
+    codec_of_hops: tuple[Codec | str | None, ...] | None = field(default=None, kw_only=True)
 
     name: ClassVar[str]
     """What users call it; see docs/exchange.md."""
     tells_links_apart: ClassVar[bool] = False
     """Whether links inside a node may have a codec of their own."""
+    is_chain: ClassVar[bool] = False
+    """Whether states go from rank to next rank, so that each of these links may have a codec of its own."""
 
     def __post_init__(self) -> None:
         check_state_dtype(self.state_dtype)
         object.__setattr__(self, "codec", codec_named(self.codec))
         inside = self.codec if self.codec_inside == SAME else codec_named(self.codec_inside)
         object.__setattr__(self, "codec_inside", inside)
+        if self.codec_of_hops is not None:
+            self._take_codecs_of_hops(self.codec_of_hops)
         if self.state_dtype is not None and (self.codec or inside) is not None:
             raise InputError(
                 f"{type(self).__name__} takes a state_dtype or a codec for states on the wire, and got both {self.state_dtype} and "
                 f"{self.codec or inside}. Leave one of them out"
             )
+
+    def _take_codecs_of_hops(self, given: object) -> None:
+        name = type(self).__name__
+        if not self.is_chain:
+            raise InputError(
+                f"{name} takes no codec_of_hops: its states go from every rank to others in one format. Give it a codec, or take "
+                "Ring, Pipelined or Neighbour"
+            )
+        if not isinstance(given, tuple | list):
+            raise InputError(
+                f"{name}: codec_of_hops must hold a codec, its name or None for each hop from rank to next rank; got "
+                f"{described(given)}. Give (None, 'int8', None) to code what goes over the second of three"
+            )
+        one_for_all = (self.state_dtype, self.codec, self.codec_inside)
+        if any(each is not None for each in one_for_all):
+            raise InputError(
+                f"{name} takes codec_of_hops or one way for all of them, and got both {given} and "
+                f"{next(each for each in one_for_all if each is not None)}. Leave one of them out"
+            )
+        object.__setattr__(self, "codec_of_hops", tuple(codec_named(codec) for codec in given))
+
+    def check_num_hops(self, num_ranks: int) -> None:
+        """Raise InputError for another number of codecs of hops than `num_ranks` ranks have hops."""
+        if self.codec_of_hops is not None and len(self.codec_of_hops) != num_ranks - 1:
+            raise InputError(
+                f"{type(self).__name__}: codec_of_hops has {len(self.codec_of_hops)} entries for the {num_ranks - 1} hops between "
+                f"{num_ranks} ranks. Give one for each, None where states go as they are"
+            )
+
+    @property
+    def wires_of_hops(self) -> tuple[WireFormat | None, ...] | None:
+        """How states travel over each hop; None where hops have no codecs of their own."""
+        if self.codec_of_hops is None:
+            return None
+        return tuple(codec.format if isinstance(codec, Codec) else None for codec in self.codec_of_hops)
 
     @property
     def label(self) -> str:
@@ -144,7 +188,8 @@ class Topology(Exchanger):
 
     @property
     def _codecs(self) -> list[Codec]:
-        return [codec for codec in (self.codec, self.codec_inside) if isinstance(codec, Codec)]
+        codecs = (self.codec, self.codec_inside, *(self.codec_of_hops or ()))
+        return [codec for codec in codecs if isinstance(codec, Codec)]
 
     def wire(self, phase: str, inside: bool = False) -> Wire:
         """How states travel in one direction of an exchange: between nodes, or everywhere; or inside a node."""
@@ -161,7 +206,10 @@ class Topology(Exchanger):
         inside = codec
         if self.codec_inside is not self.codec:
             inside = self.codec_inside.for_another_layer() if isinstance(self.codec_inside, Codec) else None
-        return replace(self, codec=codec, codec_inside=inside)
+        hops = self.codec_of_hops
+        if hops is not None:
+            hops = tuple(each.for_another_layer() if isinstance(each, Codec) else None for each in hops)
+        return replace(self, codec=codec, codec_inside=inside, codec_of_hops=hops)
 
     def serves(self, pair: Pair, layout: SequenceLayout, cluster: Cluster) -> bool:
         """Whether a choice may take it: whether it can carry this exchange out, and is meant for such a cluster.
@@ -175,6 +223,7 @@ class Topology(Exchanger):
         return self
 
     def resolve(self, pair: Pair, layout: SequenceLayout) -> Carrier:
+        self.check_num_hops(layout.num_ranks)
         for codec in self._codecs:
             check_states_to_code(codec, pair)
         return self.carrier(pair, layout)
@@ -201,13 +250,14 @@ class Topology(Exchanger):
             cluster: machines.
 
         Raises:
-            InputError: where problem and cluster have different numbers of ranks.
+            InputError: where problem and cluster, or codecs of hops, are of different numbers of ranks.
         """
         if problem.num_ranks != cluster.num_ranks:
             raise InputError(
                 f"the problem has {problem.num_ranks} ranks and the cluster {cluster.num_ranks}: take "
                 "cluster.with_ranks(problem.num_ranks), or measure the group in question"
             )
+        self.check_num_hops(problem.num_ranks)
         problem = self.on_wire(problem)
         forward, backward = (self.direction_cost(problem, cluster, backward) for backward in (False, True))
         return Cost(self.name, forward, backward)

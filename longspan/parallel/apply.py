@@ -20,6 +20,7 @@ from longspan.checks import described
 from longspan.comm.traffic import note_collective, waiting
 from longspan.errors import InputError
 from longspan.exchange import Exchanger, exchange_named
+from longspan.exchange.auto.order import RankOrderOption
 from longspan.layout import Order, SequenceLayout
 from longspan.models.linear_llama3 import LinearLlama3
 from longspan.models.mixers import ParallelOptions, SequenceMixer, SequenceParallel
@@ -42,6 +43,7 @@ def parallelize(
     mesh_or_group: dist.ProcessGroup | DeviceMesh | None,
     *,
     order: Order | None = None,
+    rank_order: RankOrderOption | None = None,
     exchange: str | Exchanger = "auto",
     softmax_method: SoftmaxMethod = "auto",
     loss_ranks: dist.ProcessGroup | DeviceMesh | None = None,
@@ -58,6 +60,9 @@ def parallelize(
         mesh_or_group: process group or DeviceMesh (such as ``mesh["sp"]``), as in `SequenceLayout`; None is the default group.
         order: Transformers only: which tokens of a sequence a rank takes, as in `SequenceLayout`. If not said, ``"zigzag"``, which
             balances softmax layers, or ``"contiguous"`` for a model that has none.
+        rank_order: Transformers only: in which order ranks hold a sequence, as in `SequenceLayout`; or ``"measured"``: in that of
+            their links, which are measured now (`longspan.exchange.measured_rank_order`; every rank calls this then). If not said,
+            in that of their numbers.
         exchange: how linear layers exchange their states, as in the operators.
         softmax_method: how softmax layers exchange keys and values, as in `softmax_attention`.
         loss_ranks: of a model with experts: the ranks whose shares of a loss are added, data × sequence (``mesh["world"]`` of a
@@ -77,7 +82,8 @@ def parallelize(
         InputError: for a model that has no such mixer and no adapter, a layer of Transformers that is not known, a name that is not
             an exchange or a method, an option that does not concern the model, or a model with experts in a group that is not all
             ranks, where nothing is said of the others.
-        LayoutError: for a group that this rank is not in, or a mesh that is not one of sequence-parallel ranks.
+        LayoutError: for a group that this rank is not in, a mesh that is not one of sequence-parallel ranks, or a rank_order that
+            does not hold each rank once.
     """
     if not isinstance(model, nn.Module):
         raise InputError(
@@ -104,8 +110,10 @@ def parallelize(
     if adapter is None and not mixers and _is_transformers_model(model):
         from longspan.integrations.transformers.model import parallelize_pretrained
 
-        return parallelize_pretrained(model, options, place, order=order, loss=loss or "mean", verify=verify)
-    for name, given in (("order", order), ("loss", loss), ("verify", verify or None)):
+        return parallelize_pretrained(
+            model, options, place, order=order, rank_order=rank_order, loss=loss or "mean", verify=verify
+        )
+    for name, given in (("order", order), ("rank_order", rank_order), ("loss", loss), ("verify", verify or None)):
         if given is not None:
             raise InputError(
                 f"parallelize(): {name}={given!r} concerns models of Hugging Face Transformers, which are called with whole "

@@ -5,11 +5,12 @@ Plain arithmetic on the host: nothing here measures or sends anything. Each topo
 cluster given by numbers. The formulas, and what they leave out, stand in docs/exchange.md.
 """
 
-from longspan.plan.cluster import Cluster, Link, gpu_cluster, stated_cluster
+from longspan.plan.cluster import Cluster, Link
 from longspan.plan.cost import Cost, DirectionCost
 from longspan.plan.links import LinkMatrix, chain_order
 from longspan.plan.problem import Problem, longest_chain
 from longspan.plan.schedule import Reading, overlap_pays
+from longspan.plan.stated import gpu_cluster, stated_cluster
 from longspan.plan.wire import WireFormat
 
 __all__ = [

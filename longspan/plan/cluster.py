@@ -67,7 +67,8 @@ class Cluster:
     gather: a step of an all-gather of all ranks, as measured; None takes the links. swap: an all-to-all of all ranks, its latency
         that of the whole, its bandwidth that of a rank's bytes for others; None takes the links.
     links: what lies between every two ranks, in the order in which they hold the sequence; None is the same between all (`intra`
-        and `inter`). It decides on chains, on steps of an all-gather and on all-to-alls, each as fast as its slowest link allows.
+        and `inter`). It decides on chains, on steps of an all-gather and on all-to-alls, each as fast as its slowest link allows;
+        where ranks of a node share their links, as long as `sharing` says when all send at once.
     hop: seconds of one hop of a chain, message and fold, however small the state; block: by how much small blocks follow each other
         at least. As measured; None takes the links and fold_latency.
 
@@ -140,17 +141,43 @@ class Cluster:
         """Seconds of a message from each rank to the next, the slower way of the two."""
         assert self.links is not None
         own = num_bytes if bytes_inside is None else bytes_inside
-        seconds = []
-        for rank in range(self.num_ranks - 1):
-            size = own if (rank + 1) % self.ranks_per_node else num_bytes
-            seconds.append(max(self.links.seconds(rank, rank + 1, size), self.links.seconds(rank + 1, rank, size)))
-        return seconds
+        return [
+            self.hop_seconds(rank, own if (rank + 1) % self.ranks_per_node else num_bytes)
+            for rank in range(self.num_ranks - 1)
+        ]
 
-    def _to_all(self, links: LinkMatrix, rank: int, num_bytes: float) -> float:
-        """Seconds for a rank to send so many bytes to each other one: one after another, and the longest way of a message."""
-        others = [other for other in range(self.num_ranks) if other != rank]
-        latency = max(links.latency[rank][other] for other in others)
-        return latency + sum(num_bytes / links.bandwidth[rank][other] for other in others)
+    def hop_seconds(self, place: int, num_bytes: float, at_once: bool = False) -> float:
+        """Seconds of a message between the rank at a place and the next, the slower way; `at_once`: while all ranks send."""
+        if self.links is not None:
+            ways = (place, place + 1), (place + 1, place)
+            # What a rank takes to pass a message on was measured with a fold, over a link of the slowest kind.
+            passing = 0.0 if self.hop is None else max(0.0, self.hop - self.slowest.latency - self.fold_latency)
+            return passing + max(self.links.seconds(*way, num_bytes) for way in ways)
+        if (place + 1) % self.ranks_per_node:
+            return self.intra.seconds(num_bytes, at_once)
+        # One rank of each node sends out of it.
+        return self.inter.seconds(num_bytes, at_once and self.ranks_per_node == 1)
+
+    def along(self, hops: Sequence[float], num_messages: int) -> float:
+        """Seconds of messages one after the other, given those of each hop.
+
+        In zigzag order a chain takes each hop there and back. Of a chain that documents cut, the slowest hops are counted.
+        """
+        rounds, rest = divmod(num_messages, len(hops))
+        return rounds * sum(hops) + sum(sorted(hops)[len(hops) - rest :])
+
+    def _each_to_all(self, members: Sequence[int], num_bytes: float) -> float:
+        """Seconds until each of some ranks has sent so many bytes to each other one of them, by the matrix of links.
+
+        One after another, and the longest way of a message.
+        """
+        assert self.links is not None
+        latency, bandwidth = self.links.latency, self.links.bandwidth
+        return max(
+            max(latency[rank][other] for other in members if other != rank)
+            + sum(num_bytes / bandwidth[rank][other] for other in members if other != rank)
+            for rank in members
+        )
 
     def hops(
         self,
@@ -168,9 +195,7 @@ class Cluster:
         """
         if self.links is not None:
             hops = self._hops(num_bytes, bytes_inside)
-            # In zigzag order a chain takes each hop there and back. Of a chain that documents cut, the slowest hops.
-            rounds, rest = divmod(num_messages, len(hops))
-            return rounds * sum(hops) + sum(sorted(hops)[len(hops) - rest :]) + folds * self.fold(size, at_once=False)
+            return self.along(hops, num_messages) + folds * self.fold(size, at_once=False)
         inside = num_messages - between_nodes
         own = num_bytes if bytes_inside is None else bytes_inside
         seconds = inside * self.intra.seconds(own) + between_nodes * self.inter.seconds(num_bytes)
@@ -180,13 +205,21 @@ class Cluster:
             seconds += num_messages * self.hop - links
         return seconds
 
+    def pace(self, place: int, num_bytes: float, size: tuple[float, float]) -> float:
+        """`follow` for the blocks that one hop lets through, sent on by all ranks at once and folded."""
+        carried = self.hop_seconds(place, num_bytes, at_once=True) - self.hop_seconds(place, 0.0, at_once=True)
+        return self._between_blocks(carried + self.fold(size, at_once=True))
+
     def follow(self, num_bytes: float, size: tuple[float, float], bytes_inside: float | None = None) -> float:
         """Seconds by which blocks of a chain follow each other, each sent on by all ranks at once and folded."""
-        fold = self.fold(size, at_once=True)
         carried = self.to_next(num_bytes, bytes_inside=bytes_inside) - self.to_next(0.0)
+        return self._between_blocks(carried + self.fold(size, at_once=True))
+
+    def _between_blocks(self, seconds: float) -> float:
+        """Seconds from block to block that take so long to be carried and folded: with a gap, or with what was measured."""
         if self.block is not None:
-            return self.block + carried + fold - self.fold((0.0, 0.0), at_once=True)
-        return (self.inter.gap if self.num_nodes > 1 else self.intra.gap) + carried + fold
+            return self.block + seconds - self.fold((0.0, 0.0), at_once=True)
+        return self.slowest.gap + seconds
 
     def to_next(self, num_bytes: float, num_messages: int = 1, bytes_inside: float | None = None) -> float:
         """Seconds for all ranks to send to the next rank at once; one rank of each node sends out of it."""
@@ -214,17 +247,34 @@ class Cluster:
         if self.swap is not None:
             return self.swap.seconds(num_bytes)
         if self.links is not None:
-            part = num_bytes / (self.num_ranks - 1)
-            return max(self._to_all(self.links, rank, part) for rank in range(self.num_ranks))
+            return self._each_to_all(range(self.num_ranks), num_bytes / (self.num_ranks - 1))
         inside, outside, others = self.ranks_per_node - 1, self.num_ranks - self.ranks_per_node, self.num_ranks - 1
         return max(
             self.intra.seconds(num_bytes * inside / others, True, inside) if inside else 0.0,
             self.inter.seconds(num_bytes * outside / others, True, outside) if outside else 0.0,
         )
 
-    def coding(self, num_bytes: float, at_once: bool) -> float:
-        """Seconds to encode and decode states, as `Problem.coding_bytes` counts them; `at_once`: all ranks do."""
-        return num_bytes / self.fold_bandwidth * (self.fold_sharing if at_once else 1.0)
+    def all_to_all_inside(self, num_bytes: float) -> float:
+        """`all_to_all` for the ranks of each node among themselves; nodes have several."""
+        size = self.ranks_per_node
+        if self.links is None:
+            return self.intra.seconds(num_bytes, True, size - 1)
+        part = num_bytes * self.intra.sharing / (size - 1)
+        return max(self._each_to_all(range(first, first + size), part) for first in range(0, self.num_ranks, size))
+
+    def all_to_all_of_rails(self, num_bytes: float) -> float:
+        """`all_to_all` for the ranks of the same place in all of several nodes among themselves, for all places at once."""
+        nodes, size = self.num_nodes, self.ranks_per_node
+        if self.links is None:
+            return self.inter.seconds(num_bytes, True, nodes - 1)
+        part = num_bytes * self.inter.sharing / (nodes - 1)
+        return max(self._each_to_all(range(place, self.num_ranks, size), part) for place in range(size))
+
+    def coding(self, size: tuple[float, float], at_once: bool) -> float:
+        """Seconds to encode and decode states of `Problem.coding_size`; `at_once`: all ranks do."""
+        starts, num_bytes = size
+        alone = starts * self.fold_latency + num_bytes / self.fold_bandwidth
+        return alone * (self.fold_sharing if at_once else 1.0)
 
     def fold(self, size: tuple[float, float], at_once: bool) -> float:
         """Seconds for one fold of (bytes of states, operations of matrix products); `at_once`: all ranks fold."""
@@ -246,41 +296,3 @@ class Cluster:
             f"a fold: {self.fold_latency * 1e6:.0f} µs, {self.fold_bandwidth / 1e6:,.0f} MB/s, "
             f"products {self.matmul_rate / 1e9:,.0f} GFLOP/s{sharing}"
         )
-
-
-def gpu_cluster(num_ranks: int, ranks_per_node: int = 8) -> Cluster:
-    """A cluster of round numbers for planning: nodes with a fast switch inside and one 400 Gbit/s card per rank between them.
-
-    They are assumptions, not measurements; replace what is known better.
-    """
-    return Cluster(
-        num_ranks,
-        min(ranks_per_node, num_ranks),
-        intra=Link(latency=5e-6, bandwidth=300e9, gap=2e-6),
-        inter=Link(latency=15e-6, bandwidth=45e9, gap=2e-6),
-        fold_latency=10e-6,
-        fold_bandwidth=500e9,
-        matmul_rate=20e12,
-        attention_rate=400e12,
-        rings=min(ranks_per_node, num_ranks),
-    )
-
-
-def stated_cluster(device_type: str, num_ranks: int, ranks_per_node: int) -> Cluster:
-    """The figures that decide where nobody measured: the same for the same numbers of ranks, whatever the machine does.
-
-    On CPUs the links are gloo's: inside a node as measured on loopback with two cores, between nodes an Ethernet of 1 Gbit/s. On
-    GPUs they are those of `gpu_cluster`. A choice among topologies takes them; measure (``Auto(measure=True)``) where they are far
-    from the machines at hand.
-    """
-    if device_type != "cpu":
-        return gpu_cluster(num_ranks, ranks_per_node)
-    return Cluster(
-        num_ranks,
-        ranks_per_node,
-        intra=Link(latency=200e-6, bandwidth=1.5e9, gap=50e-6),
-        inter=Link(latency=200e-6, bandwidth=120e6, gap=50e-6, sharing=float(ranks_per_node)),
-        fold_latency=20e-6,
-        fold_bandwidth=2.5e9,
-        matmul_rate=40e9,
-    )

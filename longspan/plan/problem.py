@@ -96,11 +96,15 @@ class Problem:
         numbers = self.key_size * columns
         return numbers * self.state_bytes if self.wire is None else self.wire.row_bytes(numbers)
 
-    def coding_bytes(self, num_rows: float) -> float:
-        """What coding and decoding `num_rows` rows of a state takes, in bytes of states that a fold would go through meanwhile."""
+    def coding_size(self, num_rows: float, times: float = 1.0, messages: float = 1.0) -> tuple[float, float]:
+        """What it takes to encode and decode `num_rows` rows of a state so many times, in so many messages.
+
+        (folds that are as small as can be, bytes of states that folds would go through meanwhile).
+        """
         if self.wire is None:
-            return 0.0
-        return self.wire.passes * num_rows * self.key_size * self.value_size * self.number_bytes
+            return 0.0, 0.0
+        numbers = times * num_rows * self.key_size * self.value_size
+        return self.wire.starts * messages, self.wire.passes * numbers * self.number_bytes
 
     @property
     def row_transition(self) -> int:

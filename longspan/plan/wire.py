@@ -23,6 +23,7 @@ class WireFormat:
     block: how many numbers share a scale of 4 bytes; 0 where there are no scales.
     kept: which share of the numbers is sent, each with its place; 1 where all are.
     passes: how many times as long as a fold of the same numbers, by its bandwidth, it takes to encode and decode them.
+    starts: how many times as long as a fold, by its latency, that takes however few numbers a message has.
     """
 
     name: str
@@ -31,6 +32,7 @@ class WireFormat:
     block: int = 0
     kept: float = 1.0
     passes: float = 1.0
+    starts: float = 0.0
 
     def num_kept(self, numbers: int) -> int:
         """How many of a head's numbers are sent."""

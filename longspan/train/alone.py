@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from longspan.data.packing import Sequences
-from longspan.launch import Place
+from longspan.launch import Place, how_it_ended
 from longspan.layout import SequenceLayout
 from longspan.train import config as configs
 from longspan.train.loss import forward_backward
@@ -44,7 +44,7 @@ def measure_alone(trainer: Trainer) -> Alone | None:
     It has the threads, or the GPU, of one rank, and the model's initial weights, and computes as the run does: in the same dtype,
     with the same recomputation and segments of time, compiled or not. Its tokens are random, its documents those of the first
     batch. To be called on rank 0 alone. None where `run.measure_alone` is False, where the ranks share no sequence, where one
-    process is not asked for as many tokens (`train.check_tokens`), or where the process fails.
+    process is not asked for as many tokens (`train.check_tokens`), or where the process fails, of which the run says why.
     """
     config, ranks = trainer.config, trainer.ranks
     if not config.run.measure_alone:
@@ -61,18 +61,26 @@ def measure_alone(trainer: Trainer) -> Alone | None:
         "threads": torch.get_num_threads(),
         "device": str(ranks.device),
     }
+    seconds = config.parallel.timeout_seconds / 2
     try:
         done = subprocess.run(
             [sys.executable, "-m", "longspan.train.alone"],
             input=json.dumps(told),
             capture_output=True,
             text=True,
-            timeout=config.parallel.timeout_seconds / 2,
+            timeout=seconds,
         )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    # The last line: what a library says on the way is no part of it.
-    return Alone(**json.loads(done.stdout.splitlines()[-1])) if done.returncode == 0 else None
+    except subprocess.TimeoutExpired:
+        failure = f"took longer than {seconds:g} s, half of parallel.timeout_seconds"
+    except OSError as error:
+        failure = f"could not be started: {error}"
+    else:
+        if done.returncode == 0:
+            # The last line: what a library says on the way is no part of it.
+            return Alone(**json.loads(done.stdout.splitlines()[-1]))
+        failure = ": ".join([how_it_ended(done.returncode), *done.stderr.splitlines()[-1:]])
+    trainer.report.heading("alone", f"one process that was to take whole sequences {failure}")
+    return None
 
 
 def take_steps(told: dict[str, Any]) -> Alone:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,12 +80,17 @@ def measures_speed(config: Config, ranks: Ranks) -> bool:
 
 
 def measured_balance(
-    config: Config, vocab_size: int, ranks: Ranks, tokens_by_document_length: np.ndarray | None = None
+    config: Config,
+    vocab_size: int,
+    ranks: Ranks,
+    tokens_by_document_length: np.ndarray | None = None,
+    orders: Sequence[Sequence[int] | None] | None = None,
 ) -> Balance:
     """Measure all ranks, in a second or two; the same on every rank, which all call this together.
 
     tokens_by_document_length: of a typical step, as `Batches.tokens_by_document_length`; None takes every sequence for one
-    document.
+    document. orders: of each group of ranks, in which they hold the sequence, as `longspan.train.order.RankOrder` has them; None is
+    that of their numbers.
     """
     model = config.model.build(vocab_size)
     own = measured_speed(model, config, ranks)
@@ -93,9 +98,12 @@ def measured_balance(
     operations = operations_of_documents(model, config, tokens_by_document_length)
     grows = config.parallel.order == "contiguous" and model.window is None and _is_one_document(config)
     groups = []
-    for members in ranks.degrees.groups("sp"):
-        seconds = [_seconds_of(operations, speeds[member]) for member in members]
-        groups.append(balanced_shares(seconds, grows=grows))
+    members_of = ranks.degrees.groups("sp")
+    for members, given in zip(members_of, orders or [None] * len(members_of), strict=True):
+        order: Sequence[int] = range(len(members)) if given is None else given
+        shares = balanced_shares([_seconds_of(operations, speeds[members[rank]]) for rank in order], grows=grows)
+        of_ranks = dict(zip(order, shares, strict=True))
+        groups.append(tuple(of_ranks[rank] for rank in range(len(members))))
     return Balance(tuple(groups), tuple(speeds))
 
 

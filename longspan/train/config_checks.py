@@ -7,11 +7,14 @@ import math
 from dataclasses import fields
 from typing import Any
 
+from longspan.attention.softmax.checks import check_heads_of_ulysses
 from longspan.data.recipe import ASKED_FOR
-from longspan.errors import ConfigError
+from longspan.errors import ConfigError, InputError
 from longspan.parallel import MeshDegrees
 from longspan.train.config import Config, DataConfig, flatten
 from longspan.train.data import recall_task
+
+_YEAR = 31_536_000
 
 
 def check(config: Config) -> None:
@@ -37,9 +40,18 @@ def check(config: Config) -> None:
         value = flatten(config)[key]
         if not value > 0.0:
             raise ConfigError(f"{key} is {value}; it must be greater than 0")
+    if config.parallel.timeout_seconds > _YEAR:
+        raise ConfigError(
+            f"parallel.timeout_seconds is {config.parallel.timeout_seconds}; it must be at most {_YEAR}, a year"
+        )
     _check_task(config)
     _check_data(config.data)
-    config.model.build(vocab_size=257)
+    model = config.model.build(vocab_size=257)
+    if config.parallel.softmax_method == "ulysses" and "softmax" in model.layer_operators:
+        try:
+            check_heads_of_ulysses(model.num_heads, config.parallel.sp)
+        except InputError as error:
+            raise ConfigError(f"parallel.softmax_method: {error} (parallel.sp, model.num_heads)") from error
     config.parallel.build_exchange()
     if config.parallel.exchange_error_feedback and config.train.recompute == "layer":
         raise ConfigError(
@@ -50,6 +62,15 @@ def check(config: Config) -> None:
         raise ConfigError(
             f"train.deterministic is True and parallel.balance {config.parallel.balance[0]!r}: what is measured differs from run "
             "to run, and so would the sums. Give parallel.balance as numbers, such as those that a run reports, or leave it out"
+        )
+    if (
+        config.parallel.given_rank_order is None
+        and config.parallel.rank_order != ("given",)
+        and config.train.deterministic
+    ):
+        raise ConfigError(
+            f"train.deterministic is True and parallel.rank_order {config.parallel.rank_order[0]!r}: what is measured differs from "
+            "run to run, and so would the sums. Give parallel.rank_order as numbers, as those that a run reports, or leave it out"
         )
     if config.train.deterministic and config.parallel.threads not in (None, 1):
         raise ConfigError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -56,26 +56,34 @@ def open_data(config: Config, folder: RunFolder, ranks: Ranks) -> RunData:
     """
     if config.data.task == "recall":
         return _recall(config)
-    prepared = prepare_data(config, folder, ranks)
-    return ranks.together(lambda: _text(config, prepared, ranks))
+    return _text(config, prepare_data(config, folder, ranks), ranks)
 
 
 def _text(config: Config, data: PreparedData, ranks: Ranks) -> RunData:
-    batches = training_batches(config, data)
-    held_out = validation_sequences(
-        data.validation, config.train.seq_len, config.validation.sequences, ranks.sp, config.data.documents
-    )
+    batches, held_out = ranks.together(lambda: _sequences(config, data, ranks))
     token_bytes = data.tokenizer.token_bytes
+    # The counts of all shards, of which each has as many as the vocabulary: one rank reads them for all.
+    baseline = ranks.from_first(
+        lambda: asdict(unigram_baseline(data.token_counts(config.data.weights), held_out, token_bytes))
+    )
     return RunData(
         batches=batches,
         held_out=held_out,
         vocab_size=data.tokenizer.vocab_size,
         tokenizer=data.tokenizer,
         token_bytes=token_bytes,
-        baseline=unigram_baseline(data.token_counts(config.data.weights), held_out, token_bytes),
+        baseline=Evaluation(**baseline),
         baseline_name="unigram",
         fingerprint=data.fingerprint,
         describe=partial(describe_data, config, data),
+    )
+
+
+def _sequences(config: Config, data: PreparedData, ranks: Ranks) -> tuple[TrainingBatches, Sequences]:
+    """What is trained on, and what is held out."""
+    batches = training_batches(config, data)
+    return batches, validation_sequences(
+        data.validation, config.train.seq_len, config.validation.sequences, ranks.sp, config.data.documents
     )
 
 

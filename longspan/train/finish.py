@@ -14,7 +14,7 @@ from torch import Tensor
 from longspan.errors import CheckpointError, NonFiniteError
 from longspan.models import Sampling, generate
 from longspan.train.alone import gain_lines, measure_alone
-from longspan.train.metrics import Totals, plot_losses
+from longspan.train.metrics import plot_losses
 from longspan.train.run_folder import replacing
 from longspan.train.sample import WrittenText, printable, prompt_tokens
 from longspan.train.trainer import Trainer
@@ -104,15 +104,10 @@ def _summary(trainer: Trainer, seconds: float) -> dict[str, Any]:
         "memory_bytes": totals.memory_bytes,
         "seconds_in_steps": totals.seconds,
         "seconds_of_this_process": seconds,
-        "tokens_by_document_length": tokens_by_document_length(totals),
-    } | ({"balance": trainer.balance.as_json()} if any(trainer.balance.groups) else {})
-
-
-def tokens_by_document_length(totals: Totals) -> dict[str, int]:
-    """Tokens seen of documents of so many tokens, by ranges such as ``"1024-2047"``, the shortest first; none left out between."""
-    counts = totals.tokens_by_document_length
-    shortest = next((power for power, count in enumerate(counts) if count), 0)
-    return {f"{2**power}-{2 ** (power + 1) - 1}": counts[power] for power in range(shortest, len(counts))}
+        "tokens_by_document_length": totals.by_document_length,
+        **({"balance": trainer.balance.as_json()} if any(trainer.balance.groups) else {}),
+        **({"rank_order": trainer.rank_order.as_json()} if any(trainer.rank_order.groups) else {}),
+    }
 
 
 def _finite(value: float) -> float | None:

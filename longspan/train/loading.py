@@ -6,17 +6,22 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from longspan.errors import CheckpointError, ConfigError
 from longspan.train.checkpoint import WrittenFile, damaged, read_manifest, read_verified
+from longspan.train.config import Config, from_mapping
 
 if TYPE_CHECKING:
     from longspan.train.storage import SavedTensor
 
 STATE = "state.json"
+OTHER_VERSION = "Use the version of longspan that wrote them, or start a new run"
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,34 @@ class SavedCheckpoint:
     files: dict[str, WrittenFile]
     index: dict[str, SavedTensor]
     """Its tensors by ``kind/name``."""
+
+    def value(self, name: str, kind: type[Value]) -> Value:
+        """A value of the state.
+
+        Raises:
+            CheckpointError: where it is missing, or of another type.
+        """
+        value = self.state.get(name)
+        if not isinstance(value, kind):
+            raise CheckpointError(
+                f"the checkpoint of step {self.step} has {value!r} for {name}; this version expects a value of type "
+                f"{kind.__name__}. {OTHER_VERSION}"
+            )
+        return value
+
+    def config(self, folder: Path, or_else: str = "") -> Config:
+        """What the run in `folder` was told when it was saved; or_else: what its reader may do, too.
+
+        Raises:
+            CheckpointError: for a config that this version does not know.
+        """
+        try:
+            return from_mapping(self.value("config", dict))
+        except ConfigError as error:
+            raise CheckpointError(
+                f"the checkpoint of step {self.step} in {folder} has a config that this version does not know: {error}. "
+                f"Use the version of longspan that wrote it{or_else}"
+            ) from error
 
     def shapes(self, kind: str) -> dict[str, tuple[int, ...]]:
         """The whole shapes of the tensors of a kind, by name."""

@@ -50,6 +50,13 @@ class Totals:
         self.tokens_by_document_length = np.trim_zeros(counts, "b").tolist()
 
     @property
+    def by_document_length(self) -> dict[str, int]:
+        """Tokens seen of documents of so many tokens, by ranges such as ``"1024-2047"``, from the shortest on, none left out."""
+        counts = self.tokens_by_document_length
+        shortest = next((power for power, count in enumerate(counts) if count), 0)
+        return {f"{2**power}-{2 ** (power + 1) - 1}": counts[power] for power in range(shortest, len(counts))}
+
+    @property
     def data_wait_share(self) -> float:
         return self.seconds_waiting_for_data / self.seconds if self.seconds else 0.0
 
@@ -83,6 +90,20 @@ class MetricsFile:
             raise _unwritten(self.path, error) from error
         for tracker in self._trackers:
             tracker.write(finite)
+
+    def sync(self) -> None:
+        """Wait until what was appended is on the disk: a checkpoint of its steps must not outlive it.
+
+        Raises:
+            CheckpointError: if it cannot be written.
+        """
+        try:
+            with self.path.open("rb") as file:
+                os.fsync(file.fileno())
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise _unwritten(self.path, error) from error
 
     def close(self, failed: bool = False) -> None:
         """Let the trackers write what they have not written yet. failed: whether the run ends by an error."""
@@ -133,7 +154,10 @@ class MetricsFile:
         kept = [record for record in self.read() if stays(record)]
         temporary = self.path.with_suffix(".tmp")
         try:
-            temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+            with temporary.open("w", encoding="utf-8") as file:
+                file.writelines(json.dumps(record) + "\n" for record in kept)
+                file.flush()
+                os.fsync(file.fileno())
             os.replace(temporary, self.path)
         except OSError as error:
             raise _unwritten(self.path, error) from error

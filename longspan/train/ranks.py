@@ -35,12 +35,14 @@ class Ranks:
         self.device = device
         self.mesh: ParallelMesh | None = None
         self.degrees = MeshDegrees(sp=place.world_size)
+        self._made_group = False
 
     @classmethod
     def start(cls, place: Place, device: str, timeout_seconds: float, prefix: str = "parallel.") -> Ranks:
-        """Choose the device and join the process group, where there is more than one rank.
+        """Choose the device and join the process group, where there is more than one rank and none was made before.
 
-        prefix: of what gives the device, in messages.
+        A group that was made before, as Ray Train does, is taken, and stays as these ranks close. prefix: of what gives the device,
+        in messages.
 
         Raises:
             ConfigError: if GPUs are asked for and there is not one for each local rank.
@@ -48,9 +50,11 @@ class Ranks:
         chosen = choose_device(device, place, prefix)
         if chosen.type == "cuda":
             torch.cuda.set_device(chosen)
-        if place.world_size > 1:
+        ranks = cls(place, chosen)
+        if place.world_size > 1 and not dist.is_initialized():
             start_process_group(place, "nccl" if chosen.type == "cuda" else "gloo", timeout_seconds)
-        return cls(place, chosen)
+            ranks._made_group = True
+        return ranks
 
     def arrange(self, degrees: MeshDegrees) -> None:
         """Make the mesh, and the process groups that a run takes from it.
@@ -65,10 +69,11 @@ class Ranks:
                 _ = self.mesh.weights
 
     def close(self) -> None:
-        """Leave the process group, after all ranks have come here."""
+        """Leave the process group that `start` has made, after all ranks have come here."""
         if self.world_size > 1:
             self.gather_numbers([0.0])
-            dist.destroy_process_group()
+            if self._made_group:
+                dist.destroy_process_group()
 
     @property
     def is_first(self) -> bool:

@@ -36,7 +36,7 @@ class _Console(Console):
 class Report:
     """Prints on rank 0, and nothing on the others.
 
-    With a terminal the steps are a progress bar; without one, every `print_every`-th step is a line.
+    With a terminal the steps are a progress bar; without one, every `print_every`-th step is a line. Both say how long is left.
     """
 
     def __init__(self, num_steps: int, print_every: int, silent: bool) -> None:
@@ -53,6 +53,7 @@ class Report:
                 console=self._console,
             )
         self._task: Any = None
+        self._num_made = 0
         self._start = self._said = time.perf_counter()
 
     def heading(self, name: str, text: str) -> None:
@@ -101,9 +102,12 @@ class Report:
         if "fullest_expert" in record:
             numbers += f"  fullest expert {record['fullest_expert']:.1f}x"
         step = record["step"]
+        self._num_made += 1
         self._said = time.perf_counter()
         if self._bar is not None:
             self._bar.update(self._task, completed=step, numbers=numbers)
         elif step % self._print_every == 0 or step in (1, self._num_steps):
             elapsed = time.perf_counter() - self._start
-            self.line(f"step {step:>{len(str(self._num_steps))}}/{self._num_steps}  {numbers}  {elapsed:.0f} s")
+            left = elapsed / self._num_made * (self._num_steps - step)
+            until = f", {left:.0f} s left" if step < self._num_steps else ""
+            self.line(f"step {step:>{len(str(self._num_steps))}}/{self._num_steps}  {numbers}  {elapsed:.0f} s{until}")

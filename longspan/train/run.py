@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 
 import longspan
-from longspan.errors import CheckpointError, ConfigError
+from longspan.errors import CheckpointError
 from longspan.launch import EXIT_DONE, EXIT_STOPPED, Place, StopRequest, num_cores
-from longspan.train import balance, exchange
+from longspan.train import balance, exchange, order
 from longspan.train import config as configs
 from longspan.train.checkpoint import (
     all_checkpoints,
@@ -38,7 +38,7 @@ from longspan.train.rate import find_peak
 from longspan.train.report import Report
 from longspan.train.run_folder import RunFolder, claimed, create_run_folder, replacing
 from longspan.train.selfcheck import SelfCheck
-from longspan.train.trainer import Trainer, saved_value
+from longspan.train.trainer import Trainer
 from longspan.train.watch import Watch
 
 
@@ -109,6 +109,10 @@ def _train_on(
     report.heading("model", _describe_model(trainer))
     phase.name = "measuring the device"
     report.heading("device", _find_peak(trainer))
+    if order.measures_links(config, ranks) and not trainer.has_saved_order:
+        trainer.measure_order()
+    if config.parallel.rank_order != ("given",) and ranks.sp > 1:
+        report.heading("order", order.describe(trainer.rank_order, ranks, trainer.has_saved_order))
     if balance.measures_speed(config, ranks) and not trainer.has_saved_balance:
         trainer.measure_balance()
     if config.parallel.balance != ("even",) and ranks.sp > 1:
@@ -193,13 +197,7 @@ def _choose_checkpoint(folder: RunFolder, config: Config, ranks: Ranks, report: 
 
 def _fitting_checkpoint(path: Path, folder: RunFolder, config: Config) -> SavedCheckpoint:
     saved = open_checkpoint(path)
-    try:
-        before = configs.from_mapping(saved_value(saved, "config", dict))
-    except ConfigError as error:
-        raise CheckpointError(
-            f"the checkpoint of step {saved.step} in {folder.path} has a config that this version does not know: {error}. "
-            "Use the version of longspan that wrote it, or start a new run"
-        ) from error
+    before = saved.config(folder.path, or_else=", or start a new run")
     changes = configs.changes_what_is_trained(before, config)
     if changes:
         raise CheckpointError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,15 +29,24 @@ class MemorySnapshot:
 
     @contextmanager
     def of(self, step: int) -> Iterator[None]:
-        """Run a step; write its snapshot if it is the one asked for."""
+        """Run a step; write its snapshot if it is the one asked for, also where it runs out of memory."""
         if step != self._step:
             yield
             return
         torch.cuda.memory._record_memory_history(max_entries=1_000_000)
         try:
             yield
-            with writing(self.folder):
-                self.folder.mkdir(exist_ok=True)
-                torch.cuda.memory._dump_snapshot(str(self.path(step)))
+        except Exception:
+            # What the step raises is said, and not what a full disk adds to it.
+            with contextlib.suppress(Exception):
+                self._write(step)
+            raise
+        else:
+            self._write(step)
         finally:
             torch.cuda.memory._record_memory_history(enabled=None)
+
+    def _write(self, step: int) -> None:
+        with writing(self.folder):
+            self.folder.mkdir(exist_ok=True)
+            torch.cuda.memory._dump_snapshot(str(self.path(step)))

@@ -16,13 +16,15 @@ LayoutOf = Callable[[int, Sequence[int] | None], SequenceLayout]
 """The layout of this rank for a sequence of so many tokens with these documents, or none."""
 
 
-def layouts_over(ranks: Ranks, order: Order, weights: Sequence[float] | None = None) -> LayoutOf:
-    """What makes this rank's layouts of the sequences that it shares with others; weights: as `SequenceLayout` takes them."""
+def layouts_over(
+    ranks: Ranks, order: Order, weights: Sequence[float] | None = None, rank_order: Sequence[int] | None = None
+) -> LayoutOf:
+    """What makes this rank's layouts of the sequences that it shares with others; the rest as `SequenceLayout` takes it."""
 
     def layout_of(seq_len: int, documents: Sequence[int] | None) -> SequenceLayout:
         if ranks.mesh is None:
             return SequenceLayout.local(seq_len, documents)
-        return SequenceLayout(seq_len, ranks.mesh["sp"], order, documents, weights=weights)
+        return SequenceLayout(seq_len, ranks.mesh["sp"], order, documents, weights=weights, rank_order=rank_order)
 
     return layout_of
 

@@ -17,13 +17,11 @@ from longspan.errors import CheckpointError, ConfigError, DataError
 from longspan.models import LinearLlama3, LinearLlama3Config
 from longspan.models.weights import check_shapes, open_weights, shapes_of
 from longspan.parallel.sharded import copy_whole
-from longspan.train import config as configs
 from longspan.train.checkpoint import all_checkpoints, complete_checkpoints, folder_name
 from longspan.train.config import Config, read_toml
 from longspan.train.data import folder_of_data
 from longspan.train.loading import SavedCheckpoint, open_checkpoint
 from longspan.train.run_folder import RunFolder
-from longspan.train.trainer import saved_value
 from longspan.train.weights_file import config_of_file
 
 NEWEST, WEIGHTS = "newest", "weights"
@@ -121,7 +119,7 @@ class _OfCheckpoint(SavedWeights):
     def check_tokenizer(self, tokenizer: Tokenizer) -> None:
         super().check_tokenizer(tokenizer)
         # Another tokenizer may have as many tokens.
-        if saved_value(self.saved, "data", dict).get("tokenizer") != digest(tokenizer.to_json().encode()):
+        if self.saved.value("data", dict).get("tokenizer") != digest(tokenizer.to_json().encode()):
             raise DataError(
                 f"{self.name} was trained with another tokenizer than the one that is there now. Give the data that it was trained "
                 "on, or data that was prepared with its tokenizer.json (--data)"
@@ -196,14 +194,7 @@ def open_saved(path: Path, which: str = NEWEST) -> SavedWeights:
         with open_weights(found) as weights:
             return _OfFile(folder, config, weights.shapes, found, weights.metadata)
     saved = open_checkpoint(found)
-    try:
-        config = configs.from_mapping(saved_value(saved, "config", dict))
-    except ConfigError as error:
-        raise CheckpointError(
-            f"the checkpoint of step {saved.step} in {folder.path} has a config that this version does not know: {error}. Use the "
-            "version of longspan that wrote it"
-        ) from error
-    return _OfCheckpoint(folder, config, saved.shapes("model"), saved)
+    return _OfCheckpoint(folder, saved.config(folder.path), saved.shapes("model"), saved)
 
 
 def open_trained(path: Path, which: str = NEWEST, data: Path | None = None) -> Trained:

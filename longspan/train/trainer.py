@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ from longspan.train.checkpoint import complete_checkpoints
 from longspan.train.config import Config
 from longspan.train.data import RunData
 from longspan.train.exchange import figures_to_save, measures, sends_exactly, take_saved_figures
-from longspan.train.loading import SavedCheckpoint
+from longspan.train.loading import OTHER_VERSION, SavedCheckpoint
 from longspan.train.loss import Evaluation, evaluate, loss_share
 from longspan.train.memory import StepMemory
 from longspan.train.metrics import MetricsFile, Totals
@@ -53,6 +53,7 @@ from longspan.train.optimizer import (
     optimizer_tensors,
     set_learning_rate,
 )
+from longspan.train.order import RankOrder, measured_order, measures_links, order_of_checkpoint, stated_order
 from longspan.train.phase import RunPhase
 from longspan.train.ranks import Ranks
 from longspan.train.rate import ModelOperations
@@ -66,6 +67,7 @@ from longspan.train.segments import Segmentation
 from longspan.train.selfcheck import SelfCheck, self_check
 from longspan.train.snapshot import MemorySnapshot
 from longspan.train.step_batch import StepBatch, layouts_over, make_step_batch
+from longspan.train.step_numbers import RankNumbers, StepNumbers
 from longspan.train.trace import StepTrace
 from longspan.train.trackers import build_trackers
 
@@ -91,7 +93,8 @@ class Trainer:
         self.snapshot = MemorySnapshot(folder.traces, config.run.memory_snapshot_step, ranks.rank)
         self.memory = StepMemory(ranks.device, config.run.release_memory_every)
         self.batches = data.batches
-        self.take_balance(stated_balance(config, ranks))
+        self.balance, self.rank_order = stated_balance(config, ranks), stated_order(config, ranks)
+        self._lay_out()
         self.model = build_parallel(config, data.vocab_size, ranks, compute_dtype(config))
         self.segments = Segmentation.of(config.train)
         self.optimizer = build_optimizer(self.model, config.optim)
@@ -107,6 +110,7 @@ class Trainer:
         )
         self.has_saved_figures = False
         self.has_saved_balance = False
+        self.has_saved_order = False
         self.step = 0
         self.skipped_in_a_row = 0
         self.totals = Totals()
@@ -115,13 +119,28 @@ class Trainer:
     def take_balance(self, balance: Balance) -> None:
         """Let each rank hold such a share of the sequences from now on."""
         self.balance = balance
-        self._layout = layouts_over(self.ranks, self.config.parallel.order, balance.groups[self.ranks.dp_rank])
+        self._lay_out()
+
+    def take_order(self, order: RankOrder) -> None:
+        """Let the ranks hold the sequences in such an order from now on."""
+        self.rank_order = order
+        self._lay_out()
+
+    def _lay_out(self) -> None:
+        own = self.ranks.dp_rank
+        shares, rank_order = self.balance.groups[own], self.rank_order.groups[own]
+        self._layout = layouts_over(self.ranks, self.config.parallel.order, shares, rank_order)
         self.layout = self._layout(self.config.train.seq_len, None)
 
     def measure_balance(self) -> None:
-        """Measure how fast each rank computes, and take the shares that follow; every rank calls this."""
+        """Measure how fast each rank computes, and take the shares that follow; every rank calls this, once the order is known."""
         lengths = self.batches.tokens_by_document_length(self.step)
-        self.take_balance(measured_balance(self.config, self.data.vocab_size, self.ranks, lengths))
+        orders = self.rank_order.groups
+        self.take_balance(measured_balance(self.config, self.data.vocab_size, self.ranks, lengths, orders))
+
+    def measure_order(self) -> None:
+        """Measure the links between ranks, and take the order that follows; every rank calls this."""
+        self.take_order(measured_order(self.model, self.layout, self.ranks))
 
     def _build_model(self) -> LinearLlama3:
         return build_model(self.config, self.data.vocab_size, self.ranks.device)
@@ -245,14 +264,22 @@ class Trainer:
         self.phase.name = "reading a batch"
         data_wait = loader.wait()
         held, peak = self.memory.take()
-        operations = self.operations.of_batch(batch) / self.ranks.sp
-        own = [loss_value, norm_value, stop.requested, traffic.wait_seconds, peak, data_wait, loader.has_failed]
-        own += [held, traffic.exchange_seconds, operations, *shares_of_rank(routing)]
-        everyone = self.ranks.gather_numbers(own)
-        finite = bool(everyone[:, :2].isfinite().all())
+        own = RankNumbers(
+            loss=loss_value,
+            gradient_norm=norm_value,
+            stops=stop.requested,
+            waited=traffic.wait_seconds,
+            peak_bytes=peak,
+            data_wait=data_wait,
+            lacks_batch=loader.has_failed,
+            held_bytes=held,
+            exchanging=traffic.exchange_seconds,
+            operations=self.operations.of_batch(batch) / self.ranks.sp,
+        )
+        numbers = own.gathered(self.ranks, shares_of_rank(routing))
         lr = learning_rate(self.config.optim, self.step + 1, self.config.train.steps)
         self.phase.name = "updating the weights"
-        if finite:
+        if numbers.is_finite:
             set_learning_rate(self.optimizer, lr)
             with named_range("longspan.train.update"):
                 clip_gradients(self.model, norm, self.config.optim.clip_norm)
@@ -261,13 +288,11 @@ class Trainer:
         self.step += 1
         self.memory.end()
         seconds = time.perf_counter() - start
-        self._record(
-            everyone, float(norm), lr, finite, seconds, traffic, batch, router_metrics(routing, everyone[:, 10:])
-        )
-        if everyone[:, 6].any():
+        self._record(numbers, norm_value, lr, seconds, traffic, batch, routing)
+        if numbers.lacks_batch:
             self.phase.name = "reading a batch"
             self.ranks.together(loader.check)
-        return bool(everyone[:, 2].any())
+        return numbers.stops
 
     def _forward_backward(self, batch: StepBatch, routing: Routing | None, stop: StopRequest) -> Tensor:
         """Make the gradients of this rank's part of the batch; return its part of the cross-entropy, a scalar."""
@@ -301,49 +326,34 @@ class Trainer:
 
     def _record(
         self,
-        everyone: Tensor,
+        numbers: StepNumbers,
         norm: float,
         lr: float,
-        finite: bool,
         seconds: float,
         traffic: Traffic,
         batch: StepBatch,
-        routers: dict[str, float],
+        routing: Routing | None,
     ) -> None:
-        waited, data_wait = float(everyone[:, 3].mean()), float(everyone[:, 5].max())
-        loss, peak_memory_bytes = float(everyone[:, 0].sum()), int(everyone[:, 4].max())
-        tokens_per_second = self.config.train.batch_tokens / seconds
-        flops_per_second = float(everyone[:, 9].sum()) / seconds
-        self.totals.add(self.config.train.batch_tokens, seconds, waited, peak_memory_bytes, loss)
-        self.totals.add_data(data_wait, batch.tokens_by_document_length)
+        num_tokens, loss = self.config.train.batch_tokens, numbers.loss
+        self.totals.add(num_tokens, seconds, numbers.waited, numbers.peak_bytes, loss)
+        self.totals.add_data(numbers.data_wait, batch.tokens_by_document_length)
         record: dict[str, Any] = {
             "step": self.step,
             "loss": loss,
             "gradient_norm": norm,
             "lr": lr,
-            "skipped": not finite,
-            "tokens": self.step * self.config.train.batch_tokens,
-            "tokens_per_second": tokens_per_second,
-            "tokens_per_second_per_rank": tokens_per_second / self.ranks.world_size,
-            "flops_per_second": flops_per_second,
-            "flops_share": flops_per_second / self.peak_flops if self.peak_flops else None,
+            "skipped": not numbers.is_finite,
+            "tokens": self.step * num_tokens,
             "valid_tokens": batch.num_valid_tokens,
-            "wait_share": waited / seconds,
-            "exchange_share": float(everyone[:, 8].mean()) / seconds,
-            "data_wait": data_wait,
-            "data_wait_share": data_wait / seconds,
-            "exchanges": traffic.num_collectives,
-            "exchanged_bytes": traffic.bytes_sent,
-            "memory_bytes": int(everyone[:, 7].max()),
-            "peak_memory_bytes": peak_memory_bytes,
-            "seconds": seconds,
-            **routers,
+            **numbers.rates(num_tokens, seconds, self.peak_flops, traffic),
+            **{f"tokens_seen/{length}": count for length, count in self.totals.by_document_length.items()},
+            **router_metrics(routing, numbers.of_routers),
         }
         if self.ranks.is_first:
             self.metrics.append(record)
         self.report.step(record)
-        self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
-        if finite:
+        self.skipped_in_a_row = 0 if numbers.is_finite else self.skipped_in_a_row + 1
+        if numbers.is_finite:
             return
         what = f"loss {loss}, gradient norm {norm}"
         self.report.line(f"step {self.step}: {what}; the weights stay as they are")
@@ -376,6 +386,8 @@ class Trainer:
 
     def _save(self) -> None:
         self.phase.name = "saving a checkpoint"
+        if self.ranks.is_first:
+            self.metrics.sync()
         measured = figures_to_save(self.layout, self.ranks) if measures(self.config, self.ranks) else None
         tensors = {
             **{f"model/{name}": parameter for name, parameter in self.model.named_parameters()},
@@ -393,6 +405,7 @@ class Trainer:
             "config": configs.to_mapping(self.config),
             "exchange": exchange,
             "balance": self.balance.as_json() if measures_speed(self.config, self.ranks) else None,
+            "rank_order": self.rank_order.as_json() if measures_links(self.config, self.ranks) else None,
         }
 
     def restore(self, saved: SavedCheckpoint) -> None:
@@ -402,7 +415,7 @@ class Trainer:
             DataError: if the prepared data is not what the checkpoint was trained on.
             CheckpointError: if the weights are not this model's.
         """
-        trained_on = saved_value(saved, "data", dict)
+        trained_on = saved.value("data", dict)
         changed = [name for name, checksum in self.data.fingerprint.items() if trained_on.get(name) != checksum]
         if changed:
             raise DataError(
@@ -411,6 +424,11 @@ class Trainer:
             )
         if measures(self.config, self.ranks):
             self.has_saved_figures = take_saved_figures(saved, self.layout, self.ranks)
+        if measures_links(self.config, self.ranks) and self.config.parallel.rank_order == ("measured",):
+            order = order_of_checkpoint(saved, self.layout, self.ranks)
+            if order is not None:
+                self.take_order(order)
+            self.has_saved_order = order is not None
         if measures_speed(self.config, self.ranks) and self.config.parallel.balance == ("measured",):
             balance = balance_of_checkpoint(saved, self.ranks)
             if balance is not None:
@@ -429,32 +447,16 @@ class Trainer:
         except (KeyError, ValueError, TypeError, RuntimeError) as error:
             raise CheckpointError(
                 f"the checkpoint of step {saved.step} does not hold the state of this optimizer: "
-                f"{type(error).__name__}: {error}. {_OTHER_VERSION}"
+                f"{type(error).__name__}: {error}. {OTHER_VERSION}"
             ) from error
         self.step = saved.step
-        self.skipped_in_a_row = saved_value(saved, "skipped_in_a_row", int)
+        self.skipped_in_a_row = saved.value("skipped_in_a_row", int)
 
     def _restore_weights(self, saved: SavedCheckpoint) -> None:
         parameters = dict(self.model.named_parameters())
         wanted = shapes_of(self.model)
-        check_shapes(f"the weights of step {saved.step}", saved.shapes("model"), wanted, _OTHER_VERSION)
+        check_shapes(f"the weights of step {saved.step}", saved.shapes("model"), wanted, OTHER_VERSION)
         saved.read("model", parameters)
-
-
-_OTHER_VERSION = "Use the version of longspan that wrote them, or start a new run"
-
-Value = TypeVar("Value")
-
-
-def saved_value(saved: SavedCheckpoint, name: str, kind: type[Value]) -> Value:
-    """A value of the checkpoint's state; raises CheckpointError where it is missing or of another type."""
-    value = saved.state.get(name)
-    if not isinstance(value, kind):
-        raise CheckpointError(
-            f"the checkpoint of step {saved.step} has {value!r} for {name}; this version expects a value of type "
-            f"{kind.__name__}. {_OTHER_VERSION}"
-        )
-    return value
 
 
 def _is_due(step: int, every: int) -> bool:

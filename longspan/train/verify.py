@@ -40,7 +40,7 @@ def verify_config(config: Config, ranks: Ranks) -> SelfCheck:
         model,
         lambda: copy_weights(weights, build_model(config, config.data.vocab_size, ranks.device).to(dtype)),
         sequences,
-        layouts_over(ranks, config.parallel.order, config.parallel.weights),
+        layouts_over(ranks, config.parallel.order, config.parallel.weights, config.parallel.given_rank_order),
         ranks,
         threads_alone=num_cores(),
         segments=Segmentation.of(config.train),

@@ -132,8 +132,9 @@ FULL = [
 @pytest.mark.slow_rows(
     r"^(?!linear_attention|kda).*-1$",
     r"^(retention|gla|delta_rule|gated_delta_rule|dplr_delta_rule|gated_slot_attention)-contiguous-",
+    r"-all_gather-4$",
+    r"^(gla_with_bonus|comba)-",
 )
-@pytest.mark.slow_rows(r"-all_gather-4$", r"^(gla_with_bonus|comba)-")
 @pytest.mark.parametrize(("exchange", "num_ranks"), FULL)
 @pytest.mark.parametrize("order", ["contiguous", "zigzag"])
 @pytest.mark.parametrize("name", VARIANTS)
@@ -155,8 +156,10 @@ EVERY = [
 ]
 
 
-@pytest.mark.slow_rows(r"-(gla|kda|dplr_delta_rule)-3$", r"-gla-4$")
 @pytest.mark.slow_rows(
+    r"-dplr_delta_rule-4$",
+    r"-(gla|kda|dplr_delta_rule)-3$",
+    r"-gla-4$",
     r"-(linear_attention|retention|gated_delta_rule)-",
     r"-8$",
     r"(^|[-[])(gla_with_bonus|comba|gated_delta_product|gated_slot_attention)(-|$)",

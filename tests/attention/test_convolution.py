@@ -29,6 +29,7 @@ from tests.attention.convolution_reference import (
 )
 from tests.compare import relative_error, worst, worst_of
 from tests.exchange.test_exchange import Noted, NotedWork
+from tests.exchange.test_halo import HIDDEN_HALO
 from tests.ranks import raised, run_on_ranks
 from tests.unwritten import unwritten_memory_is_nan
 
@@ -112,8 +113,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.slow_rows(r"^4-.*-(plain|bias and activation)$")
-@pytest.mark.slow_rows(r"^[23]-contiguous")
+@pytest.mark.slow_rows(r"^4-.*-(plain|bias and activation)$", r"^[23]-contiguous")
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("documents_number", [0, 1], ids=["one document", "packed"])
 @pytest.mark.parametrize("order", ORDERS)
@@ -263,18 +263,7 @@ def order_of_events(name: str) -> list[str]:
 @pytest.mark.parametrize("name", ["_Inside", "_Shift"])
 def test_the_pass_over_all_tokens_hides_the_halo_in_both_directions(name: str) -> None:
     for log in run_on_ranks(4, order_of_events, name):
-        assert log == [
-            "tokens forward",
-            "forward halo launched",
-            "inside forward",
-            "forward halo waited for",
-            "output forward",
-            "output backward",
-            "backward halo launched",
-            "inside backward",
-            "backward halo waited for",
-            "tokens backward",
-        ]
+        assert log == HIDDEN_HALO
 
 
 def bytes_sent(seq_len: int, order: Order, taps: int, batch: int) -> list[int]:

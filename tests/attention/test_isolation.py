@@ -135,8 +135,8 @@ SPLITS = [(3, "contiguous")]
 MORE = [(2, "zigzag"), (1, "contiguous"), (2, "contiguous"), (3, "zigzag")]
 
 
-@pytest.mark.slow_rows(r"^(gla|delta_rule)-")
 @pytest.mark.slow_rows(
+    r"^(gla|delta_rule)-",
     r"^(linear_attention|retention|kda|gated_delta_rule)-",
     r"^(gla_with_bonus|comba|gated_delta_product|gated_slot_attention)-",
 )

@@ -383,6 +383,10 @@ def test_what_is_sent_is_the_halo_or_the_share_of_channels_or_the_state() -> Non
     assert channels == [[("long_conv1d", 16 * 6 * 4)] * 4] * 4
     state = run_on_ranks(4, traffic, "exponentials", 1, "ring", None)
     assert [event for event in state[1] if event[1]] == [("ring", 8 * 4 * 4)] * 2
+    # e^{length · exponent} is nothing that a rank must be told: of a complex number two numbers, and no more.
+    for kind, numbers in (("exponentials", 4), ("complex exponentials", 2 * 3)):
+        gathered = run_on_ranks(4, traffic, kind, 1, "all_gather", None)
+        assert gathered == [[("all_gather", 3 * 8 * numbers * 4)] * 2] * 4
     # No document spans ranks.
     assert run_on_ranks(4, traffic, "taps", 64, "auto", [0, 16, 32, 48, 64]) == [[]] * 4
 

@@ -156,8 +156,7 @@ QUICK = [("simple_gla", 2, exchange) for exchange in EXCHANGES] + [("gated_delta
 EVERY = [(name, num_ranks, exchange) for name in VARIANTS for num_ranks in (2, 3) for exchange in EXCHANGES]
 
 
-@pytest.mark.slow_rows(r"-2-(two_level|all_to_all)")
-@pytest.mark.slow_rows(r"-(neighbour|ring|pipelined)$")
+@pytest.mark.slow_rows(r"-2-(two_level|all_to_all)", r"-(neighbour|ring|pipelined)$")
 @pytest.mark.parametrize(
     ("name", "num_ranks", "exchange"),
     [pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow) for case in EVERY],

@@ -6,12 +6,15 @@ import itertools
 from typing import Any
 
 import pytest
+import torch
 
 import longspan
 from longspan.attention.softmax import SoftmaxMethod
+from longspan.comm.groups import forget
 from longspan.errors import LayoutError
-from longspan.exchange import TOPOLOGIES, Auto, measured_links
-from longspan.layout import Order, SequenceLayout
+from longspan.exchange import TOPOLOGIES, Auto, measured_links, measured_rank_order
+from longspan.exchange.auto.calibration import take_links
+from longspan.layout import Order, SequenceLayout, group_of
 from longspan.plan import Cluster, Link, LinkMatrix, chain_order
 from longspan.state import ScalarDecay
 from tests.attention import test_bidirectional, test_convolution
@@ -42,6 +45,8 @@ def test_the_suites_below_see_another_order() -> None:
     assert on_ranks(3, segments, "zigzag") == [((2, 4), (8, 10)), ((4, 6), (6, 8)), ((0, 2), (10, 12))]
 
 
+# A chain, and what finds segments in the order of ranks by itself.
+@pytest.mark.slow_rows(r"^3-simple_gla-(pipelined|neighbour|auto)$", r"^3-gated_delta_rule-(?!all_to_all$)")
 @pytest.mark.parametrize("exchange", [*TOPOLOGIES, "auto"])
 @pytest.mark.parametrize("name", ["simple_gla", "gated_delta_rule"])
 @pytest.mark.parametrize("num_ranks", [3, pytest.param(4, marks=pytest.mark.slow)])
@@ -126,7 +131,12 @@ def test_ranks_with_another_order_are_found() -> None:
 
 
 def links_here() -> LinkMatrix:
-    return measured_links(SequenceLayout(3))
+    layout = SequenceLayout(3)
+    try:
+        assert sorted(measured_rank_order(layout)) == [0, 1, 2]
+        return measured_links(layout)
+    finally:
+        forget(group_of(layout), lambda key: key == ("links", "cpu"))
 
 
 def test_every_rank_measures_the_same_links() -> None:
@@ -145,6 +155,29 @@ def chosen(rank_order: list[int]) -> float:
     auto = Auto(cluster=Cluster(3, 1, fast, fast, 1e-6, 1e9, 1e9, links=links))
     priced = auto.priced(own_pair(ScalarDecay, layout), layout)
     return next(each.seconds for each in priced if each.topology.name == "ring")
+
+
+def counted_as_measured(rank_order: list[int]) -> tuple[float, float]:
+    """Seconds that auto counts for a chain on measured ranks, before and after their links are known, one of which is slow."""
+    layout = SequenceLayout(64, rank_order=rank_order)
+    rows = [[1e2 if {one, other} == {1, 2} else 1e9 for other in range(3)] for one in range(3)]
+    links = LinkMatrix(((1e-5,) * 3,) * 3, tuple(map(tuple, rows)))
+    seconds = []
+    for known in (None, links):
+        if known is not None:
+            take_links(layout, torch.device("cpu"), known)
+        priced = Auto(measure=True).priced(own_pair(ScalarDecay, layout), layout)
+        seconds.append(next(each.seconds for each in priced if each.topology.name == "ring"))
+    # The ranks of tests keep their group.
+    forget(group_of(layout), lambda key: key == ("links", "cpu"))
+    return seconds[0], seconds[1]
+
+
+def test_measured_figures_count_links_one_by_one_once_they_are_known() -> None:
+    for before, after in run_on_ranks(3, counted_as_measured, [0, 1, 2]):
+        assert after > before + 1.0
+    for before, after in run_on_ranks(3, counted_as_measured, [1, 0, 2]):
+        assert after < before + 0.1
 
 
 def test_the_model_takes_links_in_the_order_of_the_layout() -> None:

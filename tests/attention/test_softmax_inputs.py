@@ -99,6 +99,7 @@ def test_bad_input_is_refused_on_all_ranks_before_the_first_collective() -> None
 def test_ulysses_refuses_heads_that_the_ranks_do_not_divide_and_names_the_methods_that_take_them() -> None:
     for message, num_collectives in run_on_ranks(3, attend_with_bad_inputs, 12, {"method": "ulysses"}):
         assert "got 4 heads for 3 ranks. Use method 'ring' or 'all_gather'" in message
+        assert message.endswith("a number of ranks that divides the heads: 2 at most")
         assert num_collectives == 0
     for message in run_on_ranks(3, read_with_odd_heads):
         assert "got 4 heads for 3 ranks" in message

@@ -23,6 +23,7 @@ from longspan.commands.examination import (
     open_files,
     room,
 )
+from tests.commands.test_torchrun import SUBJECTS
 
 
 def test_findings_are_judged() -> None:
@@ -72,28 +73,31 @@ def test_ranks_that_agree_are_one_line_and_the_worst_decides() -> None:
     assert failed
 
 
+def test_of_what_is_measured_the_rank_with_least_is_shown() -> None:
+    ranks = [[Finding("ok", "device", f"{rate} GFLOP/s", amount=rate).to_json()] for rate in (90.0, 40.0, 88.0)]
+    assert lines(ranks)[0].splitlines()[0] == "ok       device         rank 1, which has least: 40.0 GFLOP/s"
+    assert lines([ranks[1], ranks[1]])[0].splitlines()[0] == "ok       device         40.0 GFLOP/s"
+    short = [Finding("warning", "disk", "1.0 GiB free", "Make room", 1.0).to_json()]
+    ranks = [[Finding("ok", "disk", "90.0 GiB free", amount=90.0).to_json()], short]
+    assert lines(ranks)[0].splitlines()[:2] == [
+        "ok       disk           rank 0: 90.0 GiB free",
+        "warning  disk           rank 1: 1.0 GiB free. Make room",
+    ]
+
+
 def test_the_command_looks_at_a_group_of_this_machine() -> None:
     done = subprocess.run([sys.executable, "-m", "longspan", "doctor"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     subjects = [
         line[9:23].strip() for line in done.stdout.splitlines() if line[:8].strip() in ("ok", "warning", "error")
     ]
-    assert subjects == [
-        "versions",
-        "cores",
-        "device",
-        "backends",
-        "kernels",
-        "open files",
-        "shared memory",
-        "disk",
-        "group",
-        "links",
-        "clocks",
-    ]
+    assert subjects == SUBJECTS
     assert "MB/s" in done.stdout and "0 errors" in done.stdout
 
 
-def test_a_group_of_no_ranks_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_group_of_no_ranks_and_no_time_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "--ranks", "0"]) == 2
     assert "ranks must be at least 1" in capsys.readouterr().err
+    for seconds in ("0", "-1", "nan", "inf"):
+        assert main(["doctor", "--timeout-seconds", seconds]) == 2
+        assert "timeout-seconds must be a finite number greater than 0; got" in capsys.readouterr().err

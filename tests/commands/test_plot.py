@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -25,9 +27,29 @@ def make_run(path: Path, num_steps: int) -> Path:
 def test_several_runs_are_drawn_over_each_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first, second = make_run(tmp_path / "a" / "run", 3), make_run(tmp_path / "b" / "run", 5)
     out = tmp_path / "figure.png"
-    assert main(["plot", str(first), str(second / "metrics.jsonl"), "--out", str(out)]) == 0
+    drawn: list[Any] = []
+    with mock.patch("matplotlib.pyplot.close", drawn.append):
+        assert main(["plot", str(first), str(second / "metrics.jsonl"), "--out", str(out)]) == 0
     assert capsys.readouterr().out == f"{out}\n"
     assert out.read_bytes().startswith(b"\x89PNG")
+    # Of the same name both: each goes by what the user has called it.
+    names = [str(first), str(second / "metrics.jsonl")]
+    (figure,) = drawn
+    loss, speed, memory = figure.axes
+    assert [text.get_text() for text in loss.get_legend().get_texts()] == names
+    for panel, value in ((speed, 100.0), (memory, 1.0)):
+        lines = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in panel.lines}
+        assert lines == {name: ([*range(1, n + 1)], [value] * n) for name, n in zip(names, (3, 5), strict=True)}
+    curves = [(list(line.get_xdata()), list(line.get_ydata()), line.get_color()) for line in loss.lines]
+    (_, _, blue), (_, _, orange) = curves[0], curves[2]
+    assert blue != orange
+    # Behind each run's loss its validation, in its colour.
+    assert curves == [
+        ([1, 2, 3], [5.0 / step for step in (1, 2, 3)], blue),
+        ([3], [1.0], blue),
+        ([1, 2, 3, 4, 5], [5.0 / step for step in (1, 2, 3, 4, 5)], orange),
+        ([5], [1.0], orange),
+    ]
 
 
 def test_one_run_keeps_its_figure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -128,3 +128,7 @@ def test_what_cannot_be_verified_is_refused(tmp_path: Path, capsys: pytest.Captu
     (tmp_path / "config.toml").write_text("[train]\nstep = 3\n")
     assert main(["verify", "--config", str(tmp_path / "config.toml")]) == 2
     assert "unknown key train.step" in capsys.readouterr().err
+    # Leaving the comparison out is for a run, which then says that nothing was compared.
+    (tmp_path / "config.toml").write_text("[train]\ncheck_tokens = 0\n")
+    assert main(["verify", "--config", str(tmp_path / "config.toml")]) == 2
+    assert "train.check_tokens is 0, the tokens to compare with one process. Give as many" in capsys.readouterr().err

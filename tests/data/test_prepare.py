@@ -22,6 +22,7 @@ import pytest
 
 from longspan.data import files, shards
 from longspan.data.files import with_checksum
+from longspan.data.hub import find_parts, open_rows
 from longspan.data.prepare import prepare_corpus
 from longspan.data.prepared import PreparedData, open_prepared
 from longspan.data.recipe import Recipe
@@ -270,6 +271,20 @@ def test_a_hugging_face_data_set_is_streamed(hub_folder: Path, tmp_path: Path, n
         prepare_corpus(recipe(source), hub_folder / name.split("?")[0] / "prepared")
     with pytest.raises(DataError, match=r"has the option 'color', which is not one of config, split, revision"):
         prepare_corpus(recipe(f"hf:{hub_folder}/saved?color=red"), tmp_path / "other")
+
+
+@pytest.mark.parametrize("name", ["saved", "files"])
+def test_a_folder_that_changes_while_it_is_prepared_is_refused(hub_folder: Path, tmp_path: Path, name: str) -> None:
+    shutil.copytree(hub_folder / name, tmp_path / name)
+    source = f"hf:{tmp_path / name}"
+    num_parts, version = find_parts(source)
+    assert list(open_rows(source, "text", 1, num_parts, version))
+    os.utime(max((tmp_path / name).iterdir()), ns=(0, 0))
+    with pytest.raises(
+        DataError, match=r"has changed since the preparation began: .*Run the same command again once it"
+    ):
+        list(open_rows(source, "text", 1, num_parts, version))
+    assert find_parts(source)[1] != version
 
 
 def test_data_prepared_otherwise_is_refused(text: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -19,8 +20,10 @@ from pyarrow import parquet
 from longspan.cli import main
 from longspan.data import workers
 from longspan.data.files import with_checksum
+from longspan.data.prepared import open_prepared
 from longspan.launch import EXIT_DONE, EXIT_REFUSED, EXIT_STOPPED
 from longspan.train.config import Config, DataConfig
+from longspan.train.data import describe_data
 from tests.ranks import raised, run_on_ranks
 from tests.shared import made_once
 from tests.train.tiny import metrics, tiny_config, train_here
@@ -70,6 +73,20 @@ def test_it_says_what_it_wrote_and_verifies_what_is_there(tmp_path: Path, capsys
     assert "train-01-00000.tokens: token 513 at offset 0 (byte 0) is outside the vocabulary" in capsys.readouterr().err
 
 
+def test_a_terminal_shows_a_bar_of_the_text_that_is_tokenized(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_text(tmp_path)
+    # What stands for a terminal to rich.
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    assert prepare(tmp_path, "--source", str(tmp_path / "files")) == EXIT_DONE
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().out)
+    # 20 files of 200 letters.
+    assert re.search(r"tokenizing +━{20} 4\.0/4\.0 kB .*00:00", shown), shown
+
+
 def test_it_speaks_of_its_own_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_text(tmp_path)
     lines = str(tmp_path / "lines.jsonl")
@@ -117,6 +134,17 @@ def test_a_run_trains_on_a_prepared_mixture_on_any_ranks(prepared: Path, tmp_pat
         assert seen.keys() == {"32-63", "64-127", "128-255"} and sum(seen.values()) == 2 * 1220
         assert 2 * 1220 * 0.6 < seen["32-63"] < 2 * 1220 * 0.95
     assert all(ours == pytest.approx(theirs, rel=1e-4) for ours, theirs in zip(*found, strict=True))
+
+
+def test_a_run_says_how_many_documents_are_longer_than_a_sequence(prepared: Path, tmp_path: Path) -> None:
+    data = open_prepared(prepared / "data")
+    # Files of 200 letters and an end; lines of 50.
+    num_files = data.train_by_source[0].num_documents
+    assert 10 < num_files < 20
+    said = describe_data(config_of(prepared, tmp_path / "run"), data)
+    assert said.endswith(f"and where the {num_files} that are longer than 61 tokens are cut")
+    config = config_of(prepared, tmp_path / "run", train__seq_len=201, train__batch_tokens=201)
+    assert describe_data(config, data).endswith("memory starts anew with each document")
 
 
 def damaged_tokens(change: Callable[[bytes], bytes]) -> Callable[[Path], None]:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from longspan.exchange import Exchanger, start_exchange
 from longspan.layout import SequenceLayout
-from longspan.state import Dense, Form, Identity, Pair, Rates, exclusive_scan
+from longspan.state import Dense, Form, Identity, LengthRates, Pair, Rates, exclusive_scan
 from tests.compare import relative_error
 from tests.unwritten import unwritten_memory_is_nan
 
@@ -20,12 +20,18 @@ def random_rates(num_heads: int, key_size: int, dtype: torch.dtype = torch.float
     return Rates(-torch.rand(num_heads, key_size, generator=torch.Generator().manual_seed(2), dtype=dtype))
 
 
+def random_turns(num_heads: int, key_size: int) -> LengthRates:
+    """Complex rates of so many channels, of two numbers each, the same on every rank."""
+    damping = random_rates(num_heads, key_size).rates
+    return LengthRates(torch.complex(*damping.chunk(2, dim=1)))
+
+
 def random_pair(kind: Form, shape: Sequence[int], layout: SequenceLayout, dtype: torch.dtype) -> Pair:
     """Pairs of all segments, the same on every rank; `shape` is [B, H, K, V]."""
     generator = torch.Generator().manual_seed(0)
     full = (len(layout.all_segments), *shape)
     parameter = -torch.rand(kind.parameter_shape(full), generator=generator, dtype=dtype)
-    if isinstance(kind, Rates):
+    if isinstance(kind, Rates | LengthRates):
         parameter = -parameter
     if kind is Identity:
         parameter.zero_()

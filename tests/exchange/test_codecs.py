@@ -15,6 +15,7 @@ from longspan.errors import InputError
 from longspan.exchange import (
     TOPOLOGIES,
     Auto,
+    BFloat16,
     Codec,
     ErrorFeedback,
     Float8,
@@ -37,7 +38,7 @@ from tests.exchange.scan import errors_of_scan, random_pair
 from tests.models.tiny import tiny_model
 from tests.ranks import raised, run_on_ranks
 
-CODED = [Int8(), Int8(8), Int8(7), Float8(), Float8(20), TopK(0.25), TopK(0.01), TopK(1.0)]
+CODED = [BFloat16(), Int8(), Int8(8), Int8(7), Float8(), Float8(20), TopK(0.25), TopK(0.01), TopK(1.0)]
 GENERAL = [name for name in TOPOLOGIES if name != "neighbour"]
 
 
@@ -247,6 +248,23 @@ def test_float64_states_are_refused_on_every_rank_alike() -> None:
             assert "Leave the codec out, or compute in float32" in message
 
 
+def with_bound(bound: float) -> None:
+    layout = SequenceLayout(16)
+    x = torch.randn(1, layout.num_local_tokens, 1, 4)
+    longspan.linear_attention(x, x, x, layout=layout, exchange=Auto(max_relative_error=bound))
+
+
+def test_a_bound_that_nothing_keeps_to_is_refused_on_every_rank_with_the_least_that_is_met() -> None:
+    for bound in (0.0, 1e-3, 2**-8 - 1e-6):
+        for kind, message in run_on_ranks(2, raised, with_bound, bound):
+            assert kind == "InputError"
+            assert (
+                f"max_relative_error is {bound:g}, and no codec keeps to it: the least that is kept to is 0.003906"
+                in message
+            )
+            assert "Give at least as much" in message
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -286,15 +304,15 @@ def test_what_does_not_fit_is_refused_when_it_is_written(make: Any, message: str
 
 def test_a_bound_allows_what_keeps_to_it() -> None:
     def names(bound: float) -> list[str]:
-        return [str(x) if isinstance(x, torch.dtype) else x.format.name for x in codecs_within(bound)]
+        return [codec.format.name for codec in codecs_within(bound)]
 
-    assert names(2**-8) == ["torch.bfloat16"]
-    assert names(0.02) == ["torch.bfloat16", "int8"]
-    assert names(0.07) == ["torch.bfloat16", "int8", "float8"]
-    assert names(0.9) == ["torch.bfloat16", "int8", "float8", "top_k"]
+    assert names(2**-8) == ["bfloat16"]
+    assert names(0.02) == ["bfloat16", "int8"]
+    assert names(0.07) == ["bfloat16", "int8", "float8"]
+    assert names(0.9) == ["bfloat16", "int8", "float8", "top_k"]
     for bound in (0.004, 0.012, 0.03, 0.1, 0.9, 0.99, 2.0):
         for found in codecs_within(bound):
-            assert isinstance(found, torch.dtype) or found.format.worst_error <= bound
+            assert found.format.worst_error <= bound
 
 
 def chosen(bandwidths: tuple[float, float], bound: float) -> tuple[str, str | None, str | None]:

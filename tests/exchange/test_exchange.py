@@ -80,8 +80,9 @@ LONG: list[tuple[int, list[int] | None]] = [(40, None), (40, [0, 1, 7, 25, 40]),
 SHORT: list[tuple[int, list[int] | None]] = [(40, [0, *range(1, 40, 2), 40]), (40, [*range(0, 41, 2)])]
 
 
-@pytest.mark.slow_rows(r"-(ChannelDecay|Identity|Dense)-zigzag-8$")
-@pytest.mark.slow_rows(r"-(HeadDecay|Identity)-.*-[348]$", r"-contiguous-8$")
+@pytest.mark.slow_rows(
+    r"-(ChannelDecay|Identity|Dense)-zigzag-8$", r"-(HeadDecay|Identity)-.*-[348]$", r"-contiguous-8$"
+)
 @pytest.mark.parametrize("num_ranks", [2, 3, pytest.param(4, marks=pytest.mark.slow), 8])
 @pytest.mark.parametrize("order", ["contiguous", "zigzag"])
 @pytest.mark.parametrize("kind", KINDS)

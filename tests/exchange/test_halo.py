@@ -251,6 +251,21 @@ def test_one_rank_or_no_token_to_send_makes_no_message(num_ranks: int, documents
         assert traffic["asked"] == traffic["events"] == []
 
 
+HIDDEN_HALO = [
+    "tokens forward",
+    "forward halo launched",
+    "inside forward",
+    "forward halo waited for",
+    "output forward",
+    "output backward",
+    "backward halo launched",
+    "inside backward",
+    "backward halo waited for",
+    "tokens backward",
+]
+"""Events in their order where what stands between start and wait hides the halo, forward and backward."""
+
+
 def order_of_events() -> list[str]:
     log: list[str] = []
     original = halo.start_all_to_all
@@ -277,18 +292,7 @@ def order_of_events() -> list[str]:
 
 def test_what_stands_between_start_and_wait_hides_the_halo_in_both_directions() -> None:
     for log in run_on_ranks(4, order_of_events):
-        assert log == [
-            "tokens forward",
-            "forward halo launched",
-            "inside forward",
-            "forward halo waited for",
-            "output forward",
-            "output backward",
-            "backward halo launched",
-            "inside backward",
-            "backward halo waited for",
-            "tokens backward",
-        ]
+        assert log == HIDDEN_HALO
 
 
 def test_a_layout_for_planning_is_refused() -> None:

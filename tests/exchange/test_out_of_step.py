@@ -132,9 +132,10 @@ def test_a_rank_that_does_not_come_is_named_when_the_time_of_the_group_is_over(e
 
 
 @pytest.mark.slow_rows(
-    r"goes on without backward-(neighbour|all_to_all|two_level)", r"skips a layer-(neighbour|all_to_all)"
+    r"goes on without backward-(neighbour|all_to_all|two_level)",
+    r"skips a layer-(neighbour|all_to_all)",
+    r"^detaches the last layer-(?!all_gather-3)",
 )
-@pytest.mark.slow_rows(r"^detaches the last layer-(?!all_gather-3)")
 @pytest.mark.parametrize("num_ranks", [pytest.param(2, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize("exchange", ["all_gather", "ring", "neighbour", "all_to_all", "two_level"])
 @pytest.mark.parametrize("fault", FAULTS)

@@ -185,7 +185,7 @@ def counted_and_expected(name: str, order: Any, state_dtype: torch.dtype | None)
 CASES = [(name, num_ranks) for name in TOPOLOGIES for num_ranks in (3, 4) if name != "neighbour" or num_ranks == 4]
 
 
-@pytest.mark.slow_rows(r"^(two_level|all_to_all)-4")
+@pytest.mark.slow_rows(r"-4-zigzag$", r"^(two_level|all_to_all)-4")
 @pytest.mark.parametrize("order", ["contiguous", "zigzag"])
 @pytest.mark.parametrize(("name", "num_ranks"), CASES)
 def test_the_counter_says_what_the_formula_says_and_what_torch_is_asked_for(

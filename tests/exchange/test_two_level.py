@@ -15,7 +15,7 @@ from longspan.exchange import TwoLevel, record_traffic
 from longspan.layout import SequenceLayout
 from longspan.state import ChannelDecay, Dense, Form, HeadDecay, Identity, ScalarDecay
 from tests.compare import relative_error, worst
-from tests.exchange.scan import errors_of_scan, layouts, random_rates
+from tests.exchange.scan import errors_of_scan, layouts, random_rates, random_turns
 from tests.ranks import raised, run_on_ranks
 
 KINDS: list[Form] = [Identity, HeadDecay, ScalarDecay, ChannelDecay, Dense]
@@ -25,13 +25,12 @@ def errors_on_nodes(ranks_per_node: int, batch: int, num_heads: int, order: Any,
     errors = []
     for layout in layouts(order, ranks_per_node=ranks_per_node):
         layout = layout.mirrored if is_mirrored else layout
-        for kind in [*KINDS, random_rates(num_heads, 4)]:
+        for kind in [*KINDS, random_rates(num_heads, 4), random_turns(num_heads, 4)]:
             errors += errors_of_scan(TwoLevel(), kind, (batch, num_heads, 4, 5), layout)
     return errors
 
 
-@pytest.mark.slow_rows(r"8-2-zigzag|4-[14]-zigzag")
-@pytest.mark.slow_rows(r"-contiguous$")
+@pytest.mark.slow_rows(r"8-2-zigzag|4-[14]-zigzag", r"-contiguous$")
 @pytest.mark.parametrize("order", ["contiguous", "zigzag"])
 @pytest.mark.parametrize(("num_ranks", "ranks_per_node"), [(4, 1), (4, 2), (4, 4), (3, 1), (8, 2), (8, 4)])
 def test_any_shape_of_nodes_is_the_scan(num_ranks: int, ranks_per_node: int, order: str) -> None:

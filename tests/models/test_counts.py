@@ -59,6 +59,7 @@ def test_linear_maps_are_counted_exactly(name: str) -> None:
     assert counted(model, torch.zeros(1, LENGTH, dtype=torch.int64, device="meta")) == operations_of_matrices(model)
 
 
+@pytest.mark.slow_rows(r"^(gated_deltanet|deltanet|kda|gla|rebased|simple_gla)$")
 @pytest.mark.parametrize("name", LINEAR_MIXERS)
 def test_states_are_counted_as_the_recurrent_form_has_them(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokens = LinearLlama3(config_of(name)), torch.zeros(1, LENGTH, dtype=torch.int64)

@@ -72,6 +72,7 @@ def test_ranks_equal_one_process(operator: str, num_ranks: int) -> None:
             assert worst(differences) < 1e-10, (order, documents, differences)
 
 
+@pytest.mark.slow_rows(r"^(linear_attention|gated_deltanet|kda|based|chela|rwkv7|mamba|mamba2)$")
 @pytest.mark.parametrize("operator", LINEAR_MIXERS)
 def test_token_by_token_a_model_gives_the_logits_of_one_call(operator: str) -> None:
     model, tokens = model_of(operator), random_tokens(2, 70)

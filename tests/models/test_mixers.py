@@ -234,6 +234,7 @@ def prefilled_and_decoded(operator: str, order: Any, window: int | None) -> dict
     return errors
 
 
+@pytest.mark.slow_rows(r"mamba2")
 @pytest.mark.parametrize("operator", each_linear_mixer())
 def test_a_memory_crosses_from_many_ranks_to_one_with_its_gradients(operator: str, window: int | None = None) -> None:
     for order in ("contiguous", "zigzag"):

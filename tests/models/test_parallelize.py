@@ -63,8 +63,7 @@ def assert_equal(answers: list[dict[str, float]]) -> None:
         assert worst(answer) <= TOLERANCE, sorted(answer.items(), key=lambda item: -item[1])[:3]
 
 
-@pytest.mark.slow_rows(r"^2-zigzag", r"^2-contiguous-(kda|simple_gla|hgrn2)")
-@pytest.mark.slow_rows(r"^3-contiguous")
+@pytest.mark.slow_rows(r"^2-zigzag", r"^2-contiguous-(kda|simple_gla|hgrn2)", r"^3-contiguous")
 @pytest.mark.parametrize("operator", each_linear_mixer())
 @pytest.mark.parametrize("order", ["contiguous", "zigzag"])
 @pytest.mark.parametrize("num_ranks", [2, 3])
@@ -249,7 +248,7 @@ def test_nothing_to_undo_is_said() -> None:
         unparallelize("model")  # type: ignore[type-var]
 
 
-@pytest.mark.parametrize("option", [{"order": "zigzag"}, {"loss": "sum"}, {"verify": True}])
+@pytest.mark.parametrize("option", [{"order": "zigzag"}, {"rank_order": [0]}, {"loss": "sum"}, {"verify": True}])
 def test_an_option_that_does_not_concern_the_model_is_refused(option: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=f"{next(iter(option))}=.* concerns models of Hugging Face"):
         parallelize(tiny_model(), None, **option)

@@ -10,6 +10,7 @@ from tests.ops.accuracy import GATES, errors
 DECAYS = ["linear_attention", "retention", "simple_gla", "gla", "gated_slot_attention"]
 
 
+@pytest.mark.slow_rows(r"-dtype1-")
 @pytest.mark.parametrize("backend", ["torch"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", DECAYS)

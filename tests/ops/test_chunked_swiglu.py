@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from longspan.ops.chunked.swiglu import chunked_swiglu
 from tests.compare import relative_error, worst
+from tests.ops.one_node import check_keeps_inputs_alone, check_only_needed_gradients
 from tests.unwritten import unwritten_memory_is_nan
 
 SHAPE, WIDTH, INNER, OUT = (3, 37), 6, 20, 5
@@ -75,26 +77,9 @@ def test_autocast_casts_as_it_does_for_products() -> None:
 @pytest.mark.parametrize("needed", [(0,), (1,), (2,), (3,), (0, 3)], ids=str)
 def test_only_what_requires_a_gradient_gets_one(needed: tuple[int, ...]) -> None:
     inputs, upstream = make()
-    for index, x in enumerate(inputs):
-        x.requires_grad_(index in needed)
-    chunked_swiglu(*inputs, 10).backward(upstream)
-    want = torch.autograd.grad(plain(*inputs), [inputs[index] for index in needed], upstream)
-    for index, x in enumerate(inputs):
-        assert (x.grad is not None) == (index in needed)
-    for index, expected in zip(needed, want, strict=True):
-        grad = inputs[index].grad
-        assert grad is not None and relative_error(grad, expected) < 1e-13
+    check_only_needed_gradients(partial(chunked_swiglu, chunk_size=10), plain, inputs, upstream, needed)
 
 
 def test_backward_keeps_the_inputs_alone() -> None:
     inputs, _ = make()
-    kept: list[Tensor] = []
-
-    def pack(x: Tensor) -> Tensor:
-        kept.append(x)
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        y = chunked_swiglu(*inputs, 10)
-    assert {x.data_ptr() for x in kept} == {x.data_ptr() for x in inputs}
-    assert y.requires_grad
+    check_keeps_inputs_alone(partial(chunked_swiglu, chunk_size=10), inputs)

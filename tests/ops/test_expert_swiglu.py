@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import cast
 
 import pytest
@@ -17,6 +18,7 @@ from longspan.ops.experts.grouped import Groups, takes_one_kernel
 from longspan.ops.experts.swiglu import expert_swiglu
 from tests.attention.test_host_waits import as_if_with_values, waits
 from tests.compare import relative_error, worst
+from tests.ops.one_node import check_keeps_inputs_alone, check_only_needed_gradients
 from tests.tracing.test_compile import pytestmark  # noqa: F401
 from tests.unwritten import unwritten_memory_is_nan
 
@@ -197,29 +199,12 @@ def test_autocast_casts_as_it_does_for_products(chunk_size: int) -> None:
 @pytest.mark.parametrize("needed", [(0,), (2,), (3,), (5,), (0, 4)], ids=str)
 def test_only_what_requires_a_gradient_gets_one(needed: tuple[int, ...], chunk_size: int) -> None:
     inputs, upstream = make()
-    for index, x in enumerate(inputs):
-        x.requires_grad_(index in needed)
-    expert_swiglu(*inputs, chunk_size).backward(upstream)
-    want = torch.autograd.grad(plain(*inputs), [inputs[index] for index in needed], upstream)
-    for index, x in enumerate(inputs):
-        assert (x.grad is not None) == (index in needed)
-    for index, expected in zip(needed, want, strict=True):
-        grad = inputs[index].grad
-        assert grad is not None and relative_error(grad, expected) < 1e-13
+    check_only_needed_gradients(partial(expert_swiglu, chunk_size=chunk_size), plain, inputs, upstream, needed)
 
 
 def test_backward_in_chunks_keeps_the_inputs_alone() -> None:
     inputs, _ = make()
-    kept: list[Tensor] = []
-
-    def pack(x: Tensor) -> Tensor:
-        kept.append(x)
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        y = expert_swiglu(*inputs, 10)
-    assert {x.data_ptr() for x in kept} == {x.data_ptr() for x in inputs}
-    assert y.requires_grad
+    check_keeps_inputs_alone(partial(expert_swiglu, chunk_size=10), inputs)
 
 
 def test_to_a_compiler_it_is_one_operator_with_the_same_gradients() -> None:

@@ -89,6 +89,7 @@ def test_packed_documents_equal_separate_ones(name: str, documents: list[int]) -
         assert worst_error(*run(name, make_inputs(name, 50, documents=documents, heads=2, key_heads=1), form)) < 1e-10
 
 
+@pytest.mark.slow_rows(r"^(5|30).0-")
 @pytest.mark.parametrize("decay", [0.0, 5.0, 30.0, 1000.0])
 def test_no_decay_is_too_strong_or_too_weak(name: str, decay: float) -> None:
     for seq_len, documents in ((100, None), (103, None), (103, [0, 5, 8, 33, 103])):

@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 import math
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from longspan.errors import InputError
-from longspan.exchange import AllGather, AllToAll, Pipelined, Ring
+from longspan.exchange import AllGather, AllToAll, Pipelined, Ring, TwoLevel
 from longspan.plan import Cluster, Link, LinkMatrix, Problem, chain_order
 from longspan.state import ScalarDecay
 
@@ -112,6 +113,17 @@ def test_the_cost_of_a_chain_is_that_of_its_own_hops() -> None:
     # All topologies that send over it are as slow, in whatever order.
     for topology in (AllGather(), AllToAll()):
         assert topology.cost(PROBLEM, cluster(links)).seconds > topology.cost(PROBLEM, cluster(matrix(4, {}))).seconds
+
+
+def test_two_levels_count_links_inside_nodes_and_along_rails() -> None:
+    def seconds(slow: dict[tuple[int, int], float]) -> float:
+        return TwoLevel().cost(PROBLEM, replace(cluster(matrix(4, slow)), ranks_per_node=2)).seconds
+
+    alike = seconds({})
+    assert alike == pytest.approx(TwoLevel().cost(PROBLEM, replace(cluster(None), ranks_per_node=2)).seconds)
+    assert seconds({(0, 1): 1e6}) > 2 * alike and seconds({(0, 2): 1e6}) > 2 * alike
+    # Nobody sends from one place of a node to another place of another.
+    assert seconds({(0, 3): 1e6}) == alike
 
 
 def test_links_are_written_down_and_read_again() -> None:

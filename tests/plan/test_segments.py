@@ -12,7 +12,7 @@ from longspan.commands.plan_train import parse, report, sizes_of, step_of
 from longspan.degrees import MeshDegrees
 from longspan.models import LinearLlama3
 from longspan.parallel import compute_in
-from longspan.plan.cluster import stated_cluster
+from longspan.plan.stated import stated_cluster
 from longspan.plan.training import (
     DeviceFigures,
     Operations,

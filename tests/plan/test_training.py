@@ -18,7 +18,7 @@ from longspan.models import MIXERS, LinearLlama3
 from longspan.ops.chunked.cross_entropy import chunked_cross_entropy
 from longspan.parallel import compute_in
 from longspan.plan.activations import block_bytes, kept_loss_bytes, loss_bytes, mixer_bytes, outside_bytes, state_bytes
-from longspan.plan.cluster import stated_cluster
+from longspan.plan.stated import stated_cluster
 from longspan.plan.training import DeviceFigures, Step, layer_bytes, plan_memory, plan_time
 from longspan.train.config import Config
 
@@ -301,7 +301,14 @@ def test_the_rate_of_this_cpu_is_measured(capsys: pytest.CaptureFixture[str]) ->
     ("arguments", "message"),
     [
         (["--cluster.device", "Abacus"], "has no peak in the table"),
-        (["--cluster.flops", "-1"], "cluster.flops is -1.0; it must be greater than 0"),
+        (["--cluster.flops", "-1"], "cluster.flops is -1.0; it must be a finite number greater than 0"),
+        (["--cluster.share", "0"], "cluster.share is 0.0; it must be a finite number greater than 0"),
+        (["--cluster.share", "1.5"], "cluster.share is 1.5; it must be at most 1"),
+        (["--cluster.ranks_per_node", "0"], "cluster.ranks_per_node is 0; it must be at least 1"),
+        (
+            ["--parallel.sp", "12", "--cluster.flops", "1e9"],
+            "12 ranks do not make machines of cluster.ranks_per_node 8 ranks each. The most up to there that do are 6",
+        ),
         (["--cluster.flop", "1"], "did you mean --cluster.flops?"),
         (["--parallel.sp", "9000"], "is shorter than parallel.sp 9000"),
         (["--config"], "--config needs a file"),

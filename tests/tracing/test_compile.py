@@ -61,8 +61,7 @@ def check_one_device(name: str, backend: str, lengths: tuple[int, ...], with_doc
 QUICK = {"simple_gla", "gated_delta_rule", "softmax", "convolution", "mamba2"}
 
 
-@pytest.mark.slow_rows(r"mamba2-True")
-@pytest.mark.slow_rows(r"^(?!simple_gla-False).*-False$")
+@pytest.mark.slow_rows(r"simple_gla-False", r"mamba2-True", r"^(?!simple_gla-False).*-False$")
 @pytest.mark.parametrize(
     ("name", "with_documents"),
     [

@@ -97,7 +97,7 @@ def test_a_model_is_planned_without_values(operator: str) -> None:
     assert torch.isfinite(real(random_tokens(1, 70), layout=layout)).all()
 
 
-@pytest.mark.slow_rows(r"kda|hgrn2")
+@pytest.mark.slow_rows(r"mamba2", r"kda|hgrn2")
 @pytest.mark.parametrize("operator", ["simple_gla", "kda", "mamba2", "hgrn2"])
 def test_a_model_is_exported(operator: str) -> None:
     model = tiny_model(operator=operator).eval()

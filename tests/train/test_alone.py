@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -13,7 +15,7 @@ from safetensors.torch import load_file
 
 from longspan.models.feed_forward import SwiGLU
 from longspan.models.mixers import Context
-from longspan.train.alone import take_steps
+from longspan.train.alone import measure_alone, take_steps
 from longspan.train.config import to_mapping
 from tests.ranks import run_on_ranks
 from tests.train.tiny import newest_tensors, tiny_config, train_here, write_corpus
@@ -61,6 +63,38 @@ def test_one_process_computes_as_the_run_does(tmp_path: Path, values: dict[str, 
     runs = 2 if "train__recompute" in values else 1
     dtype = torch.bfloat16 if "train__dtype" in values else torch.float32
     assert found == [dtype] * (layers * steps * runs)
+
+
+@pytest.mark.parametrize(
+    ("outcome", "said"),
+    [
+        (
+            subprocess.CompletedProcess([], -9, "", ""),
+            "was killed by SIGKILL (the system does this when memory runs out)",
+        ),
+        (
+            subprocess.CompletedProcess([], 1, "", "Traceback\nMemoryError: no"),
+            "ended with exit code 1: MemoryError: no",
+        ),
+        (subprocess.TimeoutExpired([], 300.0), "took longer than 300 s, half of parallel.timeout_seconds"),
+        (OSError(11, "Resource temporarily unavailable"), "could not be started: [Errno 11] Resource temporarily"),
+    ],
+)
+def test_a_process_that_cannot_take_what_the_ranks_share_is_said(tmp_path: Path, outcome: Any, said: str) -> None:
+    headings: list[tuple[str, str]] = []
+    batches = SimpleNamespace(batch=lambda *place: SimpleNamespace(document_starts=None))
+    trainer: Any = SimpleNamespace(
+        config=tiny_config(tmp_path, tmp_path / "run", run__measure_alone=True),
+        ranks=SimpleNamespace(dp=1, sp=2, device="cpu"),
+        data=SimpleNamespace(vocab_size=257),
+        batches=batches,
+        report=SimpleNamespace(heading=lambda *line: headings.append(line)),
+    )
+    ended: dict[str, Any] = {"side_effect": outcome} if isinstance(outcome, Exception) else {"return_value": outcome}
+    with mock.patch("longspan.train.alone.subprocess.run", **ended):
+        assert measure_alone(trainer) is None
+    ((name, text),) = headings
+    assert name == "alone" and text.startswith(f"one process that was to take whole sequences {said}")
 
 
 @pytest.mark.parametrize("values", [{"parallel__sp": 1}, {"train__check_tokens": 100}, {"run__measure_alone": False}])

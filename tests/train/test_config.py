@@ -172,6 +172,10 @@ def test_a_bad_toml_file_is_refused(tmp_path: Path, toml: str, message: str) -> 
         ({"train__seed": -1}, r"train.seed is -1"),
         ({"optim__lr": 0.0}, r"optim.lr is 0.0; it must be greater than 0"),
         ({"optim__lr": float("nan")}, r"optim.lr is nan; it must be a finite number"),
+        (
+            {"parallel__timeout_seconds": 1e300},
+            r"parallel.timeout_seconds is 1e\+300; it must be at most 31536000, a year",
+        ),
         ({"optim__beta1": 1.0}, r"optim.beta1 is 1.0; it must lie between 0 and 1"),
         ({"data__validation_fraction": 0.0}, r"data.validation_fraction is 0.0; it must lie between"),
         ({"data__vocab_size": 100}, r"data.vocab_size is 100; it must be at least 257"),
@@ -183,6 +187,10 @@ def test_a_bad_toml_file_is_refused(tmp_path: Path, toml: str, message: str) -> 
         ({"train__batch_tokens": 12_000}, r"batch_tokens 12000 is no multiple of train.seq_len 8192.*multiple is 8192"),
         ({"train__seq_len": 1, "train__batch_tokens": 1}, r"train.seq_len 1 is shorter than parallel.sp 2"),
         ({"parallel__exchange": "telepathy"}, r"parallel.exchange must be 'auto' or one of .*got 'telepathy'"),
+        (
+            {"parallel__softmax_method": "ulysses", "parallel__sp": 8, "model__num_heads": 4},
+            r"parallel.softmax_method: .*got 4 heads for 8 ranks. Use method 'ring' or 'all_gather', .*: 4 at most",
+        ),
     ],
 )
 def test_values_out_of_range_are_refused(values: dict[str, Any], message: str) -> None:

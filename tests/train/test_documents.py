@@ -164,10 +164,19 @@ def test_what_was_seen_is_counted_by_the_length_of_documents_and_survives_a_resu
     seen = json.loads((finished / "summary.json").read_text())["tokens_by_document_length"]
     assert seen == {"512-1023": 3 * 2000}
     assert "| 512-1023 | 6,000 |" in (finished / "summary.md").read_text()
+    of_steps = [{"tokens_seen/512-1023": 2000}, {"tokens_seen/512-1023": 4000}, {"tokens_seen/512-1023": 6000}]
+    assert seen_by_length(finished) == of_steps
     run = tmp_path / "run"
     run_on_ranks(1, train_here, tiny_config(corpus, run, parallel__sp=1, **WITH_SHORT | {"train__steps": 2}))
     run_on_ranks(1, train_here, tiny_config(corpus, run, parallel__sp=1, **WITH_SHORT), True)
     assert json.loads((run / "summary.json").read_text())["tokens_by_document_length"] == seen
+    assert seen_by_length(run) == of_steps
+
+
+def seen_by_length(run: Path) -> list[dict[str, int]]:
+    """Of each step of a run: tokens seen so far, by the length of their documents."""
+    steps = [record for record in metrics(run) if "loss" in record]
+    return [{key: value for key, value in step.items() if key.startswith("tokens_seen/")} for step in steps]
 
 
 def test_resetting_differs_from_concatenating(corpus: Path, finished: Path, tmp_path: Path) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -16,6 +18,7 @@ import torch.distributed as dist
 from longspan.attention.linear import LinearMemory
 from longspan.data.batches import validation_sequences
 from longspan.data.packing import IGNORED, PackedBatch, Sequences
+from longspan.data.prepared import PreparedData
 from longspan.errors import CheckpointError, ConfigError, DataError
 from longspan.exchange import TOPOLOGIES
 from longspan.launch import EXIT_DONE, EXIT_STOPPED, Place, StopRequest
@@ -77,6 +80,28 @@ def test_the_same_run_on_any_ranks(
     assert [record["step"] for record in found] == [1, 2, 3, 3, 4, 5, 6, 6]
     for ours, theirs in zip(found, expected, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("over_sp", [False, True])
+def test_two_copies_of_two_shares_of_two_ranks_that_share_sequences_run_and_go_on_as_one_process(
+    corpus: Path, tmp_path: Path, over_sp: bool
+) -> None:
+    """HSDP with sequence parallelism, 2 x 2 x 2; its checkpoint is gone on with by one process, and by eight again."""
+    values: dict[str, Any] = {"train__batch_tokens": 488, "train__check_replicas_every": 1}
+    mesh = {"parallel__dp_replicate": 2, "parallel__dp_shard": 2, "parallel__sp": 2, "parallel__shard_over_sp": over_sp}
+    alone, run = tmp_path / "alone", tmp_path / "run"
+    assert run_on_ranks(1, train_here, tiny_config(corpus, alone, parallel__sp=1, **values)) == [EXIT_DONE]
+    assert run_on_ranks(8, train_here, tiny_config(corpus, run, **mesh, **values), timeout=300.0) == [EXIT_DONE] * 8
+    expected = metrics(alone, *COMPUTED)
+    for ours, theirs in zip(metrics(run, *COMPUTED), expected, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+    for num_ranks, of_ranks in ((1, {"parallel__sp": 1}), (8, mesh)):
+        going_on = interrupted(run, tmp_path / f"on-{num_ranks}", after=3)
+        config = tiny_config(corpus, going_on, **of_ranks, **values)
+        assert run_on_ranks(num_ranks, train_here, config, True, timeout=300.0) == [EXIT_DONE] * num_ranks
+        for ours, theirs in zip(metrics(going_on, *COMPUTED), expected, strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-4)
 
 
 def test_the_same_run_twice_is_the_same_bit_by_bit(corpus: Path, finished: Path, tmp_path: Path) -> None:
@@ -196,6 +221,26 @@ def test_a_run_may_go_on_with_other_ranks(corpus: Path, finished: Path, tmp_path
         assert ours == pytest.approx(theirs, rel=1e-4)
 
 
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="Linux tells which file a descriptor is of")
+def test_metrics_are_on_the_disk_before_the_checkpoint_of_their_steps(corpus: Path, tmp_path: Path) -> None:
+    """Where the machine loses what is not, a run that goes on from the checkpoint has no gap in its log."""
+    synced: list[str] = []
+    sync = os.fsync
+
+    def noted(descriptor: int) -> None:
+        synced.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        sync(descriptor)
+
+    config = tiny_config(corpus, tmp_path / "run", parallel__sp=1, sample__tokens=0)
+    with mock.patch("os.fsync", noted):
+        assert train_on(Ranks(Place(), CPU), config, StopRequest()) == EXIT_DONE
+    # Checkpoints of steps 3 and 6.
+    assert [name for name in synced if name in ("metrics.jsonl", "manifest.json")] == [
+        "metrics.jsonl",
+        "manifest.json",
+    ] * 2
+
+
 def test_a_finished_run_can_be_made_longer(corpus: Path, finished: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(finished, run)
@@ -203,6 +248,7 @@ def test_a_finished_run_can_be_made_longer(corpus: Path, finished: Path, tmp_pat
     assert [record["step"] for record in metrics(run)] == [1, 2, 3, 3, 4, 5, 6, 6, 7, 8, 8]
 
 
+@pytest.mark.slow
 def test_what_a_resumed_run_says_of_its_speed_needs_no_file_that_may_be_gone(
     corpus: Path, finished: Path, tmp_path: Path
 ) -> None:
@@ -452,6 +498,25 @@ def test_a_run_whose_ranks_disagree_with_one_process_is_refused(corpus: Path, tm
         assert kind == "SelfCheckError"
         assert "the ranks together do not compute what one process computes" in text
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def _counting_on_rank_0_alone(config: Config) -> int:
+    count = PreparedData.token_counts
+
+    def counts(data: PreparedData, weights: tuple[float, ...] = ()) -> np.ndarray:
+        assert dist.get_rank() == 0, "the counts of all shards are read on every rank"
+        return count(data, weights)
+
+    with mock.patch.object(PreparedData, "token_counts", counts):
+        return train_here(config)
+
+
+def test_one_rank_counts_the_tokens_of_all_shards_for_all(corpus: Path, finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    values = {"train__steps": 1, "checkpoint__every": 0, "sample__tokens": 0}
+    assert run_on_ranks(2, _counting_on_rank_0_alone, tiny_config(corpus, run, **values)) == [EXIT_DONE] * 2
+    ours, theirs = (json.loads((path / "summary.json").read_text()) for path in (run, finished))
+    assert ours["unigram_loss"] == theirs["unigram_loss"] > 0
 
 
 def _with_a_bad_byte_for_rank_1(config: Config) -> int:

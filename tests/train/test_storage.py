@@ -121,7 +121,7 @@ def save_where_rank_1_fails(folder: Path, point: str, asynchronous: bool) -> Non
         if (name, step, dist.get_rank()) == (point, 4, 1):
             raise OSError(28, "No space left on device")
 
-    with mock.patch("longspan.train.storage.reached", fails):
+    with mock.patch("longspan.train.storage.writing.reached", fails):
         saver = CheckpointSaver(folder, ranks_here(), keep=1, asynchronous=asynchronous)
         for step in (3, 4):
             saver.start(step, {"model/w": torch.ones(2), "model/v": torch.ones(3)}, {})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch.profiler import profile
 
 from longspan.comm.profiling import named_range
 from longspan.errors import ConfigError
+from longspan.train.snapshot import MemorySnapshot
 from tests.ranks import run_on_ranks
 from tests.train.tiny import metrics, tiny_config, train_here, write_corpus
 
@@ -96,3 +98,23 @@ def test_a_range_shows_while_a_profiler_is_on_and_does_nothing_otherwise() -> No
     names = {event.key for event in profiler.key_averages()}
     assert "seen" in names
     assert "unseen" not in names
+
+
+def test_memory_is_recorded_in_the_step_that_is_asked_for_alone(tmp_path: Path) -> None:
+    """What is asked of PyTorch, which writes the file on a GPU."""
+    asked: list[Any] = []
+    with (
+        mock.patch.object(torch.cuda.memory, "_record_memory_history", lambda **options: asked.append(options)),
+        mock.patch.object(torch.cuda.memory, "_dump_snapshot", asked.append),
+    ):
+        snapshot = MemorySnapshot(tmp_path / "traces", 2, rank=1)
+        for step in (1, 2, 3):
+            with snapshot.of(step):
+                asked.append(step)
+        path = str(tmp_path / "traces" / "step-00000002-rank-1-memory.pickle")
+        assert asked == [1, {"max_entries": 1_000_000}, 2, path, {"enabled": None}, 3]
+        assert (tmp_path / "traces").is_dir()
+        asked.clear()
+        with pytest.raises(RuntimeError, match="out of memory"), snapshot.of(2):
+            raise RuntimeError("out of memory")
+        assert asked == [{"max_entries": 1_000_000}, path, {"enabled": None}]

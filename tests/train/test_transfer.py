@@ -137,6 +137,7 @@ def test_errors_fall_and_nothing_else_changes(folder: Path, data: PreparedData, 
     assert all(torch.equal(one, other) for one, other in zip(teachers, now, strict=True))
 
 
+@pytest.mark.slow_rows(r"^lightning$")
 @pytest.mark.parametrize("operator", each_linear_mixer(quick=("simple_gla", "lightning", "based")))
 def test_calibration_is_of_the_gates_and_sizes_it_names_and_no_further_from_the_softmax_layer(
     folder: Path, operator: str
@@ -215,6 +216,7 @@ def shares_of_layers(folder: Path, operators: Sequence[str], order: Order | None
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("num_ranks", "order", "operators"),
     [

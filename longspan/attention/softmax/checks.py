@@ -27,10 +27,11 @@ SOFTMAX_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 def check_heads_of_ulysses(num_heads: int, num_ranks: int) -> None:
     """Raise InputError unless the ranks can have equally many of the query heads."""
     if num_heads % num_ranks:
+        most = next(ranks for ranks in range(num_ranks, 0, -1) if num_heads % ranks == 0)
         raise InputError(
             f"method 'ulysses' gives each rank an equal number of query heads; got {num_heads} heads for "
             f"{num_ranks} ranks. Use method 'ring' or 'all_gather', which take any number of heads, or a number of "
-            "ranks that divides the heads"
+            f"ranks that divides the heads: {most} at most"
         )
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from longspan.comm.background import run_beside
 from longspan.comm.collectives import all_gather_single
+from longspan.comm.groups import keep, peek
 from longspan.comm.hosts import nodes_of
 from longspan.comm.traffic import unrecorded
 from longspan.errors import LayoutError
@@ -62,7 +63,7 @@ def measured_links(layout: SequenceLayout, device: torch.device | str = "cpu") -
     """The latency and bandwidth of a message from every rank of a layout to every other, measured pair by pair; equal on all ranks.
 
     layout: of two ranks or more; its tokens do not matter. P · (P − 1) pairs one after another, while all other ranks are silent;
-    each takes about 0.1 s, on slow links some times as long as 64 KiB do.
+    each takes about 0.1 s, on slow links some times as long as 64 KiB do. ``Auto(measure=True)`` knows them from then on.
 
     Collective: every rank of the group calls this, in the same order among its exchanges.
     """
@@ -77,9 +78,21 @@ def measured_links(layout: SequenceLayout, device: torch.device | str = "cpu") -
             found, _, payload, seconds = ranks.messages(_pair(ranks, source, target))
             latency[source][target], bandwidth[source][target] = found, payload / _rest(seconds, found)
     links = LinkMatrix(tuple(map(tuple, latency)), tuple(map(tuple, bandwidth)))
+    take_links(layout, ranks.device, links)
     if layout.rank == 0:
         _log.info("measured the links of %d ranks pair by pair: %s", num_ranks, links)
     return links
+
+
+def known_links(layout: SequenceLayout, device: torch.device) -> LinkMatrix | None:
+    """The links of a layout's process group if they have been measured, or taken; numbered as its ranks are. Measures nothing."""
+    links: LinkMatrix | None = peek(group_of(layout), ("links", device.type))
+    return links
+
+
+def take_links(layout: SequenceLayout, device: torch.device, links: LinkMatrix) -> None:
+    """Give a process group its links, which `Auto(measure=True)` then counts by; every rank gives the same."""
+    keep(group_of(layout), ("links", device.type), links)
 
 
 def ranks_per_node_of(layout: SequenceLayout) -> int:

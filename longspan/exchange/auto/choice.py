@@ -14,7 +14,9 @@ from torch import Tensor
 
 from longspan.comm.groups import kept
 from longspan.errors import InputError
+from longspan.exchange.auto.calibration import known_links
 from longspan.exchange.auto.figures import figures_of, sizes_of
+from longspan.exchange.auto.hops import cheapest_codecs
 from longspan.exchange.auto.trial import Candidate, try_out
 from longspan.exchange.codec import Codec, Int8, codec_named, codecs_within
 from longspan.exchange.problem import problem_of, stated_cluster_of
@@ -30,7 +32,7 @@ from longspan.exchange.topology import (
 )
 from longspan.layout import SequenceLayout, group_of
 from longspan.modes import built_for_every_mode
-from longspan.plan import Cluster, Cost
+from longspan.plan import Cluster, Cost, Problem
 from longspan.state import Pair
 
 _log = logging.getLogger("longspan")
@@ -46,11 +48,12 @@ class Auto(Exchanger):
             no nodes (`ranks_per_node`, or a mesh of nodes and ranks) is taken to be on one.
         measure: measure the figures at the first exchange of a process group, in a fraction of a second, and try the topologies
             that are close, once for each size of states. Another run may then choose otherwise, and its sums differ in their last
-            digits.
+            digits. Links that were measured pair by pair before (`measured_links`) are counted one by one.
 
         max_relative_error: the error that one passage between ranks may make of a head's state, ‖error‖ / ‖state‖; what keeps to it
             (bfloat16, the codecs of `longspan.exchange.codec`) is chosen with the topology where it costs less, for links inside
-            nodes and between them apart. None sends states as they are.
+            nodes and between them apart, and in a chain for each link by itself where the cluster has a matrix of them. None sends
+            states as they are.
         codec: as in `Topology`, for whichever topology is taken.
 
     Raises:
@@ -136,7 +139,7 @@ class Auto(Exchanger):
             topology
             for kind in TOPOLOGIES.values()
             if kind(self.state_dtype).serves(pair, layout, cluster)
-            for topology in self._ways(kind, cluster)
+            for topology in self._ways(kind, problem, cluster)
         ]
 
         def price() -> list[Priced]:
@@ -150,24 +153,27 @@ class Auto(Exchanger):
 
         return kept(group_of(layout), ("priced", cluster, problem, tuple(serving)), price)
 
-    def _ways(self, kind: type[Topology], cluster: Cluster) -> list[Topology]:
+    def _ways(self, kind: type[Topology], problem: Problem, cluster: Cluster) -> list[Topology]:
         """The topology with each way of states over the wire that may be chosen."""
         if self.max_relative_error is None:
             return [kind(self.state_dtype, codec=self.codec)]
-        within = codecs_within(self.max_relative_error)
-        codecs = [None, *(codec for codec in within if isinstance(codec, Codec))]
-        ways = [kind(dtype) for dtype in within if isinstance(dtype, torch.dtype)]
+        codecs = [None, *codecs_within(self.max_relative_error)]
         apart = kind.tells_links_apart and 1 < cluster.ranks_per_node < cluster.num_ranks
-        ways += [
+        ways: list[Topology] = [
             kind(codec=codec, codec_inside=inside) for codec in codecs for inside in (codecs if apart else [codec])
         ]
+        if kind.is_chain and cluster.links is not None:
+            hops = cheapest_codecs(problem, cluster, codecs)
+            if len(set(hops)) > 1:
+                ways.append(kind(codec_of_hops=hops))
         return ways
 
     def _cluster(self, layout: SequenceLayout, state: Tensor) -> Cluster:
-        if self.measure:
-            return figures_of(layout, state.device).cluster
-        cluster = self.cluster or stated_cluster_of(layout, state.device.type)
-        return cluster.in_order(layout.rank_order)
+        if not self.measure:
+            cluster = self.cluster or stated_cluster_of(layout, state.device.type)
+            return cluster.in_order(layout.rank_order)
+        measured, links = figures_of(layout, state.device).cluster, known_links(layout, state.device)
+        return measured if links is None else replace(measured, links=links.in_order(layout.rank_order))
 
 
 def _errors(priced: list[Priced], pair: Pair, layout: SequenceLayout) -> dict[str, float]:

@@ -125,5 +125,5 @@ class AllGather(Topology, Carrier):
         steps = problem.num_ranks - 1
         block = problem.segments_per_rank * (problem.state if backward else problem.pair)
         folds = (problem.num_segments - 1) * cluster.fold(problem.fold_size(problem.num_rows), at_once=True)
-        folds += problem.num_segments * cluster.coding(problem.coding_bytes(problem.num_rows), at_once=True)
+        folds += cluster.coding(problem.coding_size(problem.num_rows, times=problem.num_segments), at_once=True)
         return DirectionCost(steps * cluster.gather_step(block) + folds, folds, steps * block, steps, steps)

@@ -106,7 +106,7 @@ class AllToAll(Topology, Carrier):
         seconds = cluster.all_to_all(stretches * (ranks - 1) * largest * there)
         seconds += cluster.all_to_all(stretches * (ranks - 1) * largest * problem.row_state)
         seconds += (problem.num_segments - 1) * cluster.fold(problem.fold_size(largest), at_once=True)
-        seconds += 2 * stretches * cluster.coding(problem.coding_bytes(rows), at_once=True)
+        seconds += cluster.coding(problem.coding_size(rows, times=2 * stretches, messages=2), at_once=True)
         sent = max(sent_by_rows(ranks, rows, own, stretches, there, problem.row_state) for own in shares)
         messages = max(messages_by_rows(ranks, rows, own > 0) for own in shares)
         return DirectionCost(seconds, 0.0, sent, messages, 2)

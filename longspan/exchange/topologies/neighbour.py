@@ -12,14 +12,14 @@ follows, forward and backward, but all ranks at once. Where the exchange does no
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from longspan.errors import LayoutError
-from longspan.exchange.chain import chain_of, messages_of_chain
+from longspan.exchange.chain import chain_of
+from longspan.exchange.chain_cost import bytes_by_hop, chain_cost, messages_of_chain
 from longspan.exchange.chained import chain_for
-from longspan.exchange.topologies.ring import Ring
 from longspan.exchange.topology import Carrier, Topology
 from longspan.layout import SequenceLayout
 from longspan.plan import Cluster, DirectionCost, Problem
@@ -35,6 +35,7 @@ class Neighbour(Topology):
 
     name = "neighbour"
     tells_links_apart = True
+    is_chain = True
 
     def serves(self, pair: Pair, layout: SequenceLayout, cluster: Cluster) -> bool:
         return only_neighbours_meet(pair, layout)
@@ -55,14 +56,21 @@ class Neighbour(Topology):
         seconds = latency + (n − 1) · gap + n · |U| / bandwidth, on the slower of the links inside and between nodes. For two
         segments it is the ring.
         """
+        wires, inside = self.wires_of_hops, self.on_wire(problem, inside=True)
         if problem.num_segments == 2:
-            ring = Ring(self.state_dtype, codec=self.codec, codec_inside=self.codec_inside)
-            return ring.direction_cost(problem, cluster, backward)
+            return chain_cost(problem, cluster, 1, inside.wire, wires)
         messages = messages_of_chain(problem)
-        inside = self.on_wire(problem, inside=True)
+        if wires is not None:
+            hops = [replace(problem, wire=wire) for wire in wires]
+            seconds = (messages - 1) * cluster.slowest.gap + max(
+                cluster.hop_seconds(place, messages * hop.state, at_once=True)
+                + cluster.coding(hop.coding_size(hop.num_rows, messages, messages), at_once=True)
+                for place, hop in enumerate(hops)
+            )
+            return DirectionCost(seconds, 0.0, bytes_by_hop(problem, 1, wires), messages, 1)
         seconds = cluster.to_next(messages * problem.state, messages, messages * inside.state)
-        coding = max(each.coding_bytes(each.num_rows) for each in (problem, inside))
-        seconds += messages * cluster.coding(coding, at_once=True)
+        sizes = [each.coding_size(each.num_rows, messages, messages) for each in (problem, inside)]
+        seconds += max(cluster.coding(size, at_once=True) for size in sizes)
         outermost = problem if cluster.num_nodes > 1 else inside
         return DirectionCost(seconds, 0.0, messages * outermost.state, messages, 1)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from longspan.errors import InputError
-from longspan.exchange.chain import chain_cost
+from longspan.exchange.chain_cost import Wires, chain_cost
 from longspan.exchange.chained import chain_for
 from longspan.exchange.problem import problem_of, stated_cluster_of
 from longspan.exchange.topology import Carrier, Topology
@@ -33,6 +33,7 @@ class Pipelined(Topology):
 
     name = "pipelined"
     tells_links_apart = True
+    is_chain = True
     num_blocks: int | None = None
 
     def __post_init__(self) -> None:
@@ -44,15 +45,15 @@ class Pipelined(Topology):
     def settled(self, problem: Problem, cluster: Cluster) -> Pipelined:
         if self.num_blocks:
             return self
-        return replace(self, num_blocks=best_num_blocks(self.on_wire(problem), cluster))
+        return replace(self, num_blocks=best_num_blocks(self.on_wire(problem), cluster, self.wires_of_hops))
 
     def carrier(self, pair: Pair, layout: SequenceLayout) -> Carrier:
         num_blocks = self.num_blocks
         if num_blocks is None:
             problem = self.on_wire(problem_of(pair, layout, self.state_dtype))
             cluster = stated_cluster_of(layout, pair.state.device.type)
-            key = ("num_blocks", problem, cluster)
-            num_blocks = layout.cached(key, lambda: best_num_blocks(problem, cluster))
+            key = ("num_blocks", problem, cluster, self.wires_of_hops)
+            num_blocks = layout.cached(key, lambda: best_num_blocks(problem, cluster, self.wires_of_hops))
         return chain_for(self, layout, num_blocks)
 
     def cost(self, problem: Problem, cluster: Cluster) -> Cost:
@@ -60,12 +61,17 @@ class Pipelined(Topology):
 
     def direction_cost(self, problem: Problem, cluster: Cluster, backward: bool) -> DirectionCost:
         """The ring in M blocks, which follow each other."""
-        num_blocks = self.num_blocks or best_num_blocks(problem, cluster)
-        return chain_cost(problem, cluster, num_blocks, self.on_wire(problem, inside=True).wire)
+        wires = self.wires_of_hops
+        num_blocks = self.num_blocks or best_num_blocks(problem, cluster, wires)
+        return chain_cost(problem, cluster, num_blocks, self.on_wire(problem, inside=True).wire, wires)
 
 
-def best_num_blocks(problem: Problem, cluster: Cluster) -> int:
-    """How many blocks make `Pipelined` fastest: more blocks start the next rank sooner, and cost a gap each."""
+def best_num_blocks(problem: Problem, cluster: Cluster, wires: Wires | None = None) -> int:
+    """How many blocks make `Pipelined` fastest: more blocks start the next rank sooner, and cost a gap each.
+
+    wires: as `chain_cost` takes them.
+    """
     return min(
-        range(1, problem.value_size + 1), key=lambda blocks: (chain_cost(problem, cluster, blocks).seconds, blocks)
+        range(1, problem.value_size + 1),
+        key=lambda blocks: (chain_cost(problem, cluster, blocks, wires=wires).seconds, blocks),
     )

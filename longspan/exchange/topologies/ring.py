@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from longspan.exchange.chain import chain_cost
+from longspan.exchange.chain_cost import chain_cost
 from longspan.exchange.chained import chain_for
 from longspan.exchange.topology import Carrier, Topology
 from longspan.layout import SequenceLayout
@@ -28,10 +28,11 @@ class Ring(Topology):
 
     name = "ring"
     tells_links_apart = True
+    is_chain = True
 
     def carrier(self, pair: Pair, layout: SequenceLayout) -> Carrier:
         return chain_for(self, layout)
 
     def direction_cost(self, problem: Problem, cluster: Cluster, backward: bool) -> DirectionCost:
         """h hops, each a whole state, and a fold at each segment that the state passes; one rank works at a time."""
-        return chain_cost(problem, cluster, 1, self.on_wire(problem, inside=True).wire)
+        return chain_cost(problem, cluster, 1, self.on_wire(problem, inside=True).wire, self.wires_of_hops)

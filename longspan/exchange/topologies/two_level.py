@@ -137,11 +137,11 @@ class TwoLevel(Topology, Carrier):
         seconds = 0.0
         for row, row_inside in zip(outer, inner, strict=True):
             if members > 1:
-                seconds += cluster.intra.seconds(stretches * (members - 1) * in_node * row_inside, True, members - 1)
+                seconds += cluster.all_to_all_inside(stretches * (members - 1) * in_node * row_inside)
             if nodes > 1:
-                seconds += cluster.inter.seconds(stretches * (nodes - 1) * on_rail * row, True, nodes - 1)
-        coded = inside.coding_bytes(problem.num_rows) + problem.coding_bytes(in_node)
-        seconds += 2 * stretches * cluster.coding(coded, at_once=True)
+                seconds += cluster.all_to_all_of_rails(stretches * (nodes - 1) * on_rail * row)
+        for coded, coded_rows in ((inside, problem.num_rows), (problem, in_node)):
+            seconds += cluster.coding(coded.coding_size(coded_rows, times=2 * stretches, messages=2), at_once=True)
         step, rows = problem.fold_size, stretches * in_node
         composed = step(rows) if backward else problem.compose_size(rows)
         seconds += (members - 1) * (cluster.fold(composed, at_once=True) + cluster.fold(step(rows), at_once=True))
@@ -226,13 +226,13 @@ class _Levels:
     node: RowExchange
     rail: RowExchange
 
-    def known(self, kind: Form, parameter: Tensor) -> tuple[list[Transition], Transition]:
+    def known(self, form: Form, parameter: Tensor) -> tuple[list[Transition], Transition]:
         """Transitions that every rank knows, given those of all segments with the rows as heads, ``[S]`` or ``[S, R]``.
 
-        For this rank's rows in its node: of this node's runs by step, and of every whole run.
+        For this rank's rows in its node: of this node's runs by step, and of every whole run. form: of all rows.
         """
         own = self.node.shares.of_known(parameter)
-        layout = self.node.layout
+        layout, kind = self.node.layout, form.of_heads(self.node.shares.own)
         steps = [kind(reorder_rows(own, step, layout)) for step in self.runs.own_steps]
         return steps, _composed([kind(reorder_rows(own, step, layout)) for step in self.runs.all_steps])
 
@@ -271,7 +271,7 @@ def _scan_two_levels(pair: Pair, levels: _Levels) -> Arrived:
     transitions: list[Transition]
     if kind.is_known:
         states = levels.node.deal(rows.state)
-        transitions, whole = levels.known(kind, rows.transition.parameter)
+        transitions, whole = levels.known(rows.transition.form, rows.transition.parameter)
     else:
         states, parameter = levels.node.deal_pair(rows)
         own = rows.transition.form.of_heads(levels.node.shares.own)
@@ -289,8 +289,10 @@ def _scan_two_levels_adjoint(kind: Form, context: tuple[Tensor, ...], grad_incom
     grads = levels.node.deal(as_rows(grad_incoming))
     transitions: list[Transition]
     if kind.is_known:
-        transitions, whole = levels.known(kind, known_rows(context[0], grad_incoming.shape[1]))
-        rail_transition = kind(levels.rail.shares.of_known(whole.parameter))
+        rows = grad_incoming.shape[1]
+        transitions, whole = levels.known(kind.repeated(rows), known_rows(context[0], rows))
+        rail = levels.rail.shares
+        rail_transition = whole.form.of_heads(rail.own)(rail.of_known(whole.parameter))
     else:
         parameter, rail_parameter = context
         own = kind.repeated(grad_incoming.shape[1]).of_heads(levels.node.shares.own)

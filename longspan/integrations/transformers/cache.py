@@ -11,6 +11,7 @@ Shapes: B rows, N tokens of the prompt, T tokens of this rank, H heads, D their 
 from __future__ import annotations
 
 import sys
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,7 +91,7 @@ class Tails:
         return joined.narrow(dim, joined.shape[dim] - self.num_tokens, self.num_tokens).contiguous()
 
 
-class Recorder:
+class Recorder(ABC):
     """Stands where a cache does in a parallel forward; combined with the class of the fresh cache by `recording`.
 
     It gives out nothing, so that every layer takes the way of a first call, and keeps what layers hand to it.
@@ -105,21 +106,21 @@ class Recorder:
     targets: range
     """The ranks that fill one."""
 
+    @abstractmethod
     def start(self) -> None:
         """Nothing is kept yet."""
-        raise NotImplementedError
 
     def begin_segment(self, layout: SequenceLayout) -> None:
         """Layers hand over what belongs to the tokens of `layout`, which follow those so far; called before each forward."""
         self.prompt_layout = layout
 
+    @abstractmethod
     def check(self) -> None:
         """Every layer has handed something over; the same on every rank."""
-        raise NotImplementedError
 
+    @abstractmethod
     def hand_over(self) -> Any:
         """The filled cache on the ranks that fill one, None on the others. Every rank calls it; what was kept is let go."""
-        raise NotImplementedError
 
 
 class RecordingCache(Recorder):

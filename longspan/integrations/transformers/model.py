@@ -22,6 +22,7 @@ from torch.utils.hooks import RemovableHandle
 from longspan.comm.collectives import all_gather_single
 from longspan.errors import InputError, LayoutError
 from longspan.exchange.all_reduce import sum_over_ranks
+from longspan.exchange.auto.order import RankOrderOption, measured_rank_order
 from longspan.exchange.recomputation import keeping_states
 from longspan.integrations.transformers import attention, dispatch, inputs, losses, mixers, rotary
 from longspan.integrations.transformers.cache import Recorder
@@ -38,6 +39,7 @@ from longspan.integrations.transformers.structure import (
     owner_of,
 )
 from longspan.layout import ORDERS, Order, SequenceLayout
+from longspan.layout.shares import check_rank_order
 from longspan.models.mixers import ParallelOptions, SequenceParallel
 from longspan.tracing import outside_graphs
 
@@ -70,6 +72,7 @@ class ParallelModel:
         place: SequenceParallel,
         order: Order | None,
         loss: losses.LossKind,
+        rank_order: tuple[int, ...] | None = None,
     ) -> None:
         self.head = head
         self.backbone = backbone_of(head)
@@ -78,6 +81,7 @@ class ParallelModel:
         self.numbers = {mixer: number for number, mixer in enumerate(self.mixers)}
         balances = any(mixers.ATTENTION in kind.calls for kind in self.mixers.values())
         self.order: Order = order or ("zigzag" if balances else "contiguous")
+        self.rank_order = rank_order
         self.modeling_files = modeling_files_of(head)
         self.decoding = Decoding(self)
         self.call: ParallelCall | None = None
@@ -193,7 +197,7 @@ class ParallelModel:
         key = (length, None) if bounds is None else (rows * length, tuple(bounds))
         layout = self._layouts.pop(key, None)
         if layout is None:
-            layout = SequenceLayout(key[0], self.place.group, self.order, bounds)
+            layout = SequenceLayout(key[0], self.place.group, self.order, bounds, rank_order=self.rank_order)
         self._layouts[key] = layout
         while len(self._layouts) > KEPT_LAYOUTS:
             self._layouts.popitem(last=False)
@@ -492,6 +496,7 @@ def parallelize_pretrained(
     place: SequenceParallel,
     *,
     order: Order | None,
+    rank_order: RankOrderOption | None = None,
     loss: losses.LossKind,
     verify: bool,
 ) -> Model:
@@ -510,7 +515,7 @@ def parallelize_pretrained(
         from longspan.integrations.transformers.verify import Reference
 
         reference = Reference.of(head, place)
-    state = ParallelModel(head, options, place, order, loss)
+    state = ParallelModel(head, options, place, order, loss, _order_of_ranks(rank_order, head, place))
     state.install()
     if verify:
         try:
@@ -519,6 +524,16 @@ def parallelize_pretrained(
             state.uninstall()
             raise
     return model
+
+
+def _order_of_ranks(given: RankOrderOption | None, head: nn.Module, place: SequenceParallel) -> tuple[int, ...] | None:
+    """The order in which ranks hold sequences, None as they are numbered; measured now where that is asked for."""
+    if given is None or place.num_ranks == 1:
+        return None
+    if given == "measured":
+        device = next(head.parameters()).device
+        return measured_rank_order(SequenceLayout(place.num_ranks, place.group), device)
+    return check_rank_order(given, place.num_ranks)
 
 
 def unparallelize_pretrained(model: nn.Module) -> None:

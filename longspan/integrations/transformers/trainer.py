@@ -20,6 +20,7 @@ from longspan.checks import described
 from longspan.comm.collectives import all_reduce
 from longspan.errors import InputError
 from longspan.exchange import Exchanger, exchange_named
+from longspan.exchange.auto.order import RankOrderOption
 from longspan.integrations.transformers.accelerate import SEQUENCE, SequenceParallelConfig
 from longspan.integrations.transformers.model import parallelize_pretrained, state_of
 from longspan.integrations.transformers.structure import head_of
@@ -34,6 +35,7 @@ def prepare_trainer(
     trainer: Any,
     *,
     order: Order | None = None,
+    rank_order: RankOrderOption | None = None,
     exchange: str | Exchanger = "auto",
     softmax_method: SoftmaxMethod = "auto",
     gather_logits: bool = False,
@@ -47,7 +49,7 @@ def prepare_trainer(
     Args:
         trainer: changed in place, and its model with it. Batches, their sizes, gradient accumulation, clipping, logging, saving
             and resuming are as they would be with one process in the place of ``cp_size``.
-        order, exchange, softmax_method: as in `longspan.parallelize`.
+        order, rank_order, exchange, softmax_method: as in `longspan.parallelize`.
         gather_logits: whether evaluation gathers the logits of whole sequences, ``[B, N, V]`` on every rank, as
             ``compute_metrics`` and ``trainer.predict`` need them; ``preprocess_logits_for_metrics`` makes them small again.
 
@@ -80,7 +82,7 @@ def prepare_trainer(
         group = dist.new_group()
     place = SequenceParallel(group, num_ranks)
     options = ParallelOptions(exchange, softmax_method)
-    parallelize_pretrained(trainer.model, options, place, order=order, loss="mean", verify=False)
+    parallelize_pretrained(trainer.model, options, place, order=order, rank_order=rank_order, loss="mean", verify=False)
     trainer.model.sequence_parallel = place
     state = state_of(trainer.model)
     assert state is not None

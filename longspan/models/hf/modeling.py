@@ -6,14 +6,11 @@ Shapes: B rows, N tokens of a row, padding included; T tokens of a call of the m
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils.generic import can_return_tuple
@@ -27,15 +24,12 @@ from longspan.models.hf.arguments import check_arguments, check_counted, check_l
 from longspan.models.hf.backbone import Backbone
 from longspan.models.hf.batches import IGNORED, Arranged, arrange, check_mask
 from longspan.models.hf.cache import LinearLlamaCache
-from longspan.models.hf.checkpointing import keep_all, recompute
 from longspan.models.hf.configuration import LinearLlamaConfig
 from longspan.models.hf.generation import StatefulGenerationMixin
-from longspan.models.hf.loading import check_how_to_load, check_loaded
+from longspan.models.hf.pretrained import LinearLlamaPreTrainedModel
 from longspan.models.hf.rows import advance, prefill_over_ranks
 from longspan.models.hf.watching import watching
-from longspan.models.initial import STD
 from longspan.models.linear_llama3 import LinearLlama3
-from longspan.models.mixers import SequenceParallel
 from longspan.models.mixers.softmax import SoftmaxMixer
 from longspan.models.routing import Routing
 
@@ -45,20 +39,11 @@ ORDER: Order = "zigzag"
 """Which tokens of a sequence a rank takes: those that balance softmax layers."""
 
 
-class LinearLlamaForCausalLM(PreTrainedModel, StatefulGenerationMixin):
+class LinearLlamaForCausalLM(LinearLlamaPreTrainedModel, StatefulGenerationMixin):
     """`longspan.models.LinearLlama3` for Transformers: `generate`, `Trainer`, PEFT, `save_pretrained` and `from_pretrained`.
 
     The model itself is `model`, a `LinearLlama3` of ``config.core()``. Its initial weights are drawn from PyTorch's random state.
     """
-
-    config_class = LinearLlamaConfig
-    base_model_prefix = "model"
-    supports_gradient_checkpointing = True
-    # A memory state cannot go back to fewer tokens, as assisted generation would have it.
-    _is_stateful = True
-    _supports_context_parallel = False
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
-    _tied_weights_keys = {"model.head.weight": "model.embedding.weight"}  # noqa: RUF012
 
     def __init__(self, config: LinearLlamaConfig) -> None:
         super().__init__(config)
@@ -82,24 +67,10 @@ class LinearLlamaForCausalLM(PreTrainedModel, StatefulGenerationMixin):
         made.model = model
         return made.eval()
 
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """As `PreTrainedModel.from_pretrained`, from safetensors alone, and with every tensor in its place.
-
-        Raises:
-            CheckpointError: for pickled weights, another architecture, and missing, extra or misshapen tensors, all of them listed.
-            InputError: for arguments that ask for anything else.
-        """
-        check_how_to_load(pretrained_model_name_or_path, kwargs)
-        wants_info = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path,
-            *args,
-            **{**kwargs, "output_loading_info": True, "ignore_mismatched_sizes": True, "use_safetensors": True},
-        )
-        if not getattr(model, "_hf_peft_config_loaded", False):
-            check_loaded(pretrained_model_name_or_path, info)
-        return (model, info) if wants_info else model
+    @property
+    def base_model(self) -> nn.Module:
+        """The model without its head, for those who compute a loss from what the head would read."""
+        return Backbone(self)
 
     @can_return_tuple
     def forward(
@@ -311,59 +282,3 @@ class LinearLlamaForCausalLM(PreTrainedModel, StatefulGenerationMixin):
                 "(config.max_position_embeddings): what comes behind may be poor",
                 stacklevel=5,
             )
-
-    # ------------------------------------------------------------------------------------ what Transformers asks for
-
-    @property
-    def sequence_parallel(self) -> SequenceParallel | None:
-        """The group that the model was parallelized for, or None."""
-        return self.model.sequence_parallel
-
-    @sequence_parallel.setter
-    def sequence_parallel(self, place: SequenceParallel | None) -> None:
-        self.model.sequence_parallel = place
-
-    @property
-    def base_model(self) -> nn.Module:
-        """The model without its head, for those who compute a loss from what the head would read."""
-        return Backbone(self)
-
-    def get_input_embeddings(self) -> nn.Module:
-        """The embedding."""
-        return self.model.embedding
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        """Put another embedding in its place."""
-        self.model.embedding = value
-
-    def get_output_embeddings(self) -> nn.Module:
-        """The head."""
-        return self.model.head
-
-    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
-        """Put another head in its place."""
-        self.model.head = new_embeddings
-
-    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
-        """As `PreTrainedModel.resize_token_embeddings`: the model inside has that many tokens, too."""
-        embedding: nn.Module = super().resize_token_embeddings(*args, **kwargs)
-        self.model.config = self.config.core()
-        return embedding
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        # Of a vocabulary that grows: the model's own were drawn when it was made.
-        if isinstance(module, nn.Linear | nn.Embedding):
-            module.weight.normal_(std=STD)
-
-    def _set_gradient_checkpointing(
-        self,
-        enable: bool = True,
-        gradient_checkpointing_func: Callable[..., Any] = checkpoint,
-        every_n_layers: int = 1,
-    ) -> None:
-        if enable:
-            recompute(self.model.blocks, gradient_checkpointing_func, every_n_layers)
-        else:
-            keep_all(self.model.blocks)
-        self.gradient_checkpointing = enable

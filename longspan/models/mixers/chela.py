@@ -140,10 +140,10 @@ class CHELAMixer(LayerMixer):
     def footprint(self) -> Footprint:
         inner = self.num_heads * self.head_dim
         exponentials = self.dim * NUM_EXPONENTIALS
-        # Of the exponentials the tokens chunk by chunk, and a state at every chunk; with a halo travels their state, and its decay.
+        # Of the exponentials the tokens chunk by chunk, and a state at every chunk; with a halo travels their state.
         wide = 2 * inner + self.num_heads + self.dim + exponentials // MOST_TOKENS
         narrow = self.dim + 9 * inner
-        halo = (NUM_TAPS - 1) * self.dim + 2 * exponentials
+        halo = (NUM_TAPS - 1) * self.dim + exponentials
         return Footprint(narrow, wide, state=inner * self.head_dim, halo=halo)
 
     def _heads(self, x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from longspan.attention.softmax import SoftmaxMethod
 from longspan.errors import ConfigError, InputError, LayoutError
 from longspan.exchange import CODECS, TOPOLOGIES, Auto, Codec, Exchanger, TopK
-from longspan.layout.shares import check_weights
+from longspan.layout.shares import check_rank_order, check_weights
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,10 @@ class ParallelConfig:
     balance: tuple[Literal["even", "measured", "remeasured"] | float, ...] = ("even",)
     """Share of each sequence that a rank holds: equal ones (even); by its speed, measured before the first step and kept when the
     run goes on (measured), or measured again (remeasured); or a number for each of the sp ranks, in proportion to the others."""
+    rank_order: tuple[Literal["given", "measured", "remeasured"] | int, ...] = ("given",)
+    """In which order ranks hold a sequence: that of their numbers (given); the one in which a chain of states passes them fastest,
+    by links measured before the first step and kept when the run goes on (measured), or measured again (remeasured); or each of the
+    sp ranks once, from 0 on."""
     exchange: str = "auto"
     """How linear layers exchange their states: a topology of docs/exchange.md, or the fastest as measured at the start (auto)."""
     exchange_dtype: Literal["float32", "bfloat16", "float8", "int8", "top_k"] = "float32"
@@ -71,6 +75,27 @@ class ParallelConfig:
         except LayoutError as error:
             raise ConfigError(f"parallel.balance: {error}") from error
         return numbers
+
+    @property
+    def given_rank_order(self) -> tuple[int, ...] | None:
+        """The ranks of `rank_order`; None where it is a word.
+
+        Raises:
+            ConfigError: for words and numbers together, and for numbers that are no order of `sp` ranks.
+        """
+        words = [entry for entry in self.rank_order if isinstance(entry, str)]
+        if len(words) == len(self.rank_order) == 1:
+            return None
+        if words or not self.rank_order:
+            raise ConfigError(
+                f"parallel.rank_order is {list(self.rank_order)}; it must be 'given', 'measured', 'remeasured', or each of the "
+                f"{self.sp} ranks of parallel.sp once"
+            )
+        numbers = tuple(entry for entry in self.rank_order if not isinstance(entry, str))
+        try:
+            return check_rank_order(numbers, self.sp)
+        except LayoutError as error:
+            raise ConfigError(f"parallel.rank_order: {error}") from error
 
     def build_exchange(self, measure: bool = True) -> Exchanger:
         """How linear layers are told to exchange their states. measure: whether auto chooses by what it measures, or by figures.

@@ -107,12 +107,16 @@ def _as_list(value: Any) -> list[Any]:
 
 
 def _word_or_number(key: str, entry: Any, kind: Any) -> str | float:
-    """An entry of a list of words, which the type names, or numbers."""
+    """An entry of a list of words, which the type names, or numbers, whole ones where it says so."""
     words = next(typing.get_args(part) for part in typing.get_args(kind) if typing.get_origin(part) is Literal)
-    if type(entry) is int:
+    number = next(part for part in typing.get_args(kind) if typing.get_origin(part) is not Literal)
+    if type(entry) is int and number is float:
         return _as_float(key, entry)
-    if type(entry) is not float and entry not in words:
-        raise ConfigError(f"{key} has {entry!r}; it must be one of {', '.join(map(repr, words))}, or a list of numbers")
+    if type(entry) is not number and entry not in words:
+        numbers = "numbers" if number is float else "whole numbers"
+        raise ConfigError(
+            f"{key} has {entry!r}; it must be one of {', '.join(map(repr, words))}, or a list of {numbers}"
+        )
     return typing.cast(str | float, entry)
 
 

@@ -81,8 +81,7 @@ def median_error(gradients: dict[str, Tensor], want: Expected) -> float:
     return statistics.median(relative_error(gradients[key], want.gradients[key]) for key in gradients)
 
 
-@pytest.mark.slow_rows(r"bamba-bfloat16")
-@pytest.mark.slow_rows(r"^olmo_hybrid")
+@pytest.mark.slow_rows(r"bamba-bfloat16", r"^olmo_hybrid")
 @pytest.mark.parametrize("how", ["bfloat16", "autocast"])
 @pytest.mark.parametrize("name", ["olmo_hybrid", "bamba"])
 def test_reduced_precision_is_as_transformers_has_it(name: str, how: str) -> None:

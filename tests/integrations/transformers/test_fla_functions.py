@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import longspan
 from longspan.errors import InputError
 from longspan.integrations.transformers import fla_functions, mixers
-from longspan.integrations.transformers.cache import Recorder, recording
+from longspan.integrations.transformers.cache import recording
 from longspan.integrations.transformers.call import RUNNING, ParallelCall
 from longspan.integrations.transformers.fla_cache import RecordingFlaCache
 from longspan.integrations.transformers.fla_methods import rotary_of_positions
@@ -228,7 +228,7 @@ def states_of_prompt(layout: SequenceLayout) -> dict[str, Tensor]:
     """The state that each function returns of a prompt."""
     own = inputs_of_prompt(layout)
     q, k, v, x = (own[name] for name in ("q", "k", "v", "x"))
-    call = ParallelCall(layout, ParallelOptions(), recorder=Recorder())
+    call = ParallelCall(layout, ParallelOptions(), recorder=RecordingFlaCache())
     functions = fla_functions.FLA_FUNCTIONS
     per_channel: dict[str, Any] = {"q": q, "k": k, "v": v, "g": own["per channel"]}
     per_head = {**per_channel, "g": own["per head"]}

@@ -242,6 +242,7 @@ def worst_over_ranks(order: Order, packed: bool) -> tuple[float, str]:
     return worst_of(errors)
 
 
+@pytest.mark.slow_rows(r"2-False-contiguous|2-True-zigzag")
 @pytest.mark.parametrize("order", ["contiguous", "zigzag"])
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("num_ranks", [2, pytest.param(3, marks=pytest.mark.slow)])

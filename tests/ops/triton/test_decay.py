@@ -52,8 +52,12 @@ def test_kernels_equal_the_recurrent_form_at_any_length(name: str, seq_len: int)
     assert_right(name, make_inputs(name, seq_len, dtype=torch.float32, heads=1, batch=2))
 
 
-@pytest.mark.slow_rows(r"bfloat16", r"float16-retention")
-@pytest.mark.slow_rows(r"(bfloat16-gla|float16-linear_attention|float16-gla)")
+@pytest.mark.slow_rows(
+    r"float32-(retention|linear_attention)",
+    r"bfloat16",
+    r"float16-retention",
+    r"(bfloat16-gla|float16-linear_attention|float16-gla)",
+)
 @pytest.mark.parametrize("name", ROWS)
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_packed_documents_groups_and_sizes_that_are_no_power_of_two(name: str, dtype: torch.dtype) -> None:
@@ -63,6 +67,7 @@ def test_packed_documents_groups_and_sizes_that_are_no_power_of_two(name: str, d
     assert_right(name, inputs, TOLERANCE[dtype], form="fused" if dtype == torch.bfloat16 else "overlapped")
 
 
+@pytest.mark.slow_rows(r"sizes0-(retention|linear_attention)")
 @pytest.mark.parametrize("name", ROWS)
 @pytest.mark.parametrize(
     "sizes",
@@ -207,8 +212,7 @@ def test_on_a_cpu_without_the_interpreter_the_error_says_what_to_do() -> None:
     assert "the tensors are on cpu. Use backend='torch' there" in done.stdout
 
 
-@pytest.mark.slow_rows(r"^gla-None")
-@pytest.mark.slow_rows(r"^gla-documents2")
+@pytest.mark.slow_rows(r"^gla-None", r"^gla-documents2")
 @pytest.mark.parametrize(("name", "documents"), [("retention", None), ("gla", None), ("gla", [0, 7, 40])])
 def test_torch_compile_keeps_one_graph(name: str, documents: list[int] | None) -> None:
     inputs = make_inputs(name, 40, dtype=torch.float32)

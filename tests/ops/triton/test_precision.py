@@ -30,7 +30,7 @@ def test_errors_are_at_most_three_times_those_of_the_recurrence(name: str, dtype
             assert error <= bound, (gates, key, error, of_recurrence)
 
 
-@pytest.mark.slow_rows(r"^(gla|linear_attention)")
+@pytest.mark.slow_rows(r"retention", r"^(gla|linear_attention)")
 @NOT_FINITE
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["linear_attention", "retention", "simple_gla", "gla"])
@@ -43,7 +43,7 @@ def test_a_later_token_changes_no_digit_of_earlier_outputs(name: str, dtype: tor
             assert torch.equal(got[:, :token], expected[:, :token]), (key, token, value)
 
 
-@pytest.mark.slow_rows(r"^(gla|linear_attention)")
+@pytest.mark.slow_rows(r"retention", r"^(gla|linear_attention)")
 @NOT_FINITE
 @pytest.mark.parametrize("name", ["linear_attention", "retention", "simple_gla", "gla"])
 def test_gradients_that_the_recurrence_has_finite_are_finite(name: str) -> None:
