@@ -19,6 +19,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
+from longspan.autocast import without_autocast
 from longspan.streaming.adapters import Memory
 from longspan.streaming.kept import KeptMemory, check_same_tensors
 from longspan.streaming.random_states import RandomStates
@@ -149,7 +150,8 @@ def _backward(
                 outputs.append(x)
                 gradients.append(gradient)
     del left
-    with around_backward(segment == 0):
+    # Where the caller runs both passes under autocast: no more is cast backward than forward has cast.
+    with around_backward(segment == 0), without_autocast(loss):
         torch.autograd.backward(outputs, gradients)
     return loss.detach().double()
 

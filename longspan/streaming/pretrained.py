@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longspan.dtypes import at_least_float32
 from longspan.errors import InputError
-from longspan.integrations.transformers import inputs, losses, mixers
-from longspan.integrations.transformers.model import ParallelModel, state_of
+from longspan.integrations.transformers import inputs, losses
 from longspan.integrations.transformers.segment import Segment, SegmentMemory
 from longspan.layout import SequenceLayout
 from longspan.ops.chunked.cross_entropy import IGNORED
 from longspan.ops.chunked.scores import TokenScores
-from longspan.streaming.engine import Between
-from longspan.streaming.streamed import Stream
+from longspan.streaming.pretrained_checks import callable_part, check_before_sequence, checked_state
+from longspan.streaming.streamed import CutSequence, Stream
 
 
 class PretrainedStream(Stream):
@@ -33,50 +30,35 @@ class PretrainedStream(Stream):
 
     _streamed: StreamedPretrained
 
-    def forward_backward(
+    def _begin(
         self,
         tokens: Tensor,
         labels: Tensor,
-        layout: SequenceLayout | None = None,
-        *,
-        num_valid: int | None = None,
+        layout: SequenceLayout | None,
+        num_valid: int | None,
         routing: Any = None,
-        is_last: bool = True,
-        between: Between | None = None,
-    ) -> Tensor:
-        layout = self._streamed.begin(tokens, layout, routing, num_valid is not None)
-        return super().forward_backward(tokens, labels, layout, num_valid=num_valid, is_last=is_last, between=between)
+        is_share: bool = True,
+    ) -> CutSequence:
+        layout = self._streamed.begin(tokens, layout, routing, is_share)
+        return super()._begin(tokens, labels, layout, num_valid)
 
-    @torch.no_grad()
-    def loss(
-        self,
-        tokens: Tensor,
-        labels: Tensor,
-        layout: SequenceLayout | None = None,
-        *,
-        num_valid: int | None = None,
-    ) -> Tensor:
-        """The whole loss, without gradients; with `num_valid` an equal part of it on each rank."""
-        layout = self._streamed.begin(tokens, layout, None, True)
-        share = super().loss(tokens, labels, layout, num_valid=num_valid)
+    def _combined(self, share: Tensor, layout: SequenceLayout | None, is_counted: bool) -> Tensor:
         assert layout is not None
-        return losses.combined(share, layout, self._streamed.state.loss, num_valid is not None)
-
-    def scores(self, tokens: Tensor, labels: Tensor, layout: SequenceLayout | None = None) -> Iterator[TokenScores]:
-        layout = self._streamed.begin(tokens, layout, None, True)
-        yield from super().scores(tokens, labels, layout)
+        return losses.combined(share, layout, self._streamed.state.loss, is_counted)
 
 
 class StreamedPretrained:
     """A parallelized model of Transformers as the engine takes it.
 
+    It is called as it was given, so that what PEFT and FSDP2 have put around it takes part.
+
     Raises:
-        InputError: for a model that is not parallelized, a backbone without a head, layers whose memory is not handed on
-            or that read later tokens, or reentrant checkpointing.
+        InputError: for what `pretrained_checks` refuses.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.state = _checked_state(model)
+        self.called = callable_part(model)
+        self.state = checked_state(self.called)
         self._whole: SequenceLayout | None = None
         self._factor = 1
 
@@ -92,9 +74,9 @@ class StreamedPretrained:
                 f"stream(): routing is for longspan.models.LinearLlama3; the routers of {type(self.state.head).__name__} are its "
                 "own, whose balance loss config.output_router_logits asks for. Leave it out"
             )
-        check_checkpointing(self.state)
         if not isinstance(tokens, Tensor) or tokens.dim() != 2 or 0 in tokens.shape:
             return None
+        check_before_sequence(self.state, tokens)
         given = {"input_ids": tokens}
         self.state.compare_over_ranks(given)
         self._whole = self.state.layout_of(given, None) if layout is None else layout
@@ -112,7 +94,7 @@ class StreamedPretrainedSequence:
     def __init__(
         self, streamed: StreamedPretrained, whole: SequenceLayout, num_valid: int, factor: int, offload: bool
     ) -> None:
-        self._state = streamed.state
+        self._state, self._called = streamed.state, streamed.called
         self._whole, self._num_valid, self._factor, self._offload = whole, num_valid, factor, offload
         bounds = whole.document_bounds
         self._longest = max(stop - start for start, stop in pairwise(bounds))
@@ -167,54 +149,5 @@ class StreamedPretrainedSequence:
         segment = Segment(memory, self._state.numbers, keeps, self._whole.seq_len, self._longest, self._balance)
         if "position_ids" in self._takes:
             given["position_ids"] = layout.document_positions_on(tokens.device)[None]
-        head: Any = self._state.head
-        output = head(input_ids=tokens, **given, return_dict=True, **{inputs.LAYOUT: layout, inputs.SEGMENT: segment})
-        return output, segment.take()
-
-
-def check_checkpointing(state: ParallelModel) -> None:
-    """Refuse reentrant gradient checkpointing: what a layer leaves would have no graph.
-
-    Raises:
-        InputError: for a model whose layers are recomputed so.
-    """
-    for module in state.backbone.modules():
-        function: Any = module.__dict__.get("_gradient_checkpointing_func")
-        function = getattr(function, "checkpoint", function)
-        if getattr(module, "gradient_checkpointing", False) and getattr(function, "keywords", {}).get("use_reentrant"):
-            raise InputError(
-                f"stream(): {type(state.head).__name__} recomputes its layers by reentrant checkpointing, which gives what a "
-                "segment leaves to the next no gradient. Call gradient_checkpointing_enable({'use_reentrant': False}), or leave "
-                "checkpointing out: the activations of one segment alone are held"
-            )
-
-
-def _checked_state(model: nn.Module) -> ParallelModel:
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        raise InputError(
-            "stream(): DistributedDataParallel sums gradients in the backward of one forward, and a segment of time has its own. "
-            "Pass the module inside (model.module), and sum gradients with longspan.sum_gradients()"
-        )
-    state = state_of(model)
-    if state is None:
-        raise InputError(
-            f"stream() takes a model of Hugging Face Transformers that was given to longspan.parallelize(); got a "
-            f"{type(model).__name__}, which was not. Call longspan.parallelize(model, group) first; a group of one rank is enough"
-        )
-    name = type(state.head).__name__
-    if state.head is state.backbone:
-        raise InputError(
-            f"stream(): {name} has no head, so that it has no loss. Parallelize the ForCausalLM model that has one"
-        )
-    for mixer in state.mixers:
-        kind = type(mixer).__name__
-        if mixers.is_of_fla(mixer):
-            raise InputError(
-                f"stream(): {kind} of flash-linear-attention does not hand what it remembers from one segment of time to the next. "
-                "Train the model on whole sequences, over ranks where they are too long for one"
-            )
-        if not getattr(mixer, "is_causal", True):
-            raise InputError(
-                f"stream(): {kind} reads later tokens, which a segment of time does not have. Train the model on whole sequences"
-            )
-    return state
+        given |= {"return_dict": True, inputs.LAYOUT: layout, inputs.SEGMENT: segment}
+        return self._called(input_ids=tokens, **given), segment.take()

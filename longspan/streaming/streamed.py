@@ -22,6 +22,7 @@ from longspan.parallel.sharded import accumulating
 from longspan.streaming import llama  # noqa: F401  registers its adapter
 from longspan.streaming.adapters import StreamedSequence, adapted, is_others_pretrained
 from longspan.streaming.engine import Between, SegmentDone, forward_backward
+from longspan.streaming.gradients import summed_in_float32
 from longspan.streaming.segments import Segment, check_segment_tokens, cut_in_time
 
 
@@ -102,15 +103,16 @@ class Stream:
         Both passes over a segment draw the same random numbers. Every rank must make the same calls.
         """
         check_flag("stream()", "is_last", is_last)
-        sequence = self._begin(tokens, labels, layout, num_valid, routing)
+        sequence = self._begin(tokens, labels, layout, num_valid, routing, is_share=num_valid is not None)
         try:
-            return forward_backward(
-                sequence,
-                tokens.device,
-                keep_every=self._keep_every,
-                around_backward=partial(_summing_last, self._model, is_last),
-                between=between or _nothing,
-            )
+            with summed_in_float32(self._model):
+                return forward_backward(
+                    sequence,
+                    tokens.device,
+                    keep_every=self._keep_every,
+                    around_backward=partial(_summing_last, self._model, is_last),
+                    between=between or _nothing,
+                )
         finally:
             sequence.end()
 
@@ -124,7 +126,7 @@ class Stream:
         num_valid: int | None = None,
     ) -> Tensor:
         """This rank's share of the loss, without gradients: arguments and errors as of `forward_backward`."""
-        sequence = self._begin(tokens, labels, layout, num_valid, None)
+        sequence = self._begin(tokens, labels, layout, num_valid)
         sequence.count_first()
         total, memory = torch.zeros((), dtype=torch.float64, device=tokens.device), sequence.start()
         for segment in range(sequence.num_segments):
@@ -132,12 +134,12 @@ class Stream:
             share, left = sequence.loss(segment, memory, goes_on)
             memory = left if goes_on else sequence.start()
             total += share.double()
-        return total.to(share.dtype)
+        return self._combined(total.to(share.dtype), sequence.layout, num_valid is not None)
 
     @torch.no_grad()
     def scores(self, tokens: Tensor, labels: Tensor, layout: SequenceLayout | None = None) -> Iterator[TokenScores]:
         """Of each segment in order, for this rank's tokens: the loss of each by itself, and whether its label is the likeliest."""
-        sequence = self._begin(tokens, labels, layout, None, None)
+        sequence = self._begin(tokens, labels, layout, None)
         memory = sequence.start()
         for segment in range(sequence.num_segments):
             goes_on = sequence.is_gone_on_with(segment)
@@ -146,22 +148,40 @@ class Stream:
             yield found
 
     def _begin(
-        self, tokens: Tensor, labels: Tensor, layout: SequenceLayout | None, num_valid: int | None, routing: Any
-    ) -> _Sequence:
+        self,
+        tokens: Tensor,
+        labels: Tensor,
+        layout: SequenceLayout | None,
+        num_valid: int | None,
+        routing: Any = None,
+        is_share: bool = True,
+    ) -> CutSequence:
+        """The sequence, cut in segments. is_share: its loss is a rank's share in any case; else what a call of the model returns."""
         _check_sequence(tokens, labels, layout, num_valid)
         if num_valid is None:
             num_valid = int((labels != IGNORED).sum())
         segments = cut_in_time(tokens.shape[1], self.segment_tokens, layout)
-        return _Sequence(self._streamed.sequence(num_valid, routing, self._offload), tokens, labels, segments)
+        streamed = self._streamed.sequence(num_valid, routing, self._offload)
+        return CutSequence(streamed, tokens, labels, layout, segments)
+
+    def _combined(self, share: Tensor, layout: SequenceLayout | None, is_counted: bool) -> Tensor:
+        """What `loss` returns for this rank's share. is_counted: whether the caller has counted the valid tokens."""
+        return share
 
 
-class _Sequence:
-    """A sequence as the engine takes it: of each segment, this rank's tokens."""
+class CutSequence:
+    """A sequence as the engine takes it: of each segment, this rank's tokens. layout: of the whole sequence."""
 
     def __init__(
-        self, streamed: StreamedSequence, tokens: Tensor, labels: Tensor, segments: tuple[Segment, ...]
+        self,
+        streamed: StreamedSequence,
+        tokens: Tensor,
+        labels: Tensor,
+        layout: SequenceLayout | None,
+        segments: tuple[Segment, ...],
     ) -> None:
         self._streamed, self._tokens, self._labels, self._segments = streamed, tokens, labels, segments
+        self.layout = layout
         self.num_segments = len(segments)
 
     @property

@@ -7,7 +7,6 @@ its own forward, also where another forward has run in between.
 from __future__ import annotations
 
 from contextvars import ContextVar
-from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -24,7 +23,6 @@ CALL = "longspan_call"
 """The keyword under which a call travels from a backbone to its mixers."""
 
 
-@dataclass(eq=False)
 class ParallelCall:
     """One forward of a parallelized model: whose tokens these are, and which mixers have taken that.
 
@@ -32,15 +30,22 @@ class ParallelCall:
     one that runs now, or None. taken: names of functions that mixers called with the layout, by the mixer. recorder: takes what
     layers remember of a prompt, or None where nothing is decoded afterwards. segment: the segment of time that this is; None for
     whole sequences.
+
+    No dataclass: FSDP2 with a dtype to compute in hands on copies of those among a layer's arguments.
     """
 
-    layout: SequenceLayout
-    options: ParallelOptions
-    split_already: bool = False
-    mixer: nn.Module | None = None
-    taken: dict[int, set[str]] = field(default_factory=dict)
-    recorder: Recorder | None = None
-    segment: Segment | None = None
+    def __init__(
+        self,
+        layout: SequenceLayout,
+        options: ParallelOptions,
+        split_already: bool = False,
+        recorder: Recorder | None = None,
+        segment: Segment | None = None,
+    ) -> None:
+        self.layout, self.options, self.split_already = layout, options, split_already
+        self.recorder, self.segment = recorder, segment
+        self.mixer: nn.Module | None = None
+        self.taken: dict[int, set[str]] = {}
 
     def take(self, function: str, mixer: nn.Module | None = None) -> None:
         """Note that a mixer, the one that runs if not said, has called `function` with the layout."""

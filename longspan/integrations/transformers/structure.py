@@ -17,6 +17,8 @@ from longspan.models.mixers import SequenceMixer
 
 _MODELING_FILES = ("transformers.models.", "fla.layers.", "fla.models.", "fla.modules.")
 _BY_CLASS = re.compile(r"(ForCausalLM|LMHeadModel)$")
+_CROSS_ATTENTION = re.compile(r"cross_?att(ention|n)|encoder_att(ention|n)")
+"""Names of layers that attend to another sequence."""
 
 
 def is_transformers_model(model: nn.Module) -> bool:
@@ -68,8 +70,8 @@ def check_model(head: nn.Module) -> None:
     """Refuse a model that would be silently wrong over ranks, or that the hooks do not reach.
 
     Raises:
-        InputError: for encoders with decoders, heads that look at other tokens, ALiBi, and attention that does not ask
-            Transformers' attention interface.
+        InputError: for encoders with decoders, attention to another sequence, heads that look at other tokens, ALiBi, and
+            attention that does not ask Transformers' attention interface.
     """
     warn_of_untested("transformers")
     config: Any = head.config
@@ -95,6 +97,12 @@ def check_model(head: nn.Module) -> None:
             f"{name} has a head that longspan does not know: it may need tokens of other ranks. Parallelize a ForCausalLM "
             "model, or the backbone alone (model.model), whose hidden states are this rank's"
         )
+    for path, module in backbone.named_modules():
+        if _CROSS_ATTENTION.fullmatch(path.rpartition(".")[2]):
+            raise InputError(
+                f"{name} attends to another sequence, in {path!r}, a {type(module).__name__}; one causal sequence is supported. "
+                "Build the model without cross attention (config.add_cross_attention=False), where its class can be"
+            )
     if getattr(config, "alibi", False):
         raise InputError(f"{name} adds a position bias (ALiBi) to its scores, which is not supported over ranks")
     has_attention = any(mixers.is_attention(module) for module in backbone.modules())

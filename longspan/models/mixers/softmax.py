@@ -15,6 +15,7 @@ from longspan.attention.softmax import EarlierKeys, write_softmax
 from longspan.attention.softmax.final_state import KeysAndValues
 from longspan.autocast import as_in_product
 from longspan.errors import ConfigError
+from longspan.layout import SequenceLayout
 from longspan.models.initial import InitialWeights
 from longspan.models.mixers.growing import Grown, append
 from longspan.models.mixers.layer import Footprint, LayerMixer
@@ -58,7 +59,8 @@ class SoftmaxMixer(LayerMixer):
         k, v = rotate(self._heads(self.k_proj(x)), context.rotation), self._heads(self.v_proj(x))
         k, v = as_in_product(k), as_in_product(v)
         earlier = None if context.memory is None else context.memory.earlier
-        before, grows = _keys_before(context), _grows(k, context)
+        before = _keys_before(context)
+        grows = _grows(k, before, context)
         memory = write_softmax(
             k,
             v,
@@ -118,9 +120,16 @@ def _keys_before(context: Context) -> KeysAndValues | None:
     return None if keys is None or values is None else (keys, values)
 
 
-def _grows(k: Tensor, context: Context) -> bool:
-    """Whether tokens are written behind those remembered: where this rank has all of them, and no gradient passes through."""
+def _grows(k: Tensor, before: KeysAndValues | None, context: Context) -> bool:
+    """Whether tokens are written behind all that are remembered: where this rank has them, and no gradient passes through."""
     layout = context.layout
     is_whole = layout is None or (layout.num_ranks == 1 and not layout.is_packed)
     in_place = context.outputs_memory and not context.in_segments and not torch.is_grad_enabled()
-    return in_place and is_whole and not has_no_values(k)
+    return in_place and is_whole and not has_no_values(k) and _all_go_on(before, layout)
+
+
+def _all_go_on(before: KeysAndValues | None, layout: SequenceLayout | None) -> bool:
+    """Whether the document that these tokens begin with goes on from all keys before them, none of which is of another document."""
+    if before is None or layout is None or layout.continues is None:
+        return True
+    return before[0].shape[1] <= layout.continues
