@@ -43,6 +43,7 @@ CHUNKS = "tests/ops/test_variants.py"
 SCAN = "tests/attention/test_selective_scan.py::test_every_rank_equals_the_recurrence[contiguous-all_gather-4]"
 LONG = "tests/attention/test_long_convolution.py::test_every_rank_equals_the_definition_with_every_gradient"
 LOSS = "tests/ops/test_chunked_cross_entropy.py"
+SEGMENTS = "tests/integrations/transformers/test_stream.py::test_segments_on_one_rank_are_one_piece"
 
 FAULTS: dict[str, Fault] = {
     "a sign in the reverse exchange": Fault(
@@ -62,6 +63,48 @@ FAULTS: dict[str, Fault] = {
         "return torch.zeros_like(x) if found is None else found",
         "return torch.zeros_like(x)",
         ("tests/streaming/test_stream.py::test_segments_of_any_length_are_one_piece[simple_gla]",),
+    ),
+    "a layer of Transformers that begins every segment of time anew": Fault(
+        "longspan/integrations/transformers/segment.py",
+        "before = self.before.tensors.get(name)",
+        "before = {}.get(name)",
+        (f"{SEGMENTS}[mamba]",),
+    ),
+    "keys of Transformers' layers without the gradients of later segments": Fault(
+        "longspan/integrations/transformers/segment.py",
+        "if made is not None and held is not None:",
+        "if made is not None and held is None:",
+        (f"{SEGMENTS}[llama4]",),
+    ),
+    "a state of RWKV that goes on from a segment with smaller keys as it is": Fault(
+        "longspan/integrations/transformers/functions.py",
+        "torch.exp(so_far - largest)",
+        "torch.exp(largest - largest)",
+        (f"{SEGMENTS}[rwkv]",),
+    ),
+    "gradients of bfloat16 weights summed over segments in bfloat16": Fault(
+        "longspan/streaming/gradients.py",
+        "parameter.grad.float()",
+        "parameter.grad",
+        ("tests/integrations/transformers/test_stream_dtypes.py", "-k", "do_not_err_more"),
+    ),
+    "backward passes of segments under the caller's autocast": Fault(
+        "longspan/streaming/engine.py",
+        "with around_backward(segment == 0), without_autocast(loss):",
+        "with around_backward(segment == 0):",
+        ("tests/integrations/transformers/test_stream_dtypes.py", "-k", "bits_of_a_call"),
+    ),
+    "a prompt's segment that does not go on from the one before it": Fault(
+        "longspan/integrations/transformers/prefill.py",
+        "memory = segment.take()",
+        "segment.take()",
+        ("tests/integrations/transformers/test_prefill_segments.py", "-k", "recurrent_gemma"),
+    ),
+    "keys of a document that has ended, in memory that grows": Fault(
+        "longspan/models/mixers/softmax.py",
+        "before[0].shape[1] <= layout.continues",
+        "before[0].shape[1] >= layout.continues",
+        ("tests/models/test_growing.py", "-k", "begins_with_a_stretch and hybrid"),
     ),
     "other random numbers in the second pass over a segment": Fault(
         "longspan/streaming/random_states.py",

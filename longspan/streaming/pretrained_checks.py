@@ -53,8 +53,7 @@ def checked_state(model: nn.Module) -> ParallelModel:
         )
     if state.head is state.backbone:
         raise InputError(
-            f"stream(): {type(state.head).__name__} has no head, so that it has no loss. Parallelize the ForCausalLM model that has "
-            "one"
+            f"stream(): {type(state.head).__name__} has no head, so that it has no loss. Parallelize the ForCausalLM model around it"
         )
     for mixer in state.mixers:
         kind = type(mixer).__name__

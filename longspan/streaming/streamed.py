@@ -156,7 +156,7 @@ class Stream:
         routing: Any = None,
         is_share: bool = True,
     ) -> CutSequence:
-        """The sequence, cut in segments. is_share: its loss is a rank's share in any case; else what a call of the model returns."""
+        """The sequence, cut in segments. is_share: its loss is a rank's share in any case; else what the model's call returns."""
         _check_sequence(tokens, labels, layout, num_valid)
         if num_valid is None:
             num_valid = int((labels != IGNORED).sum())

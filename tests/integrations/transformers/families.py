@@ -523,6 +523,13 @@ def build(name: str, **options: Any) -> nn.Module:
         torch.set_default_dtype(before)
 
 
+def named_as_of_fla(model: Any) -> None:
+    """Let attention layers pass for layers of flash-linear-attention, of which they have the names alone."""
+    for layer in model.model.layers:
+        kind = type(layer.self_attn)
+        layer.self_attn.__class__ = type("GatedLinearAttention", (kind,), {"__module__": "fla.layers.gla"})
+
+
 @torch.no_grad()
 def randomised(model: nn.Module) -> nn.Module:
     """Every parameter matters: decays of all sizes, norms away from 1, biases away from 0."""

@@ -17,23 +17,21 @@ from longspan.layout import Order
 from tests.compare import relative_error, worst_of
 from tests.integrations.transformers.families import FLA_FAMILIES, build
 from tests.integrations.transformers.fla_on_cpu import ignores_warnings, needs_fla
-from tests.integrations.transformers.reference import Wide
-from tests.integrations.transformers.test_fla import WITH_KERNELS, on_cpu
-from tests.integrations.transformers.test_prefill import (
+from tests.integrations.transformers.prompts import (
     GREEDY,
     TOLERANCE,
-    a_loop_by_hand,
     compare,
-    compare_short,
     continued,
-    dtypes_of,
     empty_cache,
     expected,
     of_ranks,
     prompt,
-    shortest,
     tensors_of,
 )
+from tests.integrations.transformers.reference import Wide
+from tests.integrations.transformers.test_fla import WITH_KERNELS, on_cpu
+from tests.integrations.transformers.test_prefill import compare_short, dtypes_of, shortest
+from tests.integrations.transformers.test_prefill_decoding import a_loop_by_hand
 from tests.ranks import raised, run_on_ranks
 
 pytestmark = [needs_fla, ignores_warnings]

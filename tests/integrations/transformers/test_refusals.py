@@ -73,6 +73,20 @@ def classifier() -> nn.Module:
     return transformers.LlamaForSequenceClassification(config)
 
 
+def cross_attention() -> nn.Module:
+    import transformers
+
+    config = transformers.GPT2Config(**TINY, n_embd=24, n_layer=2, n_head=4, add_cross_attention=True)
+    return transformers.GPT2LMHeadModel(config)
+
+
+def decoder_of_another() -> nn.Module:
+    import transformers
+
+    options = {"d_model": 24, "decoder_layers": 1, "decoder_attention_heads": 4, "decoder_ffn_dim": 40}
+    return transformers.BartForCausalLM(transformers.BartConfig(**TINY, **options, pad_token_id=0))
+
+
 def encoder_decoder() -> nn.Module:
     import transformers
 
@@ -89,6 +103,8 @@ def encoder_decoder() -> nn.Module:
         (bloom, "no layer that mixes tokens"),
         (classifier, "ForCausalLM"),
         (encoder_decoder, "encoder"),
+        (cross_attention, r"'h\.0\.crossattention', a GPT2Attention"),
+        (decoder_of_another, r"encoder_attn', a BartAttention"),
     ],
 )
 def test_models(make: Any, says: str) -> None:

@@ -136,12 +136,14 @@ def trainer_of(model: nn.Module, folder: str, cp_size: int, **options: Any) -> A
     return trainer
 
 
-def with_adapters(model: nn.Module) -> nn.Module:
+def with_adapters(model: nn.Module, dropout: float = 0.0) -> nn.Module:
     """PEFT's LoRA on every linear layer, with weights that matter."""
     import peft
 
     torch.manual_seed(3)
-    options = peft.LoraConfig(r=3, lora_alpha=6, target_modules="all-linear", task_type="CAUSAL_LM")
+    options = peft.LoraConfig(
+        r=3, lora_alpha=6, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
     with warnings.catch_warnings():
         # Of patterns of PEFT's own for experts, which a model without adapters on them does not match.
         warnings.simplefilter("ignore", RuntimeWarning)
