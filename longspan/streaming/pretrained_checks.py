@@ -11,6 +11,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from longspan.errors import InputError
 from longspan.integrations.transformers import mixers
 from longspan.integrations.transformers.model import ParallelModel, state_of
+from longspan.integrations.transformers.structure import virtual_tokens_of
 
 _WITH_RANDOM_STATE = ("cpu", "cuda")
 """Types of devices whose random state both passes over a segment begin with."""
@@ -29,10 +30,10 @@ def callable_part(model: nn.Module) -> nn.Module:
             "stream(): DistributedDataParallel sums gradients in the backward of one forward, and a segment of time has its own. "
             "Pass the module inside (model.module), and sum gradients with longspan.sum_gradients()"
         )
-    of_adapter: Any = getattr(model, "active_peft_config", None)
-    if getattr(of_adapter, "is_prompt_learning", False):
+    virtual = virtual_tokens_of(model)
+    if virtual is not None:
         raise InputError(
-            f"stream(): {type(of_adapter).__name__} puts virtual tokens before those of each call, and every segment of time would "
+            f"stream(): {virtual} puts virtual tokens before those of each call, and every segment of time would "
             "have them. Train adapters on layers, such as peft.LoraConfig, or whole sequences"
         )
     return model
@@ -91,8 +92,8 @@ def check_before_sequence(state: ParallelModel, tokens: Tensor) -> None:
             )
     if dropouts:
         _check_random_state(state.head, tokens.device, dropouts)
-    embeddings: Any = state.head.get_input_embeddings()  # type: ignore[operator]
-    if state.head.training and getattr(embeddings, "neftune_noise_alpha", None) is not None:
+    head: Any = state.head
+    if head.training and getattr(head.get_input_embeddings(), "neftune_noise_alpha", None) is not None:
         raise InputError(
             f"stream(): the noise of NEFTune in {name} depends on how many tokens a call has, and a segment of time has fewer than "
             "the sequence. Remove its hook and neftune_noise_alpha from the embeddings"

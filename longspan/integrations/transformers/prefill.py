@@ -26,7 +26,7 @@ from longspan.integrations.transformers.decoding import CACHE_ARGUMENTS, mark_pr
 from longspan.integrations.transformers.fla_cache import recording_fla_cache
 from longspan.integrations.transformers.model import ParallelModel, state_of
 from longspan.integrations.transformers.segment import Segment, SegmentMemory
-from longspan.integrations.transformers.structure import head_of
+from longspan.integrations.transformers.structure import head_of, virtual_tokens_of
 from longspan.layout import SequenceLayout
 from longspan.models.mixers import SequenceMixer
 
@@ -83,9 +83,8 @@ def prefill(
 
     Raises:
         InputError: for a model that is not parallelized or has no head, in training mode, or whose parameters are split over ranks
-            where `to` is ``"last"``; for layers of flash-linear-attention beside others, or in segments; for padding, packed
-            documents, a prompt
-            shorter than the number of ranks, or one that differs between ranks.
+            where `to` is ``"last"``; for layers of flash-linear-attention beside others, or in segments; for PEFT's virtual tokens,
+            padding, packed documents, a prompt shorter than the number of ranks, or one that differs between ranks.
     """
     state = _checked_state(model, to)
     num_ranks = state.place.num_ranks
@@ -183,6 +182,12 @@ def _checked_state(model: nn.Module, to: str) -> ParallelModel:
     if state.head is state.backbone:
         raise InputError(
             f"{name} has no head, so that nothing can be generated from its cache. Parallelize the ForCausalLM model that has one"
+        )
+    virtual = virtual_tokens_of(model)
+    if virtual is not None:
+        raise InputError(
+            f"prefill(): {virtual} puts virtual tokens before those of a prompt, which a cache that ranks have filled does not hold. "
+            "Generate with the unparallelized model, longspan.unparallelize(model)"
         )
     _check_layers(state, name)
     if state.head.training:

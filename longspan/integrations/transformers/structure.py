@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import sys
+from collections.abc import Iterator
 from importlib import import_module
 from typing import Any
 
@@ -36,7 +37,23 @@ def is_of_fla(head: nn.Module) -> bool:
 
 def head_of(model: nn.Module) -> nn.Module:
     """The Transformers model inside what PEFT, DistributedDataParallel and torch.compile put around it."""
+    *_, head = _from_outside(model)
+    return head
+
+
+def virtual_tokens_of(model: nn.Module) -> str | None:
+    """The class of PEFT's config that puts virtual tokens before those of each call of a model, or None."""
+    for wrapper in _from_outside(model):
+        config: Any = getattr(wrapper, "active_peft_config", None)
+        if getattr(config, "is_prompt_learning", False):
+            return type(config).__name__
+    return None
+
+
+def _from_outside(model: nn.Module) -> Iterator[nn.Module]:
+    """A model, and what is inside of each wrapping, down to the Transformers model."""
     while True:
+        yield model
         if isinstance(model, nn.parallel.DistributedDataParallel):
             model = model.module
         elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
@@ -45,7 +62,7 @@ def head_of(model: nn.Module) -> nn.Module:
             wrapper: Any = model
             model = wrapper.get_base_model()
         else:
-            return model
+            return
 
 
 def backbone_of(head: nn.Module) -> nn.Module:

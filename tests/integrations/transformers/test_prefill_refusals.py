@@ -89,6 +89,16 @@ def test_refusals(what: str, says: str) -> None:
         assert says in message
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+def test_virtual_tokens_are_refused() -> None:
+    import peft
+
+    options = peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
+    model: Any = longspan.parallelize(peft.get_peft_model(build("llama"), options), None).eval()
+    with pytest.raises(InputError, match="PromptTuningConfig puts virtual tokens"):
+        longspan.prefill(model, prompt())
+
+
 def test_a_model_without_a_cache_is_refused() -> None:
     with pytest.raises(InputError, match=r"RwkvForCausalLM takes no cache.*unparallelize"):
         longspan.prefill(longspan.parallelize(build("rwkv"), None), prompt())
