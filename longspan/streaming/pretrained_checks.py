@@ -53,8 +53,9 @@ def checked_state(model: nn.Module) -> ParallelModel:
             f"{type(model).__name__}, which was not. Call longspan.parallelize(model, group) first; a group of one rank is enough"
         )
     if state.head is state.backbone:
+        name = type(state.head).__name__
         raise InputError(
-            f"stream(): {type(state.head).__name__} has no head, so that it has no loss. Parallelize the ForCausalLM model around it"
+            f"stream(): {name} has no head, so that it has no loss. Parallelize the ForCausalLM model that has one"
         )
     for mixer in state.mixers:
         kind = type(mixer).__name__

@@ -186,7 +186,7 @@ def _checked_state(model: nn.Module, to: str) -> ParallelModel:
     virtual = virtual_tokens_of(model)
     if virtual is not None:
         raise InputError(
-            f"prefill(): {virtual} puts virtual tokens before those of a prompt, which a cache that ranks have filled does not hold. "
+            f"prefill(): {virtual} puts virtual tokens before those of a prompt, which a cache that ranks fill does not hold. "
             "Generate with the unparallelized model, longspan.unparallelize(model)"
         )
     _check_layers(state, name)
