@@ -95,39 +95,41 @@ def prefill(
     _check_prompt(state, given)
     state.compare_over_ranks(given)
     whole = state.layout_of(given, None)
-    layouts = _cut(whole, segment_tokens)
-    owner = rank_of_last_token(layouts[-1])
+    segments = _cut(whole, segment_tokens)
+
+    def layout_of(start: int, stop: int) -> SequenceLayout:
+        return whole if segment_tokens is None else whole.stretch(start, stop)
+
+    last = layout_of(*segments[-1])
+    owner = rank_of_last_token(last)
     targets = range(num_ranks) if to == "all" else range(owner, owner + 1)
-    recorder = _recorder(state, layouts[0], targets)
-    memory, start = SegmentMemory(gathers=False), 0
-    for layout in layouts:
-        recorder.begin_segment(layout)
+    recorder = _recorder(state, last, targets)
+    memory = SegmentMemory(gathers=False)
+    for start, stop in segments:
+        # One for what is recorded, which is kept, and one for the layers, which keep in it what is of this segment alone.
+        recorder.begin_segment(layout_of(start, stop))
         segment = None
         if segment_tokens is not None:
-            keeps = start + layout.seq_len < whole.seq_len
-            segment = Segment(memory, state.numbers, keeps, whole.seq_len, whole.seq_len)
-        tokens = {name: x[..., start : start + layout.seq_len] for name, x in given.items()}
-        logits = _forward(state, tokens, layout, recorder, segment)
+            segment = Segment(memory, state.numbers, stop < whole.seq_len, whole.seq_len, whole.seq_len)
+        tokens = {name: x[..., start:stop] for name, x in given.items()}
+        logits = _forward(state, tokens, layout_of(start, stop), recorder, segment)
         if segment is not None:
             memory = segment.take()
-        start += layout.seq_len
     recorder.check()
     cache = recorder.hand_over()
     if cache is not None:
         mark_prefilled(cache, whole.seq_len)
     if to == "all":
-        logits = of_last_token(logits, layouts[-1])
+        logits = of_last_token(logits, last)
     return Prefilled(cache, None if cache is None else logits, owner)
 
 
-def _cut(whole: SequenceLayout, segment_tokens: int | None) -> list[SequenceLayout]:
-    """The layouts of a prompt's segments, in order; the prompt's own, where it is not cut. Every rank has a token of each."""
-    if segment_tokens is None:
-        return [whole]
-    starts = list(range(0, whole.seq_len, segment_tokens))
+def _cut(whole: SequenceLayout, segment_tokens: int | None) -> list[tuple[int, int]]:
+    """First and last bound of a prompt's segments, in order; all of it, where it is not cut. Every rank has a token of each."""
+    starts = list(range(0, whole.seq_len, segment_tokens or whole.seq_len))
     if len(starts) > 1 and whole.seq_len - starts[-1] < whole.num_ranks:
         starts.pop()
-    return [whole.stretch(start, stop) for start, stop in pairwise([*starts, whole.seq_len])]
+    return list(pairwise([*starts, whole.seq_len]))
 
 
 def _forward(
