@@ -62,9 +62,10 @@ def test_a_second_sequence_is_added_to_the_gradients_of_the_first() -> None:
     first = {name: p.grad for name, p in model.named_parameters()}
     alone = gradients_of(model)
     longspan.stream(model, 10).forward_backward(**given)
+    both = gradients_of(model)
     for name, parameter in model.named_parameters():
         # The tensor that was there, as in one backward; twice a number is one of bfloat16, too.
-        assert parameter.grad is first[name] and torch.equal(parameter.grad, 2 * alone[name]), name
+        assert parameter.grad is first[name] and torch.equal(both[name], 2 * alone[name]), name
 
 
 def under_a_policy() -> tuple[float, float]:
