@@ -86,13 +86,13 @@ FAULTS: dict[str, Fault] = {
         "longspan/streaming/gradients.py",
         "parameter.grad.float()",
         "parameter.grad",
-        ("tests/integrations/transformers/test_stream_dtypes.py", "-k", "do_not_err_more"),
+        ("tests/streaming/test_gradients.py", "-k", "many_small_parts"),
     ),
     "backward passes of segments under the caller's autocast": Fault(
         "longspan/streaming/engine.py",
         "with around_backward(segment == 0), without_autocast(loss):",
         "with around_backward(segment == 0):",
-        ("tests/integrations/transformers/test_stream_dtypes.py", "-k", "bits_of_a_call"),
+        ("tests/integrations/transformers/test_stream_dtypes.py", "-k", "what_forward_computes_in_float32"),
     ),
     "a prompt's segment that does not go on from the one before it": Fault(
         "longspan/integrations/transformers/prefill.py",

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 import longspan
 from longspan.integrations.transformers import stream_batch
@@ -46,8 +47,31 @@ def test_one_segment_has_the_bits_of_a_call_and_several_its_accuracy(how: str) -
     assert of_segments < 1.5 * of_call, (of_segments, of_call)
 
 
+class InFloat32(nn.Module):
+    """An activation that computes a product in float32, whatever the caller's autocast."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(40, 40, generator=torch.Generator().manual_seed(2)) / 40**0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            return F.silu(x.float() @ self.weight)
+
+
+def test_what_forward_computes_in_float32_under_autocast_is_so_backward() -> None:
+    model: Any = build("llama").float()
+    model.model.layers[1].mlp.act_fn = InFloat32()
+    longspan.parallelize(model, None)
+    _, _, want = run(model, "autocast", PLAIN)
+    _, found = in_segments(model, "autocast", PLAIN, 64)
+    different = [key for key in want if not torch.equal(found[key], want[key])]
+    assert found.keys() == want.keys() and not different, different
+
+
+@pytest.mark.slow
 def test_gradients_of_bfloat16_weights_do_not_err_more_with_more_segments() -> None:
-    """Each of 128 segments adds to them: in bfloat16 the sums would be no longer those of one piece."""
+    """Each of 128 segments adds to them."""
     long, model = batch(1, 256), longspan.parallelize(build("mamba2").bfloat16(), None)
     exact = expected(build("mamba2"), long)
     of_call = total_error(run(model, "bfloat16", long)[2], exact)
