@@ -31,6 +31,7 @@ from tests.integrations.transformers.test_checkpointing import compared
 from tests.integrations.transformers.test_families import TOLERANCE, errors_over_ranks, expected_of
 from tests.integrations.transformers.test_fla import expected_of as expected_of_fla
 from tests.integrations.transformers.test_fla import on_cpu
+from tests.integrations.transformers.test_stream import errors_of_this_rank as errors_in_segments
 from tests.ranks import RankError, run_on_ranks, stop_ranks
 
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "transformers.md"
@@ -86,6 +87,18 @@ def prefill_of(name: str) -> str:
     return f"{error:.0e}" if error < TOLERANCE else f"**{error:.0e}**"
 
 
+def segments_of(name: str) -> str:
+    """The worst error of loss and gradients in segments of 10 tokens, of packed documents on two ranks."""
+    if name in FLA_FAMILIES:
+        return "refused"
+    try:
+        found = run(errors_in_segments, 2, name, "packed", "zigzag", 10, {}, expected_of(name, "packed"))
+    except (RankError, LongspanError) as failure:
+        return f"fails: {type(failure).__name__}"
+    error = worst(worst(errors) for errors in found)
+    return f"{error:.0e}" if error < TOLERANCE else f"**{error:.0e}**"
+
+
 def mixers_by_name(name: str) -> list[str]:
     """The classes of a family's mixers."""
     context: Any = fla_on_cpu() if name in FLA_FAMILIES else nullcontext()
@@ -95,13 +108,14 @@ def mixers_by_name(name: str) -> list[str]:
 
 def rows(families: Mapping[str, Family]) -> list[str]:
     lines = [
-        "| model | layers | " + " | ".join(COLUMNS) + " | gradient checkpointing | prefill |",
-        "|---" * (len(COLUMNS) + 4) + "|",
+        "| model | layers | " + " | ".join(COLUMNS) + " | gradient checkpointing | segments of time | prefill |",
+        "|---" * (len(COLUMNS) + 5) + "|",
     ]
     for name, family in families.items():
         cells = [f"`{family.model}`", ", ".join(f"`{kind}`" for kind in mixers_by_name(name))]
         cells += [error_of(name, *what) for what in COLUMNS.values()]
-        lines.append("| " + " | ".join([*cells, checkpointing_of(name), prefill_of(name)]) + " |")
+        cells += [checkpointing_of(name), segments_of(name), prefill_of(name)]
+        lines.append("| " + " | ".join(cells) + " |")
         sys.stdout.write(lines[-1] + "\n")
         sys.stdout.flush()
     return lines
