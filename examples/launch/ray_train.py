@@ -1,8 +1,8 @@
 """Train on the workers of a Ray cluster: ``python examples/launch/ray_train.py --workers 2 -- --run.dir /shared/run``.
 
 Needs Ray Train: pip install 'longspan[ray]'. What stands after ``--`` goes to ``longspan train``. run.dir must be on a file system
-that all workers share, with an absolute path: Ray's workers run in folders of their own. When a worker fails, Ray starts all of
-them again, and they go on from the newest checkpoint.
+that all workers share, and all paths must be absolute: Ray's workers run in folders of their own. When a worker fails, Ray starts
+all of them again, and they go on from the newest checkpoint.
 """
 
 from __future__ import annotations
