@@ -138,18 +138,16 @@ def test_keys_lie_where_they_lay_but_where_there_is_no_more_room() -> None:
 def test_a_document_that_begins_with_a_stretch_does_not_remember_the_one_before_it(name: str) -> None:
     """Without gradients, where keys grow in place, as with them; and the tokens behind are those that follow it alone."""
     model = tiny_model(num_layers=2, **MODELS[name])
-    tokens, bounds = random_tokens(1, 30), ((0, 10), (10, 20), (20, 30))
-    whole, alone = SequenceLayout.local(30, (0, 10, 30)), SequenceLayout.local(20)
-    layouts = [whole.stretch(start, stop) for start, stop in bounds]
+    tokens = random_tokens(1, 30)
+    begins, goes_on = (SequenceLayout.local(10, continues=number) for number in (0, 10))
     for grad_enabled in (False, True):
         with torch.set_grad_enabled(grad_enabled):
-            memory: ModelMemory | None = None
-            for (start, stop), layout in zip(bounds[:2], layouts, strict=False):
-                _, memory = model(tokens[:, start:stop], layout, memory=memory, output_memory=True)
-            logits = model(tokens[:, 20:], layouts[2], memory=memory)
-            _, wanted = model(tokens[:, 10:20], alone.stretch(0, 10), output_memory=True)
-            assert memory is not None and same(memory, wanted)
-            assert torch.equal(logits, model(tokens[:, 20:], alone.stretch(10, 20), memory=wanted))
+            _, of_another = model(tokens[:, :10], begins, output_memory=True)
+            _, memory = model(tokens[:, 10:20], begins, memory=of_another, output_memory=True)
+            _, wanted = model(tokens[:, 10:20], begins, output_memory=True)
+            assert same(memory, wanted)
+            logits = model(tokens[:, 20:], goes_on, memory=memory)
+            assert torch.equal(logits, model(tokens[:, 20:], goes_on, memory=wanted))
 
 
 def test_several_texts_go_on_from_one_memory_and_copies_of_it() -> None:
