@@ -24,13 +24,14 @@ _PROCESS = Path("/proc/self")
 class StepMemory:
     """The memory of this process over the steps of a run.
 
-    release_every: steps after which freed memory goes back to the system; 0 leaves it.
+    release_every: steps after which freed memory goes back to the system, or passes over segments of time, which leave as much; 0
+    leaves it.
     """
 
     def __init__(self, device: torch.device, release_every: int) -> None:
         self.device = device
         self._release_every = release_every
-        self._held = self._num_steps = 0
+        self._held = self._num_passes = 0
         self.base = 0
         """Bytes held before the first step."""
 
@@ -46,11 +47,15 @@ class StepMemory:
         forget_peak(self.device)
         return self._held, peak
 
+    def pass_ended(self) -> None:
+        """A pass over a segment of time has ended, inside of a step."""
+        self._num_passes += 1
+        if self._release_every and self._num_passes % self._release_every == 0:
+            release_freed_memory()
+
     def end(self) -> None:
         """A step has ended."""
-        self._num_steps += 1
-        if self._release_every and self._num_steps % self._release_every == 0:
-            release_freed_memory()
+        self.pass_ended()
         self._held = current_memory_bytes(self.device)
 
 

@@ -1,9 +1,10 @@
-"""A step that is computed in segments of time: how far it is, and that a signal stops it between two of them."""
+"""A step that is computed in segments of time: how far it is, memory between two of them, and that a signal stops it there."""
 
 from __future__ import annotations
 
 from longspan.launch import StopRequest
 from longspan.streaming import SegmentDone
+from longspan.train.memory import StepMemory
 from longspan.train.phase import RunPhase
 from longspan.train.ranks import Ranks
 from longspan.train.report import Report
@@ -20,13 +21,22 @@ class SegmentsOfStep:
     """Called after each pass over a segment, on every rank: `Between` of a step with `num_micro_batches`."""
 
     def __init__(
-        self, step: int, num_micro_batches: int, ranks: Ranks, stop: StopRequest, phase: RunPhase, report: Report
+        self,
+        step: int,
+        num_micro_batches: int,
+        ranks: Ranks,
+        stop: StopRequest,
+        phase: RunPhase,
+        report: Report,
+        memory: StepMemory,
     ) -> None:
         self._step, self._num_micro_batches = step, num_micro_batches
         self._ranks, self._stop, self._phase, self._report = ranks, stop, phase, report
+        self._memory = memory
         self._micro_batch = 0
 
     def __call__(self, done: SegmentDone) -> None:
+        self._memory.pass_ended()
         if done.kind == "again":
             return
         # Each rank's documents are its own, the number of these passes is not: the ranks meet here equally often.

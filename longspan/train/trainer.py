@@ -298,7 +298,7 @@ class Trainer:
         """Make the gradients of this rank's part of the batch; return its part of the cross-entropy, a scalar."""
         total = torch.zeros((), device=self.ranks.device)
         num_valid, last = batch.num_valid_tokens, len(batch.micro_batches) - 1
-        between = SegmentsOfStep(self.step + 1, last + 1, self.ranks, stop, self.phase, self.report)
+        between = SegmentsOfStep(self.step + 1, last + 1, self.ranks, stop, self.phase, self.report, self.memory)
         for number, (packed, layout) in enumerate(batch.micro_batches):
             self.phase.name = "computing forward"
             given = packed.to(self.ranks.device)

@@ -156,7 +156,8 @@ def test_a_step_says_how_much_of_it_is_done(capsys: pytest.CaptureFixture[str]) 
     ranks: Any = mock.Mock(gather_numbers=lambda own: torch.zeros(1, 1))
     phase.step = 3
     with mock.patch.object(report, "within_step", lambda step, share, where: shares.append((step, share, where))):
-        between = SegmentsOfStep(3, 2, ranks, StopRequest(), phase, report)
+        memory = mock.Mock()
+        between = SegmentsOfStep(3, 2, ranks, StopRequest(), phase, report, memory)
         for _ in range(2):
             for segment in range(3):
                 between(SegmentDone("forward", segment, 4))
@@ -165,6 +166,7 @@ def test_a_step_says_how_much_of_it_is_done(capsys: pytest.CaptureFixture[str]) 
                 between(SegmentDone("backward", segment, 4))
     found = [share for _, share, _ in shares]
     assert found == sorted(found) and found[-1] == 1.0 and found[6] == 0.5 and len(found) == 14
+    assert memory.pass_ended.call_count == 2 * (3 + 4 + 4)
     assert shares[-1] == (3, 1.0, "segment 1 of 4 backward")
     assert phase.where == "step 3, while computing backward, behind segment 1 of 4"
     with mock.patch("longspan.train.report._SECONDS_BETWEEN_LINES", -1.0):
