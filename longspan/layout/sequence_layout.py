@@ -11,6 +11,7 @@ A *piece* is the part of a segment that belongs to one packed document.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -228,7 +229,10 @@ class SequenceLayout:
         return cls(bounds[-1], group, order, documents, **ranks)
 
     def stretch(self, start: int, stop: int) -> SequenceLayout:
-        """The layout of the tokens ``[start, stop)`` of this sequence by themselves, split over the same ranks; made once.
+        """The layout of the tokens ``[start, stop)`` of this sequence by themselves, split over the same ranks.
+
+        It is the same object for as long as anybody holds it; what layers keep in it (`cached`) goes with the last of them, so that
+        a sequence of many stretches has the metadata of those in use.
 
         Its documents are those of the sequence, cut at both ends, and its `continues` says how many tokens of the first one stand
         before it. Stretches that follow one another, each given what the one before it returned, compute what one call on the
@@ -242,7 +246,12 @@ class SequenceLayout:
                 f"stretch() takes the bounds [start, stop) of tokens of the sequence, ints from 0 to seq_len {self.seq_len}; got "
                 f"{described(start)} and {described(stop)}. Cut the last stretch at the end of the sequence"
             )
-        return self.cached(("stretch", start, stop), lambda: self._stretch(start, stop))
+        kept = self._cache.get(("stretch", start, stop))
+        found: SequenceLayout | None = None if kept is None else kept()
+        if found is None:
+            found = self._stretch(start, stop)
+            self._cache["stretch", start, stop] = weakref.ref(found)
+        return found
 
     def _stretch(self, start: int, stop: int) -> SequenceLayout:
         bounds, before = documents_within(self.document_bounds, start, stop)

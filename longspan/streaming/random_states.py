@@ -30,6 +30,9 @@ class RandomStates:
         yield
         if is_first:
             self._behind = self._state()
+            if _is_same(self._behind, self._begun[segment]):
+                # Nobody has drawn: one copy for all segments.
+                self._behind = self._begun[segment]
 
     def leave(self) -> None:
         """The state behind all segments that were computed."""
@@ -44,3 +47,10 @@ class RandomStates:
         torch.set_rng_state(on_cpu)
         if on_gpu is not None:
             torch.cuda.set_rng_state(on_gpu, self._device)
+
+
+def _is_same(one: State, other: State) -> bool:
+    # Both are in host memory.
+    return all(
+        x is y or (x is not None and y is not None and torch.equal(x, y)) for x, y in zip(one, other, strict=True)
+    )

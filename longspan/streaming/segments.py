@@ -13,14 +13,18 @@ from longspan.layout import SequenceLayout
 class Segment:
     """Tokens ``[start, stop)`` of a sequence.
 
-    layout: of these tokens over the ranks; None where the sequence has none. goes_on: whether its first token belongs to a document
+    whole: the layout of the sequence over the ranks; None where it has none. goes_on: whether its first token belongs to a document
     that began before.
     """
 
     start: int
     stop: int
-    layout: SequenceLayout | None
+    whole: SequenceLayout | None
     goes_on: bool
+
+    def layout(self) -> SequenceLayout | None:
+        """Of these tokens over the ranks. What layers keep in it lasts as long as it is held: hold one segment's at a time."""
+        return None if self.whole is None else self.whole.stretch(self.start, self.stop)
 
 
 def cut_in_time(num_tokens: int, segment_tokens: int, layout: SequenceLayout | None) -> tuple[Segment, ...]:
@@ -38,12 +42,7 @@ def cut_in_time(num_tokens: int, segment_tokens: int, layout: SequenceLayout | N
         starts.pop()
     new_documents = set() if layout is None else set(layout.document_bounds)
     return tuple(
-        Segment(
-            start,
-            stop,
-            None if layout is None else layout.stretch(start, stop),
-            start > 0 and start not in new_documents,
-        )
+        Segment(start, stop, layout, start > 0 and start not in new_documents)
         for start, stop in zip(starts, [*starts[1:], num_tokens], strict=True)
     )
 

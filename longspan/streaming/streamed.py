@@ -183,6 +183,7 @@ class CutSequence:
         self._streamed, self._tokens, self._labels, self._segments = streamed, tokens, labels, segments
         self.layout = layout
         self.num_segments = len(segments)
+        self._layout: SequenceLayout | None = None
 
     @property
     def counts_first(self) -> bool:
@@ -209,26 +210,29 @@ class CutSequence:
         return self._streamed.start()
 
     def remember(self, segment: int, memory: Any) -> Any:
-        return self._streamed.remember(self._own(self._tokens, segment), self._segments[segment].layout, memory)
+        (tokens,) = self._own(segment, self._tokens)
+        return self._streamed.remember(tokens, self._layout, memory)
 
     def all_remembered(self) -> None:
         self._streamed.all_remembered()
 
     def loss(self, segment: int, memory: Any, keeps: bool) -> tuple[Tensor, Any]:
-        tokens, labels = self._own(self._tokens, segment), self._own(self._labels, segment)
-        return self._streamed.loss(tokens, labels, self._segments[segment].layout, memory, keeps)
+        tokens, labels = self._own(segment, self._tokens, self._labels)
+        return self._streamed.loss(tokens, labels, self._layout, memory, keeps)
 
     def scores(self, segment: int, memory: Any, keeps: bool) -> tuple[TokenScores, Any]:
-        tokens, labels = self._own(self._tokens, segment), self._own(self._labels, segment)
-        return self._streamed.scores(tokens, labels, self._segments[segment].layout, memory, keeps)
+        tokens, labels = self._own(segment, self._tokens, self._labels)
+        return self._streamed.scores(tokens, labels, self._layout, memory, keeps)
 
     def end(self) -> None:
         self._streamed.end()
 
-    def _own(self, x: Tensor, segment: int) -> Tensor:
+    def _own(self, segment: int, *given: Tensor) -> Iterator[Tensor]:
+        """Of each, this rank's part of a segment, whose layout is held from here on in the place of another's."""
         part = self._segments[segment]
-        whole = x[:, part.start : part.stop]
-        return whole if part.layout is None else part.layout.shard(whole)
+        layout = self._layout = part.layout()
+        wholes = (x[:, part.start : part.stop] for x in given)
+        return wholes if layout is None else map(layout.shard, wholes)
 
 
 def _summing_last(model: nn.Module, is_last: bool, is_last_segment: bool) -> AbstractContextManager[None]:
