@@ -44,6 +44,7 @@ class StreamedLlamaSequence:
         weights = model.config.balance_loss_weight, model.config.z_loss_weight
         self.counts_first = bool(model.config.num_experts) and model.training and (routing is not None or any(weights))
         self._routing = Routing() if self.counts_first and routing is None else routing
+        self._is_counting = self.counts_first
         self.end()
         self._layout: SequenceLayout | None = None
 
@@ -52,7 +53,8 @@ class StreamedLlamaSequence:
 
     def remember(self, tokens: Tensor, layout: SequenceLayout | None, memory: ModelMemory) -> ModelMemory:
         self._layout = layout
-        routing = self._routing if self.counts_first else None
+        # A segment that is computed again for what was not kept has been counted.
+        routing = self._routing if self._is_counting else None
         _, behind = self._model(
             tokens,
             layout,
@@ -66,6 +68,7 @@ class StreamedLlamaSequence:
 
     def all_remembered(self) -> None:
         assert self._routing is not None
+        self._is_counting = False
         self._routing.counted(ranks_of_losses(self._layout, self._model.loss_ranks))
 
     def loss(

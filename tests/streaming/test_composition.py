@@ -18,6 +18,7 @@ from longspan.parallel import (
     recompute_blocks,
     shard_weights,
 )
+from longspan.parallel.sharded import accumulating
 from tests.compare import relative_error, worst
 from tests.models.tiny import random_tokens, tiny_model
 from tests.ranks import run_on_ranks
@@ -67,7 +68,30 @@ def told(routing: Routing) -> dict[str, Tensor]:
 def test_auxiliary_losses_of_experts_are_those_of_the_whole_sequence(weights: dict[str, float]) -> None:
     model, tokens = tiny_model(**(EXPERTS | weights)), random_tokens(2, 41)
     want = in_one_piece(model, tokens)
-    assert worst(differences(in_segments(model, tokens, 9), want)) < 1e-10
+    for keep_every in (1, 2):
+        assert worst(differences(in_segments(model, tokens, 9, keep_every=keep_every), want)) < 1e-10
+
+
+def row_by_row(model: Any, tokens: Tensor, segment_tokens: int | None) -> dict[str, Tensor]:
+    """Micro batches of a row each, in one piece or in segments, with one routing for all of them."""
+    labels, routing, total = labels_of(tokens), Routing(tokens[:, 1:].numel()), torch.zeros((), dtype=torch.float64)
+    num_valid = int((labels >= 0).sum())
+    model.zero_grad(set_to_none=True)
+    for row in range(len(tokens)):
+        inputs, targets = tokens[row : row + 1, :-1], labels[row : row + 1]
+        if segment_tokens is None:
+            loss = model(inputs, labels=targets, num_valid=num_valid, routing=routing)
+            loss.backward()
+        else:
+            loss = stream(model, segment_tokens).forward_backward(inputs, targets, num_valid=num_valid, routing=routing)
+        total += loss.detach()
+    return {"loss": total, **gradients_of(model), **told(routing)}
+
+
+def test_auxiliary_losses_add_up_over_micro_batches() -> None:
+    model, tokens = tiny_model(**EXPERTS), random_tokens(2, 41)
+    want, got = (row_by_row(model, tokens, segment_tokens) for segment_tokens in (None, 9))
+    assert worst(differences(got, want)) < 1e-10
 
 
 def test_a_routing_is_told_the_same_of_segments_as_of_one_piece() -> None:
@@ -135,12 +159,16 @@ def test_under_autocast_every_segment_has_gradients() -> None:
     assert worst(differences(got, want)) < 0.05
 
 
-def trained_on(degrees: MeshDegrees, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """Gradients of two micro batches of each data-parallel rank, and the loss."""
+def trained_on(
+    degrees: MeshDegrees, changes: dict[str, Any], segment_tokens: int | None = 9, dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
+    """Gradients of micro batches of a row each of every data-parallel rank, and the loss; in one piece for None."""
     mesh = ParallelMesh(degrees)
-    model: Any = parallelize(tiny_model(**HYBRID), mesh["sp"])
+    made = tiny_model(**changes)
+    model: Any = parallelize(made if dtype is None else made.float(), mesh["sp"], loss_ranks=mesh["world"])
     if degrees.shards_weights:
         model = shard_weights(model, mesh, dtype=dtype)
+    told = {"routing": Routing(160)} if model.config.num_experts else {}
     layout = SequenceLayout(40, mesh["sp"], order="zigzag")
     tokens = random_tokens(4, 41)
     labels = labels_of(tokens)
@@ -149,7 +177,14 @@ def trained_on(degrees: MeshDegrees, dtype: torch.dtype | None) -> dict[str, Ten
     num_valid, total = int((labels >= 0).sum()), torch.zeros((), dtype=torch.float64)
     for number, (inputs, targets) in enumerate(micro_batches):
         is_last = number + 1 == len(micro_batches)
-        total += stream(model, 9).forward_backward(inputs, targets, layout, num_valid=num_valid, is_last=is_last)
+        if segment_tokens is None:
+            loss = model(layout.shard(inputs), layout, labels=layout.shard(targets), num_valid=num_valid, **told)
+            with accumulating(model, is_last):
+                loss.backward()
+        else:
+            streamed = stream(model, segment_tokens)
+            loss = streamed.forward_backward(inputs, targets, layout, num_valid=num_valid, is_last=is_last, **told)
+        total += loss.detach()
     if not degrees.shards_weights:
         sum_gradients(model)
     gradients = gathered([(name, p.grad) for name, p in model.named_parameters()], True)
@@ -158,7 +193,7 @@ def trained_on(degrees: MeshDegrees, dtype: torch.dtype | None) -> dict[str, Ten
 
 def errors_on_rank(all_degrees: list[MeshDegrees]) -> list[float]:
     want = in_one_piece(tiny_model(**HYBRID), random_tokens(4, 41))
-    return [worst(differences(trained_on(degrees, None), want)) for degrees in all_degrees]
+    return [worst(differences(trained_on(degrees, HYBRID), want)) for degrees in all_degrees]
 
 
 def test_over_data_and_sequence_with_divided_weights() -> None:
@@ -170,6 +205,45 @@ def test_over_data_and_sequence_with_divided_weights() -> None:
 def test_over_meshes_of_four_ranks() -> None:
     meshes = [MeshDegrees(2, 1, 2), MeshDegrees(1, 2, 2), MeshDegrees(2, 1, 2, True), MeshDegrees(1, 2, 2, True)]
     for errors in run_on_ranks(4, errors_on_rank, meshes):
+        assert worst(errors) < 1e-10, errors
+
+
+def experts_with_divided_weights_on_rank(degrees: MeshDegrees) -> dict[str, float]:
+    want = row_by_row(tiny_model(**EXPERTS), random_tokens(4, 41), None)
+    got = trained_on(degrees, EXPERTS)
+    return differences(got, {name: want[name] for name in got})
+
+
+def test_experts_with_divided_weights() -> None:
+    for errors in run_on_ranks(2, experts_with_divided_weights_on_rank, MeshDegrees(sp=2, shard_over_sp=True)):
+        assert worst(errors) < 1e-10, errors
+
+
+def errors_in_mixed_precision() -> list[float]:
+    """Of segments, and of one piece."""
+    want = in_one_piece(tiny_model(**HYBRID), random_tokens(4, 41))
+    degrees = MeshDegrees(sp=2, shard_over_sp=True)
+    return [total_error(trained_on(degrees, HYBRID, tokens, torch.bfloat16), want) for tokens in (9, None)]
+
+
+def test_divided_weights_in_mixed_precision_err_no_more_in_segments() -> None:
+    for in_segments_err, in_one_piece_err in run_on_ranks(2, errors_in_mixed_precision):
+        assert 1e-4 < in_one_piece_err < 0.05 and in_segments_err < 1.5 * in_one_piece_err
+
+
+def recomputed_on_rank(what: Any) -> dict[str, float]:
+    tokens = random_tokens(1, 41)
+    want = in_one_piece(tiny_model(**HYBRID, window=11), tokens)
+    model = recompute_blocks(parallelize(tiny_model(**HYBRID, window=11), None), what)
+    layout = SequenceLayout(40, order="zigzag")
+    loss = stream(model, 9).forward_backward(tokens[:, :-1], labels_of(tokens), layout)
+    sum_gradients(model)
+    return differences({"loss": sum_over_ranks(loss), **gradients_of(model)}, want)
+
+
+@pytest.mark.parametrize("what", ["layer", "selective"])
+def test_over_ranks_layers_may_be_computed_once_more_inside_of_a_segment(what: Any) -> None:
+    for errors in run_on_ranks(2, recomputed_on_rank, what):
         assert worst(errors) < 1e-10, errors
 
 
