@@ -83,8 +83,12 @@ class Step:
 
     def tokens_at_once(self, num_ranks: int) -> int:
         """Of these, those whose activations are there at once."""
-        segment = self.seq_len if self.segment_tokens is None else min(self.segment_tokens, self.seq_len)
-        return self._share(segment, num_ranks)
+        return self._share(self.length_at_once, num_ranks)
+
+    @property
+    def length_at_once(self) -> int:
+        """Of a sequence, the tokens of all ranks that are computed at once."""
+        return self.seq_len if self.segment_tokens is None else min(self.segment_tokens, self.seq_len)
 
     @property
     def num_segments(self) -> int:
@@ -144,7 +148,7 @@ def plan_memory(sizes: ModelSizes, mesh: MeshDegrees, step: Step, device: Device
     exchanged = 0
     if mesh.sp > 1:
         if "softmax" in sizes.operators:
-            exchanged = gathered_bytes(sizes, step.seq_len, step.rows, step.number_bytes)
+            exchanged = gathered_bytes(sizes, step.length_at_once, step.rows, step.number_bytes)
         largest_state = max(mixer.state for mixer in sizes.mixers.values())
         exchanged = max(exchanged, (mesh.sp * step.segments_per_rank + 1) * step.rows * largest_state * _FLOAT32)
     loss = loss_bytes(sizes, tokens, step.number_bytes)

@@ -112,6 +112,8 @@ def test_a_segment_sends_what_a_sequence_of_its_length_does() -> None:
     sizes, mesh = sizes_of(parse([*MODEL, "--model.pattern", "LN"])), MeshDegrees(sp=4)
     got = layer_bytes(sizes, mesh, Step(seq_len=2**20, segment_tokens=8192))
     assert got == layer_bytes(sizes, mesh, Step(seq_len=8192))
+    long, short = (plan_memory(sizes, mesh, Step(n, segment_tokens=8192), DEVICE).kinds for n in (2**20, 2**14))
+    assert long["exchange"] == short["exchange"] > 0
 
 
 def test_the_command_says_how_sequences_are_cut() -> None:
