@@ -39,8 +39,17 @@ class Decodable(Protocol):
         memory: ModelMemory | None,
         logits_to_keep: int,
         output_memory: Literal[True],
+        in_segments: bool = ...,
     ) -> tuple[Tensor, ModelMemory]:
         """Logits [B, logits_to_keep, V] of the last of tokens [B, T], and what is remembered after all of them."""
+        ...
+
+    def empty_memory(self) -> ModelMemory:
+        """What is remembered before the first of several segments of tokens, which are given with `in_segments`."""
+        ...
+
+    def whole_memory(self, memory: ModelMemory, layout: SequenceLayout) -> ModelMemory:
+        """What is remembered after the last of them, the same on every rank; layout: of any of them."""
         ...
 
 
@@ -127,8 +136,8 @@ def prefill(
         tokens: int64 ``[T]``, at least one, on the model's device.
         order, weights: which tokens a rank takes, as in `SequenceLayout`; zigzag balances softmax layers.
         segment_tokens: read the prompt in segments of so many tokens, one after another, each over all ranks: the activations of
-            one are held at a time, whatever the prompt's length, beside what is remembered and, meanwhile, a copy of that with room
-            to grow. None is at once.
+            one are held at a time, whatever the prompt's length, and beside them this rank's keys and values, as in training
+            (`longspan.EarlierKeys`), which are brought together on all ranks at the end. None is at once.
 
     Returns:
         None for a prompt of one token.
@@ -148,13 +157,17 @@ def prefill(
         layout = SequenceLayout.local(num_tokens)
     else:
         layout = SequenceLayout(num_tokens, place.group, order, weights=weights)
-    memory = None
+    starts = _segments(num_tokens, segment_tokens or num_tokens, layout.num_ranks)
     with torch.no_grad():
-        for start, stop in pairwise(_segments(num_tokens, segment_tokens or num_tokens, layout.num_ranks)):
-            segment = layout if stop - start == num_tokens else layout.stretch(start, stop)
-            part = segment.shard(tokens[None, start:stop])
-            _, memory = model(part, segment, memory=memory, logits_to_keep=0, output_memory=True)
-    return memory
+        if len(starts) == 2:
+            own = layout.shard(tokens[None, :-1])
+            return model(own, layout, memory=None, logits_to_keep=0, output_memory=True)[1]
+        memory = model.empty_memory()
+        for start, stop in pairwise(starts):
+            segment = layout.stretch(start, stop)
+            own = segment.shard(tokens[None, start:stop])
+            _, memory = model(own, segment, memory=memory, logits_to_keep=0, output_memory=True, in_segments=True)
+        return model.whole_memory(memory, layout)
 
 
 def check_segment_tokens(segment_tokens: int | None, num_ranks: int) -> None:

@@ -232,6 +232,19 @@ class LinearLlama3(nn.Module):
         """
         return ModelMemory(0, tuple(block.mixer.empty_memory(offload) for block in self._blocks()))
 
+    @torch.no_grad()
+    def whole_memory(self, memory: ModelMemory, layout: SequenceLayout) -> ModelMemory:
+        """What the model remembers behind segments of time as any other call is given it: the same on every rank.
+
+        Args:
+            memory: what the last segment left (`empty_memory`), whose keys and values each rank has of its own tokens.
+            layout: of any of the segments.
+
+        To be called on every rank. Keys and values are brought together, without gradients.
+        """
+        pairs = zip(self._blocks(), memory.layers, strict=True)
+        return ModelMemory(memory.num_tokens, tuple(block.mixer.whole_memory(x, layout) for block, x in pairs))
+
     def num_parameters(self) -> int:
         """Number of trained numbers; a tied matrix counts once."""
         return sum(parameter.numel() for parameter in self.parameters())

@@ -38,6 +38,7 @@ class Recorded:
 
     def __init__(self, model: LinearLlama3) -> None:
         self.model, self.sequence_parallel = model, model.sequence_parallel
+        self.empty_memory, self.whole_memory = model.empty_memory, model.whole_memory
         self.logits: list[Tensor] = []
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
@@ -154,21 +155,34 @@ SEGMENTS = (3, 7, 16, 40)
 
 
 def errors_in_segments(layers: dict[str, Any], length: int, order: Any) -> list[float]:
-    """What is remembered of a prompt that is read in segments of each of several lengths, from what is remembered at once."""
+    """What is remembered of a prompt that is read in segments of each of several lengths, and what is computed from it, beside what
+    is remembered at once."""
     model, tokens = parallelize(tiny_model(**layers), None), random_tokens(1, length)[0]
     want = prefill(model, tokens, order=order)
     found = []
+
+    def behind(memory: ModelMemory) -> Tensor:
+        with torch.no_grad():
+            logits: Tensor = model(tokens[None, -1:], SequenceLayout.local(1), memory=memory)
+        return logits
+
     for segment_tokens in SEGMENTS:
         got = prefill(model, tokens, order=order, segment_tokens=segment_tokens)
         assert got is not None and want is not None and got.num_tokens == want.num_tokens == length - 1
         pairs = [
             (x, y.tensors[name]) for y, z in zip(want.layers, got.layers, strict=True) for name, x in z.tensors.items()
         ]
-        found += [relative_error(x, y) for x, y in pairs]
+        found += [relative_error(x, y) for x, y in pairs] + [relative_error(behind(got), behind(want))]
+        assert all(layer.earlier is None for layer in got.layers)
     return found
 
 
-IN_SEGMENTS = ({"pattern": "LN"}, {"pattern": "LN", "window": 4}, {"pattern": "L", "operator": "gated_deltanet"})
+IN_SEGMENTS = (
+    {"pattern": "LN"},
+    {"pattern": "LN", "window": 4},
+    {"pattern": "LN", "window": 1},
+    {"pattern": "L", "operator": "gated_deltanet"},
+)
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, pytest.param(3, marks=pytest.mark.slow)])

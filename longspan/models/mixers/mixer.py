@@ -179,6 +179,13 @@ class SequenceMixer(nn.Module, ABC):
         """What the layer remembers where a sequence of segments of time begins; offload: keep keys and values in host memory."""
         return LayerMemory()
 
+    def whole_memory(self, memory: LayerMemory, layout: SequenceLayout) -> LayerMemory:
+        """What the layer remembers behind the last of some segments, the same on every rank, as tokens behind them are given it.
+
+        layout: of any of the segments. Called on every rank, without gradients.
+        """
+        return memory
+
     @abstractmethod
     def mix(self, x: Tensor, context: Context) -> Mixed:
         """`forward`, of a context that has been checked."""

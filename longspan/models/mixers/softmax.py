@@ -24,6 +24,7 @@ from longspan.models.rotary import rotate
 from longspan.tracing import has_no_values
 
 if TYPE_CHECKING:
+    from longspan.layout import SequenceLayout
     from longspan.models.config import LinearLlama3Config
 
 
@@ -31,7 +32,7 @@ class SoftmaxMixer(LayerMixer):
     """Llama 3's attention (arXiv 2407.21783): rotary embedding and grouped queries.
 
     It remembers ``{"keys": [B, L, H_kv, D], "values": [B, L, H_kv, D]}``; with a window the last ``window - 1`` tokens. In segments
-    of time (`empty_memory`) each rank remembers those of its own tokens, as `longspan.EarlierKeys`.
+    of time (`empty_memory`) each rank remembers those of its own tokens, as `longspan.EarlierKeys`, until `whole_memory`.
     """
 
     name = "softmax"
@@ -85,6 +86,13 @@ class SoftmaxMixer(LayerMixer):
 
     def empty_memory(self, offload: bool) -> LayerMemory:
         return LayerMemory(earlier=EarlierKeys(offload=offload, requires_grad=True))
+
+    def whole_memory(self, memory: LayerMemory, layout: SequenceLayout) -> LayerMemory:
+        # In a window of one token nothing is kept of those before.
+        if memory.earlier is None or not memory.earlier.parts:
+            return LayerMemory(memory.tensors)
+        keys, values = memory.earlier.whole(layout, window=self.window)
+        return LayerMemory({"keys": keys, "values": values})
 
     def _grown(self, k: Tensor, v: Tensor, before: KeysAndValues | None, memory: LayerMemory | None) -> LayerMemory:
         """What is remembered behind `before`, to the bit as `final_state` has it, written where there is room."""
