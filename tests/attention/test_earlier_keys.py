@@ -88,7 +88,7 @@ def _compare(case: Case, seed: int) -> dict[str, float]:
     q, k, v = ([x.clone().requires_grad_() for x in sharded(y, parts)] for y in everything[:3])
     upstream = sharded(everything[3], parts)
     sinks.requires_grad_()
-    run = {"graph": in_one_graph, "by hand": by_hand, "whole": with_whole_states}[case.way]
+    run = by_hand if case.way == "by hand" else in_one_graph
     outputs = run(case, parts, q, k, v, sinks if case.with_sinks else None, upstream)
     found: dict[str, tuple[Sequence[Tensor | None], Tensor]] = {"o": (outputs, o)}
     found |= {
@@ -121,11 +121,15 @@ def in_one_graph(
     sinks: Tensor | None,
     upstream: list[Tensor],
 ) -> list[Tensor]:
-    earlier, outputs = EarlierKeys(offload=case.offload), []
+    earlier, state, outputs = EarlierKeys(offload=case.offload), None, []
     for number, (_, layout) in enumerate(parts):
-        own = q[number], k[number], v[number]
-        outputs.append(softmax_attention(*own, earlier=earlier, layout=layout, **options_of(case, sinks)))
-        earlier = earlier.followed_by(k[number], v[number], layout, window=case.window)
+        own, options = (q[number], k[number], v[number]), {"layout": layout, **options_of(case, sinks)}
+        if case.way == "whole":
+            o, state = softmax_attention(*own, initial_state=state, output_final_state=True, **options)
+        else:
+            o = softmax_attention(*own, earlier=earlier, **options)
+            earlier = earlier.followed_by(k[number], v[number], layout, window=case.window)
+        outputs.append(o)
     torch.autograd.backward(outputs, upstream)
     return outputs
 
@@ -158,26 +162,6 @@ def by_hand(
             tensors, grads = [*tensors, new.k, new.v], [*grads, *kept.grads()]
         torch.autograd.backward(tensors, grads)
         entering.pop()
-    return outputs
-
-
-def with_whole_states(
-    case: Case,
-    parts: Parts,
-    q: list[Tensor],
-    k: list[Tensor],
-    v: list[Tensor],
-    sinks: Tensor | None,
-    upstream: list[Tensor],
-) -> list[Tensor]:
-    state, outputs = None, []
-    for number, (_, layout) in enumerate(parts):
-        o, state = softmax_attention(
-            q[number], k[number], v[number], initial_state=state, output_final_state=True, layout=layout,
-            **options_of(case, sinks),
-        )  # fmt: skip
-        outputs.append(o)
-    torch.autograd.backward(outputs, upstream)
     return outputs
 
 

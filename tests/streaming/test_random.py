@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longspan import SequenceLayout, stream
+from longspan import SequenceLayout, parallelize, stream
 from tests.compare import worst
 from tests.models.tiny import random_tokens, tiny_model
+from tests.ranks import run_on_ranks
 from tests.streaming.whole import differences, gradients_of, labels_of
 
 
@@ -22,16 +24,20 @@ def with_dropout() -> Any:
     return model
 
 
-def as_one_graph(model: nn.Module, tokens: Tensor, segment_tokens: int, seed: int) -> dict[str, Tensor]:
+def as_one_graph(
+    model: nn.Module, tokens: Tensor, segment_tokens: int, seed: int, whole: SequenceLayout | None = None
+) -> dict[str, Tensor]:
     """The same segments in one graph, of which nothing is computed twice."""
     labels, memory, total = labels_of(tokens), None, torch.zeros((), dtype=torch.float64)
     torch.manual_seed(seed)
     num_tokens = labels.shape[1]
+    whole = SequenceLayout.local(num_tokens) if whole is None else whole
     for start in range(0, num_tokens, segment_tokens):
         stop = min(start + segment_tokens, num_tokens)
-        layout = SequenceLayout.local(num_tokens).stretch(start, stop)
-        given = {"labels": labels[:, start:stop], "num_valid": int((labels >= 0).sum())}
-        loss, memory = model(tokens[:, start:stop], layout, memory=memory, **given, output_memory=True)
+        layout = whole.stretch(start, stop)
+        inputs, targets = (layout.shard(x[:, start:stop]) for x in (tokens, labels))
+        given = {"labels": targets, "num_valid": int((labels >= 0).sum())}
+        loss, memory = model(inputs, layout, memory=memory, **given, output_memory=True)
         total = total + loss
     after = torch.rand(3)
     total.backward()
@@ -52,6 +58,21 @@ def test_dropout_draws_the_same_in_both_passes() -> None:
         assert worst(differences(got, want)) < 1e-10
     other = as_one_graph(model, tokens, 9, 6)
     assert worst(differences(other, want)) > 0.01
+
+
+def dropout_on_rank() -> dict[str, float]:
+    """Each rank draws numbers of its own."""
+    model, tokens = parallelize(with_dropout(), None), random_tokens(2, 41)
+    layout, seed = SequenceLayout(40, order="zigzag"), 5 + dist.get_rank()
+    want = as_one_graph(model, tokens, 9, seed, layout)
+    torch.manual_seed(seed)
+    loss = stream(model, 9).forward_backward(tokens[:, :-1], labels_of(tokens), layout)
+    return differences({"loss": loss, "after": torch.rand(3), **gradients_of(model)}, want)
+
+
+def test_dropout_over_ranks_draws_the_same_in_both_passes() -> None:
+    for errors in run_on_ranks(2, dropout_on_rank):
+        assert worst(errors) < 1e-10, errors
 
 
 def test_each_segment_draws_numbers_of_its_own() -> None:
