@@ -42,7 +42,7 @@ class _Gather(torch.autograd.Function):
         padded[: x.shape[0]] = x
         out = x.new_empty((layout.num_ranks * longest, *x.shape[1:]))
         all_gather_single(out, padded, layout.group)
-        return out.index_select(0, layout.global_order_on(x.device))
+        return out.index_select(0, _global_order_on(layout, x.device))
 
     @staticmethod
     @first_order
@@ -51,8 +51,24 @@ class _Gather(torch.autograd.Function):
         layout: SequenceLayout = ctx.layout
         longest = max(layout.tokens_of)
         sent = dy.new_zeros((layout.num_ranks * longest, *dy.shape[1:]))
-        sent[layout.global_order_on(dy.device)] = dy
+        sent[_global_order_on(layout, dy.device)] = dy
         received = torch.empty_like(sent)
         dist.all_to_all_single(received, sent, group=layout.group)
         summed = received.view(layout.num_ranks, longest, *dy.shape[1:]).sum(0)
         return summed[: layout.num_local_tokens], None
+
+
+def _global_order_on(layout: SequenceLayout, device: torch.device) -> Tensor:
+    """Index of each global token in the ranks' tokens laid one after another, each rank padded to the longest."""
+
+    def build() -> Tensor:
+        longest = max(layout.tokens_of)
+        index = torch.empty(layout.seq_len, dtype=torch.int64)
+        for rank in range(layout.num_ranks):
+            local = rank * longest
+            for start, stop in layout.segments_of(rank):
+                index[start:stop] = torch.arange(local, local + stop - start)
+                local += stop - start
+        return index
+
+    return layout.on_device("global_order", device, build)

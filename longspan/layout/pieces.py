@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,12 @@ def cut_in_pieces(segments: Sequence[tuple[int, int]], document_bounds: tuple[in
             start = end
             document += 1
     return tuple(pieces)
+
+
+def positions_in_documents(pieces: Sequence[Piece], bounds: Sequence[int]) -> Tensor:
+    """Position of each token of some pieces inside its document, int64 on the CPU; bounds: where documents start."""
+    starts = [piece.global_start - bounds[piece.document] for piece in pieces]
+    return torch.cat([torch.arange(s, s + piece.num_tokens) for s, piece in zip(starts, pieces, strict=True)])
 
 
 def last_at_or_before(bounds: tuple[int, ...], position: int) -> int:

@@ -22,18 +22,19 @@ from torch import Tensor
 
 from longspan.checks import check_tensor, described, is_int
 from longspan.errors import InputError, LayoutError
+from longspan.layout import agreement
 from longspan.layout.documents import (
     bounds_of_positions,
     check_continues,
     check_documents,
     cut_bounds,
     documents_within,
-    shortened,
 )
 from longspan.layout.gather import gather_tokens
 from longspan.layout.groups import check_ranks_per_node, resolve_group
-from longspan.layout.pieces import Piece, Segment, cut_in_pieces, cut_in_segments, has_any
-from longspan.layout.shares import check_rank_order, check_weights, segment_lengths, tokens_of_ranks
+from longspan.layout.labels import shifted_labels
+from longspan.layout.pieces import Piece, Segment, cut_in_pieces, cut_in_segments, has_any, positions_in_documents
+from longspan.layout.shares import check_rank_order, check_weights, segment_lengths, tokens_of_rank
 from longspan.modes import built_for_every_mode
 from longspan.tracing import (
     breaks_graphs,
@@ -411,16 +412,7 @@ class SequenceLayout:
         return tuple(counts)
 
     def _count_local_tokens(self) -> int:
-        # A compiler follows this for a length that it keeps variable.
-        if self.num_ranks == 1:
-            return self.seq_len
-        if self.weights is not None:
-            return tokens_of_ranks(int(self.seq_len), self.weights)[self.rank]
-        num_segments = self.num_ranks * self.num_segments
-        base, longer = self.seq_len // num_segments, self.seq_len % num_segments
-        place = self.rank_order.index(self.rank)
-        own = [place, num_segments - 1 - place][: self.num_segments]
-        return sum(base + (index < longer) for index in own)
+        return tokens_of_rank(self.seq_len, self.rank, self.rank_order, self.num_segments, self.weights)
 
     @_cached_property
     def pieces(self) -> tuple[Piece, ...]:
@@ -447,11 +439,7 @@ class SequenceLayout:
             return tokens - starts if not self.continues else tokens - starts + self.continues * (starts == 0)
 
         def build() -> Tensor:
-            bounds = (-(self.continues or 0), *self.document_bounds[1:])
-            starts = [piece.global_start - bounds[piece.document] for piece in self.pieces]
-            return torch.cat(
-                [torch.arange(s, s + piece.num_tokens) for s, piece in zip(starts, self.pieces, strict=True)]
-            )
+            return positions_in_documents(self.pieces, (-(self.continues or 0), *self.document_bounds[1:]))
 
         return self.on_device("document_positions", device, build)
 
@@ -555,35 +543,7 @@ class SequenceLayout:
 
     def check_group(self, what: str) -> None:
         """Raise LayoutError where the layout has several ranks, and no process group that still exists; `what` names the caller."""
-        if self.num_ranks == 1 or (self.group is not None and torch.compiler.is_compiling()):
-            return
-        if self.group is None:
-            raise LayoutError(
-                f"{what} needs a layout with a process group; got one made by for_rank() for rank {self.rank} of "
-                f"{self.num_ranks}, for planning. Build it as SequenceLayout(seq_len, group)"
-            )
-        try:
-            dist.get_rank(self.group)
-        except (KeyError, ValueError, RuntimeError):
-            raise LayoutError(
-                f"{what} was given a layout over a process group of {self.num_ranks} ranks that no longer exists: it was made "
-                "before destroy_process_group(). Build a new SequenceLayout with a group of today"
-            ) from None
-
-    def global_order_on(self, device: torch.device) -> Tensor:
-        """Index of each global token in the ranks' tokens laid one after another, each rank padded to the longest."""
-
-        def build() -> Tensor:
-            longest = max(self.tokens_of)
-            index = torch.empty(self.seq_len, dtype=torch.int64)
-            for rank in range(self.num_ranks):
-                local = rank * longest
-                for start, stop in self.segments_of(rank):
-                    index[start:stop] = torch.arange(local, local + stop - start)
-                    local += stop - start
-            return index
-
-        return self.on_device("global_order", device, build)
+        agreement.check_group(self, what)
 
     def shard_labels(self, tokens: Tensor, ignore_index: int = -100) -> Tensor:
         """Next-token labels of this rank's tokens, shifted before the split.
@@ -599,48 +559,14 @@ class SequenceLayout:
             LayoutError: for another number of tokens, such as labels that were split before the shift.
             InputError: for tokens or an ignore_index that are no integers.
         """
-        check_tensor("shard_labels()", "tokens", tokens)
-        if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
-            raise InputError(
-                f"shard_labels() takes integer tokens, whose numbers are the labels; got {described(tokens)}. Pass token ids, "
-                "tokens.long()"
-            )
-        if not is_int(ignore_index):
-            raise InputError(
-                f"ignore_index must be an int, as of torch.nn.functional.cross_entropy; got {described(ignore_index)}. "
-                "Leave it out for -100"
-            )
-        if tokens.dim() != 2 or tokens.shape[1] not in (self.seq_len, self.seq_len + 1):
-            raise LayoutError(
-                f"shard_labels() takes global tokens [B, {self.seq_len}] or [B, {self.seq_len + 1}], because labels must be "
-                f"shifted before the split; got shape {tuple(tokens.shape)}"
-            )
-        labels = torch.full((tokens.shape[0], self.seq_len), ignore_index, dtype=torch.int64, device=tokens.device)
-        num_known = tokens.shape[1] - 1
-        labels[:, :num_known] = tokens[:, 1:]
-        if self.documents is not None:
-            labels[:, self.document_ends_on(tokens.device)] = ignore_index
-        return self.shard(labels)
+        return self.shard(shifted_labels(self, tokens, ignore_index))
 
     def verify(self) -> None:
         """Compare this layout over the ranks of its group; raise LayoutError on all of them where they differ.
 
         One small collective and a host synchronisation: for the start of a run or for debugging, not for every batch.
         """
-        if self.num_ranks == 1 or self.group is None:
-            return
-        self.check_group("verify()")
-        names = ("seq_len", "order", "documents", "ranks_per_node", "weights", "continues", "rank_order")
-        mine = {name: getattr(self, name) for name in names}
-        everyone: list[Any] = [None] * self.num_ranks
-        dist.all_gather_object(everyone, mine, group=self.group)
-        rows = [
-            f"{key}: " + ", ".join(f"rank {rank} has {shortened(other[key])}" for rank, other in enumerate(everyone))
-            for key in mine
-            if any(other[key] != mine[key] for other in everyone)
-        ]
-        if rows:
-            raise LayoutError("the ranks disagree on the layout: " + "; ".join(rows))
+        agreement.verify(self)
 
 
 def _length(what: str, x: Tensor, dim: int) -> int:

@@ -95,6 +95,23 @@ def tokens_of_ranks(seq_len: int, weights: Sequence[float]) -> tuple[int, ...]:
     return tuple(counts)
 
 
+def tokens_of_rank(
+    seq_len: int, rank: int, rank_order: Sequence[int], segments_per_rank: int, weights: Sequence[float] | None
+) -> int:
+    """The number of tokens that one rank holds; arguments as of `segment_lengths`."""
+    # A compiler follows this for a length that it keeps variable.
+    num_ranks = len(rank_order)
+    if num_ranks == 1:
+        return seq_len
+    if weights is not None:
+        return tokens_of_ranks(int(seq_len), weights)[rank]
+    num_segments = num_ranks * segments_per_rank
+    base, longer = seq_len // num_segments, seq_len % num_segments
+    place = rank_order.index(rank)
+    own = [place, num_segments - 1 - place][:segments_per_rank]
+    return sum(base + (index < longer) for index in own)
+
+
 def segment_lengths(
     seq_len: int, rank_order: Sequence[int], segments_per_rank: int, weights: Sequence[float] | None
 ) -> tuple[int, ...]:
