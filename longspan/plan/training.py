@@ -152,7 +152,8 @@ def plan_memory(sizes: ModelSizes, mesh: MeshDegrees, step: Step, device: Device
         largest_state = max(mixer.state for mixer in sizes.mixers.values())
         exchanged = max(exchanged, (mesh.sp * step.segments_per_rank + 1) * step.rows * largest_state * _FLOAT32)
     loss = loss_bytes(sizes, tokens, step.number_bytes)
-    accumulated = own * _FLOAT32 if step.num_micro_batches * step.num_segments > 1 else 0
+    # Summed over ranks, and divided, once a step: until then each rank has whole ones.
+    accumulated = sizes.num_parameters * _FLOAT32 if step.num_micro_batches * step.num_segments > 1 else 0
     between = kept_between_segments(sizes, step, mesh.sp) if step.num_segments > 1 else 0
 
     def slack(num_bytes: int) -> int:

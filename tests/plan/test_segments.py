@@ -88,6 +88,13 @@ def test_memory_of_linear_layers_grows_by_states_alone() -> None:
     assert plan_memory(sizes, ALONE, every, DEVICE).kinds["between segments"] * 8 == long["between segments"]
 
 
+def test_gradients_are_whole_until_the_last_segment_whoever_holds_the_weights() -> None:
+    sizes = sizes_of(parse([*MODEL, "--model.pattern", "L"]))
+    for mesh in (ALONE, MeshDegrees(dp_shard=2)):
+        plan = plan_memory(sizes, mesh, Step(seq_len=2**16, segment_tokens=4096), DEVICE)
+        assert plan.kinds["gradients"] == 4 * sizes.num_parameters
+
+
 def test_one_segment_is_the_whole_sequence() -> None:
     sizes = sizes_of(parse([*MODEL, "--model.pattern", "LN"]))
     whole, one = Step(seq_len=4096), Step(seq_len=4096, segment_tokens=10_000)
