@@ -13,6 +13,7 @@ from longspan.models import LinearLlama3, Routing
 from longspan.parallel import (
     MeshDegrees,
     ParallelMesh,
+    compile_blocks,
     compute_in,
     gathered,
     recompute_blocks,
@@ -44,6 +45,14 @@ def test_layers_may_be_computed_once_more_inside_of_a_segment(what: Any) -> None
     tokens = random_tokens(2, 41)
     want = in_one_piece(tiny_model(**HYBRID), tokens)
     model = recompute_blocks(tiny_model(**HYBRID), what)
+    assert worst(differences(in_segments(model, tokens, 9), want)) < 1e-10
+
+
+@pytest.mark.slow
+def test_layers_may_be_compiled() -> None:
+    tokens, changes = random_tokens(1, 41), {**HYBRID, "window": 11}
+    want = in_one_piece(tiny_model(**changes), tokens)
+    model = compile_blocks(tiny_model(**changes), backend="aot_eager")
     assert worst(differences(in_segments(model, tokens, 9), want)) < 1e-10
 
 

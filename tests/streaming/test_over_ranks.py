@@ -16,12 +16,12 @@ TOLERANCE = 1e-10
 
 
 def differences_on_rank(
-    changes: dict[str, Any], order: Any, documents: Any, segment_tokens: int, keep_every: int
+    changes: dict[str, Any], order: Any, documents: Any, segment_tokens: int, keep_every: int, **shares: Any
 ) -> dict[str, float]:
     tokens = random_tokens(1 if documents else 2, 62)
     want = in_one_piece(tiny_model(**changes), tokens, documents)
     model = parallelize(tiny_model(**changes), None)
-    layout = SequenceLayout(61, order=order, documents=documents)
+    layout = SequenceLayout(61, order=order, documents=documents, **shares)
     streamed = stream(model, segment_tokens, keep_every=keep_every)
     loss = streamed.forward_backward(tokens[:, :-1], labels_of(tokens, documents), layout)
     sum_gradients(model)
@@ -59,3 +59,47 @@ def test_a_hybrid_over_four_ranks_is_one_piece() -> None:
 def test_a_last_segment_shorter_than_the_ranks_joins_the_one_before() -> None:
     # 61 tokens in segments of 20 leave one.
     assert_equal(3, {"pattern": QUICK[:2], "num_layers": 2}, "contiguous", None, 20, 1)
+
+
+def uneven_on_rank() -> dict[str, float]:
+    changes = {"pattern": "LN", "operator": "mamba2", "num_layers": 2, "window": 9}
+    documents, shares = (0, 5, 20, 21, 52, 61), {"weights": [3.0, 1.0], "rank_order": [1, 0]}
+    return differences_on_rank(changes, "zigzag", documents, 10, 1, **shares)
+
+
+def test_ranks_may_hold_uneven_shares_of_every_segment() -> None:
+    for errors in run_on_ranks(2, uneven_on_rank):
+        assert worst(errors) < TOLERANCE, errors
+
+
+LENGTH, SEGMENT = 25, 7
+ANYWHERE: dict[str, dict[str, Any]] = {
+    "mamba2 and softmax": {"pattern": "LN", "operator": "mamba2", "num_layers": 2},
+    "in a window": {"pattern": "LN", "operator": "kda", "num_layers": 2, "window": 4},
+    "a window longer than segments": {"pattern": ("chela", "softmax"), "num_layers": 2, "window": 10},
+}
+
+
+def worst_with_a_boundary_anywhere(changes: dict[str, Any], order: Any) -> dict[str, float]:
+    """Two documents with a boundary behind each token, and three with a short one before it."""
+    found, tokens = {}, random_tokens(1, LENGTH + 1)
+    model = parallelize(tiny_model(**changes), None)
+    for bound in range(1, LENGTH):
+        for documents in {(0, bound, LENGTH), tuple(sorted({0, max(bound - 2, 0), bound, LENGTH}))}:
+            want = in_one_piece(tiny_model(**changes), tokens, documents)
+            model.zero_grad(set_to_none=True)
+            layout = SequenceLayout(LENGTH, order=order, documents=documents)
+            loss = stream(model, SEGMENT).forward_backward(tokens[:, :-1], labels_of(tokens, documents), layout)
+            sum_gradients(model)
+            got = {"loss": sum_over_ranks(loss), **gradients_of(model)}
+            found[str(documents)] = worst(differences(got, want))
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("order", ["contiguous", "zigzag"])
+@pytest.mark.parametrize("num_ranks", [1, 3])
+@pytest.mark.parametrize("layers", ANYWHERE)
+def test_a_document_may_end_behind_any_token(layers: str, num_ranks: int, order: Any) -> None:
+    for errors in run_on_ranks(num_ranks, worst_with_a_boundary_anywhere, ANYWHERE[layers], order):
+        assert worst(errors) < TOLERANCE, errors
