@@ -98,10 +98,10 @@ def check(model: dict[str, Any], **options: Any) -> None:
         require_close("a gradient in segments", ours.grad, theirs.grad, 1e-3)
 
 
-def measured(model: dict[str, Any], length: int, segment: int | None) -> tuple[int, float]:
+def measured(model: dict[str, Any], length: int, segment: int | None, timed_tokens: int) -> tuple[int, float]:
     """Bytes above model, gradients and optimizer at most, and seconds, of a step on this rank.
 
-    A short step is made several times, the first one untimed, as memory is cold in it: the median.
+    A step of fewer than `timed_tokens` is made several times, the first one untimed, as memory is cold in it: the median.
     """
     together = dist.is_initialized()
     if not together:
@@ -123,7 +123,7 @@ def measured(model: dict[str, Any], length: int, segment: int | None) -> tuple[i
             sum_gradients(made)
 
     def several() -> None:
-        for _ in range(1 + _TIMED_TOKENS // length):
+        for _ in range(1 + timed_tokens // length):
             elapsed.append(seconds(whole))
 
     release_freed_memory()
@@ -131,36 +131,37 @@ def measured(model: dict[str, Any], length: int, segment: int | None) -> tuple[i
     return peak, statistics.median(elapsed[1:] or elapsed)
 
 
-def side(model: dict[str, Any], num_ranks: int, length: int, segment: int | None) -> tuple[int, float]:
+def side(num_ranks: int, *arguments: Any) -> tuple[int, float]:
     """`measured` in fresh processes: of the rank that takes most."""
     if num_ranks == 1:
-        found: tuple[int, float] = in_subprocess(measured, model, length, segment)
+        found: tuple[int, float] = in_subprocess(measured, *arguments)
         return found
-    everyone = run_ranks(num_ranks, measured, model, length, segment)
+    everyone = run_ranks(num_ranks, measured, *arguments)
     return max(peak for peak, _ in everyone), max(elapsed for _, elapsed in everyone)
 
 
-def ratio_to_plain(length: int, pairs: int) -> str:
+def ratio_to_plain(length: int, segment: int, pairs: int) -> str:
     """Time of a step in segments over that of the plain one, in turn in one process."""
     torch.set_num_threads(num_cores())
     model, tokens, layout = build(LINEAR), tokens_of(length), SequenceLayout.local(length)
-    paired = timed_pairs(step_of(model, tokens, layout, SEGMENT), step_of(model, tokens, layout, None), pairs)
+    paired = timed_pairs(step_of(model, tokens, layout, segment), step_of(model, tokens, layout, None), pairs)
     return str(paired.ratio)
 
 
 def measure(quick: bool) -> dict[str, Any]:
     """Memory and time of all sides at their lengths, and the ratios to the plain step."""
     check(LINEAR)
-    lengths = dict.fromkeys(LENGTHS, (2**14,)) if quick else LENGTHS
+    lengths = dict.fromkeys(LENGTHS, (2048,)) if quick else LENGTHS
+    segment, timed_tokens = (512, 0) if quick else (SEGMENT, _TIMED_TOKENS)
     sides = []
     for (name, ranks), of_side in lengths.items():
         for length in of_side:
-            peak, elapsed = side(LINEAR, ranks, length, SEGMENT if name == "in segments" else None)
+            peak, elapsed = side(ranks, LINEAR, length, segment if name == "in segments" else None, timed_tokens)
             say(f"{name}, {ranks} ranks, {length:,} tokens: {peak / _MEBIBYTE:,.0f} MiB, {elapsed:.1f} s")
             sides.append({"side": name, "ranks": ranks, "tokens": length, "bytes": peak, "seconds": elapsed})
     ratios = {}
-    for length in (2**14,) if quick else (2**14, 2**15, 2**16):
-        ratios[str(length)] = in_subprocess(ratio_to_plain, length, 1 if quick else 3)
+    for length in (2048,) if quick else (2**14, 2**15, 2**16):
+        ratios[str(length)] = in_subprocess(ratio_to_plain, length, segment, 1 if quick else 3)
         say(f"time of {length:,} tokens in segments / in one piece: {ratios[str(length)]}")
     return {"shape": SHAPE, "sides": sides, "ratios": ratios}
 
