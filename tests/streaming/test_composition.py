@@ -174,7 +174,8 @@ def trained_on(
     """Gradients of micro batches of a row each of every data-parallel rank, and the loss; in one piece for None."""
     mesh = ParallelMesh(degrees)
     made = tiny_model(**changes)
-    model: Any = parallelize(made if dtype is None else made.float(), mesh["sp"], loss_ranks=mesh["world"])
+    of_losses = {"loss_ranks": mesh["world"]} if made.config.num_experts else {}
+    model: Any = parallelize(made if dtype is None else made.float(), mesh["sp"], **of_losses)
     if degrees.shards_weights:
         model = shard_weights(model, mesh, dtype=dtype)
     told = {"routing": Routing(160)} if model.config.num_experts else {}
