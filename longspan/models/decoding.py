@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -39,17 +39,34 @@ class Decodable(Protocol):
         memory: ModelMemory | None,
         logits_to_keep: int,
         output_memory: Literal[True],
-        in_segments: bool = ...,
     ) -> tuple[Tensor, ModelMemory]:
         """Logits [B, logits_to_keep, V] of the last of tokens [B, T], and what is remembered after all of them."""
         ...
 
+
+@runtime_checkable
+class DecodableInSegments(Protocol):
+    """A `Decodable` whose prompts may be read in segments: in between each rank remembers what it likes."""
+
+    def __call__(
+        self,
+        tokens: Tensor,
+        layout: SequenceLayout,
+        *,
+        memory: ModelMemory | None,
+        logits_to_keep: int,
+        output_memory: Literal[True],
+        in_segments: Literal[True],
+    ) -> tuple[Tensor, ModelMemory]:
+        """As `Decodable`, of a segment."""
+        ...
+
     def empty_memory(self) -> ModelMemory:
-        """What is remembered before the first of several segments of tokens, which are given with `in_segments`."""
+        """What is remembered before the first segment."""
         ...
 
     def whole_memory(self, memory: ModelMemory, layout: SequenceLayout) -> ModelMemory:
-        """What is remembered after the last of them, the same on every rank; layout: of any of them."""
+        """What is remembered after the last segment, the same on every rank; layout: of any of them."""
         ...
 
 
@@ -143,7 +160,8 @@ def prefill(
         None for a prompt of one token.
 
     Raises:
-        InputError: for tokens of another shape or dtype, or none, and for segments with fewer tokens than ranks.
+        InputError: for tokens of another shape or dtype, or none, for segments with fewer tokens than ranks, and for a model that
+            cannot read segments.
         LayoutError: for weights that are not one for each rank.
     """
     _check_prompt(tokens)
@@ -162,6 +180,11 @@ def prefill(
         if len(starts) == 2:
             own = layout.shard(tokens[None, :-1])
             return model(own, layout, memory=None, logits_to_keep=0, output_memory=True)[1]
+        if not isinstance(model, DecodableInSegments):
+            raise InputError(
+                "prefill(): segment_tokens is for a model that hands what it remembers from segment to segment, by empty_memory() "
+                f"and whole_memory(), as LinearLlama3 does; got {type(model).__name__}. Leave segment_tokens out"
+            )
         memory = model.empty_memory()
         for start, stop in pairwise(starts):
             segment = layout.stretch(start, stop)

@@ -38,7 +38,6 @@ class Recorded:
 
     def __init__(self, model: LinearLlama3) -> None:
         self.model, self.sequence_parallel = model, model.sequence_parallel
-        self.empty_memory, self.whole_memory = model.empty_memory, model.whole_memory
         self.logits: list[Tensor] = []
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
@@ -214,6 +213,11 @@ def test_no_more_tokens_than_a_segments_are_computed_at_once() -> None:
 def test_segments_of_no_number_of_tokens_are_refused(segment_tokens: Any) -> None:
     with pytest.raises(InputError, match="segment_tokens must be a positive int"):
         prefill(tiny_model(), random_tokens(1, 5)[0], segment_tokens=segment_tokens)
+
+
+def test_a_model_that_cannot_go_on_with_a_segment_is_refused() -> None:
+    with pytest.raises(InputError, match=r"by empty_memory\(\) and whole_memory\(\).*; got Recorded"):
+        prefill(Recorded(tiny_model()), random_tokens(1, 9)[0], segment_tokens=4)
 
 
 def refused_segments() -> str:

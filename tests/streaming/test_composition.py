@@ -174,11 +174,11 @@ def trained_on(
     """Gradients of micro batches of a row each of every data-parallel rank, and the loss; in one piece for None."""
     mesh = ParallelMesh(degrees)
     made = tiny_model(**changes)
-    of_losses = {"loss_ranks": mesh["world"]} if made.config.num_experts else {}
+    of_losses: dict[str, Any] = {"loss_ranks": mesh["world"]} if made.config.num_experts else {}
     model: Any = parallelize(made if dtype is None else made.float(), mesh["sp"], **of_losses)
     if degrees.shards_weights:
         model = shard_weights(model, mesh, dtype=dtype)
-    told = {"routing": Routing(160)} if model.config.num_experts else {}
+    told: dict[str, Any] = {"routing": Routing(160)} if model.config.num_experts else {}
     layout = SequenceLayout(40, mesh["sp"], order="zigzag")
     tokens = random_tokens(4, 41)
     labels = labels_of(tokens)
