@@ -113,8 +113,8 @@ class RunConfig:
     measure_alone: bool = True
     """At the end, let one more process make a few steps on whole sequences, and say what the split bought."""
     release_memory_every: int = 8
-    """Give freed memory back to the system after this many steps, on the CPU; 1 keeps a rank smallest and costs about a tenth of a
-    step's time, 0 never does."""
+    """Give freed memory back to the system after this many steps, or passes over a segment of time, on the CPU; 1 keeps a rank
+    smallest and costs about a tenth of a step's time, 0 never does."""
     print_every: int = 10
     """Steps between two printed lines where there is no terminal for a progress bar."""
     tensorboard: bool = False
