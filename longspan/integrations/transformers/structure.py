@@ -87,8 +87,8 @@ def check_model(head: nn.Module) -> None:
     """Refuse a model that would be silently wrong over ranks, or that the hooks do not reach.
 
     Raises:
-        InputError: for encoders with decoders, attention to another sequence, heads that look at other tokens, ALiBi, and
-            attention that does not ask Transformers' attention interface.
+        InputError: for encoders with decoders, attention to another sequence, heads that look at other tokens, ALiBi, PEFT's
+            activated LoRA, and attention that does not ask Transformers' attention interface.
     """
     warn_of_untested("transformers")
     config: Any = head.config
@@ -122,6 +122,12 @@ def check_model(head: nn.Module) -> None:
             )
     if getattr(config, "alibi", False):
         raise InputError(f"{name} adds a position bias (ALiBi) to its scores, which is not supported over ranks")
+    for adapter, options in getattr(head, "peft_config", {}).items():
+        if getattr(options, "alora_invocation_tokens", None):
+            raise InputError(
+                f"the adapter {adapter!r} of {name} is an activated LoRA, which begins at certain tokens of a whole sequence; "
+                "layers over ranks see their own. Take a LoRA without alora_invocation_tokens"
+            )
     has_attention = any(mixers.is_attention(module) for module in backbone.modules())
     if has_attention and not type(head)._can_set_attn_implementation():  # type: ignore[attr-defined]
         raise InputError(

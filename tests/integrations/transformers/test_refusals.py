@@ -96,9 +96,19 @@ def encoder_decoder() -> nn.Module:
     return transformers.T5ForConditionalGeneration(config)
 
 
+def activated_lora() -> nn.Module:
+    import peft
+
+    options = peft.LoraConfig(target_modules=["q_proj"], alora_invocation_tokens=[3, 4], task_type="CAUSAL_LM")
+    return peft.get_peft_model(build("llama"), options)
+
+
+# PEFT asks for it.
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 @pytest.mark.parametrize(
     ("make", "says"),
     [
+        (activated_lora, "'default' of LlamaForCausalLM is an activated LoRA"),
         (alibi, "ALiBi"),
         (bloom, "no layer that mixes tokens"),
         (classifier, "ForCausalLM"),
