@@ -174,6 +174,7 @@ def check(num_ranks: int, cases: list[Case], tolerance: float = 1e-10) -> None:
 RANKS = [2, *(pytest.param(number, marks=pytest.mark.slow) for number in (1, 3, 4))]
 
 
+@pytest.mark.slow_rows(r"^ulysses-2$")
 @pytest.mark.parametrize("num_ranks", RANKS)
 @pytest.mark.parametrize("method", METHODS)
 def test_stretches_equal_one_call(num_ranks: int, method: SoftmaxMethod) -> None:
@@ -204,6 +205,7 @@ def test_stretches_equal_one_call_with_every_option(num_ranks: int, method: Soft
     check(num_ranks, cases)
 
 
+@pytest.mark.slow_rows(r"^(ulysses|ring)$")
 @pytest.mark.parametrize("method", METHODS)
 def test_bfloat16_does_not_drift_with_the_number_of_stretches(method: SoftmaxMethod) -> None:
     """Keys of the first stretch get gradients from all later ones: of 2 or of 22, they are as far from float64."""

@@ -184,6 +184,7 @@ IN_SEGMENTS = (
 )
 
 
+@pytest.mark.slow_rows(r"^2$")
 @pytest.mark.parametrize("num_ranks", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_prompt_in_segments_is_remembered_as_at_once(num_ranks: int) -> None:
     """Also where the last segment is shorter than the ranks are many, and where one segment holds all."""

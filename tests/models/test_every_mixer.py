@@ -63,7 +63,7 @@ def differences_on_rank(operator: str, order: Any, documents: tuple[int, ...] | 
 LAYOUTS = (("contiguous", None), ("zigzag", None), ("zigzag", (0, 1, 30, 52, 75)))
 
 
-@pytest.mark.slow_rows(r"-1$")
+@pytest.mark.slow_rows(r"^(rebased|gla|deltanet|lightning)-2$", r"-1$")
 @pytest.mark.parametrize("num_ranks", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("operator", LINEAR_MIXERS)
 def test_ranks_equal_one_process(operator: str, num_ranks: int) -> None:

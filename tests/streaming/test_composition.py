@@ -224,6 +224,7 @@ def experts_with_divided_weights_on_rank(degrees: MeshDegrees) -> dict[str, floa
     return differences(got, {name: want[name] for name in got})
 
 
+@pytest.mark.slow
 def test_experts_with_divided_weights() -> None:
     for errors in run_on_ranks(2, experts_with_divided_weights_on_rank, MeshDegrees(sp=2, shard_over_sp=True)):
         assert worst(errors) < 1e-10, errors
@@ -236,6 +237,7 @@ def errors_in_mixed_precision() -> list[float]:
     return [total_error(trained_on(degrees, HYBRID, tokens, torch.bfloat16), want) for tokens in (9, None)]
 
 
+@pytest.mark.slow
 def test_divided_weights_in_mixed_precision_err_no_more_in_segments() -> None:
     for in_segments_err, in_one_piece_err in run_on_ranks(2, errors_in_mixed_precision):
         assert 1e-4 < in_one_piece_err < 0.05 and in_segments_err < 1.5 * in_one_piece_err

@@ -43,6 +43,7 @@ def test_segments_over_ranks_are_one_piece(mixer: str, num_ranks: int) -> None:
     assert_equal(num_ranks, changes, "contiguous", None, 7, 2)
 
 
+@pytest.mark.slow_rows(r"^2-mamba2$")
 @pytest.mark.parametrize("mixer", [*each_linear_mixer(("mamba2",)), "softmax"])
 @pytest.mark.parametrize("num_ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_documents_over_segments_and_ranks_are_one_piece(mixer: str, num_ranks: int) -> None:
@@ -51,6 +52,7 @@ def test_documents_over_segments_and_ranks_are_one_piece(mixer: str, num_ranks: 
         assert_equal(num_ranks, changes, order, (0, 5, 20, 21, 52, 61), 10, 1)
 
 
+@pytest.mark.slow
 def test_a_hybrid_over_four_ranks_is_one_piece() -> None:
     changes = {"pattern": "LLLN", "operator": ("simple_gla", "kda", "mamba2"), "window": 9}
     assert_equal(4, changes, "zigzag", None, 16, 1)
