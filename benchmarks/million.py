@@ -74,7 +74,7 @@ def by_position(folder: Path, name: str, num_tokens: int, segment: int) -> list[
 
 def measure(quick: bool) -> dict[str, Any]:
     """Train on short sequences, go on with long ones, and score a held-out sequence as long by both."""
-    short, num_tokens, segment, steps_short, steps = (512, 4096, 1024, 4, 2) if quick else (8192, 2**20, 2**14, 150, 4)
+    short, num_tokens, segment, steps_short, steps = (512, 4096, 1024, 4, 2) if quick else (8192, 2**20, 2**14, 100, 2)
     size = {"data.max_bytes": 100_000} if quick else {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
