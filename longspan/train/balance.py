@@ -19,7 +19,6 @@ import numpy as np
 import torch
 
 from longspan.attention.softmax import softmax_attention
-from longspan.errors import CheckpointError
 from longspan.models import LinearLlama3, LinearLlama3Config
 from longspan.parallel import compute_in
 from longspan.plan.balance import RankSeconds, balanced_shares
@@ -203,16 +202,9 @@ def balance_of_checkpoint(saved: SavedCheckpoint, ranks: Ranks) -> Balance | Non
     Raises:
         CheckpointError: for a balance of another form.
     """
-    record = saved.state.get("balance")
-    if record is None:
+    balance = saved.measured("balance", Balance.from_json, "shares of ranks")
+    if balance is None:
         return None
-    try:
-        balance = Balance.from_json(record)
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"the checkpoint of step {saved.step} has no shares of ranks that this version knows: {type(error).__name__}: {error}. "
-            "Measure them anew (parallel.balance remeasured), or start a new run"
-        ) from error
     fits = len(balance.groups) == ranks.dp and all(w is not None and len(w) == ranks.sp for w in balance.groups)
     return balance if fits else None
 

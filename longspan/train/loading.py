@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -22,6 +22,7 @@ STATE = "state.json"
 OTHER_VERSION = "Use the version of longspan that wrote them, or start a new run"
 
 Value = TypeVar("Value")
+Measured = TypeVar("Measured")
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,25 @@ class SavedCheckpoint:
             raise CheckpointError(
                 f"the checkpoint of step {self.step} in {folder} has a config that this version does not know: {error}. "
                 f"Use the version of longspan that wrote it{or_else}"
+            ) from error
+
+    def measured(self, name: str, read: Callable[[Any], Measured], what: str) -> Measured | None:
+        """What was measured before, of the state's value `name`, by `read` of its JSON; None where the checkpoint has none.
+
+        what: its name in words. It is measured anew by ``parallel.NAME remeasured``.
+
+        Raises:
+            CheckpointError: for a value that `read` does not take.
+        """
+        record = self.state.get(name)
+        if record is None:
+            return None
+        try:
+            return read(record)
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"the checkpoint of step {self.step} has no {what} that this version knows: {type(error).__name__}: {error}. "
+                f"Measure anew (parallel.{name} remeasured), or start a new run"
             ) from error
 
     def shapes(self, kind: str) -> dict[str, tuple[int, ...]]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from longspan.errors import CheckpointError
 from longspan.exchange.auto.calibration import known_links, take_links
 from longspan.exchange.auto.order import STATE_BYTES, measured_rank_order
 from longspan.layout import SequenceLayout
@@ -81,16 +80,9 @@ def order_of_checkpoint(saved: SavedCheckpoint, layout: SequenceLayout, ranks: R
     Raises:
         CheckpointError: for an order of another form.
     """
-    record = saved.state.get("rank_order")
-    if record is None:
+    order = saved.measured("rank_order", RankOrder.from_json, "order of ranks")
+    if order is None:
         return None
-    try:
-        order = RankOrder.from_json(record)
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"the checkpoint of step {saved.step} has no order of ranks that this version knows: {type(error).__name__}: {error}. "
-            "Measure it anew (parallel.rank_order remeasured), or start a new run"
-        ) from error
     everyone = list(range(ranks.sp))
     fits = all(own is not None and sorted(own) == everyone for own in order.groups)
     fits = fits and all(links.num_ranks == ranks.sp for links in order.links)
