@@ -52,7 +52,9 @@ class Transfer:
     batch_tokens: int = 4096
     """Tokens of a batch."""
     lr: float = 3e-3
-    """Highest learning rate; the first tenth of the steps, 20 at most, lead up to it, and half a cosine down to a tenth of it."""
+    """Highest learning rate of a layer that begins with an error of 1 or more; one that begins nearer has as much less as its
+    output is nearer, the root of its error. The first half of the steps, 20 at most, lead up to it, and half a cosine down to a tenth
+    of it."""
     validation_sequences: int = 8
     """Held-out sequences that the errors before and after are taken on."""
     calibrate: bool = True
@@ -149,14 +151,14 @@ def _transfer(
     )
     learning = nn.ModuleList([cast(HybridBlock, model.blocks[layer]).mixer for layer in teachers])
     learning.append(model.shared)
-    warmup = min(20, math.ceil(transfer.steps / 10))
+    warmup = min(20, math.ceil(transfer.steps / 2))
     config = OptimConfig(lr=transfer.lr, warmup_steps=warmup, weight_decay=0.0)
-    optimizer = build_optimizer(learning, config)
     device = model.norm.weight.device
     if transfer.calibrate:
         first = batches.batch(0).packed().to(device)
         calibrate(model, teachers, first, layout_of(first.seq_len, first.documents))
     before = _errors_on(model, teachers, held_out, device, layout_of)
+    learners = _learners(model, before, config)
     for step in range(transfer.steps):
         batch = batches.batch(step).packed().to(device)
         errors = layer_errors(model, teachers, batch, layout_of(batch.seq_len, batch.documents), learns=True)
@@ -169,12 +171,30 @@ def _transfer(
                 f"attention transfer: step {step + 1} has an error of {mean} and gradients of the norm {float(norm)}. Lower "
                 f"transfer.lr, which is {transfer.lr}"
             )
-        set_learning_rate(optimizer, learning_rate(config, step + 1, transfer.steps))
         clip_gradients(learning, norm, config.clip_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer, share in learners:
+            set_learning_rate(optimizer, share * learning_rate(config, step + 1, transfer.steps))
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         say(step + 1, mean)
     return Transferred(before, _errors_on(model, teachers, held_out, device, layout_of))
+
+
+def _learners(
+    model: LinearLlama3, before: Mapping[int, float], config: OptimConfig
+) -> list[tuple[torch.optim.Optimizer, float]]:
+    """An optimizer for each L layer, and one for what they share; and the share of the learning rate that each takes.
+
+    AdamW moves weights by about the learning rate, however near a layer is: steps that bring a far layer nearer lead a near one
+    away. So a layer's share is the distance that it begins with, the root of its error, and that of what layers share the least.
+
+    before: the errors that the layers begin with, by their numbers.
+    """
+    shares = {layer: min(1.0, math.sqrt(error)) for layer, error in before.items()}
+    learning = [(cast(HybridBlock, model.blocks[layer]).mixer, share) for layer, share in shares.items()]
+    if any(parameter.requires_grad for parameter in model.shared.parameters()):
+        learning.append((model.shared, min(shares.values())))
+    return [(build_optimizer(weights, config), share) for weights, share in learning]
 
 
 def layer_errors(
