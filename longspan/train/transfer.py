@@ -52,9 +52,8 @@ class Transfer:
     batch_tokens: int = 4096
     """Tokens of a batch."""
     lr: float = 3e-3
-    """Highest learning rate of a layer that begins with an error of 1 or more; one that begins nearer has as much less as its
-    output is nearer, the root of its error. The first half of the steps, 20 at most, lead up to it, and half a cosine down to a tenth
-    of it."""
+    """Highest learning rate of a layer that begins with an error of 1 or more; one that begins nearer has the root of its error of
+    that. The first half of the steps, 20 at most, lead up to it, and half a cosine down to a tenth of it."""
     validation_sequences: int = 8
     """Held-out sequences that the errors before and after are taken on."""
     calibrate: bool = True
