@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from benchmarks.harness import Table, require_close, run_ranks, say, seconds_of_slowest
+from benchmarks.harness import Table, paired, require_close, run_ranks, say, seconds_of_slowest
 from longspan import SequenceLayout, sum_gradients
 from longspan.launch import Place
 from longspan.parallel import MeshDegrees
@@ -103,8 +103,10 @@ def _on_rank(pattern: str, order: str, seq_len: int, rounds: int) -> dict[str, A
             if rank == 0:
                 say(f"uneven: {pattern}, {order}, round {number + 1} of {rounds}")
             times["full"].append(seconds_of_slowest(lambda: step(None)))
+            # One after another in turn, as the first of them finds the core as it was left.
+            turn = number % len(ways)
             with _slow(busy):
-                for name, weights in ways.items():
+                for name, weights in [*ways.items()][turn:] + [*ways.items()][:turn]:
                     times[name].append(seconds_of_slowest(lambda weights=weights: step(weights)))  # type: ignore[misc]
     assert measured is not None
     return {"share": measured[_SLOW_RANK] / sum(measured), "seconds": times}
@@ -127,25 +129,24 @@ def uneven(quick: bool) -> Table:
             "s, 2 to 1",
             "even / ideal",
             "measured / ideal",
+            "2 to 1 / ideal",
             "even / measured",
             "measured share of the slow rank",
         ],
     )
-    seq_len, rounds = (1024, 2) if quick else (8192, 5)
+    seq_len, rounds = (1024, 3) if quick else (8192, 9)
     for pattern in _MODELS:
         for order in _ORDERS:
             found = run_ranks(2, _on_rank, pattern, order, seq_len, rounds)[0]
-            seconds = {name: statistics.median(values) for name, values in found["seconds"].items()}
-            ideal = seconds["full"] * 2 / _SPEED
+            times: dict[str, list[float]] = found["seconds"]
+            times["ideal"] = [2 / _SPEED * full for full in times["full"]]
             table.add(
                 pattern,
                 order,
                 f"{seq_len:,}",
-                *(f"{value:.3f}" for value in (seconds["full"], ideal)),
-                *(f"{seconds[name]:.3f}" for name in ("even", "measured", "by hand")),
-                f"{seconds['even'] / ideal:.2f}",
-                f"{seconds['measured'] / ideal:.2f}",
-                f"{seconds['even'] / seconds['measured']:.2f}",
+                *(f"{statistics.median(times[name]):.3f}" for name in ("full", "ideal", "even", "measured", "by hand")),
+                *(paired(times[name], times["ideal"]).ratio for name in ("even", "measured", "by hand")),
+                paired(times["even"], times["measured"]).ratio,
                 f"{found['share']:.1%}",
             )
     return table

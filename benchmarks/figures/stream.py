@@ -26,7 +26,7 @@ def _draw(data: Data) -> Any:
         axes.set_xscale("log", base=2)
         axes.grid(alpha=0.3)
     left.set_ylim(0, None)
-    left.legend()
+    left.legend(loc="center right")
     return figure
 
 
