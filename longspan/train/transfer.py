@@ -190,7 +190,9 @@ def _learners(
     before: the errors that the layers begin with, by their numbers.
     """
     shares = {layer: min(1.0, math.sqrt(error)) for layer, error in before.items()}
-    learning = [(cast(HybridBlock, model.blocks[layer]).mixer, share) for layer, share in shares.items()]
+    learning: list[tuple[nn.Module, float]] = [
+        (cast(HybridBlock, model.blocks[layer]).mixer, share) for layer, share in shares.items()
+    ]
     if any(parameter.requires_grad for parameter in model.shared.parameters()):
         learning.append((model.shared, min(shares.values())))
     return [(build_optimizer(weights, config), share) for weights, share in learning]
