@@ -67,6 +67,13 @@ def take_saved_figures(saved: SavedCheckpoint, layout: SequenceLayout, ranks: Ra
     return True
 
 
+def forget_taken(layout: SequenceLayout, ranks: Ranks) -> None:
+    """Forget what was taken so far, for the check of another model than the run's; what was measured stays."""
+    figures = known_figures(layout, ranks.device)
+    if figures is not None:
+        figures.taken.clear()
+
+
 def describe(layout: SequenceLayout, ranks: Ranks, from_checkpoint: bool) -> str:
     """What the first group of ranks takes, in a line. from_checkpoint: as `take_saved_figures` said."""
     figures = known_figures(layout, ranks.device)
@@ -74,6 +81,6 @@ def describe(layout: SequenceLayout, ranks: Ranks, from_checkpoint: bool) -> str
         return "no state passes between ranks"
     taken = ", ".join(
         f"{name} for {sizes.transition.__name__} states of {sizes.num_rows} x {sizes.key_size} x {sizes.value_size}"
-        for sizes, name in figures.taken.items()
+        for (sizes, _), name in figures.taken.items()
     )
     return f"{taken}; as measured {'before' if from_checkpoint else 'now'}, and kept in the checkpoints"

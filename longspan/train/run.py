@@ -14,7 +14,7 @@ import torch
 import longspan
 from longspan.errors import CheckpointError
 from longspan.launch import EXIT_DONE, EXIT_STOPPED, Place, StopRequest, num_cores
-from longspan.train import balance, exchange, order
+from longspan.train import balance, order
 from longspan.train import config as configs
 from longspan.train.checkpoint import (
     all_checkpoints,
@@ -126,9 +126,9 @@ def _train_on(
             check.raise_unless_agrees()
         else:
             report.heading("check", "none, as train.check_tokens is 0: nothing was compared with one process")
-        # Without the check nothing has been exchanged yet, and so nothing measured.
-        if exchange.measures(config, ranks) and (config.train.check_tokens or trainer.has_saved_figures):
-            report.heading("exchange", exchange.describe(trainer.layout, ranks, trainer.has_saved_figures))
+        # Else what the run takes is not known before its first step.
+        if trainer.checks_itself if config.train.check_tokens else trainer.has_saved_figures:
+            trainer.say_exchange()
 
     traced = config.run.trace_step
     if traced is not None and traced > trainer.step:

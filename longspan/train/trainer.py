@@ -30,7 +30,14 @@ from longspan.train.balance import (
 from longspan.train.checkpoint import complete_checkpoints
 from longspan.train.config import Config
 from longspan.train.data import RunData
-from longspan.train.exchange import figures_to_save, measures, sends_exactly, take_saved_figures
+from longspan.train.exchange import (
+    describe,
+    figures_to_save,
+    forget_taken,
+    measures,
+    sends_exactly,
+    take_saved_figures,
+)
 from longspan.train.loading import OTHER_VERSION, SavedCheckpoint
 from longspan.train.loss import Evaluation, evaluate, loss_share
 from longspan.train.memory import StepMemory
@@ -111,6 +118,7 @@ class Trainer:
         self.has_saved_figures = False
         self.has_saved_balance = False
         self.has_saved_order = False
+        self._has_said_exchange = not measures(config, ranks)
         self.step = 0
         self.skipped_in_a_row = 0
         self.totals = Totals()
@@ -166,7 +174,7 @@ class Trainer:
         length = max(self.ranks.sp, min(self.config.train.seq_len, wanted // rows))
         weights = self.whole_weights()
         dtype = checked_dtype(self.config)
-        return self_check(
+        checked = self_check(
             self._model_to_check(dtype),
             lambda: self.model_for_one_process(weights).to(dtype),
             sequences.rows(0, rows).shortened(length),
@@ -175,16 +183,30 @@ class Trainer:
             threads_alone,
             self.segments,
         )
+        if not self.checks_itself and not self._has_said_exchange:
+            forget_taken(self.layout, self.ranks)
+        return checked
+
+    @property
+    def checks_itself(self) -> bool:
+        """Whether `check` computes with the model as it is trained, and its states travel as in training."""
+        plain = compute_dtype(self.config) is None and checked_dtype(self.config) == torch.float32
+        return plain and sends_exactly(self.config) == self.config
+
+    def say_exchange(self) -> None:
+        """Say, once, how states are exchanged, if that is measured; every rank calls this, when the run has exchanged some."""
+        if not self._has_said_exchange:
+            self._has_said_exchange = True
+            self.report.heading("exchange", describe(self.layout, self.ranks, self.has_saved_figures))
 
     def _model_to_check(self, dtype: torch.dtype) -> LinearLlama3:
         """The model as it is trained, but for a lower precision, whose rounding would hide what the check looks for.
 
         Of what is computed and of what travels.
         """
-        exact = sends_exactly(self.config)
-        if compute_dtype(self.config) is None and dtype == torch.float32 and exact == self.config:
+        if self.checks_itself:
             return self.model
-        model = build_parallel(exact, self.data.vocab_size, self.ranks, weights=dtype)
+        model = build_parallel(sends_exactly(self.config), self.data.vocab_size, self.ranks, weights=dtype)
         copy_shares(self.model, model)
         return model
 
@@ -208,6 +230,7 @@ class Trainer:
                 if self.step == before:
                     # Given up between two segments: what follows a step has followed the one before.
                     break
+                self.say_exchange()
                 if self.saver.is_pending:
                     self.phase.name = "saving a checkpoint"
                     self.saver.advance()

@@ -209,15 +209,15 @@ def written_down_and_taken_again() -> tuple[bool, bool, list[str]]:
     """Figures that one group measured, in another one: the same choice, and nothing measured."""
     device = torch.device("cpu")
     first, second = (SequenceLayout(64, dist.new_group(list(range(4)))) for _ in range(2))
-    auto = Auto(measure=True)
-    chosen = [auto.choose(own_pair(kind, first), first) for kind in KINDS]
+    ways = (Auto(measure=True), Auto(measure=True, codec="int8"))
+    chosen = [auto.choose(own_pair(kind, first), first) for auto in ways for kind in KINDS]
     written = json.loads(json.dumps(figures_of(first, device).as_json()))
     figures = Figures.from_json(written)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(calibration, "_measure", lambda *_: pytest.fail("measured again"))
         patch.setattr(choice, "try_out", lambda *_: pytest.fail("tried again"))
         take_figures(second, device, figures)
-        again = [auto.choose(own_pair(kind, second), second) for kind in KINDS]
+        again = [auto.choose(own_pair(kind, second), second) for auto in ways for kind in KINDS]
     wrong_ranks = SequenceLayout.for_rank(64, 2, 0, ranks_per_node=2)
     refusals = [
         raised(take_figures, wrong_ranks, device, figures)[1],

@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from longspan.exchange import Auto, record_traffic
-from longspan.exchange.auto import calibration, trial
+from longspan.exchange import Auto, Int8, record_traffic
+from longspan.exchange.auto import calibration, choice, trial
 from longspan.exchange.auto.timing import RankClock
 from longspan.exchange.topologies.all_gather import AllGather
 from longspan.exchange.topologies.ring import Ring
@@ -80,6 +80,34 @@ def test_the_fastest_on_trial_of_those_that_are_close_is_taken_once_for_each_siz
         assert far_apart == (["all_gather", "all_gather"], ["all_gather"], [])
         # The model was so far out that all of them might be faster.
         assert far_out[1] == sorted(MODELLED)
+
+
+def asked_in_turn(exchanges: list[Auto]) -> list[list[str]]:
+    """What choices ask to be tried, one after another, for states of one size on one group: topologies, with their codecs."""
+    group = dist.new_group(list(range(NUM_RANKS)))
+    asked: list[list[str]] = []
+
+    def try_out(candidates: list[trial.Candidate], *_: Any) -> list[float | None]:
+        asked.append([each.name for each in candidates])
+        return [each.modelled_seconds for each in candidates]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(calibration, "_measure", lambda *_: GATHERING)
+        patch.setattr(choice, "try_out", try_out)
+        for exchange in exchanges:
+            layout = SequenceLayout(64, group)
+            exchange.choose(pair_of(layout, 4), layout)
+    return asked
+
+
+def test_a_trial_of_states_as_they_are_says_nothing_of_codecs() -> None:
+    plain, coded = Auto(measure=True), Auto(measure=True, codec="int8")
+    bounded, wider = (Auto(measure=True, max_relative_error=bound) for bound in (0.05, 0.9))
+    ways = [plain, coded, Auto(measure=True, codec=Int8(8)), bounded, wider]
+    for asked in run_on_ranks(NUM_RANKS, asked_in_turn, [*ways, *ways]):
+        assert len(asked) == len(ways)
+        assert not any("int8" in name for name in asked[0])
+        assert all(name.endswith(" int8") for name in asked[1] + asked[2])
 
 
 class Seen(TorchDispatchMode):

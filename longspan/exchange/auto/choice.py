@@ -94,8 +94,20 @@ class Auto(Exchanger):
     def remembers_errors(self) -> bool:
         return isinstance(self.codec, Codec) and self.codec.remembers_errors
 
+    @property
+    def on_wire(self) -> str:
+        """What it was told of codecs, in words; empty where nothing. A trial of other ways over the wire says nothing of these."""
+        if self.max_relative_error is not None:
+            return f"an error of at most {self.max_relative_error}"
+        if isinstance(self.codec, Codec):
+            return f"{self.codec.format.name} within {self.codec.format.worst_error:.4g}"
+        return ""
+
     def for_another_layer(self) -> Auto:
         return replace(self, codec=self.codec.for_another_layer() if isinstance(self.codec, Codec) else None)
+
+    def remembering_nothing(self) -> Auto:
+        return replace(self, codec=self.codec.remembering_nothing() if isinstance(self.codec, Codec) else None)
 
     def modelled(self, pair: Pair, layout: SequenceLayout) -> tuple[Cost, Cluster]:
         return self.choose(pair, layout).cost, self._cluster(layout, pair.state)
@@ -117,12 +129,12 @@ class Auto(Exchanger):
             return priced[0]
         # What documents change is known to the model: one trial does for all of them.
         figures = figures_of(layout, pair.state.device)
-        sizes = sizes_of(problem_of(pair, layout, self.state_dtype))
-        if sizes not in figures.errors:
-            figures.errors[sizes] = built_for_every_mode(lambda: _errors(priced, pair, layout))
-        errors = figures.errors[sizes]
+        tried = sizes_of(problem_of(pair, layout, self.state_dtype)), self.on_wire
+        if tried not in figures.errors:
+            figures.errors[tried] = built_for_every_mode(lambda: _errors(priced, pair, layout))
+        errors = figures.errors[tried]
         taken = min(priced, key=lambda each: each.seconds * errors.get(each.topology.label, 1.0))
-        figures.taken[sizes] = taken.topology.label
+        figures.taken[tried] = taken.topology.label
         return taken
 
     def priced(self, pair: Pair, layout: SequenceLayout) -> list[Priced]:

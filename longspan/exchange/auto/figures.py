@@ -14,27 +14,31 @@ from longspan.exchange.auto.calibration import measured_cluster, ranks_per_node_
 from longspan.layout import SequenceLayout, group_of
 from longspan.plan import Cluster, Link, LinkMatrix, Problem
 
+Tried = tuple[Problem, str]
+"""What one trial is of: sizes of states, and in what they travel (`longspan.exchange.Auto.on_wire`)."""
+
 
 @dataclass
 class Figures:
-    """The measured cluster, and for each size of states what its trial found.
+    """The measured cluster, and for each size of states, and what they travel in, what its trial found.
 
     errors: for each topology that was tried, its time as a multiple of the modelled one. taken: the topology that was last taken.
     """
 
     cluster: Cluster
-    errors: dict[Problem, dict[str, float]] = field(default_factory=dict)
-    taken: dict[Problem, str] = field(default_factory=dict)
+    errors: dict[Tried, dict[str, float]] = field(default_factory=dict)
+    taken: dict[Tried, str] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         """Numbers, strings and lists, from which `from_json` makes the same figures."""
         trials = [
             {
                 "problem": vars(sizes) | {"transition": sizes.transition.__name__},
+                "on_wire": on_wire,
                 "errors": errors,
-                "taken": self.taken.get(sizes),
+                "taken": self.taken.get((sizes, on_wire)),
             }
-            for sizes, errors in self.errors.items()
+            for (sizes, on_wire), errors in self.errors.items()
         ]
         return {"cluster": asdict(self.cluster), "trials": trials}
 
@@ -61,10 +65,11 @@ class Figures:
             for entry in record["trials"]:
                 sizes = dict(entry["problem"])
                 sizes["transition"] = getattr(state, sizes["transition"])
-                problem = Problem(**sizes)
-                figures.errors[problem] = {str(name): float(error) for name, error in entry["errors"].items()}
+                # Of figures that were written before there were codecs: as they are.
+                tried = Problem(**sizes), str(entry.get("on_wire", ""))
+                figures.errors[tried] = {str(name): float(error) for name, error in entry["errors"].items()}
                 if entry["taken"] is not None:
-                    figures.taken[problem] = str(entry["taken"])
+                    figures.taken[tried] = str(entry["taken"])
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise InputError(f"no figures of an exchange: {type(error).__name__}: {error}") from error
         return figures
