@@ -157,6 +157,9 @@ def start_exchange(exchange: Exchanger, pair: Pair, layout: SequenceLayout) -> P
 
     Gradients reach U, and the transitions where they require one and are not known everywhere.
     """
+    if exchange.remembers_errors and not torch.is_grad_enabled():
+        # An evaluation between two steps: what they have left out is of other states.
+        exchange = exchange.remembering_nothing()
     parameter = pair.transition.parameter
     keeps_incoming = parameter.requires_grad and not pair.transition.is_known
     link = _StateLink(carrier_of(exchange, pair, layout), pair.transition.form, layout, keeps_incoming)

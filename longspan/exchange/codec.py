@@ -54,6 +54,10 @@ class Codec(ABC):
         """The same codec for exchanges of another layer: without what it remembers of this one's, if anything."""
         return self
 
+    def remembering_nothing(self) -> Codec:
+        """The same codec for an exchange that neither takes what earlier ones have left out nor leaves anything to later ones."""
+        return self
+
 
 @dataclass(frozen=True)
 class _Scaled(Codec):
@@ -244,6 +248,9 @@ class TopK(Codec):
     def for_another_layer(self) -> Codec:
         return replace(self, feedback=self.remembers_errors)
 
+    def remembering_nothing(self) -> Codec:
+        return replace(self, feedback=False)
+
 
 # Encoding and decoding states of 16 heads of 128 x 128 took one thread so many times as long as the stated figures give a fold of
 # them, and states of a few numbers so many times as long as those give the smallest fold.
@@ -284,7 +291,7 @@ def codecs_within(max_relative_error: object) -> list[Codec]:
         )
     if bound < BFLOAT16_ERROR:
         raise InputError(
-            f"max_relative_error is {bound:g}, and no codec keeps to it: the least that is kept to is {BFLOAT16_ERROR:.4g}, by "
+            f"max_relative_error is {bound:g}, and no codec keeps to it: the least that is kept to is {BFLOAT16_ERROR}, by "
             "bfloat16. Give at least as much, or leave it out to send states as they are"
         )
     found: list[Codec] = [BFloat16()]
@@ -297,7 +304,7 @@ def codecs_within(max_relative_error: object) -> list[Codec]:
         found.append(Float8())
     # Of two bytes a number with its place for one of a byte without, it is worth it for few numbers alone.
     error = bound - BFLOAT16_ERROR
-    if 1.0 - error**2 < _LARGEST_FRACTION and error < 1.0:
+    if 1.0 - error**2 < _LARGEST_FRACTION:
         found.append(TopK(max(1.0 - error**2, _SMALLEST_FRACTION)))
     return found
 

@@ -7,7 +7,7 @@ and `Handle.wait` returns the state that enters each of this rank's segments.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
@@ -97,6 +97,10 @@ class Exchanger(ABC):
         """The same exchange for another layer, whose codec, if any, remembers that layer's errors alone."""
         return self
 
+    def remembering_nothing(self) -> Exchanger:
+        """The same exchange for states that nobody trains on: their errors are no matter of the layer's later ones."""
+        return self
+
 
 SAME = "same"
 
@@ -111,13 +115,14 @@ class Topology(Exchanger):
         codec: what states, and gradients of states, are coded by for their way between ranks, in place of `state_dtype`: a codec,
             or its name (``"int8"``, ``"float8"``, ``"top_k"``). Sums stay float32, and transitions travel in float32. None is none.
         codec_inside: the same between ranks of a node, where an exchange tells these links from others (`Ring`, `Pipelined`,
-            `Neighbour`, `TwoLevel`); ``"same"`` is `codec`.
+            `Neighbour`, `TwoLevel`); ``"same"`` is `codec`. Others refuse another one than `codec`.
         codec_of_hops: of a chain (`Ring`, `Pipelined`, `Neighbour`), in place of all of these, a codec, its name or None for each
             hop: P − 1 of them, the i-th between the i-th and the next of the layout's `rank_order`, both ways. None is one for all.
 
     Raises:
-        InputError: for a value out of range, more than one of a dtype, a codec and codecs of hops, and codecs of hops for what is
-            no chain; at the exchange, for a codec with float64 states, and for another number of hops than the ranks have.
+        InputError: for a value out of range, more than one of a dtype, a codec and codecs of hops, codecs of hops for what is
+            no chain, and a codec inside nodes for what does not tell their links apart; at the exchange, for a codec with float64
+            states, and for another number of hops than the ranks have.
     """
 
     state_dtype: torch.dtype | None = None
@@ -137,6 +142,11 @@ class Topology(Exchanger):
         object.__setattr__(self, "codec", codec_named(self.codec))
         inside = self.codec if self.codec_inside == SAME else codec_named(self.codec_inside)
         object.__setattr__(self, "codec_inside", inside)
+        if inside != self.codec and not self.tells_links_apart:
+            raise InputError(
+                f"{type(self).__name__} takes no codec_inside: all its links carry one format; got {described(inside)} beside the "
+                f"codec {described(self.codec)}. Leave it out, or take TwoLevel, Ring, Pipelined or Neighbour"
+            )
         if self.codec_of_hops is not None:
             self._take_codecs_of_hops(self.codec_of_hops)
         if self.state_dtype is not None and (self.codec or inside) is not None:
@@ -202,13 +212,20 @@ class Topology(Exchanger):
         return any(codec.remembers_errors for codec in self._codecs)
 
     def for_another_layer(self) -> Topology:
-        codec = self.codec.for_another_layer() if isinstance(self.codec, Codec) else None
+        return self._with(lambda codec: codec.for_another_layer())
+
+    def remembering_nothing(self) -> Topology:
+        return self._with(lambda codec: codec.remembering_nothing())
+
+    def _with(self, change: Callable[[Codec], Codec]) -> Topology:
+        """The same topology with other codecs."""
+        codec = change(self.codec) if isinstance(self.codec, Codec) else None
         inside = codec
         if self.codec_inside is not self.codec:
-            inside = self.codec_inside.for_another_layer() if isinstance(self.codec_inside, Codec) else None
+            inside = change(self.codec_inside) if isinstance(self.codec_inside, Codec) else None
         hops = self.codec_of_hops
         if hops is not None:
-            hops = tuple(each.for_another_layer() if isinstance(each, Codec) else None for each in hops)
+            hops = tuple(change(each) if isinstance(each, Codec) else None for each in hops)
         return replace(self, codec=codec, codec_inside=inside, codec_of_hops=hops)
 
     def serves(self, pair: Pair, layout: SequenceLayout, cluster: Cluster) -> bool:

@@ -19,7 +19,8 @@ class WireFormat:
 
     name: of the codec.
     number_bytes: of a number that is sent.
-    worst_error: ‖what arrives − what was sent‖ / ‖what was sent‖ of a head's matrix, at most, for whatever finite numbers.
+    worst_error: ‖what arrives − what was sent‖ / ‖what was sent‖ of a head's matrix, at most, for whatever finite numbers; but
+        those below 1e-36 have scales of few digits.
     block: how many numbers share a scale of 4 bytes; 0 where there are no scales.
     kept: which share of the numbers is sent, each with its place; 1 where all are.
     passes: how many times as long as a fold of the same numbers, by its bandwidth, it takes to encode and decode them.

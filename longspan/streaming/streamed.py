@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from longspan.checks import check_count, check_flag, check_tensor, described, is_int
 from longspan.errors import InputError, LayoutError
+from longspan.exchange import exchange_named
 from longspan.layout import SequenceLayout
+from longspan.models.mixers import SequenceMixer
 from longspan.ops.chunked.cross_entropy import IGNORED
 from longspan.ops.chunked.scores import TokenScores
 from longspan.parallel.sharded import accumulating
@@ -45,13 +47,24 @@ def stream(model: nn.Module, segment_tokens: int, *, keep_every: int = 1, offloa
             use, one segment's ahead. Where the model is on the CPU that is where they are, and copies are made all the same.
 
     Raises:
-        InputError: for a model that no adapter knows, a layer that reads later tokens, or numbers that do not fit.
+        InputError: for a model that no adapter knows, a layer that reads later tokens, an exchange with error feedback, or numbers
+            that do not fit.
     """
     if is_others_pretrained(model):
         from longspan.streaming.pretrained import PretrainedStream
 
         return PretrainedStream(model, segment_tokens, keep_every, offload)
     return Stream(model, segment_tokens, keep_every, offload)
+
+
+def _check_exchanges(model: nn.Module) -> None:
+    """Raise InputError for layers whose exchange remembers what it has left out."""
+    mixers = (module for module in model.modules() if isinstance(module, SequenceMixer))
+    if any(exchange_named(mixer.parallel.exchange).remembers_errors for mixer in mixers):
+        raise InputError(
+            "stream(): the exchange has error feedback, and a segment of time is computed twice: the second pass would send what "
+            "the first has left out, and find another state. Give longspan.parallelize a codec without feedback"
+        )
 
 
 class Stream:
@@ -66,6 +79,7 @@ class Stream:
         self._offload = check_flag("stream()", "offload", offload)
         self._model = model
         self._streamed = adapted(model)
+        _check_exchanges(model)
 
     def forward_backward(
         self,

@@ -58,6 +58,11 @@ def check(config: Config) -> None:
             "parallel.exchange_error_feedback is True and train.recompute 'layer': a layer that is computed again would send what "
             "it has left out a second time. Take train.recompute 'selective', which sends nothing again"
         )
+    if config.parallel.exchange_error_feedback and config.train.segment_tokens is not None:
+        raise ConfigError(
+            f"parallel.exchange_error_feedback is True and train.segment_tokens {config.train.segment_tokens}: a segment of time "
+            "is computed twice, and would send what it has left out a second time. Leave one of them out"
+        )
     if config.parallel.weights is None and config.parallel.balance != ("even",) and config.train.deterministic:
         raise ConfigError(
             f"train.deterministic is True and parallel.balance {config.parallel.balance[0]!r}: what is measured differs from run "

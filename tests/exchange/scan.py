@@ -8,10 +8,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from longspan.exchange import Exchanger, start_exchange
+from longspan.exchange import Exchanger, Traffic, record_traffic, start_exchange
 from longspan.layout import SequenceLayout
-from longspan.state import Dense, Form, Identity, LengthRates, Pair, Rates, exclusive_scan
+from longspan.state import Dense, Form, Identity, LengthRates, Pair, Rates, ScalarDecay, exclusive_scan
 from tests.compare import relative_error
+from tests.exchange.drain import drain
 from tests.unwritten import unwritten_memory_is_nan
 
 
@@ -40,6 +41,22 @@ def random_pair(kind: Form, shape: Sequence[int], layout: SequenceLayout, dtype:
         parameter = torch.randn(parameter.shape, generator=generator, dtype=dtype) / shape[2] ** 0.5
     cut = kind(parameter).cut([segment.starts_document for segment in layout.all_segments])
     return Pair(cut, torch.randn(full, generator=generator, dtype=dtype))
+
+
+def own_decays(shape: Sequence[int], layout: SequenceLayout) -> Pair:
+    """Float32 pairs of this rank's segments with a decay for each head, of the random ones; `shape` is [B, H, K, V]."""
+    pair, own = random_pair(ScalarDecay, shape, layout, torch.float32), list(layout.own_segments)
+    return Pair(ScalarDecay(pair.transition.parameter[own]), pair.state[own])
+
+
+def traffic_both_ways(exchange: Exchanger, shape: Sequence[int], layout: SequenceLayout) -> Traffic:
+    """What this rank sends of random states with a decay for each head, forward and backward; `shape` is [B, H, K, V]."""
+    pair = own_decays(shape, layout)
+    with record_traffic() as traffic:
+        entering = start_exchange(exchange, Pair(pair.transition, pair.state.requires_grad_()), layout).wait()
+        entering.backward(torch.ones_like(entering))
+        drain(layout)
+    return traffic
 
 
 @unwritten_memory_is_nan()

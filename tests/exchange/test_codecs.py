@@ -14,6 +14,8 @@ from longspan import SequenceLayout, parallelize
 from longspan.errors import InputError
 from longspan.exchange import (
     TOPOLOGIES,
+    AllGather,
+    AllToAll,
     Auto,
     BFloat16,
     Codec,
@@ -25,16 +27,13 @@ from longspan.exchange import (
     TopK,
     Topology,
     TwoLevel,
-    record_traffic,
-    start_exchange,
 )
 from longspan.exchange.codec import CODECS, codec_named, codecs_within
 from longspan.exchange.wire import Wire
 from longspan.plan import Cluster, Link, Problem
-from longspan.state import Dense, Pair, ScalarDecay, Transition
+from longspan.state import Dense, ScalarDecay, Transition
 from tests.compare import relative_error, worst
-from tests.exchange.drain import drain
-from tests.exchange.scan import errors_of_scan, random_pair
+from tests.exchange.scan import errors_of_scan, own_decays, traffic_both_ways
 from tests.models.tiny import tiny_model
 from tests.ranks import raised, run_on_ranks
 
@@ -143,14 +142,9 @@ def bytes_and_formulas(codec: Codec, inside: Codec | None, order: Any) -> list[t
         if name == "two_level":
             options["codec_inside"] = inside
         topology: Topology = Pipelined(None, 3, **options) if name == "pipelined" else kinds(**options)
-        pair = random_pair(ScalarDecay, (1, 8, 16, 24), layout, torch.float32)
-        own = list(layout.own_segments)
-        state = pair.state[own].requires_grad_()
-        cost = topology.cost(Problem.of_states(ScalarDecay, state.shape, layout), cluster)
-        with record_traffic() as traffic:
-            entering = start_exchange(topology, Pair(ScalarDecay(pair.transition.parameter[own]), state), layout).wait()
-            entering.backward(torch.ones_like(entering))
-            drain(layout)
+        shape = (1, 8, 16, 24)
+        cost = topology.cost(Problem.of_states(ScalarDecay, (layout.num_segments, *shape), layout), cluster)
+        traffic = traffic_both_ways(topology, shape, layout)
         for phase, formula in (("forward", cost.forward), ("backward", cost.backward)):
             found.append((name, phase, traffic.of_phase(phase).bytes_sent, formula.bytes_sent))
     return found
@@ -177,19 +171,13 @@ def by_link(order: Any) -> tuple[float, dict[str, int]]:
     error = worst(
         errors_of_scan(Ring(codec="int8", codec_inside=None), ScalarDecay, (1, 2, 4, 4), layout, torch.float32)
     )
-    sent = {}
-    for name, topology in {
+    topologies = {
         "plain": Ring(),
         "coded": Ring(codec="int8"),
         "between": Ring(codec="int8", codec_inside=None),
-    }.items():
-        pair = random_pair(ScalarDecay, (1, 2, 16, 16), layout, torch.float32)
-        own = list(layout.own_segments)
-        with record_traffic() as traffic:
-            start_exchange(topology, Pair(ScalarDecay(pair.transition.parameter[own]), pair.state[own]), layout).wait()
-            drain(layout)
-        sent[name] = traffic.bytes_sent
-    return error, sent
+    }
+    traffic = {name: traffic_both_ways(topology, (1, 2, 16, 16), layout) for name, topology in topologies.items()}
+    return error, {name: sent.of_phase("forward").bytes_sent for name, sent in traffic.items()}
 
 
 def test_links_inside_a_node_may_have_a_codec_of_their_own() -> None:
@@ -230,8 +218,43 @@ def test_layers_of_a_model_do_not_share_their_errors() -> None:
     first, second = exchanges_of(model)
     assert first.codec.feedback is not second.codec.feedback
     assert first.codec.fraction == second.codec.fraction == 0.1
+    # Of other models all layers have one exchange.
+    with pytest.raises(
+        InputError, match=r"belongs to one layer; the layers of Linear share one exchange\. Give a codec"
+    ):
+        parallelize(torch.nn.Linear(2, 2), None, exchange=Ring(codec=TopK(0.1, feedback=True)))
     first, second = exchanges_of(parallelize(tiny_model(pattern="L", num_layers=2), None, exchange=Ring(codec="int8")))
     assert first == second
+
+
+def outputs_in_turn() -> list[Tensor]:
+    """Of a layer whose exchange has feedback, and once without gradients; then of one that was never called without."""
+    layout = SequenceLayout(64)
+    random = torch.Generator().manual_seed(0)
+    q, k, v = (layout.shard(torch.randn(1, 64, 2, 8, generator=random)) for _ in range(3))
+
+    def output(exchange: Any) -> Tensor:
+        return longspan.linear_attention(q, k, v, layout=layout, exchange=exchange)
+
+    found = []
+    kinds: tuple[Any, ...] = (Ring, Auto)
+    for chosen_by in kinds:
+        fed, other = (chosen_by(codec=TopK(0.1, feedback=True)) for _ in range(2))
+        found += [output(chosen_by(codec=TopK(0.1))), output(fed)]
+        with torch.no_grad():
+            found.append(output(fed))
+        found += [output(fed), output(other), output(other)]
+    return found
+
+
+def test_without_gradients_nothing_is_added_or_remembered() -> None:
+    first, last = run_on_ranks(2, outputs_in_turn)
+    for outputs in (first[:6], first[6:], last[:6], last[6:]):
+        plain, fed, evaluated, fed_again, other, other_again = outputs
+        assert torch.equal(plain, fed) and torch.equal(plain, evaluated) and torch.equal(plain, other)
+        assert torch.equal(fed_again, other_again)
+    # What was left out is added: for the rank that is sent something.
+    assert not torch.equal(last[3], last[1]) and not torch.equal(last[9], last[7])
 
 
 def with_doubles(exchange: Any) -> None:
@@ -259,10 +282,12 @@ def test_a_bound_that_nothing_keeps_to_is_refused_on_every_rank_with_the_least_t
         for kind, message in run_on_ranks(2, raised, with_bound, bound):
             assert kind == "InputError"
             assert (
-                f"max_relative_error is {bound:g}, and no codec keeps to it: the least that is kept to is 0.003906"
+                f"max_relative_error is {bound:g}, and no codec keeps to it: the least that is kept to is 0.00390625, by"
                 in message
             )
             assert "Give at least as much" in message
+    # As the message has it.
+    assert [codec.format.name for codec in codecs_within(0.00390625)] == ["bfloat16"]
 
 
 @pytest.mark.parametrize(
@@ -277,12 +302,17 @@ def test_a_bound_that_nothing_keeps_to_is_refused_on_every_rank_with_the_least_t
             r"got 3 \(int\)",
         ),
         (lambda: Ring(torch.bfloat16, codec="int8"), r"takes a state_dtype or a codec .* Leave one of them out"),
+        (
+            lambda: AllGather(codec="int8", codec_inside=None),
+            r"AllGather takes no codec_inside: all its links .* got None \(NoneType\) beside the codec Int8.*Leave it out, or take",
+        ),
+        (lambda: AllToAll(codec_inside="int8"), r"AllToAll takes no codec_inside.* got Int8.* beside the codec None"),
         (lambda: Int8(0), r"Int8: block must be an int of at least 1.* got 0 \(int\). Leave it out for 128"),
         (lambda: TopK(0), r"TopK: fraction must be a number above 0 and at most 1.* got 0 \(int\). Give 0.1"),
         (lambda: TopK(1.5), r"got 1.5 \(float\)"),
         (
             lambda: Auto(max_relative_error=1e-3),
-            r"max_relative_error is 0.001, and no codec keeps to it: the least .* is 0.003906",
+            r"max_relative_error is 0.001, and no codec keeps to it: the least .* is 0.00390625, by",
         ),
         (lambda: Auto(max_relative_error=-1.0), r"max_relative_error is -1, and no codec keeps to it"),
         (lambda: Auto(max_relative_error=math.nan), r"must be a finite number.* got nan \(float\)"),
@@ -309,21 +339,20 @@ def test_a_bound_allows_what_keeps_to_it() -> None:
     assert names(2**-8) == ["bfloat16"]
     assert names(0.02) == ["bfloat16", "int8"]
     assert names(0.07) == ["bfloat16", "int8", "float8"]
-    assert names(0.9) == ["bfloat16", "int8", "float8", "top_k"]
+    # A larger bound never allows less.
+    for bound in (0.9, 1.0, 2.0):
+        assert names(bound) == ["bfloat16", "int8", "float8", "top_k"]
     for bound in (0.004, 0.012, 0.03, 0.1, 0.9, 0.99, 2.0):
         for found in codecs_within(bound):
             assert found.format.worst_error <= bound
 
 
-def chosen(bandwidths: tuple[float, float], bound: float) -> tuple[str, str | None, str | None]:
+def chosen(bandwidths: tuple[float, float], bound: float | None) -> tuple[str, str | None, str | None]:
     layout = SequenceLayout(64, ranks_per_node=2)
     cluster = Cluster(4, 2, Link(1e-5, bandwidths[0]), Link(1e-5, bandwidths[1]), 1e-5, 2.5e9, 40e9)
-    pair = random_pair(ScalarDecay, (1, 16, 64, 64), layout, torch.float32)
-    own = list(layout.own_segments)
-    taken = Auto(cluster=cluster, max_relative_error=bound).choose(
-        Pair(ScalarDecay(pair.transition.parameter[own]), pair.state[own]), layout
-    )
-    topology = taken.topology
+    exchange = Auto(cluster=cluster) if bound is None else Auto(cluster=cluster, max_relative_error=bound)
+    topology = exchange.choose(own_decays((1, 16, 64, 64), layout), layout).topology
+    assert topology.state_dtype is None
     names = [x.format.name if isinstance(x, Codec) else None for x in (topology.codec, topology.codec_inside)]
     return (topology.name, *names)  # type: ignore[return-value]
 
@@ -335,6 +364,8 @@ def test_the_cost_model_codes_what_goes_over_slow_links() -> None:
         ((1e12, 1e6), 0.1, [("int8", None), ("float8", None)]),
         ((1e6, 1e6), 0.1, [("int8", "int8"), ("float8", "float8")]),
         ((1e12, 1e4), 0.99, [("top_k", None)]),
+        # However slow they are, nothing that was not asked for.
+        ((1e4, 1e4), None, [(None, None)]),
     ):
         found = run_on_ranks(4, chosen, bandwidths, bound)
         assert len(set(found)) == 1

@@ -21,16 +21,13 @@ from longspan.exchange import (
     TopK,
     Topology,
     TwoLevel,
-    record_traffic,
-    start_exchange,
 )
 from longspan.exchange.auto.hops import cheapest_codecs
 from longspan.layout import SequenceLayout
 from longspan.plan import Cluster, Link, LinkMatrix, Problem
-from longspan.state import Pair, ScalarDecay
+from longspan.state import ScalarDecay
 from tests.compare import worst
-from tests.exchange.drain import drain
-from tests.exchange.scan import errors_of_scan, random_pair
+from tests.exchange.scan import errors_of_scan, own_decays, traffic_both_ways
 from tests.ranks import raised, run_on_ranks
 
 HOPS = (None, "int8", BFloat16())
@@ -69,14 +66,9 @@ def bytes_sent(topology: Topology, order: Any, rank_order: list[int] | None) -> 
     """Bytes that this rank sends forward and backward, and those of the formula for the rank that sends most."""
     layout = SequenceLayout(64, order=order, rank_order=rank_order)
     cluster = Cluster(4, 1, Link(1e-5, 1e9), Link(1e-4, 1e8), 1e-5, 1e9, 1e9)
-    pair = random_pair(ScalarDecay, (1, 2, 16, 24), layout, torch.float32)
-    own = list(layout.own_segments)
-    state = pair.state[own].requires_grad_()
-    cost = topology.cost(Problem.of_states(ScalarDecay, state.shape, layout), cluster)
-    with record_traffic() as traffic:
-        entering = start_exchange(topology, Pair(ScalarDecay(pair.transition.parameter[own]), state), layout).wait()
-        entering.backward(torch.ones_like(entering))
-        drain(layout)
+    shape = (1, 2, 16, 24)
+    cost = topology.cost(Problem.of_states(ScalarDecay, (layout.num_segments, *shape), layout), cluster)
+    traffic = traffic_both_ways(topology, shape, layout)
     sent = [traffic.of_phase(phase).bytes_sent for phase in ("forward", "backward")]
     return list(zip(sent, (cost.forward.bytes_sent, cost.backward.bytes_sent), strict=True))
 
@@ -111,9 +103,7 @@ def chosen(bound: float, rank_order: list[int]) -> tuple[str, tuple[str | None, 
         cluster=Cluster(4, 1, fast, fast, 1e-5, 2.5e9, 40e9, links=links),
         max_relative_error=bound,
     )
-    pair = random_pair(ScalarDecay, (1, 16, 64, 64), layout, torch.float32)
-    own = list(layout.own_segments)
-    priced = auto.priced(Pair(ScalarDecay(pair.transition.parameter[own]), pair.state[own]), layout)
+    priced = auto.priced(own_decays((1, 16, 64, 64), layout), layout)
     # Of all chains, however they are coded, the cheapest.
     ring = next(each.topology for each in priced if each.topology.name == "ring")
     wires = ring.wires_of_hops

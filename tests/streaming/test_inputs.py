@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from longspan import InputError, LayoutError, SequenceLayout, parallelize, stream
+from longspan.exchange import Auto, Ring, TopK
 from longspan.models.mixers.simple_gla import SimpleGLAMixer
 from longspan.streaming import SegmentDone
 from tests.models.tiny import random_tokens, tiny_model
@@ -43,6 +44,15 @@ def test_a_layer_that_reads_later_tokens_is_refused_by_name() -> None:
     model.blocks[1].mixer = Bidirectional(model.config, 1)
     with pytest.raises(InputError, match="layer 1, Bidirectional, reads later tokens"):
         stream(model, 16)
+
+
+def test_an_exchange_with_error_feedback_is_refused() -> None:
+    for exchange in (Ring(codec=TopK(0.1, feedback=True)), Auto(codec=TopK(0.1, feedback=True))):
+        with pytest.raises(
+            InputError, match=r"error feedback, and a segment of time is computed twice.*without feedback"
+        ):
+            stream(parallelize(tiny_model(pattern="L", num_layers=1), None, exchange=exchange), 16)
+    stream(parallelize(tiny_model(pattern="L", num_layers=1), None, exchange=Ring(codec=TopK(0.1))), 16)
 
 
 def too_short_on_rank() -> tuple[str, str]:

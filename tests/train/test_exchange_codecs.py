@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
+import torch
 
 from longspan.errors import ConfigError
 from longspan.exchange import Auto, Float8, Int8, Ring, TopK
+from longspan.exchange.auto.figures import known_figures
 from longspan.launch import EXIT_DONE
+from longspan.layout import SequenceLayout
 from longspan.train.config import Config, from_mapping
 from longspan.train.config_checks import check
 from longspan.train.exchange import sends_exactly
+from longspan.train.report import Report
 from tests.ranks import run_on_ranks
 from tests.train.tiny import metrics, tiny_config, train_here
 
@@ -69,6 +75,10 @@ def test_feedback_takes_no_second_forward() -> None:
     ):
         check(from_mapping({"parallel": parallel, "train": {"recompute": "layer"}}))
     check(from_mapping({"parallel": parallel, "train": {"recompute": "selective"}}))
+    with pytest.raises(
+        ConfigError, match=r"train.segment_tokens 1024: a segment of time is computed twice.*Leave one of them"
+    ):
+        check(from_mapping({"parallel": parallel, "train": {"segment_tokens": 1024}}))
 
 
 def test_nothing_is_rounded_in_a_comparison_with_one_process() -> None:
@@ -76,6 +86,49 @@ def test_nothing_is_rounded_in_a_comparison_with_one_process() -> None:
     exact = sends_exactly(config)
     assert exact.parallel == dataclasses.replace(Config().parallel, order="contiguous")
     assert sends_exactly(exact) == exact
+
+
+def said_by_a_run(config: Config) -> list[tuple[str, str]]:
+    """The lines that say what a run consists of, and where its first step is among them."""
+    said: list[tuple[str, str]] = []
+    # The ranks of tests keep their group, and what was taken in it.
+    known = known_figures(SequenceLayout(2), torch.device("cpu"))
+    if known is not None:
+        known.taken.clear()
+
+    def heading(report: Report, name: str, text: str) -> None:
+        said.append((name, text))
+
+    def step(report: Report, record: dict[str, Any]) -> None:
+        said.append(("step", str(record["step"])))
+
+    with mock.patch.object(Report, "heading", heading), mock.patch.object(Report, "step", step):
+        assert train_here(config) == EXIT_DONE
+    return said
+
+
+@pytest.mark.parametrize(
+    ("values", "way", "is_said_before"),
+    [
+        # The check of the first batch has exchanged what the run does.
+        ({}, "", True),
+        ({"parallel__exchange_dtype": "int8"}, " int8", False),
+        pytest.param({"train__check_tokens": 0}, "", False, marks=pytest.mark.slow),
+        pytest.param({"parallel__exchange_dtype": "bfloat16"}, "", False, marks=pytest.mark.slow),
+        pytest.param({"model__num_experts": 2}, "", False, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_a_run_says_once_how_its_own_states_travel(
+    corpus: Path, tmp_path: Path, values: dict[str, Any], way: str, is_said_before: bool
+) -> None:
+    given: dict[str, Any] = {"validation__every": 0, "sample__tokens": 0, "train__batch_tokens": 122, "train__steps": 2}
+    said = run_on_ranks(2, said_by_a_run, tiny_config(corpus, tmp_path / "run", **given, **values))[0]
+    ((place, text),) = [(place, text) for place, (name, text) in enumerate(said) if name == "exchange"]
+    assert re.fullmatch(
+        rf"\w+{way} for ScalarDecay states of \d+ x 8 x 8; as measured now, and kept in the checkpoints", text
+    )
+    assert (place < said.index(("step", "1"))) == is_said_before and place < said.index(("step", "2"))
 
 
 def test_a_run_sends_codes(corpus: Path, tmp_path: Path) -> None:
