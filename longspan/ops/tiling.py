@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from longspan.layout import Piece, SequenceLayout
+from longspan.layout.rows import index_on
 
 
 @dataclass(frozen=True)
@@ -292,3 +293,12 @@ def _token_table(
     padding = places >= torch.tensor(lengths)[:, None]
     table = torch.tensor(starts)[:, None] + places * ~padding
     return table.to(device), padding.to(device)
+
+
+def unwritten_state_gradients(states: Tensor, tiling: Tiling, layout: SequenceLayout) -> Tensor:
+    """Memory for the gradient of ``states [num_slots, B, H, K, V]``, of which every block writes the slots that it reads.
+
+    Nobody reads the states that leave pieces: theirs is zero.
+    """
+    grads = torch.empty_like(states)
+    return grads.index_fill_(0, index_on(layout, tiling.last_slots, grads.device), 0.0)

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from longspan.first_order import first_order
-from longspan.layout.rows import index_on, select_rows
+from longspan.layout.rows import select_rows
 from longspan.ops.decay.call import DecayCall, gate_gradient, put_states, states_of
 from longspan.ops.decay.factors import BlockFactors, WideScores
 from longspan.ops.decay.gate_gradient import GateGradient
 from longspan.ops.finite import Harm, all_finite, finite_part, from_then_on, not_finite, rows_stay_apart
 from longspan.ops.matrices import Factor, batched_product, flat, put_scaled, scaled, times, with_scale
-from longspan.ops.tiling import ChunkBlock
+from longspan.ops.tiling import ChunkBlock, unwritten_state_gradients
 
 
 class DecayRead(torch.autograd.Function):
@@ -90,10 +90,7 @@ class DecayRead(torch.autograd.Function):
         dk = None if k is None else torch.empty_like(k)
         dv = None if v is None else torch.empty_like(v)
         gate = gate_gradient(call, g) if ctx.needs_input_grad[3] else None
-        grad_states = None
-        if states is not None:
-            grad_states = torch.empty_like(states)
-            grad_states.index_fill_(0, index_on(call.layout, call.tiling.last_slots, grad_states.device), 0.0)
+        grad_states = None if states is None else unwritten_state_gradients(states, call.tiling, call.layout)
         grad_incoming = None if incoming is None else torch.zeros_like(incoming)
         inside = None
         if k is not None and v is not None and dk is not None and dv is not None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from longspan.first_order import first_order
-from longspan.layout.rows import index_on, select_rows
+from longspan.layout.rows import select_rows
 from longspan.ops.delta.call import (
     DeltaCall,
     TokenSums,
@@ -31,6 +31,7 @@ from longspan.ops.delta.call import (
 from longspan.ops.delta.write import PhaseLink
 from longspan.ops.finite import all_finite, finite_part, from_then_on, until_then
 from longspan.ops.matrices import batched_product, flat, put_scaled, scaled, times
+from longspan.ops.tiling import unwritten_state_gradients
 
 
 class DeltaScores(torch.autograd.Function):
@@ -156,8 +157,7 @@ class DeltaRead(torch.autograd.Function):
         sums, finite = TokenSums(call, ticket, None), all_finite(do)
         grad_found, grad_corrected = call.allocate(q, *found.shape[-2:]), call.allocate(q, *corrected.shape[-2:])
         ctx.link.finite_upstream &= finite
-        grad_states = torch.empty_like(states)
-        grad_states.index_fill_(0, index_on(call.layout, call.tiling.last_slots, grad_states.device), 0.0)
+        grad_states = unwritten_state_gradients(states, call.tiling, call.layout)
         for number, (block, tokens) in enumerate(call.blocks):
             factor = state_factor(call, block, ctx.scale, g, decays)
             query = scaled(take_block(call, tokens, q), factor, call.num_heads)

@@ -21,13 +21,12 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from longspan.first_order import first_order
-from longspan.layout.rows import index_on
 from longspan.ops.decay.call import DecayCall, gate_gradient, put_states, states_of
 from longspan.ops.decay.factors import LOWEST_LOG_DECAY, BlockFactors, ChannelFactors, to_the_end
 from longspan.ops.decay.gate_gradient import GateGradient
 from longspan.ops.decay.read import incoming_gradient
 from longspan.ops.matrices import batched_product, put_scaled, scaled
-from longspan.ops.tiling import ChunkBlock
+from longspan.ops.tiling import ChunkBlock, unwritten_state_gradients
 
 
 class SlotScores(torch.autograd.Function):
@@ -83,10 +82,7 @@ class SlotScores(torch.autograd.Function):
         ds = None if s is None else torch.empty_like(s)
         dk = None if k is None else torch.empty_like(k)
         gate = gate_gradient(call, g) if ctx.needs_input_grad[3] else None
-        grad_states = None
-        if states is not None:
-            grad_states = torch.empty_like(states)
-            grad_states.index_fill_(0, index_on(call.layout, call.tiling.last_slots, grad_states.device), 0.0)
+        grad_states = None if states is None else unwritten_state_gradients(states, call.tiling, call.layout)
         grad_incoming = None if incoming is None else torch.zeros_like(incoming)
         for block in call.tiling.blocks:
             query, decays = _tokens(call, block, q) * call.scale, _decays(call, block, g)
