@@ -19,6 +19,7 @@ from torch import Tensor
 from longspan.checks import check_count, check_tensor, described, is_int
 from longspan.errors import InputError, NonFiniteError
 from longspan.layout import Order, SequenceLayout
+from longspan.layout.shares import check_weights
 from longspan.models.memory import ModelMemory
 from longspan.models.mixers import SequenceParallel
 
@@ -166,7 +167,10 @@ def prefill(
     """
     _check_prompt(tokens)
     place = model.sequence_parallel
-    check_segment_tokens(segment_tokens, 1 if place is None else place.num_ranks)
+    num_ranks = 1 if place is None else place.num_ranks
+    check_segment_tokens(segment_tokens, num_ranks)
+    # A prompt of few tokens is not split, and would hide what does not fit.
+    check_weights(weights, num_ranks)
     num_tokens = len(tokens) - 1
     if not num_tokens:
         return None

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from longspan import SequenceLayout, parallelize
-from longspan.errors import InputError, NonFiniteError
+from longspan.errors import InputError, LayoutError, NonFiniteError
 from longspan.models import LinearLlama3, ModelMemory, Sampling, decode, generate, prefill
 from longspan.models.mixers import SequenceParallel
 from longspan.parallel import compute_in
@@ -121,6 +121,42 @@ def test_the_same_in_float32_and_bfloat16(operator: str, dtype: torch.dtype, mos
     """In bfloat16 two tokens may be as likely but for a rounding."""
     for error, less in run_on_ranks(2, in_dtype, operator, dtype):
         assert error < most and less <= tie
+
+
+class Noted(Recorded):
+    """A model that also notes how many tokens of a call each rank holds."""
+
+    def __init__(self, model: LinearLlama3) -> None:
+        super().__init__(model)
+        self.held: list[tuple[int, ...]] = []
+
+    def __call__(self, tokens: Tensor, layout: SequenceLayout, **options: Any) -> Any:
+        self.held.append(layout.tokens_of)
+        return super().__call__(tokens, layout, **options)
+
+
+def made_with(weights: list[float] | None) -> tuple[tuple[int, ...], list[int]]:
+    """How many tokens of a prompt each rank reads, and the tokens behind it."""
+    noted = Noted(parallelize(model_of("gla", pattern="LN"), None))
+    made = list(generate(noted, random_tokens(1, 33)[0], max_new_tokens=NUM_NEW, weights=weights))
+    return noted.held[0], made
+
+
+def refused_weights(weights: Any, length: int) -> tuple[str, str]:
+    model = parallelize(model_of("gla", pattern="LN"), None)
+    return raised(lambda: list(generate(model, random_tokens(1, length)[0], max_new_tokens=1, weights=weights)))
+
+
+def test_ranks_read_a_prompt_in_shares_by_their_weights() -> None:
+    even, uneven = (run_on_ranks(2, made_with, weights) for weights in (None, [1.0, 3.0]))
+    assert [held for held, _ in even] == [(16, 16)] * 2 and [held for held, _ in uneven] == [(8, 24)] * 2
+    assert {tuple(made) for _, made in even} == {tuple(made) for _, made in uneven}
+    # Of a prompt with a token for each rank as of one with fewer.
+    for length in (33, 2, 1):
+        for kind, message in run_on_ranks(2, refused_weights, [1.0], length):
+            assert kind == "LayoutError" and "one number for each of the 2 ranks; got 1: [1.0]" in message
+    with pytest.raises(LayoutError, match="one number for each of the 1 ranks; got 2"):
+        prefill(model_of("gla"), random_tokens(1, 9)[0], weights=[1.0, 3.0])
 
 
 def alone_after_the_group() -> list[int]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import longspan
 from longspan import SequenceLayout, parallelize, sum_gradients
 from longspan.errors import InputError
-from longspan.models import LinearLlama3Config
+from longspan.models import MIXERS, LinearLlama3Config
 from longspan.models.initial import InitialWeights
 from longspan.models.mixers import (
     Context,
@@ -186,8 +186,19 @@ def test_what_is_no_class_or_no_function_is_refused_as_an_adapter() -> None:
         register_adapter(ForeignModel, nothing)
 
 
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+
+
+def test_the_pages_have_every_mixer() -> None:
+    models = (DOCS / "models.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"^\| `(\w+)` \|", models, flags=re.MULTILINE)) >= set(MIXERS)
+    study = (DOCS / "study.md").read_text(encoding="utf-8")
+    sizes = study[study.index("## Sizes") : study.index("## The report")]
+    assert set(re.findall(r"`(\w+)`", sizes)) >= set(MIXERS)
+
+
 def test_the_code_of_the_page_runs() -> None:
-    page = (Path(__file__).resolve().parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
+    page = (DOCS / "models.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```python\n(.*?)^```$", page, flags=re.MULTILINE | re.DOTALL)
     assert len(blocks) == 8
     names: dict[str, Any] = {"__name__": "the page"}
