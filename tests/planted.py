@@ -208,6 +208,14 @@ FAULTS: dict[str, Fault] = {
         "BlockFactors(None, None, None, None, call.factors.prefix(block) ** 0)",
         (f"{CONFORMANCE}[gated_slot_attention-zigzag-all_gather-2]",),
     ),
+    "what RWKV-7 reads and writes of what it removes, turned round": Fault(
+        "longspan/attention/rwkv7.py",
+        '{"a": -kappa, "b": kappa * a, "g": w}',
+        '{"a": -kappa * a, "b": kappa, "g": w}',
+        (
+            "tests/attention/test_published_layers.py::test_a_layer_equals_its_recurrence_on_every_rank[contiguous-1-rwkv7]",
+        ),
+    ),
     "a later layer of RWKV-7 without the values of the first": Fault(
         "longspan/models/mixers/rwkv7.py",
         "torch.lerp(v, first, share.to(v.dtype))",

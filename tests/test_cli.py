@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -86,6 +87,24 @@ def test_the_weights_are_a_model(finished: tuple[Path, str]) -> None:
     newest = newest_tensors(finished[0])
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, newest[f"model/{name}"])
+
+
+@pytest.mark.slow
+def test_what_is_measured_of_the_ranks_is_said_and_taken_again(config: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    asked = ["--parallel.balance", "measured", "--parallel.exchange_max_relative_error", "0.05"]
+    done = train("--config", config, "--run.dir", run, "--train.steps", "4", *asked)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    shares = r"rank 0 [\d.]+%, rank 1 [\d.]+%; GFLOP/s in layers and of softmax attention, by rank: [\d., and]+"
+    assert re.search(rf"^balance +{shares}; measured now, and kept in the checkpoints$", done.stdout, re.MULTILINE)
+    assert re.search(r"^exchange +\w+.* for ScalarDecay states of .*; as measured now", done.stdout, re.MULTILINE)
+    balance = json.loads((run / "summary.json").read_text())["balance"]
+    ((first, second),) = balance["groups"]
+    assert first + second == pytest.approx(1.0, abs=1e-3) and all(min(speeds) > 0 for speeds in balance["speeds"])
+    again = train("--resume", run, "--train.steps", "6")
+    assert again.returncode == 0 and again.stderr == "", again.stderr
+    assert "; measured before, as the checkpoint has them" in again.stdout
+    assert json.loads((run / "summary.json").read_text())["balance"] == balance
 
 
 @pytest.mark.slow

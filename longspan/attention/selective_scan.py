@@ -85,7 +85,7 @@ def selective_scan(
     Args:
         u: ``[B, T, E]``, float64, float32 or bfloat16.
         delta: step sizes ``[B, T, E]``, at least 0; or their logits, with `delta_softplus`. Not rounded to the dtype of u.
-        A: ``[E, N]``, at most 0: −e^A_log.
+        A: ``[E, N]``, at most 0: −e^A_log; the same on every rank.
         B, C: ``[B, T, N]``, or ``[B, T, G, N]`` with E a multiple of G, in the dtype of u. Under torch.autocast u, B and C are cast
             as the inputs of a matrix product are; everything else is not.
         D: ``[E]``, or None.
@@ -114,7 +114,7 @@ def selective_scan(
 
     Raises:
         InputError: for shapes, dtypes or options that do not fit, an A above 0, or a delta below 0 where it is no logit (looked at
-            on the CPU only; ranks tell each other, so that all of them raise).
+            on the CPU only; A is the same on every rank, and of delta ranks tell each other, so that all of them raise).
         LayoutError: as in `longspan.linear_attention`.
     """
     if stops_graphs(layout):

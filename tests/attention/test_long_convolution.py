@@ -20,6 +20,7 @@ from longspan.layout import Order
 from longspan.ops.long_convolution import exponentials, fourier
 from tests.attention.long_convolution_reference import KINDS, Documents, definition, inputs
 from tests.compare import relative_error, worst, worst_of
+from tests.live_bytes import LiveBytes
 from tests.ranks import raised, run_on_ranks
 from tests.unwritten import unwritten_memory_is_nan
 
@@ -345,6 +346,29 @@ def losses_of_some_outputs(kind: str, method: str) -> list[float]:
 def test_ranks_may_take_the_output_or_the_final_state_into_their_losses(kind: str, method: str) -> None:
     for errors in run_on_ranks(2, losses_of_some_outputs, kind, method):
         assert worst(errors) < 1e-11
+
+
+def most_over_x(kind: str, seq_len: int, num_channels: int = 64) -> float:
+    """The most bytes of forward and backward over those of x; x, the kernel and the gradient of y are not counted."""
+    given = inputs(kind, seq_len, seq_len, None, num_channels, 1)
+    own = {name: x.to(torch.complex64 if x.is_complex() else torch.float32) for name, x in given.items()}
+    leaves = {name: x.requires_grad_() for name, x in own.items() if name in ("x", *KINDS[kind].parameters(1, 1))}
+    kernel = KINDS[kind].kernel(leaves, seq_len)
+    with LiveBytes() as live:
+        longspan.long_conv1d(leaves["x"], kernel).backward(own["grad_y"])
+    return live.most / (4 * leaves["x"].numel())
+
+
+# As docs/long_convolutions.md has measured for long sequences, where a block of channels is small beside all, but for rounding.
+MOST_OVER_X = {"taps": 4.1, "exponentials": 7.5}
+
+
+@pytest.mark.parametrize("kind", MOST_OVER_X)
+def test_memory_is_linear_with_the_stated_factor(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fourier, "_NUMBERS_CPU", 1 << 14)
+    monkeypatch.setattr(exponentials, "_NUMBERS", 1 << 14)
+    short, long = most_over_x(kind, 1024), most_over_x(kind, 4096)
+    assert long < 1.05 * short and long < MOST_OVER_X[kind], (short, long)
 
 
 def final_states(kind: str) -> Tensor:

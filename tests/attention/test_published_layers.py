@@ -1,8 +1,9 @@
-"""Mamba-2, HGRN2 and normalized linear attention equal the plain recurrences of their papers in float64: outputs, states and every
-gradient, on every rank."""
+"""Mamba-2, HGRN2, RWKV-7 and normalized linear attention equal the plain recurrences of their papers in float64: outputs, states
+and every gradient, on every rank."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
@@ -35,7 +36,7 @@ def random_values(shapes: dict[str, tuple[int, ...]], seed: int = 0) -> dict[str
 
 # Each layer: its inputs, its call, and its recurrence for one document. What has a token dimension is in PER_TOKEN.
 
-PER_TOKEN = {"q", "k", "v", "g", "x", "dt", "B", "C", "z", "f", "i"}
+PER_TOKEN = {"q", "k", "v", "g", "x", "dt", "B", "C", "z", "f", "i", "r", "w", "kappa", "a"}
 
 
 def mamba2_values(batch: int, seq_len: int) -> Values:
@@ -112,6 +113,31 @@ def hgrn2_plain(x: Values, state: Tensor) -> Result:
     return torch.stack(outputs, dim=1), state
 
 
+def rwkv7_values(batch: int, seq_len: int) -> Values:
+    keys, values = (batch, seq_len, HEADS, KEY_SIZE), (batch, seq_len, HEADS, VALUE_SIZE)
+    found = random_values({"r": keys, "w": keys, "k": keys, "v": values, "kappa": keys, "a": keys})
+    decays = {"w": -math.exp(-0.5) * found["w"].sigmoid(), "a": found["a"].sigmoid()}
+    return {**found, **decays, "kappa": torch.nn.functional.normalize(found["kappa"], dim=-1)}
+
+
+def rwkv7_call(values: Values, **options: Any) -> Any:
+    return longspan.rwkv7(**values, **options)
+
+
+def rwkv7_plain(x: Values, state: Tensor) -> Result:
+    """wkv_t = wkv_{t−1} (Diag(e^{w_t}) − κ_tᵀ (a_t ⊙ κ_t)) + v_tᵀ k_t, o_tᵀ = wkv_t r_tᵀ: vectors are rows, and the state lies on
+    its side."""
+    outputs, wkv = [], state.mT
+    for t in range(x["r"].shape[1]):
+        kappa, rate = x["kappa"][:, t], x["a"][:, t]
+        removed = kappa[..., :, None] * (rate * kappa)[..., None, :]
+        wkv = (
+            wkv @ (torch.diag_embed(x["w"][:, t].exp()) - removed) + x["v"][:, t, :, :, None] * x["k"][:, t, :, None, :]
+        )
+        outputs.append(torch.einsum("bhvk,bhk->bhv", wkv, x["r"][:, t]))
+    return torch.stack(outputs, dim=1), wkv.mT
+
+
 def normalized_values(operator: str) -> Callable[[int, int], Values]:
     def make(batch: int, seq_len: int) -> Values:
         shapes: dict[str, tuple[int, ...]] = {
@@ -168,6 +194,7 @@ LAYERS: dict[str, tuple[Callable[[int, int], Values], Callable[..., Any], Callab
     "mamba2": (mamba2_values, mamba2_call, mamba2_plain, VALUE_SIZE),
     "mamba2 within limits": (mamba2_values, limited_mamba2_call, limited_mamba2_plain, VALUE_SIZE),
     "hgrn2": (hgrn2_values, hgrn2_call, hgrn2_plain, VALUE_SIZE),
+    "rwkv7": (rwkv7_values, rwkv7_call, rwkv7_plain, VALUE_SIZE),
     **{
         f"normalized {operator}": (
             normalized_values(operator),

@@ -17,9 +17,10 @@ from longspan.exchange.auto.calibration import take_links
 from longspan.layout import Order, SequenceLayout, group_of
 from longspan.plan import Cluster, Link, LinkMatrix, chain_order
 from longspan.state import ScalarDecay
-from tests.attention import test_bidirectional, test_convolution
+from tests.attention import test_bidirectional, test_convolution, test_long_convolution, test_selective_scan
+from tests.attention.long_convolution_reference import KINDS
 from tests.attention.softmax_reference import Case, compare
-from tests.attention.test_conformance import assert_right, packings_of, worst_on_rank
+from tests.attention.test_conformance import PACKINGS, assert_right, packings_of, worst_on_rank
 from tests.attention.test_softmax import PACKED
 from tests.compare import worst
 from tests.exchange.scan import errors_of_scan
@@ -74,6 +75,21 @@ def test_convolutions_and_bidirectional_layers_equal_their_definitions(order: Or
             assert worst(errors) < 1e-11, (documents, errors)
         for errors in on_ranks(3, test_bidirectional.errors_on_rank, "retention", order, 43, documents, 1):
             assert worst(errors) < 1e-10, (documents, errors)
+
+
+def test_the_selective_scan_equals_its_recurrence() -> None:
+    cases = [(order, packing, 43, "softplus") for order in ORDERS for packing in PACKINGS]
+    assert_right(on_ranks(3, test_selective_scan.worst_on_rank, "ring", cases))
+
+
+# Of taps the halo, which goes to the next run, and the all-to-all, behind which tokens are brought into the sequence's order.
+@pytest.mark.slow_rows(r"^(function|complex exponentials)")
+@pytest.mark.parametrize("kind", KINDS)
+def test_long_convolutions_equal_their_definition(kind: str) -> None:
+    for order, documents_number in zip(ORDERS, (1, 0), strict=True):
+        options = {"with_states": True}
+        for error, what in on_ranks(3, test_long_convolution.worst_error, kind, order, documents_number, options):
+            assert error < 1e-11, what
 
 
 def test_a_prompt_over_ranks_is_remembered_as_by_one() -> None:

@@ -11,9 +11,16 @@ from longspan.attention.softmax import SoftmaxMethod
 from longspan.exchange import TOPOLOGIES
 from longspan.layout import Order, SequenceLayout
 from longspan.ops.variants import VARIANTS
-from tests.attention import test_bidirectional, test_convolution
+from tests.attention import (
+    test_bidirectional,
+    test_convolution,
+    test_long_convolution,
+    test_published_layers,
+    test_selective_scan,
+)
+from tests.attention.long_convolution_reference import KINDS
 from tests.attention.softmax_reference import Case, compare
-from tests.attention.test_conformance import assert_right, packings_of, worst_on_rank
+from tests.attention.test_conformance import PACKINGS, assert_right, packings_of, worst_on_rank
 from tests.attention.test_softmax import PACKED
 from tests.compare import worst
 from tests.models import test_decoding
@@ -58,6 +65,32 @@ def test_every_variant_equals_the_recurrent_form(name: str) -> None:
     assert_right(on_ranks(3, worst_on_rank, name, "all_gather", cases))
 
 
+# A chain, and what knows by itself who holds which segment.
+@pytest.mark.parametrize("exchange", ["all_gather", "ring", pytest.param("all_to_all", marks=pytest.mark.slow)])
+def test_the_selective_scan_equals_its_recurrence(exchange: str) -> None:
+    cases = [(order, packing, 43, form) for order in ORDERS for packing in PACKINGS for form in ("softplus", "steps")]
+    assert_right(on_ranks(3, test_selective_scan.worst_on_rank, exchange, cases))
+
+
+@pytest.mark.slow_rows(
+    r"^(function|complex exponentials)-zigzag-0$", r"^(taps|exponentials)-contiguous-1$", r"zigzag-1$"
+)
+@pytest.mark.parametrize("documents_number", [0, 1])
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_long_convolutions_equal_their_definition(kind: str, order: Order, documents_number: int) -> None:
+    options = {"with_states": True}
+    for error, what in on_ranks(3, test_long_convolution.worst_error, kind, order, documents_number, options):
+        assert error < 1e-11, what
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_rwkv7_equals_its_recurrence(order: Order) -> None:
+    for documents in (None, test_published_layers.PACKED):
+        for errors in on_ranks(3, test_published_layers.errors_on_rank, "rwkv7", 41, order, documents):
+            assert worst(errors) < test_published_layers.TOLERANCE, (documents, errors)
+
+
 @pytest.mark.parametrize("method", ["all_gather", "ring", "ulysses"])
 @pytest.mark.parametrize("num_ranks", [3, pytest.param(4, marks=pytest.mark.slow)])
 def test_every_softmax_method_equals_dense_attention(method: SoftmaxMethod, num_ranks: int) -> None:
@@ -85,7 +118,10 @@ def test_bidirectional_layers_equal_the_plain_sum(order: Order) -> None:
             assert worst(errors) < 1e-10, (documents, errors)
 
 
-def test_a_prompt_over_ranks_is_remembered_as_by_one() -> None:
-    for found in on_ranks(3, test_decoding.differences_of_all, "gla"):
+# A state alone; and one behind a scan, a short convolution, a long one, or a shift of tokens.
+@pytest.mark.slow_rows(r"mamba|chela|rwkv7")
+@pytest.mark.parametrize("operator", ["gla", "mamba", "chela", "rwkv7"])
+def test_a_prompt_over_ranks_is_remembered_as_by_one(operator: str) -> None:
+    for found in on_ranks(3, test_decoding.differences_of_all, operator):
         for what, (error, same) in found.items():
             assert error < 1e-11 and same, (what, error)
