@@ -60,7 +60,8 @@ def test_the_blocks_run() -> None:
 def test_every_option_is_one_of_the_classes_that_the_page_names() -> None:
     table = PAGE[PAGE.index("| option | of |") : PAGE.index("## Bytes")]
     rows = re.findall(r"^\| `(\w+)` \| ([^|]+) \|", table, flags=re.MULTILINE)
-    kinds: dict[str, Any] = {kind.__name__: kind for kind in (*TOPOLOGIES.values(), Auto)}
+    every: list[Any] = [*TOPOLOGIES.values(), Auto]
+    kinds = {kind.__name__: kind for kind in every}
     said = {name: set(re.findall(r"`(\w+)`", of)) if "all" not in of else set(kinds) for name, of in rows}
     known = {kind: {field.name for field in dataclasses.fields(kinds[kind])} for kind in kinds}
     assert set(said) == set().union(*known.values())
