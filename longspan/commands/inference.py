@@ -35,11 +35,15 @@ class InferenceParallel:
 
     def check(self) -> None:
         """Raise ConfigError for values out of their range."""
+        from longspan.train.config_checks import YEAR
+
         for name, value in (("parallel.sp", self.sp), ("parallel.threads", self.threads)):
             if value is not None and value < 1:
                 raise ConfigError(f"{name} is {value}; it must be at least 1")
-        if not 0 < self.timeout_seconds < float("inf"):
-            raise ConfigError(f"parallel.timeout_seconds is {self.timeout_seconds}; it must be a number greater than 0")
+        if not 0 < self.timeout_seconds <= YEAR:
+            raise ConfigError(
+                f"parallel.timeout_seconds is {self.timeout_seconds}; it must be a number greater than 0, at most {YEAR}, a year"
+            )
 
     def local_threads(self, num_ranks: int) -> int:
         """Threads of each of so many ranks of this machine."""
@@ -81,12 +85,18 @@ def compute_dtype_of(
 
 
 def for_ranks(trained: Trained, ranks: Ranks, dtype: torch.dtype | None) -> LinearLlama3:
-    """The model on this rank's device, for the ranks, with nothing that training alone needs."""
+    """The model on this rank's device, for the ranks, with nothing that training alone needs.
+
+    How the ranks of the training exchanged is not taken over: what it rounded or left out on the way, one process does not, and its
+    method for softmax layers may not serve another number of ranks.
+    """
+    from longspan.train.config import ParallelConfig
     from longspan.train.model import make_parallel
 
     # A few sequences do not repay measuring how to exchange.
     train = dataclasses.replace(trained.config.train, compile=False, recompute="none", deterministic=True)
-    return make_parallel(trained.model.to(ranks.device), dataclasses.replace(trained.config, train=train), ranks, dtype)
+    config = dataclasses.replace(trained.config, train=train, parallel=ParallelConfig())
+    return make_parallel(trained.model.to(ranks.device), config, ranks, dtype)
 
 
 def is_beyond_training(trained: Trained, num_tokens: int) -> bool:

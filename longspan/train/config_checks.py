@@ -14,7 +14,8 @@ from longspan.parallel import MeshDegrees
 from longspan.train.config import Config, DataConfig, flatten
 from longspan.train.data import recall_task
 
-_YEAR = 31_536_000
+YEAR = 31_536_000
+"""Seconds: the longest that a rank may be told to wait."""
 
 
 def check(config: Config) -> None:
@@ -40,9 +41,9 @@ def check(config: Config) -> None:
         value = flatten(config)[key]
         if not value > 0.0:
             raise ConfigError(f"{key} is {value}; it must be greater than 0")
-    if config.parallel.timeout_seconds > _YEAR:
+    if config.parallel.timeout_seconds > YEAR:
         raise ConfigError(
-            f"parallel.timeout_seconds is {config.parallel.timeout_seconds}; it must be at most {_YEAR}, a year"
+            f"parallel.timeout_seconds is {config.parallel.timeout_seconds}; it must be at most {YEAR}, a year"
         )
     _check_task(config)
     _check_data(config.data)
