@@ -40,7 +40,7 @@ class RecallTask:
     Word 0 is neither key nor value; keys are of the lower half of the others, values of the upper one. power: as in the module.
 
     Raises:
-        ConfigError: where a sequence or the vocabulary has no room for the pairs.
+        ConfigError: where a sequence or the vocabulary has no room for the pairs, or the power none for the queries.
     """
 
     num_pairs: int
@@ -59,6 +59,12 @@ class RecallTask:
             raise ConfigError(
                 f"a vocabulary of {self.vocab_size} words has {max(0, self._num_keys)} keys, and a sequence takes {self.num_pairs} "
                 f"different ones. Take at least {2 * self.num_pairs + 2} words, or fewer pairs"
+            )
+        likely = self._probabilities()
+        if not np.isfinite(likely).all() or np.count_nonzero(likely) < self.num_pairs:
+            raise ConfigError(
+                f"a power of {self.power} leaves fewer places for queries than there are pairs, {self.num_pairs}: the others have "
+                "a probability of 0, or none. Take a number nearer to 1, with which all places are alike; the authors' is 0.01"
             )
 
     @property
@@ -85,6 +91,14 @@ class RecallTask:
         predicts = torch.from_numpy(np.stack([asks for _, asks in made]))
         return Sequences(torch.from_numpy(tokens if words is None else words[tokens]), None, predicts)
 
+    def _probabilities(self) -> np.ndarray:
+        """Of each place of two tokens behind the pairs, that a query stands there; no numbers for a power that gives none."""
+        num_places = (self.seq_len + 1 - 2 * self.num_pairs) // 2
+        with np.errstate(all="ignore"):
+            weights = np.arange(1, num_places + 1, dtype=np.float64) ** (self.power - 1.0)
+            likely: np.ndarray = weights / weights.sum()
+        return likely
+
     def _sequence(self, side: Side, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Words int64 ``[N + 1]``, and which of the first N are queries."""
         random = np.random.default_rng([self.seed, _STREAMS[side], index])
@@ -94,9 +108,8 @@ class RecallTask:
         words = random.integers(self.vocab_size, size=self.seq_len + 1)
         words[np.isin(words, keys)] = FILL
         words[0:num_context:2], words[1:num_context:2] = keys, values
-        num_places = (self.seq_len + 1 - num_context) // 2
-        weights = np.arange(1, num_places + 1, dtype=np.float64) ** (self.power - 1.0)
-        places = random.choice(num_places, self.num_pairs, replace=False, p=weights / weights.sum())
+        likely = self._probabilities()
+        places = random.choice(len(likely), self.num_pairs, replace=False, p=likely)
         queries = num_context + 2 * places
         words[queries], words[queries + 1] = keys, values
         asks = np.zeros(self.seq_len, dtype=np.bool_)

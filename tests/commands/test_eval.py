@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from longspan.cli import main
+from longspan.commands.evaluation import _finite
 from longspan.data.prepare import prepare_corpus
 from longspan.launch import Place, StopRequest
 from longspan.train.config import Config
@@ -212,6 +214,11 @@ def test_results_are_drawn(run: Path, tmp_path: Path, name: str, options: list[s
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_numbers_that_are_not_finite_are_null_in_json() -> None:
+    values = {"a": [math.nan, 1.5], "b": {"c": -math.inf, "d": "nan"}, "e": 3}
+    assert _finite(values) == {"a": [None, 1.5], "b": {"c": None, "d": "nan"}, "e": 3}
+
+
 def test_a_context_beyond_that_of_training_is_warned_of(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for length, warns in (("200", False), ("201", True)):
         evaluate("recall", run, "--lengths", length, "--pairs", "2", "--sequences", "1")
@@ -237,6 +244,7 @@ def test_a_context_beyond_that_of_training_is_warned_of(run: Path, capsys: pytes
         ("recall", ["--pairs", "60", "--lengths", "300", "--vocab_size", "20"], "a vocabulary of 20 words has 9 keys"),
         ("recall", ["--vocab_size", "257"], "vocab_size is 257, and the model has 256 words"),
         ("recall", ["--seed=-1"], "seed has -1; each must be at least 0"),
+        ("recall", ["--power", "nan"], "a power of nan leaves fewer places for queries"),
         ("needle", ["--lengths", "0"], "lengths has 0; each must be at least 1"),
         ("needle", ["--lengths", "50"], "lengths has 50, in which there is no room"),
         ("needle", ["--depths", "0.5", "1.5"], "depths has 1.5; each must be from 0 to 1"),

@@ -95,6 +95,13 @@ def test_words_may_be_tokens_of_a_text() -> None:
         ),
         ({"vocab_size": 11}, "a vocabulary of 11 words has 4 keys, and a sequence takes 5 .* Take at least 12 words"),
         ({"vocab_size": 1}, "a vocabulary of 1 words has 0 keys"),
+        *(
+            (
+                {"power": power},
+                f"a power of {power} leaves fewer places for queries than there are pairs, 5: .* nearer to 1",
+            )
+            for power in (float("nan"), float("inf"), -5000.0, 5000.0)
+        ),
     ],
 )
 def test_what_has_no_room_for_the_pairs_is_refused(changes: dict[str, int], message: str) -> None:
