@@ -48,7 +48,14 @@ class ConvertOnRanks(Convert):
 
 def run(arguments: Sequence[str]) -> int:
     """Convert as the arguments ask, and return the exit code."""
-    options = parse_options(ConvertOnRanks, "convert", _DESCRIPTION, arguments, use_underscores=True)
+    import tyro
+
+    options = parse_options(
+        *(ConvertOnRanks, "convert", _DESCRIPTION, arguments),
+        use_underscores=True,
+        # --transfer.calibrate False, as in longspan train.
+        config=(tyro.conf.FlagConversionOff,),
+    )
     parallel, num_ranks = options.parallel, options.parallel.sp or 1
     try:
         place = place_of_this_process()

@@ -71,6 +71,8 @@ def with_layers(config: LinearLlama3Config, options: Convert) -> LinearLlama3Con
 
 def check_options(options: Convert, num_ranks: int) -> None:
     """Raise ConfigError where options do not fit each other, or ranks that share a sequence."""
+    if not 0 <= options.seed < 2**63:
+        raise ConfigError(f"seed is {options.seed}; it must be a whole number from 0 to 2^63 - 1")
     options.transfer.check()
     _check_data(options)
     if num_ranks > 1 and not options.transfer.steps:

@@ -153,13 +153,15 @@ def test_prepared_data_gives_the_tokenizer_where_a_llama_has_none(
 def test_layers_by_name_a_window_and_no_transfer(
     llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command("convert", llama, "--to", tmp_path / "run", "--pattern", "kda", "softmax", "--window", "9")
+    given = ("--pattern", "kda", "softmax", "--window", "9", "--transfer.calibrate", "False")
+    command("convert", llama, "--to", tmp_path / "run", *given)
     trained = open_trained(tmp_path / "run")
     assert trained.model.config.layer_operators == ("kda", "softmax")
     assert trained.model.config.window == 9
     assert same_meaning(trained.tokenizer, load_tokenizer(llama / "tokenizer.json"))
     assert "attention transfer" not in capsys.readouterr().out
-    assert json.loads((tmp_path / "run" / "conversion.json").read_text())["error_before"] is None
+    report = json.loads((tmp_path / "run" / "conversion.json").read_text())
+    assert report["error_before"] is None and report["transfer"]["calibrate"] is False
 
 
 def test_without_a_tokenizer_it_says_so(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -192,6 +194,7 @@ def test_what_does_not_fit_is_refused(
 ) -> None:
     to = ("--to", tmp_path / "run")
     assert "there is no text to learn on" in refused(capsys, llama, *to, "--transfer.steps", "3")
+    assert "seed is -1; it must be a whole number from 0" in refused(capsys, llama, *to, "--seed=-1")
     assert "transfer.steps is 0" in refused(capsys, llama, *to, "--data.source", text)
     both = ("--data.source", text, "--data.prepared", text)
     over = refused(capsys, llama, *to, "--parallel.sp", "2")
