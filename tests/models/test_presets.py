@@ -6,6 +6,7 @@ import pytest
 
 from longspan.errors import ConfigError
 from longspan.models import MIXERS, PRESETS, num_parameters, preset
+from longspan.train.config import DataConfig, ModelConfig
 
 
 def test_with_softmax_layers_alone_the_large_ones_are_as_large_as_llama_3() -> None:
@@ -18,6 +19,17 @@ def test_the_1b_model_is_that_of_lasp_2() -> None:
     config = preset("linear-llama3-1b")
     assert (config.num_layers, config.dim, config.num_heads, config.size_of_head) == (16, 2048, 16, 128)
     assert config.layer_kinds.count("N") == 4
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_fourth_layer_is_softmax_attention_if_nothing_else_is_said(name: str) -> None:
+    config = preset(name)
+    assert "".join(config.layer_kinds) == "LLLN" * (config.num_layers // 4)
+    assert set(config.layer_operators) == {"simple_gla", "softmax"}
+
+
+def test_the_tiny_model_is_that_of_the_main_job() -> None:
+    assert ModelConfig().build(DataConfig().vocab_size) == preset("linear-llama3-tiny")
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -176,9 +176,12 @@ def test_lightning_layers_forget_less_with_depth_and_the_last_one_hardly_at_all(
     assert slowest == sorted(slowest) and -1e-5 < slowest[-1] < 0 and slowest[0] < -0.2
 
 
-@pytest.mark.parametrize(("name", "least"), [("mamba2", 1.0), ("kda", 1.0), ("gated_deltanet", 0.0)])
-def test_steps_and_rates_start_as_mamba_2s(name: str, least: float) -> None:
-    decay = mixer_of(name, num_heads=64, num_kv_heads=64, head_dim=2, dim=128).decay
+@pytest.mark.parametrize(
+    ("name", "least", "num_heads"),
+    [("mamba2", 1.0, 64), ("kda", 1.0, 64), ("gated_deltanet", 0.0, 64), ("deltaproduct", 0.0, 256)],
+)
+def test_steps_and_rates_start_as_mamba_2s(name: str, least: float, num_heads: int) -> None:
+    decay = mixer_of(name, num_heads=num_heads, num_kv_heads=num_heads, head_dim=2, dim=128).decay
     rates, steps = decay.A_log.exp(), torch.nn.functional.softplus(decay.dt_bias)
     assert least <= rates.min() < least + 2 and 14 < rates.max() <= 16
     assert 0.00099 < steps.min() < 0.0015 and 0.06 < steps.max() < 0.101
