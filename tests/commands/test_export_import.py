@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import longspan.models.hf
 from longspan.cli import main
+from longspan.data.tokenizer import END_OF_DOCUMENT
 from longspan.launch import Place, StopRequest
 from longspan.models import generate
 from longspan.train.config import read_toml
@@ -87,7 +88,12 @@ def test_an_exported_model_and_its_tokenizer_are_those_of_the_run(
     assert (config.max_position_embeddings, config.documents) == (length, trained.config.data.documents)
     end = trained.tokenizer.end_of_document
     assert (config.eos_token_id, model.generation_config.eos_token_id) == (end, end)
+    assert model.generation_config.pad_token_id == end
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer.pad_token is None
+    # Text that spells the end of a document is that token there, and mere text here.
+    assert tokenizer(f"a{END_OF_DOCUMENT}").input_ids == [*ids_of(trained, "a"), end]
+    assert ids_of(trained, f"a{END_OF_DOCUMENT}")[-1] != end
     assert tokenizer(TEXT).input_ids == ids_of(trained, TEXT)
     assert tokenizer.decode(trained.tokenizer.encode([TEXT])[0]) == TEXT
     assert (len(tokenizer), tokenizer.eos_token_id, tokenizer.model_max_length) == (config.vocab_size, end, length)

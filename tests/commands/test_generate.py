@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -121,6 +123,49 @@ def test_a_text_ends_before_a_stop_string(run: Path, capsys: pytest.CaptureFixtu
     assert f"ended before the stop string {stop!r}" in shown.err
 
 
+class Shown(io.StringIO):
+    """What a command has written so far, to a terminal or not."""
+
+    def __init__(self, is_terminal: bool) -> None:
+        super().__init__()
+        self.is_terminal = is_terminal
+
+    def isatty(self) -> bool:
+        return self.is_terminal
+
+
+@pytest.mark.parametrize(("is_terminal", "whole"), [(True, "a\ufffd[2Jé\n\tb\n"), (False, "a\x1b[2Jé\n\tb")])
+def test_text_is_shown_as_it_comes_and_nothing_that_a_terminal_would_obey(
+    run: Path, monkeypatch: pytest.MonkeyPatch, is_terminal: bool, whole: str
+) -> None:
+    shown = Shown(is_terminal)
+    before_each: list[str] = []
+
+    def tokens(*given: Any, **options: Any) -> Iterator[int]:
+        for token in "a\x1b[2Jé\n\tb".encode():
+            before_each.append(shown.getvalue())
+            yield token
+
+    monkeypatch.setattr("longspan.models.decode", tokens)
+    monkeypatch.setattr(sys, "stdout", shown)
+    write(run, "--prompt", "alpha")
+    assert shown.getvalue() == whole
+    # Each token is there before the next one is computed; of a character of two bytes nothing before the second.
+    assert before_each == [whole[:count] for count in (0, 1, 2, 3, 4, 5, 5, 6, 7, 8)]
+
+
+def test_a_reader_who_has_enough_ends_the_text(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As ``longspan generate ... | head -1`` has it."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+        write(run, "--prompt", "alpha", "--max_new_tokens", "9")
+    assert capsys.readouterr().err == f"longspan: the checkpoint of step 30 in {run}, float32\n"
+
+
 def test_a_seed_gives_the_same_text_again(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--prompt", "a", "--max_new_tokens", "30", "--temperature", "3", "--top_k", "200", "--top_p", "0.99"]
     texts = []
@@ -206,6 +251,7 @@ def test_a_context_beyond_that_of_training_is_warned_of(run: Path, capsys: pytes
         (["--prompt", "a", "--parallel.sp", "0"], "parallel.sp is 0; it must be at least 1"),
         (["--prompt", "a", "--parallel.threads", "0"], "parallel.threads is 0; it must be at least 1"),
         (["--prompt", "a", "--parallel.timeout_seconds", "0"], "parallel.timeout_seconds is 0.0; it must be a number"),
+        (["--prompt", "a", "--parallel.timeout_seconds", "1e9"], "it must be a number greater than 0, at most"),
         (["--prompt", "a", "--stop", ""], "stop has an empty string"),
         (["--prompt", "a", "--checkpoint", "7"], "has no checkpoint of step 7. Those that it has: step-00000015"),
         (["--prompt", "a", "--checkpoint", "best"], "'best' are neither 'newest', 'weights', the number of a step"),

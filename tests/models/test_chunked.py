@@ -195,6 +195,36 @@ def test_ranks_give_the_loss_and_gradients_of_one_process(how: str) -> None:
         assert worst(found) < 1e-11
 
 
+def of_no_label(how: str, experts: dict[str, Any]) -> dict[str, Tensor]:
+    """Loss and gradients of ranks none of which has a label: for a number of valid tokens as a number, and as a tensor."""
+    degrees = {"sp": MeshDegrees(sp=2), "dp_shard": MeshDegrees(dp_shard=2)}[how]
+    mesh = ParallelMesh(degrees)
+    told: dict[str, Any] = {"loss_ranks": mesh["world"]} if experts else {}
+    model: Any = parallelize(tiny_model(num_layers=2, pattern="LN", **experts), mesh["sp"], **told)
+    if degrees.shards_weights:
+        model = shard_weights(model, mesh)
+    layout = SequenceLayout(LENGTH, mesh["sp"], order="zigzag")
+    tokens, _ = labelled()
+    given = layout.shard(tokens if degrees.data == 1 else tokens[mesh.rank : mesh.rank + 1])
+    none = torch.full_like(given, -100)
+    losses = []
+    for num_valid in (0, torch.tensor(0)):
+        loss = model(given, layout=layout, labels=none, num_valid=num_valid)
+        loss.backward()
+        losses.append(loss.detach())
+    if not degrees.shards_weights:
+        sum_gradients(model)
+    found = gathered([(name, parameter.grad) for name, parameter in model.named_parameters()], True)
+    return {"loss": torch.stack(losses), **found}
+
+
+@pytest.mark.parametrize("experts", [{}, {"num_experts": 3, "balance_loss_weight": 0.3}], ids=["plain", "experts"])
+@pytest.mark.parametrize("how", ["sp", "dp_shard"])
+def test_where_no_rank_has_a_label_loss_and_gradients_are_zero_on_all(how: str, experts: dict[str, Any]) -> None:
+    for found in run_on_ranks(2, of_no_label, how, experts):
+        assert len(found) > 10 and all(torch.equal(x, torch.zeros_like(x)) for x in found.values())
+
+
 def validated_on_divided_weights() -> float:
     """Error of the loss without gradients, where weights are divided."""
     tokens, labels = labelled()

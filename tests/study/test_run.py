@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -11,7 +13,7 @@ from typing import Any, BinaryIO
 import pytest
 
 from longspan.errors import ConfigError
-from longspan.launch import EXIT_DONE, EXIT_FAILED
+from longspan.launch import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
 from longspan.study import run as running
 from longspan.study.grid import Cell, Grid, Group
 from longspan.study.results import folder_of
@@ -97,6 +99,29 @@ def test_a_training_that_fails_is_named_and_tried_again(tmp_path: Path, jobs: Jo
     jobs.failing = []
     assert make(tmp_path)[0] == EXIT_DONE
     assert jobs.started == [cell.name for cell in failed]
+
+
+def test_a_signal_stops_what_is_trained_and_the_same_command_goes_on(
+    tmp_path: Path, jobs: Jobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also one that comes while a training is being started."""
+    started: list[str] = []
+
+    def start(command: Sequence[str], threads: int, folder: Path, output: BinaryIO) -> subprocess.Popen[bytes]:
+        started.append(Path(command[5]).stem)
+        waits = [sys.executable, "-c", "import time; time.sleep(600)"]
+        process = subprocess.Popen(waits, stdin=subprocess.PIPE, stdout=output, stderr=output)
+        if len(started) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return process
+
+    with monkeypatch.context() as context:
+        context.setattr(running, "start_job", start)
+        code, said = make(tmp_path)
+    assert (code, said[-1]) == (EXIT_STOPPED, "stopped, with 2 trainings not begun: the same command goes on")
+    assert started == [cell.name for cell in GRID.cells[:2]]
+    assert make(tmp_path)[0] == EXIT_DONE
+    assert jobs.started == [cell.name for cell in GRID.cells]
 
 
 def test_more_of_the_grid_goes_into_the_same_folder_and_another_size_does_not(tmp_path: Path, jobs: Jobs) -> None:

@@ -73,6 +73,25 @@ def test_losses_logits_and_gradients_are_those_of_one_process(kind: str, checkpo
         assert worst(errors) < 1e-11, errors
 
 
+def of_no_label(kind: str) -> list[float]:
+    """The loss with gradients and without, and the largest gradient, where no label counts."""
+    model, tokens = parallelize(tiny_hf(kind).train(), None), random_tokens(2, 41)
+    given = {"input_ids": tokens, "labels": torch.full_like(tokens, -100)}
+    loss = model(**given).loss
+    loss.backward()
+    sum_gradients(model)
+    gradients = torch.cat([parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None])
+    assert len(gradients) == model.num_parameters()
+    with torch.no_grad():
+        evaluated = model.eval()(**given).loss
+    return [float(loss.detach()), float(evaluated), float(gradients.abs().max())]
+
+
+@pytest.mark.parametrize("kind", ["hybrid", "experts"])
+def test_where_no_label_counts_loss_and_gradients_are_zero_on_all_ranks(kind: str) -> None:
+    assert run_on_ranks(2, of_no_label, kind) == [[0.0, 0.0, 0.0]] * 2
+
+
 def written(kind: str) -> list[list[list[int]]]:
     model = parallelize(tiny_hf(kind), None)
     texts = []
