@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -316,6 +317,17 @@ def test_a_config_that_is_none_is_refused(folder: Path, tmp_path: Path) -> None:
     del config["hidden_size"]
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert "does not say 'hidden_size'" in refused(tmp_path)
+
+
+def test_the_code_of_the_page_runs(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = Path(__file__).resolve().parents[2] / "docs" / "conversion.md"
+    (block,) = re.findall(r"^```python\n(.*?)^```$", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    (tmp_path / "my-llama").symlink_to(folder)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(compile(block, str(page), "exec"), names)
+    assert names["made"].model.config.layer_operators == (*["gated_deltanet"] * 3, "softmax")
+    assert len(names["made"].teachers) == 3
 
 
 def test_a_mixer_without_a_recipe_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

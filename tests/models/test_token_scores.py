@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -108,6 +110,15 @@ def test_other_results_beside_scores_are_refused(options: dict[str, Any], messag
     given = options | ({"labels": labels} if "labels" in options else {})
     with pytest.raises(InputError, match=message):
         tiny_model()(tokens, **({"token_scores": True} | given))
+
+
+def test_the_code_of_the_page_on_evaluation_runs() -> None:
+    page = Path(__file__).resolve().parents[2] / "docs" / "evaluation.md"
+    (block,) = re.findall(r"^```python\n(.*?)^```$", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    model, (tokens, labels) = tiny_model(), labelled()
+    names: dict[str, Any] = {"model": model, "tokens": tokens, "labels": labels}
+    exec(compile(block, str(page), "exec"), names)
+    check(TokenScores(names["nats"], names["is_likeliest"]), model(tokens, labels=labels, token_scores=True))
 
 
 def test_scores_come_with_memory_too() -> None:
