@@ -20,7 +20,16 @@ def tokens_of(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         raise InputError("inputs_embeds are not supported: the model takes token ids. Pass input_ids")
     if not isinstance(input_ids, Tensor) or input_ids.dim() != 2 or input_ids.is_floating_point():
         raise InputError(f"input_ids must be int64 [B, N]; got {described(input_ids)}. Pass what the tokenizer returns")
+    check_some(input_ids)
     return input_ids.long()
+
+
+def check_some(input_ids: object) -> None:
+    """Raise InputError for tokens of which there are none."""
+    if isinstance(input_ids, Tensor) and not input_ids.numel():
+        raise InputError(
+            f"input_ids must have at least one row and token; got {described(input_ids)}. Begin with the token that ends a document"
+        )
 
 
 def check_arguments(given: dict[str, Any], has_positions: bool) -> None:

@@ -8,11 +8,24 @@ from torch import Tensor
 from transformers import GenerationMixin
 
 from longspan.errors import InputError
+from longspan.models.hf.arguments import check_some
 from longspan.models.hf.cache import LinearLlamaCache
+
+_OF_GENERATE_ALONE = ("tokenizer", "assistant_tokenizer")
+"""What Transformers hands on to the model though it is for `generate` itself, as the tokenizer that stop strings need."""
 
 
 class StatefulGenerationMixin(GenerationMixin):
     """`GenerationMixin` for a model that fills a `LinearLlamaCache`."""
+
+    def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As in Transformers.
+
+        Raises:
+            InputError: for a prompt of no tokens.
+        """
+        check_some(kwargs.get("input_ids") if inputs is None else inputs)
+        return super().generate(inputs, *args, **kwargs)
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> Any:
         """As in Transformers.
@@ -26,6 +39,7 @@ class StatefulGenerationMixin(GenerationMixin):
                 "a prompt to generate from has padding on the right: the next token would stand behind it. Pad on the left "
                 "(tokenizer.padding_side = 'left')"
             )
+        kwargs = {name: value for name, value in kwargs.items() if name not in _OF_GENERATE_ALONE}
         return super().prepare_inputs_for_generation(input_ids, **kwargs)
 
     def _prepare_cache_for_generation(

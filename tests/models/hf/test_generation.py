@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
 from longspan.errors import InputError
 from longspan.models import generate
@@ -93,6 +95,17 @@ def test_it_ends_where_the_model_ends_a_document() -> None:
     assert made == tokens[: tokens.index(end) + 1]
 
 
+def test_it_ends_behind_a_stop_string() -> None:
+    model, row = tiny_hf("hybrid"), random_tokens(1, 9)[0]
+    letters = "abcdefghijklmnopqrstuvwxyzABC"
+    tokenizer: Any = Tokenizer(models.BPE({letter: number for number, letter in enumerate(letters)}, []))
+    tokenizer.decoder = decoders.Fuse()
+    tokens = greedy(model, row)
+    stop = {"stop_strings": [letters[tokens[3]]], "tokenizer": PreTrainedTokenizerFast(tokenizer_object=tokenizer)}
+    made = written(model, row[None], do_sample=False, **stop)[0, 9:].tolist()
+    assert made == tokens[: tokens.index(tokens[3]) + 1]
+
+
 @pytest.mark.parametrize(("kind", "layers_that_grow"), [("pure", []), ("hybrid", [1]), ("window", [])])
 def test_the_cache_of_a_linear_layer_does_not_grow(kind: str, layers_that_grow: list[int]) -> None:
     model = tiny_hf(kind)
@@ -161,6 +174,8 @@ def test_what_cannot_be_generated_is_refused() -> None:
     tokens, mask, _ = padded([3, 9], "right")
     with pytest.raises(InputError, match="a prompt to generate from has padding on the right"):
         written(model, tokens, attention_mask=mask)
+    with pytest.raises(InputError, match="input_ids must have at least one row and token"):
+        written(model, tokens[:, :0])
     with pytest.raises(InputError, match="cache_implementation='static': a LinearLlamaCache is the only one"):
         written(model, tokens, cache_implementation="static")
     with pytest.raises(ValueError, match="assisted generation is not supported with stateful models"):

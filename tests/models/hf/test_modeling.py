@@ -196,6 +196,7 @@ def test_a_context_beyond_that_of_training_is_warned_of_once() -> None:
     [
         ({"input_ids": None}, r"input_ids must be int64 \[B, N\]"),
         ({"input_ids": torch.zeros(1, 3)}, r"input_ids must be int64 \[B, N\]"),
+        ({"input_ids": torch.zeros(1, 0, dtype=torch.int64)}, "input_ids must have at least one row and token"),
         ({"inputs_embeds": torch.zeros(1, 3, 16)}, "inputs_embeds are not supported"),
         ({"output_attentions": True}, "linear layers have no attention weights"),
         ({"token_type_ids": torch.zeros(1, 3)}, "takes no token_type_ids. Leave that out: return_token_type_ids=False"),
