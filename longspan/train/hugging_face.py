@@ -82,7 +82,8 @@ def export_model(trained: Trained, folder: Path, max_shard_size: str = "50GB") -
     except OSError as error:
         raise ConfigError(f"{folder} cannot be written: {error}. Make room or give access") from error
     except ValueError as error:
-        raise ConfigError(f"{folder} cannot be written: {error}. Give another max_shard_size, such as 5GB") from error
+        reason = str(error).rstrip(".")
+        raise ConfigError(f"{folder} cannot be written: {reason}. Give another max_shard_size, such as 5GB") from error
     return sorted(path.name for path in folder.iterdir())
 
 

@@ -192,6 +192,11 @@ def open_saved(path: Path, which: str = NEWEST) -> SavedWeights:
     config = read_toml(folder.config)
     if not found.is_dir():
         with open_weights(found) as weights:
+            if weights.shapes and all(name.startswith("model.") for name in weights.shapes):
+                raise CheckpointError(
+                    f"{found} has weights in the form of Hugging Face, and a run has its own. Make a run folder of the folder "
+                    f"that it is in: longspan import {found.parent} --to RUN"
+                )
             return _OfFile(folder, config, weights.shapes, found, weights.metadata)
     saved = open_checkpoint(found)
     return _OfCheckpoint(folder, saved.config(folder.path), saved.shapes("model"), saved)

@@ -295,6 +295,16 @@ def test_pickles_and_other_files_are_refused(run: Path, tmp_path: Path, capsys: 
             assert "is a pickle" in shown and "safetensors.torch.save_file(" in shown
 
 
+def test_weights_in_the_form_of_hugging_face_are_to_be_imported(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "model.safetensors"
+    save_file({f"model.{name}": weight for name, weight in load_file(run / "weights.safetensors").items()}, file)
+    write(run, "--prompt", "a", "--checkpoint", str(file), code=2)
+    shown = capsys.readouterr().err
+    assert "in the form of Hugging Face" in shown and f"longspan import {tmp_path} --to RUN" in shown
+
+
 def test_weights_of_another_model_or_vocabulary_are_refused(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
