@@ -89,7 +89,15 @@ class SequenceParallelConfig(ParallelismConfig):
         """The mesh of all processes; None where there is only one."""
         num_processes = dist.get_world_size() if dist.is_initialized() else 1
         self._check_sizes(num_processes)
-        return super().build_device_mesh(device_type) if dist.is_initialized() else None
+        mesh = super().build_device_mesh(device_type) if dist.is_initialized() else None
+        if mesh is None or num_processes == 1 or mesh.ndim > 1:
+            return mesh
+        # A mesh of one dimension is the default group, where gradients are averaged: exchanges must not wait for them, nor come
+        # between them in another order on another rank.
+        own = DeviceMesh.from_group(dist.new_group(), device_type, mesh_dim_names=mesh.mesh_dim_names)
+        for name in ("dp_shard_cp", "dp_cp"):
+            own._flatten(name)
+        return own
 
     def _check_sizes(self, num_processes: int) -> None:
         others = self.dp_shard_size * self.cp_size

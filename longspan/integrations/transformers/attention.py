@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from longspan.attention.softmax import softmax_attention
 from longspan.errors import InputError
 from longspan.integrations.transformers.call import CALL, ParallelCall
-from longspan.integrations.transformers.mixers import ATTENTION
+from longspan.integrations.transformers.mixers import ATTENTION, TEMPERATURE, WINDOWS_OF_MASKS, has_class
 from longspan.layout import SequenceLayout
 
 ATTENTION_NAME = "longspan"
@@ -34,6 +35,8 @@ def attention(
     sinks: Tensor | None = None,
     position_bias: Tensor | None = None,
     is_causal: bool | None = None,
+    indices: Tensor | None = None,
+    block_indices: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention of this rank's queries to all ranks' keys.
@@ -44,13 +47,13 @@ def attention(
         attention_mask: None; there is no mask under this implementation.
         scaling: of the scores. sliding_window: how many tokens a query sees, itself included.
         softcap: scores become softcap · tanh(scores / softcap). s_aux, sinks: ``[H]``, logits of a token that every query sees and
-            that has no value. is_causal: as in the layer where None.
+            that has no value. is_causal: as in the layer where None. indices, block_indices: keys that an indexer has chosen.
 
     Returns:
         ``[B, T, H, D_v]``, and None for the weights, which are never formed.
 
     Raises:
-        InputError: for what is not supported over ranks: dropout, a mask, a position bias.
+        InputError: for what is not supported over ranks: dropout, a mask, a position bias, keys chosen by an indexer.
         RuntimeError: where no layout reached the layer.
     """
     name = type(module).__name__
@@ -61,18 +64,23 @@ def attention(
             "model that was given to longspan.parallelize(), or set_attn_implementation('sdpa') on this one"
         )
     refused = {
-        "a mask that is not causal": attention_mask is not None,
-        f"attention dropout {dropout}": bool(dropout),
-        "a position bias": position_bias is not None,
+        "a mask that is not causal": (
+            attention_mask is not None,
+            "Pack documents or pad on the right instead of masking",
+        ),
+        f"attention dropout {dropout}": (bool(dropout), "Set attention_dropout to 0 in the config"),
+        "a position bias": (position_bias is not None, "Leave the model on one rank"),
+        "a choice of keys by an indexer": (
+            indices is not None or block_indices is not None,
+            "Leave the model on one rank",
+        ),
     }
-    for what, is_given in refused.items():
+    for what, (is_given, advice) in refused.items():
         if is_given:
-            raise InputError(
-                f"{name}: {what} is not supported over ranks. Set attention_dropout to 0 in the config, and pack or pad on the "
-                "right instead of masking"
-            )
+            raise InputError(f"{name}: {what} is not supported over ranks. {advice}")
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    q, k, v = (t.transpose(1, 2) for t in (query, key, value))
+    window = _window_of(module) if sliding_window is None else sliding_window
+    q, k, v = (t.transpose(1, 2) for t in (_scaled_by_position(module, query, call.layout), key, value))
     layout = _layout_of(module, call.layout)
     earlier = None if call.segment is None else call.segment.earlier
     out = softmax_attention(
@@ -80,7 +88,7 @@ def attention(
         k,
         v,
         causal=causal,
-        window=sliding_window,
+        window=window,
         scale=q.shape[-1] ** -0.5 if scaling is None else scaling,
         softcap=softcap,
         sinks=s_aux if sinks is None else sinks,
@@ -92,7 +100,7 @@ def attention(
     if call.segment is not None and earlier is not None and call.segment.keeps:
         # Chunks start anew, so that what is seen of earlier tokens is less than a chunk.
         config: Any = module.config
-        seen = sliding_window if layout is call.layout else config.attention_chunk_size
+        seen = window if layout is call.layout else config.attention_chunk_size
         call.segment.keep_keys(earlier.followed_by(k, v, call.layout, window=seen))
     return out, None
 
@@ -103,6 +111,31 @@ def register() -> None:
 
     if ATTENTION_NAME not in ALL_ATTENTION_FUNCTIONS:
         ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, attention)
+
+
+def _window_of(module: nn.Module) -> int | None:
+    """How many tokens a query sees in a layer whose mask alone would say so; None where it sees all."""
+    if not has_class(module, WINDOWS_OF_MASKS):
+        return None
+    config: Any = module.config
+    types, index = getattr(config, "layer_types", None), getattr(module, "layer_idx", None)
+    is_full = types is not None and index is not None and types[index] != "sliding_attention"
+    window: int | None = None if is_full else config.sliding_window
+    return window
+
+
+def _scaled_by_position(module: nn.Module, query: Tensor, layout: SequenceLayout) -> Tensor:
+    """Queries ``[B, H, T, D]`` times Llama 4's temperature of their position in the document, in layers without rotary embeddings.
+
+    The layer itself counts from the first token that it is given, which is right for whole sequences alone (`switched_off`).
+    """
+    config: Any = getattr(module, "config", None)
+    if not getattr(config, TEMPERATURE, False) or getattr(module, "use_rope", True):
+        return query
+    layer: Any = module
+    positions = layout.document_positions_on(query.device).float()
+    scales = torch.log1p(torch.floor((positions + 1.0) / layer.floor_scale)) * layer.attn_scale + 1.0
+    return (query * scales[:, None]).to(query.dtype)
 
 
 def _layout_of(module: nn.Module, layout: SequenceLayout) -> SequenceLayout:

@@ -49,16 +49,11 @@ def check_arguments(given: Mapping[str, Any]) -> None:
     """Refuse what would be silently wrong over ranks.
 
     Raises:
-        InputError: for an attention mask that is not of right padding, attention weights, some of the logits, or an argument
-            per token that is not known.
+        InputError: for an attention mask that is not of right padding, some of the logits, or an argument per token that is not
+            known.
     """
     tokens = tokens_of(given)
     _check_mask(given.get("attention_mask"))
-    if given.get("output_attentions"):
-        raise InputError(
-            "output_attentions=True: attention weights of all tokens to all tokens are never formed over ranks. Leave it out, "
-            "or call longspan.unparallelize(model) and take a short sequence"
-        )
     kept = given.get("logits_to_keep", 0)
     if not isinstance(kept, int) or kept != 0:
         raise InputError(
@@ -71,6 +66,21 @@ def check_arguments(given: Mapping[str, Any]) -> None:
                 f"{name}, of shape {tuple(value.shape)}, has one entry for each token, and longspan does not know how to split it. "
                 "Leave it out; tokens of one kind, in one causal sequence, are supported"
             )
+
+
+def check_outputs(attentions: object) -> None:
+    """Refuse what is never formed over ranks.
+
+    attentions: whether attention weights are asked for, by the call or by the config.
+
+    Raises:
+        InputError: where they are.
+    """
+    if attentions:
+        raise InputError(
+            "output_attentions=True: attention weights of all tokens to all tokens are never formed over ranks. Leave it out, "
+            "or call longspan.unparallelize(model) and take a short sequence"
+        )
 
 
 def _check_mask(mask: object) -> None:
@@ -177,16 +187,20 @@ def local_arguments(given: dict[str, Any], layout: SequenceLayout, takes: frozen
     takes: names of the backbone's parameters. Positions are given where it takes them, masks and caches taken away.
     """
     local = dict(given)
-    tokens = tokens_of(given)
     for name in ("input_ids", "inputs_embeds"):
         if local.get(name) is not None:
             local[name] = layout.shard(local[name])
     positions = local.get("position_ids")
     if positions is not None:
         local["position_ids"] = layout.shard(positions, dim=-1)
-    elif "position_ids" in takes:
-        local["position_ids"] = layout.document_positions_on(tokens.device)[None]
-    return without_masks(local, takes)
+    return without_masks(with_positions(local, layout, takes), takes)
+
+
+def with_positions(given: dict[str, Any], layout: SequenceLayout, takes: frozenset[str]) -> dict[str, Any]:
+    """The arguments of this rank's tokens with their positions, where a backbone takes them and nobody has given any."""
+    if given.get("position_ids") is not None or "position_ids" not in takes:
+        return given
+    return {**given, "position_ids": layout.document_positions_on(tokens_of(given).device)[None]}
 
 
 def without_masks(given: dict[str, Any], takes: frozenset[str]) -> dict[str, Any]:

@@ -45,13 +45,15 @@ class MixerClass:
     calls: names of the functions it must have called with the layout in every forward. hands_on: whether the model gives its
     keyword arguments to the mixer and the mixer to these functions. reaches: whether the keyword arguments come as far as the
     mixer. methods: what is replaced on each instance, for classes that call no function: a path to the method, and the name of
-    what stands in for it in `methods.py`.
+    what stands in for it in `methods.py`. switched_off: attributes that are False in a parallelized model, since the attention
+    function does what they ask for.
     """
 
     calls: tuple[str, ...]
     hands_on: bool = True
     reaches: bool = True
     methods: Mapping[str, str] = field(default_factory=dict)
+    switched_off: tuple[str, ...] = ()
 
 
 _GATED_DELTA_NET = MixerClass((CONVOLUTION, GATED_DELTA))
@@ -90,6 +92,12 @@ MIXERS: Mapping[str, MixerClass] = {
     "Zamba2MambaMixer": _MAMBA2,
 }
 """The mixers of Transformers that are no attention, by the name of their class."""
+
+TEMPERATURE = "attn_temperature_tuning"
+"""Attribute of Llama 4's layers that scale queries by their position, and count it from the first token that they are given."""
+
+WINDOWS_OF_MASKS = frozenset({"PhimoeAttention", "Qwen2MoeAttention"})
+"""Attention whose window is in the mask alone, and which does not tell the attention function."""
 
 _ROTATED = {"rotary.forward": "rotary_of_positions"}
 
@@ -210,8 +218,7 @@ def mixers_of(backbone: nn.Module) -> dict[nn.Module, MixerClass]:
             found[module] = known
             inside.append(f"{name}.")
         elif is_attention(module):
-            found[module] = MixerClass((ATTENTION,))
-            inside.append(f"{name}.")
+            found[module] = _attention(name, module)
         elif _is_unknown_mixer(module) and not name.startswith(tuple(inside)):
             raise InputError(
                 f"longspan does not know how the layer {name!r} of {type(backbone).__name__}, a {kind}, mixes tokens. {_ADVICE}"
@@ -219,6 +226,31 @@ def mixers_of(backbone: nn.Module) -> dict[nn.Module, MixerClass]:
     if not found:
         raise InputError(f"{type(backbone).__name__} has no layer that mixes tokens which longspan knows. {_ADVICE}")
     return found
+
+
+def _attention(name: str, module: nn.Module) -> MixerClass:
+    """What is known of an attention layer. Modules inside of it are looked at, too: some have convolutions, or choose keys."""
+    if not getattr(module, "is_causal", True):
+        raise InputError(
+            f"the layer {name!r}, a {type(module).__name__}, reads later tokens (is_causal is False), as encoders do: decoders of "
+            "causal language models are supported. Set config.is_decoder, or leave use_bidirectional_attention out, where there is "
+            "one; or leave the model on one rank"
+        )
+    switched_off = (
+        (TEMPERATURE,) if getattr(module, TEMPERATURE, False) and not getattr(module, "use_rope", True) else ()
+    )
+    return MixerClass((ATTENTION,), switched_off=switched_off)
+
+
+def attention_dropout_of(module: nn.Module) -> float:
+    """The part of its weights that an attention layer drops in training; 0 for layers that are none."""
+    dropout = getattr(module, "attention_dropout", 0.0)
+    return dropout if isinstance(dropout, float) else 0.0
+
+
+def has_class(module: nn.Module, names: frozenset[str]) -> bool:
+    """Whether a module is of one of these classes, or derived from one (FSDP2 derives classes of its own)."""
+    return any(base.__name__ in names for base in type(module).__mro__)
 
 
 def _is_unknown_mixer(module: nn.Module) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
 from contextvars import Token
 from copy import deepcopy
@@ -46,7 +46,8 @@ from longspan.tracing import outside_graphs
 Model = TypeVar("Model", bound=nn.Module)
 
 COMPARED_BATCHES = 2
-"""How many calls have their ids compared over the ranks: a wrong sampler would be silent otherwise."""
+"""How many calls have their ids compared over the ranks, of those with gradients and of those without: a wrong sampler would be
+silent otherwise, and that of training is another than that of evaluation."""
 KEPT_LAYOUTS = 8
 """Layouts of the last batches, which keep what was built for them."""
 
@@ -54,6 +55,8 @@ _OF_FUSED_HEAD = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is
 """What TRL's head returns for each token."""
 
 _STATE = "longspan_parallel"
+_ABSENT = inspect.Parameter.empty
+"""An attribute that an instance did not have by itself; a class, which copies of the model have in common."""
 
 
 class ParallelModel:
@@ -61,8 +64,8 @@ class ParallelModel:
 
     head: the model with the loss, or the backbone alone. backbone: the module that turns tokens into hidden states. numbers: of its
     mixers, in order. call: the
-    forward that runs now. last_layout: of the last forward. gathers_logits: whether calls without gradients return the logits of
-    whole sequences.
+    forward that runs now. last_layout: of the last forward. num_calls: so far, with gradients (True) and without. gathers_logits:
+    whether calls without gradients return the logits of whole sequences.
     """
 
     def __init__(
@@ -86,9 +89,12 @@ class ParallelModel:
         self.decoding = Decoding(self)
         self.call: ParallelCall | None = None
         self.last_layout: SequenceLayout | None = None
-        self.num_calls = 0
+        self.num_calls: Counter[bool] = Counter()
         self._layouts: OrderedDict[tuple[int, tuple[int, ...] | None], SequenceLayout] = OrderedDict()
         self._tokens: list[tuple[Any, Token[Any]]] = []
+        self._head_runs = False
+        self._implementations: list[tuple[Any, str | None]] = []
+        self._replaced: list[tuple[nn.Module, str, Any]] = []
         self.gathers_logits = False
         self._num_rows = 1
         self._counted_by_trainer = False
@@ -101,9 +107,9 @@ class ParallelModel:
         memo[id(self)] = other
         vars(other).update(vars(self))
         other.decoding = Decoding(other)
-        for name in ("head", "backbone", "mixers", "numbers", "_handles"):
+        for name in ("head", "backbone", "mixers", "numbers", "num_calls", "_handles", "_implementations", "_replaced"):
             setattr(other, name, deepcopy(getattr(self, name), memo))
-        other.call, other._tokens, other._layouts = None, [], OrderedDict()
+        other.call, other._tokens, other._layouts, other._head_runs = None, [], OrderedDict(), False
         dispatch.install(other, other.modeling_files)
         return other
 
@@ -120,7 +126,7 @@ class ParallelModel:
         dispatch.install(self, self.modeling_files)
         attention.register()
         self._own_config()
-        self._before = self.head.config._attn_implementation  # type: ignore[union-attr]
+        self._implementations = [(config, config._attn_implementation_internal) for config in self._configs()]
         self.put_on()
         for module in self.mixers:
             self._hook(module, self.before_mixer, self.after_mixer)
@@ -150,24 +156,32 @@ class ParallelModel:
 
     def put_on(self) -> None:
         """What is set in the model itself, beside its hooks: the attention implementation, and methods of some mixers."""
-        for config in self._configs():
+        for config, _ in self._implementations:
             config._attn_implementation_internal = attention.ATTENTION_NAME
         for module, kind in self.mixers.items():
             for path, stand_in in kind.methods.items():
                 owner, name = owner_of(module, path)
-                owner.__dict__[name] = MethodType(METHODS[stand_in], owner)
+                self._replace(owner, name, MethodType(METHODS[stand_in], owner))
+            for name in kind.switched_off:
+                self._replace(module, name, False)
         if hasattr(self.head, COMPUTE_LOSS):
-            self.head.__dict__[COMPUTE_LOSS] = MethodType(loss_of_shifted_labels, self.head)
+            self._replace(self.head, COMPUTE_LOSS, MethodType(loss_of_shifted_labels, self.head))
 
     def take_off(self) -> None:
         """The opposite of `put_on`."""
-        for config in self._configs():
-            config._attn_implementation_internal = self._before
-        for module, kind in self.mixers.items():
-            for path in kind.methods:
-                owner, name = owner_of(module, path)
-                owner.__dict__.pop(name, None)
-        self.head.__dict__.pop(COMPUTE_LOSS, None)
+        for config, before in self._implementations:
+            config._attn_implementation_internal = before
+        while self._replaced:
+            module, name, before = self._replaced.pop()
+            if before is _ABSENT:
+                del module.__dict__[name]
+            else:
+                module.__dict__[name] = before
+
+    def _replace(self, module: nn.Module, name: str, value: object) -> None:
+        """Set an attribute of an instance until `take_off`."""
+        self._replaced.append((module, name, module.__dict__.get(name, _ABSENT)))
+        module.__dict__[name] = value
 
     def _hook(self, module: nn.Module, before: Callable[..., Any], after: Callable[..., Any]) -> None:
         self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
@@ -209,13 +223,14 @@ class ParallelModel:
         given = arguments_by_name(module, args, kwargs)
         if self.decoding.begins(module, given):
             return None
+        self._head_runs = True
         self._num_rows = inputs.tokens_of(given).shape[0]
         call, given = self._begin(given)
         labels, shifted = given.get("labels"), given.get("shift_labels")
         if labels is not None or shifted is not None:
             self._check_loss()
             self._counted_by_trainer = given.get("num_items_in_batch") is not None
-            if self._counted_by_trainer and self.num_calls <= COMPARED_BATCHES:
+            if self._counted_by_trainer and self.num_calls[torch.is_grad_enabled()] <= COMPARED_BATCHES:
                 inputs.check_first_labels(given, call.layout, self._num_rows)
             local, num_valid = self._local_labels(given, call.layout)
             if not self._counted_by_trainer:
@@ -231,7 +246,7 @@ class ParallelModel:
         """The share of the loss becomes what the caller's way of combining gradients needs."""
         if self.decoding.ends(module):
             return output
-        self.call = None
+        self.call, self._head_runs = None, False
         if self._z_loss_coefficient is not None:
             self.head.z_loss_coefficient = self._z_loss_coefficient  # type: ignore[assignment]
             self._z_loss_coefficient = None
@@ -261,7 +276,10 @@ class ParallelModel:
         given = arguments_by_name(module, args, kwargs)
         if self.decoding.begins(module, given):
             return None
-        call = given.pop(CALL, None) or self.call
+        call = given.pop(CALL, None)
+        if call is None and self._head_runs:
+            # Some heads hand no keywords on.
+            call = self.call
         if call is None:
             call, given = self._begin(given)
         given.pop(inputs.LAYOUT, None)
@@ -270,7 +288,7 @@ class ParallelModel:
         takes = frozenset(parameters)
         takes_keywords = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
         if call.split_already:
-            given = inputs.without_masks(given, takes)
+            given = inputs.without_masks(inputs.with_positions(given, call.layout, takes), takes)
         else:
             given = inputs.local_arguments(given, call.layout, takes)
         self._bind_checkpointing()
@@ -289,7 +307,8 @@ class ParallelModel:
         if self.decoding.ends(module):
             return
         call = self.call
-        if self.head is self.backbone:
+        if not self._head_runs:
+            # The backbone was called by itself.
             self.call = None
         if output is None or call is None:
             return
@@ -352,6 +371,7 @@ class ParallelModel:
 
     def _begin(self, given: dict[str, Any]) -> tuple[ParallelCall, dict[str, Any]]:
         """The call that a forward's arguments ask for, and the arguments with packed rows one after another."""
+        self._check_mode(given)
         layout = given.get(inputs.LAYOUT)
         if layout is not None:
             inputs.check_given_layout(layout, given)
@@ -367,8 +387,22 @@ class ParallelModel:
             else:
                 layout = self.layout_of(given, None)
             call = ParallelCall(layout, self.options)
-        self.num_calls += 1
+        self.num_calls[torch.is_grad_enabled()] += 1
         return call, given
+
+    def _check_mode(self, given: dict[str, Any]) -> None:
+        """Refuse what would be found out only after something was sent."""
+        _check_cache(given)
+        config: Any = self.head.config
+        wanted = given.get("output_attentions")
+        inputs.check_outputs(config.output_attentions if wanted is None else wanted)
+        for module in self.mixers:
+            dropout = mixers.attention_dropout_of(module) if module.training else 0.0
+            if dropout:
+                raise InputError(
+                    f"{type(module).__name__}: attention dropout {dropout} is not supported over ranks. Set attention_dropout to 0 "
+                    "in the config"
+                )
 
     def _check_group(self, layout: SequenceLayout) -> None:
         if layout.num_ranks != self.place.num_ranks or (layout.num_ranks > 1 and layout.group is not self.place.group):
@@ -422,7 +456,7 @@ class ParallelModel:
 
     def compare_over_ranks(self, given: dict[str, Any]) -> None:
         """The same batch on every rank of the group, or an error on all of them."""
-        if self.num_calls >= COMPARED_BATCHES or self.place.num_ranks == 1:
+        if self.num_calls[torch.is_grad_enabled()] >= COMPARED_BATCHES or self.place.num_ranks == 1:
             return
         tokens = inputs.tokens_of(given).detach()
         # Of embeddings the first channel alone: all of them would be copied as float64.
@@ -523,6 +557,8 @@ def parallelize_pretrained(
         except BaseException:
             state.uninstall()
             raise
+        # The first batches are still to be compared.
+        state.num_calls.clear()
     return model
 
 

@@ -20,6 +20,8 @@ _MODELING_FILES = ("transformers.models.", "fla.layers.", "fla.models.", "fla.mo
 _BY_CLASS = re.compile(r"(ForCausalLM|LMHeadModel)$")
 _CROSS_ATTENTION = re.compile(r"cross_?att(ention|n)|encoder_att(ention|n)")
 """Names of layers that attend to another sequence."""
+_COUNTS_FROM_PADDING = "create_position_ids_from_input_ids"
+"""A method of embeddings that number tokens behind the padding token's own number."""
 
 
 def is_transformers_model(model: nn.Module) -> bool:
@@ -69,7 +71,11 @@ def backbone_of(head: nn.Module) -> nn.Module:
     """The module of a model that turns tokens into hidden states; the model itself where it has no head."""
     model: Any = head
     backbone: nn.Module = model.base_model
-    if backbone is not head or not _has_head(head):
+    if backbone is not head:
+        # Some heads call the decoder inside of it, and not the backbone itself.
+        decoder = getattr(backbone, "decoder", None)
+        return decoder if isinstance(decoder, nn.Module) and hasattr(decoder, "base_model_prefix") else backbone
+    if not _has_head(head):
         return backbone
     # Some classes name their backbone otherwise than base_model_prefix says.
     found = [child for child in head.children() if hasattr(child, "base_model_prefix")]
@@ -87,8 +93,9 @@ def check_model(head: nn.Module) -> None:
     """Refuse a model that would be silently wrong over ranks, or that the hooks do not reach.
 
     Raises:
-        InputError: for encoders with decoders, attention to another sequence, heads that look at other tokens, ALiBi, PEFT's
-            activated LoRA, and attention that does not ask Transformers' attention interface.
+        InputError: for encoders with decoders, attention to another sequence, heads that look at other tokens, ALiBi, positions
+            that are counted from a padding token, PEFT's activated LoRA, and attention that does not ask Transformers' attention
+            interface.
     """
     warn_of_untested("transformers")
     config: Any = head.config
@@ -120,8 +127,16 @@ def check_model(head: nn.Module) -> None:
                 f"{name} attends to another sequence, in {path!r}, a {type(module).__name__}; one causal sequence is supported. "
                 "Build the model without cross attention (config.add_cross_attention=False), where its class can be"
             )
-    if getattr(config, "alibi", False):
-        raise InputError(f"{name} adds a position bias (ALiBi) to its scores, which is not supported over ranks")
+    if _adds_alibi(config):
+        raise InputError(
+            f"{name} adds a position bias (ALiBi) to its scores, which is not supported over ranks. Leave the model on one rank"
+        )
+    for path, module in backbone.named_modules():
+        if hasattr(module, _COUNTS_FROM_PADDING):
+            raise InputError(
+                f"{path!r} of {name}, a {type(module).__name__}, counts positions from its padding token on, as encoders do that "
+                "serve as decoders; the positions of a rank's tokens would be others. Leave the model on one rank"
+            )
     for adapter, options in getattr(head, "peft_config", {}).items():
         if getattr(options, "alora_invocation_tokens", None):
             raise InputError(
@@ -136,12 +151,19 @@ def check_model(head: nn.Module) -> None:
         )
 
 
+def _adds_alibi(config: Any) -> bool:
+    """Whether a model's scores have a bias by distance, as its config says; Bloom's does not say, and has one."""
+    options = getattr(config, "attn_config", None)
+    return config.model_type == "bloom" or bool(getattr(config, "alibi", False) or getattr(options, "alibi", False))
+
+
 def arguments_by_name(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """A forward's arguments by name."""
-    bound = inspect.signature(type(module).forward).bind(module, *args, **kwargs)
-    given = dict(bound.arguments)
+    signature = inspect.signature(type(module).forward)
+    given = dict(signature.bind(module, *args, **kwargs).arguments)
     given.pop("self", None)
-    extra = given.pop("kwargs", {})
+    others = [p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD]
+    extra = given.pop(others[0], {}) if others else {}
     return {**given, **extra}
 
 

@@ -22,6 +22,7 @@ from longspan.errors import InputError
 from longspan.exchange import Exchanger, exchange_named
 from longspan.exchange.auto.order import RankOrderOption
 from longspan.integrations.transformers.accelerate import SEQUENCE, SequenceParallelConfig
+from longspan.integrations.transformers.mixers import attention_dropout_of
 from longspan.integrations.transformers.model import parallelize_pretrained, state_of
 from longspan.integrations.transformers.structure import head_of
 from longspan.layout import Order
@@ -39,6 +40,7 @@ def prepare_trainer(
     exchange: str | Exchanger = "auto",
     softmax_method: SoftmaxMethod = "auto",
     gather_logits: bool = False,
+    verify: bool = False,
 ) -> None:
     """Let a Trainer train and evaluate with sequences shared by processes, as its `SequenceParallelConfig` says.
 
@@ -52,6 +54,7 @@ def prepare_trainer(
         order, rank_order, exchange, softmax_method: as in `longspan.parallelize`.
         gather_logits: whether evaluation gathers the logits of whole sequences, ``[B, N, V]`` on every rank, as
             ``compute_metrics`` and ``trainer.predict`` need them; ``preprocess_logits_for_metrics`` makes them small again.
+        verify: as in `longspan.parallelize`: compare loss and gradients of a short batch with those of one process first.
 
     With one process nothing is exchanged; packed documents are still kept apart in every layer.
 
@@ -75,15 +78,13 @@ def prepare_trainer(
                 "compute_metrics out"
             )
     mesh = trainer.accelerator.torch_device_mesh
+    # Not the default group, where gradients are averaged (`SequenceParallelConfig`).
     group = None if mesh is None else mesh[SEQUENCE].get_group()
-    if num_ranks > 1 and group is dist.group.WORLD:
-        # A mesh of one dimension is the default group, where gradients are averaged: exchanges must not wait for them, nor come
-        # between them in another order on another rank.
-        group = dist.new_group()
     place = SequenceParallel(group, num_ranks)
     options = ParallelOptions(exchange, softmax_method)
-    parallelize_pretrained(trainer.model, options, place, order=order, rank_order=rank_order, loss="mean", verify=False)
-    trainer.model.sequence_parallel = place
+    parallelize_pretrained(
+        trainer.model, options, place, order=order, rank_order=rank_order, loss="mean", verify=verify
+    )
     state = state_of(trainer.model)
     assert state is not None
     if num_ranks == 1:
@@ -162,8 +163,8 @@ def _check_arguments(trainer: Any) -> None:
 
 def _check_dropout(model: nn.Module) -> None:
     for name, module in head_of(model).named_modules():
-        dropout = getattr(module, "attention_dropout", 0.0)
-        if isinstance(dropout, float) and dropout > 0:
+        dropout = attention_dropout_of(module)
+        if dropout:
             raise InputError(
                 f"{name} drops attention weights ({dropout}), which is not supported over ranks: set attention_dropout=0 in the "
                 "model's config before it is made"

@@ -114,6 +114,8 @@ FAMILIES: dict[str, Family] = {
             "num_hidden_layers": 4,
             "head_dim": 6,
             "attention_chunk_size": 8,
+            "floor_scale": 4,
+            "attn_scale": 0.7,
             "num_local_experts": 2,
             "intermediate_size_mlp": 40,
             "no_rope_layers": [1, 0, 1, 0],
@@ -391,6 +393,34 @@ FAMILIES: dict[str, Family] = {
     ),
 }
 
+WITH_WINDOWS_OF_MASKS: dict[str, Family] = {
+    "qwen2_moe": Family(
+        "Qwen2MoeForCausalLM",
+        "Qwen2MoeConfig",
+        {
+            **_BODY,
+            **_HEADS,
+            **_SHARED_EXPERTS,
+            "num_hidden_layers": 2,
+            "use_sliding_window": True,
+            "sliding_window": 9,
+            "max_window_layers": 2,
+        },
+    ),
+    "phimoe": Family(
+        "PhimoeForCausalLM",
+        "PhimoeConfig",
+        {
+            **_BODY,
+            **_HEADS,
+            "num_hidden_layers": 2,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "sliding_window": 9,
+        },
+    ),
+}
+"""Models whose windows are in their masks alone."""
 
 _OF_FLA: dict[str, Any] = {
     "hidden_size": 24,
@@ -508,7 +538,7 @@ FLA_FAMILIES: dict[str, Family] = {
 
 def build(name: str, **options: Any) -> nn.Module:
     """A float64 model of a family with random weights, in evaluation mode; `options` replace those of its config."""
-    family = (FAMILIES | FLA_FAMILIES)[name]
+    family = (FAMILIES | WITH_WINDOWS_OF_MASKS | FLA_FAMILIES)[name]
     package = import_module(family.package)
     given = {"pad_token_id": None, **family.options, **options}
     config = getattr(package, family.config)(vocab_size=VOCABULARY, bos_token_id=None, eos_token_id=None, **given)

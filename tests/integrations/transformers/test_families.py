@@ -104,6 +104,11 @@ def test_any_exchange_and_softmax_method(name: str, options: dict[str, Any]) -> 
     check(name, "packed", 2, "zigzag", **options)
 
 
+@pytest.mark.parametrize("name", ["qwen2_moe", pytest.param("phimoe", marks=pytest.mark.slow)])
+def test_windows_that_masks_alone_have(name: str) -> None:
+    check(name, "packed", 2, "zigzag")
+
+
 def test_keys_of_rwkv_may_be_far_apart() -> None:
     from transformers.models.rwkv.modeling_rwkv import rwkv_linear_attention_cpu
 

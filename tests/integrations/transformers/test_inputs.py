@@ -158,6 +158,26 @@ def test_embeddings_are_split_as_ids_are() -> None:
         assert relative_error(gradient / 2, embeds.grad) < 1e-12
 
 
+def told_by_collator(name: str, options: dict[str, bool]) -> float:
+    """Error of the logits of documents that Transformers' collator has flattened, and tells in another way than by positions."""
+    from transformers import DataCollatorWithFlattening
+
+    model: Any = longspan.parallelize(build(name), None)
+    assert PACKED.bounds is not None
+    rows = [{"input_ids": PACKED.ids[0, start:stop].tolist()} for start, stop in pairwise(PACKED.bounds)]
+    flat = DataCollatorWithFlattening(return_position_ids=False, **options)(rows)
+    assert "position_ids" not in flat and torch.equal(flat["input_ids"], PACKED.ids)
+    with Wide(), torch.no_grad():
+        logits = model(**flat).logits
+    return relative_error(layout_of(model).gather(logits), expected(build(name), PACKED).logits)
+
+
+@pytest.mark.parametrize("options", [{"return_flash_attn_kwargs": True}, {"return_seq_idx": True}])
+@pytest.mark.parametrize("name", ["qwen3_next", pytest.param("bamba", marks=pytest.mark.slow)])
+def test_documents_may_be_told_as_to_kernels(name: str, options: dict[str, bool]) -> None:
+    assert all(error < 1e-12 for error in run_on_ranks(2, told_by_collator, name, options))
+
+
 def split_by_the_caller(name: str) -> dict[str, float]:
     model = longspan.parallelize(build(name), None, loss="sum")
     layout = longspan.SequenceLayout(PACKED.ids.shape[1], None, "zigzag", PACKED.bounds)
@@ -181,24 +201,58 @@ def test_a_caller_may_split_the_sequences_himself(name: str) -> None:
         assert error < 1e-10, what
 
 
+def without_positions() -> tuple[Tensor, Tensor]:
+    """Logits of tokens that are split, with their positions and without."""
+    model = longspan.parallelize(build("llama"), None)
+    layout = longspan.SequenceLayout(PACKED.ids.shape[1], None, "zigzag", PACKED.bounds)
+    given = shard_batch({"input_ids": PACKED.ids}, layout)
+    with torch.no_grad():
+        want = model(**given).logits
+        del given["position_ids"]
+        return model(**given).logits, want
+
+
+def test_tokens_that_are_split_have_the_positions_of_their_layout() -> None:
+    for got, want in run_on_ranks(2, without_positions):
+        assert torch.equal(got, want)
+
+
+def backbone_after_another_batch() -> float:
+    """Error of hidden states of plain rows, where the backbone was called by itself with packed ones before."""
+    model: Any = longspan.parallelize(build("llama"), None)
+    other: Any = build("llama")
+    with Wide(), torch.no_grad():
+        model.model(input_ids=PACKED.ids, position_ids=PACKED.positions)
+        got = model.model(input_ids=PACKED.ids).last_hidden_state
+        want = other.model(input_ids=PACKED.ids, use_cache=False).last_hidden_state
+    return relative_error(layout_of(model).gather(got), want)
+
+
+def test_a_backbone_that_is_called_by_itself_has_the_documents_of_each_call() -> None:
+    assert all(error < 1e-12 for error in run_on_ranks(2, backbone_after_another_batch))
+
+
 def wrong_layouts() -> list[tuple[str, str]]:
     model = longspan.parallelize(build("llama"), None)
     layout = longspan.SequenceLayout(37)
     local = layout.shard(PLAIN.ids)
+    given = shard_batch({"input_ids": PLAIN.ids}, layout)
     return [
         raised(lambda: model(input_ids=PLAIN.ids, longspan_layout=layout)),
         raised(lambda: model(input_ids=local, labels=local, longspan_layout=layout)),
         raised(lambda: model(input_ids=local, longspan_layout="mine")),
         raised(lambda: model(input_ids=PLAIN.ids, longspan_layout=longspan.SequenceLayout.local(37))),
+        raised(lambda: model(**given, output_attentions=True)),
     ]
 
 
 def test_a_layout_that_does_not_fit_is_refused() -> None:
-    for whole, labels, kind, group in run_on_ranks(2, wrong_layouts):
+    for whole, labels, kind, group, attentions in run_on_ranks(2, wrong_layouts):
         assert whole[0] == "LayoutError" and "shard" in whole[1]
         assert labels[0] == "LayoutError" and "shifted before the split" in labels[1]
         assert kind[0] == "InputError" and "SequenceLayout" in kind[1]
         assert group[0] == "LayoutError" and "another group" in group[1]
+        assert attentions[0] == "InputError" and "attention weights" in attentions[1]
     assert LayoutError is longspan.LayoutError
 
 
@@ -209,12 +263,28 @@ def other_batches() -> tuple[str, str]:
     return raised(lambda: model(input_ids=ids))
 
 
+def other_batches_after_verify() -> tuple[str, str]:
+    model = longspan.parallelize(build("llama"), None, verify=True)
+    return raised(lambda: model(input_ids=PLAIN.ids + dist.get_rank()))
+
+
+def other_batches_after_evaluation() -> tuple[str, str]:
+    """The sampler of training is another than that of evaluation."""
+    model = longspan.parallelize(build("llama"), None)
+    with torch.no_grad():
+        for _ in range(2):
+            model(input_ids=PLAIN.ids)
+    return raised(lambda: model(input_ids=PLAIN.ids + dist.get_rank()))
+
+
 def other_lengths() -> tuple[str, str]:
     model = longspan.parallelize(build("llama"), None)
     return raised(lambda: model(input_ids=PLAIN.ids[:, : 20 + dist.get_rank()]))
 
 
-@pytest.mark.parametrize("call", [other_batches, other_lengths])
+@pytest.mark.parametrize(
+    "call", [other_batches, other_batches_after_verify, other_batches_after_evaluation, other_lengths]
+)
 def test_ranks_with_other_batches_are_told(call: Any) -> None:
     for kind, message in run_on_ranks(2, call):
         assert kind == "InputError"

@@ -6,7 +6,9 @@ The comparison itself runs everywhere, with Transformers' PyTorch code in place 
 
 from __future__ import annotations
 
+import gc
 import importlib.util
+import sys
 from typing import Any
 
 import pytest
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 import longspan
 from tests.compare import relative_error
 from tests.integrations.transformers.families import build
-from tests.integrations.transformers.reference import batch, expected, gradients_of
+from tests.integrations.transformers.reference import PLAIN, batch, expected, gradients_of
 
 LENGTH = 128
 # Sizes that the kernels take: heads of 16, 32 or 64, powers of two, channels in multiples of 8.
@@ -91,3 +93,31 @@ def test_own_kernels_and_ours_agree_on_a_gpu(name: str) -> None:
     if missing:
         pytest.skip(f"needs the kernels of {', '.join(missing)}")
     compare(name, "cuda")
+
+
+class FusedKernelError(Exception):
+    """A kernel of a whole mixer was called."""
+
+
+def fused(*_: Any, **__: Any) -> None:
+    raise FusedKernelError
+
+
+@pytest.mark.parametrize(
+    ("name", "kernel"), [("bamba", "mamba2_split_conv1d_scan_combined"), ("mamba", "mamba_inner_fn")]
+)
+def test_kernels_of_a_whole_mixer_do_not_run_over_ranks(
+    name: str, kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In training, mamba-ssm does convolution and scan at once, and knows no layout."""
+    model = build(name).train()
+    # What models of earlier tests replaced is put back once they are gone.
+    gc.collect()
+    monkeypatch.setattr(sys.modules[type(model).__module__], kernel, fused)
+    with pytest.raises(FusedKernelError):
+        model(**PLAIN.arguments(), use_cache=False)
+    longspan.parallelize(model, None)
+    model(**PLAIN.arguments()).loss.backward()
+    longspan.unparallelize(model)
+    with pytest.raises(FusedKernelError):
+        model(**PLAIN.arguments(), use_cache=False)

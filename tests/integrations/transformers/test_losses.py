@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,10 +14,13 @@ import longspan
 from longspan.integrations.transformers.losses import LossKind
 from tests.compare import relative_error, worst_of
 from tests.integrations.transformers.families import build
-from tests.integrations.transformers.reference import PACKED, PLAIN, Wide, expected, gradients_of
+from tests.integrations.transformers.reference import PACKED, PLAIN, Expected, Wide, expected, gradients_of
 from tests.ranks import run_on_ranks
 
 BALANCED = {"output_router_logits": True, "router_aux_loss_coef": 0.1}
+MASK = torch.ones_like(PLAIN.ids)
+MASK[1, 20:] = 0
+PADDED = replace(PLAIN, labels=PLAIN.labels.masked_fill(MASK == 0, -100))
 
 
 def averaged(values: dict[str, Tensor], divide: bool) -> dict[str, Tensor]:
@@ -76,6 +80,21 @@ def test_a_trainer_that_counts_items_multiplies_and_averages(kind: LossKind) -> 
 def test_the_balance_loss_is_of_all_ranks_tokens(name: str) -> None:
     options = {**BALANCED, "mlp_only_layers": []} if name == "qwen3_next" else BALANCED
     check(name, "mean", True, {}, alone=1.0, **options)
+
+
+def padded_balance(want: Expected) -> float:
+    """Error of a loss with a balance loss, of rows that are padded on the right."""
+    model = longspan.parallelize(build("qwen3_next", **BALANCED, mlp_only_layers=[]), None)
+    with Wide(), torch.no_grad():
+        loss = model(**PADDED.arguments(), attention_mask=MASK).loss
+    return relative_error(loss, want.loss)
+
+
+def test_the_balance_loss_leaves_padding_out() -> None:
+    model = build("qwen3_next", **BALANCED, mlp_only_layers=[])
+    want = expected(model, PADDED, attention_mask=MASK)
+    assert relative_error(want.loss, expected(model, PADDED).loss) > 1e-6, "padding counts for nothing"
+    assert all(error < 1e-12 for error in run_on_ranks(2, padded_balance, want))
 
 
 def test_a_loss_that_is_a_mean_over_tokens_is_of_all_of_them() -> None:

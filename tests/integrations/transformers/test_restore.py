@@ -94,6 +94,28 @@ def test_nothing_of_a_model_is_left_over() -> None:
     assert model.config.to_dict() == config  # type: ignore[union-attr, operator]
 
 
+def test_what_was_set_on_instances_before_is_there_again() -> None:
+    """A method that another library has put on a mixer, and an attention implementation of one layer."""
+    model: Any = build("minimax")
+    mixer = next(module for module in model.modules() if type(module).__name__ == "MiniMaxLightningAttention")
+    layer = next(module for module in model.modules() if type(module).__name__ == "MiniMaxAttention")
+    model.set_attn_implementation("eager")
+    layer.config = copy.deepcopy(layer.config)
+    layer.config._attn_implementation = "sdpa"
+    forward = mixer.forward
+    mixer.forward = lambda *args, **kwargs: forward(*args, **kwargs)
+    set_by_others = mixer.forward
+    want = logits_of(model)
+    longspan.parallelize(model, None)
+    assert relative_error(logits_of(model), want) < 1e-12
+    longspan.unparallelize(copy.deepcopy(model))
+    assert mixer.forward is not set_by_others
+    longspan.unparallelize(model)
+    assert mixer.forward is set_by_others
+    assert (layer.config._attn_implementation, model.config._attn_implementation) == ("sdpa", "eager")
+    assert torch.equal(logits_of(model), want)
+
+
 def made_from_one_config() -> None:
     import transformers
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
+import re
 
 import pytest
 import transformers.models
@@ -72,6 +73,28 @@ def test_each_stand_in_takes_what_it_is_called_with(name: str) -> None:
         )
         required = [p.name for p in theirs if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
         assert set(required) <= set(ours), f"{function} of {name} needs {set(required) - set(ours)}"
+
+
+NOT_OVER_RANKS = {"BltSelfAttention", "BltCrossAttention", "DogeAttention"}
+"""Attention of models that are refused: by what is inside of it, or by the mask that it makes."""
+
+
+def test_windows_of_masks_are_told_to_the_attention_function() -> None:
+    """A mask is never built: a window that is in the mask alone would be lost, and a full layer would be taken for it."""
+    silent = set()
+    for name in modeling_files():
+        spec = importlib.util.find_spec(name)
+        assert spec is not None and spec.origin is not None
+        with open(spec.origin, encoding="utf-8") as file:
+            text = file.read()
+        if "create_sliding_window_causal_mask" not in text or "ForCausalLM(" not in text:
+            continue
+        for source in re.split(r"^class ", text, flags=re.MULTILINE):
+            calls = source.partition("= attention_interface(")[2]
+            class_name = source.partition("(")[0]
+            if calls and "sliding_window=" not in calls and not re.search("Vision|Audio", class_name):
+                silent.add(class_name)
+    assert silent - NOT_OVER_RANKS == mixers.WINDOWS_OF_MASKS
 
 
 def fake(class_name: str) -> nn.Module:

@@ -25,6 +25,8 @@ RUNS: dict[str, Run] = {
     "adapters": Run("minimax", lora=True),
     "adapters, packed": Run("olmo_hybrid", lora=True, packed=True),
     "layers that take no keywords": Run("jamba"),
+    "verified before": Run("bamba", prepare={"verify": True}),
+    "a data set without length": Run("bamba", streamed=True),
     "Adam": Run("qwen3_next", arguments={"optim": "adamw_torch", "learning_rate": 1e-3}),
 }
 

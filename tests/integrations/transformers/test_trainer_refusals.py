@@ -42,12 +42,47 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
 }
 
 
+def of_another_trainer(trainer: Any) -> None:
+    """A trainer of TRL that has a loss of its own."""
+    kind = type("DPOTrainer", (type(trainer),), {"__module__": "trl.trainer.dpo_trainer", "compute_loss": other_loss})
+    trainer.__class__ = kind
+
+
+SET_LATER: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "a model made anew": (lambda trainer: setattr(trainer, "model_init", dict), "model_init"),
+    "Liger's loss": (lambda trainer: setattr(trainer.args, "use_liger_kernel", True), "use_liger_kernel"),
+    "objects of evaluation": (
+        lambda trainer: setattr(trainer.args, "eval_use_gather_object", True),
+        "eval_use_gather_object",
+    ),
+    "DeepSpeed": (lambda trainer: setattr(trainer, "is_deepspeed_enabled", True), "DeepSpeed"),
+    "a trainer with its own loss": (of_another_trainer, "DPOTrainer computes its loss"),
+}
+"""What is set in a trainer that was made without it, since it needs packages that the tests do not have."""
+
+
+def shifted_inside(model: Any) -> Any:
+    """A model with a layer that mixes tokens in a way that nothing tells."""
+    layer = model.model.layers[0].mlp
+    forward = layer.forward
+    layer.forward = lambda x: forward(torch.cat([x[:, :1], x[:, :-1]], dim=1))
+    return model
+
+
 def refusals(folder: str) -> dict[str, tuple[str, str]]:
     found = {}
     for what, (options, config, _) in REFUSED.items():
         with environment():
             trainer = trainer_of(build("llama", **config), folder, 2, **options)
             found[what] = raised(prepare_trainer, trainer)
+    for what, (change, _) in SET_LATER.items():
+        with environment():
+            trainer = trainer_of(build("llama"), folder, 2)
+            change(trainer)
+            found[what] = raised(prepare_trainer, trainer)
+    with environment():
+        trainer = trainer_of(shifted_inside(build("llama")), folder, 2)
+        found["another loss than one process's"] = raised(lambda: prepare_trainer(trainer, verify=True))
     with environment():
         trainer = trainer_of(build("llama"), folder, 2)
         prepare_trainer(trainer)
@@ -65,7 +100,8 @@ def refusals(folder: str) -> dict[str, tuple[str, str]]:
 
 
 def test_what_would_be_wrong_is_refused_on_every_rank(tmp_path: Path) -> None:
-    expected = {what: message for what, (_, _, message) in REFUSED.items()} | {
+    expected = {what: message for what, (*_, message) in (REFUSED | SET_LATER).items()} | {
+        "another loss than one process's": "differs from one process",
         "twice": "parallelized already",
         "predictions": "gather_logits=True",
         "labels of first tokens": "Set them to -100",
@@ -105,6 +141,7 @@ def meshes() -> list[tuple[tuple[str, ...], tuple[int, ...]]]:
         mesh = config.build_device_mesh("cpu")
         assert mesh is not None
         config.device_mesh = mesh
+        assert mesh["cp"].get_group() is not dist.group.WORLD, "gradients are averaged there"
         assert pickle.loads(pickle.dumps(config)).device_mesh is None
         found.append((mesh.mesh_dim_names or (), tuple(mesh.shape)))
     return found

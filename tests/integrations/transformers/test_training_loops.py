@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -20,46 +21,87 @@ from tests.ranks import run_on_ranks
 TOLERANCE = 1e-12
 TIMEOUT = 180.0
 LARGEST_NORM = 0.5
+NUM_STEPS = 3
+RATE = 0.1
 
 
 def batches(replicas: int) -> list[Batch]:
     return [batch(2, 37, seed=3 + replica) for replica in range(replicas)]
 
 
-def finished(model: nn.Module, parameters: Any) -> tuple[float, dict[str, Tensor]]:
-    """The norm before clipping, and the clipped gradients, whole, by the names of the model inside."""
-    norm: Any = nn.utils.clip_grad_norm_(parameters, LARGEST_NORM)
-    found = {name.removeprefix("module."): _whole(gradient) for name, gradient in gradients_of(model).items()}
-    return float(_whole(norm)), found
+@dataclass(frozen=True)
+class Steps:
+    """Of a few steps: losses, norms before clipping, the last step's clipped gradients, and the weights afterwards, whole.
+
+    gradients, weights: by the names of the model inside.
+    """
+
+    losses: list[float]
+    norms: list[float]
+    gradients: dict[str, Tensor]
+    weights: dict[str, Tensor]
+
+    def errors(self, want: Steps) -> dict[str, float]:
+        """Relative errors of everything beside other steps."""
+        errors = {
+            f"gradient of {name}": relative_error(self.gradients[name], want.gradients[name]) for name in want.gradients
+        }
+        errors |= {name: relative_error(self.weights[name], want.weights[name]) for name in want.weights}
+        for name in ("losses", "norms"):
+            pairs = zip(getattr(self, name), getattr(want, name), strict=True)
+            errors |= {f"{name} {step}": abs(got - expected) / expected for step, (got, expected) in enumerate(pairs)}
+        return errors
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[float, dict[str, Tensor]]:
+    """The norm before clipping, and the clipped gradients, whole; then a step with them."""
+    norm: Any = nn.utils.clip_grad_norm_(model.parameters(), LARGEST_NORM)
+    gradients = _whole_by_name(gradients_of(model))
+    optimizer.step()
+    optimizer.zero_grad()
+    return float(_whole(norm)), gradients
+
+
+def _whole_by_name(found: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix("module."): _whole(x) for name, x in found.items()}
 
 
 def _whole(x: Any) -> Tensor:
     whole: Tensor = x.full_tensor() if hasattr(x, "full_tensor") else x
-    return whole
+    return whole.detach().clone()
 
 
-def in_one_process(family: str, replicas: int, adapters: bool) -> tuple[float, float, dict[str, Tensor]]:
-    """Loss, norm and clipped gradients of the average over the replicas' batches."""
+def in_one_process(family: str, replicas: int, adapters: bool) -> Steps:
+    """Steps with the average over the replicas' batches."""
     model = build(family)
     if adapters:
         with environment():
             model = with_adapters(model)
-    losses = []
-    with Wide():
-        for one in batches(replicas):
-            loss = model(input_ids=one.ids, labels=one.labels, use_cache=False).loss / replicas
-            loss.backward()
-            losses.append(float(loss.detach()))
-    return (sum(losses), *finished(model, model.parameters()))
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+    losses, norms = [], []
+    gradients: dict[str, Tensor] = {}
+    for _ in range(NUM_STEPS):
+        of_step = 0.0
+        with Wide():
+            for one in batches(replicas):
+                loss = model(input_ids=one.ids, labels=one.labels, use_cache=False).loss / replicas
+                loss.backward()
+                of_step += float(loss.detach())
+        norm, gradients = step(model, optimizer)
+        losses.append(of_step)
+        norms.append(norm)
+    return Steps(losses, norms, gradients, _whole_by_name(dict(model.named_parameters())))
 
 
-def over_ranks(family: str, kind: str, replicas: int) -> tuple[float, float, dict[str, Tensor]]:
+def over_ranks(family: str, kind: str, replicas: int) -> Steps:
     mesh = init_device_mesh("cpu", (replicas, dist.get_world_size() // replicas), mesh_dim_names=("dp", "cp"))
     own = batches(replicas)[mesh["dp"].get_local_rank()]
     model = build(family)
     with environment():
         if kind == "adapters, then parallelize":
             model = with_adapters(model)
+        if kind == "DDP, then parallelize":
+            model = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
         longspan.parallelize(model, mesh["cp"])
         if kind == "parallelize, then adapters":
             model = with_adapters(model)
@@ -71,29 +113,34 @@ def over_ranks(family: str, kind: str, replicas: int) -> tuple[float, float, dic
         for layer in whole.model.layers:
             fully_shard(layer, mesh=flat)
         fully_shard(whole, mesh=flat)
-    else:
+    elif not isinstance(model, nn.parallel.DistributedDataParallel):
         model = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
-    with Wide():
-        with torch.no_grad():
-            known = model(input_ids=own.ids, labels=own.labels).loss
-        loss = model(input_ids=own.ids, labels=own.labels).loss
-        loss.backward()
-    averages = torch.stack([loss.detach(), known])
-    dist.all_reduce(averages)
-    average, of_all = (averages / dist.get_world_size()).tolist()
-    assert abs(average - of_all) < TOLERANCE, "without gradients every rank has the loss itself"
-    return (average, *finished(model, model.parameters()))
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+    losses, norms = [], []
+    gradients: dict[str, Tensor] = {}
+    for _ in range(NUM_STEPS):
+        with Wide():
+            with torch.no_grad():
+                known = model(input_ids=own.ids, labels=own.labels).loss
+            loss = model(input_ids=own.ids, labels=own.labels).loss
+            loss.backward()
+        averages = torch.stack([loss.detach(), known])
+        dist.all_reduce(averages)
+        average, of_all = (averages / dist.get_world_size()).tolist()
+        assert abs(average - of_all) < TOLERANCE, "without gradients every rank has the loss itself"
+        norm, gradients = step(model, optimizer)
+        losses.append(average)
+        norms.append(norm)
+    return Steps(losses, norms, gradients, _whole_by_name(dict(model.named_parameters())))
 
 
 def check(family: str, kind: str, replicas: int) -> None:
-    loss, norm, gradients = in_one_process(family, replicas, "adapters" in kind)
-    assert norm > LARGEST_NORM, "nothing would be clipped"
+    want = in_one_process(family, replicas, "adapters" in kind)
+    assert want.norms[0] > LARGEST_NORM, "nothing would be clipped"
     for rank, found in enumerate(
         run_on_ranks(2 * replicas, over_ranks, family, kind, replicas, timeout=TIMEOUT, checked=False)
     ):
-        errors = {name: relative_error(found[2][name], want) for name, want in gradients.items()}
-        errors |= {"loss": abs(found[0] - loss) / loss, "norm": abs(found[1] - norm) / norm}
-        error, what = worst_of(errors)
+        error, what = worst_of(found.errors(want))
         assert error < TOLERANCE, f"{family}, {kind}, rank {rank}: {what} is off by {error:.1e}"
 
 
@@ -110,9 +157,9 @@ def test_an_average_over_replicas_of_shared_sequences_is_one_process(family: str
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["adapters, then parallelize", "parallelize, then adapters"])
+@pytest.mark.parametrize("kind", ["adapters, then parallelize", "parallelize, then adapters", "DDP, then parallelize"])
 @pytest.mark.parametrize("family", ["olmo_hybrid", "jamba"])
-def test_adapters_come_before_or_after(family: str, kind: str) -> None:
+def test_what_is_around_a_model_comes_before_or_after(family: str, kind: str) -> None:
     check(family, kind, 1)
 
 

@@ -114,7 +114,8 @@ def _fine_tune(family: str, mode: str, folder: str, cp_size: int) -> dict[str, l
         run_document_by_document(trainer)
     trainer.train()
     log = {name: [row[name] for row in trainer.state.log_history if name in row] for name in LOGGED}
-    return {name: values for name, values in log.items() if values}
+    weights = {name: parameter.detach().flatten().tolist() for name, parameter in trainer.model.named_parameters()}
+    return {name: values for name, values in log.items() if values} | weights
 
 
 def run_document_by_document(trainer: Any) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.data import IterableDataset
 
 from tests.compare import relative_error
 from tests.integrations.transformers.families import VOCABULARY, build
@@ -29,13 +30,15 @@ class Run:
     """What is trained and how.
 
     packed: documents of all lengths, flattened into one row by Transformers' collator. lora: PEFT's adapters, before the trainer is
-    prepared. num_rows: of the data set. arguments: of TrainingArguments. config: options of the model. wide: float64 throughout.
+    prepared. num_rows: of the data set. streamed: the data set is gone through, and has no length. arguments: of TrainingArguments.
+    config: options of the model. prepare: of prepare_trainer. wide: float64 throughout.
     """
 
     family: str = "qwen3_next"
     packed: bool = False
     lora: bool = False
     num_rows: int = 64
+    streamed: bool = False
     arguments: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     prepare: dict[str, Any] = field(default_factory=dict)
@@ -107,6 +110,16 @@ def rows(run: Run) -> list[dict[str, list[int]]]:
         labels[: length // (3 + number % 5)] = IGNORED
         found.append({"input_ids": ids.tolist(), "labels": labels.tolist()})
     return found
+
+
+class Streamed(IterableDataset[dict[str, list[int]]]):
+    """Rows that come one after another."""
+
+    def __init__(self, data: list[dict[str, list[int]]]) -> None:
+        self.data = data
+
+    def __iter__(self) -> Iterator[dict[str, list[int]]]:
+        return iter(self.data)
 
 
 def collate(run: Run) -> Any:
@@ -208,7 +221,7 @@ def _train(run: Run, folder: str, cp_size: int, resume: str | None, steps: int) 
     trainer = (document_by_document if run.packed and not cp_size else _trainer_class())(
         model=model,
         args=args,
-        train_dataset=data,
+        train_dataset=Streamed(data) if run.streamed else data,
         eval_dataset=data[:7],
         data_collator=collate(run),
         compute_metrics=accuracy if run.metrics else None,
