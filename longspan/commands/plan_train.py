@@ -271,6 +271,8 @@ def step_of(config: Config, mesh: MeshDegrees) -> Step:
         segment_tokens=config.train.segment_tokens,
         memory_every=config.train.segment_memory_every,
         offload=config.train.segment_offload and isinstance(config, PlanConfig) and config.cluster.device != "cpu",
+        counts_first=config.train.segment_tokens is not None and config.model.num_experts > 0,
+        reduce_each=config.train.segment_reduce_each,
     )
 
 

@@ -175,7 +175,7 @@ def _on_ranks(config: Config, place: Place | None, command: list[str]) -> int:
         ranks = Ranks.start(place, config.parallel.device, config.parallel.timeout_seconds)
         found = verify_config(config, ranks)
         if ranks.is_first:
-            sys.stdout.write(_report(found, ranks))
+            sys.stdout.write(_report(found, ranks, in_segments=config.train.segment_tokens is not None))
             sys.stdout.flush()
         ranks.close()
         return EXIT_DONE if found.agrees else EXIT_REFUSED
@@ -183,12 +183,12 @@ def _on_ranks(config: Config, place: Place | None, command: list[str]) -> int:
     return run_rank(place or Place(), as_rank)
 
 
-def _report(found: SelfCheck, ranks: Ranks) -> str:
+def _report(found: SelfCheck, ranks: Ranks, in_segments: bool) -> str:
     loss, norm, gradients = found.differences
-    degrees = ranks.degrees
+    degrees, how = ranks.degrees, " in segments of time" * in_segments
     return (
         f"{'ok      ' if found.agrees else 'DIFFERS '} {ranks.world_size} ranks (dp_replicate {degrees.dp_replicate} x dp_shard "
-        f"{degrees.dp_shard} x sp {degrees.sp}) against one process, {found.num_tokens:,} tokens:\n"
+        f"{degrees.dp_shard} x sp {degrees.sp}){how} against one process, {found.num_tokens:,} tokens:\n"
         f"         loss          {found.loss:.7f} and {found.loss_alone:.7f}, relative difference {loss:.1e}\n"
         f"         gradient norm {found.norm:.7f} and {found.norm_alone:.7f}, {norm:.1e}\n"
         f"         gradients     {gradients:.1e}, most in {found.worst}\n"

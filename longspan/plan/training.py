@@ -63,7 +63,9 @@ class Step:
     compute in, 2 or 4. recompute: whether layers keep their input alone. segments_per_rank: 2 in zigzag order over several ranks.
     largest_share: of a sequence, that of the rank that holds most; None where shares are equal. segment_tokens: of a segment of
     time, where sequences are computed in such; memory_every: of how many of them the memory that enters one is kept; offload:
-    whether keys and values of earlier ones are in other memory than the device's.
+    whether keys and values of earlier ones are in other memory than the device's; counts_first: whether all of them are computed
+    once before any loss, for the balance of experts; reduce_each: whether gradients of divided weights are summed over ranks after
+    each of them.
     """
 
     seq_len: int
@@ -76,6 +78,8 @@ class Step:
     segment_tokens: int | None = None
     memory_every: int = 1
     offload: bool = False
+    counts_first: bool = False
+    reduce_each: bool = False
 
     def tokens_of_rank(self, num_ranks: int) -> int:
         """Of the sequences of a micro batch, those of the rank that holds most; num_ranks: that share a sequence."""
@@ -104,9 +108,11 @@ class Step:
     @property
     def num_forward(self) -> float:
         """Forward passes over the tokens in a step, those of recomputed layers apart."""
-        first = (self.num_segments - 1) / self.num_segments
-        again = 1 - 1 / min(self.memory_every, self.num_segments)
-        return 1 + first + again
+        first = self.num_segments - (0 if self.counts_first else 1)
+        every = min(self.memory_every, self.num_segments)
+        # What enters the segments behind the last one that is kept is still there when backward begins.
+        again = (ceil(self.num_segments / every) - 1) * (every - 1)
+        return 1 + (first + again) / self.num_segments
 
     def _share(self, num_tokens: int, num_ranks: int) -> int:
         tokens = num_tokens / num_ranks if self.largest_share is None else num_tokens * self.largest_share
@@ -152,8 +158,10 @@ def plan_memory(sizes: ModelSizes, mesh: MeshDegrees, step: Step, device: Device
         largest_state = max(mixer.state for mixer in sizes.mixers.values())
         exchanged = max(exchanged, (mesh.sp * step.segments_per_rank + 1) * step.rows * largest_state * _FLOAT32)
     loss = loss_bytes(sizes, tokens, step.number_bytes)
-    # Summed over ranks, and divided, once a step: until then each rank has whole ones.
+    # Summed over ranks, and divided, once a step: until then each rank has whole ones. Or after each segment: those of a layer.
     accumulated = sizes.num_parameters * _FLOAT32 if step.num_micro_batches * step.num_segments > 1 else 0
+    if accumulated and step.reduce_each and mesh.shards_weights:
+        accumulated = (own + sizes.layer_parameters) * _FLOAT32
     between = kept_between_segments(sizes, step, mesh.sp) if step.num_segments > 1 else 0
 
     def slack(num_bytes: int) -> int:
@@ -268,9 +276,10 @@ def plan_time(
     gradients = 0.0
     if others:
         share = mesh.size("shard")
-        moved = 2 * weights / share * (mesh.world_size / share - 1) / (mesh.world_size / share)
+        sums = step.num_segments * step.num_micro_batches if step.reduce_each and share > 1 else 1
+        moved = sums * 2 * weights / share * (mesh.world_size / share - 1) / (mesh.world_size / share)
         if share > 1:
-            passes = step.num_segments * (step.num_forward + 1) + 1
+            passes = step.num_segments * (step.num_forward + 1) + (step.num_segments if step.reduce_each else 1)
             moved += passes * weights * (share - 1) / share * step.num_micro_batches
         gradients = cluster.slowest.latency + cluster.slowest.bytes_seconds(moved)
     return TimePlan(compute, exchange, gradients)

@@ -100,6 +100,10 @@ def register_stream(model_class: type[Model], adapter: StreamAdapter[Model]) -> 
     _ADAPTERS[model_class] = adapter
 
 
+def _adapter_of(model: nn.Module) -> StreamAdapter[Any] | None:
+    return next((_ADAPTERS[base] for base in type(model).__mro__ if base in _ADAPTERS), None)
+
+
 def is_others_pretrained(model: object) -> bool:
     """Whether a model is Transformers' or PEFT's around one, of layers that are not this library's."""
     if "transformers" not in sys.modules or not isinstance(model, nn.Module):
@@ -117,12 +121,19 @@ def adapted(model: nn.Module) -> StreamedModel:
     Raises:
         InputError: for a class that has no adapter, or a model that its adapter refuses.
     """
-    adapter = next((_ADAPTERS[base] for base in type(model).__mro__ if base in _ADAPTERS), None)
+    adapter = _adapter_of(model)
     if adapter is None and is_others_pretrained(model):
         from longspan.streaming.pretrained import StreamedPretrained
 
         return StreamedPretrained(model)
     if adapter is None:
+        inside = next((name for name, part in model.named_modules() if name and _adapter_of(part) is not None), None)
+        if inside is not None:
+            raise InputError(
+                f"stream() takes a model itself, not what is around it; got {type(model).__name__}, whose part {inside!r} is a "
+                f"{type(model.get_submodule(inside)).__name__}. Pass that part; over ranks sum its gradients with "
+                "longspan.sum_gradients()"
+            )
         known = ", ".join(sorted(base.__name__ for base in _ADAPTERS))
         raise InputError(
             f"stream() takes a model that can be given what it remembers of earlier tokens: {known}, and those of Hugging Face "

@@ -14,7 +14,7 @@ _FEW_DIGITS = (torch.bfloat16, torch.float16)
 
 
 @contextmanager
-def summed_in_float32(model: nn.Module) -> Iterator[None]:
+def summed_in_float32(model: nn.Module, *, divided: bool = False) -> Iterator[None]:
     """In the block, what backward passes add to the gradients of bfloat16 and float16 parameters is summed in float32.
 
     A segment adds its part to ``grad``, and a sum in bfloat16 no longer grows by what is below 1/256 of it: with many segments the
@@ -22,7 +22,8 @@ def summed_in_float32(model: nn.Module) -> Iterator[None]:
     ``grad`` that was there before, as one backward would do. In the block ``grad`` is None, and the sum takes four bytes for each
     number.
 
-    Weights that FSDP2 divides are left to it: it sums over segments in the ``reduce_dtype`` of its policy.
+    Weights that FSDP2 divides are left to it where it reduces once: it sums over segments in the ``reduce_dtype`` of its policy.
+    Where it reduces after each of them (`divided`), what it adds to this rank's share is summed here as well.
     """
     sums: dict[nn.Parameter, Tensor] = {}
 
@@ -35,7 +36,8 @@ def summed_in_float32(model: nn.Module) -> Iterator[None]:
             sums[parameter] = parameter.grad.float()
         parameter.grad = None
 
-    taken = [p for p in model.parameters() if p.requires_grad and p.dtype in _FEW_DIGITS and not is_divided(p)]
+    narrow = (p for p in model.parameters() if p.requires_grad and p.dtype in _FEW_DIGITS)
+    taken = [p for p in narrow if divided or not is_divided(p)]
     before = [parameter.grad for parameter in taken]
     handles = [parameter.register_post_accumulate_grad_hook(take) for parameter in taken]
     for parameter in taken:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import cast
 
+import torch
 from torch import Tensor
 
 from longspan.errors import InputError
@@ -42,7 +43,9 @@ class StreamedLlamaSequence:
     def __init__(self, model: LinearLlama3, num_valid: int, routing: Routing | None, offload: bool) -> None:
         self._model, self._num_valid, self._offload = model, num_valid, offload
         weights = model.config.balance_loss_weight, model.config.z_loss_weight
-        self.counts_first = bool(model.config.num_experts) and model.training and (routing is not None or any(weights))
+        # Without gradients the model adds no losses of routers.
+        adds = model.training and torch.is_grad_enabled()
+        self.counts_first = bool(model.config.num_experts) and adds and (routing is not None or any(weights))
         self._routing = Routing() if self.counts_first and routing is None else routing
         self._is_counting = self.counts_first
         self.end()

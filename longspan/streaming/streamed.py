@@ -11,9 +11,11 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from longspan.checks import check_count, check_flag, check_tensor, described, is_int
+from longspan.comm import groups
 from longspan.errors import InputError, LayoutError
 from longspan.exchange import exchange_named
 from longspan.layout import SequenceLayout
@@ -28,7 +30,9 @@ from longspan.streaming.gradients import summed_in_float32
 from longspan.streaming.segments import Segment, check_segment_tokens, cut_in_time
 
 
-def stream(model: nn.Module, segment_tokens: int, *, keep_every: int = 1, offload: bool = False) -> Stream:
+def stream(
+    model: nn.Module, segment_tokens: int, *, keep_every: int = 1, offload: bool = False, reduce_each: bool = False
+) -> Stream:
     """Let `model` be trained on sequences of any length in segments of time; the model itself is not changed.
 
     The gradients are those of the whole sequence in one piece, not truncated: what a segment leaves to the next (memory states,
@@ -45,6 +49,9 @@ def stream(model: nn.Module, segment_tokens: int, *, keep_every: int = 1, offloa
             keys and values are kept once in any case. 1 keeps all of them, and computes nothing twice.
         offload: keep keys and values of earlier segments, and their gradients, in host memory, and copy them to the device for each
             use, one segment's ahead. Where the model is on the CPU that is where they are, and copies are made all the same.
+        reduce_each: where weights are divided (`longspan.parallel.shard_weights`, FSDP2), sum gradients over the ranks in the
+            backward of each segment, so that a rank holds its share of them and those of one block; else they are summed once, in
+            the last one's, and whole on every rank until then. Weights that are not divided are left to `sum_gradients` anyway.
 
     Raises:
         InputError: for a model that no adapter knows, a layer that reads later tokens, an exchange with error feedback, or numbers
@@ -53,8 +60,8 @@ def stream(model: nn.Module, segment_tokens: int, *, keep_every: int = 1, offloa
     if is_others_pretrained(model):
         from longspan.streaming.pretrained import PretrainedStream
 
-        return PretrainedStream(model, segment_tokens, keep_every, offload)
-    return Stream(model, segment_tokens, keep_every, offload)
+        return PretrainedStream(model, segment_tokens, keep_every, offload, reduce_each)
+    return Stream(model, segment_tokens, keep_every, offload, reduce_each)
 
 
 def _check_exchanges(model: nn.Module) -> None:
@@ -70,13 +77,21 @@ def _check_exchanges(model: nn.Module) -> None:
 class Stream:
     """A model that is given sequences in segments of time: see `stream`."""
 
-    def __init__(self, model: nn.Module, segment_tokens: int, keep_every: int = 1, offload: bool = False) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        segment_tokens: int,
+        keep_every: int = 1,
+        offload: bool = False,
+        reduce_each: bool = False,
+    ) -> None:
         if not isinstance(model, nn.Module):
             raise InputError(f"stream() takes a torch.nn.Module; got {described(model)}. Pass the model itself")
         self.segment_tokens = check_segment_tokens(segment_tokens)
         check_count("stream()", "keep_every", keep_every, "the distance of the segments whose memory is kept")
         self._keep_every = keep_every
         self._offload = check_flag("stream()", "offload", offload)
+        self._reduce_each = check_flag("stream()", "reduce_each", reduce_each)
         self._model = model
         self._streamed = adapted(model)
         _check_exchanges(model)
@@ -103,7 +118,7 @@ class Stream:
                 of those in `labels`.
             routing: of a model with experts, as it takes one; its losses are those of the whole sequence.
             is_last: whether this is the last micro batch of a step: where weights are divided (`longspan.parallel.shard_weights`)
-                gradients are summed over the ranks then.
+                gradients are summed over the ranks then, unless each segment's are.
             between: called after each pass over a segment with what is done; an error that it raises ends the sequence there.
 
         Returns:
@@ -111,20 +126,23 @@ class Stream:
             the ranks (`longspan.sum_gradients`).
 
         Raises:
-            InputError: for tokens or labels that do not fit, or a model that does not do the same in both passes.
+            InputError: for tokens or labels that do not fit, a model that does not do the same in both passes, or ranks that were
+                told to cut the sequence differently.
             LayoutError: for a layout of another length, or of another group than the model's.
 
         Both passes over a segment draw the same random numbers. Every rank must make the same calls.
         """
         check_flag("stream()", "is_last", is_last)
-        sequence = self._begin(tokens, labels, layout, num_valid, routing, is_share=num_valid is not None)
+        # Whether there are gradients decides what a loss is made of, such as that of routers: also for a caller without them.
+        with torch.enable_grad():
+            sequence = self._begin(tokens, labels, layout, num_valid, routing, is_share=num_valid is not None)
         try:
-            with summed_in_float32(self._model):
+            with summed_in_float32(self._model, divided=self._reduce_each):
                 return forward_backward(
                     sequence,
                     tokens.device,
                     keep_every=self._keep_every,
-                    around_backward=partial(_summing_last, self._model, is_last),
+                    around_backward=partial(_summing, self._model, self._reduce_each, is_last),
                     between=between or _nothing,
                 )
         finally:
@@ -138,16 +156,21 @@ class Stream:
         layout: SequenceLayout | None = None,
         *,
         num_valid: int | None = None,
+        between: Between | None = None,
     ) -> Tensor:
-        """This rank's share of the loss, without gradients: arguments and errors as of `forward_backward`."""
-        sequence = self._begin(tokens, labels, layout, num_valid)
-        sequence.count_first()
+        """This rank's share of the loss, without gradients: arguments and errors as of `forward_backward`.
+
+        All passes that `between` hears of are ``"forward"``.
+        """
+        sequence, between = self._begin(tokens, labels, layout, num_valid), between or _nothing
+        sequence.count_first(between)
         total, memory = torch.zeros((), dtype=torch.float64, device=tokens.device), sequence.start()
         for segment in range(sequence.num_segments):
             goes_on = sequence.is_gone_on_with(segment)
             share, left = sequence.loss(segment, memory, goes_on)
             memory = left if goes_on else sequence.start()
             total += share.double()
+            between(SegmentDone("forward", segment, sequence.num_segments))
         return self._combined(total.to(share.dtype), sequence.layout, num_valid is not None)
 
     @torch.no_grad()
@@ -171,12 +194,33 @@ class Stream:
         is_share: bool = True,
     ) -> CutSequence:
         """The sequence, cut in segments. is_share: its loss is a rank's share in any case; else what the model's call returns."""
+        # Once more, as a model may be parallelized after it was given to `stream`.
+        _check_exchanges(self._model)
         _check_sequence(tokens, labels, layout, num_valid)
+        if layout is not None:
+            self._check_agreement(layout)
         if num_valid is None:
             num_valid = int((labels != IGNORED).sum())
         segments = cut_in_time(tokens.shape[1], self.segment_tokens, layout)
         streamed = self._streamed.sequence(num_valid, routing, self._offload)
         return CutSequence(streamed, tokens, labels, layout, segments)
+
+    def _check_agreement(self, layout: SequenceLayout) -> None:
+        """The ranks cut alike, or an error on all of them; asked once of a group for the same options."""
+        own = {"segment_tokens": self.segment_tokens, "keep_every": self._keep_every, "reduce_each": self._reduce_each}
+        key, group = ("stream", *own.values()), layout.group
+        if layout.num_ranks == 1 or group is None or groups.peek(group, key):
+            return
+        everyone: list[Any] = [None] * layout.num_ranks
+        dist.all_gather_object(everyone, own, group=group)
+        different = [name for name in own if any(other[name] != own[name] for other in everyone)]
+        if different:
+            values = (f"{name} {', '.join(str(other[name]) for other in everyone)}" for name in different)
+            raise InputError(
+                f"stream(): the ranks that share a sequence must cut it alike; in the order of their numbers they have "
+                f"{'; '.join(values)}. Give all of them the same"
+            )
+        groups.keep(group, key, True)
 
     def _combined(self, share: Tensor, layout: SequenceLayout | None, is_counted: bool) -> Tensor:
         """What `loss` returns for this rank's share. is_counted: whether the caller has counted the valid tokens."""
@@ -210,7 +254,7 @@ class CutSequence:
         """Whether the next segment begins with what this one leaves."""
         return segment + 1 < self.num_segments and self.goes_on(segment + 1)
 
-    def count_first(self) -> None:
+    def count_first(self, between: Between) -> None:
         """Remember every segment once, where that is to be done before any loss."""
         if not self.counts_first:
             return
@@ -218,6 +262,7 @@ class CutSequence:
         for segment in range(self.num_segments):
             left = self.remember(segment, memory)
             memory = left if self.is_gone_on_with(segment) else self.start()
+            between(SegmentDone("forward", segment, self.num_segments))
         self.all_remembered()
 
     def start(self) -> Any:
@@ -249,8 +294,8 @@ class CutSequence:
         return wholes if layout is None else map(layout.shard, wholes)
 
 
-def _summing_last(model: nn.Module, is_last: bool, is_last_segment: bool) -> AbstractContextManager[None]:
-    return accumulating(model, is_last and is_last_segment)
+def _summing(model: nn.Module, each: bool, is_last: bool, is_last_segment: bool) -> AbstractContextManager[None]:
+    return accumulating(model, each or (is_last and is_last_segment))
 
 
 def _nothing(done: SegmentDone) -> None:

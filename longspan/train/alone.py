@@ -103,7 +103,14 @@ def take_steps(told: dict[str, Any]) -> Alone:
         if step == 1:
             # The first one finds memory and threads cold.
             begun = time.perf_counter()
-        forward_backward(model, packed, layout, packed.num_valid_tokens, Segmentation.of(config.train))
+        forward_backward(
+            model,
+            packed,
+            layout,
+            packed.num_valid_tokens,
+            Segmentation.of(config.train),
+            between=lambda _: memory.pass_ended(),
+        )
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if device.type == "cuda":

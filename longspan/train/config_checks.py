@@ -114,7 +114,7 @@ def check(config: Config) -> None:
 def _check_segments(config: Config) -> None:
     train, sp = config.train, config.parallel.sp
     if train.segment_tokens is None:
-        for name, default in (("segment_memory_every", 1), ("segment_offload", False)):
+        for name, default in (("segment_memory_every", 1), ("segment_offload", False), ("segment_reduce_each", False)):
             if getattr(train, name) != default:
                 raise ConfigError(
                     f"train.{name} is {getattr(train, name)}, and train.segment_tokens is not given: sequences are computed whole. "
@@ -124,6 +124,11 @@ def _check_segments(config: Config) -> None:
         raise ConfigError(
             f"train.segment_tokens {train.segment_tokens} is less than parallel.sp {sp}: each rank needs a token of a segment. The "
             f"least that works is {sp}"
+        )
+    elif train.segment_reduce_each and config.parallel.dp_shard == 1 and not config.parallel.shard_over_sp:
+        raise ConfigError(
+            "train.segment_reduce_each is True, and no weights are divided (parallel.dp_shard 1, parallel.shard_over_sp False): "
+            "each rank holds whole gradients in any case. Divide weights, or leave it out"
         )
 
 

@@ -9,6 +9,7 @@ Valid are the tokens that have a label: with documents all but the last of each.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ from longspan.data.packing import IGNORED, PackedBatch, Sequences
 from longspan.layout import SequenceLayout
 from longspan.models import Routing, TokenScores
 from longspan.parallel.sharded import accumulating, free_gathered
+from longspan.streaming import Stream
 from longspan.streaming.engine import Between
 from longspan.train.ranks import Ranks
 from longspan.train.segments import Segmentation
@@ -142,20 +144,21 @@ def evaluate(
     layout_of: LayoutOf,
     ranks: Ranks,
     segments: Segmentation | None = None,
+    pass_ended: Callable[[], None] = lambda: None,
 ) -> Evaluation:
     """The loss on `sequences`, and where these are of a task how much is right; the same sequences and result on every rank.
 
     Ranks of one `dp_rank` compute one sequence together, those of the others the next ones. segments: of time, where sequences are
-    not computed whole.
+    not computed whole. pass_ended: called after each pass over a segment.
     """
     total = torch.zeros(2, dtype=torch.float64)
     for first in range(0, len(sequences), ranks.dp):
         row = first + ranks.dp_rank
         if row < len(sequences):
-            total += _score_of_row(model, sequences, row, layout_of, ranks, segments)
+            total += _score_of_row(model, sequences, row, layout_of, ranks, segments, pass_ended)
         elif ranks.degrees.shards_weights:
             # The other ranks gather this one's share of the weights.
-            _score_of_row(model, sequences, first, layout_of, ranks, segments)
+            _score_of_row(model, sequences, first, layout_of, ranks, segments, pass_ended)
     free_gathered(model)
     nats, num_right = ranks.gather_numbers(total.tolist()).sum(0).tolist()
     return Evaluation(
@@ -173,18 +176,31 @@ def _score_of_row(
     layout_of: LayoutOf,
     ranks: Ranks,
     segments: Segmentation | None,
+    pass_ended: Callable[[], None],
 ) -> Tensor:
     """This rank's sum of losses, in nats, and of a task how many labels are the likeliest: float64 ``[2]``."""
     batch = sequences.rows(row, 1).packed().to(ranks.device)
     layout = layout_of(batch.seq_len, batch.documents)
-    whole = (batch.inputs, batch.labels, layout)
-    if sequences.predicts is None:
-        nats = loss_sum(model, batch, layout) if segments is None else segments.stream(model).loss(*whole, num_valid=1)
-        return torch.tensor([float(nats), 0.0], dtype=torch.float64)
     if segments is not None:
-        return torch.stack([_sums(scores) for scores in segments.stream(model).scores(*whole)]).sum(0)
+        return _score_in_segments(segments.stream(model), batch, layout, sequences.predicts is not None, pass_ended)
+    if sequences.predicts is None:
+        return torch.tensor([float(loss_sum(model, batch, layout)), 0.0], dtype=torch.float64)
     inputs, labels = own_tokens(batch, layout)
     return _sums(model(inputs, layout=layout, labels=labels, token_scores=True))
+
+
+def _score_in_segments(
+    streamed: Stream, batch: PackedBatch, layout: SequenceLayout, of_a_task: bool, pass_ended: Callable[[], None]
+) -> Tensor:
+    whole = (batch.inputs, batch.labels, layout)
+    if not of_a_task:
+        nats = streamed.loss(*whole, num_valid=1, between=lambda _: pass_ended())
+        return torch.tensor([float(nats), 0.0], dtype=torch.float64)
+    total = torch.zeros(2, dtype=torch.float64)
+    for scores in streamed.scores(*whole):
+        total += _sums(scores)
+        pass_ended()
+    return total
 
 
 def _sums(scores: TokenScores) -> Tensor:

@@ -399,7 +399,15 @@ class Trainer:
         """Compute the loss on the held-out sequences, write it down and say it."""
         self.phase.name = "validating"
         data = self.data
-        self.validation = evaluate(self.model, data.held_out, data.token_bytes, self._layout, self.ranks, self.segments)
+        self.validation = evaluate(
+            self.model,
+            data.held_out,
+            data.token_bytes,
+            self._layout,
+            self.ranks,
+            self.segments,
+            self.memory.pass_ended,
+        )
         if self.ranks.is_first:
             numbers = {f"validation_{name}": value for name, value in self.validation.numbers.items()}
             self.metrics.append({"step": self.step, **numbers})

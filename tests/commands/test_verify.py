@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -117,6 +118,23 @@ def test_the_command_verifies_a_config(tmp_path: Path, capfd: pytest.CaptureFixt
         torch.set_num_threads(threads)
     assert capfd.readouterr().out.startswith(
         "ok       1 ranks (dp_replicate 1 x dp_shard 1 x sp 1) against one process"
+    )
+
+
+def test_segments_of_time_are_verified_as_they_are_trained_in(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    file, threads = tmp_path / "config.toml", torch.get_num_threads()
+    file.write_text(to_toml(of_tiny(parallel__sp=1, train__segment_tokens=20)))
+    try:
+        assert main(["verify", "--config", str(file)]) == 0
+        with mock.patch("longspan.streaming.engine.taken_gradient", torch.zeros_like):
+            assert main(["verify", "--config", str(file)]) == 2
+    finally:
+        torch.set_num_threads(threads)
+    told = [line for line in capfd.readouterr().out.splitlines() if "against one process" in line]
+    assert [line.split()[0] for line in told] == ["ok", "DIFFERS"] and all(
+        "in segments of time" in line for line in told
     )
 
 

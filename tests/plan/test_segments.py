@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from longspan import stream
 from longspan.commands.plan_train import parse, report, sizes_of, step_of
 from longspan.degrees import MeshDegrees
 from longspan.models import LinearLlama3
@@ -22,11 +23,14 @@ from longspan.plan.training import (
     plan_memory,
     plan_time,
 )
+from longspan.streaming import SegmentDone
 
 MODEL = ["--model.dim", "64", "--model.num_heads", "2", "--model.hidden_dim", "56", "--data.vocab_size", "300"]
 MODEL += ["--parallel.sp", "1", "--cluster.flops", "1e9"]
 ALONE, DEVICE = MeshDegrees(), DeviceFigures(0, 1.0, 1e9, 1e9)
 TOKENS = 96
+DIVIDED = ["--parallel.dp_shard", "4", "--train.seq_len", "65536", "--train.batch_tokens", "262144"]
+DIVIDED += ["--train.segment_tokens", "4096"]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -95,6 +99,21 @@ def test_gradients_are_whole_until_the_last_segment_whoever_holds_the_weights() 
         assert plan.kinds["gradients"] == 4 * sizes.num_parameters
 
 
+def test_gradients_that_each_segment_sums_are_a_share_and_a_layers() -> None:
+    sizes, mesh = sizes_of(parse([*MODEL, "--model.pattern", "L"])), MeshDegrees(dp_shard=4)
+    once = step_of(parse([*MODEL, *DIVIDED, "--train.segment_reduce_each", "False"]), mesh)
+    each = step_of(parse([*MODEL, *DIVIDED, "--train.segment_reduce_each", "True"]), mesh)
+    plan = plan_memory(sizes, mesh, each, DEVICE)
+    assert plan.kinds["gradients"] == 4 * (-(-sizes.num_parameters // 4) + sizes.layer_parameters)
+    assert plan_memory(sizes, mesh, once, DEVICE).kinds["gradients"] == 4 * sizes.num_parameters
+    seconds = [
+        plan_time(sizes, mesh, step, Operations(3e9, 0.0), DEVICE, stated_cluster("cpu", 4, 4)).gradients
+        for step in (once, each)
+    ]
+    # 16 segments, each of which brings weights three times but for the last, and then sends gradients.
+    assert seconds[1] / seconds[0] == pytest.approx((3 * 16 - 1 + 16) / (3 * 16 - 1 + 1), rel=0.05)
+
+
 def test_one_segment_is_the_whole_sequence() -> None:
     sizes = sizes_of(parse([*MODEL, "--model.pattern", "LN"]))
     whole, one = Step(seq_len=4096), Step(seq_len=4096, segment_tokens=10_000)
@@ -102,10 +121,22 @@ def test_one_segment_is_the_whole_sequence() -> None:
     assert (one.num_segments, one.num_forward) == (1, 1.0)
 
 
-def test_forward_passes_are_counted_as_they_are_made() -> None:
-    # Of 4 segments: three first passes; with every second kept, one more of each second.
-    assert Step(seq_len=400, segment_tokens=100).num_forward == 1.75
-    assert Step(seq_len=400, segment_tokens=100, memory_every=2).num_forward == 2.25
+@pytest.mark.parametrize("experts", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_forward_passes_are_counted_as_they_are_made(experts: int) -> None:
+    of_experts = ["--model.num_experts", str(experts), "--model.hidden_dim", "8"] if experts else []
+    for num_segments, every in ((1, 1), (4, 1), (4, 2), (5, 2), (7, 3), (3, 9)):
+        options = ["--train.seq_len", str(4 * num_segments), "--train.batch_tokens", str(4 * num_segments)]
+        options += ["--train.segment_tokens", "4", "--train.segment_memory_every", str(every)]
+        config = parse([*MODEL, "--model.pattern", "L", *of_experts, *options])
+        tokens = torch.zeros(1, 4 * num_segments, dtype=torch.int64)
+        heard: list[SegmentDone] = []
+        streamed = stream(LinearLlama3(config.model.build(300)), 4, keep_every=every)
+        streamed.forward_backward(tokens, tokens, between=heard.append)
+        # Each pass, backward ones too, computes forward once.
+        assert step_of(config, ALONE).num_forward == pytest.approx(len(heard) / num_segments)
+
+
+def test_time_of_computing_grows_by_the_forward_passes() -> None:
     operations, cluster = Operations(3e9, 0.0), stated_cluster("cpu", 1, 1)
     sizes = sizes_of(parse([*MODEL, "--model.pattern", "L"]))
     times = [

@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from longspan import InputError, LayoutError, SequenceLayout, parallelize, stream
 from longspan.exchange import Auto, Ring, TopK
+from longspan.models.hf import LinearLlamaForCausalLM
 from longspan.models.mixers.simple_gla import SimpleGLAMixer
 from longspan.streaming import SegmentDone
 from tests.models.tiny import random_tokens, tiny_model
@@ -35,6 +37,23 @@ def test_a_model_that_no_adapter_knows_is_refused_by_its_class() -> None:
         stream("model", 16)  # type: ignore[arg-type]
 
 
+class Wrapped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside = nn.ModuleDict({"model": tiny_model(pattern="L", num_layers=1)})
+
+
+def test_what_is_around_a_model_is_refused_with_the_part_to_pass() -> None:
+    around = Wrapped()
+    with pytest.raises(InputError, match=r"got Wrapped, whose part 'inside.model' is a LinearLlama3. Pass that part"):
+        stream(around, 16)
+    model: Any = around.inside["model"]
+    outers: list[Any] = [torch.compile(model, backend="eager"), LinearLlamaForCausalLM.of(model)]
+    for outer in outers:
+        with pytest.raises(InputError, match=rf"got {type(outer).__name__}, whose part '.*' is a LinearLlama3"):
+            stream(outer, 16)
+
+
 class Bidirectional(SimpleGLAMixer):
     reads_future = True
 
@@ -55,6 +74,16 @@ def test_an_exchange_with_error_feedback_is_refused() -> None:
     stream(parallelize(tiny_model(pattern="L", num_layers=1), None, exchange=Ring(codec=TopK(0.1))), 16)
 
 
+def test_an_exchange_with_error_feedback_is_refused_wherever_parallelize_came() -> None:
+    model = tiny_model(pattern="NL", num_layers=2)
+    streamed = stream(model, 8)
+    parallelize(model, None, exchange=Ring(codec=TopK(0.5, feedback=True)))
+    with pytest.raises(InputError, match=r"error feedback, and a segment of time is computed twice"):
+        run(streamed, random_tokens(1, 21))
+    parallelize(model, None, exchange=Ring(codec=TopK(0.5)))
+    run(streamed, random_tokens(1, 21))
+
+
 def too_short_on_rank() -> tuple[str, str]:
     model = parallelize(tiny_model(pattern="L", num_layers=1), None)
     tokens = random_tokens(1, 41)
@@ -64,6 +93,20 @@ def too_short_on_rank() -> tuple[str, str]:
 def test_a_segment_shorter_than_the_ranks_is_refused_with_the_least_that_works() -> None:
     for _, message in run_on_ranks(3, too_short_on_rank):
         assert "segment_tokens is 2, fewer than the 3 ranks" in message and "The least that works is 3" in message
+
+
+def cut_differently_on_rank() -> tuple[tuple[str, str], float]:
+    """What is said, and the loss once the ranks agree."""
+    model, tokens = parallelize(tiny_model(pattern="L", num_layers=1), None), random_tokens(1, 41)
+    layout = SequenceLayout(40)
+    wrong = raised(run, stream(model, 8 + dist.get_rank()), tokens, layout)
+    return wrong, float(run(stream(model, 9), tokens, layout))
+
+
+def test_ranks_that_cut_a_sequence_differently_are_all_told() -> None:
+    for (kind, message), loss in run_on_ranks(2, cut_differently_on_rank):
+        assert kind == "InputError" and "segment_tokens 8, 9. Give all of them the same" in message
+        assert loss > 0
 
 
 def test_a_model_that_does_otherwise_in_the_second_pass_is_refused() -> None:
@@ -121,9 +164,34 @@ def test_what_is_called_between_segments_hears_of_each_and_may_end_the_step() ->
         run(stream(model, 10), tokens, between=stop)
 
 
-def test_a_loss_without_gradients_is_the_same() -> None:
-    model, tokens = tiny_model(num_layers=2), random_tokens(2, 31)
+@pytest.mark.parametrize("changes", [{}, {"num_experts": 4, "balance_loss_weight": 0.0, "z_loss_weight": 0.0}])
+def test_a_loss_without_gradients_is_the_same(changes: Any) -> None:
+    model, tokens = tiny_model(num_layers=2, **changes), random_tokens(2, 31)
     want = run(stream(model, 9), tokens)
     got = stream(model, 7).loss(tokens[:, :-1], labels_of(tokens))
     assert not got.requires_grad
     torch.testing.assert_close(got, want, rtol=1e-12, atol=0)
+
+
+def test_a_loss_without_gradients_takes_one_pass_which_is_heard_of() -> None:
+    """Also where a loss with gradients first counts the choices of experts."""
+    model, tokens = tiny_model(num_layers=2, num_experts=4), random_tokens(1, 31)
+    heard: list[SegmentDone] = []
+    stream(model, 10).loss(tokens[:, :-1], labels_of(tokens), between=heard.append)
+    assert heard == [SegmentDone("forward", segment, 3) for segment in range(3)]
+    heard.clear()
+    with torch.no_grad():
+        run(stream(model, 10), tokens, between=heard.append)
+    assert [done.kind for done in heard] == ["forward"] * 3 + ["backward"] * 3
+
+
+@pytest.mark.parametrize("documents", [None, (0, 4, 21, 22, 30)])
+def test_scores_are_those_of_one_piece(documents: Any) -> None:
+    model, tokens = tiny_model(pattern="LN", operator="mamba2", num_layers=2), random_tokens(1, 31)
+    layout, labels = SequenceLayout.local(30, documents), labels_of(tokens, documents)
+    with torch.no_grad():
+        want = model(tokens[:, :-1], layout, labels=labels, token_scores=True)
+    found = list(stream(model, 8).scores(tokens[:, :-1], labels, layout))
+    assert [scores.nats.shape[1] for scores in found] == [8, 8, 8, 6]
+    torch.testing.assert_close(torch.cat([scores.nats for scores in found], 1), want.nats, rtol=1e-12, atol=0)
+    assert torch.equal(torch.cat([scores.is_likeliest for scores in found], 1), want.is_likeliest)

@@ -63,6 +63,15 @@ def test_a_last_segment_shorter_than_the_ranks_joins_the_one_before() -> None:
     assert_equal(3, {"pattern": QUICK[:2], "num_layers": 2}, "contiguous", None, 20, 1)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("num_ranks", [2, 4])
+@pytest.mark.parametrize("order", ["zigzag", "contiguous"])
+def test_segments_of_a_token_for_each_rank_are_one_piece(num_ranks: int, order: str) -> None:
+    """The least that works: fewer tokens than a convolution has taps, and in zigzag order a run without a token for each rank."""
+    changes = {"pattern": "LN", "operator": "mamba2", "num_layers": 2, "window": 9}
+    assert_equal(num_ranks, changes, order, None, num_ranks, 4)
+
+
 def uneven_on_rank() -> dict[str, float]:
     changes = {"pattern": "LN", "operator": "mamba2", "num_layers": 2, "window": 9}
     documents, shares = (0, 5, 20, 21, 52, 61), {"weights": [3.0, 1.0], "rank_order": [1, 0]}

@@ -64,6 +64,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         (2, {"parallel__sp": 2}),
         (2, {"parallel__sp": 1, "train__micro_batch_sequences": 1}),
+        pytest.param(1, {"parallel__sp": 1, "train__segment_tokens": 5}, marks=pytest.mark.slow),
         pytest.param(2, {"parallel__sp": 2, "parallel__order": "contiguous"}, marks=pytest.mark.slow),
         pytest.param(2, {"parallel__sp": 1, "parallel__dp_shard": 2}, marks=pytest.mark.slow),
         pytest.param(4, {"parallel__sp": 2, "parallel__dp_shard": 2}, marks=pytest.mark.slow),

@@ -64,6 +64,11 @@ def differences(run: Path, other: Path) -> dict[str, float]:
         ),
         pytest.param(
             2,
+            {**LINEAR, **IN_SEGMENTS, "parallel__shard_over_sp": True, "train__segment_reduce_each": True},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            2,
             {**LINEAR, **IN_SEGMENTS, "model__num_experts": 3, "model__hidden_dim": 8},
             marks=pytest.mark.slow,
         ),
@@ -141,6 +146,10 @@ def test_a_check_sees_three_segments_however_long_they_are() -> None:
     [
         ({"train__segment_tokens": 0}, "train.segment_tokens is 0; it must be at least 1"),
         ({"train__segment_tokens": 1}, "train.segment_tokens 1 is less than parallel.sp 2.*The least that works is 2"),
+        (
+            {"train__segment_tokens": 20, "train__segment_reduce_each": True},
+            "train.segment_reduce_each is True, and no weights are divided",
+        ),
         ({"train__segment_memory_every": 2}, "train.segment_memory_every is 2, and train.segment_tokens is not given"),
     ],
 )

@@ -29,6 +29,7 @@ from longspan.first_order import first_order
 from longspan.layout import SequenceLayout
 from longspan.layout.calls import check_layout, check_packed, layout_of_one_device
 from longspan.layout.visibility import Run, intersection, located, union
+from longspan.tracing import breaks_graphs, outside_graphs
 
 NAME = "EarlierKeys"
 
@@ -218,6 +219,8 @@ class EarlierKeys:
 
         No communication, and no copy of what is here. Outside a graph k and v are copied, so that what they were taken from may go.
         """
+        if breaks_graphs():
+            return _followed_by_outside_graphs(self, k, v, layout, window=window)
         from longspan.attention.softmax.checks import check_keys, check_window
 
         k, v = as_in_product(k), as_in_product(v)
@@ -346,3 +349,6 @@ def _rows(x: Tensor, runs: Sequence[Run]) -> Tensor:
 def _own(x: Tensor) -> Tensor:
     """A copy of ``[B, L, H, D]`` in which the tokens of a head lie side by side, as kernels read them."""
     return x.transpose(1, 2).clone(memory_format=torch.contiguous_format).transpose(1, 2)
+
+
+_followed_by_outside_graphs = outside_graphs(EarlierKeys.followed_by)

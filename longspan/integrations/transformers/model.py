@@ -609,8 +609,8 @@ def stream_batch(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
         without num_items_in_batch. Packed rows are one after another.
 
     Raises:
-        InputError: for a model that is not parallelized, a batch without ids or labels, what a call refuses, and positions that do
-            not count from 0 in each document.
+        InputError: for a model that is not parallelized, a batch without ids or labels, what a call refuses, positions that do
+            not count from 0 in each document, and padding beside a balance loss.
     """
     state = state_of(model)
     if state is None:
@@ -628,6 +628,13 @@ def stream_batch(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
             f"{', '.join(sorted(inputs.STREAMED))}"
         )
     inputs.check_arguments(given)
+    mask = given.get("attention_mask")
+    if mask is not None and getattr(state.head.config, "output_router_logits", False) and not bool(mask.all()):
+        raise InputError(
+            f"stream_batch(): attention_mask has padding, and config.output_router_logits of {type(state.head).__name__} asks for "
+            "a balance loss, in which segments of time count every token. Pack documents into one row without padding "
+            "(position_ids that restart), or set output_router_logits to False"
+        )
     bounds = inputs.document_bounds(given)
     layout = state.layout_of(given, bounds)
     if bounds is not None:

@@ -52,6 +52,8 @@ class TrainConfig:
     """Keep what enters every n-th segment, and compute it once more for the others: less memory, at most one more forward pass."""
     segment_offload: bool = False
     """Keep keys and values of earlier segments, and their gradients, in host memory, and copy them to the device for each use."""
+    segment_reduce_each: bool = False
+    """Where weights are divided, sum gradients over ranks after each segment, to hold a share of them; else once, whole before."""
     recompute: Literal["none", "layer", "selective"] = "none"
     """Keep no activations of a layer, and compute them again in backward: all, or but for what exchanges brought (selective)."""
     compile: bool = False

@@ -149,3 +149,18 @@ def scores_on_rank() -> tuple[float, bool]:
 def test_scores_are_those_of_a_calls_logits() -> None:
     for error, is_same in run_on_ranks(2, scores_on_rank):
         assert error < TOLERANCE and is_same
+
+
+def test_rows_may_be_padded_on_the_right() -> None:
+    ids, labels, mask = PLAIN.ids.clone(), PLAIN.labels.clone(), torch.ones_like(PLAIN.ids)
+    ids[0, -9:], labels[0, -9:], mask[0, -9:] = 0, -100, 0
+    want = expected(build("bamba"), Batch(ids, labels), attention_mask=mask)
+    model: Any = longspan.parallelize(build("bamba"), None)
+    with Wide():
+        given = stream_batch(model, {"input_ids": ids, "labels": labels, "attention_mask": mask})
+        loss = longspan.stream(model, 10).forward_backward(**given)
+    got = gradients_of(model)
+    errors = {key: relative_error(got[key], x) for key, x in want.gradients.items()}
+    errors["loss"] = relative_error(loss, want.loss)
+    error, what = worst_of(errors)
+    assert got.keys() == want.gradients.keys() and error < TOLERANCE, f"{what} is off by {error:.1e}"

@@ -110,3 +110,22 @@ def test_fsdp2_may_compute_in_bfloat16() -> None:
     for of_call, of_segments in run_on_ranks(2, under_a_policy):
         assert 1e-3 < of_call < 0.1
         assert of_segments < 1.5 * of_call, (of_segments, of_call)
+
+
+def with_divided_bfloat16_weights() -> tuple[float, float]:
+    """Errors of the gradients of a call, and of many segments that each sum them over the ranks."""
+    long = batch(1, 256)
+    exact = expected(hybrid(), long)
+    model: Any = longspan.parallelize(hybrid().bfloat16(), None)
+    fully_sharded(model, model)
+    model(**long.arguments()).loss.backward()
+    of_call = total_error(whole_gradients(model), exact)
+    model.zero_grad()
+    longspan.stream(model, 2, reduce_each=True).forward_backward(**stream_batch(model, long.arguments()))
+    return of_call, total_error(whole_gradients(model), exact)
+
+
+@pytest.mark.slow
+def test_divided_bfloat16_weights_whose_gradients_each_segment_sums_do_not_err_more() -> None:
+    for of_call, of_segments in run_on_ranks(2, with_divided_bfloat16_weights):
+        assert of_segments < 1.2 * of_call, (of_segments, of_call)

@@ -13,6 +13,7 @@ import longspan
 from longspan.integrations.transformers import stream_batch
 from tests.integrations.transformers.families import build, named_as_of_fla
 from tests.integrations.transformers.reference import PLAIN
+from tests.integrations.transformers.test_losses import BALANCED
 from tests.ranks import raised, run_on_ranks
 
 
@@ -65,7 +66,8 @@ def with_dropout(model: Any) -> None:
 
 
 def run_refused(what: str) -> None:
-    model: Any = longspan.parallelize(build("llama"), None)
+    of_experts = what == "padding beside a balance loss"
+    model: Any = longspan.parallelize(build("qwen3_next", **BALANCED) if of_experts else build("llama"), None)
     batch: dict[str, Any] = PLAIN.arguments()
     options: dict[str, Any] = {}
     match what:
@@ -87,6 +89,9 @@ def run_refused(what: str) -> None:
             model.train().get_input_embeddings().neftune_noise_alpha = 5.0
         case "attention dropout":
             model.train().model.layers[1].self_attn.attention_dropout = 0.1
+        case "padding beside a balance loss":
+            batch["attention_mask"] = torch.ones_like(PLAIN.ids)
+            batch["attention_mask"][0, -3:] = 0
         case "routing":
             options["routing"] = object()
     longspan.stream(model, 8).forward_backward(**stream_batch(model, batch), **options)
@@ -104,6 +109,7 @@ def run_refused(what: str) -> None:
         ("noise", "the noise of NEFTune in LlamaForCausalLM"),
         ("attention dropout", r"LlamaAttention: attention dropout 0\.1"),
         ("routing", "config.output_router_logits"),
+        ("padding beside a balance loss", r"padding.*Qwen3NextForCausalLM asks for a balance loss.*Pack documents"),
     ],
 )
 def test_sequences(what: str, says: str) -> None:

@@ -1,0 +1,52 @@
+"""The blocks of docs/stream.md run, on shorter sequences than they have."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.ranks import run_on_ranks
+
+PAGE = (Path(__file__).resolve().parents[2] / "docs" / "stream.md").read_text(encoding="utf-8")
+SHORTER = {"8193": "129", "2048": "32", "8192": "128", "4096": "96", "512": "32"}
+
+
+def blocks() -> list[str]:
+    """Python blocks, in order: of one process, over ranks, of Transformers."""
+    found = re.findall(r"^```python\n(.*?)^```$", PAGE, flags=re.MULTILINE | re.DOTALL)
+    return [re.sub(r"\b(8193|2048|8192|4096|512)\b", lambda match: SHORTER[match.group()], block) for block in found]
+
+
+def values_of(*parts: str) -> list[float]:
+    """The losses that the blocks have found, one after another in one namespace."""
+    names: dict[str, Any] = {"group": None}
+    losses = []
+    for part in parts:
+        exec(compile(part, "<docs/stream.md>", "exec"), names)
+        losses.append(float(names["loss"]))
+    return losses
+
+
+def test_the_page_has_the_blocks_that_are_run() -> None:
+    assert len(blocks()) == 3 and "import transformers" in blocks()[2] and "8192" not in "".join(blocks())
+
+
+def on_rank() -> list[float]:
+    torch.manual_seed(0)
+    return values_of(*blocks()[:2])
+
+
+def test_a_sequence_alone_and_over_ranks_has_the_same_loss() -> None:
+    found = run_on_ranks(2, on_rank)
+    (alone, first), (_, second) = found
+    assert first + second == pytest.approx(alone, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_a_model_of_transformers() -> None:
+    (loss,) = values_of(blocks()[0] + blocks()[2])
+    assert 4.0 < loss < 6.0
