@@ -248,7 +248,8 @@ def held_by_divided_weights() -> tuple[int, int, list[float]]:
             streamed = stream(model, 9, reduce_each=reduce_each)
             loss = streamed.forward_backward(tokens[:, :-1], labels_of(tokens), layout)
         most.append(live.most)
-        gradients = gathered([(name, p.grad) for name, p in model.named_parameters()], True)
+        named: Any = [(name, p.grad) for name, p in model.named_parameters()]
+        gradients = gathered(named, True)
         errors.append(worst(differences({"loss": sum_over_ranks(loss), **gradients}, want)))
     return most[0], most[1], errors
 
