@@ -98,7 +98,7 @@ def forward_backward(
     for segment in reversed(range(sequence.num_segments)):
         before = kept.entering(segment)
         loss = _backward(sequence, segment, before, behind, random, around_backward)
-        total += loss
+        total += loss.double()
         kept.drop(segment + 1)
         behind = before if sequence.goes_on(segment) else None
         between(SegmentDone("backward", segment, sequence.num_segments))
@@ -153,7 +153,7 @@ def _backward(
     # Where the caller runs both passes under autocast: no more is cast backward than forward has cast.
     with around_backward(segment == 0), without_autocast(loss):
         torch.autograd.backward(outputs, gradients)
-    return loss.detach().double()
+    return loss.detach()
 
 
 def taken_gradient(x: Tensor) -> Tensor:

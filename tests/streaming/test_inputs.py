@@ -173,6 +173,16 @@ def test_a_loss_without_gradients_is_the_same(changes: Any) -> None:
     torch.testing.assert_close(got, want, rtol=1e-12, atol=0)
 
 
+def test_a_loss_has_the_dtype_of_a_calls() -> None:
+    model, tokens = tiny_model(pattern="L", num_layers=1).float(), random_tokens(1, 31)
+    inputs, labels = tokens[:, :-1], labels_of(tokens)
+    want = model(inputs, labels=labels).dtype
+    streamed = stream(model, 10)
+    assert (
+        streamed.forward_backward(inputs, labels).dtype == streamed.loss(inputs, labels).dtype == want == torch.float32
+    )
+
+
 def test_a_loss_without_gradients_takes_one_pass_which_is_heard_of() -> None:
     """Also where a loss with gradients first counts the choices of experts."""
     model, tokens = tiny_model(num_layers=2, num_experts=4), random_tokens(1, 31)
