@@ -109,6 +109,29 @@ def test_windows_that_masks_alone_have(name: str) -> None:
     check(name, "packed", 2, "zigzag")
 
 
+def decoder_inside() -> float:
+    """Error of the logits of OPT, whose head calls the decoder inside of its backbone."""
+    import transformers
+
+    sizes = {
+        "hidden_size": 24,
+        "ffn_dim": 40,
+        "word_embed_proj_dim": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    torch.manual_seed(0)
+    model: Any = transformers.OPTForCausalLM(transformers.OPTConfig(vocab_size=61, **sizes)).double().eval()
+    with torch.no_grad():
+        want = model(input_ids=PLAIN.ids, use_cache=False).logits
+        got = longspan.parallelize(model, None)(input_ids=PLAIN.ids).logits
+    return relative_error(layout_of(model).gather(got), want)
+
+
+def test_a_head_may_call_the_decoder_inside_of_its_backbone() -> None:
+    assert all(error < TOLERANCE for error in run_on_ranks(2, decoder_inside))
+
+
 def test_keys_of_rwkv_may_be_far_apart() -> None:
     from transformers.models.rwkv.modeling_rwkv import rwkv_linear_attention_cpu
 

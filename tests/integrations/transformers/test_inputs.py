@@ -265,6 +265,7 @@ def other_batches() -> tuple[str, str]:
 
 def other_batches_after_verify() -> tuple[str, str]:
     model = longspan.parallelize(build("llama"), None, verify=True)
+    model(input_ids=PLAIN.ids)
     return raised(lambda: model(input_ids=PLAIN.ids + dist.get_rank()))
 
 
