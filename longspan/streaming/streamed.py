@@ -15,7 +15,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from longspan.checks import check_count, check_flag, check_tensor, described, is_int
-from longspan.comm import groups
 from longspan.errors import InputError, LayoutError
 from longspan.exchange import exchange_named
 from longspan.layout import SequenceLayout
@@ -206,13 +205,12 @@ class Stream:
         return CutSequence(streamed, tokens, labels, layout, segments)
 
     def _check_agreement(self, layout: SequenceLayout) -> None:
-        """The ranks cut alike, or an error on all of them; asked once of a group for the same options."""
-        own = {"segment_tokens": self.segment_tokens, "keep_every": self._keep_every, "reduce_each": self._reduce_each}
-        key, group = ("stream", *own.values()), layout.group
-        if layout.num_ranks == 1 or group is None or groups.peek(group, key):
+        """The ranks cut alike, or an error on all of them; asked each time, as a rank that remembered would not answer."""
+        if layout.num_ranks == 1 or layout.group is None:
             return
+        own = {"segment_tokens": self.segment_tokens, "keep_every": self._keep_every, "reduce_each": self._reduce_each}
         everyone: list[Any] = [None] * layout.num_ranks
-        dist.all_gather_object(everyone, own, group=group)
+        dist.all_gather_object(everyone, own, group=layout.group)
         different = [name for name in own if any(other[name] != own[name] for other in everyone)]
         if different:
             values = (f"{name} {', '.join(str(other[name]) for other in everyone)}" for name in different)
@@ -220,7 +218,6 @@ class Stream:
                 f"stream(): the ranks that share a sequence must cut it alike; in the order of their numbers they have "
                 f"{'; '.join(values)}. Give all of them the same"
             )
-        groups.keep(group, key, True)
 
     def _combined(self, share: Tensor, layout: SequenceLayout | None, is_counted: bool) -> Tensor:
         """What `loss` returns for this rank's share. is_counted: whether the caller has counted the valid tokens."""
