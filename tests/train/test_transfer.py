@@ -183,9 +183,11 @@ def test_an_opened_gate_lets_through_what_its_layer_is_given(folder: Path) -> No
     calibrate(model, teachers, batch, layout)
     for task in layer_tasks(model, teachers, batch, layout):
         mixer: Any = task.block.mixer
+        weight = mixer.gate_proj.weight.detach()
+        # Of the weights, as a product of alike columns may round each in its own way.
+        assert mixer.gate_proj.bias is None and torch.equal(weight, weight[:1].expand_as(weight))
         gate = torch.nn.functional.silu(mixer.gate_proj(task.given)).detach()
-        assert torch.equal(gate, gate[..., :1].expand_as(gate))
-        spread = (gate[..., 0] - 1).square().mean().sqrt()
+        spread = (gate - 1).square().mean(dim=tuple(range(gate.dim() - 1))).sqrt().max()
         assert abs(float(gate.mean()) - 1) < 0.1
         assert spread < (0.02 if task.number == 0 else 0.5), (task.number, spread)
 

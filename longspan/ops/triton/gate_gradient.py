@@ -75,8 +75,12 @@ def gate_kernel(
             if HAS_SUBTRACTED:
                 y -= tl.load(subtracted_sums + number * size + row, mask=mask, other=0.0)
         y *= sign
+        # What lies behind goes in with the chunk's last token, which it nearly cancels where a decay is strong: so every partial
+        # sum is of the size of a result, and what rounds off is, too.
+        last = tl.minimum(start + C, stop) - 1
+        y += tl.where((tokens == last)[:, None], later[None, :], 0.0)
         # The sum over the rest of the chunk, token t itself included.
-        result = tl.cumsum(y, axis=0, reverse=True) + later[None, :]
-        later += tl.sum(y, axis=0)
+        result = tl.cumsum(y, axis=0, reverse=True)
+        later = tl.sum(tl.where((places == 0)[:, None], result, 0.0), axis=0)
         values = tl.load(g + tokens[:, None] * g_token + channels[None, :], mask=mask, other=0.0).to(tl.float32)
         tl.store(out + row, tl.where(values < LOWEST, 0.0, result).to(out.dtype.element_ty), mask=mask)

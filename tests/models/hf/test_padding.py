@@ -41,12 +41,19 @@ def test_each_row_of_a_padded_batch_is_what_it_is_alone(kind: str, side: str) ->
 def test_the_backbone_gives_what_the_head_reads(side: str) -> None:
     model = tiny_hf("hybrid")
     tokens, mask, _ = padded(LENGTHS, side)
+    read: list[torch.Tensor] = []
+    head = model.get_output_embeddings()
     with torch.no_grad():
         hidden = model.base_model(input_ids=tokens, attention_mask=mask, use_cache=False).last_hidden_state
-        assert torch.equal(
-            model.get_output_embeddings()(hidden), model(tokens, attention_mask=mask, use_cache=False).logits
-        )
-    assert not hidden[mask == 0].any()
+        handle = head.register_forward_pre_hook(lambda _, given: read.append(given[0]))
+        logits = model(tokens, attention_mask=mask, use_cache=False).logits
+        handle.remove()
+        # The tokens of all rows, one behind the other.
+        [given] = read
+        assert torch.equal(hidden[mask == 1], given[0])
+        # As many tokens at once, as products of other shapes may round in other ways.
+        assert torch.equal(logits[mask == 1], head(given)[0])
+    assert not hidden[mask == 0].any() and not logits[mask == 0].any()
     with pytest.raises(InputError, match="the backbone takes no cache and returns no tuple"):
         model.base_model(input_ids=tokens, use_cache=True)
     with pytest.raises(InputError, match="takes no colour"):
