@@ -12,7 +12,7 @@ from benchmarks.decode import prompt, small_model
 from benchmarks.harness import Table, in_subprocess, peak_bytes, require_close, run_ranks
 from longspan import parallelize
 from longspan.models import ModelMemory, prefill
-from longspan.train.memory import release_freed_memory
+from longspan.train.memory import Releases, release_freed_memory
 
 SEGMENT = 2048
 PATTERNS = {"pure linear": "L", "hybrid": "LLLN"}
@@ -30,14 +30,18 @@ def check(pattern: str) -> None:
 
 
 def read(pattern: str, num_tokens: int, segment: int | None) -> tuple[int, int]:
-    """The most bytes of this rank above its model while a prompt is read, and those of what is remembered."""
+    """The most bytes of this rank above its model while a prompt is read, and those of what is remembered.
+
+    In segments freed memory goes back to the system between them, as in `longspan generate`.
+    """
     model = small_model(pattern)
     if dist.is_initialized():
         parallelize(model, None)
     prefill(model, prompt(512), segment_tokens=None if segment is None else 256)
     tokens, found = prompt(num_tokens), list[ModelMemory | None]()
     release_freed_memory()
-    peak = peak_bytes(lambda: found.append(prefill(model, tokens, segment_tokens=segment)))
+    between = None if segment is None else Releases()
+    peak = peak_bytes(lambda: found.append(prefill(model, tokens, segment_tokens=segment, between=between)))
     assert found[0] is not None
     return peak, found[0].num_bytes
 

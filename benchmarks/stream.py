@@ -19,7 +19,7 @@ from longspan.launch import num_cores
 from longspan.models import LinearLlama3, LinearLlama3Config
 from longspan.parallel import compute_in
 from longspan.streaming import SegmentDone
-from longspan.train.memory import release_freed_memory
+from longspan.train.memory import Releases, release_freed_memory
 
 SEGMENT = 4096
 """Tokens of a segment of time."""
@@ -40,9 +40,6 @@ SHAPE = (
 _MEBIBYTE = 2**20
 _TIMED_TOKENS = 2**16
 """Steps on shorter sequences are repeated until so many tokens are timed."""
-_PASSES_BETWEEN_RELEASES = 8
-"""Freed memory goes back to the system after so many passes over a segment, as in `longspan train` by default: without it a process
-holds more and more that it does not use (docs/performance.md, memory over a run)."""
 
 
 def build(model: dict[str, Any]) -> LinearLlama3:
@@ -55,24 +52,14 @@ def tokens_of(length: int) -> Tensor:
     return torch.randint(VOCABULARY, (1, length + 1), generator=torch.Generator().manual_seed(0))
 
 
-class Releases:
-    """Gives freed memory back between passes over segments; then calls what else wants to know."""
-
-    def __init__(self, every: int, also: Callable[[SegmentDone], None] | None = None) -> None:
-        self._every, self._also, self._num_passes = every, also, 0
-
-    def __call__(self, done: SegmentDone) -> None:
-        self._num_passes += 1
-        if self._num_passes % self._every == 0:
-            release_freed_memory()
-        if self._also is not None:
-            self._also(done)
-
-
 def step_of(
     model: Any, tokens: Tensor, layout: SequenceLayout, segment: int | None, *, between: Any = None, **options: Any
 ) -> Callable[[], Tensor]:
-    """Forward and backward of the whole sequence, in one piece or in segments; it returns this rank's share of the loss."""
+    """Forward and backward of the whole sequence, in one piece or in segments; it returns this rank's share of the loss.
+
+    In segments freed memory goes back to the system as in `longspan train`: without it a process holds more and more that it does
+    not use (docs/performance.md, memory over a run).
+    """
     inputs, labels, num_valid = tokens[:, :-1], tokens[:, 1:], tokens.shape[1] - 1
 
     def plain() -> Tensor:
@@ -83,7 +70,7 @@ def step_of(
 
     if segment is None:
         return plain
-    between = Releases(_PASSES_BETWEEN_RELEASES) if between is None else between
+    between = between or Releases()
     return partial(stream(model, segment, **options).forward_backward, inputs, labels, layout, between=between)
 
 
@@ -220,13 +207,16 @@ def kept_bytes(length: int, segment: int, window: int | None, offload: bool) -> 
         if earlier is not None and earlier.last is not None and not torch.is_grad_enabled():
             parts.add(earlier.last)
 
+    releases = Releases(1)
+
     def count(done: SegmentDone) -> None:
+        releases()
         # As the last segment has sent its gradients, all of them are there: to the parts that it sees.
         if (done.kind, done.segment) == ("backward", done.num_segments - 1):
             largest[0] = sum(part.num_bytes + sum(x.nbytes for x in part.grads() if x.any()) for part in parts)
 
     model.blocks[3].mixer.register_forward_hook(note)  # type: ignore[union-attr]
-    options = {"offload": offload, "between": Releases(1, count)}
+    options = {"offload": offload, "between": count}
     step_of(model, tokens_of(512), SequenceLayout.local(512), 256, **options)()
     step = step_of(model, tokens_of(length), SequenceLayout.local(length), segment, **options)
     parts.clear()

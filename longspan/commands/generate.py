@@ -177,6 +177,7 @@ def _generate(options: Generate, place: Place) -> int:
     import torch
 
     from longspan.models import decode, prefill
+    from longspan.train.memory import Releases
     from longspan.train.sample import WrittenText, prompt_tokens
     from longspan.train.trained import open_trained
 
@@ -195,7 +196,13 @@ def _generate(options: Generate, place: Place) -> int:
         _warn_of_length(trained, len(given), options.max_new_tokens)
     tokens = torch.tensor(given, device=ranks.device)
     begun = time.perf_counter()
-    memory = prefill(model, tokens, order=trained.config.parallel.order, segment_tokens=options.segment_tokens)
+    memory = prefill(
+        model,
+        tokens,
+        order=trained.config.parallel.order,
+        segment_tokens=options.segment_tokens,
+        between=Releases(),
+    )
     read = time.perf_counter()
     # The others have done their part, however long the text becomes.
     ranks.close()

@@ -22,6 +22,7 @@ from longspan.layout import Order, SequenceLayout
 from longspan.layout.shares import check_weights
 from longspan.models.memory import ModelMemory
 from longspan.models.mixers import SequenceParallel
+from longspan.models.segments import Between, SegmentDone
 
 
 class Decodable(Protocol):
@@ -143,6 +144,7 @@ def prefill(
     order: Order = "zigzag",
     weights: Sequence[float] | None = None,
     segment_tokens: int | None = None,
+    between: Between | None = None,
 ) -> ModelMemory | None:
     """What the model remembers of all tokens of a prompt but the last, the same on every rank.
 
@@ -156,6 +158,8 @@ def prefill(
         segment_tokens: read the prompt in segments of so many tokens, one after another, each over all ranks: the activations of
             one are held at a time, whatever the prompt's length, and beside them this rank's keys and values, as in training
             (`longspan.EarlierKeys`), which are brought together on all ranks at the end. None is at once.
+        between: called after each segment, on every rank, with a `longspan.streaming.SegmentDone` of kind ``"forward"``; an error
+            that it raises ends the prompt there.
 
     Returns:
         None for a prompt of one token.
@@ -183,17 +187,22 @@ def prefill(
     with torch.no_grad():
         if len(starts) == 2:
             own = layout.shard(tokens[None, :-1])
-            return model(own, layout, memory=None, logits_to_keep=0, output_memory=True)[1]
+            memory = model(own, layout, memory=None, logits_to_keep=0, output_memory=True)[1]
+            if between is not None:
+                between(SegmentDone("forward", 0, 1))
+            return memory
         if not isinstance(model, DecodableInSegments):
             raise InputError(
                 "prefill(): segment_tokens is for a model that hands what it remembers from segment to segment, by empty_memory() "
                 f"and whole_memory(), as LinearLlama3 does; got {type(model).__name__}. Leave segment_tokens out"
             )
         memory = model.empty_memory()
-        for start, stop in pairwise(starts):
+        for number, (start, stop) in enumerate(pairwise(starts)):
             segment = layout.stretch(start, stop)
             own = segment.shard(tokens[None, start:stop])
             _, memory = model(own, segment, memory=memory, logits_to_keep=0, output_memory=True, in_segments=True)
+            if between is not None:
+                between(SegmentDone("forward", number, len(starts) - 1))
         return model.whole_memory(memory, layout)
 
 
@@ -256,6 +265,7 @@ def generate(
     order: Order = "zigzag",
     weights: Sequence[float] | None = None,
     segment_tokens: int | None = None,
+    between: Between | None = None,
 ) -> Iterator[int]:
     """`prefill` at once, on every rank of the model's group, then `decode` as tokens are asked for, on one of them.
 
@@ -265,7 +275,7 @@ def generate(
     return decode(
         model,
         tokens,
-        prefill(model, tokens, order=order, weights=weights, segment_tokens=segment_tokens),
+        prefill(model, tokens, order=order, weights=weights, segment_tokens=segment_tokens, between=between),
         sampling=sampling,
         max_new_tokens=max_new_tokens,
         end=end,

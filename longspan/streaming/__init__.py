@@ -1,5 +1,6 @@
 """A model over segments of time: a sequence of any length with the activations of one segment, exactly."""
 
+from longspan.models.segments import SegmentDone
 from longspan.streaming.adapters import (
     Memory,
     StreamAdapter,
@@ -7,7 +8,6 @@ from longspan.streaming.adapters import (
     StreamedSequence,
     register_stream,
 )
-from longspan.streaming.engine import SegmentDone
 from longspan.streaming.streamed import Stream, stream
 
 __all__ = [

@@ -13,13 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from longspan.autocast import without_autocast
+from longspan.models.segments import Between, SegmentDone
 from longspan.streaming.adapters import Memory
 from longspan.streaming.kept import KeptMemory, check_same_tensors
 from longspan.streaming.random_states import RandomStates
@@ -47,23 +47,6 @@ class SequenceInSegments(Protocol):
     def all_remembered(self) -> None: ...
 
     def loss(self, segment: int, memory: Any, keeps: bool) -> tuple[Tensor, Any]: ...
-
-
-@dataclass(frozen=True)
-class SegmentDone:
-    """A pass over one segment is done.
-
-    kind: ``"forward"`` is the first pass, from segment 0 on; ``"backward"`` the second, from the last one to segment 0;
-    ``"again"`` a forward pass for what was not kept. segment: its number, from 0.
-    """
-
-    kind: Literal["forward", "again", "backward"]
-    segment: int
-    num_segments: int
-
-
-Between = Callable[[SegmentDone], None]
-"""Called between passes; what it raises ends the step, whose gradients are then in part."""
 
 
 def forward_backward(

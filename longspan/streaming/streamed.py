@@ -19,12 +19,13 @@ from longspan.errors import InputError, LayoutError
 from longspan.exchange import exchange_named
 from longspan.layout import SequenceLayout
 from longspan.models.mixers import SequenceMixer
+from longspan.models.segments import Between, SegmentDone
 from longspan.ops.chunked.cross_entropy import IGNORED
 from longspan.ops.chunked.scores import TokenScores
 from longspan.parallel.sharded import accumulating
 from longspan.streaming import llama  # noqa: F401  registers its adapter
 from longspan.streaming.adapters import StreamedSequence, adapted, is_others_pretrained
-from longspan.streaming.engine import Between, SegmentDone, forward_backward
+from longspan.streaming.engine import forward_backward
 from longspan.streaming.gradients import summed_in_float32
 from longspan.streaming.segments import Segment, check_segment_tokens, cut_in_time
 

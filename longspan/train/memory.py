@@ -21,6 +21,22 @@ import torch
 _PROCESS = Path("/proc/self")
 
 
+class Releases:
+    """Called after each step, or each pass over a segment of time: gives freed memory back to the system after every so many.
+
+    every: so many; 0 never does. It may be the `between` of a sequence or of a prompt in segments of time.
+    """
+
+    def __init__(self, every: int = 8) -> None:
+        self._every = every
+        self._num_passes = 0
+
+    def __call__(self, done: object = None) -> None:
+        self._num_passes += 1
+        if self._every and self._num_passes % self._every == 0:
+            release_freed_memory()
+
+
 class StepMemory:
     """The memory of this process over the steps of a run.
 
@@ -30,8 +46,8 @@ class StepMemory:
 
     def __init__(self, device: torch.device, release_every: int) -> None:
         self.device = device
-        self._release_every = release_every
-        self._held = self._num_passes = 0
+        self._releases = Releases(release_every)
+        self._held = 0
         self.base = 0
         """Bytes held before the first step."""
 
@@ -49,9 +65,7 @@ class StepMemory:
 
     def pass_ended(self) -> None:
         """A pass over a segment of time has ended, inside of a step."""
-        self._num_passes += 1
-        if self._release_every and self._num_passes % self._release_every == 0:
-            release_freed_memory()
+        self._releases()
 
     def end(self) -> None:
         """A step has ended."""

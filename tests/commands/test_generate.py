@@ -100,6 +100,18 @@ def test_two_ranks_read_a_prompt_on_stdin_and_write_the_same(run: Path) -> None:
     assert b"prompt of 8 tokens read in " in done.stderr and b" s on 2 ranks; " in done.stderr
 
 
+def test_a_prompt_is_read_in_segments_that_give_memory_back(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At every eighth of them: of 41 tokens there are 21."""
+    released: list[None] = []
+    monkeypatch.setattr("longspan.train.memory.release_freed_memory", lambda: released.append(None))
+    prompt = "alpha beta gamma alpha beta gamma alpha be"
+    write(run, "--prompt", prompt, "--segment_tokens", "2", "--max_new_tokens", "5")
+    assert capsys.readouterr().out == expected(run, prompt, 5)
+    assert len(released) == 2
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", [[], ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]])
 def test_a_prompt_file_is_read_as_it_is_by_local_ranks_and_those_of_torchrun(

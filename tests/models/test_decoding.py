@@ -15,6 +15,7 @@ from longspan.errors import InputError, LayoutError, NonFiniteError
 from longspan.models import LinearLlama3, ModelMemory, Sampling, decode, generate, prefill
 from longspan.models.mixers import SequenceParallel
 from longspan.parallel import compute_in
+from longspan.streaming import SegmentDone
 from tests.compare import relative_error, worst
 from tests.models.tiny import LINEAR_MIXERS, each_linear_mixer, random_tokens, tiny_model
 from tests.ranks import raised, run_on_ranks
@@ -244,6 +245,38 @@ def test_no_more_tokens_than_a_segments_are_computed_at_once() -> None:
     model.blocks[0].register_forward_pre_hook(lambda _, given: seen.append(given[0].shape[1]))
     prefill(model, random_tokens(1, 50)[0], segment_tokens=16)
     assert [tokens for tokens in seen if tokens] == [16, 16, 16, 1]
+
+
+def heard_of_a_prompt() -> list[SegmentDone]:
+    """The segments of a prompt, of which one between two is given up first."""
+    model, tokens = parallelize(tiny_model(pattern="LN"), None), random_tokens(1, 24)[0]
+    want = prefill(model, tokens)
+
+    def stop(done: SegmentDone) -> None:
+        if done.segment == 1:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        prefill(model, tokens, segment_tokens=8, between=stop)
+    heard: list[SegmentDone] = []
+    found = prefill(model, tokens, segment_tokens=8, between=heard.append)
+    assert found is not None and want is not None
+    for layer, expected in zip(found.layers, want.layers, strict=True):
+        assert worst(relative_error(x, expected.tensors[name]) for name, x in layer.tensors.items()) < 1e-11
+    return heard
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_a_prompt_is_heard_of_between_its_segments_and_may_end_there(num_ranks: int) -> None:
+    for heard in run_on_ranks(num_ranks, heard_of_a_prompt):
+        assert heard == [SegmentDone("forward", segment, 3) for segment in range(3)]
+
+
+def test_a_prompt_at_once_is_heard_of_once() -> None:
+    model, tokens = tiny_model(), random_tokens(1, 24)[0]
+    heard: list[SegmentDone] = []
+    next(generate(model, tokens, between=heard.append))
+    assert heard == [SegmentDone("forward", 0, 1)]
 
 
 @pytest.mark.parametrize("segment_tokens", [0, -1, 2.5, True, "8"])

@@ -29,6 +29,7 @@ from longspan.integrations.transformers.segment import Segment, SegmentMemory
 from longspan.integrations.transformers.structure import head_of, virtual_tokens_of
 from longspan.layout import SequenceLayout
 from longspan.models.mixers import SequenceMixer
+from longspan.models.segments import Between, SegmentDone
 
 Target = Literal["last", "all"]
 TARGETS: tuple[Target, ...] = ("last", "all")
@@ -57,6 +58,7 @@ def prefill(
     position_ids: Tensor | None = None,
     to: Target = "last",
     segment_tokens: int | None = None,
+    between: Between | None = None,
 ) -> Prefilled:
     """Run a prompt through a parallelized model of Transformers, split over its ranks, and bring its cache together.
 
@@ -80,6 +82,8 @@ def prefill(
             keys and values.
         segment_tokens: read the prompt in segments of so many tokens, each split over the ranks: the activations of one segment are
             held, and the cache is the same. A number of at least the ranks'. None reads it at once.
+        between: called after each segment, on every rank, with a `longspan.streaming.SegmentDone` of kind ``"forward"``; an error
+            that it raises ends the prompt there.
 
     Raises:
         InputError: for a model that is not parallelized or has no head, in training mode, or whose parameters are split over ranks
@@ -105,7 +109,7 @@ def prefill(
     targets = range(num_ranks) if to == "all" else range(owner, owner + 1)
     recorder = _recorder(state, last, targets)
     memory = SegmentMemory(gathers=False)
-    for start, stop in segments:
+    for number, (start, stop) in enumerate(segments):
         # One for what is recorded, which is kept, and one for the layers, which keep in it what is of this segment alone.
         recorder.begin_segment(layout_of(start, stop))
         segment = None
@@ -115,6 +119,8 @@ def prefill(
         logits = _forward(state, tokens, layout_of(start, stop), recorder, segment)
         if segment is not None:
             memory = segment.take()
+        if between is not None:
+            between(SegmentDone("forward", number, len(segments)))
     recorder.check()
     cache = recorder.hand_over()
     if cache is not None:
