@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -48,7 +48,8 @@ def parallelize(
     softmax_method: SoftmaxMethod = "auto",
     loss_ranks: dist.ProcessGroup | DeviceMesh | None = None,
     loss: LossKind | None = None,
-    verify: bool = False,
+    verify: bool | Mapping[str, Any] = False,
+    verify_tokens: int | None = None,
 ) -> Model:
     """Let `model` run on sequences that are split over the ranks of a group; changed in place and returned.
 
@@ -70,7 +71,11 @@ def parallelize(
             ranks than those of the group; None is the group.
         loss: Transformers only: ``"mean"`` (if not said), so that averaging gradients over the ranks, as DistributedDataParallel,
             FSDP2 and Accelerate do, gives those of the whole loss; ``"sum"``, so that summing them does (`sum_gradients`).
-        verify: Transformers only: compare loss and gradients of a short batch of random tokens with those of one process first.
+        verify: Transformers only: compare loss and gradients of the first batch with those of one process, and raise where they
+            differ: True for the first batch that the model is called with for gradients; or the batch itself, a mapping of a call's
+            arguments, which is compared now (FSDP2 divides the weights afterwards).
+        verify_tokens: how many tokens of that batch, at most; 1,024 if not said. One process must hold the model, its
+            gradients and so many tokens.
 
     A model of Transformers is called as before, with whole sequences which are the same on every rank of the group, and returns
     this rank's logits: docs/transformers.md; so is `LinearLlamaForCausalLM`, whose loss is this rank's share, to be summed:
@@ -111,9 +116,17 @@ def parallelize(
         from longspan.integrations.transformers.model import parallelize_pretrained
 
         return parallelize_pretrained(
-            model, options, place, order=order, rank_order=rank_order, loss=loss or "mean", verify=verify
+            model,
+            options,
+            place,
+            order=order,
+            rank_order=rank_order,
+            loss=loss or "mean",
+            verify=verify,
+            verify_tokens=verify_tokens,
         )
-    for name, given in (("order", order), ("rank_order", rank_order), ("loss", loss), ("verify", verify or None)):
+    of_transformers = {"order": order, "rank_order": rank_order, "loss": loss, "verify_tokens": verify_tokens}
+    for name, given in {**of_transformers, "verify": None if verify is False else verify}.items():
         if given is not None:
             raise InputError(
                 f"parallelize(): {name}={given!r} concerns models of Hugging Face Transformers, which are called with whole "

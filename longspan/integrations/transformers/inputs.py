@@ -22,15 +22,17 @@ LAYOUT = "longspan_layout"
 SEGMENT = "longspan_segment"
 """The keyword of such a call that is a segment of time."""
 
-_BOUNDS = ("cu_seq_lens_q", "cu_seqlens")
+BOUNDS = ("cu_seq_lens_q", "cu_seqlens")
 """What Transformers' collators, and flash-linear-attention's models, call the bounds of documents."""
-_PACKING = (*_BOUNDS, "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+PACKING = (*BOUNDS, "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 """How documents are described to kernels; the layout says it instead."""
 
 _SPLIT = ("input_ids", "inputs_embeds", "position_ids", "labels", "shift_labels")
-STREAMED = frozenset({"input_ids", "labels", "position_ids", "attention_mask", "num_items_in_batch", *_PACKING})
+OF_TOKENS = frozenset({*_SPLIT, "attention_mask", "seq_idx"})
+"""Arguments with an entry for each token."""
+STREAMED = frozenset({"input_ids", "labels", "position_ids", "attention_mask", "num_items_in_batch", *PACKING})
 """What `stream_batch` takes."""
-_UNDERSTOOD = frozenset({*_SPLIT, *_PACKING, "attention_mask", "num_items_in_batch", "past_key_values", "cache_params"})
+_UNDERSTOOD = frozenset({*_SPLIT, *PACKING, "attention_mask", "num_items_in_batch", "past_key_values", "cache_params"})
 
 
 def tokens_of(given: Mapping[str, Any]) -> Tensor:
@@ -110,7 +112,7 @@ def document_bounds(given: Mapping[str, Any]) -> list[int] | None:
         InputError: for document bounds that do not end with the tokens.
     """
     rows, length = tokens_of(given).shape[:2]
-    name = next((name for name in _BOUNDS if given.get(name) is not None), None)
+    name = next((name for name in BOUNDS if given.get(name) is not None), None)
     if name is not None:
         bounds = given[name]
         values = bounds.flatten().tolist() if isinstance(bounds, Tensor) else [int(bound) for bound in bounds]
@@ -205,7 +207,7 @@ def with_positions(given: dict[str, Any], layout: SequenceLayout, takes: frozens
 
 def without_masks(given: dict[str, Any], takes: frozenset[str]) -> dict[str, Any]:
     """A backbone's arguments without what a layout replaces; no cache unless one is given."""
-    rest = {name: value for name, value in given.items() if name != "attention_mask" and name not in _PACKING}
+    rest = {name: value for name, value in given.items() if name != "attention_mask" and name not in PACKING}
     if "use_cache" in takes and rest.get("past_key_values") is None and rest.get("cache_params") is None:
         rest["use_cache"] = False
     return rest

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from longspan.checks import described
 from longspan.comm.collectives import all_gather_single
 from longspan.errors import InputError, LayoutError
 from longspan.exchange.all_reduce import sum_over_ranks
@@ -65,7 +66,8 @@ class ParallelModel:
     head: the model with the loss, or the backbone alone. backbone: the module that turns tokens into hidden states. numbers: of its
     mixers, in order. call: the
     forward that runs now. last_layout: of the last forward. num_calls: so far, with gradients (True) and without. gathers_logits:
-    whether calls without gradients return the logits of whole sequences.
+    whether calls without gradients return the logits of whole sequences. tokens_to_verify: how many tokens of the next batch with
+    gradients are compared with one process, or None.
     """
 
     def __init__(
@@ -99,6 +101,7 @@ class ParallelModel:
         self._num_rows = 1
         self._counted_by_trainer = False
         self._z_loss_coefficient: float | None = None
+        self.tokens_to_verify: int | None = None
         self._handles: list[RemovableHandle] = []
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ParallelModel:
@@ -223,6 +226,8 @@ class ParallelModel:
         given = arguments_by_name(module, args, kwargs)
         if self.decoding.begins(module, given):
             return None
+        if self.tokens_to_verify is not None and torch.is_grad_enabled():
+            self.verify_first_batch(given)
         self._head_runs = True
         self._num_rows = inputs.tokens_of(given).shape[0]
         call, given = self._begin(given)
@@ -367,6 +372,34 @@ class ParallelModel:
         """Without the row of the position that was added."""
         return output if output is None or self.call is None else rotary.without_last_position(output)
 
+    def verify_first_batch(self, given: dict[str, Any]) -> None:
+        """Compare the batch of a call with one process, before the call.
+
+        Raises:
+            InputError: where they differ, on every rank; the next batch is compared then.
+        """
+        from longspan.integrations.transformers.verify import Reference
+
+        if inputs.LAYOUT in given:
+            raise InputError(
+                "verify=True compares whole sequences with one process, and those of this call are split already. Give the first "
+                "batch itself: longspan.parallelize(model, group, verify=batch)"
+            )
+        num_tokens, self.tokens_to_verify = self.tokens_to_verify, None
+        assert num_tokens is not None
+        before = self.num_calls.copy()
+        try:
+            self._check_mode(given)
+            self.compare_over_ranks(given)
+            with self.decoding.unmodified():
+                reference = Reference.of(self.head, self.place, given, num_tokens)
+            reference.compare(self.head)
+        except BaseException:
+            self.tokens_to_verify = num_tokens
+            raise
+        # The first batches of the caller are still to be compared over the ranks.
+        self.num_calls = before
+
     # --------------------------------------------------------------------------------------------- parts of it
 
     def _begin(self, given: dict[str, Any]) -> tuple[ParallelCall, dict[str, Any]]:
@@ -396,6 +429,7 @@ class ParallelModel:
         config: Any = self.head.config
         wanted = given.get("output_attentions")
         inputs.check_outputs(config.output_attentions if wanted is None else wanted)
+        self.check_z_loss(given)
         for module in self.mixers:
             dropout = mixers.attention_dropout_of(module) if module.training else 0.0
             if dropout:
@@ -453,6 +487,17 @@ class ParallelModel:
         if coefficient and num_tokens < whole:
             self._z_loss_coefficient = coefficient
             self.head.z_loss_coefficient = coefficient * num_tokens / whole
+
+    def check_z_loss(self, given: dict[str, Any]) -> None:
+        """Refuse padding beside a loss of all logits: Transformers' own, of padded tokens, depend on what it does with them."""
+        mask = given.get("attention_mask")
+        if not getattr(self.head, "z_loss_coefficient", None) or not isinstance(mask, Tensor) or bool(mask.all()):
+            return
+        raise InputError(
+            f"attention_mask has padding, and config.z_loss_coefficient of {type(self.head).__name__} asks for a loss of the "
+            "logits of all tokens, padded ones too, which are others over ranks. Pack documents into one row without padding "
+            "(position_ids that restart), or set z_loss_coefficient to 0"
+        )
 
     def compare_over_ranks(self, given: dict[str, Any]) -> None:
         """The same batch on every rank of the group, or an error on all of them."""
@@ -532,7 +577,8 @@ def parallelize_pretrained(
     order: Order | None,
     rank_order: RankOrderOption | None = None,
     loss: losses.LossKind,
-    verify: bool,
+    verify: bool | Mapping[str, Any],
+    verify_tokens: int | None,
 ) -> Model:
     """`longspan.parallelize` of a model of Transformers."""
     head = head_of(model)
@@ -544,22 +590,47 @@ def parallelize_pretrained(
         raise InputError(f"order must be one of {', '.join(ORDERS)}; got {order!r}")
     if loss not in losses.LOSSES:
         raise InputError(f"loss must be one of {', '.join(losses.LOSSES)}; got {loss!r}")
+    num_tokens = _tokens_to_verify(head, place, verify, verify_tokens)
     check_model(head)
-    if verify:
-        from longspan.integrations.transformers.verify import Reference
-
-        reference = Reference.of(head, place)
     state = ParallelModel(head, options, place, order, loss, _order_of_ranks(rank_order, head, place))
     state.install()
-    if verify:
+    state.tokens_to_verify = num_tokens
+    if isinstance(verify, Mapping):
         try:
-            reference.compare(head)
+            state.verify_first_batch(dict(verify))
         except BaseException:
             state.uninstall()
             raise
-        # The first batches are still to be compared.
-        state.num_calls.clear()
     return model
+
+
+def _tokens_to_verify(
+    head: nn.Module, place: SequenceParallel, verify: bool | Mapping[str, Any], given: int | None
+) -> int | None:
+    """How many tokens of the first batch are compared with one process; None where none are."""
+    from longspan.integrations.transformers.verify import VERIFIED_TOKENS
+
+    if not isinstance(verify, bool | Mapping):
+        raise InputError(
+            f"verify must be True, False or the first batch, a mapping of a call's arguments; got {described(verify)}. How many "
+            "of its tokens are compared is verify_tokens"
+        )
+    if given is not None and (type(given) is not int or given < place.num_ranks):
+        raise InputError(
+            f"verify_tokens must be an integer, {place.num_ranks} at least, a token for each rank; got {described(given)}"
+        )
+    if verify is False:
+        if given is not None:
+            raise InputError(
+                f"verify_tokens={given} says how much of the first batch is compared. Say verify=True, too"
+            )
+        return None
+    if head is backbone_of(head):
+        raise InputError(
+            f"verify compares loss and gradients, and {type(head).__name__} has no head that computes them. Parallelize the "
+            "causal language model that it is a part of, or leave verify out"
+        )
+    return VERIFIED_TOKENS if given is None else given
 
 
 def _order_of_ranks(given: RankOrderOption | None, head: nn.Module, place: SequenceParallel) -> tuple[int, ...] | None:
@@ -635,6 +706,7 @@ def stream_batch(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
             "a balance loss, in which segments of time count every token. Pack documents into one row without padding "
             "(position_ids that restart), or set output_router_logits to False"
         )
+    state.check_z_loss(given)
     bounds = inputs.document_bounds(given)
     layout = state.layout_of(given, bounds)
     if bounds is not None:

@@ -8,7 +8,7 @@ what is left to do here is what Trainer counts once a process and should count o
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -40,7 +40,8 @@ def prepare_trainer(
     exchange: str | Exchanger = "auto",
     softmax_method: SoftmaxMethod = "auto",
     gather_logits: bool = False,
-    verify: bool = False,
+    verify: bool | Mapping[str, Any] = False,
+    verify_tokens: int | None = None,
 ) -> None:
     """Let a Trainer train and evaluate with sequences shared by processes, as its `SequenceParallelConfig` says.
 
@@ -54,7 +55,9 @@ def prepare_trainer(
         order, rank_order, exchange, softmax_method: as in `longspan.parallelize`.
         gather_logits: whether evaluation gathers the logits of whole sequences, ``[B, N, V]`` on every rank, as
             ``compute_metrics`` and ``trainer.predict`` need them; ``preprocess_logits_for_metrics`` makes them small again.
-        verify: as in `longspan.parallelize`: compare loss and gradients of a short batch with those of one process first.
+        verify, verify_tokens: as in `longspan.parallelize`: compare loss and gradients of the first batch, of at most so many of
+            its tokens, with those of one process. True for the first that is trained on; where the weights are divided by then
+            (FSDP), the batch itself: ``verify=next(iter(trainer.get_train_dataloader()))``.
 
     With one process nothing is exchanged; packed documents are still kept apart in every layer.
 
@@ -83,7 +86,14 @@ def prepare_trainer(
     place = SequenceParallel(group, num_ranks)
     options = ParallelOptions(exchange, softmax_method)
     parallelize_pretrained(
-        trainer.model, options, place, order=order, rank_order=rank_order, loss="mean", verify=verify
+        trainer.model,
+        options,
+        place,
+        order=order,
+        rank_order=rank_order,
+        loss="mean",
+        verify=verify,
+        verify_tokens=verify_tokens,
     )
     state = state_of(trainer.model)
     assert state is not None

@@ -26,6 +26,7 @@ RUNS: dict[str, Run] = {
     "adapters, packed": Run("olmo_hybrid", lora=True, packed=True),
     "layers that take no keywords": Run("jamba"),
     "verified before": Run("bamba", prepare={"verify": True}),
+    "packed, verified before": Run("qwen3_next", packed=True, prepare={"verify": True, "verify_tokens": 30}),
     "a data set without length": Run("bamba", streamed=True),
     "Adam": Run("qwen3_next", arguments={"optim": "adamw_torch", "learning_rate": 1e-3}),
 }
