@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from longspan.attention.convolution import causal_conv1d
-from longspan.attention.halo_of_pieces import halo
+from longspan.attention.halo_of_pieces import halo, tail
 from longspan.attention.long_convolution.kernels import ExponentialKernel, FunctionKernel
 from longspan.attention.long_convolution.operator import long_conv1d
 from longspan.attention.memory import KeyMemory, Memory, StateMemory
@@ -85,6 +85,7 @@ __all__ = [
     "stream",
     "sum_gradients",
     "sum_over_ranks",
+    "tail",
     "token_shift",
     "unparallelize",
     "write",

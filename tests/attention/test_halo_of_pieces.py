@@ -1,7 +1,9 @@
-"""`longspan.halo` gives each piece the tokens before it, and `longspan.sum_over_ranks` every rank the sum, with their gradients."""
+"""`longspan.halo` gives each piece the tokens before it, `longspan.tail` every rank the last ones of the sequence, and
+`longspan.sum_over_ranks` the sum, with their gradients."""
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -63,6 +65,69 @@ def test_a_halo_is_what_stands_before_each_piece(num_ranks: int, order: Any) -> 
             assert worst(errors) <= 1e-15, (documents, width)
 
 
+def expected_tail(x: Tensor, initial: Tensor | None, bounds: tuple[int, ...], width: int) -> Tensor:
+    """Of the last document's end, and of each other's, the `width` tokens before it, ``[B or D, width, ...]``."""
+    found = []
+    for number, (start, stop) in enumerate(pairwise(bounds)):
+        rows = slice(None) if len(bounds) == 2 else slice(number, number + 1)
+        earlier = x.new_zeros(x.shape[0], width, *x.shape[2:]) if initial is None else initial[rows]
+        found.append(torch.cat([earlier, x[:, start:stop]], dim=1)[:, -width:])
+    return torch.cat(found)
+
+
+@unwritten_memory_is_nan()
+def errors_of_tails(order: Any, documents: Any, width: int, sizes: tuple[int, ...], has_initial: bool) -> float:
+    layout = SequenceLayout(19, order=order, documents=documents)
+    generator = torch.Generator().manual_seed(width)
+    batch = 1 if documents else 2
+    x = torch.randn(batch, 19, *sizes, generator=generator, dtype=torch.float64, requires_grad=True)
+    rows = len(documents) - 1 if documents else batch
+    initial = torch.randn(rows, width, *sizes, generator=generator, dtype=torch.float64) if has_initial else None
+    leaves = [x] if initial is None else [x, initial.requires_grad_()]
+    want = expected_tail(x, initial, layout.document_bounds, width)
+    # Every rank weighs what it is given its own way.
+    upstream = torch.randn(layout.num_ranks, *want.shape, generator=generator, dtype=torch.float64)
+    want_grads = torch.autograd.grad(want, leaves, upstream.sum(0), materialize_grads=True)
+    own = layout.shard(x.detach()).clone().requires_grad_()
+    taken = None if initial is None else initial.detach().clone().requires_grad_()
+    got = longspan.tail(own, width, layout, initial_state=taken)
+    assert got.shape == want.shape
+    own_leaves = [own] if taken is None else [own, taken]
+    grads = torch.autograd.grad(got, own_leaves, upstream[layout.rank], materialize_grads=True)
+    found = [relative_error(got, want), relative_error(grads[0], layout.shard(want_grads[0]))]
+    if taken is not None:
+        found.append(relative_error(longspan.sum_over_ranks(grads[1], layout), want_grads[1]))
+    _, final = longspan.halo(own, width, layout, initial_state=taken, output_final_state=True)
+    assert torch.equal(final, got), "what a halo ends with"
+    return worst(found)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_tail_is_the_last_tokens_on_every_rank(num_ranks: int, order: Any) -> None:
+    for documents in (None, PACKED):
+        for width, sizes, has_initial in ((1, (), False), (3, (2, 3), True), (25, (4,), False), (25, (4,), True)):
+            errors = run_on_ranks(num_ranks, errors_of_tails, order, documents, width, sizes, has_initial)
+            assert worst(errors) <= 1e-15, (documents, width)
+
+
+def tails_that_go_on() -> bool:
+    """A sequence in stretches: each takes the last tokens of the one before."""
+    layout = SequenceLayout(19)
+    x = torch.randn(2, 19, 3, generator=torch.Generator().manual_seed(1))
+    whole = longspan.tail(layout.shard(x), 6, layout)
+    state = None
+    for start, stop in ((0, 4), (4, 6), (6, 19)):
+        stretch = layout.stretch(start, stop)
+        state = longspan.tail(stretch.shard(x[:, start:stop]), 6, stretch, initial_state=state)
+    assert state is not None
+    return torch.equal(state, whole) and torch.equal(whole, x[:, -6:])
+
+
+def test_a_tail_is_the_initial_state_of_what_follows() -> None:
+    assert run_on_ranks(2, tails_that_go_on) == [True, True]
+
+
 def halo_of_integers() -> Tensor:
     layout = SequenceLayout(8)
     return longspan.halo(layout.shard(torch.arange(10, 18)[None]), 2, layout)
@@ -91,9 +156,26 @@ def test_what_does_not_fit_is_refused(change: dict[str, Any], error: type[Except
         longspan.halo(**{**inputs, **change})
 
 
+def test_a_tail_is_of_integers_too_and_says_what_does_not_fit() -> None:
+    layout = SequenceLayout.local(4, [0, 1, 4])
+    assert longspan.tail(torch.arange(10, 14)[None], 2, layout).tolist() == [[0, 10], [12, 13]]
+    x = torch.zeros(1, 4, 2)
+    with pytest.raises(InputError, match="tail: width must be a positive int, the last tokens; got 0"):
+        longspan.tail(x, 0, layout)
+    with pytest.raises(
+        InputError, match=r"tail: initial_state must be the tokens before, \[num_documents, width, \.\.\.\]"
+    ):
+        longspan.tail(x, 2, layout, initial_state=torch.zeros(1, 2, 2))
+    with pytest.raises(LayoutError, match="tail takes the 4 tokens"):
+        longspan.tail(torch.zeros(1, 5, 2), 2, layout)
+    with pytest.raises(InputError, match=r"tail takes x \[B, T, \.\.\.\]; got shape \(4,\)"):
+        longspan.tail(torch.zeros(4), 2, layout)
+
+
 def test_a_halo_has_a_shape_without_values() -> None:
     layout = SequenceLayout.for_rank(12, 2, 1, documents=[0, 7, 12])
     assert longspan.halo(torch.zeros(1, 6, 3, device="meta"), 2, layout).shape == (2, 1, 2, 3)
+    assert longspan.tail(torch.zeros(1, 6, 3, device="meta"), 2, layout).shape == (2, 2, 3)
 
 
 def sums() -> list[bool]:
@@ -137,7 +219,8 @@ def compiled_on_ranks() -> bool:
 
     def compute(x: Tensor) -> Tensor:
         before = longspan.halo(x * 2.0, 2, layout)
-        return longspan.sum_over_ranks(before.sum() + x.square().sum(), layout)
+        last = longspan.tail(x * 3.0, 2, layout)
+        return longspan.sum_over_ranks(before.sum() + x.square().sum() + last.square().sum(), layout)
 
     want = compute(x)
     got = torch.compile(compute, backend="aot_eager")(x)
