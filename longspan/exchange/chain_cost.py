@@ -29,7 +29,8 @@ def chain_cost(
 
         seconds = Σ_hops (latency + |U| / M bandwidth) + f · fold(R / M) + (M − 1) · n · (gap + |U| / M bandwidth + fold(R / M))
 
-    steps = h − 1 + M. Blocks are as large as the largest: ⌈V / M⌉ of V columns. A codec's time comes on top of each fold's.
+    steps = h − 1 + M. Blocks are as large as the largest: ⌈V / M⌉ of V columns. A codec's time comes on top of each fold's: for the
+    first block that of a rank by itself, for those that follow that of all ranks at once.
 
     problem: with states as they travel between nodes. wire_inside: how they travel inside a node. wires: of each hop, in place of
     both.
@@ -44,7 +45,7 @@ def chain_cost(
         hops = [cluster.hop_seconds(place, block.num_bytes) + block.coding for place, block in enumerate(blocks)]
         seconds = cluster.along(hops, problem.chain) + folds * cluster.fold(size, at_once=False)
         # The slowest hop sets the pace of all blocks behind the first.
-        pace = max(cluster.pace(place, block.num_bytes, size) + block.coding for place, block in enumerate(blocks))
+        pace = max(cluster.pace(place, block.num_bytes, size) + block.coding_at_once for place, block in enumerate(blocks))
         seconds += (num_blocks - 1) * problem.segments_per_rank * pace
         sent = bytes_by_hop(problem, num_blocks, wires)
         messages = messages_of_chain(problem)
@@ -53,7 +54,8 @@ def chain_cost(
     leaving = _between_nodes(problem, cluster)
     seconds = cluster.hops(problem.chain, leaving, between.num_bytes, folds, size, inside.num_bytes)
     seconds += leaving * between.coding + (problem.chain - leaving) * inside.coding
-    following = cluster.follow(between.num_bytes, size, inside.num_bytes) + max(between.coding, inside.coding)
+    following = cluster.follow(between.num_bytes, size, inside.num_bytes)
+    following += max(between.coding_at_once, inside.coding_at_once)
     seconds += (num_blocks - 1) * problem.segments_per_rank * following
     messages = messages_of_chain(problem)
     # Of the rank that sends most, between nodes if there are several.
@@ -64,16 +66,18 @@ def chain_cost(
 
 @dataclass(frozen=True)
 class _Message:
-    """One block of a state on the wire: its bytes, and seconds to encode and decode it."""
+    """One block of a state on the wire: its bytes, and seconds to encode and decode it, by one rank alone and by all at once."""
 
     num_bytes: int
     coding: float
+    coding_at_once: float
 
 
 def _message(problem: Problem, columns: int, cluster: Cluster) -> _Message:
     share = columns / problem.value_size
-    coding = cluster.coding(problem.coding_size(problem.num_rows * share), at_once=False)
-    return _Message(problem.num_rows * problem.row_bytes(columns), coding)
+    size = problem.coding_size(problem.num_rows * share)
+    num_bytes = problem.num_rows * problem.row_bytes(columns)
+    return _Message(num_bytes, cluster.coding(size, at_once=False), cluster.coding(size, at_once=True))
 
 
 def _bytes_of_blocks(problem: Problem, num_blocks: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import replace
 from typing import Any
 
@@ -21,10 +22,12 @@ from longspan.exchange import (
     by_cost,
     record_traffic,
 )
+from longspan.exchange.chain_cost import chain_cost
+from longspan.exchange.codec import BFloat16, Codec, Int8
 from longspan.exchange.topologies.pipelined import best_num_blocks
 from longspan.layout import SequenceLayout, group_of
-from longspan.plan import Cluster, Link, Problem, gpu_cluster, longest_chain
-from longspan.state import ChannelDecay, Dense, HeadDecay, Identity, Pair, Transition
+from longspan.plan import Cluster, Link, Problem, WireFormat, gpu_cluster, longest_chain
+from longspan.state import ChannelDecay, Dense, HeadDecay, Identity, Pair, ScalarDecay, Transition
 from tests.exchange.scan import random_pair
 from tests.ranks import run_on_ranks
 
@@ -161,6 +164,57 @@ def test_a_measured_chain_takes_the_place_of_latencies() -> None:
     assert Ring().cost(LAYER, measured).forward.seconds == pytest.approx(3 * (50 + STATE), rel=1e-4)
     expected = 3 * (50 + STATE / 3) + 2 * (20 + STATE / 3)
     assert Pipelined(None, 3).cost(LAYER, measured).forward.seconds == pytest.approx(expected, rel=1e-4)
+
+
+def test_all_ranks_code_blocks_that_follow_at_once() -> None:
+    # Half a fold's latency a message, once for the first block's hops and, with all at it, four times as long behind it.
+    wire = WireFormat("bytes", 4, 0.1, passes=0.0, starts=0.5)
+    shared = replace(SLOW, fold_sharing=4.0)
+    first, behind = 3 * (100 + STATE / 3 + 5) + 2 * 10, 1 + STATE / 3 + 4 * 10 + 4 * 5
+    coded = replace(LAYER, wire=wire)
+    for wires in (None, [wire] * 3):
+        each = chain_cost(coded, shared, 3, wire, wires)
+        assert each.seconds == pytest.approx(first + 2 * behind, rel=1e-4)
+    # A chain of one block has one rank at work at a time.
+    assert chain_cost(coded, shared, 1, wire).seconds == pytest.approx(3 * (100 + STATE + 5) + 2 * 10, rel=1e-4)
+
+
+# Figures as measured on four emulated hosts with links of 100 Mbit/s, which share two cores; and there, in the same minutes, the
+# shortest of three times in ms, there and back, of states of 16 heads of 128 x 128, by the number of blocks.
+HUNDRED_MBIT = Link(latency=152e-6, bandwidth=12e6, gap=58e-6, sharing=1.2)
+MEASURED = Cluster(
+    4,
+    1,
+    HUNDRED_MBIT,
+    HUNDRED_MBIT,
+    fold_latency=52e-6,
+    fold_bandwidth=3638e6,
+    matmul_rate=42e9,
+    fold_sharing=4.4,
+    gather=Link(1315e-6, 10e6),
+    swap=Link(3517e-6, 8e6),
+    hop=1340e-6,
+    block=411e-6,
+)
+TIMES: dict[str, dict[int, float]] = {
+    "bfloat16": {1: 264.0, 2: 179.1, 4: 140.1, 8: 121.9, 12: 117.0, 16: 118.2, 32: 122.7, 64: 195.7},
+    "int8": {1: 140.8, 2: 112.0, 4: 87.8, 8: 96.7, 16: 99.7, 32: 136.9},
+}
+
+
+@pytest.mark.parametrize("codec", [BFloat16(), Int8()])
+def test_measured_links_of_100_mbit_make_as_many_blocks_as_are_fastest_there(codec: Codec) -> None:
+    problem = Problem(num_ranks=4, num_rows=16, key_size=128, value_size=128, transition=ScalarDecay)
+    times = TIMES[codec.format.name]
+    cost = Pipelined(codec=codec).cost(problem, MEASURED)
+    assert cost.num_blocks is not None
+    # Between two counts that were measured, the slower one's time.
+    counts = sorted(times)
+    at = bisect_left(counts, cost.num_blocks)
+    taken = max(times[count] for count in counts[at - (counts[at] != cost.num_blocks) : at + 1])
+    assert taken <= 1.05 * min(times.values())
+    # And it costs less than a ring, as there.
+    assert cost.seconds < Ring(codec=codec).cost(problem, MEASURED).seconds
 
 
 def test_what_computation_hides_and_what_it_does_not() -> None:
