@@ -45,7 +45,9 @@ def chain_cost(
         hops = [cluster.hop_seconds(place, block.num_bytes) + block.coding for place, block in enumerate(blocks)]
         seconds = cluster.along(hops, problem.chain) + folds * cluster.fold(size, at_once=False)
         # The slowest hop sets the pace of all blocks behind the first.
-        pace = max(cluster.pace(place, block.num_bytes, size) + block.coding_at_once for place, block in enumerate(blocks))
+        pace = max(
+            cluster.pace(place, block.num_bytes, size) + block.coding_at_once for place, block in enumerate(blocks)
+        )
         seconds += (num_blocks - 1) * problem.segments_per_rank * pace
         sent = bytes_by_hop(problem, num_blocks, wires)
         messages = messages_of_chain(problem)

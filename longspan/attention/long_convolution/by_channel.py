@@ -45,7 +45,10 @@ class _Trip:
         of_tokens = [num_tokens * batch * own for num_tokens in layout.tokens_of]
         rows = x.transpose(0, 1)
         if there:
-            sent = torch.cat([rows[..., channels.start : channels.stop].reshape(-1) for channels in ranges])
+            sent = x.new_empty(sum(of_channels))
+            for part, channels in zip(sent.split(of_channels), ranges, strict=True):
+                own_rows = rows[..., channels.start : channels.stop]
+                part.view(own_rows.shape).copy_(own_rows)
             return start_all_to_all(sent, of_channels, of_tokens, group_of(layout), phase, name="long_conv1d")
         order = _orders(layout, x.device)[1]
         sent = (rows if order is None else rows.index_select(0, order)).reshape(-1)

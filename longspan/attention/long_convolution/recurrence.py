@@ -41,6 +41,7 @@ from longspan.ops.long_convolution.exponentials import (
     read_inside,
     read_states,
     scan,
+    with_incoming,
     written,
 )
 from longspan.state import LengthDecay, Pair
@@ -75,7 +76,9 @@ def convolve_exponentials(
         found = read_inside(chunks, a, c, plan)
         joins = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, a, c))
         incoming = None if pending is None or link is None else _incoming(pending, a, joins, link)
-        found = found.add_(read_states(states, incoming, a, c, plan))
+        if incoming is not None:
+            states = with_incoming(states, incoming, a, plan)
+        found = found.add_(read_states(states, a, c, plan))
         y = in_rows(found, x.shape[0], plan).to(x.dtype)
         if not output_final_state:
             return y

@@ -15,7 +15,7 @@ entry, 1 if real and 2 if complex.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -48,8 +48,8 @@ class ChunkPlan:
     """How this rank's pieces are cut in chunks.
 
     size: L. ranges: of each piece, its chunks [first, last). lengths: the numbers of tokens that chunks have; kinds: of each
-    chunk, which of them. starts: the number of each piece among those that start a document, or None. behind: chunks of the
-    pieces that continue a document from an earlier segment, the segment of each, and its tokens before the chunk.
+    chunk, which of them. starts: the number of each piece among those that start a document, or None. continuing: the pieces that
+    continue a document from an earlier segment, each with its segment.
 
     Where some chunks are not full: chunks, the indices of all of them, tokens at their first slots; slots, the slot of each row
     ``[T]``; short, the numbers of those that are not full, and ends, their indices with tokens at their last slots. Else these
@@ -61,7 +61,7 @@ class ChunkPlan:
     lengths: Tensor
     kinds: tuple[int, ...]
     starts: tuple[int | None, ...]
-    behind: tuple[Tensor, Tensor, Tensor]
+    continuing: tuple[tuple[int, int], ...]
     chunks: _Indices | None = None
     slots: Tensor | None = None
     short: Tensor | None = None
@@ -89,33 +89,28 @@ def continuing_pieces(layout: SequenceLayout) -> dict[int, int]:
 
 
 def _plan(layout: SequenceLayout, device: torch.device) -> ChunkPlan:
-    pieces, continuing = layout.pieces, continuing_pieces(layout)
+    pieces = layout.pieces
     longest = max(piece.num_tokens for piece in pieces)
     size = min(MOST_TOKENS, 1 << (longest - 1).bit_length())
     ranges: list[tuple[int, int]] = []
     bounds: list[tuple[int, int]] = []
     starts: list[int | None] = []
-    behind: list[tuple[int, int, int]] = []
     num_starts = 0
-    for number, piece in enumerate(pieces):
+    for piece in pieces:
         first = len(bounds)
-        for start in range(piece.start, piece.stop, size):
-            if number in continuing:
-                behind.append((len(bounds), continuing[number], start - piece.start))
-            bounds.append((start, min(start + size, piece.stop)))
+        bounds += [(start, min(start + size, piece.stop)) for start in range(piece.start, piece.stop, size)]
         ranges.append((first, len(bounds)))
         starts.append(num_starts if piece.starts_document else None)
         num_starts += piece.starts_document
     lengths = [stop - start for start, stop in bounds]
     distinct = sorted(set(lengths))
-    numbers, segments, offsets = zip(*behind, strict=True) if behind else ((), (), ())
     plan = ChunkPlan(
         size=size,
         ranges=tuple(ranges),
         lengths=index_of(distinct, device),
         kinds=tuple(distinct.index(length) for length in lengths),
         starts=tuple(starts),
-        behind=(index_of(numbers, device), index_of(segments, device), index_of(offsets, device)),
+        continuing=tuple(continuing_pieces(layout).items()),
     )
     if distinct == [size]:
         return plan
@@ -206,27 +201,17 @@ def read_inside(chunks: Tensor, a: Tensor, c: Tensor, plan: ChunkPlan) -> Tensor
     return by_channels(read, _block(chunks), (0, 0, 0), 0, chunks, a, c)
 
 
-def read_states(states: Tensor, incoming: Tensor | None, a: Tensor, c: Tensor, plan: ChunkPlan) -> Tensor:
-    """What tokens read of the states before their chunks, ``[C, B · n, L]``.
+def read_states(states: Tensor, a: Tensor, c: Tensor, plan: ChunkPlan) -> Tensor:
+    """What tokens read of the states before their chunks ``[n, B, C, N]``: ``[C, B · n, L]``."""
 
-    states: ``[n, B, C, N]``. incoming: what enters each segment from other ranks beside them, ``[segments, B, C, N]``, or None.
-    """
-
-    def read(states: Tensor, a: Tensor, c: Tensor, *incoming: Tensor) -> Tensor:
-        chunks, segments, offsets = plan.behind
-        if incoming and len(chunks):
-            # [chunks, 1, C, N]
-            factors = powers(a, offsets).transpose(0, 1).unsqueeze(1)
-            states = states.index_add(0, chunks, factors * incoming[0].index_select(0, segments))
+    def read(states: Tensor, a: Tensor, c: Tensor) -> Tensor:
         weights = c.unsqueeze(-2) * powers(a, torch.arange(1, plan.size + 1, device=a.device))
         # The real part of a product.
         by_channel = _as_numbers(states.permute(2, 1, 0, 3)).flatten(1, 2)
         return torch.bmm(by_channel, _as_numbers(weights, -1).mT)
 
     block = max(1, _NUMBERS // (plan.num_chunks * plan.size * states.shape[1]))
-    if incoming is None:
-        return by_channels(read, block, (2, 0, 0), 0, states, a, c)
-    return by_channels(read, block, (2, 0, 0, 2), 0, states, a, c, incoming)
+    return by_channels(read, block, (2, 0, 0), 0, states, a, c)
 
 
 def _block(chunks: Tensor) -> int:
@@ -255,9 +240,23 @@ def scan(writes: Tensor, starts: Tensor | None, a: Tensor, plan: ChunkPlan) -> t
     Returns:
         ``[n, B, C, N]`` and ``[pieces, B, C, N]``.
     """
-    factors = powers(a, plan.lengths).transpose(0, 1)
-    states, ends = _Scan.apply(writes, starts, factors, plan)
+    states, ends = _Scan.apply(writes, starts, _factors(a, plan), plan)
     return states, ends
+
+
+def with_incoming(states: Tensor, incoming: Tensor, a: Tensor, plan: ChunkPlan) -> Tensor:
+    """The states that enter the chunks, ``[n, B, C, N]``, with what enters this rank's segments beside them.
+
+    states: of `scan`, where pieces that continue a document start from zero. incoming: ``[segments, B, C, N]``. Its gradient
+    reaches `incoming` on every rank.
+    """
+    result: Tensor = _Enter.apply(states, incoming, _factors(a, plan), plan)
+    return result
+
+
+def _factors(a: Tensor, plan: ChunkPlan) -> Tensor:
+    """A of a chunk of each length, ``[lengths, C, N]``."""
+    return powers(a, plan.lengths).transpose(0, 1)
 
 
 class _Scan(torch.autograd.Function):
@@ -319,3 +318,54 @@ class _Scan(torch.autograd.Function):
             if grad_starts is not None and start is not None:
                 grad_starts[start] = grad
         return grad_writes, grad_starts, grad_factors, None
+
+
+class _Enter(torch.autograd.Function):
+    """Adds to the states of pieces' chunks what of an incoming state is left there: R_first = S, R ← A ⊙ R from chunk to chunk.
+
+    | | shape | |
+    |---|---|---|
+    | states | [n, B, C, N] | |
+    | incoming | [segments, B, C, N] | S of the first piece of each segment that continues a document |
+    | factors | [lengths, C, N] | A of a chunk of each length |
+    | result | [n, B, C, N] | states + R |
+
+    Backward, from the last chunk of a piece to the first: dA += dR_next ⊙ R, dR = d(result) + A ⊙ dR_next (A and R conjugate).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, incoming: Tensor, factors: Tensor, plan: ChunkPlan) -> Tensor:
+        ctx.save_for_backward(incoming, factors)
+        ctx.plan = plan
+        if not plan.continuing:
+            return states.view_as(states)
+        result = states.clone()
+        for piece, segment in plan.continuing:
+            for chunk, left in _left(incoming[segment], factors, piece, plan):
+                result[chunk] += left
+        return result
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        (grad_states,) = grads
+        incoming, factors = ctx.saved_tensors
+        grad_incoming, grad_factors = torch.zeros_like(incoming), torch.zeros_like(factors)
+        conjugate = factors.conj_physical()
+        for piece, segment in ctx.plan.continuing:
+            chunks = list(_left(incoming[segment], factors, piece, ctx.plan))
+            grad = grad_states[chunks[-1][0]].clone()
+            for chunk, left in reversed(chunks[:-1]):
+                kind = ctx.plan.kinds[chunk]
+                grad_factors[kind] += (grad * left.conj_physical()).sum(0)
+                grad = torch.addcmul(grad_states[chunk], conjugate[kind], grad)
+            grad_incoming[segment] = grad
+        return grad_states, grad_incoming, grad_factors, None
+
+
+def _left(state: Tensor, factors: Tensor, piece: int, plan: ChunkPlan) -> Iterator[tuple[int, Tensor]]:
+    """What is left of a state that enters a piece at each of its chunks."""
+    first, last = plan.ranges[piece]
+    for chunk in range(first, last):
+        yield chunk, state
+        state = factors[plan.kinds[chunk]] * state
