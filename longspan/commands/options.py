@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -58,9 +59,14 @@ def _place() -> Place:
 
 
 def print_lines_of(work: Callable[[], Sequence[object]]) -> int:
-    """Print what a command's work in one process returns, a line each, or why it is refused; return the exit code."""
+    """Print what a command's work in one process returns, a line each, or why it is refused; return the exit code.
+
+    These lines alone are on stdout. What the work itself writes there goes to stderr: Transformers imports DeepSpeed where it is
+    installed, which says on stdout that it has found no accelerator.
+    """
     try:
-        lines = work()
+        with contextlib.redirect_stdout(sys.stderr):
+            lines = work()
     except LongspanError as error:
         return refuse(error)
     sys.stdout.write("".join(f"{line}\n" for line in lines))
