@@ -15,8 +15,9 @@ _DESCRIPTION = """Multi-query associative recall (Zoology, arXiv 2312.04927) of 
   longspan eval recall --run runs/recall --pairs 4 8 16 --lengths 64 256 1024
   longspan eval recall --run runs/my-run --pairs 8 --lengths 65536 --parallel.sp 4
 
-Sequences are made on the spot: pairs of a key and a value, then each key once more, behind which the value is asked for. A model of
-text is given tokens of its vocabulary; one that was trained with data.task recall its own words, in sequences that it has not seen.
+Sequences are made on the spot: pairs of a key and a value, then as many times one of the keys, behind which its value is asked for.
+A model of text is given tokens of its vocabulary; one that was trained with data.task recall its own words, in sequences that it
+has not seen.
 """
 
 

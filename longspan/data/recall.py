@@ -1,15 +1,17 @@
 """Multi-query associative recall, made on the spot: the task of Zoology (arXiv 2312.04927).
 
-A sequence first pairs keys with values, then asks for each key once, in any order:
+A sequence first pairs keys with values, then asks for a key as many times as there are pairs, each time for any of them:
 
-    k1 v1  k2 v2  ...  kP vP   . . .  k2 v2  . .  k7 v7  . . . .  k1 v1  ...
+    k1 v1  k2 v2  ...  kP vP   . . .  k2 v2  . .  k7 v7  . . . .  k2 v2  ...
 
 and only the values behind the queries are predicted. No key, and no value, is there twice among the pairs. Between the queries
 stand random words that are no key of the sequence. A query comes n places of two tokens behind the pairs with a probability in
 proportion to n^(power - 1): most come soon, a few late.
 
-In the authors' data the word behind a query is a random one, and the value its label alone. Here the value stands there, so that a
-label is the next token, as in text. As each key is asked for once, that tells nothing about another answer.
+In the authors' data each key is asked for once, the word behind a query is a random one, and the value its label alone. Here the
+value stands there, so that a label is the next token, as in text. Were each key asked for once, that would tell about the other
+answers: who names a value that has not been an answer yet is right (1 + 1/2 + ... + 1/P) / P of the time, and models learn that
+before they recall. As any key may be asked for again, what was asked before tells nothing of what is asked next.
 
 Shapes: N tokens of a sequence, P pairs, V words.
 """
@@ -29,6 +31,8 @@ from longspan.errors import ConfigError
 
 Side = Literal["train", "validation"]
 _STREAMS: dict[Side, int] = {"train": 0, "validation": 1}
+_FORM = 2
+"""Of the sequences; another number where the same task has others. In form 1 each key was asked for once."""
 FILL = 0
 """The word that stands where a random one would be a key of the sequence."""
 
@@ -79,7 +83,7 @@ class RecallTask:
     @property
     def fingerprint(self) -> str:
         """A checksum of all that decides the sequences."""
-        return digest(canonical(asdict(self)))
+        return digest(canonical(asdict(self) | {"form": _FORM}))
 
     def sequences(self, side: Side, indices: Sequence[int], words: np.ndarray | None = None) -> Sequences:
         """The sequences of these numbers: a function of the task, the side and the number alone.
@@ -111,7 +115,8 @@ class RecallTask:
         likely = self._probabilities()
         places = random.choice(len(likely), self.num_pairs, replace=False, p=likely)
         queries = num_context + 2 * places
-        words[queries], words[queries + 1] = keys, values
+        asked = random.integers(self.num_pairs, size=self.num_pairs)
+        words[queries], words[queries + 1] = keys[asked], values[asked]
         asks = np.zeros(self.seq_len, dtype=np.bool_)
         asks[queries] = True
         return words, asks
@@ -130,7 +135,7 @@ class RecallBatches:
         return self.task.sequences("train", range(start, start + self.batch_sequences)[first:][:count])
 
     def num_valid_tokens(self, step: int) -> int:
-        """Tokens that have a label, the same in each step: each key is asked for once."""
+        """Tokens that have a label, the same in each step: as many as there are pairs."""
         return self.batch_sequences * self.task.num_pairs
 
     def tokens_by_document_length(self, step: int) -> np.ndarray:

@@ -46,6 +46,6 @@ class RecallConfig:
     """Multi-query associative recall, where data.task is recall."""
 
     pairs: int = 8
-    """Pairs of a key and a value in a sequence; each key is asked for once."""
+    """Pairs of a key and a value in a sequence, and number of times that a key is asked for."""
     power: float = 0.01
     """The further behind the pairs the rarer a query, as n^(power - 1); 1 has them anywhere alike."""
