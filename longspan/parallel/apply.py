@@ -7,6 +7,7 @@ all ranks (data × sequence). Parameter gradients are then *summed* over data ×
 from __future__ import annotations
 
 import sys
+import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -316,5 +317,11 @@ def _set_gradient(parameter: nn.Parameter, summed: Tensor) -> None:
 
 def _resolve(mesh_or_group: dist.ProcessGroup | DeviceMesh | None) -> tuple[dist.ProcessGroup | None, int]:
     """The process group and its size: a layout resolves and checks a group, whatever its length."""
+    if mesh_or_group is None and dist.is_torchelastic_launched() and not dist.is_initialized():
+        warnings.warn(
+            "parallelize(model, None): torchrun has started this process, but there is no default process group, so that each of "
+            "its processes runs whole sequences by itself. Call torch.distributed.init_process_group() before",
+            stacklevel=3,
+        )
     layout = SequenceLayout(2**40, mesh_or_group)
     return layout.group, layout.num_ranks

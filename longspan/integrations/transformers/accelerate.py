@@ -105,10 +105,15 @@ class SequenceParallelConfig(ParallelismConfig):
             self._set_size("dp_replicate", num_processes // others)
         if self.total_size != num_processes:
             sizes = " · ".join(f"{name}={getattr(self, name)}" for name in _SIZES)
+            advice = "Start the script by torchrun --nproc-per-node with as many, or change cp_size"
+            if num_processes == 1 and dist.is_torchelastic_launched():
+                advice = (
+                    "torchrun has started this one, and Accelerate does not know of others: without a GPU it has to be told, by "
+                    "TrainingArguments(..., use_cpu=True) or Accelerator(cpu=True). Else start as many, or change cp_size"
+                )
             raise InputError(
                 f"SequenceParallelConfig: {sizes} needs {self.total_size} processes or a multiple of them; there "
-                f"{'is' if num_processes == 1 else 'are'} {num_processes}. Start the script by torchrun --nproc-per-node with as "
-                "many, or change cp_size"
+                f"{'is' if num_processes == 1 else 'are'} {num_processes}. {advice}"
             )
 
     def _validate_accelerator(self, accelerator: Accelerator) -> None:

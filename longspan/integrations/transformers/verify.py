@@ -8,6 +8,7 @@ Shapes: B rows, N tokens of a whole sequence.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from longspan.integrations.transformers import inputs, losses, rotary
 from longspan.integrations.transformers.structure import arguments_by_name
 from longspan.layout import SequenceLayout
 from longspan.models.mixers import SequenceParallel
+
+_log = logging.getLogger("longspan")
 
 VERIFIED_TOKENS = 1024
 """Tokens of the first batch that are compared, if not said."""
@@ -105,9 +108,19 @@ class Reference:
             tolerance = _TOLERANCE_OF_HALF
         # What is cast under autocast is kept for the calls that follow.
         torch.clear_autocast_cache()
+        rows, length = inputs.tokens_of(self.batch).shape[:2]
+        of_rows = f"{rows} rows of " if rows > 1 else ""
+        _log.info(
+            "the first batch of %s over %d ranks, %s%d tokens, differs from one process by %.1e at most, in %s (allowed: %.0e)",
+            type(head).__name__,
+            num_ranks,
+            of_rows,
+            length,
+            error,
+            worst,
+            tolerance,
+        )
         if not error <= tolerance:
-            rows, length = inputs.tokens_of(self.batch).shape[:2]
-            of_rows = f"{rows} rows of " if rows > 1 else ""
             raise InputError(
                 f"{type(head).__name__} over {num_ranks} ranks differs from one process: {worst} by {error:.1e} of its size, "
                 f"more than {tolerance:.0e}, for {of_rows}{length} tokens of the first batch. Do not train it so; see "

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 import longspan
@@ -268,6 +269,12 @@ def mixer_alone() -> tuple[str, str]:
 def test_a_mixer_outside_of_its_model_raises() -> None:
     kind, message = mixer_alone()
     assert kind == "LayoutError" and "Call the whole model" in message
+
+
+def test_a_process_of_torchrun_without_a_group_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dist, "is_torchelastic_launched", lambda: True)
+    with pytest.warns(UserWarning, match=r"Call torch\.distributed\.init_process_group\(\) before"):
+        longspan.parallelize(build("llama"), None)
 
 
 def test_an_untested_release_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

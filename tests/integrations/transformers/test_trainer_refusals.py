@@ -135,6 +135,12 @@ def test_a_mesh_needs_its_processes() -> None:
         SequenceParallelConfig(cp_size=2).build_device_mesh("cpu")
 
 
+def test_processes_that_accelerate_does_not_know_of_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dist, "is_torchelastic_launched", lambda: True)
+    with pytest.raises(InputError, match=r"there is 1\. torchrun has started this one.* use_cpu=True"):
+        SequenceParallelConfig(cp_size=2).build_device_mesh("cpu")
+
+
 def meshes() -> list[tuple[tuple[str, ...], tuple[int, ...]]]:
     found = []
     for options in ({"cp_size": 2}, {"cp_size": 1}, {"cp_size": 1, "dp_shard_size": 2}):

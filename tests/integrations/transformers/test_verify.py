@@ -225,6 +225,12 @@ def test_options_are_checked(given: dict[str, Any], says: str) -> None:
         longspan.parallelize(build("llama"), None, **given)
 
 
+def test_what_was_found_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger="longspan"):
+        longspan.parallelize(build("llama"), None, verify=PLAIN.arguments())
+    assert "over 1 ranks, 2 rows of 37 tokens, differs from one process by" in caplog.text
+
+
 def test_a_backbone_has_no_loss_to_compare() -> None:
     model: Any = build("llama")
     with pytest.raises(longspan.InputError, match="LlamaModel has no head"):
