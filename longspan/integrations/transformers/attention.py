@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from longspan.attention.softmax import softmax_attention
 from longspan.errors import InputError
-from longspan.integrations.transformers.call import CALL, ParallelCall
+from longspan.integrations.transformers.call import CALL, RUNNING, ParallelCall
 from longspan.integrations.transformers.mixers import ATTENTION, TEMPERATURE, WINDOWS_OF_MASKS, has_class
 from longspan.layout import SequenceLayout
 
@@ -57,7 +57,7 @@ def attention(
         RuntimeError: where no layout reached the layer.
     """
     name = type(module).__name__
-    call: ParallelCall | None = kwargs.get(CALL)
+    call: ParallelCall | None = kwargs.get(CALL) or RUNNING.get()
     if call is None:
         raise RuntimeError(
             f"{name} uses the attention implementation {ATTENTION_NAME!r} outside of a parallelized model's forward. Call the "

@@ -99,6 +99,9 @@ TEMPERATURE = "attn_temperature_tuning"
 WINDOWS_OF_MASKS = frozenset({"PhimoeAttention", "Qwen2MoeAttention"})
 """Attention whose window is in the mask alone, and which does not tell the attention function."""
 
+WITHOUT_KEYWORDS = frozenset({"NemotronAttention", "StableLmAttention"})
+"""Attention whose decoder layer does not hand keyword arguments on to it."""
+
 _ROTATED = {"rotary.forward": "rotary_of_positions"}
 
 FLA_MIXERS: Mapping[str, MixerClass] = {
@@ -239,7 +242,8 @@ def _attention(name: str, module: nn.Module) -> MixerClass:
     switched_off = (
         (TEMPERATURE,) if getattr(module, TEMPERATURE, False) and not getattr(module, "use_rope", True) else ()
     )
-    return MixerClass((ATTENTION,), switched_off=switched_off)
+    reached = not has_class(module, WITHOUT_KEYWORDS)
+    return MixerClass((ATTENTION,), hands_on=reached, reaches=reached, switched_off=switched_off)
 
 
 def attention_dropout_of(module: nn.Module) -> float:

@@ -422,6 +422,12 @@ WITH_WINDOWS_OF_MASKS: dict[str, Family] = {
 }
 """Models whose windows are in their masks alone."""
 
+WITHOUT_KEYWORDS: dict[str, Family] = {
+    "nemotron": Family("NemotronForCausalLM", "NemotronConfig", {**_BODY, **_HEADS, "num_hidden_layers": 2}),
+    "stablelm": Family("StableLmForCausalLM", "StableLmConfig", {**_BODY, **_HEADS, "num_hidden_layers": 2}),
+}
+"""Models whose decoder layers hand no keyword arguments on to their attention."""
+
 _OF_FLA: dict[str, Any] = {
     "hidden_size": 24,
     "intermediate_size": 40,
@@ -538,7 +544,7 @@ FLA_FAMILIES: dict[str, Family] = {
 
 def build(name: str, **options: Any) -> nn.Module:
     """A float64 model of a family with random weights, in evaluation mode; `options` replace those of its config."""
-    family = (FAMILIES | WITH_WINDOWS_OF_MASKS | FLA_FAMILIES)[name]
+    family = (FAMILIES | WITH_WINDOWS_OF_MASKS | WITHOUT_KEYWORDS | FLA_FAMILIES)[name]
     package = import_module(family.package)
     given = {"pad_token_id": None, **family.options, **options}
     config = getattr(package, family.config)(vocab_size=VOCABULARY, bos_token_id=None, eos_token_id=None, **given)

@@ -99,6 +99,7 @@ def test_a_recomputed_layer_sends_no_states(name: str, reentrant: bool) -> None:
         "bamba",
         "lfm2",
         "zamba2",
+        "nemotron",
     ],
 )
 def test_every_family_recomputes_the_same_bits(name: str, reentrant: bool, two_forwards: bool) -> None:

@@ -109,6 +109,11 @@ def test_windows_that_masks_alone_have(name: str) -> None:
     check(name, "packed", 2, "zigzag")
 
 
+@pytest.mark.parametrize("name", ["nemotron", pytest.param("stablelm", marks=pytest.mark.slow)])
+def test_attention_that_is_handed_no_keywords(name: str) -> None:
+    check(name, "packed", 2, "zigzag")
+
+
 def decoder_inside() -> float:
     """Error of the logits of OPT, whose head calls the decoder inside of its backbone."""
     import transformers
