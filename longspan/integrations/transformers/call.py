@@ -29,7 +29,8 @@ class ParallelCall:
     layout: of this rank's tokens. options: how layers exchange. split_already: whether the caller split the sequences. mixer: the
     one that runs now, or None. taken: names of functions that mixers called with the layout, by the mixer. recorder: takes what
     layers remember of a prompt, or None where nothing is decoded afterwards. segment: the segment of time that this is; None for
-    whole sequences.
+    whole sequences. num_positions: the largest position of the whole sequence, and one more, where the caller has given positions
+    and a layer looks at it.
 
     No dataclass: FSDP2 with a dtype to compute in hands on copies of those among a layer's arguments.
     """
@@ -44,6 +45,7 @@ class ParallelCall:
     ) -> None:
         self.layout, self.options, self.split_already = layout, options, split_already
         self.recorder, self.segment = recorder, segment
+        self.num_positions: int | None = None
         self.mixer: nn.Module | None = None
         self.taken: dict[int, set[str]] = {}
 
@@ -59,7 +61,9 @@ class ParallelCall:
 
     @property
     def longest_document(self) -> int:
-        """Tokens of the longest document, of the whole sequence."""
+        """Tokens of the longest document, of the whole sequence, by the positions that are given."""
+        if self.num_positions is not None:
+            return self.num_positions
         if self.segment is not None:
             return self.segment.longest
         return max(stop - start for start, stop in pairwise(self.layout.document_bounds))

@@ -88,6 +88,7 @@ class ParallelModel:
         self.order: Order = order or ("zigzag" if balances else "contiguous")
         self.rank_order = rank_order
         self.modeling_files = modeling_files_of(head)
+        self.looks_at_largest = any(rotary.looks_at_largest_position(module) for module in self.backbone.modules())
         self.decoding = Decoding(self)
         self.call: ParallelCall | None = None
         self.last_layout: SequenceLayout | None = None
@@ -420,6 +421,9 @@ class ParallelModel:
             else:
                 layout = self.layout_of(given, None)
             call = ParallelCall(layout, self.options)
+            positions = given.get("position_ids")
+            if self.looks_at_largest and positions is not None:
+                call.num_positions = int(positions.max()) + 1
         self.num_calls[torch.is_grad_enabled()] += 1
         return call, given
 

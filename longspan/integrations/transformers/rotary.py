@@ -21,9 +21,9 @@ def looks_at_largest_position(module: nn.Module) -> bool:
     return bool(kinds & _LOOKS_AT_LARGEST)
 
 
-def with_last_position(position_ids: Tensor, longest_document: int) -> Tensor:
-    """Positions ``[..., T]`` and that of the last token of the longest document, of so many: ``[..., T + 1]``."""
-    return F.pad(position_ids, (0, 1), value=longest_document - 1)
+def with_last_position(position_ids: Tensor, num_positions: int) -> Tensor:
+    """Positions ``[..., T]`` and the last of so many, that of the longest document's last token: ``[..., T + 1]``."""
+    return F.pad(position_ids, (0, 1), value=num_positions - 1)
 
 
 def without_last_position(output: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -180,18 +180,20 @@ def _loss_alone(head: nn.Module, batch: dict[str, Any], targets: Tensor | None, 
     """The loss in one process. Packed documents are run one by one: Transformers' own packed forward mixes some."""
     model: Any = head
     options = {"use_cache": False, "return_dict": True}
+    batch = {name: x for name, x in batch.items() if name not in inputs.PACKING}
     if bounds is None:
         if targets is None:
             loss: Tensor = model(**batch, **options).loss
             return loss
         return _sum_of_logits(model(**batch, **options).logits, targets) / (targets != losses.IGNORED).sum()
-    flat = inputs.in_one_row({name: x for name, x in batch.items() if name not in inputs.PACKING})
-    mask = flat.get("attention_mask")
+    flat = inputs.in_one_row(batch)
+    mask, positions = flat.get("attention_mask"), flat.get("position_ids")
     if mask is not None:
         flat["attention_mask"] = mask.reshape(1, -1)
+    longest = max(stop - start for start, stop in pairwise(bounds)) if positions is None else int(positions.max()) + 1
     total = _num_valid(batch, bounds) if targets is None else int((targets != losses.IGNORED).sum())
     parts, first = [], torch.zeros(1, dtype=torch.int64)
-    with _longest(head, max(stop - start for start, stop in pairwise(bounds))):
+    with _longest(head, longest):
         for start, stop in pairwise(bounds):
             part = {name: _part(name, x, 1, first, start, stop) for name, x in flat.items()}
             if targets is not None:
@@ -283,12 +285,12 @@ def _without_z_loss(head: nn.Module, is_packed: bool) -> Iterator[None]:
 
 
 @contextmanager
-def _longest(head: nn.Module, longest_document: int) -> Iterator[None]:
+def _longest(head: nn.Module, num_positions: int) -> Iterator[None]:
     """Rotary embeddings that look at the largest position find that of the longest document in each of them."""
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         given = arguments_by_name(module, args, kwargs)
-        given["position_ids"] = rotary.with_last_position(given["position_ids"], longest_document)
+        given["position_ids"] = rotary.with_last_position(given["position_ids"], num_positions)
         return (), given
 
     def after(module: nn.Module, args: Any, output: Any) -> Any:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import longspan
+from longspan.integrations.transformers import layout_of
 from tests.compare import relative_error, worst_of
 from tests.integrations.transformers.families import build
 from tests.integrations.transformers.reference import PACKED, PLAIN, Batch, Expected, Wide, expected, gradients_of
@@ -64,3 +65,24 @@ def of_packed() -> float:
 
 def test_packed_documents_share_the_frequencies_of_the_longest() -> None:
     assert all(error < 1e-12 for error in run_on_ranks(2, of_packed))
+
+
+def error_of_later_positions(kind: str, want: torch.Tensor) -> float:
+    model: Any = longspan.parallelize(build("llama", **options_of(kind)), None)
+    with Wide(), torch.no_grad():
+        logits = model(input_ids=PLAIN.ids, position_ids=LATER).logits
+    return relative_error(layout_of(model).gather(logits), want)
+
+
+LATER = torch.arange(30, 67)[None]
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_positions_may_begin_later(kind: str) -> None:
+    # Frequencies of longer sequences stay with a model.
+    model, other = (build("llama", **options_of(kind)) for _ in range(2))
+    with Wide(), torch.no_grad():
+        want = model(input_ids=PLAIN.ids, position_ids=LATER, use_cache=False).logits
+        earlier = other(input_ids=PLAIN.ids, use_cache=False).logits
+    assert kind == "longrope" or relative_error(want, earlier) > 1e-3, "the case does not reach what it is about"
+    assert all(error < 1e-10 for error in run_on_ranks(2, error_of_later_positions, kind, want))

@@ -32,6 +32,11 @@ BATCHES: dict[str, dict[str, Any]] = {
         "labels": PACKED.ids,
         "cu_seq_lens_q": torch.tensor(PACKED.bounds, dtype=torch.int32),
     },
+    "one document by bounds": {
+        "input_ids": PACKED.ids,
+        "labels": PACKED.ids,
+        "cu_seq_lens_q": torch.tensor([0, 53], dtype=torch.int32),
+    },
     "padded": {"input_ids": PLAIN.ids, "labels": PLAIN.ids.masked_fill(MASK == 0, IGNORED), "attention_mask": MASK},
     "counted": {**PLAIN.arguments(), "num_items_in_batch": torch.tensor(40)},
     "without labels": {"input_ids": PACKED.ids, "position_ids": PACKED.positions},
@@ -83,6 +88,11 @@ def test_packed_documents_pass_in_every_kind_of_layer(name: str, options: dict[s
         # It computes its loss in its own way.
         given.pop("labels", None)
     run_on_ranks(2, verified, name, options, given, 40)
+
+
+@pytest.mark.slow
+def test_one_document_that_is_told_passes_in_linear_layers() -> None:
+    run_on_ranks(2, verified, "qwen3_next", {}, BATCHES["one document by bounds"], None)
 
 
 @pytest.mark.slow
