@@ -284,12 +284,15 @@ class Topology(Exchanger):
         """The cost of one direction; every option is settled, or taken as `settled` would. problem: with states `on_wire`."""
 
 
-def check_states_to_code(codec: Codec, pair: Pair) -> None:
-    """Raise InputError for states that a codec does not take."""
+def check_states_to_code(codec: Codec | None, pair: Pair) -> None:
+    """Raise InputError for states that a codec does not take; None is those that keep to a `max_relative_error`."""
     if pair.state.dtype != torch.float32:
+        given, asked = (
+            ("max_relative_error",) * 2 if codec is None else ("the codec", f"the codec {codec.format.name!r}")
+        )
         raise InputError(
-            f"the codec {codec.format.name!r} takes states of torch.float32; got {pair.state.dtype}, those of an operator whose "
-            f"inputs are {pair.state.dtype}. Leave the codec out, or compute in float32"
+            f"{asked} takes states of torch.float32; got {pair.state.dtype}, those of an operator whose inputs are "
+            f"{pair.state.dtype}. Leave {given} out, or compute in float32"
         )
 
 

@@ -113,10 +113,13 @@ def check_kernel(kernel: object, x: Tensor, layout: SequenceLayout, is_continued
         _check_taps(kernel, x)
     num_taps = num_taps_of(kernel, layout)
     if not is_continued and num_taps > layout.seq_len:
+        cut = "Cut it, kernel[:, :seq_len]"
+        if isinstance(kernel, FunctionKernel):
+            cut = "Ask the function for no more lags than that, num_taps=seq_len, or leave num_taps out"
         raise InputError(
             f"long_conv1d takes at most as many taps as the sequence has tokens, {layout.seq_len}; got a kernel of {num_taps}: the "
-            "last ones would meet no token. Cut it, kernel[:, :seq_len]; or pass the K - 1 tokens before the first one as "
-            "initial_state, zeros if there are none"
+            f"last ones would meet no token. {cut}; or pass the K - 1 tokens before the first one as initial_state, zeros if there "
+            "are none"
         )
 
 

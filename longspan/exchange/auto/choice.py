@@ -18,7 +18,7 @@ from longspan.exchange.auto.calibration import known_links
 from longspan.exchange.auto.figures import figures_of, sizes_of
 from longspan.exchange.auto.hops import cheapest_codecs
 from longspan.exchange.auto.trial import Candidate, try_out
-from longspan.exchange.codec import Codec, Int8, codec_named, codecs_within
+from longspan.exchange.codec import Codec, codec_named, codecs_within
 from longspan.exchange.problem import problem_of, stated_cluster_of
 from longspan.exchange.topologies.listed import TOPOLOGIES
 from longspan.exchange.topology import (
@@ -146,7 +146,7 @@ class Auto(Exchanger):
         cluster = self._cluster(layout, pair.state)
         problem = problem_of(pair, layout, self.state_dtype)
         if self.codec is not None or self.max_relative_error is not None:
-            check_states_to_code(self.codec if isinstance(self.codec, Codec) else Int8(), pair)
+            check_states_to_code(self.codec if isinstance(self.codec, Codec) else None, pair)
         serving = [
             topology
             for kind in TOPOLOGIES.values()
