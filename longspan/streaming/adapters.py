@@ -46,7 +46,7 @@ class StreamedSequence(Protocol):
     counts_first: bool
 
     def start(self) -> Any:
-        """What is remembered where a document begins."""
+        """What is remembered where a document begins: constants, as nothing hands their gradients on."""
         ...
 
     def remember(self, tokens: Tensor, layout: SequenceLayout | None, memory: Any) -> Any:

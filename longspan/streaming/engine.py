@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 from longspan.autocast import without_autocast
+from longspan.checks import described
+from longspan.errors import InputError
 from longspan.models.segments import Between, SegmentDone
 from longspan.streaming.adapters import Memory
 from longspan.streaming.kept import KeptMemory, check_same_tensors
@@ -75,7 +77,7 @@ def forward_backward(
         between(SegmentDone("again", segment, sequence.num_segments))
         return left
 
-    kept = KeptMemory(keep_every, sequence.goes_on, again)
+    kept = KeptMemory(keep_every, sequence.goes_on, sequence.start, again)
     _forward(sequence, kept, remember, between)
     total, behind = torch.zeros((), dtype=torch.float64, device=device), None
     for segment in reversed(range(sequence.num_segments)):
@@ -94,6 +96,7 @@ def _forward(
 ) -> None:
     """What enters each segment, in order; the same passes on every rank, whatever its documents."""
     memory = sequence.start()
+    _check_constant(memory)
     last = sequence.num_segments - 1
     for segment in range(sequence.num_segments):
         kept.enter(segment, memory)
@@ -103,6 +106,15 @@ def _forward(
             between(SegmentDone("forward", segment, sequence.num_segments))
     if sequence.counts_first:
         sequence.all_remembered()
+
+
+def _check_constant(memory: Memory) -> None:
+    for name, x in memory.tensors.items():
+        if x.requires_grad:
+            raise InputError(
+                f"stream(): {name}, with which a document begins, requires a gradient, and what enters a sequence gets none; got "
+                f"{described(x)}. Let the adapter's start() give constants, and the model read its parameter by itself"
+            )
 
 
 def _backward(

@@ -18,23 +18,34 @@ from longspan.streaming.adapters import Memory
 class KeptMemory:
     """The memory that enters each segment, by the segment's number.
 
-    every: n; 1 keeps all. goes_on: whether a segment goes on with what the one before it left. again: what is left by a segment, of
-    its number and of what enters it, computed once more without gradients.
+    every: n; 1 keeps all. goes_on: whether a segment goes on with what the one before it left; `start` makes what enters it
+    otherwise. again: what is left by a segment, of its number and of what enters it, computed once more without gradients.
     """
 
-    def __init__(self, every: int, goes_on: Callable[[int], bool], again: Callable[[int, Any], Any]) -> None:
+    def __init__(
+        self,
+        every: int,
+        goes_on: Callable[[int], bool],
+        start: Callable[[], Any],
+        again: Callable[[int, Any], Any],
+    ) -> None:
         self._every = every
         self._goes_on = goes_on
+        self._start = start
         self._again = again
         self._entering: dict[int, Memory] = {}
+        self._between: list[int] = []
         self._without_tensors: dict[int, Memory] = {}
 
     def enter(self, segment: int, memory: Memory) -> None:
         """`memory` enters `segment`: called in order. The tensors between those that are kept last as long as no other is kept."""
         if segment % self._every == 0:
-            self._entering = {number: kept for number, kept in self._entering.items() if number % self._every == 0}
-        made = {name: _of_its_own(x.detach()) for name, x in memory.tensors.items()}
-        self._entering[segment] = memory.with_tensors(made)
+            for number in self._between:
+                del self._entering[number]
+            self._between.clear()
+        else:
+            self._between.append(segment)
+        self._entering[segment] = memory.with_tensors(_tensors_of(memory))
         self._without_tensors[segment] = memory.with_tensors({})
 
     def entering(self, segment: int) -> Memory:
@@ -43,16 +54,18 @@ class KeptMemory:
         first = segment if segment in self._entering else segment - segment % self._every
         for number in range(first, segment):
             left = self._again(number, self._entering[number])
-            behind = self._without_tensors[number + 1]
-            if self._goes_on(number + 1):
-                behind = behind.with_tensors({name: _of_its_own(x.detach()) for name, x in left.tensors.items()})
-            self._entering[number + 1] = behind
+            given = left if self._goes_on(number + 1) else self._start()
+            self._entering[number + 1] = self._without_tensors[number + 1].with_tensors(_tensors_of(given))
         return self._entering[segment]
 
     def drop(self, segment: int) -> None:
         """Nothing needs what enters `segment` any more."""
         self._entering.pop(segment, None)
         self._without_tensors.pop(segment, None)
+
+
+def _tensors_of(memory: Memory) -> dict[str, Tensor]:
+    return {name: _of_its_own(x.detach()) for name, x in memory.tensors.items()}
 
 
 def _of_its_own(x: Tensor) -> Tensor:

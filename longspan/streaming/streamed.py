@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from longspan.checks import check_count, check_flag, check_tensor, described, is_int
 from longspan.errors import InputError, LayoutError
-from longspan.exchange import exchange_named
+from longspan.exchange import Exchanger, exchange_named
 from longspan.layout import SequenceLayout
 from longspan.models.mixers import SequenceMixer
 from longspan.models.segments import Between, SegmentDone
@@ -64,14 +64,19 @@ def stream(
     return Stream(model, segment_tokens, keep_every, offload, reduce_each)
 
 
-def _check_exchanges(model: nn.Module) -> None:
-    """Raise InputError for layers whose exchange remembers what it has left out."""
-    mixers = (module for module in model.modules() if isinstance(module, SequenceMixer))
-    if any(exchange_named(mixer.parallel.exchange).remembers_errors for mixer in mixers):
+def check_exchange(exchange: str | Exchanger) -> None:
+    """Raise InputError for an exchange that remembers what it has left out."""
+    if exchange_named(exchange).remembers_errors:
         raise InputError(
             "stream(): the exchange has error feedback, and a segment of time is computed twice: the second pass would send what "
-            "the first has left out, and find another state. Give longspan.parallelize a codec without feedback"
+            "the first has left out, and find another state. Take a codec without feedback, or sequences in one piece"
         )
+
+
+def _check_exchanges(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, SequenceMixer):
+            check_exchange(module.parallel.exchange)
 
 
 class Stream:
@@ -194,7 +199,8 @@ class Stream:
         is_share: bool = True,
     ) -> CutSequence:
         """The sequence, cut in segments. is_share: its loss is a rank's share in any case; else what the model's call returns."""
-        # Once more, as a model may be parallelized after it was given to `stream`.
+        # At each call, as a model may be parallelized, or with another exchange, after it was given to `stream`; and there, too, as
+        # the first call may be far from where the exchange was named.
         _check_exchanges(self._model)
         _check_sequence(tokens, labels, layout, num_valid)
         if layout is not None:

@@ -11,6 +11,7 @@ from longspan.attention.softmax.checks import check_heads_of_ulysses
 from longspan.data.recipe import ASKED_FOR
 from longspan.errors import ConfigError, InputError
 from longspan.parallel import MeshDegrees
+from longspan.streaming.streamed import check_exchange
 from longspan.train.config import Config, DataConfig, flatten
 from longspan.train.data import recall_task
 
@@ -53,17 +54,19 @@ def check(config: Config) -> None:
             check_heads_of_ulysses(model.num_heads, config.parallel.sp)
         except InputError as error:
             raise ConfigError(f"parallel.softmax_method: {error} (parallel.sp, model.num_heads)") from error
-    config.parallel.build_exchange()
+    exchange = config.parallel.build_exchange()
     if config.parallel.exchange_error_feedback and config.train.recompute == "layer":
         raise ConfigError(
             "parallel.exchange_error_feedback is True and train.recompute 'layer': a layer that is computed again would send what "
             "it has left out a second time. Take train.recompute 'selective', which sends nothing again"
         )
-    if config.parallel.exchange_error_feedback and config.train.segment_tokens is not None:
-        raise ConfigError(
-            f"parallel.exchange_error_feedback is True and train.segment_tokens {config.train.segment_tokens}: a segment of time "
-            "is computed twice, and would send what it has left out a second time. Leave one of them out"
-        )
+    if config.train.segment_tokens is not None:
+        try:
+            check_exchange(exchange)
+        except InputError as error:
+            raise ConfigError(
+                f"{error} (parallel.exchange_error_feedback, train.segment_tokens {config.train.segment_tokens})"
+            ) from error
     if config.parallel.weights is None and config.parallel.balance != ("even",) and config.train.deterministic:
         raise ConfigError(
             f"train.deterministic is True and parallel.balance {config.parallel.balance[0]!r}: what is measured differs from run "

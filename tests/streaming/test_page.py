@@ -16,7 +16,7 @@ SHORTER = {"8193": "129", "2048": "32", "8192": "128", "4096": "96", "512": "32"
 
 
 def blocks() -> list[str]:
-    """Python blocks, in order: of one process, over ranks, of Transformers, with memory given back."""
+    """Python blocks, in order: of one process, over ranks, of Transformers, with memory given back, of a model of one's own."""
     found = re.findall(r"^```python\n(.*?)^```$", PAGE, flags=re.MULTILINE | re.DOTALL)
     return [re.sub(r"\b(8193|2048|8192|4096|512)\b", lambda match: SHORTER[match.group()], block) for block in found]
 
@@ -32,7 +32,7 @@ def values_of(*parts: str) -> list[float]:
 
 
 def test_the_page_has_the_blocks_that_are_run() -> None:
-    assert len(blocks()) == 4 and "import transformers" in blocks()[2] and "8192" not in "".join(blocks())
+    assert len(blocks()) == 5 and "import transformers" in blocks()[2] and "8192" not in "".join(blocks())
 
 
 def on_rank() -> list[float]:

@@ -76,7 +76,7 @@ def test_feedback_takes_no_second_forward() -> None:
         check(from_mapping({"parallel": parallel, "train": {"recompute": "layer"}}))
     check(from_mapping({"parallel": parallel, "train": {"recompute": "selective"}}))
     with pytest.raises(
-        ConfigError, match=r"train.segment_tokens 1024: a segment of time is computed twice.*Leave one of them"
+        ConfigError, match=r"computed twice.*without feedback.*exchange_error_feedback, train.segment_tokens 1024"
     ):
         check(from_mapping({"parallel": parallel, "train": {"segment_tokens": 1024}}))
 
