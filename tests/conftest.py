@@ -3,13 +3,14 @@ end with the session."""
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 
 import pytest
 import torch
 
-from tests.ranks import stop_ranks
+from tests.ranks import PRELOADED, stop_ranks
 from tests.slow_rows import mark_slow_rows
 
 
@@ -31,6 +32,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     unused = mark_slow_rows(items)
     if unused and config.args_source is pytest.Config.ArgsSource.TESTPATHS:
         raise pytest.UsageError(f"slow_rows names what no row of the test matches: {', '.join(unused)}")
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    # Ranks need it in two folders alone, and take seconds to load it.
+    if any(name in item.nodeid for item in session.items for name in ("transformers/", "models/hf/")):
+        PRELOADED.append("transformers.models.llama.modeling_llama")
+    # Modules and tests stay: the collector need not look through them, each time that it runs.
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

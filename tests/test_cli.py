@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from longspan.cli import main
 from longspan.models import LinearLlama3, LinearLlama3Config
 from longspan.train.config import to_toml
+from tests import copied
 from tests.shared import made_once
 from tests.train.faults import TIMEOUT, has_made_steps
 from tests.train.tiny import COMPUTED, metrics, newest_tensors, tiny_config, write_corpus
@@ -50,10 +51,10 @@ def finished(config: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
 
     def make(folder: Path) -> list[str]:
         run = folder / "run"
-        done = train("--config", config, "--run.dir", run)
+        done = copied.run(["train", "--config", config, "--run.dir", run])
         assert done.returncode == 0, done.stderr
-        assert done.stderr == ""
-        return [str(run), done.stdout]
+        assert done.stderr == b""
+        return [str(run), done.stdout.decode()]
 
     run, printed = made_once(tmp_path_factory, "cli-finished", make)
     return Path(run), printed

@@ -104,13 +104,20 @@ def _breaches_of_file(module: str, path: Path, source_root: Path, modules: set[s
         if part in WITHOUT_DISTRIBUTED and f"{found.module}.".startswith("torch.distributed."):
             yield f"{where}: {part} must not import torch.distributed"
     for node in ast.walk(_parse(path)):
-        text = ast.unparse(node) if isinstance(node, ast.Attribute) else ""
+        text = _dotted(node) if isinstance(node, ast.Attribute) else ""
         if part in WITHOUT_DISTRIBUTED and text == "torch.distributed":
             yield f"{_where(file, node)}: {part} must not use torch.distributed"
         names = node.names if isinstance(node, ast.ImportFrom) and node.module == "os" else []
         reads = {text, *(f"os.{name.name}" for name in names)} & {"os.environ", "os.environb", "os.getenv"}
         if reads and not any(fnmatch(file, pattern) for pattern in MAY_READ_ENVIRONMENT):
             yield f"{_where(file, node)}: environment variables are read in the launch code alone"
+
+
+def _dotted(node: ast.AST) -> str:
+    """What names with points between them say; of another expression, what is behind it."""
+    if isinstance(node, ast.Attribute):
+        return f"{_dotted(node.value)}.{node.attr}"
+    return node.id if isinstance(node, ast.Name) else ""
 
 
 def _where(file: str, node: ast.AST) -> str:

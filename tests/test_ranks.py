@@ -262,6 +262,9 @@ def test_ranks_rest_between_calls() -> None:
 def test_ranks_that_rest_end_with_a_killed_test_run() -> None:
     lines = [
         "import os, signal",
+        "from tests import ranks",
+        # Of what ranks may need they need nothing here.
+        "ranks.PRELOADED[:] = ['torch.distributed']",
         "from tests.ranks import run_on_ranks",
         "from tests.test_ranks import _process_id",
         "print(*run_on_ranks(2, _process_id), flush=True)",

@@ -7,12 +7,14 @@ import re
 import shlex
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.ranks import run_on_ranks
+from tests import copied
+from tests.ranks import raised, run_on_ranks
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 README = (PROJECT_ROOT / "README.md").read_text(encoding="utf-8")
@@ -22,7 +24,7 @@ NOT_RUN = {"text"}
 SHORT_RUN = (
     "--train.steps 2 --train.seq_len 128 --train.batch_tokens 128 --data.max_bytes 200000 --data.vocab_size 300 "
     "--model.dim 32 --model.num_heads 2 --model.num_kv_heads 1 --model.hidden_dim 64 --validation.sequences 1 "
-    "--sample.tokens 4 --run.dir run"
+    "--sample.tokens 4 --run.measure_alone False --run.dir run"
 )
 
 
@@ -68,12 +70,18 @@ def test_every_block_is_of_a_kind_that_is_run() -> None:
     assert {language for language, _ in _blocks(README)} - NOT_RUN == {"python", "bash"}
 
 
-def test_python_blocks_run_in_one_process(tmp_path: Path) -> None:
-    _run([sys.executable, "-W", "error", "-c", _python_code()], tmp_path)
-
-
 def _execute(code: str) -> None:
     exec(compile(code, "<README>", "exec"), {})
+
+
+def _execute_strictly(code: str, folder: Path) -> None:
+    os.chdir(folder)
+    warnings.simplefilter("error")
+    _execute(code)
+
+
+def test_python_blocks_run_in_one_process(tmp_path: Path) -> None:
+    assert copied.call(_execute_strictly, _python_code(), tmp_path) == 0
 
 
 def test_python_blocks_run_on_ranks() -> None:
@@ -81,11 +89,13 @@ def test_python_blocks_run_on_ranks() -> None:
 
 
 def test_a_wrong_python_block_would_fail(tmp_path: Path) -> None:
+    """On ranks it is the block that fails, and alone the process."""
     code = _python_code()
     wrong = code.replace("layout.gather(o_local), o)", "layout.gather(o_local), o + 0.1)")
     assert wrong != code
-    with pytest.raises(AssertionError, match="Tensor-likes are not close"):
-        _run([sys.executable, "-c", wrong], tmp_path)
+    for kind, message in run_on_ranks(2, raised, _execute, wrong):
+        assert kind == "AssertionError" and "Tensor-likes are not close" in message
+    assert copied.call(_execute_strictly, wrong, tmp_path) == 1
 
 
 def _marked(command: str) -> Any:

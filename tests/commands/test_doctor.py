@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -23,6 +21,7 @@ from longspan.commands.examination import (
     open_files,
     room,
 )
+from tests import copied
 from tests.commands.test_torchrun import SUBJECTS
 
 
@@ -86,13 +85,12 @@ def test_of_what_is_measured_the_rank_with_least_is_shown() -> None:
 
 
 def test_the_command_looks_at_a_group_of_this_machine() -> None:
-    done = subprocess.run([sys.executable, "-m", "longspan", "doctor"], capture_output=True, text=True, timeout=120)
+    done = copied.run(["doctor"])
     assert done.returncode == 0, done.stderr
-    subjects = [
-        line[9:23].strip() for line in done.stdout.splitlines() if line[:8].strip() in ("ok", "warning", "error")
-    ]
+    printed = done.stdout.decode()
+    subjects = [line[9:23].strip() for line in printed.splitlines() if line[:8].strip() in ("ok", "warning", "error")]
     assert subjects == SUBJECTS
-    assert "MB/s" in done.stdout and "0 errors" in done.stdout
+    assert "MB/s" in printed and "0 errors" in printed
 
 
 def test_a_group_of_no_ranks_and_no_time_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,6 +19,7 @@ from longspan.launch import Place, StopRequest
 from longspan.train.config import Config
 from longspan.train.ranks import Ranks
 from longspan.train.run import train_on
+from tests import copied
 from tests.data.shards import recipe
 from tests.shared import made_once
 from tests.train.test_recall import recall_config
@@ -76,14 +77,13 @@ def found(name: str, run: Path, *options: str, folder: Path) -> dict[str, Any]:
 def on_ranks(folder: Path, name: str, run: Path, *options: str, num_ranks: int = 2, torchrun: bool = False) -> Any:
     """What several ranks find, as JSON."""
     file = folder / f"{name}-{num_ranks}.json"
-    launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={num_ranks}", "--standalone"] if torchrun else []
     arguments = ["eval", name, "--run", str(run), "--parallel.sp", str(num_ranks), "--json", str(file), *options]
-    done = subprocess.run(
-        [sys.executable, *launcher, "-m", "longspan", "--", *arguments],
-        capture_output=True,
-        timeout=TIMEOUT,
-        check=False,
-    )
+    if torchrun:
+        launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={num_ranks}", "--standalone"]
+        command = [sys.executable, *launcher, "-m", "longspan", "--", *arguments]
+        done = subprocess.run(command, capture_output=True, timeout=TIMEOUT, check=False)
+    else:
+        done = copied.run(arguments)
     assert done.returncode == 0, done.stderr
     return json.loads(file.read_text())
 
@@ -262,9 +262,7 @@ def test_what_does_not_fit_is_refused(
 @pytest.mark.slow
 def test_fewer_tokens_than_ranks_are_refused_by_all(run: Path, tmp_path: Path) -> None:
     arguments = ["eval", "recall", "--run", str(run), "--parallel.sp", "2", "--lengths", "1"]
-    done = subprocess.run(
-        [sys.executable, "-m", "longspan", *arguments], capture_output=True, timeout=TIMEOUT, check=False
-    )
+    done = copied.run(arguments)
     assert done.returncode == 2
     assert b"lengths has 1, fewer tokens than the 2 ranks" in done.stderr
 

@@ -26,6 +26,7 @@ from longspan.train.ranks import Ranks
 from longspan.train.run import train_on
 from longspan.train.sample import WrittenText, prompt_tokens
 from longspan.train.trained import open_trained
+from tests import copied
 from tests.shared import made_once
 from tests.train.tiny import tiny_config, write_corpus
 
@@ -76,8 +77,7 @@ def expected(run: Path, prompt: str, count: int) -> str:
 
 
 def command(run: Path, *options: str, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
-    arguments = [sys.executable, "-m", "longspan", "generate", "--run", str(run), *options]
-    return subprocess.run(arguments, input=stdin, capture_output=True, timeout=TIMEOUT, check=False)
+    return copied.run(["generate", "--run", run, *options], stdin)
 
 
 def test_text_alone_is_on_stdout(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,8 +10,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +18,7 @@ from unittest import mock
 
 import pytest
 
-from longspan.data import files, shards
+from longspan.data import files, shards, workers
 from longspan.data.files import with_checksum
 from longspan.data.hub import find_parts, open_rows
 from longspan.data.prepare import prepare_corpus
@@ -28,6 +26,7 @@ from longspan.data.prepared import PreparedData, open_prepared
 from longspan.data.recipe import Recipe
 from longspan.data.tokens import TokenStream
 from longspan.errors import DataError
+from tests import copied
 from tests.data.shards import recipe
 from tests.data.test_tokenizer import other_tokenizer
 
@@ -58,6 +57,12 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+@pytest.fixture
+def workers_are_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They do not load everything anew, which takes each some seconds; `test_new_processes_make_the_same_bytes` has new ones."""
+    monkeypatch.setattr(workers, "multiprocessing", copied.Multiprocessing)
+
+
 def test_every_document_is_there_once_in_the_order_of_names(text: Path, tmp_path: Path) -> None:
     for changes in ({}, {"tokenizer": "bpe"}, {"shard_bytes": 700}):
         folder = tmp_path / f"data-{len(list(tmp_path.iterdir()))}"
@@ -86,6 +91,7 @@ def test_prepared_data_is_not_prepared_twice(text: Path, tmp_path: Path) -> None
     assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == written
 
 
+@pytest.mark.usefixtures("workers_are_copies")
 def test_processes_make_the_same_bytes_as_one(text: Path, tmp_path: Path) -> None:
     told: list[int] = []
 
@@ -106,6 +112,14 @@ def test_processes_make_the_same_bytes_as_one(text: Path, tmp_path: Path) -> Non
     assert sum(told) == data.train.num_text_bytes + data.validation.num_text_bytes
 
 
+@pytest.mark.slow
+def test_new_processes_make_the_same_bytes(text: Path, tmp_path: Path) -> None:
+    prepare_corpus(recipe(text, shard_bytes=2000), tmp_path / "one")
+    prepare_corpus(recipe(text, shard_bytes=2000), tmp_path / "two", 2)
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
+
+
+@pytest.mark.usefixtures("workers_are_copies")
 def test_what_a_worker_cannot_read_is_said_in_the_first_process(text: Path, tmp_path: Path) -> None:
     (text / "29.txt").write_bytes(b"caf\xe9")
     with pytest.raises(DataError, match=r"29.txt is not UTF-8: byte 0xe9 at offset 3"):
@@ -130,36 +144,31 @@ def in_a_child(function: Callable[[], None]) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def killed_at(instant: int, recipe: Recipe, folder: Path) -> bool:
-    """Prepare in a process that is killed before its `instant`-th write, sync, rename or removal; whether it came to that."""
+def prepare_and_call(instant: Callable[[int], object], recipe: Recipe, folder: Path) -> None:
+    """Prepare, and call with its number before each write, sync, rename or removal."""
     count = 0
 
     def counted(original: Any) -> Any:
         def call(*arguments: Any, **keywords: Any) -> Any:
             nonlocal count
             count += 1
-            if count == instant:
-                os.kill(os.getpid(), signal.SIGKILL)
+            instant(count)
             return original(*arguments, **keywords)
 
         return call
 
-    def work() -> None:
-        with (
-            mock.patch.object(files.os, "fsync", counted(os.fsync)),
-            mock.patch.object(files.Path, "replace", counted(Path.replace)),
-            mock.patch.object(files.Path, "unlink", counted(Path.unlink)),
-            mock.patch.object(shards, "write_whole", counted(shards.write_whole)),
-            mock.patch.object(shards.SplitWriter, "append", counted(shards.SplitWriter.append)),
-        ):
-            prepare_corpus(recipe, folder)
-
-    code = in_a_child(work)
-    assert code in (0, -signal.SIGKILL)
-    return code != 0
+    with (
+        mock.patch.object(files.os, "fsync", counted(os.fsync)),
+        mock.patch.object(files.Path, "replace", counted(Path.replace)),
+        mock.patch.object(files.Path, "unlink", counted(Path.unlink)),
+        mock.patch.object(shards, "write_whole", counted(shards.write_whole)),
+        mock.patch.object(shards.SplitWriter, "append", counted(shards.SplitWriter.append)),
+    ):
+        prepare_corpus(recipe, folder)
 
 
 def test_a_preparation_that_was_killed_at_any_instant_goes_on_to_the_same_bytes(text: Path, tmp_path: Path) -> None:
+    """What a process that is killed leaves is what others see of its files, which one process shows for all instants."""
     for path in sorted(text.glob("*.txt"))[4:]:
         path.unlink()
     lines = (text / "lines.jsonl").read_text().splitlines()[:8]
@@ -167,21 +176,30 @@ def test_a_preparation_that_was_killed_at_any_instant_goes_on_to_the_same_bytes(
     wanted = recipe(text, shard_bytes=700)
     prepare_corpus(wanted, tmp_path / "whole")
     expected = contents(tmp_path / "whole")
-    instant, num_kept = 1, 0
-    while killed_at(instant, wanted, tmp_path / "data"):
-        descriptions = {path: path.stat().st_mtime_ns for path in (tmp_path / "data").glob("shard-*.json")}
+    left = tmp_path / "left"
+    prepare_and_call(lambda n: shutil.copytree(tmp_path / "data", left / f"{n:03d}"), wanted, tmp_path / "data")
+    assert contents(tmp_path / "data") == expected
+
+    def is_killed(instant: int) -> None:
+        if instant == 23:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    assert in_a_child(lambda: prepare_and_call(is_killed, wanted, tmp_path / "killed")) == -signal.SIGKILL
+    assert contents(tmp_path / "killed") == contents(left / "023")
+    num_kept = 0
+    instants = [tmp_path / "killed", *sorted(left.iterdir())]
+    for folder in instants:
+        descriptions = {path: path.stat().st_mtime_ns for path in folder.glob("shard-*.json")}
         num_kept += len(descriptions)
-        if not (tmp_path / "data" / "data.json").exists():
+        if not (folder / "data.json").exists():
             with pytest.raises(DataError, match=r"holds no prepared data: it has no data.json"):
-                open_prepared(tmp_path / "data")
-        prepare_corpus(wanted, tmp_path / "data")
-        assert contents(tmp_path / "data") == expected
+                open_prepared(folder)
+        with mock.patch.object(files.os, "fsync"):
+            prepare_corpus(wanted, folder)
+        assert contents(folder) == expected
         # What was done is not made again.
         assert {path: path.stat().st_mtime_ns for path in descriptions} == descriptions
-        shutil.rmtree(tmp_path / "data")
-        instant += 1
-    assert instant > 40 and num_kept > 20
-    assert contents(tmp_path / "data") == expected
+    assert len(instants) > 40 and num_kept > 20
 
 
 def test_a_shard_that_was_done_and_then_damaged_is_made_again(text: Path, tmp_path: Path) -> None:
@@ -392,26 +410,25 @@ def test_a_disk_that_fills_keeps_what_is_done(text: Path, tmp_path: Path) -> Non
     assert all(contents(folder)[name] == content for name, content in done.items())
 
 
-_MEASURED = """
-import sys
-from pathlib import Path
-from longspan.data.prepare import prepare_corpus
-from tests.data.shards import recipe
+def _resident(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
-def resident(name):
-    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(name))
 
-def grown_by(function):
+def _grown_by(function: Callable[[], object]) -> int:
     # The peak begins anew here.
     Path("/proc/self/clear_refs").write_text("5")
-    before = resident("VmRSS")
+    before = _resident("VmRSS")
     kept = function()
-    return resident("VmHWM") - before
+    grown = _resident("VmHWM") - before
+    del kept
+    return grown
 
-source, folder = sys.argv[1:]
-print(grown_by(lambda: prepare_corpus(recipe(source, validation_fraction=0.01), Path(folder))))
-print(grown_by(lambda: Path(source).read_bytes()))
-"""
+
+def _measure(source: Path, folder: Path, result: Path) -> None:
+    """In a process of its own, where nothing else has been held before."""
+    by_preparing = _grown_by(lambda: prepare_corpus(recipe(source, validation_fraction=0.01), folder))
+    result.write_text(f"{by_preparing} {_grown_by(source.read_bytes)}")
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="measures by Linux's /proc")
@@ -423,9 +440,8 @@ def test_the_corpus_is_never_held_in_memory(tmp_path: Path, kind: str) -> None:
     with path.open("w") as file:
         while file.tell() < size:
             file.write(json.dumps({"text": line}) + "\n" if kind == "jsonl" else line + "\n")
-    command = [sys.executable, "-c", _MEASURED, str(path), str(tmp_path / "data")]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    grown, by_holding_it = map(int, done.stdout.split())
+    assert copied.call(_measure, path, tmp_path / "data", tmp_path / "measured") == 0
+    grown, by_holding_it = map(int, (tmp_path / "measured").read_text().split())
     assert grown < bound < size <= by_holding_it
     data = open_prepared(tmp_path / "data", verify=False)
     assert data.train.num_text_bytes + data.validation.num_text_bytes > 0.99 * size
