@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from torch import Tensor
 
+from longspan.attention.softmax.host_memory import HostMemory
 from tests.compare import worst
 from tests.models.tiny import each_linear_mixer, random_tokens, tiny_model
 from tests.streaming.whole import differences, in_one_piece, in_segments
@@ -17,6 +19,19 @@ def model_of(mixer: str, **changes: Any) -> Any:
     """Two layers of a mixer, with a head size of its own."""
     values = {"pattern": (mixer,), "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "head_dim": 10}
     return tiny_model(**(values | changes))
+
+
+def count_copies_to_host_memory(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The numbers in each tensor that is put there from here on."""
+    copied: list[int] = []
+    put = HostMemory.put
+
+    def counted(self: HostMemory, x: Tensor) -> Tensor:
+        copied.append(x.numel())
+        return put(self, x)
+
+    monkeypatch.setattr(HostMemory, "put", counted)
+    return copied
 
 
 @pytest.mark.parametrize("mixer", [*each_linear_mixer(), "softmax"])
@@ -62,6 +77,15 @@ def test_keys_in_host_memory_and_documents_under_a_window_are_one_piece(window: 
         for offload in (False, True):
             errors = differences(in_segments(model, tokens, 8, bounds, offload=offload, keep_every=2), want)
             assert worst(errors) < TOLERANCE, (bounds, offload, errors)
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_keys_are_in_host_memory_where_that_is_asked_for(offload: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of each layer and segment but the last: keys, values and their gradients."""
+    copied = count_copies_to_host_memory(monkeypatch)
+    in_segments(model_of("softmax"), random_tokens(1, 33), 8, offload=offload)
+    num_layers, num_segments, numbers = 2, 4, 8 * 10
+    assert copied == ([numbers] * 4 * num_layers * (num_segments - 1) if offload else [])
 
 
 @pytest.mark.parametrize("keep_every", [2, pytest.param(3, marks=pytest.mark.slow), 100])

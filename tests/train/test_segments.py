@@ -35,6 +35,24 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_corpus(tmp_path_factory.mktemp("corpus") / "text")
 
 
+def test_each_option_of_segments_is_handed_on(corpus: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"tokens": 50, "memory_every": 3, "offload": True, "reduce_each": True}
+    given = {f"train__segment_{name}": value for name, value in options.items()}
+    config = tiny_config(corpus, tmp_path, **given, parallel__shard_over_sp=True)
+    cut = Segmentation.of(config.train)
+    assert cut == Segmentation(50, keep_every=3, offload=True, reduce_each=True)
+    with mock.patch("longspan.train.segments.Stream") as stream:
+        model = torch.nn.Identity()
+        cut.stream(model)
+        cut.for_check(600, 2).stream(model)
+        cut.for_check(60, 2).stream(model)
+    assert [call.args for call in stream.call_args_list] == [
+        (model, 50, 3, True, True),
+        (model, 50, 3, True, True),
+        (model, 20, 3, True, True),
+    ]
+
+
 def differences(run: Path, other: Path) -> dict[str, float]:
     """Of the weights, and of the losses of all steps and validations, relative."""
     ours, theirs = newest_tensors(run), newest_tensors(other)

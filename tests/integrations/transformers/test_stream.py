@@ -20,6 +20,7 @@ from tests.integrations.transformers.families import FAMILIES, build
 from tests.integrations.transformers.reference import PACKED, PLAIN, Batch, Expected, Wide, expected, gradients_of
 from tests.integrations.transformers.test_losses import BALANCED, averaged, num_items
 from tests.ranks import run_on_ranks
+from tests.streaming.test_stream import count_copies_to_host_memory
 
 TOLERANCE = 1e-10
 KINDS: dict[str, Batch] = {"plain": PLAIN, "packed": PACKED}
@@ -82,6 +83,14 @@ def test_segments_shorter_than_taps_and_windows() -> None:
     """And memory that is computed a third time."""
     check("lfm2", "packed", 2, "contiguous", segment_tokens=2, keep_every=5)
     check("gemma3", "packed", 2, "zigzag", segment_tokens=4, offload=True)
+
+
+def test_keys_are_in_host_memory_where_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    copied = count_copies_to_host_memory(monkeypatch)
+    check("llama", "plain", 1, "contiguous")
+    assert not copied
+    check("llama", "plain", 1, "contiguous", offload=True)
+    assert copied
 
 
 @pytest.mark.slow
