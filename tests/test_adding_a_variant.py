@@ -87,6 +87,8 @@ def test_it_is_used_as_the_page_says() -> None:
         exec(compile(ITS_USE, "<adding_a_variant.md>", "exec"), {})
 
 
+# Documents have all that one document has.
+@pytest.mark.slow_rows(r"^None$")
 @pytest.mark.parametrize("documents", [None, [0, 9, 40]], ids=str)
 def test_it_has_the_kernels(documents: list[int] | None) -> None:
     with listed(THE_FILE) as name:

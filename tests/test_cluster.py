@@ -100,6 +100,8 @@ def _raise_on_rank_1() -> None:
     dist.barrier()
 
 
+# How ranks end that fail is shown by commands below.
+@pytest.mark.slow
 @needs_network
 def test_a_function_that_fails_on_a_rank_ends_the_call(left_behind: set[str]) -> None:
     with pytest.raises(SystemExit, match="_raise_on_rank_1 ended with code"), Cluster(2) as made:

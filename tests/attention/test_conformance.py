@@ -129,6 +129,8 @@ FULL = [
 ]
 
 
+# The gated delta rule has all that the plain one has.
+@pytest.mark.slow_rows(r"^gated_delta_product-contiguous-", r"^delta_rule-zigzag-")
 @pytest.mark.slow_rows(
     r"^(?!linear_attention|kda).*-1$",
     r"^(retention|gla|delta_rule|gated_delta_rule|dplr_delta_rule|gated_slot_attention)-contiguous-",

@@ -126,6 +126,8 @@ def test_what_makes_the_host_wait_is_seen(look: Any) -> None:
     assert found
 
 
+# Of those that share their code another one is here.
+@pytest.mark.slow_rows(r"^(retention|comba|delta_rule|gated_delta_rule)-")
 @pytest.mark.slow_rows(r"^(?!simple_gla-).*-documents1$")
 @pytest.mark.parametrize("documents", [None, DOCUMENTS])
 @pytest.mark.parametrize("name", CALLS)
@@ -142,6 +144,8 @@ def test_no_operator_waits_in_a_second_call(
     assert not waits_of_a_second_call(function, layout, monkeypatch)
 
 
+# Of those that share their code another one is here.
+@pytest.mark.slow_rows(r"^(retention|gla_with_bonus|comba|delta_rule|gated_delta_rule)-")
 @pytest.mark.slow_rows(r"^(?!simple_gla-).*-documents1$")
 @pytest.mark.parametrize(("order", "documents"), [("contiguous", None), ("zigzag", DOCUMENTS)])
 @pytest.mark.parametrize("name", VARIANTS)

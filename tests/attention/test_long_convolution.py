@@ -132,6 +132,8 @@ def worst_error(kind: str, order: Order, documents_number: int, options: dict[st
 QUICK = {(1, "contiguous", 1), (2, "zigzag", 0), (4, "contiguous", 1)}
 
 
+# On two ranks all kinds; on four those whose state travels.
+@pytest.mark.slow_rows(r"^4-contiguous-1-(taps|function)$")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("num_ranks", "order", "documents_number"),

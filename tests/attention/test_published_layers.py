@@ -268,6 +268,8 @@ def errors_on_rank(layer: str, seq_len: int, order: Any, documents: list[int] | 
     return errors
 
 
+# The order of the tokens is that of the operators; here on as many ranks as have all kinds of bounds.
+@pytest.mark.slow_rows(r"^zigzag-[12]-")
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("num_ranks", [1, 2, 3])
 @pytest.mark.parametrize("order", ["contiguous", "zigzag"])

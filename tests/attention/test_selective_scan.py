@@ -69,6 +69,7 @@ def worst_on_rank(exchange: str, cases: list[Case]) -> list[tuple[float, Case, d
     return results
 
 
+@pytest.mark.slow_rows(r"contiguous-all_gather-1")
 @pytest.mark.slow_rows(r"zigzag-all_gather-4|contiguous-all_gather-2")
 @pytest.mark.parametrize(("exchange", "num_ranks"), FULL)
 @pytest.mark.parametrize("order", ["contiguous", "zigzag"])

@@ -31,6 +31,8 @@ def divisible(num_ranks: int, heads: int, method: SoftmaxMethod) -> bool:
     return method != "ulysses" or heads % num_ranks == 0
 
 
+# One rank exchanges nothing, whatever the method.
+@pytest.mark.slow_rows(r"^(ring|ulysses)-1$")
 @pytest.mark.parametrize(
     "num_ranks", [1, pytest.param(2, marks=pytest.mark.slow), 3, pytest.param(4, marks=pytest.mark.slow)]
 )
@@ -116,6 +118,8 @@ def test_rows_that_documents_and_windows_cut_are_right_for_groups_of_heads() -> 
     check(3, cases)
 
 
+# One rank exchanges nothing, whatever the method.
+@pytest.mark.slow_rows(r"^(ring|ulysses)-1$")
 @pytest.mark.parametrize("num_ranks", [1, pytest.param(2, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize("method", METHODS)
 def test_values_may_be_narrower_or_wider_than_keys(num_ranks: int, method: SoftmaxMethod) -> None:
@@ -196,7 +200,7 @@ def test_inputs_that_need_no_gradient_get_none_and_change_nothing(method: Softma
 
 
 def test_a_window_on_one_device_equals_dense_attention_at_the_size_of_a_tile() -> None:
-    q, k, v, grad = random_inputs(3, 2, 700, 2, 1, 8)
+    q, k, v, grad = random_inputs(3, 1, 700, 2, 1, 8)
     for causal, window in product((True, False), (64, 600, 699, 700, 5000)):
         ours, theirs = ([x.clone().requires_grad_() for x in (q, k, v)] for _ in range(2))
         out = softmax_attention(ours[0], ours[1], ours[2], causal=causal, window=window)

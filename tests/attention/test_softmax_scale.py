@@ -77,6 +77,8 @@ def check(num_ranks: int, calls: list[Call]) -> None:
             assert error <= TOLERANCES[call.dtype], (rank, call, error)
 
 
+# Alone a rank has all heads; see the random calls, too.
+@pytest.mark.slow_rows(r"^ulysses-1$")
 @pytest.mark.slow_rows(r"^(ring|all_gather)-3$")
 @pytest.mark.parametrize("num_ranks", [1, pytest.param(2, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize("method", METHODS)
@@ -130,7 +132,7 @@ def random_call(generator: random.Random, num_ranks: int) -> Call:
     )
 
 
-@pytest.mark.parametrize("num_ranks", [1, pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize("num_ranks", [*(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2)), 3])
 def test_random_calls_equal_dense_attention(num_ranks: int) -> None:
     generator = random.Random(num_ranks)
     check(num_ranks, [random_call(generator, num_ranks) for _ in range(120)])
@@ -191,6 +193,8 @@ def errors_with_hidden_keys(method: SoftmaxMethod) -> list[float]:
     return errors
 
 
+# As above.
+@pytest.mark.slow_rows(r"^ulysses-1$")
 @pytest.mark.slow_rows(r"^(ring|all_gather)-3$")
 @pytest.mark.parametrize("num_ranks", [1, pytest.param(2, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize("method", METHODS)

@@ -118,6 +118,7 @@ def check(errors_of: Callable[..., dict[str, float]], num_ranks: int, cases: Seq
 RANKS = [2, *(pytest.param(number, marks=pytest.mark.slow) for number in (1, 3, 4))]
 
 
+@pytest.mark.slow_rows(r"^(gla|gated_delta_rule)-2")
 @pytest.mark.slow_rows(r"^(gated_delta_product|comba|gla_with_bonus|delta_rule|retention)-2", r"^gated_slot_attention-")
 @pytest.mark.parametrize("num_ranks", RANKS)
 @pytest.mark.parametrize("name", VARIANTS)

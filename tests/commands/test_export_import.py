@@ -103,6 +103,8 @@ def test_an_exported_model_and_its_tokenizer_are_those_of_the_run(
     assert made[0, given.input_ids.shape[1] :].tolist() == want
 
 
+# A BPE is a file of its own, which bytes are not.
+@pytest.mark.slow_rows(r"^bytes$")
 def test_there_and_back_every_byte_is_the_same(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """In both forms, in one file or several; and text, and the config that a training would have."""
     command("export", "--run", run, "--to", tmp_path / "out")
@@ -248,6 +250,8 @@ def test_without_transformers_both_say_what_to_install(
     assert "pip install 'longspan[transformers]'" in capsys.readouterr().err
 
 
+# The tokenizer comes back in the test above, of either kind.
+@pytest.mark.slow_rows(r"^bpe$")
 def test_the_config_of_an_imported_run_trains_on(exported: Path, tmp_path: Path) -> None:
     command("import", exported, "--to", tmp_path / "run")
     config = read_toml(tmp_path / "run" / "config.toml")

@@ -75,6 +75,7 @@ def check(num_ranks: int, order: str, documents: str) -> None:
         assert got.whole.num_bytes == sum(count for _, _, count in want[1].values())
 
 
+@pytest.mark.slow_rows(r"^1-.*-concatenate$")
 @pytest.mark.parametrize("documents", ["reset", "concatenate"])
 @pytest.mark.parametrize(("num_ranks", "order"), RANKS_AND_ORDERS)
 def test_tables_are_those_of_a_plain_computation(num_ranks: int, order: str, documents: str) -> None:

@@ -59,6 +59,8 @@ def traffic_of_exchange(ranks_per_node: int, order: Any) -> list[tuple[int, int]
     return [(event.bytes_sent, event.num_messages) for event in traffic.events]
 
 
+# Eight ranks on nodes of four, and four on nodes of two.
+@pytest.mark.slow_rows(r"^8-2-")
 @pytest.mark.parametrize(("order", "segments"), [("contiguous", 1), ("zigzag", 2)])
 @pytest.mark.parametrize(("num_ranks", "ranks_per_node"), [(4, 2), (8, 2), (8, 4)])
 def test_all_ranks_of_a_node_send_out_of_it_no_more_than_one_pair_and_what_comes_back(

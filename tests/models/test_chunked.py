@@ -112,7 +112,12 @@ FEED_FORWARD: dict[str, Callable[[LinearLlama3], Any]] = {
 
 @pytest.mark.parametrize(
     ("name", "chunk_size"),
-    [(name, size) for name in FEED_FORWARD for size in ((7,) if "compiled" in name else (1, 7, 100))],
+    [
+        # Layers of each kind are compiled in `tests/parallel/test_options.py`, too.
+        pytest.param(name, size, marks=pytest.mark.slow if "compiled" in name else ())
+        for name in FEED_FORWARD
+        for size in ((7,) if "compiled" in name else (1, 7, 100))
+    ],
 )
 def test_a_feed_forward_layer_in_chunks_changes_nothing(name: str, chunk_size: int) -> None:
     tokens, labels = labelled()

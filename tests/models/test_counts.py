@@ -30,7 +30,7 @@ from longspan.models.mixers.mixer import operations_of_matrices
 from longspan.ops.long_convolution import exponentials
 from tests.models.tiny import LINEAR_MIXERS
 
-LENGTH = 256
+LENGTH = 64
 CONFIG = LinearLlama3Config(vocab_size=40, dim=48, num_layers=2, pattern="L", num_heads=4, head_dim=16, hidden_dim=56)
 LEARNED_DECAYS = {"simple_gla", "gla", "hgrn2", "mamba2", "gated_deltanet", "deltaproduct", "kda"}
 

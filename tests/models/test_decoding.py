@@ -56,17 +56,17 @@ def differences(model: LinearLlama3, alone: LinearLlama3, length: int, order: An
     return relative_error(torch.stack(recorded.logits), want), want.argmax(-1).tolist() == made
 
 
-def differences_of_all(operator: str) -> dict[str, tuple[float, bool]]:
+def differences_of_all(operator: str, lengths: tuple[int, ...] = (1, 2, 3, 33)) -> dict[str, tuple[float, bool]]:
     found = {}
     for changes in PATTERNS:
         alone, model = model_of(operator, **changes), parallelize(model_of(operator, **changes), None)
-        for length, order in itertools.product((1, 2, 3, 33), ("contiguous", "zigzag")):
+        for length, order in itertools.product(lengths, ("contiguous", "zigzag")):
             found[f"{changes} {length} {order}"] = differences(model, alone, length, order)
     return found
 
 
-@pytest.mark.slow_rows(r"^(lightning|retention|simple_gla|gla|rebased|hgrn2|deltanet|deltaproduct|mamba)$")
-@pytest.mark.parametrize("operator", LINEAR_MIXERS)
+# Every mixer goes on token by token in `tests/models/test_linear_llama3.py`, too.
+@pytest.mark.parametrize("operator", each_linear_mixer(("linear_attention", "gsa", "mamba2", "kda")))
 def test_one_process_writes_what_the_whole_sequence_finds_likeliest(operator: str) -> None:
     """Also for prompts of one token, and those shorter than a window."""
     for changes in PATTERNS:
@@ -91,7 +91,7 @@ def test_models_of_softmax_alone_and_of_several_mixers_do_so_too(layers: str) ->
         assert error < 1e-11 and same, (length, error)
 
 
-@pytest.mark.slow_rows(r"^(mamba2|hgrn2)-2")
+@pytest.mark.slow_rows(r"^(simple_gla|mamba2|hgrn2)-2")
 @pytest.mark.parametrize("num_ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("operator", each_linear_mixer())
 def test_a_prompt_over_ranks_is_gone_on_with_as_in_one_process(operator: str, num_ranks: int) -> None:
@@ -231,6 +231,7 @@ def test_a_prompt_in_segments_is_remembered_as_at_once(num_ranks: int) -> None:
                 assert len(errors) >= len(SEGMENTS) and worst(errors) < 1e-11, (layers, errors)
 
 
+@pytest.mark.slow_rows(r"^(lightning|retention|simple_gla|gla|rebased|deltanet|deltaproduct)$")
 @pytest.mark.parametrize("operator", [each for each in LINEAR_MIXERS if each not in ("gated_deltanet",)])
 def test_every_mixer_reads_a_prompt_in_segments(operator: str) -> None:
     assert (
@@ -394,6 +395,8 @@ def chosen(logits: Tensor, seen: Tensor, sampling: Sampling, count: int = 3000) 
     )
 
 
+# The fourth has all that the second and the third have.
+@pytest.mark.slow_rows(r"^values[12]$")
 @pytest.mark.parametrize(
     "values",
     [

@@ -101,6 +101,8 @@ def test_a_document_keeps_its_nan_to_itself(name: str) -> None:
             assert relative_error(got[other][:, outside], expected[other][:, outside]) < 1e-12, (key, other)
 
 
+# Either by each value, and every value either way but for two.
+@pytest.mark.slow_rows(r"^False--1000", r"^True--3[.]4")
 @pytest.mark.parametrize("value", [-torch.inf, LEAST, -1e3])
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_gate_may_be_closed_at_any_token(name: str, packed: bool, value: float) -> None:

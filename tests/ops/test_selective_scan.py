@@ -297,6 +297,7 @@ def test_it_is_gla_with_a_head_per_channel() -> None:
     assert relative_error(final, state.squeeze(-1)) < 1e-12
 
 
+@pytest.mark.slow_rows(r"^None$")
 @pytest.mark.parametrize("documents", [None, [0, 5, 21]])
 def test_the_kernels_of_gla_compute_it_too(documents: list[int] | None) -> None:
     pytest.importorskip("triton")

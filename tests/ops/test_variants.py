@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
+from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
 
@@ -31,9 +33,7 @@ def run(
     name: str, inputs: Inputs, form: str = "fused", chunk_size: int | None = 8, backend: str = "torch"
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Outputs and gradients of the chunk form, and of the recurrent form in float64."""
-    o_reference, final_reference = reference(name, inputs)
-    loss = (o_reference * inputs.grad_o).sum() + (final_reference * inputs.grad_final).sum()
-    expected = dict(zip(inputs.leaf_names(), torch.autograd.grad(loss, inputs.leaves()), strict=True))
+    expected = by_recurrence(name, inputs)
     layout = None if inputs.documents is None else longspan.SequenceLayout.local(inputs.v.shape[1], inputs.documents)
     memory = longspan.write(
         name,
@@ -52,7 +52,27 @@ def run(
     assert final.dtype == inputs.initial_state.dtype
     loss = (o * inputs.grad_o).sum() + (final * inputs.grad_final).sum()
     got = dict(zip(inputs.leaf_names(), torch.autograd.grad(loss, inputs.leaves()), strict=True))
-    return {"o": o, "final": final, **got}, {"o": o_reference, "final": final_reference, **expected}
+    return {"o": o, "final": final, **got}, expected
+
+
+_found: OrderedDict[tuple[str, bytes], dict[str, Tensor]] = OrderedDict()
+
+
+def by_recurrence(name: str, inputs: Inputs) -> dict[str, Tensor]:
+    """Outputs and gradients of the recurrent form, kept for other forms and chunk sizes of the same call: it takes longest."""
+    tensors = [*inputs.leaves(), *inputs.gates.values(), inputs.grad_o, inputs.grad_final]
+    content = hashlib.sha256(repr((inputs.documents, inputs.scale, [(x.shape, x.dtype) for x in tensors])).encode())
+    for x in tensors:
+        content.update(x.detach().contiguous().view(-1).view(torch.uint8).numpy())
+    key = (name, content.digest())
+    if key not in _found:
+        o, final = reference(name, inputs)
+        loss = (o * inputs.grad_o).sum() + (final * inputs.grad_final).sum()
+        grads = dict(zip(inputs.leaf_names(), torch.autograd.grad(loss, inputs.leaves()), strict=True))
+        _found[key] = {"o": o.detach(), "final": final.detach(), **grads}
+        if len(_found) > 64:
+            _found.popitem(last=False)
+    return _found[key]
 
 
 def worst_error(got: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
@@ -114,7 +134,7 @@ def test_a_decay_to_nothing_cuts_the_sequence_without_nan(name: str) -> None:
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 3e-2)])
-@pytest.mark.parametrize("decay", [0.02, 0.5, 5.0])
+@pytest.mark.parametrize("decay", [0.02, pytest.param(0.5, marks=pytest.mark.slow), 5.0])
 def test_lower_precision_stays_close_to_float64(name: str, dtype: torch.dtype, tolerance: float, decay: float) -> None:
     inputs = make_inputs(name, 200, heads=3, key_size=32, value_size=16, dtype=dtype, decay=decay)
     got, expected = run(name, inputs, chunk_size=None)
@@ -149,7 +169,7 @@ def test_two_halves_through_the_state_equal_the_whole(name: str) -> None:
 
 
 @pytest.mark.slow_rows(r"^fused-(?!gla$|kda$)")
-@pytest.mark.slow_rows(r"^overlapped-(comba|dplr_delta_rule|gated_delta_product|gated_slot_attention)$")
+@pytest.mark.slow_rows(r"^overlapped-(?!gla$|kda$|gated_slot_attention$)")
 @pytest.mark.parametrize("form", ["fused", "overlapped"])
 def test_gradcheck(name: str, form: str) -> None:
     # The checker compares whole Jacobians and needs no help with unwritten memory.

@@ -61,6 +61,8 @@ def unequal(config: Config, degrees: MeshDegrees, dtype: torch.dtype | None = No
     return [name for name, weight in found.items() if not torch.equal(weight, alone[name])]
 
 
+# Weights are divided over two ranks, with and without others beside them in the slow rows.
+@pytest.mark.slow_rows(r"dp_shard=2, sp=2")
 @pytest.mark.slow_rows(r"(dp_shard=4, sp=1|dp_replicate=2|shard_over_sp=True)")
 @pytest.mark.parametrize(
     "degrees",
@@ -104,6 +106,7 @@ def most_allocated(config: Config, degrees: MeshDegrees) -> tuple[int, int, int,
     )
 
 
+@pytest.mark.slow_rows(r"^4$")
 @pytest.mark.parametrize("num_ranks", [2, 4])
 def test_no_rank_holds_more_than_its_share_and_one_weight(num_ranks: int) -> None:
     degrees = MeshDegrees(dp_shard=num_ranks)

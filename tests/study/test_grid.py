@@ -40,6 +40,8 @@ def test_all_is_each_mixer_at_each_share_and_softmax_alone_on_both_tasks_with_th
     assert [cell.seed for cell in grid.cells] == sorted(cell.seed for cell in grid.cells)
 
 
+# The same grid.
+@pytest.mark.slow_rows(r"^night$")
 @pytest.mark.parametrize("name", SIZES)
 def test_cells_of_a_task_differ_in_layers_and_seed_alone(name: str) -> None:
     for task in ("text", "recall"):

@@ -61,6 +61,8 @@ def check_one_device(name: str, backend: str, lengths: tuple[int, ...], with_doc
 QUICK = {"simple_gla", "gated_delta_rule", "softmax", "convolution", "mamba2"}
 
 
+# As a graph the gated delta rule has all that it has.
+@pytest.mark.slow_rows(r"^simple_gla-True$")
 @pytest.mark.slow_rows(r"simple_gla-False", r"mamba2-True", r"^(?!simple_gla-False).*-False$")
 @pytest.mark.parametrize(
     ("name", "with_documents"),
@@ -106,6 +108,7 @@ def compiled_on_ranks(name: str, backend: str, order: Any, documents: bool) -> t
     return worst(errors), graphs - after_two
 
 
+@pytest.mark.slow_rows(r"^gated_delta_rule$")
 @pytest.mark.slow_rows(r"mamba2")
 @pytest.mark.parametrize(
     "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CALLS]

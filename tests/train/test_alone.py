@@ -97,6 +97,17 @@ def test_a_process_that_cannot_take_what_the_ranks_share_is_said(tmp_path: Path,
     assert name == "alone" and text.startswith(f"one process that was to take whole sequences {said}")
 
 
+# The summary of such a run is that of every other run of these tests.
+@pytest.mark.slow_rows(r"^values[12]$")
 @pytest.mark.parametrize("values", [{"parallel__sp": 1}, {"train__check_tokens": 100}, {"run__measure_alone": False}])
 def test_nothing_is_compared_where_one_process_is_not_asked(tmp_path: Path, values: dict[str, Any]) -> None:
     assert "memory_bytes_alone" not in json.loads((trained(tmp_path, **values) / "summary.json").read_text())
+
+
+@pytest.mark.parametrize("values", [{"parallel__sp": 1}, {"train__check_tokens": 100}, {"run__measure_alone": False}])
+def test_no_process_is_started_where_one_is_not_asked(tmp_path: Path, values: dict[str, Any]) -> None:
+    config = tiny_config(tmp_path, tmp_path / "run", **({"run__measure_alone": True} | values))
+    ranks = SimpleNamespace(dp=2 // config.parallel.sp, sp=config.parallel.sp, device="cpu")
+    trainer: Any = SimpleNamespace(config=config, ranks=ranks)
+    with mock.patch("longspan.train.alone.subprocess.run", side_effect=AssertionError):
+        assert measure_alone(trainer) is None

@@ -86,6 +86,7 @@ def packed_over_ranks(operator: str, order: Any, rows_at_once: int) -> list[Tens
     return [total, *gradients(model)]
 
 
+@pytest.mark.slow_rows(r"^4-gated")
 @pytest.mark.slow_rows(r"^1-|^4-simple")
 @pytest.mark.parametrize("operator", OPERATORS)
 @pytest.mark.parametrize("num_ranks", [1, 2, 4])
@@ -137,7 +138,8 @@ def finished(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("num_ranks", "values"),
     [
         (2, {"parallel__sp": 2}),
-        (2, {"parallel__sp": 1, "train__micro_batch_sequences": 1}),
+        # Batches are the same whatever the mesh, and data-parallel runs are in `tests/train/test_run.py`.
+        pytest.param(2, {"parallel__sp": 1, "train__micro_batch_sequences": 1}, marks=pytest.mark.slow),
         pytest.param(
             4,
             {"parallel__sp": 4, "parallel__order": "contiguous", "train__micro_batch_sequences": 3},

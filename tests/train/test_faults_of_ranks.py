@@ -261,12 +261,13 @@ def _one_weight_changed_on(rank: int, config: Config) -> int:
         return train_here(config)
 
 
-@pytest.mark.slow_rows(r"mesh0")
+@pytest.mark.slow_rows(r"mesh[01]")
 @pytest.mark.parametrize(
     ("mesh", "parts"),
     [
         ({"parallel__sp": 2, "parallel__dp_replicate": 2}, "ranks 0+2+3 | 1"),
         ({"parallel__sp": 2, "parallel__dp_shard": 2}, "ranks 0 | 1"),
+        ({"parallel__sp": 2}, "ranks 0 | 1"),
     ],
 )
 def test_one_flipped_bit_on_one_rank_is_named_on_all(
@@ -279,7 +280,7 @@ def test_one_flipped_bit_on_one_rank_is_named_on_all(
         "train__batch_tokens": 488,
     }
     config = tiny_config(corpus, tmp_path / "run", **mesh, **values)
-    for kind, text in run_on_ranks(4, raised, _one_weight_changed_on, 1, config):
+    for kind, text in run_on_ranks(2 * len(mesh), raised, _one_weight_changed_on, 1, config):
         assert kind == "ReplicaError"
         assert text.startswith("after step 4 ranks that must hold the same weights do not:\n  ")
         assert f"norm.weight: {parts}" in text

@@ -302,6 +302,8 @@ def lengths(name: str, length: int, order: Order) -> float:
     return relative_error(got, want)
 
 
+# Each model, length and order once.
+@pytest.mark.slow_rows(r"^qwen3_next-7", r"^bamba-4")
 @pytest.mark.parametrize(("length", "order"), [(4, "contiguous"), (7, "zigzag")])
 @pytest.mark.parametrize("name", ["qwen3_next", "bamba"])
 def test_shards_shorter_than_a_convolution(name: str, length: int, order: Order) -> None:

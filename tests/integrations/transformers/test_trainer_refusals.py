@@ -179,6 +179,8 @@ def test_one_process_prepares_the_same_script(tmp_path: Path) -> None:
     assert relative_error(mixed, alone) > 0.1
 
 
+# Both are found by the same function.
+@pytest.mark.slow_rows(r"^SequenceParallelConfig$")
 @pytest.mark.parametrize("name", ["SequenceParallelConfig", "prepare_trainer"])
 def test_names_that_need_accelerate_load_it_when_asked_for(name: str) -> None:
     code = f"""

@@ -42,6 +42,8 @@ def test_greedy_tokens_are_those_of_the_library_s_own_decoding(kind: str) -> Non
         assert made[:, length:].tolist() == [greedy(model, row) for row in tokens]
 
 
+# A hybrid has the layers of a pure one; beams are of experts.
+@pytest.mark.slow_rows(r"^(pure|experts)$")
 @pytest.mark.parametrize("kind", KINDS)
 def test_prompts_of_different_lengths_go_on_as_each_does_alone(kind: str) -> None:
     model = tiny_hf(kind)
@@ -51,6 +53,8 @@ def test_prompts_of_different_lengths_go_on_as_each_does_alone(kind: str) -> Non
         assert made[:, tokens.shape[1] :].tolist() == [greedy(model, row) for row in rows], more
 
 
+# The cache of every kind is in the test above, or in its slow rows.
+@pytest.mark.slow_rows(r"^(pure|hybrid|window)$")
 @pytest.mark.parametrize("kind", KINDS)
 def test_beams_and_their_scores_are_those_without_a_cache(kind: str) -> None:
     model = tiny_hf(kind)

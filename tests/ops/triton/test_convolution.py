@@ -105,6 +105,7 @@ def convolve(
     return y
 
 
+@pytest.mark.slow_rows(r"^silu-[23]")
 @pytest.mark.slow_rows(r"^(None-[135]|silu-5)")
 @pytest.mark.parametrize("taps", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize("activation", [None, "silu"])
