@@ -147,10 +147,10 @@ SIZES = {
         text_max_bytes=4_000_000,
         text_vocab_size=1024,
         recall_steps=300,
-        recall_seq_len=64,
+        recall_seq_len=32,
         recall_batch_tokens=2048,
-        recall_pairs=8,
-        recall_vocab_size=64,
+        recall_pairs=4,
+        recall_vocab_size=32,
     ),
     "night": Size(
         dim=128,
