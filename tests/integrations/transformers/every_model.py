@@ -312,6 +312,17 @@ def _said(failure: Exception) -> str:
     return f"{type(failure).__name__}: {str(failure).strip() or 'nothing said'}"
 
 
+def is_told(kind: str) -> bool:
+    """Whether anything can be told of a type of models: it can be made small, or is refused whatever its sizes."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            built(*classes()[kind])
+        except Exception:
+            return refusal_without_weights(*classes()[kind]) is not None
+    return True
+
+
 def outcome_of(kind: str) -> Found:
     """What became of a type of models, on the rank where it went worst."""
     try:
