@@ -158,11 +158,11 @@ def _imports(path: Path, module: str, modules: set[str]) -> Iterator[Import]:
                 # `from a import b`: the module a.b if there is one here, or torch's, else something that a defines.
                 is_module = full in modules or full == "torch.distributed"
                 yield Import(full if is_module else base, node.lineno, when_loaded)
-        elif isinstance(node, ast.Call) and ast.unparse(node.func) in IMPORTING_CALLS:
+        elif isinstance(node, ast.Call) and _dotted(node.func) in IMPORTING_CALLS:
             yield from (
                 Import(str(x.value), node.lineno, when_loaded) for x in node.args[:1] if isinstance(x, ast.Constant)
             )
-        if isinstance(node, ast.If) and ast.unparse(node.test) in {"TYPE_CHECKING", "typing.TYPE_CHECKING"}:
+        if isinstance(node, ast.If) and _dotted(node.test) in {"TYPE_CHECKING", "typing.TYPE_CHECKING"}:
             for statement in node.body:
                 yield from visit(statement, False)
             for statement in node.orelse:
@@ -346,7 +346,7 @@ import longspan
 
 def _probe(source_root: Path, code: str = "") -> str:
     result = subprocess.run(
-        [sys.executable, "-c", PROBE + textwrap.dedent(code)],
+        [sys.executable, "-c", PROBE + code],
         env={**os.environ, "PYTHONPATH": str(source_root), "CUDA_VISIBLE_DEVICES": ""},
         cwd=source_root,
         capture_output=True,
@@ -357,8 +357,42 @@ def _probe(source_root: Path, code: str = "") -> str:
     return result.stdout
 
 
+OPERATORS = """
+import torch
+q, k, v = (torch.randn(1, 6, 2, 4, requires_grad=True) for _ in range(3))
+g = -torch.rand(1, 6, 2)
+longspan.simple_gla(q, k, v, g).square().sum().backward()
+print(all(bool(x.grad.isfinite().all()) for x in (q, k, v)))
+"""
+
+ALL_MODULES = """
+import pkgutil, types
+first = {name: getattr(longspan, name) for name in longspan.__all__}
+room = "longspan.integrations.transformers."
+# Made of classes of Transformers, which is not here.
+sys.modules["longspan.models.hf"] = types.ModuleType("longspan.models.hf")
+for module in pkgutil.walk_packages(longspan.__path__, "longspan."):
+    # What stands on packages that are not here.
+    if module.name.startswith(("longspan.ops.triton.", room + "accelerate", room + "trainer")):
+        continue
+    if module.name.split(".")[1] not in ("cli", "commands", "data", "evaluation", "launch", "study", "train", "__main__"):
+        __import__(module.name)
+for name in longspan.__all__:
+    value = getattr(longspan, name)
+    if value is not first[name] or isinstance(value, types.ModuleType):
+        print(name, "is", value)
+"""
+
+
+@cache
+def _printed() -> list[str]:
+    """What is printed as the package is loaded, by its operators, and as all modules are loaded: in one process."""
+    mark = 'print("---")\n'
+    return _probe(PROJECT_ROOT, mark + OPERATORS + mark + ALL_MODULES).split("---\n")
+
+
 def test_import_longspan_loads_no_optional_package() -> None:
-    assert _probe(PROJECT_ROOT) == ""
+    assert _printed()[0] == ""
 
 
 def test_the_probe_finds_an_optional_import(tmp_path: Path) -> None:
@@ -370,33 +404,9 @@ def test_the_probe_finds_an_optional_import(tmp_path: Path) -> None:
 
 
 def test_the_operators_work_without_optional_packages_on_a_cpu() -> None:
-    code = """
-    import torch
-    q, k, v = (torch.randn(1, 6, 2, 4, requires_grad=True) for _ in range(3))
-    g = -torch.rand(1, 6, 2)
-    longspan.simple_gla(q, k, v, g).square().sum().backward()
-    print(all(bool(x.grad.isfinite().all()) for x in (q, k, v)))
-    """
-    assert _probe(PROJECT_ROOT, code) == "True\n"
+    assert _printed()[1] == "True\n"
 
 
 def test_public_names_stay_what_they_are_once_everything_is_loaded() -> None:
     """A submodule of the same name as a function would take its place in the package when it is first imported."""
-    code = """
-    import pkgutil, types
-    first = {name: getattr(longspan, name) for name in longspan.__all__}
-    room = "longspan.integrations.transformers."
-    # Made of classes of Transformers, which is not here.
-    sys.modules["longspan.models.hf"] = types.ModuleType("longspan.models.hf")
-    for module in pkgutil.walk_packages(longspan.__path__, "longspan."):
-        # What stands on packages that are not here.
-        if module.name.startswith(("longspan.ops.triton.", room + "accelerate", room + "trainer")):
-            continue
-        if module.name.split(".")[1] not in ("cli", "commands", "data", "evaluation", "launch", "study", "train", "__main__"):
-            __import__(module.name)
-    for name in longspan.__all__:
-        value = getattr(longspan, name)
-        if value is not first[name] or isinstance(value, types.ModuleType):
-            print(name, "is", value)
-    """
-    assert _probe(PROJECT_ROOT, code) == ""
+    assert _printed()[2:] == [""]

@@ -113,6 +113,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+# With a bias, or with states, it is the plain one and more.
+@pytest.mark.slow_rows(r"^[23]-zigzag-.*-plain$")
 @pytest.mark.slow_rows(r"^4-.*-(plain|bias and activation)$", r"^[23]-contiguous")
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("documents_number", [0, 1], ids=["one document", "packed"])

@@ -80,6 +80,8 @@ LONG: list[tuple[int, list[int] | None]] = [(40, None), (40, [0, 1, 7, 25, 40]),
 SHORT: list[tuple[int, list[int] | None]] = [(40, [0, *range(1, 40, 2), 40]), (40, [*range(0, 41, 2)])]
 
 
+# Two ranks in the other order, and this order on three.
+@pytest.mark.slow_rows(r"-contiguous-2$")
 @pytest.mark.slow_rows(
     r"-(ChannelDecay|Identity|Dense)-zigzag-8$", r"-(HeadDecay|Identity)-.*-[348]$", r"-contiguous-8$"
 )

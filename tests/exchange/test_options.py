@@ -100,6 +100,8 @@ def bfloat16_errors(
     )
 
 
+# The order says who sends, and the other one has two segments a rank.
+@pytest.mark.slow_rows(r"-contiguous$")
 @pytest.mark.parametrize("order", ["contiguous", "zigzag"])
 @pytest.mark.parametrize("kind", [ScalarDecay, Dense])
 @pytest.mark.parametrize("name", GENERAL)

@@ -116,6 +116,7 @@ def in_dtype(operator: str, dtype: torch.dtype) -> tuple[float, float]:
     return relative_error(torch.stack(recorded.logits), want), float(less.max() / want.abs().max())
 
 
+@pytest.mark.slow_rows(r"^(simple_gla|hgrn2|mamba2)-dtype0")
 @pytest.mark.parametrize(("dtype", "most", "tie"), [(torch.float32, 1e-4, 0.0), (torch.bfloat16, 0.05, 0.02)])
 @pytest.mark.parametrize("operator", each_linear_mixer())
 def test_the_same_in_float32_and_bfloat16(operator: str, dtype: torch.dtype, most: float, tie: float) -> None:

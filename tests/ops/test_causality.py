@@ -57,6 +57,8 @@ def in_time(name: str) -> list[str]:
     return ["q", "k", "v", *(gate.name for gate in VARIANTS[name].gates if "T" in gate.dims)]
 
 
+# In bfloat16 the longest.
+@pytest.mark.slow_rows(r"-(1|100)-dtype1$")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("seq_len", LENGTHS)
 @pytest.mark.parametrize("name", DECAYS)

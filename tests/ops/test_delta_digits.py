@@ -124,6 +124,8 @@ def results(name: str, inputs: Inputs, form: str, dtype: torch.dtype | None = No
     return {"o": o, "final": final, **dict(zip(inputs.leaf_names(), gradients, strict=True))}
 
 
+# Resets of either size on one of the two.
+@pytest.mark.slow_rows(r"^gated_delta_rule-(one|17) resets? of -inf", r"^kda-(one|17) resets? of -1e3")
 @pytest.mark.slow_rows(r"^(gated_delta_rule|kda)-.*beta up to 1", r"^(?!delta_rule-no decay-beta up to 1-).*-dtype1$")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("strengths", BETAS)

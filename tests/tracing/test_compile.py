@@ -108,7 +108,7 @@ def compiled_on_ranks(name: str, backend: str, order: Any, documents: bool) -> t
     return worst(errors), graphs - after_two
 
 
-@pytest.mark.slow_rows(r"^gated_delta_rule$")
+@pytest.mark.slow_rows(r"^(gated_delta_rule|softmax)$")
 @pytest.mark.slow_rows(r"mamba2")
 @pytest.mark.parametrize(
     "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CALLS]

@@ -102,6 +102,7 @@ def test_no_decay_is_too_strong_or_too_weak(name: str, decay: float) -> None:
         assert relative_error(got[key], expected[key], floor) < (5e-6 if key == "g" else tolerance), key
 
 
+@pytest.mark.slow_rows(r"^simple_gla$")
 @pytest.mark.parametrize("name", ["simple_gla", "gla"])
 def test_a_decay_to_nothing_cuts_the_sequence_without_nan(name: str) -> None:
     inputs = make_inputs(name, 40, dtype=torch.float32)
