@@ -130,10 +130,10 @@ FAULTS: dict[str, Fault] = {
         "tile.stop",
         (f"{LONG}[2-zigzag-0-taps]",),
     ),
-    "a state of exponentials that enters a segment one token late": Fault(
+    "a state of exponentials that enters a segment and has faded for a chunk more": Fault(
         "longspan/ops/long_convolution/exponentials.py",
-        "behind.append((len(bounds), continuing[number], start - piece.start))",
-        "behind.append((len(bounds), continuing[number], start - piece.start + 1))",
+        "yield chunk, state",
+        "yield chunk, factors[plan.kinds[chunk]] * state",
         (f"{LONG}[2-zigzag-0-exponentials]",),
     ),
     "exponents without their gradient through what enters a segment": Fault(
