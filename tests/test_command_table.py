@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -61,6 +62,18 @@ def test_a_reader_that_leaves_early_is_no_failure(arguments: list[str], tmp_path
     errors = tmp_path / "errors"
     assert copied.call(_as_command_without_reader, arguments, errors) == 128 + signal.SIGPIPE
     assert errors.read_text() == ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"]], ids=" ".join)
+def test_a_new_interpreter_ends_so_too(arguments: list[str]) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-m", "longspan", *arguments], stdout=writer, stderr=subprocess.PIPE, text=True, check=False
+    )
+    os.close(writer)
+    assert (done.stderr, done.returncode) == ("", 128 + signal.SIGPIPE)
 
 
 def _as_command_without_reader(arguments: list[str], errors: Path) -> NoReturn:

@@ -167,38 +167,66 @@ def prepare_and_call(instant: Callable[[int], object], recipe: Recipe, folder: P
         prepare_corpus(recipe, folder)
 
 
-def test_a_preparation_that_was_killed_at_any_instant_goes_on_to_the_same_bytes(text: Path, tmp_path: Path) -> None:
-    """What a process that is killed leaves is what others see of its files, which one process shows for all instants."""
+def few_files(text: Path) -> Recipe:
+    """Of so few files that each instant of preparing them can be looked at."""
     for path in sorted(text.glob("*.txt"))[4:]:
         path.unlink()
     lines = (text / "lines.jsonl").read_text().splitlines()[:8]
     (text / "lines.jsonl").write_text("\n".join(lines))
-    wanted = recipe(text, shard_bytes=700)
+    return recipe(text, shard_bytes=700)
+
+
+def killed_at(instant: int, wanted: Recipe, folder: Path) -> bool:
+    """Prepare in a process that is killed before its `instant`-th write, sync, rename or removal; whether it came to that."""
+
+    def kill(count: int) -> None:
+        if count == instant:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    code = in_a_child(lambda: prepare_and_call(kill, wanted, folder))
+    assert code in (0, -signal.SIGKILL)
+    return code != 0
+
+
+def goes_on_from(folder: Path, wanted: Recipe, expected: dict[str, bytes]) -> int:
+    """Prepare what is left in a folder to its end; how many shards were kept, which are not made again."""
+    descriptions = {path: path.stat().st_mtime_ns for path in folder.glob("shard-*.json")}
+    if not (folder / "data.json").exists():
+        with pytest.raises(DataError, match=r"holds no prepared data: it has no data.json"):
+            open_prepared(folder)
+    prepare_corpus(wanted, folder)
+    assert contents(folder) == expected
+    assert {path: path.stat().st_mtime_ns for path in descriptions} == descriptions
+    return len(descriptions)
+
+
+@pytest.mark.slow
+def test_a_preparation_that_was_killed_at_any_instant_goes_on_to_the_same_bytes(text: Path, tmp_path: Path) -> None:
+    wanted = few_files(text)
+    prepare_corpus(wanted, tmp_path / "whole")
+    expected = contents(tmp_path / "whole")
+    instant, num_kept = 1, 0
+    while killed_at(instant, wanted, tmp_path / "data"):
+        num_kept += goes_on_from(tmp_path / "data", wanted, expected)
+        shutil.rmtree(tmp_path / "data")
+        instant += 1
+    assert instant > 40 and num_kept > 20
+    assert contents(tmp_path / "data") == expected
+
+
+def test_what_is_left_of_a_preparation_at_any_instant_goes_on_to_the_same_bytes(text: Path, tmp_path: Path) -> None:
+    """What a process that is killed leaves is what others see of its files, which one process shows for all instants."""
+    wanted = few_files(text)
     prepare_corpus(wanted, tmp_path / "whole")
     expected = contents(tmp_path / "whole")
     left = tmp_path / "left"
     prepare_and_call(lambda n: shutil.copytree(tmp_path / "data", left / f"{n:03d}"), wanted, tmp_path / "data")
     assert contents(tmp_path / "data") == expected
-
-    def is_killed(instant: int) -> None:
-        if instant == 23:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    assert in_a_child(lambda: prepare_and_call(is_killed, wanted, tmp_path / "killed")) == -signal.SIGKILL
+    assert killed_at(23, wanted, tmp_path / "killed")
     assert contents(tmp_path / "killed") == contents(left / "023")
-    num_kept = 0
     instants = [tmp_path / "killed", *sorted(left.iterdir())]
-    for folder in instants:
-        descriptions = {path: path.stat().st_mtime_ns for path in folder.glob("shard-*.json")}
-        num_kept += len(descriptions)
-        if not (folder / "data.json").exists():
-            with pytest.raises(DataError, match=r"holds no prepared data: it has no data.json"):
-                open_prepared(folder)
-        with mock.patch.object(files.os, "fsync"):
-            prepare_corpus(wanted, folder)
-        assert contents(folder) == expected
-        # What was done is not made again.
-        assert {path: path.stat().st_mtime_ns for path in descriptions} == descriptions
+    with mock.patch.object(files.os, "fsync"):
+        num_kept = sum(goes_on_from(folder, wanted, expected) for folder in instants)
     assert len(instants) > 40 and num_kept > 20
 
 

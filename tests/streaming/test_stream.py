@@ -38,7 +38,7 @@ def count_copies_to_host_memory(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_segments_of_any_length_are_one_piece(mixer: str) -> None:
     model, tokens = model_of(mixer), random_tokens(2, 98)
     want = in_one_piece(model, tokens)
-    for segment_tokens in (97, 50, 19):
+    for segment_tokens in (97, 50, 7):
         errors = differences(in_segments(model, tokens, segment_tokens), want)
         assert worst(errors) < TOLERANCE, (segment_tokens, errors)
 
@@ -55,7 +55,7 @@ PATTERNS: dict[str, dict[str, Any]] = {
 def test_a_hybrid_in_segments_is_one_piece(name: str) -> None:
     model, tokens = tiny_model(**PATTERNS[name]), random_tokens(2, 61)
     want = in_one_piece(model, tokens)
-    for segment_tokens in (23, 9):
+    for segment_tokens in (23, 4):
         errors = differences(in_segments(model, tokens, segment_tokens), want)
         assert worst(errors) < TOLERANCE, (segment_tokens, errors)
 
