@@ -18,6 +18,8 @@ from longspan.attention.softmax import softmax_attention
 from longspan.commands.options import refuse
 from longspan.commands.table import columns
 from longspan.commands.units import bytes_per_second, seconds
+from longspan.data.prepared import open_tokenizer_of
+from longspan.data.tokenizer import BPE, BYTES, ByteTokenizer, open_tokenizer
 from longspan.degrees import MeshDegrees
 from longspan.errors import ConfigError, LongspanError
 from longspan.launch import EXIT_DONE
@@ -39,7 +41,7 @@ from longspan.plan.training import (
     plan_memory,
     plan_time,
 )
-from longspan.train.config import Config, check_arguments, read_toml, take_preset
+from longspan.train.config import Config, DataConfig, check_arguments, read_toml, take_preset
 from longspan.train.config_checks import check, check_degrees, num_ranks_asked_for
 from longspan.train.memory import release_freed_memory
 from longspan.train.model import compute_dtype
@@ -48,9 +50,9 @@ from longspan.train.rate import operations_of_model
 _DESCRIPTION = """Memory of a rank by kind, bytes sent per layer, and time of a step, for a mesh of any size: arithmetic, no ranks.
 
 Takes the options of longspan train (--config FILE.toml, --model.preset linear-llama3-8b, --parallel.sp 64, --train.seq_len 1048576,
-...), which say what is trained and on which mesh, and those of cluster, which say on what. The vocabulary is data.vocab_size. A
-sequence is taken for one document: softmax attention within several shorter ones takes less time. docs/performance.md has plans
-beside measurements.
+...), which say what is trained and on which mesh, and those of cluster, which say on what. The vocabulary is that of data.prepared
+or of a tokenizer.json that is here, or else data.vocab_size. A sequence is taken for one document: softmax attention within several
+shorter ones takes less time. docs/performance.md has plans beside measurements.
 """
 
 # Of a process on the CPU, by measurements in docs/performance.md ("Memory against length").
@@ -97,7 +99,7 @@ class PlanConfig(Config):
 def run(arguments: Sequence[str]) -> int:
     """Print the plan that the arguments ask for, and return the exit code."""
     try:
-        sys.stdout.write(report(parse(arguments)))
+        sys.stdout.write(report(_with_its_vocabulary(parse(arguments))))
     except LongspanError as error:
         return refuse(error)
     return EXIT_DONE
@@ -132,6 +134,29 @@ def parse(arguments: Sequence[str]) -> PlanConfig:
         use_underscores=True,
         config=(tyro.conf.FlagConversionOff,),
     )
+
+
+def _with_its_vocabulary(config: PlanConfig) -> PlanConfig:
+    """The config that asks for the vocabulary which the run will find in its data or its tokenizer.
+
+    Raises:
+        ConfigError: for values that do not fit each other.
+        DataError: for prepared data or a tokenizer that is not here, or cannot be read.
+    """
+    check(config)
+    data = config.data
+    if data.task != "text":
+        return config
+    if data.prepared is not None:
+        size = open_tokenizer_of(Path(data.prepared)).vocab_size
+    elif data.tokenizer == BYTES:
+        size = ByteTokenizer().vocab_size
+    elif data.tokenizer != BPE:
+        size = open_tokenizer(Path(data.tokenizer), data.end_of_document)[0].vocab_size
+    else:
+        return config
+    # Of the data the plan needs the size alone, which is not one to train a BPE to.
+    return dataclasses.replace(config, data=DataConfig(tokenizer=BYTES, vocab_size=size))
 
 
 def plan(config: PlanConfig) -> tuple[MemoryPlan, TimePlan]:
@@ -177,8 +202,9 @@ def report(config: PlanConfig) -> str:
     timing = _planned_time(config, mesh, device)
     return "\n".join(
         [
-            f"{sizes.num_parameters:,} parameters{_active(config)}; {mesh.world_size} ranks: dp_replicate {mesh.dp_replicate} x "
-            f"dp_shard {mesh.dp_shard} x sp {mesh.sp}{', weights divided over sp, too' if mesh.shard_over_sp else ''}",
+            f"{sizes.num_parameters:,} parameters{_active(config)}, vocabulary {sizes.vocab_size:,}; {mesh.world_size} ranks: "
+            f"dp_replicate {mesh.dp_replicate} x dp_shard {mesh.dp_shard} x sp {mesh.sp}"
+            f"{', weights divided over sp, too' if mesh.shard_over_sp else ''}",
             f"a rank computes {step.num_micro_batches} x {step.rows} sequences of {step.seq_len:,} tokens a step, "
             f"{step.tokens_of_rank(mesh.sp) // step.rows:,} tokens of each{_shares(config)}, in {config.train.dtype}"
             + (", layers recomputed" if step.recompute else "")

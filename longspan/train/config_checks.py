@@ -9,6 +9,7 @@ from typing import Any
 
 from longspan.attention.softmax.checks import check_heads_of_ulysses
 from longspan.data.recipe import ASKED_FOR
+from longspan.data.tokenizer import BPE
 from longspan.errors import ConfigError, InputError
 from longspan.parallel import MeshDegrees
 from longspan.streaming.streamed import check_exchange
@@ -160,7 +161,7 @@ def _check_data(data: DataConfig) -> None:
 def _check_task(config: Config) -> None:
     """Refuse what is said of another task than the one that is trained on."""
     if config.data.task == "text":
-        if config.data.vocab_size < 257:
+        if config.data.tokenizer == BPE and config.data.prepared is None and config.data.vocab_size < 257:
             raise ConfigError(f"data.vocab_size is {config.data.vocab_size}; it must be at least 257")
         others, unused = {"recall"}, "what is said of recall"
     else:

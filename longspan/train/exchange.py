@@ -78,7 +78,7 @@ def describe(layout: SequenceLayout, ranks: Ranks, from_checkpoint: bool) -> str
     """What the first group of ranks takes, in a line. from_checkpoint: as `take_saved_figures` said."""
     figures = known_figures(layout, ranks.device)
     if figures is None or not figures.taken:
-        return "no state passes between ranks"
+        return "no state passes between ranks in the first batch"
     taken = ", ".join(
         f"{name} for {sizes.transition.__name__} states of {sizes.num_rows} x {sizes.key_size} x {sizes.value_size}"
         for (sizes, _), name in figures.taken.items()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import stat
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -76,6 +77,9 @@ def export_model(trained: Trained, folder: Path, max_shard_size: str = "50GB") -
     model.generation_config.pad_token_id = end
     try:
         model.save_pretrained(folder, max_shard_size=max_shard_size)
+        # safetensors lets the owner alone read what it writes.
+        for file in folder.glob("*.safetensors"):
+            file.chmod(stat.S_IMODE((folder / "config.json").stat().st_mode))
         if tokenizer is not None:
             config = trained.config
             write_tokenizer(tokenizer, folder, config.data.documents == "concatenate", config.train.seq_len)

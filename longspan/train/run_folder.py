@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,6 +33,8 @@ def writing(path: Path) -> Iterator[None]:
 def replacing(path: Path) -> Iterator[Path]:
     """Where to write what takes the place of `path` once it is whole and on the disk: until then, what is there stays.
 
+    Who may read it is as for any other new file, whatever the library that writes it does (safetensors: its owner alone).
+
     Raises:
         ConfigError: as `writing`.
     """
@@ -39,8 +42,12 @@ def replacing(path: Path) -> Iterator[Path]:
     unfinished = path.with_name(f"{_UNFINISHED}{path.name}")
     with writing(path):
         try:
+            unfinished.unlink(missing_ok=True)
+            unfinished.touch()
+            mode = unfinished.stat().st_mode
             yield unfinished
             with unfinished.open("rb") as file:
+                os.fchmod(file.fileno(), stat.S_IMODE(mode))
                 os.fsync(file.fileno())
             unfinished.replace(path)
         finally:

@@ -80,6 +80,7 @@ def test_an_exported_model_and_its_tokenizer_are_those_of_the_run(
     assert re.fullmatch(rf"the checkpoint of step 4 in {run}: [\d,]+ parameters, float32", first)
     names = ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
     assert [Path(line.strip()).name for line in files] == names
+    assert len({(tmp_path / "out" / name).stat().st_mode for name in names}) == 1
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert type(model) is longspan.models.hf.LinearLlamaForCausalLM
     for (name, ours), theirs in zip(trained.model.named_parameters(), model.parameters(), strict=True):

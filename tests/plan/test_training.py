@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch
 from longspan.cli import main
 from longspan.commands import plan_train
 from longspan.commands.plan_train import operations_of_sequence, parse, sizes_of, step_of
+from longspan.data.tokenizer import END_OF_DOCUMENT
 from longspan.degrees import MeshDegrees
 from longspan.errors import ConfigError
 from longspan.layout import SequenceLayout
@@ -21,10 +23,11 @@ from longspan.plan.activations import block_bytes, kept_loss_bytes, loss_bytes, 
 from longspan.plan.stated import stated_cluster
 from longspan.plan.training import DeviceFigures, Step, layer_bytes, plan_memory, plan_time
 from longspan.train.config import Config
+from tests.train.tiny import write_corpus
 
 TOKENS = 512
-MODEL = ["--model.dim", "72", "--model.num_heads", "3", "--model.head_dim", "20", "--model.hidden_dim", "56"]
-MODEL += ["--data.vocab_size", "300", "--parallel.sp", "1"]
+SIZES = ["--model.dim", "72", "--model.num_heads", "3", "--model.head_dim", "20", "--model.hidden_dim", "56"]
+MODEL = [*SIZES, "--data.vocab_size", "300", "--parallel.sp", "1"]
 
 
 def saved_bytes(model: LinearLlama3, num_tokens: int) -> int:
@@ -291,7 +294,36 @@ def test_a_plan_of_experts_has_all_weights_and_counts_those_that_compute(capsys:
     assert many.num_parameters == dense.num_parameters + 4 * (7 * one + 8 * dense.dim)
     assert many.matrix_parameters == dense.matrix_parameters + 4 * (7 * one + 8 * dense.dim)
     active = dense.num_parameters + 4 * (one + 8 * dense.dim)
-    assert f"{many.num_parameters:,} parameters ({active:,} active); 2 ranks" in capsys.readouterr().out
+    assert (
+        f"{many.num_parameters:,} parameters ({active:,} active), vocabulary 2,048; 2 ranks" in capsys.readouterr().out
+    )
+
+
+@pytest.mark.parametrize("kind", ["bytes", "prepared", "tokenizer"])
+def test_a_plan_has_the_vocabulary_of_what_is_here(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    """Of data that was prepared, and of a tokenizer that exists: neither is as large as data.vocab_size says."""
+    data = tmp_path / "data"
+    text = ["--source", str(write_corpus(tmp_path / "text")), "--validation-fraction", "0.2"]
+    assert main(["prepare", str(data), *text, "--vocab-size", "270", "--tokenizer", "bpe"]) == 0
+    options, size = {
+        "bytes": (["--data.tokenizer", "bytes"], 257),
+        "prepared": (["--data.prepared", str(data)], 270),
+        "tokenizer": (
+            ["--data.tokenizer", str(data / "tokenizer.json"), "--data.end_of_document", END_OF_DOCUMENT],
+            270,
+        ),
+    }[kind]
+    capsys.readouterr()
+    assert main(["plan", "train", *SIZES, *options, "--cluster.flops", "1e9"]) == 0
+    want = sizes_of(parse([*SIZES, "--data.vocab_size", str(size)])).num_parameters
+    assert f"{want:,} parameters, vocabulary {size}; 2 ranks" in capsys.readouterr().out
+
+
+def test_prepared_data_that_is_not_here_is_said_of_a_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "train", "--data.prepared", str(tmp_path / "data")]) == 2
+    assert f"{tmp_path / 'data'} " in capsys.readouterr().err
 
 
 def test_the_rate_of_this_cpu_is_measured(capsys: pytest.CaptureFixture[str]) -> None:

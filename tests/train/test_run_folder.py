@@ -35,6 +35,14 @@ def test_a_file_is_replaced_when_it_is_whole(tmp_path: Path) -> None:
     assert path.read_text() == "after" and list(tmp_path.iterdir()) == [path]
 
 
+def test_a_file_that_a_library_writes_for_its_owner_alone_may_be_read_as_any_other(tmp_path: Path) -> None:
+    (tmp_path / "other").touch()
+    with replacing(tmp_path / "weights.safetensors") as new:
+        new.unlink()
+        new.touch(mode=0o600)
+    assert (tmp_path / "weights.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
 def test_a_start_that_was_cut_off_while_it_wrote_can_be_gone_on_with(tmp_path: Path) -> None:
     (tmp_path / ".writing-config.toml").write_text("half")
     assert create_run_folder(str(tmp_path), or_begun=True).path == tmp_path
