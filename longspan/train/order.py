@@ -99,6 +99,8 @@ def describe(order: RankOrder, ranks: Ranks, from_checkpoint: bool) -> str:
         for own, members in zip(order.groups, ranks.degrees.groups("sp"), strict=True)
     ]
     said = f"ranks {'; '.join(dict.fromkeys(parts))}"
+    if not any(order.groups) and not order.links:
+        return f"{said}: nothing was measured, as of {ranks.sp} ranks either order is as fast"
     if not order.links:
         return f"{said}; as parallel.rank_order says"
     when = "before, as the checkpoint has them" if from_checkpoint else "now, and kept in the checkpoints"

@@ -190,7 +190,9 @@ def test_a_report_says_who_holds_what_and_why() -> None:
         "ranks 0 2 1; by links of 1.0 MB/s and more, measured now, and kept in the checkpoints"
     )
     assert "measured before" in describe(measured, ranks, True)
-    assert describe(RankOrder((None,)), ranks, False) == "ranks as numbered; as parallel.rank_order says"
+    assert describe(RankOrder(((2, 0, 1),)), ranks, False) == "ranks 2 0 1; as parallel.rank_order says"
+    of_two = describe(RankOrder((None,)), Ranks(Place(0, 2), CPU), False)
+    assert of_two == "ranks as numbered: nothing was measured, as of 2 ranks either order is as fast"
 
 
 def test_links_that_differ_by_what_measuring_does_leave_the_order_as_it_is() -> None:
