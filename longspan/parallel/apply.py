@@ -114,7 +114,7 @@ def parallelize(
             f"{type(model).__name__} share one exchange. Give a codec without feedback, or a model of longspan's mixers"
         )
     if adapter is None and not mixers and _is_transformers_model(model):
-        from longspan.integrations.transformers.model import parallelize_pretrained
+        from longspan.integrations.transformers.pretrained import parallelize_pretrained
 
         return parallelize_pretrained(
             model,
@@ -176,7 +176,7 @@ def unparallelize(model: Model) -> Model:
     adapter = adapter_of(type(model))
     mixers = [module for module in model.modules() if isinstance(module, SequenceMixer)]
     if adapter is None and not mixers and _is_transformers_model(model):
-        from longspan.integrations.transformers.model import unparallelize_pretrained
+        from longspan.integrations.transformers.pretrained import unparallelize_pretrained
 
         unparallelize_pretrained(model)
         return model

@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from longspan.integrations.transformers.inputs import shard_batch
-from longspan.integrations.transformers.model import layout_of, stream_batch
+from longspan.integrations.transformers.pretrained import layout_of, stream_batch
 
 if TYPE_CHECKING:
     from longspan.integrations.transformers.accelerate import SequenceParallelConfig

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from longspan.checks import described
+from longspan.comm.collectives import all_gather_single
 from longspan.errors import InputError, LayoutError
 from longspan.integrations.transformers.losses import IGNORED, shifted_labels
 from longspan.layout import SequenceLayout
+from longspan.models.mixers import SequenceParallel
 
 LAYOUT = "longspan_layout"
 """The keyword of a call whose sequences are split already: its layout. `shard_batch` makes such a call."""
@@ -68,6 +70,31 @@ def check_arguments(given: Mapping[str, Any]) -> None:
                 f"{name}, of shape {tuple(value.shape)}, has one entry for each token, and longspan does not know how to split it. "
                 "Leave it out; tokens of one kind, in one causal sequence, are supported"
             )
+
+
+def compare_over_ranks(given: Mapping[str, Any], place: SequenceParallel) -> None:
+    """The same batch on every rank of the group, or an error on all of them.
+
+    Raises:
+        InputError: where ranks were given others.
+    """
+    if place.num_ranks == 1:
+        return
+    tokens = tokens_of(given).detach()
+    # Of embeddings the first channel alone: all of them would be copied as float64.
+    values = (tokens if tokens.dim() == 2 else tokens[..., 0]).to(torch.float64).flatten()
+    weights = torch.arange(1, values.numel() + 1, device=values.device, dtype=torch.float64)
+    own = torch.stack([values.new_tensor(s) for s in tokens.shape[:2]] + [values.sum(), (values * weights).sum()])
+    all_ranks = own.new_empty(place.num_ranks * own.numel())
+    all_gather_single(all_ranks, own, place.group)
+    seen = all_ranks.view(place.num_ranks, -1)
+    if bool((seen != seen[0]).any()):
+        shapes = [tuple(int(size) for size in row[:2]) for row in seen.tolist()]
+        raise InputError(
+            "the ranks of a sequence-parallel group were called with different batches: their shapes are "
+            f"{', '.join(map(str, shapes))}, and sums of their ids differ. Every rank of a group takes the same whole "
+            "sequences; give a DistributedSampler the rank and number of the data-parallel dimension alone"
+        )
 
 
 def check_outputs(attentions: object) -> None:

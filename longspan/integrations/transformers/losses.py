@@ -13,7 +13,7 @@ multiplies by the number of ranks and averages, an equal part of it.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from longspan.errors import InputError
 from longspan.exchange.all_reduce import sum_over_ranks
 from longspan.layout import SequenceLayout
 
@@ -32,6 +33,9 @@ IGNORED = -100
 
 BALANCE_LOSS = "load_balancing_loss_func"
 """Name in modeling files of the auxiliary loss of mixtures of experts."""
+
+Z_LOSS = "z_loss_coefficient"
+"""The attribute of a head that adds a loss of the size of logits, a mean over tokens."""
 
 FUSED_HEAD = "fused_lm_head"
 """The keyword by which TRL asks a head for log-probabilities of labels, from which it computes the loss itself."""
@@ -61,6 +65,18 @@ def shifted_labels(labels: Tensor, layout: SequenceLayout) -> Tensor:
     if layout.documents is not None:
         shifted[:, layout.document_ends_on(labels.device)] = IGNORED
     return shifted
+
+
+def check_z_loss(head: Any, given: Mapping[str, Any]) -> None:
+    """Refuse padding beside a loss of all logits: Transformers' own, of padded tokens, depend on what it does with them."""
+    mask = given.get("attention_mask")
+    if not getattr(head, Z_LOSS, None) or not isinstance(mask, Tensor) or bool(mask.all()):
+        return
+    raise InputError(
+        f"attention_mask has padding, and config.{Z_LOSS} of {type(head).__name__} asks for a loss of the logits of all tokens, "
+        "padded ones too, which are others over ranks. Pack documents into one row without padding (position_ids that restart), "
+        f"or set {Z_LOSS} to 0"
+    )
 
 
 def combined(share: Tensor, layout: SequenceLayout, kind: LossKind, counted_by_trainer: bool) -> Tensor:

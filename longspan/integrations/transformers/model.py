@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextvars import Token
 from copy import deepcopy
 from types import MethodType
@@ -19,11 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from longspan.checks import described
-from longspan.comm.collectives import all_gather_single
 from longspan.errors import InputError, LayoutError
 from longspan.exchange.all_reduce import sum_over_ranks
-from longspan.exchange.auto.order import RankOrderOption, measured_rank_order
 from longspan.exchange.recomputation import keeping_states
 from longspan.integrations.transformers import attention, dispatch, inputs, losses, mixers, rotary
 from longspan.integrations.transformers.cache import Recorder
@@ -34,13 +31,11 @@ from longspan.integrations.transformers.methods import METHODS
 from longspan.integrations.transformers.structure import (
     arguments_by_name,
     backbone_of,
-    check_model,
     head_of,
     modeling_files_of,
     owner_of,
 )
-from longspan.layout import ORDERS, Order, SequenceLayout
-from longspan.layout.shares import check_rank_order
+from longspan.layout import Order, SequenceLayout
 from longspan.models.mixers import ParallelOptions, SequenceParallel
 from longspan.tracing import outside_graphs
 
@@ -228,7 +223,9 @@ class ParallelModel:
         if self.decoding.begins(module, given):
             return None
         if self.tokens_to_verify is not None and torch.is_grad_enabled():
-            self.verify_first_batch(given)
+            from longspan.integrations.transformers.verify import verify_first_batch
+
+            verify_first_batch(self, given)
         self._head_runs = True
         self._num_rows = inputs.tokens_of(given).shape[0]
         call, given = self._begin(given)
@@ -373,39 +370,11 @@ class ParallelModel:
         """Without the row of the position that was added."""
         return output if output is None or self.call is None else rotary.without_last_position(output)
 
-    def verify_first_batch(self, given: dict[str, Any]) -> None:
-        """Compare the batch of a call with one process, before the call.
-
-        Raises:
-            InputError: where they differ, on every rank; the next batch is compared then.
-        """
-        from longspan.integrations.transformers.verify import Reference
-
-        if inputs.LAYOUT in given:
-            raise InputError(
-                "verify=True compares whole sequences with one process, and those of this call are split already. Give the first "
-                "batch itself: longspan.parallelize(model, group, verify=batch)"
-            )
-        num_tokens, self.tokens_to_verify = self.tokens_to_verify, None
-        assert num_tokens is not None
-        before = self.num_calls.copy()
-        try:
-            self._check_mode(given)
-            self.compare_over_ranks(given)
-            with self.decoding.unmodified():
-                reference = Reference.of(self.head, self.place, given, num_tokens)
-            reference.compare(self.head)
-        except BaseException:
-            self.tokens_to_verify = num_tokens
-            raise
-        # The first batches of the caller are still to be compared over the ranks.
-        self.num_calls = before
-
     # --------------------------------------------------------------------------------------------- parts of it
 
     def _begin(self, given: dict[str, Any]) -> tuple[ParallelCall, dict[str, Any]]:
         """The call that a forward's arguments ask for, and the arguments with packed rows one after another."""
-        self._check_mode(given)
+        self.check_mode(given)
         layout = given.get(inputs.LAYOUT)
         if layout is not None:
             inputs.check_given_layout(layout, given)
@@ -427,13 +396,13 @@ class ParallelModel:
         self.num_calls[torch.is_grad_enabled()] += 1
         return call, given
 
-    def _check_mode(self, given: dict[str, Any]) -> None:
+    def check_mode(self, given: dict[str, Any]) -> None:
         """Refuse what would be found out only after something was sent."""
         _check_cache(given)
         config: Any = self.head.config
         wanted = given.get("output_attentions")
         inputs.check_outputs(config.output_attentions if wanted is None else wanted)
-        self.check_z_loss(given)
+        losses.check_z_loss(self.head, given)
         for module in self.mixers:
             dropout = mixers.attention_dropout_of(module) if module.training else 0.0
             if dropout:
@@ -492,36 +461,10 @@ class ParallelModel:
             self._z_loss_coefficient = coefficient
             self.head.z_loss_coefficient = coefficient * num_tokens / whole
 
-    def check_z_loss(self, given: dict[str, Any]) -> None:
-        """Refuse padding beside a loss of all logits: Transformers' own, of padded tokens, depend on what it does with them."""
-        mask = given.get("attention_mask")
-        if not getattr(self.head, "z_loss_coefficient", None) or not isinstance(mask, Tensor) or bool(mask.all()):
-            return
-        raise InputError(
-            f"attention_mask has padding, and config.z_loss_coefficient of {type(self.head).__name__} asks for a loss of the "
-            "logits of all tokens, padded ones too, which are others over ranks. Pack documents into one row without padding "
-            "(position_ids that restart), or set z_loss_coefficient to 0"
-        )
-
     def compare_over_ranks(self, given: dict[str, Any]) -> None:
-        """The same batch on every rank of the group, or an error on all of them."""
-        if self.num_calls[torch.is_grad_enabled()] >= COMPARED_BATCHES or self.place.num_ranks == 1:
-            return
-        tokens = inputs.tokens_of(given).detach()
-        # Of embeddings the first channel alone: all of them would be copied as float64.
-        values = (tokens if tokens.dim() == 2 else tokens[..., 0]).to(torch.float64).flatten()
-        weights = torch.arange(1, values.numel() + 1, device=values.device, dtype=torch.float64)
-        own = torch.stack([values.new_tensor(s) for s in tokens.shape[:2]] + [values.sum(), (values * weights).sum()])
-        all_ranks = own.new_empty(self.place.num_ranks * own.numel())
-        all_gather_single(all_ranks, own, self.place.group)
-        seen = all_ranks.view(self.place.num_ranks, -1)
-        if bool((seen != seen[0]).any()):
-            shapes = [tuple(int(size) for size in row[:2]) for row in seen.tolist()]
-            raise InputError(
-                "the ranks of a sequence-parallel group were called with different batches: their shapes are "
-                f"{', '.join(map(str, shapes))}, and sums of their ids differ. Every rank of a group takes the same whole "
-                "sequences; give a DistributedSampler the rank and number of the data-parallel dimension alone"
-            )
+        """The same batch on every rank of the group, or an error on all of them; of the first calls alone."""
+        if self.num_calls[torch.is_grad_enabled()] < COMPARED_BATCHES:
+            inputs.compare_over_ranks(given, self.place)
 
     def _bind_checkpointing(self) -> None:
         """Layers that are computed again find the call of their own forward, and the states that entered them."""
@@ -571,158 +514,6 @@ _REPORT = (
 def state_of(model: nn.Module) -> ParallelModel | None:
     """What longspan keeps for a model, or None where it is not parallelized."""
     return getattr(head_of(model), _STATE, None)
-
-
-def parallelize_pretrained(
-    model: Model,
-    options: ParallelOptions,
-    place: SequenceParallel,
-    *,
-    order: Order | None,
-    rank_order: RankOrderOption | None = None,
-    loss: losses.LossKind,
-    verify: bool | Mapping[str, Any],
-    verify_tokens: int | None,
-) -> Model:
-    """`longspan.parallelize` of a model of Transformers."""
-    head = head_of(model)
-    if state_of(model) is not None:
-        raise InputError(
-            f"{type(head).__name__} is parallelized already. Call longspan.unparallelize(model) before giving it other options"
-        )
-    if order not in (None, *ORDERS):
-        raise InputError(f"order must be one of {', '.join(ORDERS)}; got {order!r}")
-    if loss not in losses.LOSSES:
-        raise InputError(f"loss must be one of {', '.join(losses.LOSSES)}; got {loss!r}")
-    num_tokens = _tokens_to_verify(head, place, verify, verify_tokens)
-    check_model(head)
-    state = ParallelModel(head, options, place, order, loss, _order_of_ranks(rank_order, head, place))
-    state.install()
-    state.tokens_to_verify = num_tokens
-    if isinstance(verify, Mapping):
-        try:
-            state.verify_first_batch(dict(verify))
-        except BaseException:
-            state.uninstall()
-            raise
-    return model
-
-
-def _tokens_to_verify(
-    head: nn.Module, place: SequenceParallel, verify: bool | Mapping[str, Any], given: int | None
-) -> int | None:
-    """How many tokens of the first batch are compared with one process; None where none are."""
-    from longspan.integrations.transformers.verify import VERIFIED_TOKENS
-
-    if not isinstance(verify, bool | Mapping):
-        raise InputError(
-            f"verify must be True, False or the first batch, a mapping of a call's arguments; got {described(verify)}. How many "
-            "of its tokens are compared is verify_tokens"
-        )
-    if given is not None and (type(given) is not int or given < place.num_ranks):
-        raise InputError(
-            f"verify_tokens must be an integer, {place.num_ranks} at least, a token for each rank; got {described(given)}"
-        )
-    if verify is False:
-        if given is not None:
-            raise InputError(
-                f"verify_tokens={given} says how much of the first batch is compared. Say verify=True, too"
-            )
-        return None
-    if head is backbone_of(head):
-        raise InputError(
-            f"verify compares loss and gradients, and {type(head).__name__} has no head that computes them. Parallelize the "
-            "causal language model that it is a part of, or leave verify out"
-        )
-    return VERIFIED_TOKENS if given is None else given
-
-
-def _order_of_ranks(given: RankOrderOption | None, head: nn.Module, place: SequenceParallel) -> tuple[int, ...] | None:
-    """The order in which ranks hold sequences, None as they are numbered; measured now where that is asked for."""
-    if given is None or place.num_ranks == 1:
-        return None
-    if given == "measured":
-        device = next(head.parameters()).device
-        return measured_rank_order(SequenceLayout(place.num_ranks, place.group), device)
-    return check_rank_order(given, place.num_ranks)
-
-
-def unparallelize_pretrained(model: nn.Module) -> None:
-    """`longspan.unparallelize` of a model of Transformers."""
-    state = state_of(model)
-    if state is None:
-        raise InputError(f"{type(head_of(model)).__name__} is not parallelized: there is nothing to undo")
-    state.uninstall()
-
-
-def layout_of(model: nn.Module) -> SequenceLayout:
-    """The layout of the last forward of a parallelized model: which tokens its logits are of.
-
-    Raises:
-        InputError: for a model that is not parallelized, or was not called yet.
-    """
-    state = state_of(model)
-    if state is None or state.last_layout is None:
-        raise InputError(
-            f"{type(head_of(model)).__name__} {'was not called yet' if state else 'is not parallelized'}: it has no layout. "
-            f"{'Call it' if state else 'Call longspan.parallelize(model, group)'} first"
-        )
-    return state.last_layout
-
-
-def stream_batch(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """A batch as a call of the model takes it, as what `longspan.stream` takes: ``streamed.forward_backward(**stream_batch(...))``.
-
-    Args:
-        model: given to `longspan.parallelize` before.
-        batch: whole sequences, the same on every rank of the group: ``input_ids`` and ``labels`` (not shifted), and any of
-            ``position_ids``, ``cu_seq_lens_q`` or ``seq_idx``, which tell packed documents, ``attention_mask`` (of right padding),
-            and ``num_items_in_batch``.
-
-    Returns:
-        ``tokens``, ``labels`` (shifted, and not across documents), ``layout`` of the whole sequence, and ``num_valid``, None
-        without num_items_in_batch. Packed rows are one after another.
-
-    Raises:
-        InputError: for a model that is not parallelized, a batch without ids or labels, what a call refuses, positions that do
-            not count from 0 in each document, and padding beside a balance loss.
-    """
-    state = state_of(model)
-    if state is None:
-        raise InputError(
-            f"stream_batch(): {type(head_of(model)).__name__} is not parallelized, so that it has no layout. Call "
-            "longspan.parallelize(model, group) first"
-        )
-    given = {name: value for name, value in batch.items() if value is not None}
-    unknown = sorted(given.keys() - inputs.STREAMED)
-    missing = sorted({"input_ids", "labels"} - given.keys())
-    if unknown or missing:
-        wrong = f"got {', '.join(unknown)}, too" if unknown else f"there is no {' and no '.join(missing)}"
-        raise InputError(
-            f"stream_batch() takes input_ids, labels, and what tells documents; {wrong}. What it knows is "
-            f"{', '.join(sorted(inputs.STREAMED))}"
-        )
-    inputs.check_arguments(given)
-    mask = given.get("attention_mask")
-    if mask is not None and getattr(state.head.config, "output_router_logits", False) and not bool(mask.all()):
-        raise InputError(
-            f"stream_batch(): attention_mask has padding, and config.output_router_logits of {type(state.head).__name__} asks for "
-            "a balance loss, in which segments of time count every token. Pack documents into one row without padding "
-            "(position_ids that restart), or set output_router_logits to False"
-        )
-    state.check_z_loss(given)
-    bounds = inputs.document_bounds(given)
-    layout = state.layout_of(given, bounds)
-    if bounds is not None:
-        given = inputs.in_one_row(given)
-    inputs.check_positions(given, layout)
-    num_valid = given.get("num_items_in_batch")
-    return {
-        "tokens": given["input_ids"],
-        "labels": losses.shifted_labels(given["labels"], layout),
-        "layout": layout,
-        "num_valid": None if num_valid is None else int(num_valid),
-    }
 
 
 def _check_cache(given: dict[str, Any]) -> None:

@@ -23,7 +23,8 @@ from longspan.exchange import Exchanger, exchange_named
 from longspan.exchange.auto.order import RankOrderOption
 from longspan.integrations.transformers.accelerate import SEQUENCE, SequenceParallelConfig
 from longspan.integrations.transformers.mixers import attention_dropout_of
-from longspan.integrations.transformers.model import parallelize_pretrained, state_of
+from longspan.integrations.transformers.model import state_of
+from longspan.integrations.transformers.pretrained import parallelize_pretrained
 from longspan.integrations.transformers.structure import head_of
 from longspan.layout import Order
 from longspan.models.mixers import ParallelOptions, SequenceParallel

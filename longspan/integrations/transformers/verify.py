@@ -19,11 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from longspan.checks import described
 from longspan.comm.collectives import all_reduce
 from longspan.errors import InputError
 from longspan.integrations.transformers import inputs, losses, rotary
-from longspan.integrations.transformers.structure import arguments_by_name
-from longspan.layout import SequenceLayout
+from longspan.integrations.transformers.model import ParallelModel
+from longspan.integrations.transformers.structure import arguments_by_name, backbone_of
 from longspan.models.mixers import SequenceParallel
 
 _log = logging.getLogger("longspan")
@@ -44,7 +45,60 @@ _OF_CALLER = ("num_items_in_batch", "use_cache", "return_dict", "past_key_values
 
 _BALANCE = "output_router_logits"
 """The argument, and the entry of a config, that asks for the balance loss."""
-_Z_LOSS = "z_loss_coefficient"
+
+
+def tokens_to_verify(
+    head: nn.Module, place: SequenceParallel, verify: bool | Mapping[str, Any], given: int | None
+) -> int | None:
+    """How many tokens of the first batch are compared with one process; None where none are."""
+    if not isinstance(verify, bool | Mapping):
+        raise InputError(
+            f"verify must be True, False or the first batch, a mapping of a call's arguments; got {described(verify)}. How many "
+            "of its tokens are compared is verify_tokens"
+        )
+    if given is not None and (type(given) is not int or given < place.num_ranks):
+        raise InputError(
+            f"verify_tokens must be an integer, {place.num_ranks} at least, a token for each rank; got {described(given)}"
+        )
+    if verify is False:
+        if given is not None:
+            raise InputError(
+                f"verify_tokens={given} says how much of the first batch is compared. Say verify=True, too"
+            )
+        return None
+    if head is backbone_of(head):
+        raise InputError(
+            f"verify compares loss and gradients, and {type(head).__name__} has no head that computes them. Parallelize the "
+            "causal language model that it is a part of, or leave verify out"
+        )
+    return VERIFIED_TOKENS if given is None else given
+
+
+def verify_first_batch(state: ParallelModel, given: dict[str, Any]) -> None:
+    """Compare the batch of a call with one process, before the call.
+
+    Raises:
+        InputError: where they differ, on every rank; the next batch is compared then.
+    """
+    if inputs.LAYOUT in given:
+        raise InputError(
+            "verify=True compares whole sequences with one process, and those of this call are split already. Give the first "
+            "batch itself: longspan.parallelize(model, group, verify=batch)"
+        )
+    num_tokens, state.tokens_to_verify = state.tokens_to_verify, None
+    assert num_tokens is not None
+    before = state.num_calls.copy()
+    try:
+        state.check_mode(given)
+        state.compare_over_ranks(given)
+        with state.decoding.unmodified():
+            reference = Reference.of(state.head, state.place, given, num_tokens)
+        reference.compare(state)
+    except BaseException:
+        state.tokens_to_verify = num_tokens
+        raise
+    # The first batches of the caller are still to be compared over the ranks.
+    state.num_calls = before
 
 
 @dataclass(frozen=True)
@@ -86,15 +140,15 @@ class Reference:
         is_counted = batch.get("num_items_in_batch") is not None
         return cls(place, short, targets, is_counted, is_packed, loss, gradients)
 
-    def compare(self, head: nn.Module) -> None:
+    def compare(self, state: ParallelModel) -> None:
         """Run the parallelized model on the same batch, and raise where it differs.
 
         Raises:
             InputError: naming what differs most, on every rank.
         """
-        num_ranks = self.place.num_ranks
+        head, num_ranks = state.head, self.place.num_ranks
         with _evaluated(head), _without_z_loss(head, self.is_packed):
-            share, scale = self._share(head)
+            share, scale = self._share(state)
             own_loss, gradients = _gradients(head, share)
         loss = self._summed(own_loss / scale)
         worst, error = "the loss", _relative(loss, self.loss, 0.0)
@@ -127,15 +181,16 @@ class Reference:
                 "docs/transformers.md for what is supported"
             )
 
-    def _share(self, head: nn.Module) -> tuple[Tensor, int]:
+    def _share(self, state: ParallelModel) -> tuple[Tensor, int]:
         """What this rank returns of the loss, and how often all ranks together have it then."""
-        model: Any = head
+        model: Any = state.head
         if self.targets is None:
             counted = {"num_items_in_batch": _num_valid(self.batch)} if self.is_counted else {}
             share = model(**self.batch, **counted, return_dict=True).loss
-            return share, self.place.num_ranks if _averages(head) and not self.is_counted else 1
+            return share, self.place.num_ranks if state.loss == "mean" and not self.is_counted else 1
         logits = model(**self.batch, return_dict=True).logits
-        layout = _layout_of(head)
+        layout = state.last_layout
+        assert layout is not None
         targets = self.targets.reshape(1, -1) if layout.is_packed else self.targets
         return _sum_of_logits(logits, layout.shard(targets)) / (self.targets != losses.IGNORED).sum(), 1
 
@@ -273,15 +328,15 @@ def _evaluated(head: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _without_z_loss(head: nn.Module, is_packed: bool) -> Iterator[None]:
-    coefficient = getattr(head, _Z_LOSS, None)
+    coefficient = getattr(head, losses.Z_LOSS, None)
     if not is_packed or not coefficient:
         yield
         return
-    setattr(head, _Z_LOSS, 0.0)
+    setattr(head, losses.Z_LOSS, 0.0)
     try:
         yield
     finally:
-        setattr(head, _Z_LOSS, coefficient)
+        setattr(head, losses.Z_LOSS, coefficient)
 
 
 @contextmanager
@@ -319,19 +374,6 @@ def _check_whole(head: nn.Module) -> None:
             "the ranks by now. Give the first batch itself while they are whole, before fully_shard: "
             "longspan.parallelize(model, group, verify=batch)"
         )
-
-
-def _averages(head: nn.Module) -> bool:
-    from longspan.integrations.transformers.model import state_of
-
-    state = state_of(head)
-    return state is not None and state.loss == "mean"
-
-
-def _layout_of(head: nn.Module) -> SequenceLayout:
-    from longspan.integrations.transformers.model import layout_of
-
-    return layout_of(head)
 
 
 def _relative(got: Tensor, expected: Tensor, floor: float) -> float:

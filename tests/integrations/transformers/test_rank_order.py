@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 import longspan
 from longspan.errors import LayoutError
-from longspan.integrations.transformers import model as models
+from longspan.integrations.transformers import pretrained as models
 from longspan.layout import SequenceLayout
 from tests.integrations.transformers.families import build
 from tests.integrations.transformers.test_families import check
