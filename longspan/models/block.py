@@ -28,13 +28,16 @@ class HybridBlock(nn.Module):
     def forward(
         self, x: Tensor, context: Context, handed: Tensor | None = None
     ) -> tuple[Tensor, LayerMemory | None, *tuple[Tensor, ...]]:
-        """x and the result are [B, T, C]; also what the mixer remembers, if it is asked for, what it hands on, and with experts
-        what `Routed` holds.
+        """x and the result are [B, T, C], or the latter [B, 0, C] where nobody reads its tokens.
+
+        Also what the mixer remembers, if it is asked for, what it hands on, and with experts what `Routed` holds.
 
         handed: what the first layer of its kind has handed on, if the mixer takes it. One by one: reentrant checkpointing finds no
         tensors inside of others.
         """
         mixed, memory, *for_others = self.mixer(self.mixer_norm(x), context, *(() if handed is None else (handed,)))
+        if not context.outputs_tokens:
+            return x[:, :0], memory, *for_others
         x = x + mixed
         fed, routed = self.feed_forward(self.feed_forward_norm(x), context)
         return x + fed, memory, *for_others, *(() if routed is None else routed)

@@ -182,10 +182,14 @@ class LinearLlama3(nn.Module):
         found: list[LayerMemory] = []
         routed: list[Routed] = []
         handed: dict[str, Tensor] = {}
+        # A pass for what is remembered alone, such as a prompt's: nobody reads what the last block makes of the tokens.
+        fills = output_memory and logits_to_keep == 0 and routing is None and not torch.is_grad_enabled()
         for index, block in enumerate(self._blocks()):
             given = [handed[block.mixer.name]] if block.mixer.takes_on else []
-            of_block = block(x, context if memory is None else context.after(memory.layers[index]), *given)
-            x, of_layer, *of_router = of_block
+            before = context if memory is None else context.after(memory.layers[index])
+            if fills and index == len(self.blocks) - 1:
+                before = before.for_memory_alone()
+            x, of_layer, *of_router = block(x, before, *given)
             if block.mixer.hands_on:
                 handed[block.mixer.name] = of_router.pop(0)
             found += [] if of_layer is None else [of_layer]

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from longspan.errors import InputError
+from longspan.exchange.all_reduce import sum_over_ranks
 from longspan.layout import SequenceLayout
 from longspan.models import LinearLlama3, ModelMemory, Routing
 from longspan.models.linear_llama3 import HybridBlock
 from longspan.models.routing import ranks_of_losses
 from longspan.ops.chunked.scores import TokenScores
 from longspan.streaming.adapters import register_stream
+from longspan.streaming.random_states import is_same, random_state
 
 
 class StreamedLlama:
@@ -38,7 +40,11 @@ class StreamedLlama:
 
 
 class StreamedLlamaSequence:
-    """A sequence on its way through a `LinearLlama3`; choices of experts are counted first: balance is no sum over tokens."""
+    """A sequence on its way through a `LinearLlama3`; choices of experts are counted first: balance is no sum over tokens.
+
+    Where nobody draws random numbers, as the first segment shows, a first pass leaves out what the last block makes of the tokens:
+    what it would have drawn there, dropout for one, must be drawn in both passes.
+    """
 
     def __init__(self, model: LinearLlama3, num_valid: int, routing: Routing | None, offload: bool) -> None:
         self._model, self._num_valid, self._offload = model, num_valid, offload
@@ -48,6 +54,7 @@ class StreamedLlamaSequence:
         self.counts_first = bool(model.config.num_experts) and adds and (routing is not None or any(weights))
         self._routing = Routing() if self.counts_first and routing is None else routing
         self._is_counting = self.counts_first
+        self._draws: bool | None = None
         self.end()
         self._layout: SequenceLayout | None = None
 
@@ -58,16 +65,26 @@ class StreamedLlamaSequence:
         self._layout = layout
         # A segment that is computed again for what was not kept has been counted.
         routing = self._routing if self._is_counting else None
+        before = random_state(tokens.device) if self._draws is None else None
         _, behind = self._model(
             tokens,
             layout,
             memory=memory,
             routing=routing,
-            logits_to_keep=0,
+            logits_to_keep=0 if self._draws is False else 1,
             output_memory=True,
             in_segments=True,
         )
+        if before is not None:
+            self._draws = self._on_any_rank(not is_same(before, random_state(tokens.device)), tokens.device)
         return cast(ModelMemory, behind)
+
+    def _on_any_rank(self, is_so: bool, device: torch.device) -> bool:
+        """Whether the last block is computed is one decision: it may exchange."""
+        layout = self._layout
+        if layout is None or layout.num_ranks == 1:
+            return is_so
+        return bool(sum_over_ranks(torch.tensor(float(is_so), device=device), layout))
 
     def all_remembered(self) -> None:
         assert self._routing is not None

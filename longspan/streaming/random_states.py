@@ -11,6 +11,20 @@ from torch import Tensor
 State = tuple[Tensor, Tensor | None]
 
 
+def random_state(device: torch.device) -> State:
+    """The state of torch's default generators, of the CPU and of `device`, if that is a GPU."""
+    on_gpu = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    return torch.get_rng_state(), on_gpu
+
+
+def is_same(one: State, other: State) -> bool:
+    """Whether nobody has drawn between two states."""
+    # Both are in host memory.
+    return all(
+        x is y or (x is not None and y is not None and torch.equal(x, y)) for x, y in zip(one, other, strict=True)
+    )
+
+
 class RandomStates:
     """The states in which segments were first computed, of the CPU and of `device`, if that is a GPU.
 
@@ -20,7 +34,7 @@ class RandomStates:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._begun: dict[int, State] = {}
-        self._behind = self._state()
+        self._behind = random_state(self._device)
 
     @contextmanager
     def of(self, segment: int) -> Iterator[None]:
@@ -29,8 +43,8 @@ class RandomStates:
         self._set(self._begun.setdefault(segment, self._behind))
         yield
         if is_first:
-            self._behind = self._state()
-            if _is_same(self._behind, self._begun[segment]):
+            self._behind = random_state(self._device)
+            if is_same(self._behind, self._begun[segment]):
                 # Nobody has drawn: one copy for all segments.
                 self._behind = self._begun[segment]
 
@@ -38,19 +52,8 @@ class RandomStates:
         """The state behind all segments that were computed."""
         self._set(self._behind)
 
-    def _state(self) -> State:
-        on_gpu = torch.cuda.get_rng_state(self._device) if self._device.type == "cuda" else None
-        return torch.get_rng_state(), on_gpu
-
     def _set(self, state: State) -> None:
         on_cpu, on_gpu = state
         torch.set_rng_state(on_cpu)
         if on_gpu is not None:
             torch.cuda.set_rng_state(on_gpu, self._device)
-
-
-def _is_same(one: State, other: State) -> bool:
-    # Both are in host memory.
-    return all(
-        x is y or (x is not None and y is not None and torch.equal(x, y)) for x, y in zip(one, other, strict=True)
-    )

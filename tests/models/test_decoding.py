@@ -214,8 +214,9 @@ def errors_in_segments(layers: dict[str, Any], length: int, order: Any) -> list[
     return found
 
 
-IN_SEGMENTS = (
-    {"pattern": "LN"},
+IN_SEGMENTS: tuple[dict[str, Any], ...] = (
+    {"pattern": "LN", "num_layers": 2},
+    {"pattern": "LN", "num_layers": 3},
     {"pattern": "LN", "window": 4},
     {"pattern": "LN", "window": 1},
     {"pattern": "L", "operator": "gated_deltanet"},
@@ -315,6 +316,51 @@ def test_a_prompt_makes_no_logits() -> None:
             model(tokens, logits_to_keep=bad)
     with pytest.raises(InputError, match="logits_to_keep is for logits; got 1"):
         model(tokens, labels=tokens, logits_to_keep=1)
+
+
+def memories_of_a_prompt(window: int | None) -> tuple[list[float], list[bool]]:
+    """What is remembered of a prompt in two calls, without logits beside with some; and whether the last block's parts ran."""
+    model = parallelize(tiny_model(num_layers=2, pattern="LN", window=window, num_experts=2), None)
+    ran: list[bool] = []
+    for part in ("feed_forward", "mixer.out_proj"):
+        model.blocks[-1].get_submodule(part).register_forward_hook(lambda *_: ran.append(True))
+    tokens = random_tokens(1, 23)
+    place = model.sequence_parallel
+    assert place is not None
+    layout = SequenceLayout(23, place.group, "zigzag", [0, 9, 23], continues=0)
+    found: list[float] = []
+    seen: list[bool] = []
+    for in_segments in (False, True):
+        memories: list[ModelMemory | None] = [model.empty_memory() if in_segments else None] * 2
+        for start, stop in ((0, 14), (14, 23)):
+            stretch = layout.stretch(start, stop)
+            for kept in (1, 0):
+                ran.clear()
+                with torch.no_grad():
+                    memories[kept] = model(
+                        stretch.shard(tokens[:, start:stop]),
+                        stretch,
+                        memory=memories[kept],
+                        logits_to_keep=kept,
+                        output_memory=True,
+                        in_segments=in_segments,
+                    )[1]
+                seen.append(bool(ran) == bool(kept))
+        got, want = memories
+        assert got is not None and want is not None
+        if in_segments:
+            got, want = model.whole_memory(got, layout), model.whole_memory(want, layout)
+        for layer, expected in zip(got.layers, want.layers, strict=True):
+            assert layer.tensors.keys() == expected.tensors.keys() and layer.tensors
+            found += [relative_error(x, expected.tensors[name]) for name, x in layer.tensors.items()]
+    return found, seen
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("window", [None, 4])
+def test_of_a_prompt_the_last_block_computes_what_is_remembered_alone(num_ranks: int, window: int | None) -> None:
+    for errors, seen in run_on_ranks(num_ranks, memories_of_a_prompt, window):
+        assert worst(errors) == 0.0 and all(seen)
 
 
 class Counter:

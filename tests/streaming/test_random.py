@@ -75,6 +75,26 @@ def test_dropout_over_ranks_draws_the_same_in_both_passes() -> None:
         assert worst(errors) < 1e-10, errors
 
 
+def passes_of_the_last_block(draws_on: tuple[int, ...]) -> int:
+    """How often the last block computes tokens of a sequence of five segments; the model draws on some ranks."""
+    model: Any = tiny_model(pattern="LN", operator="mamba2", num_layers=2)
+    model = parallelize(model, None)
+    ran: list[int] = []
+    model.blocks[-1].feed_forward.register_forward_hook(lambda module, given, found: ran.append(0))
+    if dist.get_rank() in draws_on:
+        model.blocks[0].mixer.register_forward_hook(lambda module, given, found: torch.rand(1) and None)
+    tokens = random_tokens(1, 51)
+    layout = SequenceLayout(50)
+    stream(model, 10).forward_backward(tokens[:, :-1], labels_of(tokens), layout)
+    return len(ran)
+
+
+def test_a_first_pass_leaves_out_what_nobody_reads_where_nobody_draws() -> None:
+    """The first segment shows that; the last one has no first pass. What one rank does the others do, as layers exchange."""
+    assert run_on_ranks(2, passes_of_the_last_block, ()) == [1 + 5] * 2
+    assert run_on_ranks(2, passes_of_the_last_block, (1,)) == [4 + 5] * 2
+
+
 def test_each_segment_draws_numbers_of_its_own() -> None:
     drawn: list[Tensor] = []
     model: Any = tiny_model(pattern="L", num_layers=1)

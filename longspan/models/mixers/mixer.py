@@ -66,6 +66,8 @@ class Context:
     document, earlier tokens counted. rotation: of these positions, where a mixer of the model `rotates`. memory: what this layer
     remembers of earlier tokens; None is nothing. outputs_memory: whether to return what it remembers afterwards. shared: what
     layers of a kind have together, by the name of their mixer. in_segments: whether this is a segment of time of a longer sequence.
+    outputs_tokens: whether anybody reads what the layer computes for its tokens; where not, its memory is all that is wanted, and
+    a mixer may return any tokens.
 
     With packed documents the memory is of the first of them, which goes on, and what is returned is of the last: the layout
     `continues`.
@@ -78,6 +80,7 @@ class Context:
     outputs_memory: bool = False
     shared: Mapping[str, Tensor] = field(default_factory=dict)
     in_segments: bool = False
+    outputs_tokens: bool = True
 
     def remembered(self, name: str) -> Tensor | None:
         """A tensor of this layer's memory, or None before the first token."""
@@ -93,6 +96,10 @@ class Context:
     def after(self, memory: LayerMemory) -> Context:
         """This context with what another layer remembers."""
         return replace(self, memory=memory)
+
+    def for_memory_alone(self) -> Context:
+        """This context for a layer whose tokens nobody reads."""
+        return replace(self, outputs_tokens=False)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from longspan.attention.softmax import EarlierKeys, write_softmax
-from longspan.attention.softmax.final_state import KeysAndValues
+from longspan.attention.softmax.final_state import KeysAndValues, final_keys
 from longspan.autocast import as_in_product
 from longspan.errors import ConfigError
 from longspan.layout import SequenceLayout
@@ -62,6 +62,8 @@ class SoftmaxMixer(LayerMixer):
         earlier = None if context.memory is None else context.memory.earlier
         before = _keys_before(context)
         grows = _grows(k, before, context)
+        if not context.outputs_tokens:
+            return x[:, :0], self._behind(k, v, before, context)
         memory = write_softmax(
             k,
             v,
@@ -77,10 +79,8 @@ class SoftmaxMixer(LayerMixer):
         out: Tensor = self.out_proj(memory.read(q).flatten(2))
         if not context.outputs_memory:
             return out, None
-        if earlier is not None:
-            return out, LayerMemory(earlier=earlier.followed_by(k, v, context.layout, window=self.window))
-        if grows:
-            return out, self._grown(k, v, before, context.memory)
+        if earlier is not None or grows:
+            return out, self._behind(k, v, before, context)
         keys, values = memory.final_state()
         return out, LayerMemory({"keys": keys, "values": values})
 
@@ -92,6 +92,17 @@ class SoftmaxMixer(LayerMixer):
         if memory.earlier is None or not memory.earlier.parts:
             return LayerMemory(memory.tensors)
         keys, values = memory.earlier.whole(layout, window=self.window)
+        return LayerMemory({"keys": keys, "values": values})
+
+    def _behind(self, k: Tensor, v: Tensor, before: KeysAndValues | None, context: Context) -> LayerMemory:
+        """What is remembered behind these tokens, where nothing that is read of them has brought it together."""
+        earlier = None if context.memory is None else context.memory.earlier
+        if earlier is not None:
+            return LayerMemory(earlier=earlier.followed_by(k, v, context.layout, window=self.window))
+        if _grows(k, before, context):
+            return self._grown(k, v, before, context.memory)
+        layout = context.layout or SequenceLayout.local(k.shape[1])
+        keys, values = final_keys(k, v, before, layout, self.window, False)
         return LayerMemory({"keys": keys, "values": values})
 
     def _grown(self, k: Tensor, v: Tensor, before: KeysAndValues | None, memory: LayerMemory | None) -> LayerMemory:
