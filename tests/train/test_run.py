@@ -189,12 +189,12 @@ def test_a_resumed_run_takes_the_exchange_that_was_measured_before(
     run = interrupted(finished, tmp_path / "run", after=3)
     before = load_checkpoint(newest_checkpoint(run / "checkpoints")).state["exchange"]
     assert (before["sp"], before["device"]) == (2, "cpu")
-    trials = before["groups"][0]["trials"]
-    # Of a topology, and of its codec where another run of this process has sent states in one over the same group.
-    assert trials and all(
-        trial["problem"]["transition"] == "ScalarDecay" and trial["taken"].split()[0] in TOPOLOGIES for trial in trials
-    )
-    assert all(trial["taken"] in TOPOLOGIES for trial in trials if not trial["on_wire"])
+    # Another run of this process may have tried states of others over the same group, or sent them in a codec.
+    trials = [trial for trial in before["groups"][0]["trials"] if trial["taken"] is not None]
+    plain = [trial for trial in trials if not trial["on_wire"]]
+    assert plain and all(trial["taken"] in TOPOLOGIES for trial in plain)
+    assert all(trial["taken"].split()[0] in TOPOLOGIES for trial in trials)
+    assert any(trial["problem"]["transition"] == "ScalarDecay" for trial in plain)
     assert run_on_ranks(2, _go_on_without_measuring, tiny_config(corpus, run)) == [EXIT_DONE] * 2
     assert load_checkpoint(newest_checkpoint(run / "checkpoints")).state["exchange"] == before
 
