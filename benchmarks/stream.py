@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import weakref
 from collections.abc import Callable
@@ -135,8 +136,29 @@ def ratio_to_plain(length: int, segment: int, pairs: int) -> str:
     return str(paired.ratio)
 
 
+def ratio_to_short(length: int, short: int, segment: int, every: int) -> str:
+    """Time a token of a step on `length` tokens over that of steps on `short` ones, one after every so many passes over a segment.
+
+    A machine whose speed changes from minute to minute is as fast for one as for the other.
+    """
+    torch.set_num_threads(num_cores())
+    shorter = step_of(build(LINEAR), tokens_of(short), SequenceLayout.local(short), segment)
+    releases, passes, elapsed = Releases(), itertools.count(1), list[float]()
+
+    def between(done: SegmentDone) -> None:
+        releases(done)
+        if next(passes) % every == 0:
+            elapsed.append(seconds(shorter))
+
+    shorter()
+    step = step_of(build(LINEAR), tokens_of(length), SequenceLayout.local(length), segment, between=between)
+    of_long = seconds(step) - sum(elapsed)
+    ratio = (of_long / length) / (statistics.mean(elapsed) / short)
+    return f"{ratio:.2f} ({len(elapsed)} steps, {min(elapsed):.2f}-{max(elapsed):.2f} s)"
+
+
 def measure(quick: bool) -> dict[str, Any]:
-    """Memory and time of all sides at their lengths, and the ratios to the plain step."""
+    """Memory and time of all sides at their lengths, and the ratios to the plain step, and of long sequences to short ones."""
     check(LINEAR)
     lengths = dict.fromkeys(LENGTHS, (2048,)) if quick else LENGTHS
     segment, timed_tokens = (512, 0) if quick else (SEGMENT, _TIMED_TOKENS)
@@ -150,7 +172,13 @@ def measure(quick: bool) -> dict[str, Any]:
     for length in (2048,) if quick else (2**14, 2**15, 2**16):
         ratios[str(length)] = in_subprocess(ratio_to_plain, length, segment, 1 if quick else 3)
         say(f"time of {length:,} tokens in segments / in one piece: {ratios[str(length)]}")
-    return {"shape": SHAPE, "sides": sides, "ratios": ratios}
+    to_short = {}
+    short, longer = (1024, (4096,)) if quick else (2**14, (2**18, 2**20))
+    for length in longer:
+        every = 2 * length // segment // (2 if quick else 32)
+        to_short[str(length)] = in_subprocess(ratio_to_short, length, short, segment, every)
+        say(f"time a token of {length:,} tokens / of {short:,}: {to_short[str(length)]}")
+    return {"shape": SHAPE, "sides": sides, "ratios": ratios, "to_short": to_short}
 
 
 def table_of(data: dict[str, Any]) -> Table:
@@ -170,12 +198,15 @@ def table_of(data: dict[str, Any]) -> Table:
             "ms for 1,000 tokens",
             "of the first row's",
             "time / that of one piece, in pairs",
+            "time a token / that of 16,384, in turn",
         ],
     )
     first: dict[tuple[str, int], dict[str, Any]] = {}
     for found in data["sides"]:
         own = first.setdefault((found["side"], found["ranks"]), found)
-        ratio = data["ratios"].get(str(found["tokens"]), "-")
+        is_alone = (found["side"], found["ranks"]) == ("in segments", 1)
+        # Data of before has no ratios to short sequences.
+        ratios = [data.get(name, {}).get(str(found["tokens"]), "-") for name in ("ratios", "to_short")]
         each = found["seconds"] / found["tokens"]
         table.add(
             found["side"],
@@ -186,7 +217,7 @@ def table_of(data: dict[str, Any]) -> Table:
             f"{found['seconds']:.1f}",
             f"{each * 1e6:,.1f}",
             f"{each / (own['seconds'] / own['tokens']):.2f}",
-            ratio if (found["side"], found["ranks"]) == ("in segments", 1) else "-",
+            *(ratios if is_alone else ["-", "-"]),
         )
     return table
 

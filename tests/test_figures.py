@@ -91,6 +91,7 @@ DATA: dict[str, dict[str, Any]] = {
             for tokens in (1024, 2048)
         ],
         "ratios": {"1024": "1.30 (1.20-1.40)"},
+        "to_short": {"2048": "1.05 (31 steps, 1.10-1.30 s)"},
     },
     "million": {
         "tokens": 4096,
