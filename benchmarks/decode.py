@@ -1,5 +1,6 @@
-"""`decode`: tokens per second behind prompts of growing length, and what a model remembers of them; and what it is worth that keys
-and values of softmax layers are written behind those before them, beside joining them anew for each token. One thread."""
+"""`decode`: tokens per second behind prompts of growing length, and what a model remembers of them. `decode-keys`: keys and values
+of softmax layers written behind those before them, beside joining them anew for each token. `decode-prompt`: a prompt whose last
+block fills its memory alone. One thread."""
 
 from __future__ import annotations
 
@@ -7,12 +8,14 @@ import statistics
 import time
 from dataclasses import dataclass, field
 from functools import partial
+from unittest import mock
 
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Table, in_subprocess, paired, require_close, seconds
+from benchmarks.harness import Paired, Table, in_subprocess, paired, require_close, seconds, timed_pairs
 from longspan.models import LinearLlama3, LinearLlama3Config, ModelMemory, decode, prefill
+from longspan.models.mixers import Context
 
 PATTERNS = {"pure linear": "L", "hybrid, every fourth layer softmax": "LLLN", "pure softmax": "N"}
 
@@ -167,4 +170,44 @@ def keys(quick: bool) -> Table:
     return table
 
 
-TABLES = {"decode": decoding, "decode-keys": keys}
+def read_whole(model: LinearLlama3, tokens: Tensor) -> ModelMemory | None:
+    """A prompt whose last block computes all that a call with logits does."""
+    with mock.patch.object(Context, "for_memory_alone", lambda context: context):
+        return prefill(model, tokens)
+
+
+def measure_prompts(lengths: tuple[int, ...], pairs: int) -> list[tuple[str, int, Paired]]:
+    """Each model and length: seconds of a prompt whose last block fills its memory alone, and of one whose last block is whole."""
+    torch.set_num_threads(1)
+    found = []
+    for name, pattern in PATTERNS.items():
+        model = small_model(pattern)
+        for length in lengths:
+            tokens = prompt(length)
+            filled, whole = prefill(model, tokens), read_whole(model, tokens)
+            assert filled is not None and whole is not None
+            for layer, expected in zip(filled.layers, whole.layers, strict=True):
+                for key, x in layer.tensors.items():
+                    require_close(f"{key} of {name}", x, expected.tensors[key], 1e-6)
+            found.append(
+                (name, length, timed_pairs(partial(read_whole, model, tokens), partial(prefill, model, tokens), pairs))
+            )
+    return found
+
+
+def prompts(quick: bool) -> Table:
+    """See the module."""
+    lengths, pairs = ((64, 256), 1) if quick else ((2_048, 8_192, 32_768), 4)
+    table = Table(
+        "decode-prompt",
+        "A prompt whose last block fills its memory alone, and one whose last block is whole: 4 layers of width 256, B1, float32, "
+        "one thread",
+        "the same memory; no slower",
+        ["model", "tokens of the prompt", "ms, memory alone", "ms, whole", "whole / memory alone"],
+    )
+    for name, length, times in in_subprocess(measure_prompts, lengths, pairs):
+        table.add(name, f"{length:,}", *times.cells(second_first=True))
+    return table
+
+
+TABLES = {"decode": decoding, "decode-keys": keys, "decode-prompt": prompts}
