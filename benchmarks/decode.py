@@ -197,7 +197,7 @@ def measure_prompts(lengths: tuple[int, ...], pairs: int) -> list[tuple[str, int
 
 def prompts(quick: bool) -> Table:
     """See the module."""
-    lengths, pairs = ((64, 256), 1) if quick else ((2_048, 8_192, 32_768), 4)
+    lengths, pairs = ((64, 256), 1) if quick else ((2_048, 8_192, 16_384), 3)
     table = Table(
         "decode-prompt",
         "A prompt whose last block fills its memory alone, and one whose last block is whole: 4 layers of width 256, B1, float32, "
