@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.ranks import PRELOADED, stop_ranks
-from tests.slow_rows import mark_slow_rows
+from tests.slow_rows import NOT_SLOW, mark_slow_rows
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -30,6 +30,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     # Before those marked slow are left out.
     unused = mark_slow_rows(items)
+    config.stash[NOT_SLOW] = [item.nodeid for item in items if item.get_closest_marker("slow") is None]
     if unused and config.args_source is pytest.Config.ArgsSource.TESTPATHS:
         raise pytest.UsageError(f"slow_rows names what no row of the test matches: {', '.join(unused)}")
 

@@ -11,6 +11,9 @@ from collections.abc import Sequence
 
 import pytest
 
+# Of all that was collected, what the default selection has.
+NOT_SLOW = pytest.StashKey[list[str]]()
+
 
 def mark_slow_rows(items: Sequence[pytest.Item]) -> list[str]:
     """Mark as slow what matches; the expressions that match no row of their test are returned, with its name."""

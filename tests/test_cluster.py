@@ -84,6 +84,8 @@ def _talk(rate: int, num_bytes: int) -> tuple[str, float, float]:
     return socket.gethostname(), float(total), (time.perf_counter() - begun) / (8 * num_bytes / rate)
 
 
+# That both ends are limited runs in make test, below.
+@pytest.mark.slow
 @needs_network
 def test_ranks_on_different_hosts_compute_together_at_no_more_than_the_rate() -> None:
     with Cluster(2, "40mbit") as made:

@@ -121,6 +121,8 @@ def test_curves_that_differ_from_one_process_are_not_reported() -> None:
 
 
 @pytest.mark.slow_rows(r"^(traffic|throughput|waiting|timeline|curves)$")
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^(million|finetune)$")
 @pytest.mark.parametrize("name", FIGURES)
 def test_a_figure_is_drawn_from_its_raw_data_and_again_the_same(name: str, tmp_path: Path) -> None:
     record = with_origin(name, "a command", DATA[name])

@@ -225,6 +225,8 @@ def test_a_second_derivative_on_one_device_is_refused(name: str) -> None:
     assert "was differentiated twice" in message
 
 
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^2-zigzag$")
 @pytest.mark.parametrize("order", ["contiguous", "zigzag"])
 @pytest.mark.parametrize("num_ranks", [2])
 def test_a_second_derivative_over_ranks_is_refused_on_every_rank(num_ranks: int, order: str) -> None:

@@ -23,6 +23,8 @@ def one_operator(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "OPERATORS", ("simple_gla",))
 
 
+# Tables by PyTorch's kernels are made in make test, below.
+@pytest.mark.slow
 def test_every_table_is_made_on_the_interpreter_and_none_is_printed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

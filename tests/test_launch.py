@@ -105,6 +105,8 @@ def test_ranks_that_find_something_wrong_end_with_their_own_code(code: int, capf
     assert capfd.readouterr().err == ""
 
 
+# A process with work under way ends in make test, in `tests/comm/test_background.py`.
+@pytest.mark.slow
 def test_a_rank_whose_work_is_done_ends_well_though_a_thread_is_in_torch(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

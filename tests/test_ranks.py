@@ -258,6 +258,8 @@ def test_ranks_rest_between_calls() -> None:
     assert run_on_ranks(2, _process_id) == first
 
 
+# That ranks rest runs in make test, above.
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="ranks rest where the system ends them with their parent")
 def test_ranks_that_rest_end_with_a_killed_test_run() -> None:
     lines = [

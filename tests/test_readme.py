@@ -104,6 +104,8 @@ def _marked(command: str) -> Any:
 
 
 @pytest.mark.slow_rows(r"^\.venv/bin/torchrun")
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^make train")
 @pytest.mark.parametrize("command", [_marked(command) for command in _commands()])
 def test_commands_run(command: str, tmp_path: Path) -> None:
     program, *arguments = shlex.split(command)

@@ -71,6 +71,8 @@ def test_every_setting_is_checked_against_plain_attention(setting: Setting) -> N
     assert result.is_right
 
 
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^d[qk]$")
 @pytest.mark.parametrize("number", range(4), ids=["o", "dq", "dk", "dv"])
 def test_a_side_that_is_wrong_on_one_rank_is_not_timed(number: int) -> None:
     wrong = Side("spoilt", "all_gather", "contiguous", partial(_spoilt, number))
@@ -80,6 +82,8 @@ def test_a_side_that_is_wrong_on_one_rank_is_not_timed(number: int) -> None:
     assert right.is_right and len(right.times) == ROUNDS
 
 
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^torch ring-zigzag$", r"^torch ring, gathering-contiguous$")
 @pytest.mark.parametrize(
     "peer", [peer for peer in PEERS if peer.kind != "ulysses"], ids=lambda x: f"{x.name}-{x.order}"
 )

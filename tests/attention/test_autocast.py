@@ -184,6 +184,8 @@ def test_ranks_give_the_same(name: str) -> None:
     assert worst(run_on_ranks(2, on_ranks, name)) <= 2e-2
 
 
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^gated_delta_rule$")
 @pytest.mark.parametrize(
     "name", ["gated_delta_rule", "softmax after a past", "convolution", "mamba2", "selective_scan"]
 )

@@ -53,6 +53,8 @@ def errors_on_rank(name: str, order: Any, seq_len: int, documents: list[int] | N
 
 
 @pytest.mark.slow_rows(r"^linear_attention-contiguous-3")
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^retention-contiguous-3$")
 @pytest.mark.parametrize(
     "num_ranks", [1, pytest.param(2, marks=pytest.mark.slow), 3, pytest.param(4, marks=pytest.mark.slow)]
 )

@@ -122,7 +122,7 @@ def assert_right(by_rank: list[list[tuple[float, Case, dict[str, float]]]]) -> N
 # What the package takes without being asked is tried in full; of the other topologies, what test_exchange.py does not show already.
 FULL = [
     pytest.param(
-        exchange, num_ranks, marks=() if exchange == "all_gather" and num_ranks in (1, 2, 4) else pytest.mark.slow
+        exchange, num_ranks, marks=() if exchange == "all_gather" and num_ranks in (1, 2, 3, 4) else pytest.mark.slow
     )
     for exchange, num_ranks in itertools.product([*TOPOLOGIES, "auto"], (1, 2, 3, 4, 8))
     if exchange == "all_gather" or num_ranks > 1
@@ -137,6 +137,8 @@ FULL = [
     r"-all_gather-4$",
     r"^(gla_with_bonus|comba)-",
 )
+# On three ranks, the fewest that have all kinds of bounds, the one that `tests/planted.py` names.
+@pytest.mark.slow_rows(r"^(?!simple_gla).*-3$", r"^simple_gla-.*-2$", r"^(kda|linear_attention)-zigzag-all_gather-2$")
 @pytest.mark.parametrize(("exchange", "num_ranks"), FULL)
 @pytest.mark.parametrize("order", ["contiguous", "zigzag"])
 @pytest.mark.parametrize("name", VARIANTS)
@@ -166,6 +168,8 @@ EVERY = [
     r"-8$",
     r"(^|[-[])(gla_with_bonus|comba|gated_delta_product|gated_slot_attention)(-|$)",
 )
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"-simple_gla-[34]$", r"-delta_rule-4$")
 @pytest.mark.parametrize(("name", "num_ranks"), EVERY)
 @pytest.mark.parametrize("exchange", [*(name for name in TOPOLOGIES if name != "all_gather"), "auto"])
 def test_every_topology_serves_every_variant(name: str, exchange: str, num_ranks: int) -> None:
@@ -179,6 +183,8 @@ def test_every_topology_serves_every_variant(name: str, exchange: str, num_ranks
 
 
 @pytest.mark.slow_rows(r"(^|[-[])(gla_with_bonus|comba|gated_delta_product|gated_slot_attention)(-|$)")
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^(delta_rule|gated_delta_rule|retention)$")
 @pytest.mark.parametrize("name", VARIANTS)
 def test_random_packings_and_strong_decays(name: str) -> None:
     """Random document lengths that cross 0, 1 and 2 cuts, with decays from none to beyond what a float32 holds."""

@@ -90,6 +90,8 @@ def with_nan(place: str, victim: int) -> list[Results]:
     return found
 
 
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"-1$", r"^(dq|dk|dv)-0$")
 @pytest.mark.parametrize("victim", range(NUM_RANKS))
 @pytest.mark.parametrize("place", PLACES)
 def test_a_nan_in_one_number_of_one_rank_fails_the_suite(place: str, victim: int) -> None:

@@ -116,6 +116,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
 # With a bias, or with states, it is the plain one and more.
 @pytest.mark.slow_rows(r"^[23]-zigzag-.*-plain$")
 @pytest.mark.slow_rows(r"^4-.*-(plain|bias and activation)$", r"^[23]-contiguous")
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(
+    r"^4-(zigzag|contiguous-one document)",
+    r"^3-zigzag-(one document-states|packed-bias)",
+    r"^2-zigzag-(one document-states|packed-bias)",
+)
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("documents_number", [0, 1], ids=["one document", "packed"])
 @pytest.mark.parametrize("order", ORDERS)
@@ -127,6 +133,8 @@ def test_every_rank_equals_the_definition_with_every_gradient(
         assert error < 1e-12, what
 
 
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^contiguous$")
 @pytest.mark.parametrize("order", ORDERS)
 def test_rows_of_a_batch_are_independent(order: Order) -> None:
     for options in ({"batch": 3}, {"batch": 3, "with_states": True}):
@@ -135,6 +143,8 @@ def test_rows_of_a_batch_are_independent(order: Order) -> None:
 
 
 @pytest.mark.slow_rows(r"^contiguous")
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^zigzag-dtype0-")
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 @pytest.mark.parametrize("order", ORDERS)
 def test_single_and_half_precision_stay_close_to_float64(order: Order, dtype: torch.dtype, tolerance: float) -> None:

@@ -175,6 +175,8 @@ RANKS = [2, *(pytest.param(number, marks=pytest.mark.slow) for number in (1, 3, 
 
 
 @pytest.mark.slow_rows(r"^ulysses-2$")
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^all_gather-2$")
 @pytest.mark.parametrize("num_ranks", RANKS)
 @pytest.mark.parametrize("method", METHODS)
 def test_stretches_equal_one_call(num_ranks: int, method: SoftmaxMethod) -> None:

@@ -102,6 +102,8 @@ def errors_of_tails(order: Any, documents: Any, width: int, sizes: tuple[int, ..
     return worst(found)
 
 
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^contiguous-4$")
 @pytest.mark.parametrize("num_ranks", [1, 2, 4])
 @pytest.mark.parametrize("order", ORDERS)
 def test_a_tail_is_the_last_tokens_on_every_rank(num_ranks: int, order: Any) -> None:
@@ -229,6 +231,8 @@ def compiled_on_ranks() -> bool:
 
 
 # PyTorch's own, where it stops a graph: it hides that from a user, but not from an error filter.
+# A compiled convolution over ranks runs in make test, in `tests/tracing/test_compile.py`.
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 def test_compiled_calls_over_ranks_give_the_same() -> None:
     assert run_on_ranks(2, compiled_on_ranks, timeout=120.0) == [True, True]

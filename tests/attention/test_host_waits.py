@@ -129,6 +129,10 @@ def test_what_makes_the_host_wait_is_seen(look: Any) -> None:
 # Of those that share their code another one is here.
 @pytest.mark.slow_rows(r"^(retention|comba|delta_rule|gated_delta_rule)-")
 @pytest.mark.slow_rows(r"^(?!simple_gla-).*-documents1$")
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(
+    r"^(dplr_delta_rule|gated_delta_product|hgrn2|retention of both sides)-", r"^(selective scan|softmax of a window)-"
+)
 @pytest.mark.parametrize("documents", [None, DOCUMENTS])
 @pytest.mark.parametrize("name", CALLS)
 def test_no_operator_waits_in_a_second_call(
@@ -147,6 +151,8 @@ def test_no_operator_waits_in_a_second_call(
 # Of those that share their code another one is here.
 @pytest.mark.slow_rows(r"^(retention|gla_with_bonus|comba|delta_rule|gated_delta_rule)-")
 @pytest.mark.slow_rows(r"^(?!simple_gla-).*-documents1$")
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^(kda|gla|gated_slot_attention)-")
 @pytest.mark.parametrize(("order", "documents"), [("contiguous", None), ("zigzag", DOCUMENTS)])
 @pytest.mark.parametrize("name", VARIANTS)
 def test_no_form_waits_where_states_come_from_other_ranks(

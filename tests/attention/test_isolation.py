@@ -140,6 +140,8 @@ MORE = [(2, "zigzag"), (1, "contiguous"), (2, "contiguous"), (3, "zigzag")]
     r"^(linear_attention|retention|kda|gated_delta_rule)-",
     r"^(gla_with_bonus|comba|gated_delta_product|gated_slot_attention)-",
 )
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^dplr_delta_rule-")
 @pytest.mark.parametrize(
     ("num_ranks", "order"), [*SPLITS, *(pytest.param(*split, marks=pytest.mark.slow) for split in MORE)]
 )
@@ -218,6 +220,11 @@ OTHERS += [
 
 
 @pytest.mark.slow_rows(r"-2-")
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(
+    r"^(softmax-ring|both directions-retention|convolution-None)-3-contiguous$",
+    r"^(softmax-ulysses|softmax-all_gather|both directions-linear_attention)-3-zigzag$",
+)
 @pytest.mark.parametrize(("num_ranks", "order"), [*SPLITS, *MORE])
 @pytest.mark.parametrize(("kind", "option"), OTHERS)
 def test_nan_and_infinity_stay_in_their_document_in_other_layers(

@@ -74,6 +74,8 @@ def compared(method: str, order: Any, packed: bool, options: dict[str, Any]) -> 
 METHODS = ("all_gather", "ring", "ulysses")
 
 
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^contiguous-True-(ulysses|all_gather)$", r"^zigzag-False-ring$")
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(("order", "packed"), [("zigzag", False), ("contiguous", True)])
 def test_a_recomputation_runs_no_collective_and_attends_no_second_time(method: str, order: str, packed: bool) -> None:

@@ -151,6 +151,8 @@ def test_every_rank_equals_the_definition_with_every_gradient(
         assert error < 1e-11, what
 
 
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^function$")
 @pytest.mark.parametrize("kind", KINDS)
 def test_without_states_and_with_fewer_channels_than_ranks(kind: str) -> None:
     for options in ({"batch": 2, "num_channels": 5}, {"num_channels": 1}):
@@ -163,6 +165,8 @@ def error_by(exchange: str, kind: str, order: Order, documents: Documents) -> tu
     return worst_of(errors_on_rank(kind, 301, 1, documents, order, with_states=True, batch=1, exchange=exchange))
 
 
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^two_level-exponentials$", r"^ring-complex exponentials$")
 @pytest.mark.parametrize("kind", ["exponentials", "complex exponentials"])
 @pytest.mark.parametrize(
     "exchange",
@@ -188,6 +192,8 @@ def error_in(dtype: torch.dtype, kind: str) -> tuple[float, str]:
     return worst_of(errors)
 
 
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^dtype0-(complex exponentials|taps)$", r"^dtype1-(exponentials|function)$")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", TOLERANCES)
 def test_single_and_half_precision_stay_close_to_float64(dtype: torch.dtype, kind: str) -> None:

@@ -157,6 +157,8 @@ EVERY = [(name, num_ranks, exchange) for name in VARIANTS for num_ranks in (2, 3
 
 
 @pytest.mark.slow_rows(r"-2-(two_level|all_to_all)", r"-(neighbour|ring|pipelined)$")
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^gated_delta_rule-3-all_gather$")
 @pytest.mark.parametrize(
     ("name", "num_ranks", "exchange"),
     [pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow) for case in EVERY],

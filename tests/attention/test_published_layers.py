@@ -270,6 +270,8 @@ def errors_on_rank(layer: str, seq_len: int, order: Any, documents: list[int] | 
 
 # The order of the tokens is that of the operators; here on as many ranks as have all kinds of bounds.
 @pytest.mark.slow_rows(r"^zigzag-[12]-")
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^contiguous-2-(?!mamba2$)", r"^contiguous-3-(normalized|hgrn2$|mamba2 within limits$)")
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("num_ranks", [1, 2, 3])
 @pytest.mark.parametrize("order", ["contiguous", "zigzag"])

@@ -48,6 +48,8 @@ def test_the_suites_below_see_another_order() -> None:
 
 # A chain, and what finds segments in the order of ranks by itself.
 @pytest.mark.slow_rows(r"^3-simple_gla-(pipelined|neighbour|auto)$", r"^3-gated_delta_rule-(?!all_to_all$)")
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^3-simple_gla-(two_level|all_gather)$")
 @pytest.mark.parametrize("exchange", [*TOPOLOGIES, "auto"])
 @pytest.mark.parametrize("name", ["simple_gla", "gated_delta_rule"])
 @pytest.mark.parametrize("num_ranks", [3, pytest.param(4, marks=pytest.mark.slow)])
@@ -57,6 +59,8 @@ def test_every_topology_equals_the_recurrent_form(name: str, exchange: str, num_
     assert_right(on_ranks(num_ranks, worst_on_rank, name, exchange, cases))
 
 
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^(all_gather|ring)$")
 @pytest.mark.parametrize("method", ["all_gather", "ring", "ulysses"])
 def test_every_softmax_method_equals_dense_attention(method: SoftmaxMethod) -> None:
     cases = [
@@ -84,6 +88,8 @@ def test_the_selective_scan_equals_its_recurrence() -> None:
 
 # Of taps the halo, which goes to the next run, and the all-to-all, behind which tokens are brought into the sequence's order.
 @pytest.mark.slow_rows(r"^(function|complex exponentials)")
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^taps$")
 @pytest.mark.parametrize("kind", KINDS)
 def test_long_convolutions_equal_their_definition(kind: str) -> None:
     for order, documents_number in zip(ORDERS, (1, 0), strict=True):
@@ -92,6 +98,8 @@ def test_long_convolutions_equal_their_definition(kind: str) -> None:
             assert error < 1e-11, what
 
 
+# In the order of the ranks it runs in make test, in `tests/models/test_decoding.py`.
+@pytest.mark.slow
 def test_a_prompt_over_ranks_is_remembered_as_by_one() -> None:
     for found in on_ranks(3, test_decoding.differences_of_all, "gla"):
         for what, (error, same) in found.items():

@@ -61,6 +61,8 @@ def shift_errors(order: Order, batch: int) -> float:
 
 
 @pytest.mark.slow_rows(r"^[23]-")
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^4-contiguous$")
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
 def test_a_token_shift_gives_each_token_the_one_before_it(num_ranks: int, order: Order) -> None:

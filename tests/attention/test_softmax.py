@@ -56,6 +56,8 @@ def test_every_rank_equals_dense_attention(num_ranks: int, method: SoftmaxMethod
 
 
 @pytest.mark.slow_rows(r"^ulysses$")
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^all_gather$")
 @pytest.mark.parametrize("method", METHODS)
 def test_windows_of_one_token_to_all_but_one_are_right(method: SoftmaxMethod) -> None:
     check(
@@ -67,6 +69,8 @@ def test_windows_of_one_token_to_all_but_one_are_right(method: SoftmaxMethod) ->
     )
 
 
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^ulysses$")
 @pytest.mark.parametrize("method", METHODS)
 def test_sequences_of_about_one_token_a_rank_are_right(method: SoftmaxMethod) -> None:
     # A token that sees itself alone has no gradient of its query, on a rank that may hold no other.
@@ -87,11 +91,15 @@ def test_ulysses_takes_any_number_of_heads_that_the_ranks_divide(heads: tuple[in
     check(2, [Case(37, "ulysses", order, heads=heads) for order in ORDERS])
 
 
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^all_gather$")
 @pytest.mark.parametrize("method", ["all_gather", "ring"])
 def test_heads_need_not_be_a_multiple_of_the_ranks(method: SoftmaxMethod) -> None:
     check(4, [Case(37, method, order, heads=heads) for order in ORDERS for heads in ((3, 1), (1, 1), (5, 5))])
 
 
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^dtype[02]$")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_half_and_single_precision_stay_close_to_float64(dtype: torch.dtype) -> None:
     check(
@@ -120,6 +128,8 @@ def test_rows_that_documents_and_windows_cut_are_right_for_groups_of_heads() -> 
 
 # One rank exchanges nothing, whatever the method.
 @pytest.mark.slow_rows(r"^(ring|ulysses)-1$")
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^ulysses-3$")
 @pytest.mark.parametrize("num_ranks", [1, pytest.param(2, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize("method", METHODS)
 def test_values_may_be_narrower_or_wider_than_keys(num_ranks: int, method: SoftmaxMethod) -> None:

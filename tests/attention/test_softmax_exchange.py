@@ -310,6 +310,8 @@ MASKS: list[tuple[bool, int | None, Documents]] = [
 ]
 
 
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^ulysses$")
 @pytest.mark.parametrize("method", METHODS)
 def test_no_tensor_has_the_size_of_a_mask(method: SoftmaxMethod) -> None:
     tokens, num_ranks = 1200, 2

@@ -80,6 +80,8 @@ def check(num_ranks: int, calls: list[Call]) -> None:
 # Alone a rank has all heads; see the random calls, too.
 @pytest.mark.slow_rows(r"^ulysses-1$")
 @pytest.mark.slow_rows(r"^(ring|all_gather)-3$")
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^ulysses-3$")
 @pytest.mark.parametrize("num_ranks", [1, pytest.param(2, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_negative_or_zero_scale_equals_dense_attention(num_ranks: int, method: SoftmaxMethod) -> None:
@@ -100,6 +102,8 @@ def test_a_negative_or_zero_scale_equals_dense_attention(num_ranks: int, method:
     )
 
 
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^ulysses$")
 @pytest.mark.parametrize("method", METHODS)
 def test_scores_of_any_size_give_finite_and_right_results(method: SoftmaxMethod) -> None:
     check(
@@ -196,6 +200,8 @@ def errors_with_hidden_keys(method: SoftmaxMethod) -> list[float]:
 # As above.
 @pytest.mark.slow_rows(r"^ulysses-1$")
 @pytest.mark.slow_rows(r"^(ring|all_gather)-3$")
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^ring-1$")
 @pytest.mark.parametrize("num_ranks", [1, pytest.param(2, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize("method", METHODS)
 def test_keys_whose_score_is_minus_infinity_are_not_there(num_ranks: int, method: SoftmaxMethod) -> None:

@@ -31,6 +31,8 @@ def check(num_ranks: int, cases: list[Case], tolerance: float = 1e-11) -> None:
 
 
 @pytest.mark.slow_rows(r"-2$")
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^ulysses-3$")
 @pytest.mark.parametrize("num_ranks", [1, 2, 3])
 @pytest.mark.parametrize("method", METHODS)
 def test_softcap_and_sinks_equal_dense_attention(num_ranks: int, method: SoftmaxMethod) -> None:
@@ -53,6 +55,8 @@ def test_softcap_and_sinks_equal_dense_attention(num_ranks: int, method: Softmax
     )  # fmt: skip
 
 
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^ring$")
 @pytest.mark.parametrize("method", METHODS)
 def test_they_are_right_of_about_one_token_a_rank(method: SoftmaxMethod) -> None:
     cases = [

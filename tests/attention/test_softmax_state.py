@@ -129,6 +129,8 @@ def check(num_ranks: int, cases: list[Case], tolerance: float = 1e-11) -> None:
             assert worst(errors) <= tolerance, (rank, case, errors)
 
 
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^ulysses-3$")
 @pytest.mark.parametrize(
     "num_ranks", [1, pytest.param(2, marks=pytest.mark.slow), 3, pytest.param(4, marks=pytest.mark.slow)]
 )

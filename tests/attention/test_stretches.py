@@ -120,6 +120,8 @@ RANKS = [2, *(pytest.param(number, marks=pytest.mark.slow) for number in (1, 3, 
 
 @pytest.mark.slow_rows(r"^(gla|gated_delta_rule)-2")
 @pytest.mark.slow_rows(r"^(gated_delta_product|comba|gla_with_bonus|delta_rule|retention)-2", r"^gated_slot_attention-")
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^(dplr_delta_rule|linear_attention)-2$")
 @pytest.mark.parametrize("num_ranks", RANKS)
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_memory_state_passes_from_stretch_to_stretch(name: str, num_ranks: int) -> None:
@@ -194,6 +196,8 @@ def errors_of_taps(name: str, order: Any, documents: Any, cuts: tuple[int, ...])
     return compared(got, want, parts)
 
 
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^halo-2$")
 @pytest.mark.parametrize("num_ranks", RANKS)
 @pytest.mark.parametrize("name", SHORT)
 def test_the_last_tokens_pass_from_stretch_to_stretch(name: str, num_ranks: int) -> None:

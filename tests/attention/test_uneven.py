@@ -47,6 +47,8 @@ def counts(order: Order) -> tuple[int, ...]:
 
 # Shares are the layout's matter: beside one chain, what else counts segments by itself.
 @pytest.mark.slow_rows(r"^3-simple_gla-(all_gather|pipelined|auto)$", r"^3-gated_delta_rule-(?!all_gather$)")
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^3-simple_gla-(all_to_all|ring)$")
 @pytest.mark.parametrize("exchange", [*TOPOLOGIES, "auto"])
 @pytest.mark.parametrize("name", ["simple_gla", "gated_delta_rule"])
 @pytest.mark.parametrize("num_ranks", [3, pytest.param(4, marks=pytest.mark.slow)])
@@ -66,6 +68,8 @@ def test_every_variant_equals_the_recurrent_form(name: str) -> None:
 
 
 # A chain, and what knows by itself who holds which segment.
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^ring$")
 @pytest.mark.parametrize("exchange", ["all_gather", "ring", pytest.param("all_to_all", marks=pytest.mark.slow)])
 def test_the_selective_scan_equals_its_recurrence(exchange: str) -> None:
     cases = [(order, packing, 43, form) for order in ORDERS for packing in PACKINGS for form in ("softplus", "steps")]
@@ -75,6 +79,8 @@ def test_the_selective_scan_equals_its_recurrence(exchange: str) -> None:
 @pytest.mark.slow_rows(
     r"^function-", r"^complex exponentials-zigzag-0$", r"^(taps|exponentials)-contiguous-1$", r"zigzag-1$"
 )
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^taps-zigzag-0$", r"^complex exponentials-contiguous-1$")
 @pytest.mark.parametrize("documents_number", [0, 1])
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("kind", KINDS)
@@ -91,6 +97,8 @@ def test_rwkv7_equals_its_recurrence(order: Order) -> None:
             assert worst(errors) < test_published_layers.TOLERANCE, (documents, errors)
 
 
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^3-ulysses$")
 @pytest.mark.parametrize("method", ["all_gather", "ring", "ulysses"])
 @pytest.mark.parametrize("num_ranks", [3, pytest.param(4, marks=pytest.mark.slow)])
 def test_every_softmax_method_equals_dense_attention(method: SoftmaxMethod, num_ranks: int) -> None:
@@ -119,7 +127,8 @@ def test_bidirectional_layers_equal_the_plain_sum(order: Order) -> None:
 
 
 # A state alone; and one behind a scan, a short convolution, a long one, or a shift of tokens.
-@pytest.mark.slow_rows(r"mamba|chela|rwkv7")
+# In even shares it runs in make test, in `tests/models/test_decoding.py`.
+@pytest.mark.slow
 @pytest.mark.parametrize("operator", ["gla", "mamba", "chela", "rwkv7"])
 def test_a_prompt_over_ranks_is_remembered_as_by_one(operator: str) -> None:
     for found in on_ranks(3, test_decoding.differences_of_all, operator):

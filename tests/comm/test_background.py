@@ -13,6 +13,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -308,6 +309,8 @@ def test_a_process_ends_although_its_work_still_waits_for_a_message(tmp_path: Pa
         assert "ends" in output
 
 
+# That threads do not pile up runs in make test, in `tests/test_ranks.py`.
+@pytest.mark.slow
 def test_the_thread_ends_with_its_group(tmp_path: Path) -> None:
     code = """
         def threads():

@@ -82,14 +82,16 @@ def test_verify_compares_the_ranks_of_torchrun_with_one_process(config: Path, nu
     assert "longspan" not in done.stderr
 
 
+# What another rank says, and does not say, is below.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message", "have_met"),
     [
         (["verify", "--config", "TINY"], "2 ranks are not parallel.dp_replicate 1 x parallel.dp_shard 1 x ", True),
-        pytest.param(["doctor", "--nonsense"], "Unrecognized options: --nonsense", False, marks=pytest.mark.slow),
-        pytest.param(["doctor", "--device", "cuda"], "--device is 'cuda', but", False, marks=pytest.mark.slow),
-        pytest.param(["verify", "nothing"], "'nothing' has no complete checkpoint", False, marks=pytest.mark.slow),
-        pytest.param(["train", "--train.steps", "0"], "train.steps is 0", False, marks=pytest.mark.slow),
+        (["doctor", "--nonsense"], "Unrecognized options: --nonsense", False),
+        (["doctor", "--device", "cuda"], "--device is 'cuda', but", False),
+        (["verify", "nothing"], "'nothing' has no complete checkpoint", False),
+        (["train", "--train.steps", "0"], "train.steps is 0", False),
     ],
 )
 def test_what_all_ranks_are_refused_for_is_said_once(

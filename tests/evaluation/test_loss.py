@@ -76,6 +76,8 @@ def check(num_ranks: int, order: str, documents: str) -> None:
 
 
 @pytest.mark.slow_rows(r"^1-.*-concatenate$")
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^2-contiguous-concatenate$")
 @pytest.mark.parametrize("documents", ["reset", "concatenate"])
 @pytest.mark.parametrize(("num_ranks", "order"), RANKS_AND_ORDERS)
 def test_tables_are_those_of_a_plain_computation(num_ranks: int, order: str, documents: str) -> None:

@@ -146,6 +146,8 @@ def chosen_by_measurement() -> list[Any]:
     return [Auto(measure=True).resolve(own_pair(kind, layout), layout) for kind in KINDS]
 
 
+# By figures that are given they do so in make test, above.
+@pytest.mark.slow
 def test_all_ranks_choose_alike_by_what_they_measure() -> None:
     first, *others = run_on_ranks(4, chosen_by_measurement)
     assert all(other == first for other in others)
@@ -226,6 +228,8 @@ def written_down_and_taken_again() -> tuple[bool, bool, list[str]]:
     return figures == figures_of(first, device), again == chosen, refusals
 
 
+# A resumed run takes them in make test, in `tests/train/test_run.py`.
+@pytest.mark.slow
 def test_measured_figures_are_written_down_and_taken_by_another_run() -> None:
     for is_equal, chose_alike, (ranks, form) in run_on_ranks(4, written_down_and_taken_again):
         assert is_equal and chose_alike

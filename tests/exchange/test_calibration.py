@@ -52,6 +52,8 @@ def measure_twice(ranks_per_node: int | None) -> tuple[Cluster, bool, int, int, 
     return cluster, again is cluster, traffic.num_collectives, len(lines) - len(lines_of_first), lines_of_first
 
 
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^3-1$")
 @pytest.mark.parametrize(("num_ranks", "ranks_per_node"), [(2, None), (3, 1), (4, 2)])
 def test_all_ranks_have_the_same_figures_measured_once_and_not_counted(
     num_ranks: int, ranks_per_node: int | None

@@ -120,6 +120,8 @@ def coded_errors(name: str, kind: type[Transition], order: Any, codec: Codec) ->
 
 
 # Passes over the wire of the topologies, of states that are rounded to whole numbers each time.
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"-(ScalarDecay-contiguous|Dense-zigzag)$")
 @pytest.mark.parametrize("order", ["contiguous", "zigzag"])
 @pytest.mark.parametrize("kind", [ScalarDecay, Dense])
 @pytest.mark.parametrize("name", GENERAL)
@@ -150,6 +152,8 @@ def bytes_and_formulas(codec: Codec, inside: Codec | None, order: Any) -> list[t
     return found
 
 
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^zigzag$")
 @pytest.mark.parametrize("order", ["contiguous", "zigzag"])
 def test_bytes_are_those_of_the_formulas(order: str) -> None:
     for codec, inside in ((Int8(), Int8()), (Float8(40), None), (TopK(0.1), Int8(64))):

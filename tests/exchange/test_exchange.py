@@ -85,6 +85,13 @@ SHORT: list[tuple[int, list[int] | None]] = [(40, [0, *range(1, 40, 2), 40]), (4
 @pytest.mark.slow_rows(
     r"-(ChannelDecay|Identity|Dense)-zigzag-8$", r"-(HeadDecay|Identity)-.*-[348]$", r"-contiguous-8$"
 )
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(
+    r"^(all_gather|all_to_all|auto|ring)-ScalarDecay-zigzag-8$",
+    r"-(ChannelDecay-contiguous|Dense-zigzag)-3$",
+    r"-(ChannelDecay|Dense)-zigzag-2$",
+    r"^(two_level|all_to_all|all_gather)-ScalarDecay-(contiguous-3|zigzag-2)$",
+)
 @pytest.mark.parametrize("num_ranks", [2, 3, pytest.param(4, marks=pytest.mark.slow), 8])
 @pytest.mark.parametrize("order", ["contiguous", "zigzag"])
 @pytest.mark.parametrize("kind", KINDS)

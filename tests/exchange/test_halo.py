@@ -124,6 +124,8 @@ def errors_of_halo(layout: SequenceLayout, width: int, dtype: torch.dtype) -> li
     return [relative_error(got, want), relative_error(got_grad, layout.shard(expected_grad))]
 
 
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^(contiguous-4|zigzag-2)$")
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
 @pytest.mark.parametrize("order", ORDERS)
 def test_every_rank_gets_its_halos_and_the_gradients_of_the_tokens_that_it_gave(order: Order, num_ranks: int) -> None:

@@ -68,6 +68,8 @@ def errors_after(first: str, exchange: str, order: Any, documents: list[int] | N
 
 
 @pytest.mark.slow_rows(r"(ring|pipelined|neighbour|all_to_all)-inference", r"(?<!all_gather)-autocast$")
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^two_level-inference")
 @pytest.mark.parametrize("first", ["inference mode", "autocast"])
 @pytest.mark.parametrize("exchange", [*TOPOLOGIES, "auto"])
 def test_training_is_right_after_a_first_call_in(first: str, exchange: str) -> None:

@@ -102,6 +102,8 @@ def bfloat16_errors(
 
 # The order says who sends, and the other one has two segments a rank.
 @pytest.mark.slow_rows(r"-contiguous$")
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^(two_level|all_to_all|all_gather)-Dense-")
 @pytest.mark.parametrize("order", ["contiguous", "zigzag"])
 @pytest.mark.parametrize("kind", [ScalarDecay, Dense])
 @pytest.mark.parametrize("name", GENERAL)

@@ -96,6 +96,8 @@ def kept_by(exchange: str, order: Any, packed: bool) -> list[tuple[bool, ...]]:
 
 
 @pytest.mark.slow_rows(r"two_level-True|(pipelined|ring)-False", r"(two_level|all_to_all)-False")
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^(auto-False|all_gather-True)$")
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("exchange", ["all_gather", "ring", "pipelined", "all_to_all", "two_level", "auto"])
 def test_a_recomputation_exchanges_nothing_and_gradients_are_the_same_bits(exchange: str, packed: bool) -> None:

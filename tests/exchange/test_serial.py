@@ -466,6 +466,8 @@ def carried_in_batches(layouts: list[SequenceLayout], num_blocks: int, reverse: 
     return incoming
 
 
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^(False-contiguous|True-zigzag)$")
 @pytest.mark.parametrize("order", ["contiguous", "zigzag"])
 @pytest.mark.parametrize("reverse", [False, True])
 def test_messages_in_batches_that_run_one_after_another_never_wait_in_a_circle(order: Any, reverse: bool) -> None:

@@ -46,6 +46,8 @@ CASES = [
 
 
 @pytest.mark.slow_rows(r"^two_level-contiguous-3", r"^(two_level-zigzag-4-2|all_to_all|pipelined)")
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^all_gather-contiguous-3")
 @pytest.mark.parametrize(("name", "order", "num_ranks", "ranks_per_node"), CASES)
 def test_small_states_are_the_scan(name: str, order: str, num_ranks: int, ranks_per_node: int) -> None:
     for state_dtype, limit in ((None, 1e-12), (torch.bfloat16, 0.1)):

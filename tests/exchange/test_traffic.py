@@ -186,6 +186,10 @@ CASES = [(name, num_ranks) for name in TOPOLOGIES for num_ranks in (3, 4) if nam
 
 
 @pytest.mark.slow_rows(r"-4-zigzag$", r"^(two_level|all_to_all)-4")
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(
+    r"^(all_to_all|two_level|all_gather)-3-contiguous$", r"^(pipelined|ring)-3-zigzag$", r"^(pipelined|ring)-4-"
+)
 @pytest.mark.parametrize("order", ["contiguous", "zigzag"])
 @pytest.mark.parametrize(("name", "num_ranks"), CASES)
 def test_the_counter_says_what_the_formula_says_and_what_torch_is_asked_for(

@@ -31,6 +31,8 @@ def errors_on_nodes(ranks_per_node: int, batch: int, num_heads: int, order: Any,
 
 
 @pytest.mark.slow_rows(r"8-2-zigzag|4-[14]-zigzag", r"-contiguous$")
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^8-4-zigzag$")
 @pytest.mark.parametrize("order", ["contiguous", "zigzag"])
 @pytest.mark.parametrize(("num_ranks", "ranks_per_node"), [(4, 1), (4, 2), (4, 4), (3, 1), (8, 2), (8, 4)])
 def test_any_shape_of_nodes_is_the_scan(num_ranks: int, ranks_per_node: int, order: str) -> None:
@@ -38,6 +40,8 @@ def test_any_shape_of_nodes_is_the_scan(num_ranks: int, ranks_per_node: int, ord
         assert worst(errors) < 1e-12
 
 
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^contiguous$")
 @pytest.mark.parametrize("order", ["contiguous", "zigzag"])
 def test_the_mirrored_layout_has_its_runs_in_the_other_order(order: str) -> None:
     for errors in run_on_ranks(4, errors_on_nodes, 2, 2, 5, order, True):
@@ -45,6 +49,8 @@ def test_the_mirrored_layout_has_its_runs_in_the_other_order(order: str) -> None
 
 
 @pytest.mark.slow_rows(r"1-3-contiguous|1-1-zigzag")
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^1-3-zigzag$")
 @pytest.mark.parametrize("order", ["contiguous", "zigzag"])
 @pytest.mark.parametrize(("batch", "num_heads"), [(1, 1), (1, 3)])
 def test_ranks_without_rows_take_part(batch: int, num_heads: int, order: str) -> None:

@@ -107,6 +107,8 @@ def test_every_mixer_has_a_recipe() -> None:
     assert {*RECIPES, "softmax"} == set(MIXERS)
 
 
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^(retention|simple_gla|lightning|rebased|deltanet|gated_deltanet)$")
 @pytest.mark.parametrize("operator", LINEAR_MIXERS)
 def test_each_mixer_is_made_of_the_llama_and_learns(folder: Path, operator: str) -> None:
     """What a list says is copied is; the model computes and every weight gets a gradient."""

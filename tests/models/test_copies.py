@@ -86,6 +86,8 @@ def call(model: LinearLlama3, tokens: Tensor, layout: SequenceLayout) -> Tensor:
     return logits
 
 
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^(2-hgrn2|1-simple_gla)$")
 @pytest.mark.parametrize("operator", each_linear_mixer(("simple_gla", "hgrn2")))
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_copies_of_a_parallel_model_are_parallel_and_a_loaded_one_is_a_model(num_ranks: int, operator: str) -> None:

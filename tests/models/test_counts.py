@@ -52,6 +52,8 @@ def counted(model: LinearLlama3, tokens: Tensor) -> float:
     return counter.get_total_flops() / tokens.numel()
 
 
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^(deltanet|gla|simple_gla|lightning|retention)$")
 @pytest.mark.parametrize("name", MIXERS)
 def test_linear_maps_are_counted_exactly(name: str) -> None:
     """Without values the operators are one thing each, inside which the counter does not look."""
@@ -60,6 +62,8 @@ def test_linear_maps_are_counted_exactly(name: str) -> None:
 
 
 @pytest.mark.slow_rows(r"^(gated_deltanet|deltanet|kda|gla|rebased|simple_gla)$")
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^(deltaproduct|lightning|retention)$")
 @pytest.mark.parametrize("name", LINEAR_MIXERS)
 def test_states_are_counted_as_the_recurrent_form_has_them(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokens = LinearLlama3(config_of(name)), torch.zeros(1, LENGTH, dtype=torch.int64)

@@ -66,6 +66,8 @@ def differences_of_all(operator: str) -> dict[str, tuple[float, bool]]:
 
 
 # Every mixer goes on token by token in `tests/models/test_linear_llama3.py`, too.
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^(gsa|mamba2)$")
 @pytest.mark.parametrize("operator", each_linear_mixer(("linear_attention", "gsa", "mamba2", "kda")))
 def test_one_process_writes_what_the_whole_sequence_finds_likeliest(operator: str) -> None:
     """Also for prompts of one token, and those shorter than a window."""
@@ -117,6 +119,8 @@ def in_dtype(operator: str, dtype: torch.dtype) -> tuple[float, float]:
 
 
 @pytest.mark.slow_rows(r"^(simple_gla|hgrn2|mamba2)-dtype0")
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^(simple_gla|hgrn2)-dtype1")
 @pytest.mark.parametrize(("dtype", "most", "tie"), [(torch.float32, 1e-4, 0.0), (torch.bfloat16, 0.05, 0.02)])
 @pytest.mark.parametrize("operator", each_linear_mixer())
 def test_the_same_in_float32_and_bfloat16(operator: str, dtype: torch.dtype, most: float, tie: float) -> None:
@@ -223,7 +227,8 @@ IN_SEGMENTS: tuple[dict[str, Any], ...] = (
 )
 
 
-@pytest.mark.slow_rows(r"^2$")
+# Each mixer alone runs in make test, below.
+@pytest.mark.slow
 @pytest.mark.parametrize("num_ranks", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_prompt_in_segments_is_remembered_as_at_once(num_ranks: int) -> None:
     """Also where the last segment is shorter than the ranks are many, and where one segment holds all."""
@@ -234,6 +239,8 @@ def test_a_prompt_in_segments_is_remembered_as_at_once(num_ranks: int) -> None:
 
 
 @pytest.mark.slow_rows(r"^(lightning|retention|simple_gla|gla|rebased|deltanet|deltaproduct)$")
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^(gsa|based|mamba|linear_attention)$")
 @pytest.mark.parametrize("operator", [each for each in LINEAR_MIXERS if each not in ("gated_deltanet",)])
 def test_every_mixer_reads_a_prompt_in_segments(operator: str) -> None:
     assert (

@@ -64,6 +64,8 @@ LAYOUTS = (("contiguous", None), ("zigzag", None), ("zigzag", (0, 1, 30, 52, 75)
 
 
 @pytest.mark.slow_rows(r"^(rebased|gla|deltanet|lightning)-2$", r"-1$")
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^(retention|linear_attention|simple_gla|hgrn2|gated_deltanet|deltaproduct)-2$")
 @pytest.mark.parametrize("num_ranks", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("operator", LINEAR_MIXERS)
 def test_ranks_equal_one_process(operator: str, num_ranks: int) -> None:
@@ -73,6 +75,8 @@ def test_ranks_equal_one_process(operator: str, num_ranks: int) -> None:
 
 
 @pytest.mark.slow_rows(r"^(linear_attention|gated_deltanet|kda|based|chela|rwkv7|mamba|mamba2)$")
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^gsa$")
 @pytest.mark.parametrize("operator", LINEAR_MIXERS)
 def test_token_by_token_a_model_gives_the_logits_of_one_call(operator: str) -> None:
     model, tokens = model_of(operator), random_tokens(2, 70)

@@ -104,6 +104,8 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^(hybrid|window of one)-dtype1$")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("name", MODELS)
 def test_a_model_gives_the_bits_that_it_gives_with_keys_joined_anew(name: str, dtype: torch.dtype) -> None:

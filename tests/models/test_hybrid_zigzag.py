@@ -89,6 +89,8 @@ def step_of(
     return dict(forward), dict(backward), traffic.bytes_sent, worst(errors)
 
 
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^(9-ulysses|None-ring)$")
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("window", [None, 9])
 def test_the_collectives_of_a_hybrid_are_those_of_its_layers(method: SoftmaxMethod, window: int | None) -> None:

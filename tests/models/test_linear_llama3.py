@@ -53,6 +53,8 @@ def test_a_prompt_and_then_token_by_token_gives_the_logits_of_one_call(changes: 
         assert worst(relative_error(one.tensors[name], other.tensors[name]) for name in other.tensors) < 1e-11
 
 
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"'operator': '(deltanet|rebased|gla|simple_gla|lightning|retention|gated_deltanet)'")
 @pytest.mark.parametrize("changes", HYBRIDS, ids=str)
 def test_segments_of_time_give_the_gradients_of_one_call(changes: dict[str, Any]) -> None:
     model, alone, tokens = tiny_model(**changes), tiny_model(**changes), random_tokens(2, 60)
@@ -103,6 +105,8 @@ def test_no_token_sees_a_later_one(changes: dict[str, Any]) -> None:
     assert min(errors[50:]) > 1e-9
 
 
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"'operator': '(deltaproduct|chela|kda|gsa)'")
 @pytest.mark.parametrize("changes", HYBRIDS, ids=str)
 def test_packed_documents_are_as_if_each_were_alone(changes: dict[str, Any]) -> None:
     model, tokens = tiny_model(**changes), random_tokens(1, 90)
@@ -162,6 +166,8 @@ def test_number_of_parameters_and_operations() -> None:
     assert windowed.flops_per_token(200) == 6 * matrices + 12 * 32 * 8 + 12 * 32 * (50 * 0.75 + 25 * 0.25)
 
 
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^(simple_gla|deltaproduct|gated_deltanet|retention|rebased|mamba|gla|lightning|deltanet)$")
 @pytest.mark.parametrize("operator", LINEAR_MIXERS)
 def test_a_bfloat16_model_stays_close_to_float32(operator: str) -> None:
     """Norms, decays and angles of a bfloat16 model are computed in float32, so a long sequence does not drift."""
@@ -206,6 +212,8 @@ def test_rotary_embedding_keeps_relative_positions_exact_a_million_tokens_on() -
 
 
 @pytest.mark.slow_rows(r"^(deltanet|deltaproduct|gated_deltanet|simple_gla|rebased|retention|gla|lightning)$")
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^(gsa|linear_attention|rwkv7|mamba|hgrn2|based)$")
 @pytest.mark.parametrize("operator", LINEAR_MIXERS)
 def test_the_loss_falls_on_a_text_that_repeats(operator: str) -> None:
     config = LinearLlama3Config(vocab_size=29, dim=32, num_layers=2, pattern="LN", hidden_dim=64, operator=operator)

@@ -246,6 +246,8 @@ def prefilled_and_decoded(operator: str, order: Any, window: int | None) -> dict
 
 
 @pytest.mark.slow_rows(r"mamba2")
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^hgrn2$")
 @pytest.mark.parametrize("operator", each_linear_mixer())
 def test_a_memory_crosses_from_many_ranks_to_one_with_its_gradients(operator: str, window: int | None = None) -> None:
     for order in ("contiguous", "zigzag"):
@@ -253,6 +255,8 @@ def test_a_memory_crosses_from_many_ranks_to_one_with_its_gradients(operator: st
             assert worst(errors) < 1e-10, (order, errors)
 
 
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^retention$")
 @pytest.mark.parametrize("operator", ["gla", "retention"])
 def test_so_does_that_of_a_window(operator: str) -> None:
     test_a_memory_crosses_from_many_ranks_to_one_with_its_gradients(operator, 6)

@@ -64,6 +64,8 @@ def assert_equal(answers: list[dict[str, float]]) -> None:
 
 
 @pytest.mark.slow_rows(r"^2-zigzag", r"^2-contiguous-(kda|simple_gla|hgrn2)", r"^3-contiguous")
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^3-zigzag-(mamba2|hgrn2)$")
 @pytest.mark.parametrize("operator", each_linear_mixer())
 @pytest.mark.parametrize("order", ["contiguous", "zigzag"])
 @pytest.mark.parametrize("num_ranks", [2, 3])

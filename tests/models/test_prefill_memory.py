@@ -35,6 +35,8 @@ def growths() -> list[int]:
     return [growth(pattern, segment_tokens) for pattern in ("L", "LN") for segment_tokens in (SEGMENT, None)]
 
 
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^1$")
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_activations_do_not_grow_with_the_prompt(num_ranks: int) -> None:
     """A rank keeps keys and values of its own tokens, and all of them once they are brought together at the end."""

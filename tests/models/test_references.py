@@ -223,6 +223,8 @@ def test_chelas_convolutions_start_with_rates_over_all_lengths_and_a_variance_of
 
 
 @pytest.mark.slow_rows(r"^(deltaproduct|deltanet|gated_deltanet|rebased|gla|simple_gla|lightning)$")
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^(linear_attention|retention|hgrn2|mamba)$")
 @pytest.mark.parametrize("name", MIXERS)
 def test_a_bfloat16_layer_is_finite_forward_and_backward(name: str) -> None:
     model = LinearLlama3(dataclasses.replace(of_mixer(name), dim=32)).bfloat16()

@@ -11,6 +11,8 @@ DECAYS = ["linear_attention", "retention", "simple_gla", "gla", "gated_slot_atte
 
 
 @pytest.mark.slow_rows(r"-dtype1-")
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^(simple_gla|retention)-")
 @pytest.mark.parametrize("backend", ["torch"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", DECAYS)

@@ -59,6 +59,10 @@ def in_time(name: str) -> list[str]:
 
 # In bfloat16 the longest.
 @pytest.mark.slow_rows(r"-(1|100)-dtype1$")
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(
+    r"^(?!simple_gla).*-100-dtype0$", r"^(gated_slot_attention|gla_with_bonus|retention)-257-dtype1$"
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("seq_len", LENGTHS)
 @pytest.mark.parametrize("name", DECAYS)
@@ -88,6 +92,8 @@ def test_nan_stays_in_its_document(name: str, documents: list[int]) -> None:
             assert not got[:, token].isfinite().all()
 
 
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^(retention|simple_gla|gla_with_bonus)-70$")
 @pytest.mark.parametrize("seq_len", [1, 70])
 @pytest.mark.parametrize("name", DECAYS)
 def test_what_is_not_finite_reaches_what_it_reaches_in_the_recurrence(name: str, seq_len: int) -> None:
@@ -114,6 +120,8 @@ def test_what_is_not_finite_reaches_what_it_reaches_in_the_recurrence(name: str,
 
 
 @pytest.mark.slow_rows(r"^(simple_gla|retention)-100-")
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^gla-100-", r"^simple_gla-257--(1000|3[.]4)", r"^retention-257--(inf|3[.]4)")
 @pytest.mark.parametrize("value", [-torch.inf, torch.finfo(torch.float32).min, -1e3])
 @pytest.mark.parametrize("seq_len", LENGTHS)
 @pytest.mark.parametrize("name", ["retention", "simple_gla", "gla"])

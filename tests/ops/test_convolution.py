@@ -60,6 +60,8 @@ def one_device(
     return both[0], both[1]
 
 
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^None-(1-False|4-False|7-True)$", r"^silu-(2-|7-False)")
 @pytest.mark.parametrize(("taps", "initial"), [(1, False), (2, False), (4, False), (7, False), (2, True), (7, True)])
 @pytest.mark.parametrize("activation", [None, "silu"])
 def test_tiles_of_any_cut_give_the_same(small_tiles: None, taps: int, activation: str | None, initial: bool) -> None:

@@ -127,6 +127,8 @@ def results(name: str, inputs: Inputs, form: str, dtype: torch.dtype | None = No
 # Resets of either size on one of the two.
 @pytest.mark.slow_rows(r"^gated_delta_rule-(one|17) resets? of -inf", r"^kda-(one|17) resets? of -1e3")
 @pytest.mark.slow_rows(r"^(gated_delta_rule|kda)-.*beta up to 1", r"^(?!delta_rule-no decay-beta up to 1-).*-dtype1$")
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^gated_delta_rule-(g in \[-(0[.]1|1),|17 resets)", r"^kda-(17 resets|g in \[-(6|20),)")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("strengths", BETAS)
 @pytest.mark.parametrize(("name", "gates"), CASES)
@@ -137,6 +139,8 @@ def test_chunks_keep_the_digits_of_the_recurrence(name: str, gates: str, strengt
 @pytest.mark.slow_rows(r"beta up to 1-")
 # A decay that is not applied to what is taken off makes a factor above 1 of a β above 1.
 @pytest.mark.slow_rows(r"^(comba|gated_delta_product)-(g in \[-1, 0|g in \[-20|one reset|17 resets of -inf)")
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^gated_delta_product-g in \[-0[.]1,")
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("name", "gates", "strengths"),

@@ -90,6 +90,8 @@ def extremes(name: str, inputs: Inputs) -> Iterator[tuple[str, dict[str, Tensor]
 
 
 @pytest.mark.slow_rows(r"-(63|64|65)-(delta_rule|kda)$")
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^False-(64|257)-", r"^True-(63|65|100)-")
 @pytest.mark.parametrize("seq_len", LENGTHS)
 @pytest.mark.parametrize("packed", [False, True])
 def test_extreme_gates_and_keys_give_what_the_recurrence_gives(name: str, seq_len: int, packed: bool) -> None:
@@ -129,6 +131,8 @@ def planted(name: str, seq_len: int, dtype: torch.dtype) -> Iterator[tuple[str, 
 
 
 @pytest.mark.slow_rows(r"-(63|64|65)-(delta_rule|kda)$")
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^dtype0-(100|257)-", r"^dtype1-(1|63|65|257)-", r"^dtype2-(1|64|65|100)-")
 @pytest.mark.parametrize("seq_len", LENGTHS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_no_token_changes_an_earlier_output_by_what_is_not_finite(name: str, seq_len: int, dtype: torch.dtype) -> None:
@@ -152,6 +156,8 @@ def test_no_token_changes_an_earlier_output_by_what_is_not_finite(name: str, seq
 
 
 @pytest.mark.slow_rows(r"-(63|64|65)-(delta_rule|kda)$")
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^0[.]3-(64|257)-", r"^30[.]0-(63|65|100)-")
 @pytest.mark.parametrize("seq_len", LENGTHS)
 @pytest.mark.parametrize("decay", [0.3, 30.0])
 def test_no_upstream_gradient_that_is_not_finite_reaches_a_later_token(name: str, seq_len: int, decay: float) -> None:

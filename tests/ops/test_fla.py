@@ -280,6 +280,8 @@ def worst_over_ranks(name: str, order: str, packing: str) -> tuple[float, str]:
     return worst_of(errors)
 
 
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^(kda|gated_delta_rule)-one document-2$", r"^delta_rule-packed-2$")
 @pytest.mark.parametrize("num_ranks", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("packing", ["one document", "packed", pytest.param("short documents", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", NAMES)

@@ -33,6 +33,8 @@ def made(name: str, seq_len: int, dtype: torch.dtype = torch.float64, decay: flo
     return make_inputs(name, seq_len, batch=2, heads=2, key_heads=1, key_size=8, value_size=8, dtype=dtype, decay=decay)
 
 
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^dtype0-65-")
 @pytest.mark.parametrize("seq_len", LENGTHS)
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 def test_no_token_changes_an_earlier_output_by_what_is_not_finite(name: str, seq_len: int, dtype: torch.dtype) -> None:
@@ -103,6 +105,8 @@ def test_a_document_keeps_its_nan_to_itself(name: str) -> None:
 
 # Either by each value, and every value either way but for two.
 @pytest.mark.slow_rows(r"^False--1000", r"^True--3[.]4")
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^True--inf-")
 @pytest.mark.parametrize("value", [-torch.inf, LEAST, -1e3])
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_gate_may_be_closed_at_any_token(name: str, packed: bool, value: float) -> None:

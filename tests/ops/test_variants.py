@@ -81,6 +81,8 @@ def worst_error(got: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
 
 # Both orders of a matrix are one: the others of their family show it.
 @pytest.mark.slow_rows(r"-overlapped-(comba|dplr_delta_rule|gated_delta_product)$")
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^100-")
 @pytest.mark.parametrize("form", ["fused", "overlapped"])
 @pytest.mark.parametrize("seq_len", [1, 2, 7, 8, 9, 63, 100, 257])
 def test_chunk_form_equals_recurrent_form(name: str, seq_len: int, form: str) -> None:
@@ -97,11 +99,17 @@ def test_heads_may_share_keys_and_sizes_need_be_no_power_of_two(
 
 
 @pytest.mark.slow_rows(r"^(3|64)-", r"^1000-(comba|dplr_delta_rule)$")
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^1-(comba|gated_delta_product|gated_delta_rule|gla_with_bonus)$")
 @pytest.mark.parametrize("chunk_size", [1, 3, 16, 64, 1000, None])
 def test_the_chunk_size_changes_nothing(name: str, chunk_size: int | None) -> None:
     assert worst_error(*run(name, make_inputs(name, 130), chunk_size=chunk_size)) < 1e-10
 
 
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(
+    r"^\[0, 1, 2, 3.*-(comba|gated_delta_product|gla_with_bonus|gated_delta_rule|dplr_delta_rule|retention|linear_attention)$",
+)
 @pytest.mark.parametrize(
     "documents",
     [[0, 50], [0, 1, 50], [0, 49, 50], [0, 8, 16, 50], [0, 7, 9, 20, 21, 22, 23, 50], list(range(51))],
@@ -113,6 +121,8 @@ def test_packed_documents_equal_separate_ones(name: str, documents: list[int]) -
 
 
 @pytest.mark.slow_rows(r"^(5|30).0-")
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^0\.0-(gated_delta_product|dplr_delta_rule|comba|gated_slot_attention|kda|gated_delta_rule)$")
 @pytest.mark.parametrize("decay", [0.0, 5.0, 30.0, 1000.0])
 def test_no_decay_is_too_strong_or_too_weak(name: str, decay: float) -> None:
     for seq_len, documents in ((100, None), (103, None), (103, [0, 5, 8, 33, 103])):
@@ -133,6 +143,8 @@ def test_a_decay_to_nothing_cuts_the_sequence_without_nan(name: str) -> None:
         assert relative_error(got[key], expected[key]) < 1e-9
 
 
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^0\.02-dtype1-", r"^5\.0-dtype0-")
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 3e-2)])
 @pytest.mark.parametrize("decay", [0.02, pytest.param(0.5, marks=pytest.mark.slow), 5.0])
 def test_lower_precision_stays_close_to_float64(name: str, dtype: torch.dtype, tolerance: float, decay: float) -> None:
@@ -170,6 +182,8 @@ def test_two_halves_through_the_state_equal_the_whole(name: str) -> None:
 
 @pytest.mark.slow_rows(r"^fused-(?!gla$|kda$)")
 @pytest.mark.slow_rows(r"^overlapped-(?!gla$|kda$|gated_slot_attention$)")
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^(overlapped-kda|fused-gla)$")
 @pytest.mark.parametrize("form", ["fused", "overlapped"])
 def test_gradcheck(name: str, form: str) -> None:
     # The checker compares whole Jacobians and needs no help with unwritten memory.

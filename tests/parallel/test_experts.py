@@ -87,6 +87,8 @@ def assert_equal(num_ranks: int, all_degrees: list[MeshDegrees]) -> None:
             assert worst(errors) < 1e-8, (degrees, sorted(errors.items(), key=lambda item: -item[1])[:3])
 
 
+# A loss over meshes runs in make test, below, and a whole run in `tests/train/test_experts.py`.
+@pytest.mark.slow
 def test_every_mesh_of_two_ranks_trains_as_one_process() -> None:
     assert_equal(2, meshes(2))
 

@@ -148,6 +148,8 @@ def loss_of_float64(model: LinearLlama3, layout: SequenceLayout, tokens: Tensor)
     return F.cross_entropy(logits.flatten(0, 1), layout.shard_labels(tokens).flatten(), reduction="sum")
 
 
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^(degrees1-ring|degrees0-all_gather)$")
 @pytest.mark.parametrize("method", ["all_gather", "ring", pytest.param("ulysses", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("degrees", MESHES)
 def test_recomputed_layers_give_the_same_bits_and_a_selective_one_runs_no_collective(

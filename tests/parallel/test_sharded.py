@@ -135,6 +135,8 @@ def test_meshes_of_four_ranks_train_as_one_process() -> None:
     assert_equal(4, FOUR, {})
 
 
+# A model of one kind of layer runs in make test, above.
+@pytest.mark.slow
 def test_what_layers_share_and_convolutions_are_divided_too() -> None:
     changes = {"num_layers": 4, "pattern": ("hgrn2", "mamba2", "softmax", "hgrn2"), "operator": "simple_gla"}
     assert_equal(2, [MeshDegrees(dp_shard=2), MeshDegrees(sp=2, shard_over_sp=True)], changes)

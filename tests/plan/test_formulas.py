@@ -64,6 +64,8 @@ def all_most_sent(cases: list[Any]) -> list[list[tuple[int, int]]]:
 
 # What nodes send is counted in `tests/exchange/test_two_level.py`, too.
 @pytest.mark.slow_rows(r"^4-2$")
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^3-1$")
 @pytest.mark.parametrize(("num_ranks", "ranks_per_node"), [(2, 2), (3, 1), (4, 2)])
 def test_bytes_and_messages_are_those_of_the_rank_that_sends_most(num_ranks: int, ranks_per_node: int) -> None:
     cases: list[Any] = []

@@ -60,6 +60,8 @@ def kept_of_layers(mixer: str, dtype: str, num_layers: int) -> tuple[int, Config
 
 # What is wider in float32 is of the same kind in all.
 @pytest.mark.slow_rows(r"^(?!softmax|simple_gla|kda|mamba2).*-bfloat16$")
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^(simple_gla|kda|softmax)-bfloat16$")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_what_a_layer_keeps_is_what_autograd_saves(mixer: str, dtype: str) -> None:
@@ -88,6 +90,8 @@ def test_a_feed_forward_layer_in_chunks_keeps_nothing_of_its_width() -> None:
     assert saved[0] - saved[1] == planned[0] - planned[1] == 2 * 4 * 56 * 4 * TOKENS
 
 
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^(0-bfloat16|100-float32)$")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("chunk", ["0", "100"])
 def test_what_a_layer_of_experts_keeps_is_what_autograd_saves(chunk: str, dtype: str) -> None:

@@ -224,6 +224,8 @@ def errors_on_rank(all_degrees: list[MeshDegrees], reduce_each: bool = False) ->
     return [worst(differences(got, want)) for got in found]
 
 
+# Models of Transformers are so divided in make test, in `tests/integrations/transformers/test_stream_training.py`.
+@pytest.mark.slow
 def test_over_data_and_sequence_with_divided_weights() -> None:
     for errors in run_on_ranks(2, errors_on_rank, [MeshDegrees(dp_shard=2), MeshDegrees(sp=2, shard_over_sp=True)]):
         assert worst(errors) < 1e-10, errors
@@ -313,6 +315,8 @@ def recomputed_on_rank(what: Any) -> dict[str, float]:
     return differences({"loss": sum_over_ranks(loss), **gradients_of(model)}, want)
 
 
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^layer$")
 @pytest.mark.parametrize("what", ["layer", "selective"])
 def test_over_ranks_layers_may_be_computed_once_more_inside_of_a_segment(what: Any) -> None:
     for errors in run_on_ranks(2, recomputed_on_rank, what):

@@ -90,6 +90,8 @@ def test_memory_grows_less_where_less_is_kept_and_more_without_segments() -> Non
     assert offloaded == pytest.approx(states / 2 + keys, rel=0.05)
 
 
+# One process runs in make test, above.
+@pytest.mark.slow
 def test_over_ranks_each_keeps_the_keys_of_its_own_tokens() -> None:
     for (hybrid,) in growths(2, (SEGMENT, {"changes": HYBRID})):
         assert hybrid == pytest.approx(MORE_SEGMENTS * STATE + MORE_TOKENS * 2 * KEYS / 2, rel=0.05)

@@ -33,6 +33,8 @@ def assert_equal(num_ranks: int, *arguments: Any) -> None:
         assert worst(errors) < TOLERANCE, errors
 
 
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^2-mamba2$")
 @pytest.mark.parametrize("mixer", [*each_linear_mixer(("mamba2", "kda")), "softmax"])
 @pytest.mark.parametrize(
     "num_ranks", [2, pytest.param(3, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)]

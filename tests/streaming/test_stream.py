@@ -34,6 +34,8 @@ def count_copies_to_host_memory(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return copied
 
 
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^(kda|hgrn2)$")
 @pytest.mark.parametrize("mixer", [*each_linear_mixer(), "softmax"])
 def test_segments_of_any_length_are_one_piece(mixer: str) -> None:
     model, tokens = model_of(mixer), random_tokens(2, 98)
@@ -51,6 +53,8 @@ PATTERNS: dict[str, dict[str, Any]] = {
 }
 
 
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^tied$")
 @pytest.mark.parametrize("name", PATTERNS)
 def test_a_hybrid_in_segments_is_one_piece(name: str) -> None:
     model, tokens = tiny_model(**PATTERNS[name]), random_tokens(2, 61)

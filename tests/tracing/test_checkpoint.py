@@ -107,6 +107,12 @@ def on_ranks(name: str, order: Any) -> float:
     r"^(complex exponentials|long convolution of a function|selective scan of steps|hgrn2|normalized)$",
     r"of both sides$",
 )
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(
+    r"^(gated_delta_product|gated_slot_attention|gla|linear_attention|mamba2|exponentials)$",
+    r"^softmax (of a window|of narrow values)$",
+    r"^softmax, write and read$",
+)
 @pytest.mark.parametrize("name", CALLS)
 def test_ranks_have_the_gradients_of_a_plain_call(name: str) -> None:
     assert worst(run_on_ranks(2, on_ranks, name, "contiguous", timeout=120.0)) < 1e-12

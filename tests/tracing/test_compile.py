@@ -64,6 +64,8 @@ QUICK = {"simple_gla", "gated_delta_rule", "softmax", "convolution", "mamba2"}
 # As a graph the gated delta rule has all that it has.
 @pytest.mark.slow_rows(r"^simple_gla-True$")
 @pytest.mark.slow_rows(r"simple_gla-False", r"mamba2-True", r"^(?!simple_gla-False).*-False$")
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^convolution-True$")
 @pytest.mark.parametrize(
     ("name", "with_documents"),
     [

@@ -39,6 +39,11 @@ def expected_of(name: str, dtype: torch.dtype, documents: list[int] | None) -> t
 
 # Each dtype and each layout is in the other two of four rows.
 @pytest.mark.slow_rows(r"-dtype0-documents1$", r"-dtype1-None$")
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(
+    r"^(comba|gla_with_bonus|gated_delta_rule|delta_rule|retention|normalized|hgrn2|write and read)-dtype0-None$",
+    r"^(features|kda|mamba2|gated_delta_product|dplr_delta_rule)-dtype1-documents1$",
+)
 @pytest.mark.parametrize("documents", [None, [0, 11, 40, 70]])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", CALLS)
@@ -57,6 +62,8 @@ def test_shapes_and_dtypes_are_right(name: str, dtype: torch.dtype, documents: l
     assert signature(results(call.function, layout, tensors)) == expected
 
 
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^(?!simple_gla|softmax|mamba2|token shift).*-zigzag$")
 @pytest.mark.parametrize("order", ["contiguous", "zigzag"])
 @pytest.mark.parametrize("name", CALLS)
 def test_any_rank_of_a_layout_has_shapes_without_a_group(name: str, order: Any) -> None:
@@ -84,6 +91,8 @@ def test_gathered_tensors_have_the_whole_length() -> None:
 
 # Each operator is called so above.
 @pytest.mark.slow_rows(r"^(mamba2|hgrn2|based|retention)$")
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^gated_deltanet$")
 @pytest.mark.parametrize("operator", ["simple_gla", "gated_deltanet", "mamba2", "hgrn2", "based", "retention"])
 def test_a_model_is_planned_without_values(operator: str) -> None:
     layout = SequenceLayout.local(70, [0, 11, 40, 70])

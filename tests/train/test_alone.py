@@ -28,6 +28,8 @@ def trained(tmp_path: Path, **values: Any) -> Path:
     return tmp_path / "run"
 
 
+# The parts of it run in make test, below.
+@pytest.mark.slow
 def test_a_split_run_says_what_it_bought(tmp_path: Path) -> None:
     run = trained(tmp_path)
     summary = json.loads((run / "summary.json").read_text())

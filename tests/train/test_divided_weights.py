@@ -43,6 +43,8 @@ def interrupted(finished: Path, run: Path) -> Path:
     return run
 
 
+# With whole weights it runs in make test, in `test_run.py`; what ranks save of divided ones, in `test_storage.py`.
+@pytest.mark.slow
 def test_a_resumed_run_is_bit_equal_to_one_that_was_never_interrupted(
     corpus: Path, divided: Path, tmp_path: Path
 ) -> None:

@@ -88,6 +88,8 @@ def packed_over_ranks(operator: str, order: Any, rows_at_once: int) -> list[Tens
 
 @pytest.mark.slow_rows(r"^4-gated")
 @pytest.mark.slow_rows(r"^1-|^4-simple")
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^2-gated_deltanet$")
 @pytest.mark.parametrize("operator", OPERATORS)
 @pytest.mark.parametrize("num_ranks", [1, 2, 4])
 def test_packed_documents_are_trained_on_as_if_each_were_alone(operator: str, num_ranks: int) -> None:
@@ -234,6 +236,8 @@ def _with_a_bad_batch(config: Config, bad_step: int) -> int:
         return train_here(config)
 
 
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^2$")
 @pytest.mark.parametrize("bad_step", [0, 2])
 def test_what_one_rank_cannot_read_stops_all_before_the_step_that_needs_it(
     corpus: Path, tmp_path: Path, bad_step: int

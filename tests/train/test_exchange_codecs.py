@@ -107,6 +107,8 @@ def said_by_a_run(config: Config) -> list[tuple[str, str]]:
     return said
 
 
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"int8")
 @pytest.mark.parametrize(
     ("values", "way", "is_said_before"),
     [

@@ -72,6 +72,8 @@ def test_it_goes_on_from_its_own_checkpoint(first: Path, tmp_path: Path) -> None
     assert relative_error(open_trained(run).model.head.weight, before) < 1e-6
 
 
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^weights$")
 @pytest.mark.parametrize("source", ["checkpoint", "weights"])
 def test_divided_weights_begin_with_them_too(first: Path, tmp_path: Path, source: str) -> None:
     begun = first

@@ -59,6 +59,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return Path(made_once(tmp_path_factory, "recall-finished", make))
 
 
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"'parallel__sp': 1, 'train__micro")
 @pytest.mark.parametrize(
     ("num_ranks", "values"),
     [

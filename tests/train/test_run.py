@@ -58,6 +58,8 @@ def finished(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow_rows(r"4-values6")
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^2-values5$")
 @pytest.mark.parametrize(
     ("num_ranks", "values"),
     [
@@ -104,6 +106,8 @@ def test_two_copies_of_two_shares_of_two_ranks_that_share_sequences_run_and_go_o
             assert ours == pytest.approx(theirs, rel=1e-4)
 
 
+# The deterministic mode runs in make test, in `test_deterministic.py`.
+@pytest.mark.slow
 def test_the_same_run_twice_is_the_same_bit_by_bit(corpus: Path, finished: Path, tmp_path: Path) -> None:
     run_on_ranks(2, train_here, tiny_config(corpus, tmp_path / "run", parallel__exchange="ring"))
     run_on_ranks(2, train_here, tiny_config(corpus, tmp_path / "again", parallel__exchange="ring"))
@@ -410,6 +414,8 @@ def test_many_bad_steps_in_a_row_stop_the_run_with_its_checkpoint(corpus: Path, 
     assert [path.name for path in sorted((run / "checkpoints").iterdir())] == ["step-00000003", "step-00000004"]
 
 
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^kda$")
 @pytest.mark.parametrize(
     "operator",
     # Of the decays and of the delta rules one each.

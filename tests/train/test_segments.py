@@ -69,6 +69,8 @@ def differences(run: Path, other: Path) -> dict[str, float]:
     return found
 
 
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^1-changes0$")
 @pytest.mark.parametrize(
     ("num_ranks", "changes"),
     [
@@ -127,6 +129,8 @@ def stopped_inside_a_step(config: Config, calls: int) -> int:
     return train_on(Ranks(Place(dist.get_rank(), dist.get_world_size()), torch.device("cpu")), config, stop)
 
 
+# Between two steps it runs in make test, in `test_run.py`.
+@pytest.mark.slow
 def test_a_signal_stops_a_run_between_two_segments_and_it_goes_on_bit_by_bit(corpus: Path, tmp_path: Path) -> None:
     values: dict[str, Any] = {**HYBRID, "train__segment_tokens": 20, "train__steps": 4, "train__deterministic": True}
     whole = tiny_config(corpus, tmp_path / "whole", **values)

@@ -75,6 +75,8 @@ def _local(x: Tensor) -> Tensor:
     return x.to_local() if hasattr(x, "to_local") else x
 
 
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^4-shape2-True$")
 @pytest.mark.parametrize("asynchronous", [False, True])
 @pytest.mark.parametrize(
     ("num_ranks", "shape"),

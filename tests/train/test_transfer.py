@@ -65,6 +65,8 @@ def converted(folder: Path, operator: str, pattern: str = "LLNL") -> Converted:
 ROWS = Sequences(torch.randint(0, 257, (2, 41), generator=torch.Generator().manual_seed(1)), ((7, 30), ()))
 
 
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^(mamba2|hgrn2)$")
 @pytest.mark.parametrize("operator", each_linear_mixer())
 def test_errors_and_gradients_are_those_of_each_layer_by_itself(folder: Path, operator: str) -> None:
     """Beside the whole softmax model, whose layers' inputs and outputs are taken out of it; in float64, with documents."""
@@ -112,6 +114,8 @@ def test_errors_and_gradients_are_those_of_each_layer_by_itself(folder: Path, op
     assert outside == [name for name in outside if name.startswith("shared.")]
 
 
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^gla$")
 @pytest.mark.parametrize("operator", each_linear_mixer(quick=("gla", "based")))
 def test_errors_fall_and_nothing_else_changes(folder: Path, data: PreparedData, operator: str) -> None:
     found = converted(folder, operator)

@@ -47,6 +47,8 @@ def compared(name: str, reentrant: bool, two_forwards: bool, before: bool) -> No
 
 
 @pytest.mark.slow_rows(r"jamba-True")
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^qwen3_next-False$")
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("name", ["jamba", "qwen3_next"])
 def test_recomputed_gradients_are_the_same_bits(name: str, reentrant: bool) -> None:
@@ -75,6 +77,8 @@ def states_sent(name: str, reentrant: bool) -> tuple[int, int]:
     return count(forward), count(backward)
 
 
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^(minimax|qwen3_next)-True$", r"^jamba-False$")
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("name", ["minimax", "jamba", "qwen3_next"])
 def test_a_recomputed_layer_sends_no_states(name: str, reentrant: bool) -> None:

@@ -104,6 +104,8 @@ def gradients_of_rows(name: str, one_by_one: bool) -> dict[str, Tensor]:
     return gradients_of(model)
 
 
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^qwen3_next$")
 @pytest.mark.parametrize("name", ["qwen3_next", "llama"])
 def test_several_packed_rows_are_so_many_documents(name: str) -> None:
     together = run_on_ranks(2, gradients_of_rows, name, False)
@@ -304,6 +306,8 @@ def lengths(name: str, length: int, order: Order) -> float:
 
 # Each model, length and order once.
 @pytest.mark.slow_rows(r"^qwen3_next-7", r"^bamba-4")
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^qwen3_next-4-")
 @pytest.mark.parametrize(("length", "order"), [(4, "contiguous"), (7, "zigzag")])
 @pytest.mark.parametrize("name", ["qwen3_next", "bamba"])
 def test_shards_shorter_than_a_convolution(name: str, length: int, order: Order) -> None:

@@ -76,6 +76,8 @@ def test_a_trainer_that_counts_items_multiplies_and_averages(kind: LossKind) -> 
     check("llama", kind, False, {"num_items_in_batch": num_items()}, alone=0.5)
 
 
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^granitemoehybrid$")
 @pytest.mark.parametrize("name", ["qwen3_next", "minimax", "granitemoehybrid"])
 def test_the_balance_loss_is_of_all_ranks_tokens(name: str) -> None:
     options = {**BALANCED, "mlp_only_layers": []} if name == "qwen3_next" else BALANCED

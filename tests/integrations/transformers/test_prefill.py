@@ -35,6 +35,8 @@ from tests.ranks import run_on_ranks
 PROJECT_ROOT = Path(__file__).resolve().parents[3]
 
 
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^(qwen3|minimax)$")
 @pytest.mark.parametrize("name", FEW)
 def test_two_ranks_are_one_process(name: str) -> None:
     check(name, 2, "zigzag", "last")
@@ -99,6 +101,8 @@ def shortest(name: str, length: int) -> tuple[int, dict[str, float] | None]:
     return rank, {key: relative_error(got[key], want[key]) for key in want}
 
 
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^(zamba2-2|recurrent_gemma-3)$")
 @pytest.mark.parametrize("length", [2, 3])
 @pytest.mark.parametrize("name", ["zamba2", "recurrent_gemma"])
 def test_a_prompt_of_a_token_a_rank(name: str, length: int) -> None:

@@ -14,6 +14,8 @@ from tests.integrations.transformers.prompts import WITH_CACHE, check, prompt
 from tests.ranks import run_on_ranks
 
 
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^qwen3_next$")
 @pytest.mark.parametrize("name", ["qwen3_next", "recurrent_gemma"])
 def test_segments_leave_the_same_cache(name: str) -> None:
     """Segments shorter than windows; the last one shorter than the others."""

@@ -148,6 +148,8 @@ def copied(name: str) -> None:
     assert torch.equal(whole(model), want)
 
 
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^(jamba|minimax)$")
 @pytest.mark.parametrize("name", ["qwen3_next", "jamba", "minimax", "recurrent_gemma"])
 def test_a_copy_is_parallel_too_and_a_model_of_its_own(name: str) -> None:
     run_on_ranks(2, copied, name)

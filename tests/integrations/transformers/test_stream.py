@@ -73,6 +73,8 @@ def test_segments_over_two_ranks_are_one_piece(name: str) -> None:
 
 
 @pytest.mark.slow_rows(*(f"^{name}$" for name in FAMILIES if name not in ON_ONE_RANK))
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^zamba2$")
 @pytest.mark.parametrize("name", FAMILIES)
 def test_segments_on_one_rank_are_one_piece(name: str) -> None:
     check(name, "packed", 1, "contiguous")
@@ -114,6 +116,8 @@ def loss_and_gradients(
 
 
 @pytest.mark.slow_rows("with a mean$")
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^averaged, with balance$")
 @pytest.mark.parametrize(
     ("name", "kind", "divide", "given", "alone", "options"),
     [

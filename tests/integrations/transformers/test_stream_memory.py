@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 
 import longspan
@@ -54,6 +55,8 @@ def of_a_prompt(name: str, segment_tokens: int | None, **options: Any) -> int:
     return growth(lambda length: lambda: longspan.prefill(model, prompt(1, length), segment_tokens=segment_tokens))
 
 
+# Models of the project run in make test, in `tests/streaming/test_memory.py`.
+@pytest.mark.slow
 def test_memory_of_a_step_grows_by_what_enters_segments_alone() -> None:
     """States and taps of each segment, keys and values of each token, and their gradients."""
     model = longspan.parallelize(build("bamba", **HYBRID), None)

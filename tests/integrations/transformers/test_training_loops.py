@@ -144,6 +144,8 @@ def check(family: str, kind: str, replicas: int) -> None:
         assert error < TOLERANCE, f"{family}, {kind}, rank {rank}: {what} is off by {error:.1e}"
 
 
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^FSDP2$")
 @pytest.mark.parametrize("kind", ["DDP", "FSDP2"])
 def test_an_average_over_two_ranks_is_one_process(kind: str) -> None:
     check("bamba", kind, 1)

@@ -44,6 +44,8 @@ def test_greedy_tokens_are_those_of_the_library_s_own_decoding(kind: str) -> Non
 
 # A hybrid has the layers of a pure one; beams are of experts.
 @pytest.mark.slow_rows(r"^(pure|experts)$")
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^hybrid$")
 @pytest.mark.parametrize("kind", KINDS)
 def test_prompts_of_different_lengths_go_on_as_each_does_alone(kind: str) -> None:
     model = tiny_hf(kind)

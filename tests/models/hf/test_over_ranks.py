@@ -66,6 +66,8 @@ def differences(kind: str, checkpointing: bool) -> dict[str, float]:
     return found
 
 
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^hybrid-False$")
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("kind", ["hybrid", pytest.param("pure", marks=pytest.mark.slow)])
 def test_losses_logits_and_gradients_are_those_of_one_process(kind: str, checkpointing: bool) -> None:

@@ -18,6 +18,8 @@ TOLERANCE = 1e-12
 
 # Pure ones on both sides, each other kind on one.
 @pytest.mark.slow_rows(r"^(experts|window)-left$", r"^hybrid-right$")
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^pure-right$")
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_row_of_a_padded_batch_is_what_it_is_alone(kind: str, side: str) -> None:

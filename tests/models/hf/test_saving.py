@@ -23,6 +23,8 @@ def same_bits(a: LinearLlamaForCausalLM, b: LinearLlamaForCausalLM) -> bool:
     return list(ours) == list(theirs) and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"-False-50GB$", r"-True-3KB$")
 @pytest.mark.parametrize("size", ["50GB", "3KB"])
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("kind", KINDS)

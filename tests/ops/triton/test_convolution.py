@@ -107,6 +107,8 @@ def convolve(
 
 @pytest.mark.slow_rows(r"^silu-[23]")
 @pytest.mark.slow_rows(r"^(None-[135]|silu-5)")
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^(None-4|silu-1)$")
 @pytest.mark.parametrize("taps", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize("activation", [None, "silu"])
 def test_kernels_equal_the_definition_with_every_gradient(taps: int, activation: str | None) -> None:
@@ -118,6 +120,8 @@ def test_kernels_equal_the_definition_with_every_gradient(taps: int, activation:
             assert worst(errors) < 5e-6, (seq_len, documents, without, errors)
 
 
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"float32$")
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_every_dtype_and_more_channels_than_a_block(dtype: torch.dtype) -> None:
     documents = [0, 3, 40]
@@ -193,6 +197,8 @@ def test_an_infinity_reaches_only_the_tokens_whose_taps_see_it() -> None:
     assert not y[:, 0].isfinite().any() and y[:, 1:].isfinite().all()
 
 
+# Gradients are right in make test, above.
+@pytest.mark.slow
 def test_gradients_are_the_same_every_time() -> None:
     given = make(100, 4, batch=3)
     leaves = [given[name].requires_grad_() for name in ("x", "weight", "bias", "initial_state")]
@@ -244,6 +250,8 @@ def worst_over_ranks(order: Order, packed: bool) -> tuple[float, str]:
 
 
 @pytest.mark.slow_rows(r"2-False-contiguous|2-True-zigzag")
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^2-False-zigzag$")
 @pytest.mark.parametrize("order", ["contiguous", "zigzag"])
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("num_ranks", [2, pytest.param(3, marks=pytest.mark.slow)])

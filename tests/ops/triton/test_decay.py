@@ -47,6 +47,8 @@ def test_the_decay_family_has_kernels() -> None:
 
 # Those of a constant decay and of none have several stretches in `test_no_decay_is_too_strong_or_too_weak`, too.
 @pytest.mark.slow_rows(r"^(31|16)-", r"^70-(linear_attention|retention)")
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^70-simple_gla$", r"^1-(simple_gla|retention)$")
 @pytest.mark.parametrize("name", ROWS)
 @pytest.mark.parametrize("seq_len", [1, 16, 31, 70])
 def test_kernels_equal_the_recurrent_form_at_any_length(name: str, seq_len: int) -> None:
@@ -59,6 +61,8 @@ def test_kernels_equal_the_recurrent_form_at_any_length(name: str, seq_len: int)
     r"float16-retention",
     r"(bfloat16-gla|float16-linear_attention|float16-gla)",
 )
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"float32-gla$")
 @pytest.mark.parametrize("name", ROWS)
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_packed_documents_groups_and_sizes_that_are_no_power_of_two(name: str, dtype: torch.dtype) -> None:
@@ -69,6 +73,8 @@ def test_packed_documents_groups_and_sizes_that_are_no_power_of_two(name: str, d
 
 
 @pytest.mark.slow_rows(r"sizes0-(retention|linear_attention)")
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"sizes0-simple_gla$")
 @pytest.mark.parametrize("name", ROWS)
 @pytest.mark.parametrize(
     "sizes",
@@ -86,6 +92,8 @@ def test_heads_wider_than_a_tile(name: str, sizes: tuple[int, int]) -> None:
 
 
 @pytest.mark.slow_rows(r"^(5\.0|60\.0)-", r"^0\.0-(retention|simple_gla)", r"^1000\.0-linear_attention")
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^1000\.0-simple_gla$", r"^0\.0-gla$")
 @pytest.mark.parametrize("name", ROWS)
 @pytest.mark.parametrize("decay", [0.0, 5.0, 60.0, 1000.0])
 def test_no_decay_is_too_strong_or_too_weak(name: str, decay: float) -> None:
@@ -115,7 +123,8 @@ def test_a_decay_to_nothing_cuts_the_sequence_without_nan(name: str) -> None:
     assert bool(got["g"].isfinite().all())
 
 
-@pytest.mark.slow_rows(r"^(simple_gla|linear_attention|retention|gla_with_bonus)$")
+# By PyTorch's kernels it runs in make test, in `tests/ops/test_variants.py`.
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_a_memory_may_be_read_twice(name: str) -> None:
     inputs = make_inputs(name, 45, heads=2, key_heads=1, dtype=torch.float32)
@@ -132,6 +141,8 @@ def test_a_memory_may_be_read_twice(name: str) -> None:
         assert relative_error(ours, theirs) < 2e-5
 
 
+# Others of their kind run in make test.
+@pytest.mark.slow_rows(r"^(gla_with_bonus|retention|linear_attention)$")
 @pytest.mark.parametrize("name", NAMES)
 def test_a_state_that_nobody_reads_still_has_its_gradient(name: str) -> None:
     inputs = make_inputs(name, 45, dtype=torch.float32)
@@ -149,7 +160,8 @@ def test_a_state_that_nobody_reads_still_has_its_gradient(name: str) -> None:
         assert relative_error(ours, theirs) < 1e-5
 
 
-@pytest.mark.slow_rows(r"^(simple_gla|retention|linear_attention)")
+# That a loss may leave out the state runs in make test, above.
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ROWS)
 def test_gradients_may_be_asked_for_one_by_one(name: str) -> None:
     inputs = make_inputs(name, 45, heads=1, dtype=torch.float32)

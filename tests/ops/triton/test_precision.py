@@ -45,7 +45,8 @@ def test_a_later_token_changes_no_digit_of_earlier_outputs(name: str, dtype: tor
             assert torch.equal(got[:, :token], expected[:, :token]), (key, token, value)
 
 
-@pytest.mark.slow_rows(r"retention", r"^(gla|linear_attention)")
+# By PyTorch's kernels it runs in make test, in `tests/ops/test_causality.py`.
+@pytest.mark.slow
 @NOT_FINITE
 @pytest.mark.parametrize("name", ["linear_attention", "retention", "simple_gla", "gla"])
 def test_gradients_that_the_recurrence_has_finite_are_finite(name: str) -> None:
