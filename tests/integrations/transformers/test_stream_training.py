@@ -198,6 +198,9 @@ def test_what_fsdp2_averages_over_two_ranks_is_one_process(adapters: bool) -> No
 def test_adapters_over_two_ranks_come_before_or_after(name: str, before: bool) -> None:
     want = expected(with_adapters(build(name)), PLAIN)
     for loss, found in run_on_ranks(2, with_adapters_over_ranks, name, before):
+        # Jamba reads the matrix of this projection itself, nobody its adapter: no gradient, and zeros behind a sum over ranks.
+        unread = found.keys() - want.gradients.keys()
+        assert all(name == "jamba" and ".dt_proj.lora" in key and not found.pop(key).any() for key in unread)
         check(errors_of(loss, found, want))
 
 
