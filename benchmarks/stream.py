@@ -205,8 +205,7 @@ def table_of(data: dict[str, Any]) -> Table:
     for found in data["sides"]:
         own = first.setdefault((found["side"], found["ranks"]), found)
         is_alone = (found["side"], found["ranks"]) == ("in segments", 1)
-        # Data of before has no ratios to short sequences.
-        ratios = [data.get(name, {}).get(str(found["tokens"]), "-") for name in ("ratios", "to_short")]
+        ratios = [data[name].get(str(found["tokens"]), "-") for name in ("ratios", "to_short")]
         each = found["seconds"] / found["tokens"]
         table.add(
             found["side"],

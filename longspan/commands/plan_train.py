@@ -50,9 +50,9 @@ from longspan.train.rate import operations_of_model
 _DESCRIPTION = """Memory of a rank by kind, bytes sent per layer, and time of a step, for a mesh of any size: arithmetic, no ranks.
 
 Takes the options of longspan train (--config FILE.toml, --model.preset linear-llama3-8b, --parallel.sp 64, --train.seq_len 1048576,
-...), which say what is trained and on which mesh, and those of cluster, which say on what. The vocabulary is that of data.prepared
-or of a tokenizer.json that is here, or else data.vocab_size. A sequence is taken for one document: softmax attention within several
-shorter ones takes less time. docs/performance.md has plans beside measurements.
+...), which say what is trained and on which mesh, and those of cluster, which say on what. The vocabulary is that of
+data.prepared, of bytes or of a tokenizer.json, which must be here, or else data.vocab_size. A sequence is taken for one document:
+softmax attention within several shorter ones takes less time. docs/performance.md has plans beside measurements.
 """
 
 # Of a process on the CPU, by measurements in docs/performance.md ("Memory against length").

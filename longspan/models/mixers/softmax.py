@@ -63,7 +63,7 @@ class SoftmaxMixer(LayerMixer):
         before = _keys_before(context)
         grows = _grows(k, before, context)
         if not context.outputs_tokens:
-            return x[:, :0], self._behind(k, v, before, context)
+            return x[:, :0], self._behind(k, v, before, grows, context)
         memory = write_softmax(
             k,
             v,
@@ -80,7 +80,7 @@ class SoftmaxMixer(LayerMixer):
         if not context.outputs_memory:
             return out, None
         if earlier is not None or grows:
-            return out, self._behind(k, v, before, context)
+            return out, self._behind(k, v, before, grows, context)
         keys, values = memory.final_state()
         return out, LayerMemory({"keys": keys, "values": values})
 
@@ -94,12 +94,12 @@ class SoftmaxMixer(LayerMixer):
         keys, values = memory.earlier.whole(layout, window=self.window)
         return LayerMemory({"keys": keys, "values": values})
 
-    def _behind(self, k: Tensor, v: Tensor, before: KeysAndValues | None, context: Context) -> LayerMemory:
-        """What is remembered behind these tokens, where nothing that is read of them has brought it together."""
+    def _behind(self, k: Tensor, v: Tensor, before: KeysAndValues | None, grows: bool, context: Context) -> LayerMemory:
+        """What is remembered behind k and v ``[B, T, H_kv, D]``, where no read has brought the final state together."""
         earlier = None if context.memory is None else context.memory.earlier
         if earlier is not None:
             return LayerMemory(earlier=earlier.followed_by(k, v, context.layout, window=self.window))
-        if _grows(k, before, context):
+        if grows:
             return self._grown(k, v, before, context.memory)
         layout = context.layout or SequenceLayout.local(k.shape[1])
         keys, values = final_keys(k, v, before, layout, self.window, False)
