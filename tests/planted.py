@@ -236,9 +236,21 @@ FAULTS: dict[str, Fault] = {
     ),
     "a selective scan that sends the rates' decays of one step": Fault(
         "longspan/ops/selective_scan/passes.py",
-        "loaded.steps.sum(0)",
-        "loaded.steps[0]",
+        "copy_(passed.distance.unsqueeze(1))",
+        "copy_(loaded.steps[:1].transpose(0, 1))",
         (SCAN,),
+    ),
+    "a selective scan that takes for nothing what is left": Fault(
+        "longspan/ops/selective_scan/sums.py",
+        "torch.float32: -60.0",
+        "torch.float32: -6.0",
+        ("tests/ops/test_selective_scan_sums.py::test_a_sum_equals_the_recurrence[all of it-state-float32]",),
+    ),
+    "a selective scan that leaves out what is not finite": Fault(
+        "longspan/ops/selective_scan/sums.py",
+        "total_steps.clamp(max=0) + x.sum(1) * 0",
+        "total_steps.clamp(max=0)",
+        ("tests/ops/test_selective_scan_sums.py::test_a_token_that_is_not_finite_is_in_the_sum[nothing-state-x-nan]",),
     ),
     "a halo that is one token too early": Fault(
         "longspan/exchange/halo.py",

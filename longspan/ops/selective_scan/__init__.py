@@ -15,6 +15,7 @@ all numbers run along contiguous memory. What is given and returned is ``[B, E, 
 | `recurrent` | the definition |
 | `plan` | chunks of tokens, and blocks of rows and channels, whose memory stays in a core's cache |
 | `block` | the inputs and the working memory of a block; its scan forward and backward in time |
+| `sums` | what a stretch leaves to the state behind it, and to the gradient of the one before it, without the states between |
 | `passes` | all blocks and chunks: outputs, end states, gradients |
 | `nodes` | the nodes of autograd: alone, or write and read around an exchange |
 

@@ -53,22 +53,10 @@ class ChunkOfBlock:
         return (self.query.unsqueeze(2) @ states).squeeze(2)
 
 
-class BlockScan:
-    """The inputs of a block and its working memory, which every chunk uses again.
+class BlockInputs:
+    """The inputs of a block, in the dtype of its states. state_shape: b, N, e."""
 
-    `decays` holds e^{ΔA} of the chunk's tokens, and `states` their states behind the one before the chunk. `adjoints`: the
-    gradients of the states, where they are wanted.
-    """
-
-    def __init__(
-        self,
-        inputs: ScanInputs,
-        block: Block,
-        chunk_size: int,
-        dtype: torch.dtype,
-        softplus: bool,
-        backward: bool = False,
-    ) -> None:
+    def __init__(self, inputs: ScanInputs, block: Block, dtype: torch.dtype, softplus: bool) -> None:
         self._inputs, self._block, self._softplus, self._dtype = inputs, block, softplus, dtype
         channels = block.channels
         self.rates = inputs.A[channels].to(dtype).t().contiguous()
@@ -76,11 +64,6 @@ class BlockScan:
         self.skip = None if inputs.D is None else inputs.D[channels].to(dtype)
         num_rows, num_channels = block.shape
         self.state_shape = (num_rows, len(self.rates), num_channels)
-        self.decays = inputs.u.new_empty(chunk_size, *self.state_shape, dtype=dtype)
-        self.states = self.decays.new_empty(chunk_size + 1, *self.state_shape)
-        self.adjoints = torch.empty_like(self.decays) if backward else None
-        self._decay_of, self._state_of = self.decays.unbind(0), self.states.unbind(0)
-        self._adjoint_of = () if self.adjoints is None else self.adjoints.unbind(0)
 
     def tokens(self, x: Tensor, chunk: Chunk) -> Tensor:
         """The block's part of ``x [B, T, E]`` at a chunk's tokens, ``[L, b, e]``, a view."""
@@ -98,8 +81,8 @@ class BlockScan:
         """The part of ``x [E, ...]``, a view."""
         return x[self._block.channels]
 
-    def load(self, chunk: Chunk) -> ChunkOfBlock:
-        """A chunk's inputs; its decays and what its tokens write are put in working memory."""
+    def chunk(self, chunk: Chunk) -> ChunkOfBlock:
+        """A chunk's inputs."""
         inputs, dtype = self._inputs, self._dtype
         logits = self.tokens(inputs.delta, chunk).to(dtype)
         if self.bias is not None:
@@ -107,9 +90,37 @@ class BlockScan:
         steps = F.softplus(logits, threshold=SOFTPLUS_IS_THE_IDENTITY_ABOVE) if self._softplus else logits
         u = self.tokens(inputs.u, chunk).to(dtype)
         key, query = (self.tokens_of_group(x, chunk).to(dtype) for x in (inputs.B, inputs.C))
-        loaded = ChunkOfBlock(logits, steps, u, steps * u, key, query)
+        return ChunkOfBlock(logits, steps, u, steps * u, key, query)
+
+
+class BlockScan(BlockInputs):
+    """The scan of a block, and its working memory, which every chunk uses again.
+
+    `decays` holds e^{ΔA} of the chunk's tokens, and `states` their states behind the one before the chunk. `adjoints`: the
+    gradients of the states, where they are wanted.
+    """
+
+    def __init__(
+        self,
+        inputs: ScanInputs,
+        block: Block,
+        chunk_size: int,
+        dtype: torch.dtype,
+        softplus: bool,
+        backward: bool = False,
+    ) -> None:
+        super().__init__(inputs, block, dtype, softplus)
+        self.decays = inputs.u.new_empty(chunk_size, *self.state_shape, dtype=dtype)
+        self.states = self.decays.new_empty(chunk_size + 1, *self.state_shape)
+        self.adjoints = torch.empty_like(self.decays) if backward else None
+        self._decay_of, self._state_of = self.decays.unbind(0), self.states.unbind(0)
+        self._adjoint_of = () if self.adjoints is None else self.adjoints.unbind(0)
+
+    def load(self, chunk: Chunk) -> ChunkOfBlock:
+        """A chunk's inputs; its decays and what its tokens write are put in working memory."""
+        loaded = self.chunk(chunk)
         decays = self.decays[: chunk.num_tokens]
-        torch.mul(steps.unsqueeze(2), self.rates, out=decays)
+        torch.mul(loaded.steps.unsqueeze(2), self.rates, out=decays)
         decays.exp_()
         return loaded
 

@@ -13,8 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longspan.layout import SequenceLayout
-from longspan.ops.selective_scan.block import SOFTPLUS_IS_THE_IDENTITY_ABOVE, BlockScan, ChunkOfBlock, ScanInputs
+from longspan.ops.selective_scan.block import (
+    SOFTPLUS_IS_THE_IDENTITY_ABOVE,
+    BlockInputs,
+    BlockScan,
+    ChunkOfBlock,
+    ScanInputs,
+)
 from longspan.ops.selective_scan.plan import Chunk, blocks_of, chunks_of, chunks_of_pieces
+from longspan.ops.selective_scan.sums import SUMMED, DecayedSum
 
 States = Mapping[int, Tensor]
 """States ``[B, N, E]`` by the number of the piece that they enter or leave."""
@@ -33,6 +40,11 @@ class ScanCall:
         """Every block of the call, one after another."""
         for block in blocks_of(inputs.u, inputs.B.shape[2], inputs.A.shape[1], self.chunk_size):
             yield BlockScan(inputs, block, self.chunk_size, self.state_dtype, self.delta_softplus, backward)
+
+    def blocks_of_sums(self, inputs: ScanInputs) -> Iterator[BlockInputs]:
+        """Every block of the call as sums over its tokens take it."""
+        for block in blocks_of(inputs.u, inputs.B.shape[2], inputs.A.shape[1], SUMMED):
+            yield BlockInputs(inputs, block, self.state_dtype, self.delta_softplus)
 
 
 def _at_tokens(tokens: Mapping[int, int], states: States, scan: BlockScan) -> dict[int, Tensor | None]:
@@ -83,21 +95,18 @@ def end_states(
     row_of: where those of a piece go; other rows are zero.
     """
     u = inputs.u
-    chunks = chunks_of_pieces(call.layout, tuple(row_of), call.chunk_size)
     ends = u.new_zeros(num_rows, u.shape[0], inputs.A.shape[1], u.shape[2], dtype=call.state_dtype)
     sums = ends.new_zeros(num_rows, u.shape[0], u.shape[2])
-    for scan in call.blocks(inputs):
-        before: Tensor | None = None
-        row = 0
-        for chunk in chunks:
-            row = row_of[chunk.starts[0]] if chunk.starts else row
-            loaded = scan.load(chunk)
-            scan.put_before(chunk, before)
-            scan.scan(chunk, loaded, _at_tokens(chunk.starts, entering, scan))
-            scan.of_states(sums[row].unsqueeze(1)).add_(loaded.steps.sum(0).unsqueeze(1))
-            before = scan.last_state(chunk)
-            if chunk.ends:
-                scan.of_states(ends[row]).copy_(before)
+    for block in call.blocks_of_sums(inputs):
+        for piece, row in row_of.items():
+            passed = DecayedSum(block.rates, block.state_shape[0])
+            for chunk in reversed(chunks_of_pieces(call.layout, (piece,), SUMMED)):
+                loaded = block.chunk(chunk)
+                passed.add(loaded.steps, loaded.written, loaded.key, from_last=True)
+            if piece in entering:
+                passed.total += passed.decayed(block.of_states(entering[piece]))
+            block.of_states(ends[row]).copy_(passed.total)
+            block.of_states(sums[row].unsqueeze(1)).copy_(passed.distance.unsqueeze(1))
     return ends, sums
 
 
@@ -109,28 +118,28 @@ def entering_adjoint(
     grad_out: of o ``[B, T, E]``, or None. leaving: gradients of the states that leave pieces.
     """
     u = inputs.u
-    chunks = chunks_of_pieces(call.layout, pieces, call.chunk_size)
     grads = {piece: u.new_zeros(u.shape[0], inputs.A.shape[1], u.shape[2], dtype=call.state_dtype) for piece in pieces}
-    for scan in call.blocks(inputs, backward=True):
-        behind: Tensor | None = None
-        for chunk in reversed(chunks):
-            loaded = scan.load(chunk)
-            grad_y = _grad_of_y(call, scan, chunk, loaded, inputs.z, grad_out)
-            ends = _at_tokens(chunk.ends, leaving, scan)
-            _, behind, passed = scan.scan_adjoint(chunk, loaded, grad_y, behind, ends)
-            for token, piece in chunk.starts.items():
-                scan.of_states(grads[piece]).copy_(passed[token])
+    for block in call.blocks_of_sums(inputs):
+        for piece, grad in grads.items():
+            passed = DecayedSum(block.rates, block.state_shape[0])
+            for chunk in chunks_of_pieces(call.layout, (piece,), SUMMED):
+                loaded = block.chunk(chunk)
+                grad_y = _grad_of_y(call, block, chunk, loaded, inputs.z, grad_out)
+                passed.add(loaded.steps, grad_y, loaded.query, from_last=False)
+            if piece in leaving:
+                passed.total += passed.decayed(block.of_states(leaving[piece]))
+            block.of_states(grad).copy_(passed.total)
     return grads
 
 
 def _grad_of_y(
-    call: ScanCall, scan: BlockScan, chunk: Chunk, loaded: ChunkOfBlock, z: Tensor | None, grad_out: Tensor | None
+    call: ScanCall, block: BlockInputs, chunk: Chunk, loaded: ChunkOfBlock, z: Tensor | None, grad_out: Tensor | None
 ) -> Tensor:
     """The gradient of y, before the gate, ``[L, b, e]``."""
     if grad_out is None:
         return torch.zeros_like(loaded.u)
-    grad = scan.tokens(grad_out, chunk).to(call.state_dtype)
-    return grad if z is None else grad * F.silu(scan.tokens(z, chunk).to(call.state_dtype))
+    grad = block.tokens(grad_out, chunk).to(call.state_dtype)
+    return grad if z is None else grad * F.silu(block.tokens(z, chunk).to(call.state_dtype))
 
 
 @dataclass

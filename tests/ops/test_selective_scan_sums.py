@@ -1,0 +1,92 @@
+"""Sums over a stretch's tokens equal the recurrence over them, whatever part of them has decayed to nothing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from longspan.ops.selective_scan.sums import DecayedSum
+from tests.compare import relative_error
+
+ROWS, NUMBERS, CHANNELS = 2, 3, 5
+LEFT = {
+    "all of it": torch.ones(NUMBERS, CHANNELS),
+    "some numbers": torch.tensor([1.0, 4000.0, 1.0]).unsqueeze(1).expand(-1, CHANNELS),
+    "some channels": torch.tensor([4000.0, 1.0, 1.0, 4000.0, 4000.0]).expand(NUMBERS, -1),
+    "some of both": torch.maximum(
+        torch.tensor([[1.0], [4000.0], [1.0]]), torch.tensor([4000.0, 1.0, 1.0, 4000.0, 1.0])
+    ),
+    "nothing": torch.full((NUMBERS, CHANNELS), 4000.0),
+}
+"""Rates of which so much is left behind a chunk of tokens, in float64 as in float32."""
+
+
+def tokens(length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    steps = normal(length, ROWS, CHANNELS).abs().mul_(0.1)
+    # Of the nearest token there is something left, from either side.
+    steps[[0, -1]] = 1e-5
+    return steps, normal(length, ROWS, CHANNELS), normal(length, ROWS, NUMBERS)
+
+
+def summed(rates: Tensor, given: tuple[Tensor, Tensor, Tensor], from_last: bool, chunk: int = 16) -> DecayedSum:
+    found = DecayedSum(rates, ROWS)
+    chunks = list(zip(*(x.split(chunk) for x in given), strict=True))
+    for part in reversed(chunks) if from_last else chunks:
+        found.add(*part, from_last=from_last)
+    return found
+
+
+def recurrent(rates: Tensor, given: tuple[Tensor, Tensor, Tensor], from_last: bool) -> Tensor:
+    """In float64, from the farthest token to the nearest; that of the nearest first one decays by its own step."""
+    steps, x, key = (part.double() for part in given)
+    total = torch.zeros(ROWS, NUMBERS, CHANNELS, dtype=torch.float64)
+    for token in range(len(steps)) if from_last else reversed(range(len(steps))):
+        decay = torch.exp(steps[token].unsqueeze(1) * rates.double())
+        written = x[token].unsqueeze(1) * key[token].unsqueeze(2)
+        total = total * decay + written if from_last else (total + written) * decay
+    return total
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("from_last", [True, False], ids=["state", "adjoint"])
+@pytest.mark.parametrize("left", LEFT)
+def test_a_sum_equals_the_recurrence(left: str, from_last: bool, dtype: torch.dtype) -> None:
+    rates, given = -LEFT[left].to(dtype), tokens(153, dtype)
+    found = summed(rates, given, from_last)
+    want = recurrent(rates, given, from_last)
+    bound = 1e-12 if dtype == torch.float64 else 2e-6
+    for number in range(NUMBERS):
+        for channel in range(CHANNELS):
+            place = slice(None), number, channel
+            assert relative_error(found.total[place], want[place]) < bound
+    assert relative_error(found.distance, given[0].double().sum(0)) < bound
+    state = torch.ones(ROWS, NUMBERS, CHANNELS, dtype=dtype)
+    assert (
+        relative_error(found.decayed(state), torch.exp(given[0].double().sum(0).unsqueeze(1) * rates.double())) < 1e-4
+    )
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
+@pytest.mark.parametrize("which", ["steps", "x", "key"])
+@pytest.mark.parametrize("from_last", [True, False], ids=["state", "adjoint"])
+@pytest.mark.parametrize("left", LEFT)
+def test_a_token_that_is_not_finite_is_in_the_sum(left: str, from_last: bool, which: str, value: float) -> None:
+    """Where every other token has decayed to nothing, too."""
+    rates = -LEFT[left]
+    for token in (0, 20, 52):
+        given = tokens(53, torch.float32)
+        named = dict(zip(("steps", "x", "key"), given, strict=True))
+        named[which][token, 1] = value
+        if which == "steps" and from_last:
+            # What is written is steps times u.
+            named["x"][token, 1] = value
+        found = summed(rates, given, from_last).total
+        want = recurrent(rates, given, from_last)
+        assert torch.equal(found.isfinite(), want.isfinite())
+        assert want[0].isfinite().all()
