@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import longspan
-from benchmarks.harness import MEMORY_SETTINGS, peak_bytes, run_ranks, seconds
+from benchmarks.harness import freed_memory_is_returned, peak_bytes, run_ranks, seconds
 from longspan.layout import SequenceLayout
 
 HEADS, HEAD_DIM = 8, 64
@@ -274,7 +274,7 @@ def peak_of_side(setting: Setting, side: Side, num_ranks: int = 2) -> int:
 
     The shares of q, k, v and the gradient of o are there before, and not counted; o and the gradients of q, k and v are.
     """
-    with _freed_memory_is_returned():
+    with freed_memory_is_returned():
         return max(run_ranks(num_ranks, _peak_on_rank, setting, side))
 
 
@@ -288,7 +288,7 @@ def kept_by_method(setting: Setting, method: str, order: Literal["contiguous", "
 
     The output is counted; q, k and v are as far as attention itself holds on to them: nobody else does.
     """
-    with _freed_memory_is_returned():
+    with freed_memory_is_returned():
         return max(run_ranks(num_ranks, _kept_on_rank, setting, method, order))
 
 
@@ -329,20 +329,3 @@ def _step_of_share(setting: Setting, side: Side) -> Step:
 
 def _resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
-@contextmanager
-def _freed_memory_is_returned() -> Iterator[None]:
-    """Processes started meanwhile give freed tensors back at once: their resident memory is that of what lives.
-
-    With the settings of timing, freed blocks stay, and one more is counted for every one that fits in none of them.
-    """
-    before = dict(os.environ)
-    for name in MEMORY_SETTINGS:
-        os.environ.pop(name, None)
-    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**17)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
