@@ -109,8 +109,9 @@ def selective_scan(
         both enter their losses.
 
     For backward inputs are kept, and states, N / chunk_size numbers for each channel of a token. No tensor of ``[B, T, E, N]`` is
-    made (but by ``"triton"``). What is computed is the recurrence itself, so that errors are its own; what is NaN or infinite
-    reaches no earlier output and no other document.
+    made (but by ``"triton"``). What is computed is the recurrence itself, so that errors are its own, and for what crosses ranks
+    a sum over tokens, in which one that has decayed by e^-60 (float64: e^-600) is zero; what is NaN or infinite reaches no earlier
+    output and no other document.
 
     Raises:
         InputError: for shapes, dtypes or options that do not fit, an A above 0, or a delta below 0 where it is no logit (looked at
