@@ -121,6 +121,9 @@ COMMANDS = (
 )
 
 
+_HELP = ("-h", "--help", "help")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     try:
@@ -152,9 +155,12 @@ def _main(arguments: Sequence[str] | None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         # Names, prompts and samples may hold what the terminal's encoding does not.
         sys.stdout.reconfigure(errors="backslashreplace")
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
+    if not arguments or arguments[0] in _HELP:
         sys.stdout.write(usage())
         return 0 if arguments else EXIT_REFUSED
+    if arguments[1:] and arguments[1] in _HELP and seconds_of(arguments[0]):
+        sys.stdout.write(usage(arguments[0]))
+        return 0
     if arguments[0] == "--version":
         import longspan
 
@@ -170,23 +176,29 @@ def _main(arguments: Sequence[str] | None) -> int:
     return code
 
 
-def usage() -> str:
-    """What ``longspan --help`` prints."""
-    width = max(len(command.name) for command in COMMANDS)
-    lines = [f"  {command.name:<{width}}  {command.summary}" for command in COMMANDS]
+def usage(first: str | None = None) -> str:
+    """What ``longspan --help`` prints; first: ``longspan FIRST --help``, of the commands of two words that begin with it."""
+    commands = [command for command in COMMANDS if first is None or command.name.startswith(f"{first} ")]
+    width = max(len(command.name) for command in commands)
+    lines = [f"  {command.name:<{width}}  {command.summary}" for command in commands]
     return "\n".join(
         [
             "longspan: sequence parallelism for linear-attention and hybrid transformers",
             "",
-            "usage: longspan COMMAND [OPTIONS]",
+            f"usage: longspan {'COMMAND' if first is None else f'{first} COMMAND'} [OPTIONS]",
             "",
             *lines,
             "",
-            "longspan COMMAND --help says what a command does, its options and their defaults.",
+            f"longspan {'COMMAND' if first is None else f'{first} COMMAND'} --help says what a command does, its options and their defaults.",
             "longspan --version says which version this is.",
             "",
         ]
     )
+
+
+def seconds_of(first: str) -> list[str]:
+    """The second words of the commands of two words that begin with this one."""
+    return [command.name.split()[1] for command in COMMANDS if command.name.startswith(f"{first} ")]
 
 
 def find(arguments: Sequence[str]) -> Command:
@@ -200,7 +212,7 @@ def find(arguments: Sequence[str]) -> Command:
         if list(arguments[: len(words)]) == words:
             return command
     first = arguments[0]
-    seconds = [command.name.split()[1] for command in COMMANDS if command.name.startswith(f"{first} ")]
+    seconds = seconds_of(first)
     if seconds:
         what = arguments[1] if arguments[1:] else "nothing"
         raise ConfigError(f"{first} takes what to look at, which is {' or '.join(seconds)}; got {what}")

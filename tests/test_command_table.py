@@ -41,6 +41,18 @@ def test_each_command_explains_itself(command: Command, capsys: pytest.CaptureFi
     assert f"longspan {command.name}" in " ".join(shown.split())
 
 
+@pytest.mark.parametrize("asked", ["-h", "--help", "help"])
+@pytest.mark.parametrize("first", ["eval", "plan", "bench"])
+def test_the_first_of_two_words_explains_what_may_follow(
+    first: str, asked: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([first, asked]) == 0
+    shown = capsys.readouterr().out
+    for command in COMMANDS:
+        assert (f"  {command.name} " in shown) == command.name.startswith(f"{first} ")
+    assert f"longspan {first} COMMAND --help" in shown
+
+
 def test_a_command_is_found_by_its_first_words() -> None:
     assert find(["train", "exchange"]).name == "train"
     assert find(["plan", "exchange", "--ranks", "4"]).name == "plan exchange"
