@@ -180,16 +180,17 @@ def usage(first: str | None = None) -> str:
     """What ``longspan --help`` prints; first: ``longspan FIRST --help``, of the commands of two words that begin with it."""
     commands = [command for command in COMMANDS if first is None or command.name.startswith(f"{first} ")]
     width = max(len(command.name) for command in commands)
+    name = "COMMAND" if first is None else f"{first} COMMAND"
     lines = [f"  {command.name:<{width}}  {command.summary}" for command in commands]
     return "\n".join(
         [
             "longspan: sequence parallelism for linear-attention and hybrid transformers",
             "",
-            f"usage: longspan {'COMMAND' if first is None else f'{first} COMMAND'} [OPTIONS]",
+            f"usage: longspan {name} [OPTIONS]",
             "",
             *lines,
             "",
-            f"longspan {'COMMAND' if first is None else f'{first} COMMAND'} --help says what a command does, its options and their defaults.",
+            f"longspan {name} --help says what a command does, its options and their defaults.",
             "longspan --version says which version this is.",
             "",
         ]
