@@ -37,8 +37,8 @@ def tokens(length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
 def summed(rates: Tensor, given: tuple[Tensor, Tensor, Tensor], from_last: bool, chunk: int = 16) -> DecayedSum:
     found = DecayedSum(rates, ROWS)
     chunks = list(zip(*(x.split(chunk) for x in given), strict=True))
-    for part in reversed(chunks) if from_last else chunks:
-        found.add(*part, from_last=from_last)
+    for steps, x, key in reversed(chunks) if from_last else chunks:
+        found.add(steps, x, key, from_last)
     return found
 
 
