@@ -298,7 +298,7 @@ def on_ranks(order: Any, as_tensor: bool) -> list[float]:
     return errors(got, [want.detach(), *torch.autograd.grad(want, inputs)])
 
 
-@pytest.mark.parametrize("order", ["contiguous", "zigzag"])
+@pytest.mark.parametrize("order", [pytest.param("contiguous", marks=pytest.mark.slow), "zigzag"])
 def test_ranks_losses_and_gradients_add_up_to_those_of_the_mean_over_all(order: str) -> None:
     for as_tensor in (True, False):
         for found in run_on_ranks(2, on_ranks, order, as_tensor):
