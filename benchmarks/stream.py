@@ -309,7 +309,7 @@ def keys(quick: bool) -> Table:
         for offload in (False, True):
             before: tuple[int, int] | None = None
             for length in lengths:
-                # What this process holds of what it has freed grows with the number of tensors, and is not what is asked for.
+                # Asked for is what lives, and not what the C library keeps of what was freed.
                 with freed_memory_is_returned():
                     counted, peak = in_subprocess(kept_bytes, length, segment, window, offload)
                 formula = keys_formula(length, segment, window)

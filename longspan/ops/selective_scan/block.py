@@ -81,7 +81,7 @@ class BlockInputs:
         """The part of ``x [E, ...]``, a view."""
         return x[self._block.channels]
 
-    def chunk(self, chunk: Chunk) -> ChunkOfBlock:
+    def inputs_at(self, chunk: Chunk) -> ChunkOfBlock:
         """A chunk's inputs."""
         inputs, dtype = self._inputs, self._dtype
         logits = self.tokens(inputs.delta, chunk).to(dtype)
@@ -118,7 +118,7 @@ class BlockScan(BlockInputs):
 
     def load(self, chunk: Chunk) -> ChunkOfBlock:
         """A chunk's inputs; its decays and what its tokens write are put in working memory."""
-        loaded = self.chunk(chunk)
+        loaded = self.inputs_at(chunk)
         decays = self.decays[: chunk.num_tokens]
         torch.mul(loaded.steps.unsqueeze(2), self.rates, out=decays)
         decays.exp_()

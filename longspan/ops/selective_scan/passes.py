@@ -20,7 +20,7 @@ from longspan.ops.selective_scan.block import (
     ChunkOfBlock,
     ScanInputs,
 )
-from longspan.ops.selective_scan.plan import Chunk, blocks_of, chunks_of, chunks_of_pieces
+from longspan.ops.selective_scan.plan import Chunk, blocks_of, chunks_of, chunks_of_piece
 from longspan.ops.selective_scan.sums import SUMMED, DecayedSum
 
 States = Mapping[int, Tensor]
@@ -100,8 +100,8 @@ def end_states(
     for block in call.blocks_of_sums(inputs):
         for piece, row in row_of.items():
             passed = DecayedSum(block.rates, block.state_shape[0])
-            for chunk in reversed(chunks_of_pieces(call.layout, (piece,), SUMMED)):
-                loaded = block.chunk(chunk)
+            for chunk in reversed(chunks_of_piece(call.layout, piece, SUMMED)):
+                loaded = block.inputs_at(chunk)
                 passed.add(loaded.steps, loaded.written, loaded.key, from_last=True)
             if piece in entering:
                 passed.total += passed.decayed(block.of_states(entering[piece]))
@@ -122,8 +122,8 @@ def entering_adjoint(
     for block in call.blocks_of_sums(inputs):
         for piece, grad in grads.items():
             passed = DecayedSum(block.rates, block.state_shape[0])
-            for chunk in chunks_of_pieces(call.layout, (piece,), SUMMED):
-                loaded = block.chunk(chunk)
+            for chunk in chunks_of_piece(call.layout, piece, SUMMED):
+                loaded = block.inputs_at(chunk)
                 grad_y = _grad_of_y(call, block, chunk, loaded, inputs.z, grad_out)
                 passed.add(loaded.steps, grad_y, loaded.query, from_last=False)
             if piece in leaving:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from longspan.layout import Piece, SequenceLayout
+from longspan.layout import SequenceLayout
 
 _CHUNK_NUMBERS_CPU = 2**19
 """Numbers of the states of a block after each token of a chunk: few enough for a core's cache."""
@@ -59,41 +59,37 @@ class Block:
 
 def chunks_of(layout: SequenceLayout, chunk_size: int) -> tuple[Chunk, ...]:
     """All local tokens in chunks of `chunk_size`; built once per layout."""
+    return layout.cached(("scan chunks", chunk_size), lambda: _cut(layout, range(len(layout.pieces)), chunk_size))
+
+
+def chunks_of_piece(layout: SequenceLayout, number: int, chunk_size: int) -> tuple[Chunk, ...]:
+    """The tokens of one piece in chunks of `chunk_size`; built once per layout."""
     return layout.cached(
-        ("scan chunks", chunk_size), lambda: _cut(layout.pieces, range(len(layout.pieces)), chunk_size, True)
+        ("chunks of a piece", number, chunk_size), lambda: _cut(layout, range(number, number + 1), chunk_size)
     )
 
 
-def chunks_of_pieces(layout: SequenceLayout, numbers: tuple[int, ...], chunk_size: int) -> tuple[Chunk, ...]:
-    """The tokens of some pieces, in chunks that each belong to one of them; built once per layout."""
-    return layout.cached(
-        ("chunks of pieces", numbers, chunk_size), lambda: _cut(layout.pieces, numbers, chunk_size, False)
-    )
-
-
-def _cut(
-    pieces: tuple[Piece, ...], numbers: range | tuple[int, ...], chunk_size: int, joined: bool
-) -> tuple[Chunk, ...]:
-    """joined: whether pieces follow one another, and chunks may hold several."""
-    starts = {pieces[number].start: number for number in numbers}
-    ends = {pieces[number].stop - 1: number for number in numbers}
-    runs = [(pieces[number].start, pieces[number].stop) for number in numbers]
-    if joined and runs:
-        runs = [(runs[0][0], runs[-1][1])]
-    chunks: list[Chunk] = []
-    for first, last in runs:
-        for start in range(first, last, chunk_size):
-            stop = min(start + chunk_size, last)
-            own = range(start, stop)
-            chunks.append(
-                Chunk(
-                    len(chunks),
-                    start,
-                    stop,
-                    {token - start: starts[token] for token in own if token in starts},
-                    {token - start: ends[token] for token in own if token in ends},
-                )
+def _cut(layout: SequenceLayout, numbers: range, chunk_size: int) -> tuple[Chunk, ...]:
+    """The tokens of pieces that follow one another; a chunk may hold several of them."""
+    pieces = [(number, layout.pieces[number]) for number in numbers]
+    if not pieces:
+        return ()
+    starts = {piece.start: number for number, piece in pieces}
+    ends = {piece.stop - 1: number for number, piece in pieces}
+    first, last = pieces[0][1].start, pieces[-1][1].stop
+    chunks = []
+    for number, start in enumerate(range(first, last, chunk_size)):
+        stop = min(start + chunk_size, last)
+        own = range(start, stop)
+        chunks.append(
+            Chunk(
+                number,
+                start,
+                stop,
+                {token - start: starts[token] for token in own if token in starts},
+                {token - start: ends[token] for token in own if token in ends},
             )
+        )
     return tuple(chunks)
 
 

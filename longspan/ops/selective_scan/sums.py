@@ -3,6 +3,8 @@
     state behind        Σ_t e^{A d_t} ⊙ (Δ_t u_t) B_tᵀ,    d_t the steps of the tokens after t
     adjoint before      Σ_t e^{A d_t} ⊙ ∂y_t C_tᵀ,         d_t the steps up to t and with it
 
+(the recurrence of arXiv 2312.00752, Algorithm 2, written out; names as in `longspan.ops.selective_scan`).
+
 No state between is needed, so that there is no recurrence, and tokens are taken from the nearest to the farthest: what has
 decayed to nothing ends the sum. Where that is so for some numbers or channels, these are left out of what is computed.
 
@@ -28,7 +30,7 @@ _NOTHING = {torch.float32: -60.0, torch.float64: -600.0}
 
 
 class DecayedSum:
-    """``Σ_t e^{rates d_t} x_t k_tᵀ`` of one block, chunk by chunk from the nearest token to the farthest.
+    """``Σ_t e^{rates d_t} x_t k_tᵀ`` of one block, chunk by chunk from the nearest token to the farthest, in the dtype of states.
 
     total: ``[b, N, e]``. distance: the steps of all tokens so far, ``[b, e]``.
     """
