@@ -65,9 +65,10 @@ class BlockInputs:
         num_rows, num_channels = block.shape
         self.state_shape = (num_rows, len(self.rates), num_channels)
 
-    def tokens(self, x: Tensor, chunk: Chunk) -> Tensor:
-        """The block's part of ``x [B, T, E]`` at a chunk's tokens, ``[L, b, e]``, a view."""
-        return x[self._block.rows, chunk.start : chunk.stop, self._block.channels].transpose(0, 1)
+    def tokens(self, x: Tensor, chunk: Chunk, channels: Tensor | None = None) -> Tensor:
+        """The block's part of ``x [B, T, E]`` at a chunk's tokens, ``[L, b, e]``: a view, or some of its channels, copied."""
+        part = x[self._block.rows, chunk.start : chunk.stop, self._block.channels].transpose(0, 1)
+        return part if channels is None else part.index_select(2, channels)
 
     def tokens_of_group(self, x: Tensor, chunk: Chunk) -> Tensor:
         """The part of ``x [B, T, G, N]``, ``[L, b, N]``, a view."""
@@ -81,14 +82,14 @@ class BlockInputs:
         """The part of ``x [E, ...]``, a view."""
         return x[self._block.channels]
 
-    def inputs_at(self, chunk: Chunk) -> ChunkOfBlock:
-        """A chunk's inputs."""
+    def inputs_at(self, chunk: Chunk, channels: Tensor | None = None) -> ChunkOfBlock:
+        """A chunk's inputs, of all of the block's channels or of some."""
         inputs, dtype = self._inputs, self._dtype
-        logits = self.tokens(inputs.delta, chunk).to(dtype)
+        logits = self.tokens(inputs.delta, chunk, channels).to(dtype)
         if self.bias is not None:
-            logits = logits + self.bias
+            logits = logits + (self.bias if channels is None else self.bias[channels])
         steps = F.softplus(logits, threshold=SOFTPLUS_IS_THE_IDENTITY_ABOVE) if self._softplus else logits
-        u = self.tokens(inputs.u, chunk).to(dtype)
+        u = self.tokens(inputs.u, chunk, channels).to(dtype)
         key, query = (self.tokens_of_group(x, chunk).to(dtype) for x in (inputs.B, inputs.C))
         return ChunkOfBlock(logits, steps, u, steps * u, key, query)
 

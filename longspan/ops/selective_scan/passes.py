@@ -21,7 +21,7 @@ from longspan.ops.selective_scan.block import (
     ScanInputs,
 )
 from longspan.ops.selective_scan.plan import Chunk, blocks_of, chunks_of, chunks_of_piece
-from longspan.ops.selective_scan.sums import SUMMED, DecayedSum
+from longspan.ops.selective_scan.sums import SUMMED, DecayedSum, may_leave_out
 
 States = Mapping[int, Tensor]
 """States ``[B, N, E]`` by the number of the piece that they enter or leave."""
@@ -97,11 +97,14 @@ def end_states(
     u = inputs.u
     ends = u.new_zeros(num_rows, u.shape[0], inputs.A.shape[1], u.shape[2], dtype=call.state_dtype)
     sums = ends.new_zeros(num_rows, u.shape[0], u.shape[2])
+    leaves_out = bool(row_of) and may_leave_out(u, inputs.delta, inputs.delta_bias, inputs.B)
     for block in call.blocks_of_sums(inputs):
         for piece, row in row_of.items():
-            passed = DecayedSum(block.rates, block.state_shape[0])
+            passed = DecayedSum(block.rates, block.state_shape[0], leaves_out)
             for chunk in reversed(chunks_of_piece(call.layout, piece, SUMMED)):
-                loaded = block.inputs_at(chunk)
+                if passed.over:
+                    break
+                loaded = block.inputs_at(chunk, passed.channels)
                 passed.add(loaded.steps, loaded.written, loaded.key, from_last=True)
             if piece in entering:
                 passed.total += passed.decayed(block.of_states(entering[piece]))
@@ -119,12 +122,15 @@ def entering_adjoint(
     """
     u = inputs.u
     grads = {piece: u.new_zeros(u.shape[0], inputs.A.shape[1], u.shape[2], dtype=call.state_dtype) for piece in pieces}
+    leaves_out = bool(grads) and may_leave_out(inputs.delta, inputs.delta_bias, inputs.C, inputs.z, grad_out)
     for block in call.blocks_of_sums(inputs):
         for piece, grad in grads.items():
-            passed = DecayedSum(block.rates, block.state_shape[0])
+            passed = DecayedSum(block.rates, block.state_shape[0], leaves_out)
             for chunk in chunks_of_piece(call.layout, piece, SUMMED):
-                loaded = block.inputs_at(chunk)
-                grad_y = _grad_of_y(call, block, chunk, loaded, inputs.z, grad_out)
+                if passed.over:
+                    break
+                loaded = block.inputs_at(chunk, passed.channels)
+                grad_y = _grad_of_y(call, block, chunk, loaded, inputs.z, grad_out, passed.channels)
                 passed.add(loaded.steps, grad_y, loaded.query, from_last=False)
             if piece in leaving:
                 passed.total += passed.decayed(block.of_states(leaving[piece]))
@@ -133,13 +139,19 @@ def entering_adjoint(
 
 
 def _grad_of_y(
-    call: ScanCall, block: BlockInputs, chunk: Chunk, loaded: ChunkOfBlock, z: Tensor | None, grad_out: Tensor | None
+    call: ScanCall,
+    block: BlockInputs,
+    chunk: Chunk,
+    loaded: ChunkOfBlock,
+    z: Tensor | None,
+    grad_out: Tensor | None,
+    channels: Tensor | None = None,
 ) -> Tensor:
-    """The gradient of y, before the gate, ``[L, b, e]``."""
+    """The gradient of y, before the gate, ``[L, b, e]``; of all channels or of some."""
     if grad_out is None:
         return torch.zeros_like(loaded.u)
-    grad = block.tokens(grad_out, chunk).to(call.state_dtype)
-    return grad if z is None else grad * F.silu(block.tokens(z, chunk).to(call.state_dtype))
+    grad = block.tokens(grad_out, chunk, channels).to(call.state_dtype)
+    return grad if z is None else grad * F.silu(block.tokens(z, chunk, channels).to(call.state_dtype))
 
 
 @dataclass

@@ -5,12 +5,13 @@
 
 (the recurrence of arXiv 2312.00752, Algorithm 2, written out; names as in `longspan.ops.selective_scan`).
 
-No state between is needed, so that there is no recurrence, and tokens are taken from the nearest to the farthest: what has
-decayed to nothing ends the sum. Where that is so for some numbers or channels, these are left out of what is computed.
+No state between is needed, so that there is no recurrence, and tokens are taken from the nearest to the farthest. What has decayed
+to nothing stays nothing, as no step is negative and no rate positive: such numbers and channels are left out of what is computed,
+and where none is left the sum ends, however many tokens follow.
 
 What has decayed to less than e^-60 (e^-600 in float64) is taken as zero: that is 10⁻²⁶ of a token, of which float32 keeps seven
-digits beside another. Products of such factors would be denormal numbers besides, with which a CPU is slow. What is NaN or infinite
-is left out nowhere.
+digits beside another. Products of such factors would be denormal numbers besides, with which a CPU is slow. Where any token is not
+finite nothing is left out.
 
 Shapes: L tokens, b rows and e channels of a block, N numbers of a state.
 """
@@ -29,15 +30,33 @@ _NOTHING = {torch.float32: -60.0, torch.float64: -600.0}
 """Exponents from which on a factor is zero, by the dtype of states."""
 
 
+def may_leave_out(*read: Tensor | None) -> bool:
+    """Whether sums may leave out what has decayed to nothing, given all that they read: where it is finite.
+
+    On a CPU alone: elsewhere the host would wait for what it decides by.
+    """
+    given = [x for x in read if x is not None]
+    if any(x.device.type != "cpu" for x in given):
+        return False
+    # Where a sum overflows nothing is left out either, which is slower and right.
+    return all(math.isfinite(x.sum(dtype=torch.promote_types(x.dtype, torch.float32))) for x in given)
+
+
 class DecayedSum:
     """``Σ_t e^{rates d_t} x_t k_tᵀ`` of one block, chunk by chunk from the nearest token to the farthest, in the dtype of states.
 
-    total: ``[b, N, e]``. distance: the steps of all tokens so far, ``[b, e]``.
+    total: ``[b, N, e]``. distance: the steps of all tokens so far, ``[b, e]``; of one that is left out, of as many as it took.
+    channels: those that a chunk is to bring, None for all. over: nothing is left, and no chunk need follow.
     """
 
-    def __init__(self, rates: Tensor, num_rows: int) -> None:
-        """rates: ``[N, e]``, in the dtype of states."""
-        self._rates = rates
+    channels: Tensor | None = None
+    over: bool = False
+
+    def __init__(self, rates: Tensor, num_rows: int, leaves_out: bool) -> None:
+        """rates: ``[N, e]``, in the dtype of states. leaves_out: what has decayed to nothing, see `may_leave_out`."""
+        self._rates = self._left_rates = rates
+        self._numbers: Tensor | None = None
+        self._leaves_out = leaves_out
         self._nothing = _NOTHING[rates.dtype]
         self._room = rates.new_empty(0)
         self.total = rates.new_zeros(num_rows, *rates.shape)
@@ -47,55 +66,46 @@ class DecayedSum:
         """Add the tokens of a chunk, of which none is nearer than those before.
 
         Args:
-            steps, x: ``[L, b, e]``. key: ``[L, b, N]``.
+            steps, x: ``[L, b, e]``, of `channels`. key: ``[L, b, N]``.
             from_last: the last token is the nearest, and its own step is not part of its distance; else the first one is, and its
                 step is.
         """
+        numbers, channels = self._numbers, self.channels
         steps, x, key = (part.transpose(0, 1) for part in (steps, x, key))
-        left = self._left()
-        if left is None:
-            self.total += self._sum(self._rates, self._distances(steps, from_last), x, key)
-            return
-        # Zero, but for what is not finite, of which infinite steps alone let nothing through.
-        total_steps = steps.sum(1)
-        self.total += (total_steps.clamp(max=0) + x.sum(1) * 0).unsqueeze(1) + (key.sum(1) * 0).unsqueeze(2)
-        numbers, channels = left
-        if not numbers.numel():
-            self.distance = self.distance + total_steps
-            return
-        rates, key = self._rates[numbers], key.index_select(-1, numbers)
-        rates, distances, x = (
-            part.index_select(-1, channels) for part in (rates, self._distances(steps, from_last), x)
-        )
-        self.total[:, numbers.unsqueeze(1), channels] += self._sum(rates, distances, x, key)
-
-    def _distances(self, steps: Tensor, from_last: bool) -> Tensor:
-        """Those of a chunk's tokens, ``[b, L, e]``; they are gone through."""
-        before = self.distance.unsqueeze(1)
+        before = (self.distance if channels is None else self.distance.index_select(1, channels)).unsqueeze(1)
         passed = (steps.flip(1) if from_last else steps).cumsum(1).add_(before)
-        self.distance = passed[:, -1]
-        return torch.cat([before, passed[:, :-1]], dim=1).flip(1) if from_last else passed
+        distances = torch.cat([before, passed[:, :-1]], dim=1).flip(1) if from_last else passed
+        found = self._sum(distances, x, key if numbers is None else key.index_select(-1, numbers))
+        if channels is None:
+            self.distance = passed[:, -1]
+        else:
+            self.distance[:, channels] = passed[:, -1]
+        if numbers is not None and channels is not None:
+            self.total[:, numbers.unsqueeze(1), channels] += found
+        else:
+            self.total[
+                :, slice(None) if numbers is None else numbers, slice(None) if channels is None else channels
+            ] += found
+        if self._leaves_out:
+            self._leave_out(passed[:, -1])
 
     def decayed(self, state: Tensor) -> Tensor:
         """A state ``[b, N, e]`` from behind all tokens, as it arrives: ``e^{rates d} state``."""
         return torch.exp(self.distance.unsqueeze(1) * self._rates) * state
 
-    def _left(self) -> tuple[Tensor, Tensor] | None:
-        """Numbers and channels of which something is left at the distance gone through; None is all of them.
-
-        On a CPU alone: elsewhere the host would wait for what it decides by.
-        """
-        if self.distance.device.type != "cpu":
-            return None
+    def _leave_out(self, distance: Tensor) -> None:
+        """Numbers and channels of which nothing is left at a distance ``[b, e]`` of those that were."""
         # NaN is left.
-        left = ~(self._rates * self.distance.amin(0) < self._nothing)
+        left = ~(self._left_rates * distance.amin(0) < self._nothing)
         numbers, channels = left.any(1), left.any(0)
-        if bool(numbers.all()) and bool(channels.all()):
-            return None
-        return numbers.nonzero().squeeze(1), channels.nonzero().squeeze(1)
+        self._numbers = _kept(self._numbers, numbers)
+        self.channels = _kept(self.channels, channels)
+        self._left_rates = self._left_rates[numbers][:, channels]
+        self.over = not self._left_rates.numel()
 
-    def _sum(self, rates: Tensor, distances: Tensor, x: Tensor, key: Tensor) -> Tensor:
+    def _sum(self, distances: Tensor, x: Tensor, key: Tensor) -> Tensor:
         """``[b, N, e]``."""
+        rates = self._left_rates
         shape = (x.shape[0], rates.shape[0], *x.shape[1:])
         size = math.prod(shape)
         if self._room.numel() < size:
@@ -104,3 +114,10 @@ class DecayedSum:
         torch.threshold_(factors, self._nothing, float("-inf"))
         factors.exp_().mul_(x.unsqueeze(1))
         return (key.transpose(1, 2).unsqueeze(2) @ factors).squeeze(2)
+
+
+def _kept(places: Tensor | None, left: Tensor) -> Tensor | None:
+    """Of places, None for all, those that are left."""
+    if bool(left.all()):
+        return places
+    return left.nonzero().squeeze(1) if places is None else places[left]
