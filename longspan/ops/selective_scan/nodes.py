@@ -128,7 +128,7 @@ class ScanWrite(torch.autograd.Function):
     | start_states | [num_starting_pieces, B, N, E] or None | |
     | inputs | see `ScanInputs` | |
     | ends | [num_segments, B, N, E] | zero for a segment whose state is not sent |
-    | sums | [num_segments, B, E] | of their steps Δ; takes no gradient: see the module's page |
+    | sums | [num_segments, B, E] | of their steps Δ, as `end_states` has them; takes no gradient: see the module's page |
     | ticket | [] | ties read to this node; carries no value |
 
     Backward: all gradients, by `backward_pass`, from those of `ends` and what read's backward has left in the link.

@@ -92,7 +92,8 @@ def end_states(
 ) -> tuple[Tensor, Tensor]:
     """The states that leave some pieces, and the sums of their steps: ``[num_rows, B, N, E]`` and ``[num_rows, B, E]``.
 
-    row_of: where those of a piece go; other rows are zero.
+    row_of: where those of a piece go; other rows are zero. The sum of a channel may end where nothing is left of any state before:
+    see `DecayedSum.distance`.
     """
     u = inputs.u
     ends = u.new_zeros(num_rows, u.shape[0], inputs.A.shape[1], u.shape[2], dtype=call.state_dtype)

@@ -31,9 +31,12 @@ _NOTHING = {torch.float32: -60.0, torch.float64: -600.0}
 
 
 def may_leave_out(*read: Tensor | None) -> bool:
-    """Whether sums may leave out what has decayed to nothing, given all that they read: where it is finite.
+    """Whether sums may leave out what has decayed to nothing, which is where all that they read is finite.
 
     On a CPU alone: elsewhere the host would wait for what it decides by.
+
+    Args:
+        read: tensors of any shapes, in the dtypes of a call.
     """
     given = [x for x in read if x is not None]
     if any(x.device.type != "cpu" for x in given):
@@ -71,21 +74,17 @@ class DecayedSum:
                 step is.
         """
         numbers, channels = self._numbers, self.channels
+        columns = slice(None) if channels is None else channels
+        rows: slice | Tensor = slice(None)
+        if numbers is not None:
+            # Two lists of places are paired, unless one is a column.
+            rows = numbers if channels is None else numbers.unsqueeze(1)
         steps, x, key = (part.transpose(0, 1) for part in (steps, x, key))
-        before = (self.distance if channels is None else self.distance.index_select(1, channels)).unsqueeze(1)
+        before = self.distance[:, columns].unsqueeze(1)
         passed = (steps.flip(1) if from_last else steps).cumsum(1).add_(before)
         distances = torch.cat([before, passed[:, :-1]], dim=1).flip(1) if from_last else passed
-        found = self._sum(distances, x, key if numbers is None else key.index_select(-1, numbers))
-        if channels is None:
-            self.distance = passed[:, -1]
-        else:
-            self.distance[:, channels] = passed[:, -1]
-        if numbers is not None and channels is not None:
-            self.total[:, numbers.unsqueeze(1), channels] += found
-        else:
-            self.total[
-                :, slice(None) if numbers is None else numbers, slice(None) if channels is None else channels
-            ] += found
+        self.total[:, rows, columns] += self._sum(distances, x, key if numbers is None else key[..., numbers])
+        self.distance[:, columns] = passed[:, -1]
         if self._leaves_out:
             self._leave_out(passed[:, -1])
 
