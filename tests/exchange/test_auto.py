@@ -228,7 +228,7 @@ def written_down_and_taken_again() -> tuple[bool, bool, list[str]]:
     return figures == figures_of(first, device), again == chosen, refusals
 
 
-# A resumed run takes them in make test, in `tests/train/test_run.py`.
+# A resumed run takes them in make test, in `tests/train/test_resume.py`.
 @pytest.mark.slow
 def test_measured_figures_are_written_down_and_taken_by_another_run() -> None:
     for is_equal, chose_alike, (ranks, form) in run_on_ranks(4, written_down_and_taken_again):

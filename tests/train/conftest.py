@@ -6,16 +6,29 @@ from pathlib import Path
 
 import pytest
 
+from longspan.launch import EXIT_DONE
 from longspan.train.config import to_toml
+from tests.ranks import run_on_ranks
 from tests.shared import made_once
 from tests.train.faults import train
-from tests.train.tiny import tiny_config, write_corpus
+from tests.train.tiny import tiny_config, train_here, write_corpus
 
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of a few small text files."""
     return Path(made_once(tmp_path_factory, "corpus", lambda folder: str(write_corpus(folder / "text"))))
+
+
+@pytest.fixture(scope="session")
+def finished(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run of six steps on two ranks."""
+
+    def make(folder: Path) -> str:
+        assert run_on_ranks(2, train_here, tiny_config(corpus, folder / "run")) == [EXIT_DONE] * 2
+        return str(folder / "run")
+
+    return Path(made_once(tmp_path_factory, "run-finished", make))
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -17,7 +16,7 @@ from longspan.train.trainer import Trainer
 from tests.compare import relative_error, worst
 from tests.ranks import run_on_ranks
 from tests.shared import made_once
-from tests.train.tiny import COMPUTED, metrics, newest_tensors, tiny_config, train_here
+from tests.train.tiny import COMPUTED, interrupted, metrics, newest_tensors, tiny_config, train_here
 
 DIVIDED = {"parallel__sp": 2, "parallel__shard_over_sp": True, "parallel__exchange": "all_gather"}
 
@@ -34,21 +33,12 @@ def divided(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return Path(made_once(tmp_path_factory, "divided-run", make))
 
 
-def interrupted(finished: Path, run: Path) -> Path:
-    """The run as it was after step 3."""
-    shutil.copytree(finished, run)
-    shutil.rmtree(run / "checkpoints" / "step-00000006")
-    for name in ("loss.png", "summary.json", "summary.md", "weights.safetensors"):
-        (run / name).unlink()
-    return run
-
-
-# With whole weights it runs in make test, in `test_run.py`; what ranks save of divided ones, in `test_storage.py`.
+# With whole weights it runs in make test, in `test_resume.py`; what ranks save of divided ones, in `test_storage.py`.
 @pytest.mark.slow
 def test_a_resumed_run_is_bit_equal_to_one_that_was_never_interrupted(
     corpus: Path, divided: Path, tmp_path: Path
 ) -> None:
-    run = interrupted(divided, tmp_path / "run")
+    run = interrupted(divided, tmp_path / "run", after=3)
     assert run_on_ranks(2, train_here, tiny_config(corpus, run, **DIVIDED), True) == [EXIT_DONE] * 2
     assert metrics(run, *COMPUTED) == metrics(divided, *COMPUTED)
     expected, found = newest_tensors(divided), newest_tensors(run)
@@ -58,7 +48,7 @@ def test_a_resumed_run_is_bit_equal_to_one_that_was_never_interrupted(
 
 
 def test_one_process_goes_on_with_the_whole_weights(corpus: Path, divided: Path, tmp_path: Path) -> None:
-    run = interrupted(divided, tmp_path / "run")
+    run = interrupted(divided, tmp_path / "run", after=3)
     assert run_on_ranks(1, train_here, tiny_config(corpus, run, parallel__sp=1), True) == [EXIT_DONE]
     for ours, theirs in zip(metrics(run, *COMPUTED), metrics(divided, *COMPUTED), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)

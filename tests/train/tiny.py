@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -80,3 +81,15 @@ def newest_tensors(run: Path) -> dict[str, torch.Tensor]:
     """All tensors of the run's newest checkpoint, by file and name."""
     tensors = load_checkpoint(newest_checkpoint(run / "checkpoints")).tensors
     return {f"{file}/{name}": tensor for file, named in tensors.items() for name, tensor in named.items()}
+
+
+def interrupted(finished: Path, run: Path, after: int) -> Path:
+    """The run as it would be if it had been killed some time after the checkpoint of step `after`."""
+    shutil.copytree(finished, run)
+    for path in (run / "checkpoints").iterdir():
+        if int(path.name.split("-")[1]) > after:
+            shutil.rmtree(path)
+    for name in ("loss.png", "summary.json", "summary.md", "weights.safetensors"):
+        (run / name).unlink()
+    (run / "checkpoints" / ".writing-step-00000006").mkdir()
+    return run
