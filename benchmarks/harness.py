@@ -133,6 +133,18 @@ def timed_alone_and_together(alone: Callable[[], Any], *together: Callable[[], A
     return [alones, *togethers]
 
 
+BESIDE_ONE_RANK = ["ms, two ranks", "ms, one rank", "times as fast", "ms, one rank, other core busy", "times as fast"]
+
+
+def beside_one_rank(
+    together: Sequence[float], alone: Sequence[float], busy: Sequence[float]
+) -> tuple[str, str, Ratio, str, Ratio]:
+    """Of a table's row: two ranks beside one whose other core is idle, and one whose other core takes the step of one rank, too."""
+    over_idle, over_busy = paired(alone, together), paired(busy, together)
+    busy_ms, _, ratio = over_busy.cells()
+    return (*over_idle.cells(second_first=True), busy_ms, ratio)
+
+
 def require_close(what: str, got: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
     """Refuse to report a side whose result is wrong: error relative to the largest expected value."""
     error = float(

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 import longspan
 from benchmarks.harness import (
+    BESIDE_ONE_RANK,
     Paired,
     Table,
+    beside_one_rank,
     in_subprocess,
     paired,
     peak_bytes,
@@ -226,34 +228,17 @@ def hugging_face_ranks(quick: bool) -> Table:
     table = Table(
         "hugging_face_ranks",
         "One layer of a Transformers model, forward + backward, B1, float32: two ranks of one thread over one rank, whose other "
-        "core is idle, and over one whose other core runs a sequence of its own."
-        " Beside it two halves without exchange over the first",
+        "core is idle, and over one whose other core runs a sequence of its own. "
+        "Beside it two halves without exchange over the first",
         "at least 1.8 times as fast",
-        [
-            "layer",
-            "tokens",
-            "ms, two ranks",
-            "ms, one rank",
-            "times as fast",
-            "two halves",
-            "ms, one rank, other core busy",
-            "times as fast",
-            "peak MiB per rank of two",
-        ],
+        ["layer", "tokens", *BESIDE_ONE_RANK, "two halves", "peak MiB per rank of two"],
     )
     for name in LAYERS:
         for seq_len in (1024,) if quick else (4096, 16384):
             alone, together, halves, busy = run_ranks(2, _two_ranks, name, seq_len, 2 if quick else 5)[0]
             peak = max(run_ranks(2, _peak, name, seq_len, True))
-            over_idle, over_busy = paired(alone, together), paired(busy, together)
-            cells = [
-                f"{over_idle.second * 1e3:.0f}",
-                f"{over_idle.first * 1e3:.0f}",
-                over_idle.ratio,
-                paired(alone, halves).ratio,
-            ]
-            cells += [f"{over_busy.first * 1e3:.0f}", over_busy.ratio, _mebibytes(peak)]
-            table.add(name, f"{seq_len:,}", *cells)
+            cells = beside_one_rank(together, alone, busy)
+            table.add(name, f"{seq_len:,}", *cells, paired(alone, halves).ratio, _mebibytes(peak))
     return table
 
 

@@ -14,7 +14,9 @@ from torch import Tensor
 import longspan
 from benchmarks.cluster import Cluster
 from benchmarks.harness import (
+    BESIDE_ONE_RANK,
     Table,
+    beside_one_rank,
     in_subprocess,
     paired,
     peak_bytes,
@@ -184,7 +186,7 @@ def layout(quick: bool) -> Table:
 
 
 def _two_rank_times(operator: str, dtype: torch.dtype, seq_len: int, pairs: int) -> list[list[float]]:
-    """Times of rank 0 alone on the whole sequence, and of all ranks on their shares, in turn."""
+    """Times of rank 0 alone on the whole sequence, of all ranks on their shares, and of all on a whole one each, in turn."""
     whole = make_tensors(seq_len, 64, dtype, operator)
     split = longspan.SequenceLayout(seq_len)
     local = {
@@ -195,22 +197,22 @@ def _two_rank_times(operator: str, dtype: torch.dtype, seq_len: int, pairs: int)
     o = split.gather(together())
     if dist.get_rank() == 0:
         require_close(f"{operator} over ranks", o, alone(), 2e-2 if dtype == torch.bfloat16 else 1e-4)
-    return timed_alone_and_together(alone, together, rounds=pairs)
+    return timed_alone_and_together(alone, together, alone, rounds=pairs)
 
 
 def ranks(quick: bool) -> Table:
     seq_len = 8192 if quick else 32768
     table = Table(
         "ranks",
-        f"Two ranks of one thread over one rank of one thread, forward + backward, {seq_len:,} tokens, B1 H8 K = V = 64",
+        "Two ranks of one thread over one rank, whose other core is idle, and over one whose other core runs a sequence of its "
+        f"own, forward + backward, {seq_len:,} tokens, B1 H8 K = V = 64",
         "at least 1.9 times as fast for the first three, 1.8 for the others",
-        ["operator", "dtype", "ms, one rank", "ms, two ranks", "times as fast"],
+        ["operator", "dtype", *BESIDE_ONE_RANK],
     )
     for operator in VARIANTS:
         for name, dtype in DTYPES.items():
-            alone, together = run_ranks(2, _two_rank_times, operator, dtype, seq_len, 3 if quick else 5)[0]
-            result = paired(alone, together)
-            table.add(operator, name, *result.cells())
+            alone, together, busy = run_ranks(2, _two_rank_times, operator, dtype, seq_len, 3 if quick else 5)[0]
+            table.add(operator, name, *beside_one_rank(together, alone, busy))
     return table
 
 
