@@ -1,7 +1,7 @@
 # `make train` and `make test` need Python 3.11 or newer and nothing else: each makes its own environment in .venv.
 #   PYTHON=/path/to/python3.12   the Python that makes the environment
 #   ARGS="--optim.lr 1e-3"       passed on to the command of train, test, test-all and bench
-#   WORKERS=1                    processes that share the tests; one a core, and 8 at most, if not said
+#   WORKERS=1                    processes that share the tests; one more than cores, and 8 at most, if not said
 
 PYTHON ?= python3
 ARGS ?=
