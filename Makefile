@@ -24,7 +24,7 @@ train: $(VENV)/.installed ## train the example model on this machine's CPU (abou
 	$(BIN)/python -m longspan train $(ARGS)
 
 # The ranks of the tests are processes, each of which would compile the code anew where a shell forbids to keep what was compiled.
-test test-all: export PYTHONDONTWRITEBYTECODE =
+test test-all test-fla: export PYTHONDONTWRITEBYTECODE =
 
 test: $(VENV)/.installed-dev ## run the tests, but for the slow ones
 	$(BIN)/python -m pytest $(SHARED) $(ARGS)

@@ -133,13 +133,25 @@ def timed_alone_and_together(alone: Callable[[], Any], *together: Callable[[], A
     return [alones, *togethers]
 
 
-BESIDE_ONE_RANK = ["ms, two ranks", "ms, one rank", "times as fast", "ms, one rank, other core busy", "times as fast"]
+BESIDE_ONE_RANK = [
+    "ms, two ranks",
+    "ms, one rank",
+    "times as fast",
+    "ms, one rank, other core busy",
+    "times as fast, both cores busy",
+]
+"""Columns of a table: what `beside_one_rank` has of a row."""
 
 
 def beside_one_rank(
     together: Sequence[float], alone: Sequence[float], busy: Sequence[float]
 ) -> tuple[str, str, Ratio, str, Ratio]:
-    """Of a table's row: two ranks beside one whose other core is idle, and one whose other core takes the step of one rank, too."""
+    """Of a table's row: two ranks beside one rank whose other core is idle, and beside one whose other core is at work as well.
+
+    Args:
+        together, alone, busy: seconds taken in turn, of both ranks on a sequence that they share, of one rank on the whole of it,
+            and of each rank on a whole one of its own.
+    """
     over_idle, over_busy = paired(alone, together), paired(busy, together)
     busy_ms, _, ratio = over_busy.cells()
     return (*over_idle.cells(second_first=True), busy_ms, ratio)
