@@ -139,14 +139,18 @@ BESIDE_ONE_RANK = [
     "times as fast",
     "ms, one rank, other core busy",
     "times as fast, both cores busy",
+    "least ms, two ranks",
+    "least ms, one rank",
+    "times as fast, least",
 ]
 """Columns of a table: what `beside_one_rank` has of a row."""
 
 
-def beside_one_rank(
-    together: Sequence[float], alone: Sequence[float], busy: Sequence[float]
-) -> tuple[str, str, Ratio, str, Ratio]:
+def beside_one_rank(together: Sequence[float], alone: Sequence[float], busy: Sequence[float]) -> tuple[object, ...]:
     """Of a table's row: two ranks beside one rank whose other core is idle, and beside one whose other core is at work as well.
+
+    Medians, and of the first two the least time of each: what a step takes when nothing else has the processor, as other programs,
+    or other guests of the same machine, only ever add to it.
 
     Args:
         together, alone, busy: seconds taken in turn, of both ranks on a sequence that they share, of one rank on the whole of it,
@@ -154,7 +158,13 @@ def beside_one_rank(
     """
     over_idle, over_busy = paired(alone, together), paired(busy, together)
     busy_ms, _, ratio = over_busy.cells()
-    return (*over_idle.cells(second_first=True), busy_ms, ratio)
+    least = tuple(f"{min(times) * 1e3:.0f}" for times in (together, alone))
+    return (*over_idle.cells(second_first=True), busy_ms, ratio, *least, least_ratio(alone, together))
+
+
+def least_ratio(firsts: Sequence[float], seconds_: Sequence[float]) -> str:
+    """The least time of one side over that of the other."""
+    return f"{min(firsts) / min(seconds_):.2f}"
 
 
 def require_close(what: str, got: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
