@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,9 @@ class Table:
     rows: list[list[str]] = field(default_factory=list)
 
     def add(self, *cells: object) -> None:
+        """Add a row, and say it: a table may take an hour."""
         self.rows.append([str(cell) for cell in cells])
+        say(f"{self.name}: " + " | ".join(self.rows[-1]))
 
     def markdown(self) -> str:
         lines = [f"### {self.title}", "", f"Asked for: {self.target}", ""]
@@ -234,40 +237,51 @@ def _without_group(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
 def run_ranks(num_ranks: int, function: Callable[..., Any], *args: Any, with_group: bool = True) -> list[Any]:
     """Run a module-level function on `num_ranks` gloo ranks of one thread each, on loopback; values by rank."""
     context = mp.get_context("spawn")
+    values: list[Any] = [None] * num_ranks
+    processes: list[Any] = []
+    waiting: dict[Connection, int] = {}
     with tempfile.TemporaryDirectory() as folder:
-        results: Any = context.SimpleQueue()
-        arguments = (num_ranks, folder, results, with_group, function, args)
-        processes = [context.Process(target=_rank_main, args=(rank, *arguments)) for rank in range(num_ranks)]
-        for process in processes:
-            process.start()
-        values: list[Any] = [None] * num_ranks
-        waiting = num_ranks
+        for rank in range(num_ranks):
+            reader, writer = context.Pipe(duplex=False)
+            arguments = (rank, num_ranks, folder, writer, with_group, function, args)
+            processes.append(context.Process(target=_rank_main, args=arguments))
+            processes[-1].start()
+            # The rank has the only end that writes now: when it ends, reading does, too.
+            writer.close()
+            waiting[reader] = rank
+        # Asleep until a rank has something to say: one that looked again and again would take their processors for it.
         while waiting:
-            if results.empty():
-                failed = [p for p in processes if p.exitcode not in (None, 0)]
-                if failed:
+            wait(list(waiting))
+            for reader in [reader for reader in waiting if reader.poll()]:
+                rank = waiting.pop(reader)
+                try:
+                    values[rank] = reader.recv()
+                except EOFError:
+                    processes[rank].join()
                     for process in processes:
                         process.terminate()
-                    raise SystemExit(f"a rank of {function.__name__} ended with code {failed[0].exitcode}")
-                time.sleep(0.01)
-                continue
-            rank, value = results.get()
-            values[rank] = value
-            waiting -= 1
+                    code = processes[rank].exitcode
+                    raise SystemExit(f"a rank of {function.__name__} ended with code {code}") from None
         for process in processes:
             process.join()
     return values
 
 
 def _rank_main(
-    rank: int, num_ranks: int, folder: str, results: Any, with_group: bool, function: Callable[..., Any], args: Any
+    rank: int,
+    num_ranks: int,
+    folder: str,
+    result: Connection,
+    with_group: bool,
+    function: Callable[..., Any],
+    args: Any,
 ) -> None:
     torch.set_num_threads(1)
     if with_group:
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
         store = dist.FileStore(f"{folder}/store", num_ranks)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks)
-    results.put((rank, function(*args)))
+    result.send(function(*args))
     if with_group:
         dist.barrier()
         dist.destroy_process_group()

@@ -18,7 +18,6 @@ from benchmarks.harness import (
     peak_bytes,
     require_close,
     run_ranks,
-    say,
     timed_pairs,
 )
 from longspan.attention.convolution import causal_conv1d
@@ -105,7 +104,6 @@ def long_conv(quick: bool) -> Table:
         result = timed_pairs(step(directly, tensors), step(by_taps, tensors), pairs)
         peaks = [in_subprocess(_peak, side, seq_len, channels, num_taps) for side in (by_taps, directly)]
         table.add(f"{num_taps} taps", *result.cells(second_first=True), *(f"{peak:.2f}" for peak in peaks))
-        say(f"long_conv: {table.rows[-1]}")
     tensors = make_tensors(seq_len, channels, seq_len)
     with torch.no_grad():
         kernel = longspan.ExponentialKernel(tensors["log_decay"].double(), tensors["coefficients"].double())
@@ -151,7 +149,6 @@ def long_conv_ranks(quick: bool) -> Table:
         result = paired(alone, together)
         taps = "any" if name == "exponentials" else f"{num_taps:,}"
         table.add(name, taps, *result.cells())
-        say(f"long_conv_ranks: {table.rows[-1]}")
     return table
 
 

@@ -329,7 +329,6 @@ def keys(quick: bool) -> Table:
                     f"{peak / _MEBIBYTE:,.0f}",
                     *growth,
                 )
-                say("stream_keys: " + " | ".join(table.rows[-1]))
     return table
 
 
