@@ -19,6 +19,7 @@ from longspan.ops.selective_scan.block import (
     BlockScan,
     ChunkOfBlock,
     ScanInputs,
+    over_channels,
 )
 from longspan.ops.selective_scan.plan import Chunk, blocks_of, chunks_of, chunks_of_piece
 from longspan.ops.selective_scan.sums import SUMMED, DecayedSum, may_leave_out
@@ -229,8 +230,8 @@ def backward_pass(
             for token, piece in chunk.starts.items():
                 if piece in grads.entering:
                     scan.of_states(grads.entering[piece]).copy_(passed[token])
-            scan.tokens_of_group(grads.C, chunk).add_((states @ grad_y.unsqueeze(3)).squeeze(3))
-            scan.tokens_of_group(grads.B, chunk).add_((adjoints @ loaded.written.unsqueeze(3)).squeeze(3))
+            scan.tokens_of_group(grads.C, chunk).add_(over_channels(states, grad_y))
+            scan.tokens_of_group(grads.B, chunk).add_(over_channels(adjoints, loaded.written))
             grad_written = (loaded.key.unsqueeze(2) @ adjoints).squeeze(2)
             # From here on the decays' memory holds ε, and that of the states those before each token.
             products = scan.decays[: chunk.num_tokens]
