@@ -53,6 +53,9 @@ _SECONDS_TO_REPORT = 1.5
 # What all ranks of torchrun are refused for rank 0 says: others wait so long to be ended with it, and it lets them come as far.
 _SECONDS_FOR_FIRST_RANK = 5.0
 _SECONDS_FOR_OTHERS = 2.0
+# Ranks that are asked where they are have so long to begin to answer, and have done so when nothing more came for so long.
+_SECONDS_FOR_STACKS = 5.0
+_SECONDS_TO_WRITE_STACKS = 0.3
 
 
 def _stop_signals() -> list[signal.Signals]:
@@ -248,11 +251,21 @@ def _print_stacks(late: list[int], ranks: list[subprocess.Popen[bytes]], folder:
     """Say what the ranks that had not ended were doing: where a deadline has passed, one of them is why."""
     for rank in late:
         wake_to_show_stacks(ranks[rank].pid)
-    time.sleep(0.3 if late else 0.0)
+    deadline = time.monotonic() + _SECONDS_FOR_STACKS
     for rank in late:
-        path = _stacks_path(folder, rank)
-        stacks = path.read_text(errors="replace").rstrip() if path.exists() else ""
+        stacks = _stacks_of(_stacks_path(folder, rank), deadline)
         sys.stderr.write(f"rank {rank} had not ended, and was here:\n{stacks or '(no answer)'}\n")
+
+
+def _stacks_of(path: Path, deadline: float) -> str:
+    """What a rank writes there when it is asked, once nothing more comes; on a machine at work it may take its time."""
+    stacks = ""
+    while time.monotonic() < deadline:
+        time.sleep(_SECONDS_TO_WRITE_STACKS)
+        before, stacks = stacks, path.read_text(errors="replace").rstrip() if path.exists() else ""
+        if stacks and stacks == before:
+            break
+    return stacks
 
 
 def _print_error(message: str) -> None:

@@ -21,6 +21,8 @@ from longspan.launch import (
     Place,
     StopRequest,
     _name_of_this_start,
+    _print_stacks,
+    _stacks_path,
     place_of_this_process,
     run_local_ranks,
     run_rank,
@@ -144,6 +146,27 @@ def test_a_rank_that_never_ends_shows_where_it_is_and_is_killed(
     errors = capfd.readouterr().err
     assert "rank 1 had not ended, and was here:" in errors
     assert "in waits_for_ever" in errors
+
+
+def test_stacks_are_waited_for_until_they_are_all_there(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """A rank on a machine at work begins late and writes in pieces."""
+    rank = f"""
+        import pathlib, signal, sys, time
+        def answer(number, frame):
+            time.sleep(1.0)
+            with open({str(_stacks_path(tmp_path, 0))!r}, "w", buffering=1) as file:
+                file.write("the first thread\\n")
+                time.sleep(0.1)
+                file.write("the second thread\\n")
+        signal.signal(signal.SIGUSR1, answer)
+        print("ready", flush=True)
+        time.sleep(60)
+    """
+    with subprocess.Popen([sys.executable, "-c", textwrap.dedent(rank)], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+        _print_stacks([0], [process], tmp_path)
+        process.kill()
+    assert capfd.readouterr().err == "rank 0 had not ended, and was here:\nthe first thread\nthe second thread\n"
 
 
 @pytest.mark.parametrize(
