@@ -251,8 +251,8 @@ def run_ranks(num_ranks: int, function: Callable[..., Any], *args: Any, with_gro
             waiting[reader] = rank
         # Asleep until a rank has something to say: one that looked again and again would take their processors for it.
         while waiting:
-            wait(list(waiting))
-            for reader in [reader for reader in waiting if reader.poll()]:
+            ready: list[Any] = wait(list(waiting))
+            for reader in ready:
                 rank = waiting.pop(reader)
                 try:
                     values[rank] = reader.recv()

@@ -238,7 +238,7 @@ def hugging_face_ranks(quick: bool) -> Table:
         ["layer", "tokens", *BESIDE_ONE_RANK, "two halves", "two halves, least", "peak MiB per rank of two"],
     )
     for name in LAYERS:
-        # A short step wants more rounds for one of them to be undisturbed on both ranks at once.
+        # As many as let the table end within the hour.
         for seq_len, rounds in ((1024, 2),) if quick else ((4096, 31), (16384, 15)):
             alone, together, halves, busy = run_ranks(2, _two_ranks, name, seq_len, rounds)[0]
             peak = max(run_ranks(2, _peak, name, seq_len, True))

@@ -251,21 +251,16 @@ def _print_stacks(late: list[int], ranks: list[subprocess.Popen[bytes]], folder:
     """Say what the ranks that had not ended were doing: where a deadline has passed, one of them is why."""
     for rank in late:
         wake_to_show_stacks(ranks[rank].pid)
+    paths = [_stacks_path(folder, rank) for rank in late]
+    stacks = [""] * len(late)
+    before: list[str] = []
     deadline = time.monotonic() + _SECONDS_FOR_STACKS
-    for rank in late:
-        stacks = _stacks_of(_stacks_path(folder, rank), deadline)
-        sys.stderr.write(f"rank {rank} had not ended, and was here:\n{stacks or '(no answer)'}\n")
-
-
-def _stacks_of(path: Path, deadline: float) -> str:
-    """What a rank writes there when it is asked, once nothing more comes; on a machine at work it may take its time."""
-    stacks = ""
-    while time.monotonic() < deadline:
+    # On a machine at work an answer takes its time, and is not written in one piece.
+    while time.monotonic() < deadline and not (all(stacks) and stacks == before):
         time.sleep(_SECONDS_TO_WRITE_STACKS)
-        before, stacks = stacks, path.read_text(errors="replace").rstrip() if path.exists() else ""
-        if stacks and stacks == before:
-            break
-    return stacks
+        before, stacks = stacks, [path.read_text(errors="replace") if path.exists() else "" for path in paths]
+    for rank, answer in zip(late, stacks, strict=True):
+        sys.stderr.write(f"rank {rank} had not ended, and was here:\n{answer.rstrip() or '(no answer)'}\n")
 
 
 def _print_error(message: str) -> None:

@@ -149,12 +149,14 @@ def test_a_rank_that_never_ends_shows_where_it_is_and_is_killed(
 
 
 def test_stacks_are_waited_for_until_they_are_all_there(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """A rank on a machine at work begins late and writes in pieces."""
-    rank = f"""
-        import pathlib, signal, sys, time
+    """A rank on a machine at work begins late and writes in pieces; one that never answers takes nothing from the others."""
+    rank = """
+        import signal, sys, time
         def answer(number, frame):
+            if len(sys.argv) == 1:
+                return
             time.sleep(1.0)
-            with open({str(_stacks_path(tmp_path, 0))!r}, "w", buffering=1) as file:
+            with open(sys.argv[1], "w", buffering=1) as file:
                 file.write("the first thread\\n")
                 time.sleep(0.1)
                 file.write("the second thread\\n")
@@ -162,11 +164,22 @@ def test_stacks_are_waited_for_until_they_are_all_there(tmp_path: Path, capfd: p
         print("ready", flush=True)
         time.sleep(60)
     """
-    with subprocess.Popen([sys.executable, "-c", textwrap.dedent(rank)], stdout=subprocess.PIPE) as process:
-        assert process.stdout is not None and process.stdout.readline() == b"ready\n"
-        _print_stacks([0], [process], tmp_path)
-        process.kill()
-    assert capfd.readouterr().err == "rank 0 had not ended, and was here:\nthe first thread\nthe second thread\n"
+    processes = [
+        subprocess.Popen([sys.executable, "-c", textwrap.dedent(rank), *answer], stdout=subprocess.PIPE)
+        for answer in ([], [str(_stacks_path(tmp_path, 1))])
+    ]
+    try:
+        for process in processes:
+            assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+        _print_stacks([0, 1], processes, tmp_path)
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+    assert capfd.readouterr().err == (
+        "rank 0 had not ended, and was here:\n(no answer)\n"
+        "rank 1 had not ended, and was here:\nthe first thread\nthe second thread\n"
+    )
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ class ScanInputs(NamedTuple):
 
 def over_channels(states: Tensor, x: Tensor) -> Tensor:
     """Σ_e of states ``[L, b, N, e]`` times ``x [L, b, e]``, ``[L, b, N]``."""
-    # A row times a matrix: with a matrix times a column the products of a batch take five to nine times as long on a CPU.
+    # A row times a matrix: a batch of matrices times columns takes several times as long on a CPU (docs/performance.md).
     return (x.unsqueeze(2) @ states.transpose(2, 3)).squeeze(2)
 
 
